@@ -1,0 +1,331 @@
+"""From what the user names to a stream of documents.
+
+A source is a file, a folder, a glob, an installed Python package or a prepared TFDS dataset.
+Everything is read as a stream, in a fixed order; whatever cannot be read is a `UserError` that
+names the file and the line or byte (counted after decompression).
+"""
+
+import glob
+import gzip
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal, NamedTuple, NoReturn, cast
+
+import tensorflow_datasets as tfds
+import zstandard
+
+from sat_jax.errors import UserError
+
+# What a folder is searched for, each also with .gz or .zst behind it. A file that is named, or
+# that a glob matches, may end in anything: it is text unless it ends in one of JSON_LINES or .json.
+TEXT = (
+    *(".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".html", ".py", ".pyi", ".c", ".h"),
+    *(".cc", ".cpp", ".hpp", ".cu", ".java", ".js", ".ts", ".go", ".rs", ".jl", ".lean", ".r"),
+)
+JSON_LINES = (".jsonl", ".ndjson")
+COMPRESSED = (".gz", ".zst")
+ACCEPTED = "a file, a folder, a glob, package:NAME[/path or glob], tfds:FOLDER[:split]"
+CHUNK = 1 << 18  # bytes
+
+
+class Document(NamedTuple):
+    """One text, never split over documents again, and where it stands."""
+
+    text: str  # "" for an empty file or field: the caller counts and drops it
+    origin: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file of documents, or one split of a prepared TFDS dataset."""
+
+    path: Path
+    kind: Literal["text", "json_lines", "tfds"]
+    named: bool  # asked for by name: to be empty is then an error, otherwise it is only counted
+    split: str = ""  # of a TFDS dataset
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.split}" if self.split else str(self.path)
+
+    def files(self) -> list[Path]:
+        """The files it is stored in, sorted."""
+        if self.kind != "tfds":
+            return [self.path]
+        return sorted(file for file in self.path.iterdir() if file.is_file())
+
+    def content_hash(self) -> str:
+        """sha256 over kind and stored bytes; where the files lie has no part in it."""
+        digest = hashlib.sha256(f"{self.kind} {self.split}".encode())
+        for file in self.files():
+            try:
+                with file.open("rb") as stream:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+            except OSError as error:
+                _unreadable(error)
+        return digest.hexdigest()
+
+
+def resolve_sources(sources: str | Sequence[str]) -> list[Source]:
+    """Every file that `sources` names: in their order, sorted within each, none twice.
+
+    `sources` is a list, or one string with commas between its parts. A part is a file, a folder
+    (searched for text, hidden entries left out), a glob (`**` for any depth),
+    `package:NAME[/path or glob]`, or `tfds:FOLDER[:split]` (its `train` split if none is given).
+    """
+    parts = sources.split(",") if isinstance(sources, str) else sources
+    found: dict[tuple[Path, str], Source] = {}
+    for part in filter(None, (part.strip() for part in parts)):
+        for source in _resolve(part):
+            found.setdefault((source.path.resolve(), source.split), source)
+    if not found:
+        raise UserError(f"data.sources is empty; accepted: {ACCEPTED}, several with commas between")
+    return list(found.values())
+
+
+def package_path(spec: str) -> Path:
+    """The path that `package:NAME[/path]` means, found without importing the package."""
+    name, _, rest = spec.removeprefix("package:").partition("/")
+    # find_spec would import the parents of a dotted name, so that those are refused.
+    found = importlib.util.find_spec(name) if name.isidentifier() else None
+    if found is None:
+        raise UserError(f"{spec}: no package {name!r} is installed; accepted: package:NAME[/path]")
+    if not found.submodule_search_locations:
+        raise UserError(f"{spec}: {name!r} is a single module, not a folder of files")
+    return Path(next(iter(found.submodule_search_locations))) / rest
+
+
+def read_documents(source: Source, text_field: str) -> Iterator[Document]:
+    """The documents of one source: a text file is one, a line of JSON one, a TFDS example one."""
+    match source.kind:
+        case "text":
+            documents = _read_text(source.path)
+        case "json_lines":
+            documents = _read_json_lines(source.path, text_field)
+        case "tfds":
+            documents = _read_tfds(source, text_field)
+    empty = True
+    for text, origin in documents:
+        # Nothing but white space is no text either.
+        document = Document(text if text.strip() else "", origin)
+        empty = empty and not document.text
+        yield document
+    if empty and source.named:
+        raise UserError(f"{source}: holds no text")
+
+
+def _resolve(part: str) -> list[Source]:
+    if part.startswith("tfds:"):
+        return [_resolve_tfds(part.removeprefix("tfds:"))]
+    pattern = os.path.expanduser(part)
+    if part.startswith("package:"):
+        package, _, rest = part.partition("/")
+        pattern = os.path.join(glob.escape(str(package_path(package))), rest)
+        path = package_path(part)
+    else:
+        path = Path(pattern)
+    if path.is_file():
+        return [_file(path, named=True)]
+    if path.is_dir():
+        files = sorted(_walk(path))
+        wanted = "looked for text by its suffix"
+    elif glob.has_magic(part):
+        files = sorted(file for file in map(Path, glob.glob(pattern, recursive=True)))
+        files = [file for file in files if file.is_file()]
+        wanted = "no file matches"
+    else:
+        raise UserError(f"{part}: no such file or folder; accepted: {ACCEPTED}")
+    if not files:
+        raise UserError(f"{part}: no documents here; {wanted} ({' '.join((*TEXT, *JSON_LINES))})")
+    return [_file(file, named=False) for file in files]
+
+
+def _resolve_tfds(part: str) -> Source:
+    path, split = Path(part).expanduser(), "train"
+    if not path.is_dir() and ":" in part:
+        folder, _, split = part.rpartition(":")
+        path = Path(folder).expanduser()
+    if not (path / "dataset_info.json").is_file():
+        raise UserError(
+            f"tfds:{part}: no prepared dataset (dataset_info.json) in {path};"
+            " accepted: tfds:FOLDER[:split]"
+        )
+    return Source(path, "tfds", named=True, split=split)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for parent, names, files in os.walk(folder, onerror=_unreadable):
+        names[:] = [name for name in names if not name.startswith(".")]
+        for file in files:
+            if not file.startswith(".") and _suffix(file) in (*TEXT, *JSON_LINES):
+                yield Path(parent, file)
+
+
+def _suffix(name: str | Path) -> str:
+    path = Path(name)
+    return Path(path.stem if path.suffix.lower() in COMPRESSED else path).suffix.lower()
+
+
+def _file(path: Path, named: bool) -> Source:
+    return Source(path, "json_lines" if _suffix(path) in (*JSON_LINES, ".json") else "text", named)
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[BinaryIO]:
+    """The decompressed bytes of `path`; what goes wrong in the block names the file and place."""
+    try:
+        with _open(path) as stream:
+            try:
+                yield stream
+            except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+                form = path.suffix.lower().removeprefix(".")
+                raise UserError(
+                    f"{path}: broken {form}, after byte {stream.tell()} of its content: {error}"
+                ) from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _open(path: Path) -> BinaryIO:
+    match path.suffix.lower():
+        case ".gz":
+            return cast(BinaryIO, gzip.open(path, "rb"))
+        case ".zst":
+            return io.BufferedReader(_Zstandard(path), CHUNK)
+        case _:
+            return path.open("rb")
+
+
+class _Zstandard(io.RawIOBase):
+    """Decompressed zstd frames. The library's own reader takes a truncated one for the end."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("rb")
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._input = b""
+        self._output = memoryview(b"")
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        while not self._output:
+            chunk = self._input or self._file.read(CHUNK)
+            if not chunk:
+                if self._frame is not None:
+                    raise EOFError("it ends within a frame")
+                return 0
+            if self._frame is None:
+                self._frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+            self._output = memoryview(self._frame.decompress(chunk))
+            self._input = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame = None
+        size = min(len(buffer), len(self._output))
+        buffer[:size] = self._output[:size]
+        self._output = self._output[size:]
+        self._position += size
+        return size
+
+
+def _decode(data: bytes, origin: str | Path, start: int) -> str:
+    try:
+        return data.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{origin}: not UTF-8 at byte {start + error.start}"
+            f" (0x{data[error.start]:02x}): {error.reason}"
+        ) from error
+
+
+def _read_text(path: Path) -> Iterator[Document]:
+    with _reading(path) as stream:
+        data = stream.read()
+    yield Document(_decode(data, path, 0), str(path))
+
+
+def _read_json_lines(path: Path, field: str) -> Iterator[Document]:
+    start = 0
+    with _reading(path) as stream:
+        for number, data in enumerate(stream, 1):
+            origin = f"{path}, line {number}"
+            line = _decode(data, origin, start)
+            if line.strip():
+                yield Document(_text_field(line, field, f"{origin} (byte {start})"), origin)
+            start += len(data)
+
+
+def _text_field(line: str, field: str, origin: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{origin}: not JSON at character {error.pos}: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{origin}: JSON that cannot be read: {error}") from error
+    if not isinstance(record, dict):
+        kind = type(record).__name__
+        raise UserError(f"{origin}: a JSON {kind}; accepted: an object with the field {field!r}")
+    if field not in record:
+        has = ", ".join(list(record)[:10]) or "no fields"
+        raise UserError(f"{origin}: no field {field!r} (it has {has}); data.text_field names it")
+    text = record[field]
+    if not isinstance(text, str):
+        raise UserError(f"{origin}: field {field!r} is a {type(text).__name__}, not a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        at = f"character {error.start} of field {field!r}"
+        raise UserError(f"{origin}: half a surrogate pair at {at}") from error
+    return text
+
+
+def _read_tfds(source: Source, field: str) -> Iterator[Document]:
+    # TFDS and array_record have no error classes of their own.
+    try:
+        builder = tfds.builder_from_directory(str(source.path))
+    except Exception as error:
+        raise UserError(f"{source.path}: TFDS cannot open it: {error}") from error
+    info = builder.info
+    if info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
+        raise UserError(f"{source.path}: file format {info.file_format}; accepted: array_record")
+    if source.split.partition("[")[0] not in info.splits:
+        has = ", ".join(sorted(info.splits))
+        raise UserError(f"{source.path}: no split {source.split!r} (it has {has})")
+    if field not in info.features:
+        has = ", ".join(info.features)
+        raise UserError(
+            f"{source.path}: no feature {field!r} (it has {has}); data.text_field names it"
+        )
+    try:
+        records = builder.as_data_source(source.split)
+        size = len(records)
+    except Exception as error:
+        raise UserError(f"{source}: TFDS cannot read it: {error}") from error
+    for index in range(size):
+        origin = f"{source}, example {index}"
+        try:
+            text = records[index][field]
+        except Exception as error:
+            raise UserError(f"{origin}: damaged: {error}") from error
+        if not isinstance(text, bytes):
+            raise UserError(f"{origin}: feature {field!r} is not text")
+        yield Document(_decode(text, origin, 0), origin)

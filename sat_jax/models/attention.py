@@ -1,0 +1,131 @@
+"""Grouped-query attention whose weights keep the head axes in front.
+
+Query heads are group-major: query head `q` belongs to KV group `q // G`. Keeping a head or a whole
+group is taking rows, and multi-head attention is the case of one query head a group.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from sat_jax.models.dot_product import Implementation, dot_product_attention
+from sat_jax.models.layers import Mask, indicator, normal, rms_norm
+from sat_jax.models.rope import rotate
+from sat_jax.sparsity.plan import Segment
+
+if TYPE_CHECKING:
+    from sat_jax.models.llama import LlamaConfig
+
+
+class Rows(NamedTuple):
+    """What a layer needs to know of the batch: documents and rotary angles.
+
+    `segment_ids` int32 `[B, T]` (0 is padding); `cos` and `sin` float32 `[B, T, E/2]`.
+    """
+
+    segment_ids: Int[Array, "B T"]
+    cos: Float[Array, "B T half"]
+    sin: Float[Array, "B T half"]
+
+
+class Attention(nnx.Module):
+    """Attention weights of the layers of one segment, stacked on a leading axis L.
+
+    `query` and `output` are `[L, K, G, E, D]`, `key` and `value` `[L, K, E, D]`, with K kept KV
+    groups of G kept query heads. In mask execution K and G stay whole and `kept_heads` holds the
+    kept indices: `[L, kept]` groups, or `[L, K, kept]` query heads within each group.
+    """
+
+    def __init__(
+        self, config: "LlamaConfig", segment: Segment, *, masked: bool = False, rngs: nnx.Rngs
+    ):
+        layers, groups, heads = segment.layers, segment.kv_groups, segment.query_heads
+        kept = None
+        if masked:
+            kept = _first_heads(config, segment)
+            groups, heads = config.n_kv_heads, config.query_heads
+        width, size = config.d_model, config.head_dim
+        out_scale = 0.02 / (2 * config.n_layers) ** 0.5
+        self.query = nnx.Param(normal(rngs, (layers, groups, heads, size, width), 0.02))
+        self.key = nnx.Param(normal(rngs, (layers, groups, size, width), 0.02))
+        self.value = nnx.Param(normal(rngs, (layers, groups, size, width), 0.02))
+        self.output = nnx.Param(normal(rngs, (layers, groups, heads, size, width), out_scale))
+        bias, norm = config.qkv_bias, config.qk_norm
+        self.query_bias = nnx.Param(jnp.zeros((layers, groups, heads, size))) if bias else None
+        self.key_bias = nnx.Param(jnp.zeros((layers, groups, size))) if bias else None
+        self.value_bias = nnx.Param(jnp.zeros((layers, groups, size))) if bias else None
+        self.query_norm = nnx.Param(jnp.ones((layers, size))) if norm else None
+        self.key_norm = nnx.Param(jnp.ones((layers, size))) if norm else None
+        self.kept_heads = None if kept is None else Mask(kept)
+        self.norm_eps = config.norm_eps
+
+    def project(
+        self, x_BTD: Float[Array, "B T D"], rows: Rows
+    ) -> tuple[Float[Array, "B T K G E"], Float[Array, "B T K E"], Float[Array, "B T K E"]]:
+        """Rotated queries and keys, and values, of one layer (the L axis already taken away)."""
+        q_BTKGE = jnp.einsum("BTD,KGED->BTKGE", x_BTD, self.query[...])
+        k_BTKE = jnp.einsum("BTD,KED->BTKE", x_BTD, self.key[...])
+        v_BTKE = jnp.einsum("BTD,KED->BTKE", x_BTD, self.value[...])
+        if self.query_bias is not None:
+            q_BTKGE += self.query_bias[...][None, None]
+            k_BTKE += self.key_bias[...][None, None]
+            v_BTKE += self.value_bias[...][None, None]
+        if self.query_norm is not None:
+            q_BTKGE = rms_norm(q_BTKGE, self.query_norm[...], self.norm_eps)
+            k_BTKE = rms_norm(k_BTKE, self.key_norm[...], self.norm_eps)
+        return rotate(q_BTKGE, rows.cos, rows.sin), rotate(k_BTKE, rows.cos, rows.sin), v_BTKE
+
+    def mix(
+        self, x_BTD: Float[Array, "B T D"], rows: Rows, implementation: Implementation | None
+    ) -> Float[Array, "B T K G E"]:
+        """Every kept head's value mix; omitted heads are zero in mask execution."""
+        q_BTKGE, k_BTKE, v_BTKE = self.project(x_BTD, rows)
+        o_BTKGE = dot_product_attention(
+            q_BTKGE, k_BTKE, v_BTKE, rows.segment_ids, implementation=implementation
+        )
+        return o_BTKGE if self.kept_heads is None else o_BTKGE * self._keep_KGE(o_BTKGE.dtype)
+
+    def combine(self, o_BTKGE: Float[Array, "B T K G E"]) -> Float[Array, "B T D"]:
+        """What the heads add to the residual stream."""
+        return jnp.einsum("BTKGE,KGED->BTD", o_BTKGE, self.output[...])
+
+    def _keep_KGE(self, dtype: jnp.dtype) -> Float[Array, "1 1 K G 1"]:
+        """0/1 over the heads, derived from the kept indices."""
+        groups, heads = self.output.shape[-4:-2]
+        kept = self.kept_heads[...]
+        if kept.ndim == 1:
+            keep_KG = indicator(kept, groups, dtype)[:, None]
+        else:
+            keep_KG = indicator(kept, heads, dtype)
+        return keep_KG[None, None, :, :, None]
+
+
+def _first_heads(config: "LlamaConfig", segment: Segment) -> Int[Array, "L *lead kept"] | None:
+    """Where mask execution starts: the first heads are the kept ones. None: all are kept."""
+    if segment.query_heads < config.query_heads:
+        shape: tuple[int, ...] = (segment.layers, config.n_kv_heads, segment.query_heads)
+    elif segment.kv_groups < config.n_kv_heads:
+        shape = (segment.layers, segment.kv_groups)
+    else:
+        return None
+    return jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32), shape)
+
+
+def output_energy(
+    o_BTKGE: Float[Array, "B T K G E"],
+    output_KGED: Float[Array, "K G E D"],
+    weight_BT: Float[Array, "B T"],
+) -> Float[Array, "K G G"]:
+    """Σ over tokens of ⟨o_g W_o,g , o_h W_o,h⟩ for every pair of query heads in a group, float32.
+
+    The diagonal is what each head adds to the residual stream, ‖o_h W_o,h‖²; the sum over a
+    group's G × G entries is what the whole group adds. Through Gram matrices, so that no
+    `[tokens, heads, D]` array exists.
+    """
+    o = o_BTKGE.astype(jnp.float32) * weight_BT[:, :, None, None, None]
+    w = output_KGED.astype(jnp.float32)
+    mixes = jnp.einsum("BTKGE,BTKHF->KGEHF", o, o)
+    weights = jnp.einsum("KGED,KHFD->KGEHF", w, w)
+    return jnp.einsum("KGEHF,KGEHF->KGH", mixes, weights)

@@ -1,0 +1,29 @@
+"""The small parts that every block shares."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+
+class Mask(nnx.Variable):
+    """Indices of kept neurons, int32, sorted and unique; never trained, never a `Param`."""
+
+
+def rms_norm(
+    x: Float[Array, "*lead D"], scale: Float[Array, " D"], eps: float
+) -> Float[Array, "*lead D"]:
+    """x / rms(x) · scale over the last axis, in float32, returned in the dtype of `x`."""
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (normed * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> Array:
+    """Float32 values from N(0, scale²)."""
+    return scale * jax.random.normal(rngs.params(), shape, jnp.float32)
+
+
+def indicator(kept: Int[Array, "*lead K"], size: int, dtype: jnp.dtype) -> Float[Array, "*lead N"]:
+    """0/1 over `size` neurons: 1 where the index is among `kept`."""
+    return jnp.any(kept[..., None] == jnp.arange(size), axis=-2).astype(dtype)

@@ -1,0 +1,230 @@
+"""The Llama family: Llama 1-3, TinyLlama, SmolLM2, Mistral, Qwen2 (q/k/v bias), Qwen3 (q/k norm)."""
+
+import dataclasses
+from collections.abc import Callable, Collection
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from sat_jax.models.attention import Attention, Rows, output_energy
+from sat_jax.models.dot_product import Implementation
+from sat_jax.models.layers import normal, rms_norm
+from sat_jax.models.loss import chunked_cross_entropy
+from sat_jax.models.mlp import MLP
+from sat_jax.models.rope import RopeConfig, rotary_tables
+from sat_jax.sparsity.plan import Segment
+from sat_jax.sparsity.statistics import InputSums, Observable, Statistics
+
+Family = Literal["llama", "mistral", "qwen2", "qwen3"]
+Remat = Literal["none", "dots", "full"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Shape and function of a model; everything that a checkpoint fixes.
+
+    `family` names the Hugging Face model type. `n_heads` is a multiple of `n_kv_heads`.
+    """
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    d_ff: int
+    max_positions: int
+    rope: RopeConfig = RopeConfig()
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    family: Family = "llama"
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def query_heads(self) -> int:
+        """Query heads in each KV group, G."""
+        return self.n_heads // self.n_kv_heads
+
+    @property
+    def dense(self) -> Segment:
+        """The segment of all layers in which everything is kept."""
+        return Segment(0, self.n_layers, self.n_kv_heads, self.query_heads, self.d_ff)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How the function is computed; changes no value beyond rounding.
+
+    `remat`: what the backward pass finds saved: `none` everything, `dots` matmul outputs, `full`
+    each layer's input only. `loss_chunk`: positions of each row whose logits exist at once.
+    `attention`: a backend by name, or None to choose by platform.
+    """
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Remat = "none"
+    loss_chunk: int = 512
+    attention: Implementation | None = None
+
+
+_POLICIES: dict[Remat, Callable[..., Any]] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Block(nnx.Module):
+    """The layers of one segment; every parameter has the layers in front, `[L, ...]`."""
+
+    def __init__(
+        self, config: LlamaConfig, segment: Segment, *, masked: bool = False, rngs: nnx.Rngs
+    ):
+        self.attention_norm = nnx.Param(jnp.ones((segment.layers, config.d_model)))
+        self.attention = Attention(config, segment, masked=masked, rngs=rngs)
+        self.mlp_norm = nnx.Param(jnp.ones((segment.layers, config.d_model)))
+        self.mlp = MLP(config, segment, masked=masked, rngs=rngs)
+        self.norm_eps = config.norm_eps
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        rows: Rows,
+        implementation: Implementation | None = None,
+        observe: Collection[Observable] = (),
+    ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
+        """One layer (the L axis taken away): new residual stream and what was observed."""
+        seen: dict[str, Any] = {}
+        weight_BT = (rows.segment_ids > 0).astype(jnp.float32)
+
+        normed = rms_norm(x_BTD, self.attention_norm[...], self.norm_eps)
+        o_BTKGE = self.attention.mix(normed, rows, implementation)
+        x_BTD = x_BTD + self.attention.combine(o_BTKGE)
+        if "inputs" in observe:
+            seen["attention"] = _input_sums(normed, weight_BT)
+        if "outputs" in observe:
+            seen["heads"] = output_energy(o_BTKGE, self.attention.output[...], weight_BT)
+
+        normed = rms_norm(x_BTD, self.mlp_norm[...], self.norm_eps)
+        a_BTF = self.mlp.activate(normed)
+        x_BTD = x_BTD + self.mlp.combine(a_BTF)
+        if "inputs" in observe:
+            seen["mlp"] = _input_sums(normed, weight_BT)
+        if "outputs" in observe:
+            seen["channels"] = jnp.einsum(
+                "BTF,BT->F", jnp.square(a_BTF.astype(jnp.float32)), weight_BT
+            )
+        return x_BTD, seen
+
+
+def _input_sums(x_BTD: Float[Array, "B T D"], weight_BT: Float[Array, "B T"]) -> InputSums:
+    x = x_BTD.astype(jnp.float32)
+    return InputSums(
+        jnp.einsum("BTD,BT->D", x * x, weight_BT), jnp.einsum("BTD,BT->D", x, weight_BT)
+    )
+
+
+class Llama(nnx.Module):
+    """Parameters by segment: one segment for a whole model, several for a sparse one.
+
+    A segment that keeps less than everything has smaller matrices, or, if `masked`, whole matrices
+    and the kept indices beside them: the same function, computed without saving anything.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        segments: tuple[Segment, ...] | None = None,
+        compute: Compute = Compute(),
+        *,
+        masked: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.compute = compute
+        self.embed = nnx.Param(normal(rngs, (config.vocab_size, config.d_model), 0.02))
+        self.layers = nnx.List(
+            [
+                Block(config, segment, masked=masked, rngs=rngs)
+                for segment in segments or (config.dense,)
+            ]
+        )
+        self.final_norm = nnx.Param(jnp.ones(config.d_model))
+        head_shape = (config.vocab_size, config.d_model)
+        tied = config.tie_embeddings
+        self.lm_head = None if tied else nnx.Param(normal(rngs, head_shape, 0.02))
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits, float32. By default every row is one document."""
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        x_BTD, _ = self.hidden(tokens, segment_ids, positions)
+        return jnp.einsum("BTD,VD->BTV", x_BTD, self.head(), preferred_element_type=jnp.float32)
+
+    def head(self) -> Float[Array, "V D"]:
+        """The output embedding in the compute dtype."""
+        weight = self.embed if self.lm_head is None else self.lm_head
+        return weight[...].astype(self.compute.dtype)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        observe: Collection[Observable] = (),
+    ) -> tuple[Float[Array, "B T D"], Statistics]:
+        """The normed residual stream after the last layer, and what was asked to be observed."""
+        config, compute = self.config, self.compute
+        rows = Rows(segment_ids, *rotary_tables(config.rope, config.head_dim, positions))
+        x_BTD = jnp.take(self.embed[...], tokens, axis=0).astype(compute.dtype)
+        seen = []
+        for block in self.layers:
+            graph, stacked = nnx.split(block)
+
+            def layer(x: Array, one: nnx.State, graph: Any = graph) -> tuple[Array, Any]:
+                block = nnx.merge(graph, cast(one, compute.dtype))
+                return block(x, rows, compute.attention, observe)
+
+            policy = _POLICIES[compute.remat]
+            body = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+            x_BTD, observed = jax.lax.scan(body, x_BTD, stacked)
+            seen.append(observed)
+        observed = jax.tree.map(lambda *parts: jnp.concatenate(parts), *seen)
+        count = jnp.sum(segment_ids > 0).astype(jnp.float32)
+        x_BTD = rms_norm(x_BTD, self.final_norm[...], config.norm_eps)
+        return x_BTD, Statistics(count=count, **observed)
+
+    def loss(
+        self,
+        tokens: Int[Array, "B T"],
+        targets: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        loss_mask: Bool[Array, "B T"],
+        observe: Collection[Observable] = (),
+    ) -> tuple[Float[Array, ""], Statistics]:
+        """Sum over the masked-in tokens of the next-token cross-entropy (natural logarithm)."""
+        x_BTD, seen = self.hidden(tokens, segment_ids, positions, observe)
+        total = chunked_cross_entropy(
+            x_BTD, self.head(), targets, loss_mask, self.compute.loss_chunk
+        )
+        return total, seen
+
+
+def cast(params: Any, dtype: str) -> Any:
+    """Floating-point leaves in the compute dtype: the one place where weights leave float32."""
+    return jax.tree.map(
+        lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p, params
+    )

@@ -1,0 +1,88 @@
+"""Next-token cross-entropy in chunks: the logits of a whole batch never exist at once."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def chunked_cross_entropy(
+    hidden_BTD: Float[Array, "B T D"],
+    head_VD: Float[Array, "V D"],
+    targets_BT: Int[Array, "B T"],
+    loss_mask_BT: Bool[Array, "B T"],
+    chunk: int,
+) -> Float[Array, ""]:
+    """Sum over the masked-in tokens of -log p(target), float32, natural logarithm.
+
+    Logits exist for `chunk` positions of each row at a time. Under differentiation the gradients
+    are formed in the same pass over the chunks, so logits are computed once; `chunk` changes
+    memory and nothing else.
+    """
+    _, total = jax.lax.scan(
+        lambda _, xs: (None, _chunk_loss(head_VD, *xs)[0]),
+        None,
+        _split(chunk, hidden_BTD, targets_BT, loss_mask_BT),
+    )
+    return total.sum()
+
+
+def _chunk_loss(
+    head_VD: Array, h_BCD: Array, targets_BC: Array, mask_BC: Array
+) -> tuple[Float[Array, ""], Float[Array, "B C V"], Float[Array, "B C"]]:
+    logits_BCV = jnp.einsum("BCD,VD->BCV", h_BCD, head_VD, preferred_element_type=jnp.float32)
+    log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+    target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+    return jnp.sum(jnp.where(mask_BC, log_z_BC - target_BC, 0.0)), logits_BCV, log_z_BC
+
+
+def _split(chunk: int, *arrays_BT: Array) -> tuple[Array, ...]:
+    """`[B, T, ...]` → `[T / chunk, B, chunk, ...]`, the last chunk padded with zeros (masked out)."""
+
+    def split(x: Array) -> Array:
+        length = x.shape[1]
+        size = min(chunk, length)
+        pad = -length % size
+        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+    return tuple(split(x) for x in arrays_BT)
+
+
+def _forward(
+    hidden_BTD: Array, head_VD: Array, targets_BT: Array, loss_mask_BT: Array, chunk: int
+) -> tuple[Float[Array, ""], tuple[Array, Array]]:
+    def body(d_head: Array, xs: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        h_BCD, targets_BC, mask_BC = xs
+        loss, logits_BCV, log_z_BC = _chunk_loss(head_VD, *xs)
+        softmax = jnp.exp(logits_BCV - log_z_BC[..., None])
+        one_hot = targets_BC[..., None] == jnp.arange(head_VD.shape[0])
+        d_logits = jnp.where(mask_BC[..., None], softmax - one_hot, 0.0).astype(head_VD.dtype)
+        d_hidden = jnp.einsum("BCV,VD->BCD", d_logits, head_VD)
+        d_head += jnp.einsum("BCV,BCD->VD", d_logits, h_BCD, preferred_element_type=jnp.float32)
+        return d_head, (loss, d_hidden)
+
+    chunks = _split(chunk, hidden_BTD, targets_BT, loss_mask_BT)
+    d_head, (losses, d_hidden) = jax.lax.scan(body, jnp.zeros(head_VD.shape, jnp.float32), chunks)
+    batch, length, width = hidden_BTD.shape
+    d_hidden_BTD = jnp.moveaxis(d_hidden, 0, 1).reshape(batch, -1, width)[:, :length]
+    return losses.sum(), (d_hidden_BTD, d_head.astype(head_VD.dtype))
+
+
+def _backward(
+    chunk: int, residuals: tuple[Array, Array], cotangent: Float[Array, ""]
+) -> tuple[Array, Array, None, None]:
+    del chunk
+    d_hidden, d_head = residuals
+    scale = cotangent.astype(jnp.float32)
+    return (
+        (d_hidden * scale).astype(d_hidden.dtype),
+        (d_head * scale).astype(d_head.dtype),
+        None,
+        None,
+    )
+
+
+chunked_cross_entropy.defvjp(_forward, _backward)

@@ -1,0 +1,48 @@
+"""The gated MLP (SwiGLU), channel-major: keeping a channel is taking a row of three matrices."""
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from sat_jax.models.layers import Mask, indicator, normal
+from sat_jax.sparsity.plan import Segment
+
+if TYPE_CHECKING:
+    from sat_jax.models.llama import LlamaConfig
+
+
+class MLP(nnx.Module):
+    """MLP weights of the layers of one segment: `gate`, `up` and `down` are `[L, F, D]`.
+
+    F is the number of kept channels; in mask execution F stays whole and `kept_channels` `[L, kept]`
+    holds the kept indices.
+    """
+
+    def __init__(
+        self, config: "LlamaConfig", segment: Segment, *, masked: bool = False, rngs: nnx.Rngs
+    ):
+        masked = masked and segment.channels < config.d_ff
+        kept_shape = (segment.layers, segment.channels)
+        shape = (segment.layers, config.d_ff if masked else segment.channels, config.d_model)
+        self.gate = nnx.Param(normal(rngs, shape, 0.02))
+        self.up = nnx.Param(normal(rngs, shape, 0.02))
+        self.down = nnx.Param(normal(rngs, shape, 0.02 / (2 * config.n_layers) ** 0.5))
+        kept = jnp.broadcast_to(jnp.arange(segment.channels, dtype=jnp.int32), kept_shape)
+        self.kept_channels = Mask(kept) if masked else None
+
+    def activate(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+        """Each channel's activation silu(x·gate)·(x·up) of one layer (the L axis taken away)."""
+        gate_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, self.gate[...])
+        up_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, self.up[...])
+        a_BTF = jax.nn.silu(gate_BTF) * up_BTF
+        if self.kept_channels is None:
+            return a_BTF
+        keep_F = indicator(self.kept_channels[...], a_BTF.shape[-1], a_BTF.dtype)
+        return a_BTF * keep_F[None, None]
+
+    def combine(self, a_BTF: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
+        """What the channels add to the residual stream."""
+        return jnp.einsum("BTF,FD->BTD", a_BTF, self.down[...])

@@ -1,0 +1,161 @@
+"""Models by name: the numbers of their published `config.json` files."""
+
+import dataclasses
+import difflib
+from typing import Any
+
+from sat_jax.errors import UserError
+from sat_jax.models.llama import LlamaConfig
+from sat_jax.models.rope import RopeConfig
+
+
+def _llama2(d_model: int, n_layers: int, n_heads: int, n_kv_heads: int, d_ff: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=32_000,
+        d_model=d_model,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=d_model // n_heads,
+        d_ff=d_ff,
+        max_positions=4096,
+        bos_token_id=1,
+        eos_token_ids=(2,),
+    )
+
+
+def _llama3(
+    d_model: int, n_layers: int, n_heads: int, d_ff: int, factor: float = 1.0, tie: bool = False
+) -> LlamaConfig:
+    """Llama 3 with `factor` 1; 3.1 and 3.2 stretch its 8,192 positions by the `llama3` rule."""
+    rope = RopeConfig(theta=500_000.0)
+    if factor > 1:
+        rope = RopeConfig(500_000.0, "llama3", factor, original_max_positions=8192)
+    return LlamaConfig(
+        vocab_size=128_256,
+        d_model=d_model,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=8,
+        head_dim=d_model // n_heads,
+        d_ff=d_ff,
+        max_positions=131_072 if factor > 1 else 8192,
+        rope=rope,
+        tie_embeddings=tie,
+        bos_token_id=128_000,
+        eos_token_ids=(128_001,),
+    )
+
+
+def _smollm2(
+    d_model: int, n_layers: int, n_heads: int, n_kv_heads: int, d_ff: int, theta: float
+) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=49_152,
+        d_model=d_model,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=64,
+        d_ff=d_ff,
+        max_positions=8192,
+        rope=RopeConfig(theta),
+        tie_embeddings=True,
+        bos_token_id=0,
+        eos_token_ids=(0,),
+    )
+
+
+def _qwen(
+    d_model: int, n_layers: int, n_heads: int, n_kv_heads: int, d_ff: int, **rest: Any
+) -> LlamaConfig:
+    settings: dict[str, Any] = dict(
+        vocab_size=151_936,
+        d_model=d_model,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=d_model // n_heads,
+        d_ff=d_ff,
+        max_positions=32_768,
+        rope=RopeConfig(1_000_000.0),
+        norm_eps=1e-6,
+        tie_embeddings=True,
+        qkv_bias=True,
+        family="qwen2",
+        bos_token_id=151_643,
+        eos_token_ids=(151_643,),
+    )
+    return LlamaConfig(**settings | rest)
+
+
+def _qwen3(d_model: int, n_layers: int, n_heads: int, d_ff: int, **rest: Any) -> LlamaConfig:
+    settings: dict[str, Any] = dict(
+        head_dim=128,
+        max_positions=40_960,
+        qkv_bias=False,
+        qk_norm=True,
+        family="qwen3",
+        eos_token_ids=(151_645,),
+    )
+    return _qwen(d_model, n_layers, n_heads, 8, d_ff, **settings | rest)
+
+
+_QWEN_LARGE_VOCABULARY = dict(vocab_size=152_064, tie_embeddings=False)
+
+PRESETS: dict[str, LlamaConfig] = {
+    # Two layers of two KV groups with two query heads each, for tests and a first look; the
+    # vocabulary is bytes and a few control tokens.
+    "tiny": LlamaConfig(
+        vocab_size=260,
+        d_model=64,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        head_dim=16,
+        d_ff=128,
+        max_positions=512,
+        tie_embeddings=True,
+    ),
+    "llama-2-7b": _llama2(4096, 32, 32, 32, 11_008),
+    "llama-2-13b": _llama2(5120, 40, 40, 40, 13_824),
+    "llama-2-70b": _llama2(8192, 80, 64, 8, 28_672),
+    "llama-3-8b": _llama3(4096, 32, 32, 14_336),
+    "llama-3-70b": _llama3(8192, 80, 64, 28_672),
+    "llama-3.1-8b": _llama3(4096, 32, 32, 14_336, factor=8.0),
+    "llama-3.1-70b": _llama3(8192, 80, 64, 28_672, factor=8.0),
+    "llama-3.2-1b": _llama3(2048, 16, 32, 8192, factor=32.0, tie=True),
+    "llama-3.2-3b": _llama3(3072, 28, 24, 8192, factor=32.0, tie=True),
+    "tinyllama-1.1b": dataclasses.replace(_llama2(2048, 22, 32, 4, 5632), max_positions=2048),
+    "smollm2-135m": _smollm2(576, 30, 9, 3, 1536, theta=100_000.0),
+    "smollm2-360m": _smollm2(960, 32, 15, 5, 2560, theta=100_000.0),
+    "smollm2-1.7b": _smollm2(2048, 24, 32, 32, 8192, theta=130_000.0),
+    # Version 0.3: no sliding window, and a vocabulary of 32,768.
+    "mistral-7b": dataclasses.replace(
+        _llama2(4096, 32, 32, 8, 14_336),
+        vocab_size=32_768,
+        max_positions=32_768,
+        rope=RopeConfig(1_000_000.0),
+        family="mistral",
+    ),
+    "qwen2-0.5b": _qwen(896, 24, 14, 2, 4864, max_positions=131_072),
+    "qwen2-1.5b": _qwen(1536, 28, 12, 2, 8960, max_positions=131_072),
+    "qwen2-7b": _qwen(3584, 28, 28, 4, 18_944, max_positions=131_072, **_QWEN_LARGE_VOCABULARY),
+    "qwen2.5-0.5b": _qwen(896, 24, 14, 2, 4864),
+    "qwen2.5-1.5b": _qwen(1536, 28, 12, 2, 8960, max_positions=131_072),
+    "qwen2.5-3b": _qwen(2048, 36, 16, 2, 11_008),
+    "qwen2.5-7b": _qwen(3584, 28, 28, 4, 18_944, max_positions=131_072, **_QWEN_LARGE_VOCABULARY),
+    "qwen3-0.6b": _qwen3(1024, 28, 16, 3072),
+    "qwen3-1.7b": _qwen3(2048, 28, 16, 6144),
+    "qwen3-4b": _qwen3(2560, 36, 32, 9728),
+    "qwen3-8b": _qwen3(4096, 36, 32, 12_288, tie_embeddings=False),
+}
+
+
+def preset(name: str) -> LlamaConfig:
+    """The published shape called `name`; a miss lists the near names."""
+    if name in PRESETS:
+        return PRESETS[name]
+    near = difflib.get_close_matches(name.lower(), PRESETS, n=4, cutoff=0.5)
+    names = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(PRESETS)}"
+    raise UserError(f"no preset {name!r}; {names}")

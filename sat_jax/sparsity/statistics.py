@@ -1,0 +1,38 @@
+"""What is observed of a forward pass, and how it is averaged over steps."""
+
+from typing import Literal, NamedTuple
+
+import jax
+from jaxtyping import Array, Float
+
+Observable = Literal["inputs", "outputs"]
+
+
+class InputSums(NamedTuple):
+    """Sums over tokens of a module's normed input x: `square` Σx², `linear` Σx, both `[L, D]`."""
+
+    square: Float[Array, "L D"]
+    linear: Float[Array, "L D"]
+
+
+class Statistics(NamedTuple):
+    """Token-weighted float32 sums over `count` non-padding tokens; None where not observed.
+
+    `attention` and `mlp` are the modules' inputs. `heads` `[L, K, G, G]` holds, for each KV group,
+    Σ⟨o_g W_o,g , o_h W_o,h⟩ of every pair of its query heads; `channels` `[L, F]` is Σa² of each
+    channel's activation.
+    """
+
+    count: Float[Array, ""]
+    attention: InputSums | None = None
+    mlp: InputSums | None = None
+    heads: Float[Array, "L K G G"] | None = None
+    channels: Float[Array, "L F"] | None = None
+
+
+def accumulate(running: Statistics, new: Statistics, decay: float) -> Statistics:
+    """`decay · running + new`. Sums and count decay together, so that any ratio of the two is the
+    token-weighted average over the steps, newest heaviest; what `new` lacks stays as it was."""
+    if jax.tree.structure(running) != jax.tree.structure(new):
+        raise ValueError("running and new statistics observe different things")
+    return jax.tree.map(lambda old, fresh: decay * old + fresh, running, new)
