@@ -1,0 +1,36 @@
+# Every target does its own set-up in .venv the first time; a second call does none.
+PYTHON_IN_VENV := .venv/bin/python
+QUICKSTART := runs/quickstart
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-real bench lint setup clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+quickstart:  ## continue the pre-training of a real 135M model with SAT, on a CPU, in minutes
+	@scripts/setup.sh base quickstart
+	$(PYTHON_IN_VENV) -m scripts.train --config=experiments/quickstart.py --workdir=$(QUICKSTART)
+
+test:  ## all tests but those on real weights
+	@scripts/setup.sh test
+	$(PYTHON_IN_VENV) -m pytest
+
+test-real:  ## tests on the quickstart model's real weights, against torch and transformers
+	@scripts/setup.sh test bench quickstart
+	$(PYTHON_IN_VENV) -m pytest -m real
+
+bench:  ## measure speed against the dense step and against transformers
+	@scripts/setup.sh base bench quickstart
+	$(PYTHON_IN_VENV) -m scripts.benchmark
+
+lint:  ## formatter, linter and types, as before a commit
+	@scripts/setup.sh test
+	$(PYTHON_IN_VENV) -m pre_commit run --all-files
+
+setup:  ## only the set-up that the other targets do by themselves
+	@scripts/setup.sh base
+
+clean:  ## remove .venv and the tools' caches; runs/ stays
+	rm -rf .venv *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,52 @@
+"""Strict runtime for every test, here and in the processes that tests start."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+# Before anything imports jax, and inherited by child processes.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")  # a plugin may have imported jax earlier
+
+ROOT = Path(__file__).resolve().parent.parent
+
+RunPython = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Prepared data and compiled programs of this session; the user's own cache is left alone."""
+    path = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAT_JAX_CACHE", str(path))
+        yield path
+
+
+@pytest.fixture
+def run_python() -> RunPython:
+    """Runs `python ARGS` in the root, in its own process, on `devices` virtual CPU devices."""
+
+    def run(
+        *arguments: str, devices: int = 1, timeout: float = 300
+    ) -> subprocess.CompletedProcess[str]:
+        flags = (
+            f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        )
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env={**os.environ, "XLA_FLAGS": flags.strip()},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
