@@ -1,0 +1,90 @@
+"""Models in and out: Hugging Face directories and GGUF files."""
+
+import importlib.util
+from pathlib import Path
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import nnx
+
+from sat_jax.errors import UserError
+from sat_jax.interop import gguf, huggingface
+from sat_jax.interop.huggingface import Dtype
+from sat_jax.interop.weights import Weights, parameter_path, parameter_shapes, parameters
+from sat_jax.models.llama import Compute, Llama
+
+__all__ = [
+    "Weights",
+    "load_model",
+    "locate",
+    "open_weights",
+    "parameter_shapes",
+    "parameters",
+    "save_model",
+]
+
+_PACKAGE = "package:"
+
+
+def locate(path: str | Path) -> Path:
+    """`path`, or for `package:NAME` the one GGUF file inside that installed package.
+
+    The package is found and not imported.
+    """
+    text = str(path)
+    if not text.startswith(_PACKAGE):
+        return Path(path).expanduser()
+    name = text.removeprefix(_PACKAGE)
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"{text}: no package of that name is installed")
+    folders = [Path(folder) for folder in spec.submodule_search_locations]
+    files = sorted(file for folder in folders for file in folder.rglob("*.gguf"))
+    if len(files) != 1:
+        raise UserError(f"{text}: {len(files)} GGUF files in {folders[0]}; expected exactly one")
+    return files[0]
+
+
+def open_weights(path: str | Path) -> Weights:
+    """The weights at `path`: a Hugging Face directory, a .gguf file, or `package:NAME`.
+
+    Everything is checked against the config here; values are read when they are asked for.
+    """
+    place = locate(path)
+    if place.is_dir():
+        return huggingface.open_directory(place)
+    if place.suffix == ".gguf":
+        return gguf.open_file(place)
+    problem = "neither a directory nor a .gguf file" if place.exists() else "no such path"
+    raise UserError(f"{place}: {problem}; expected a Hugging Face directory or a GGUF file")
+
+
+def load_model(path: str | Path, dtype: Literal["float32", "bfloat16"] = "float32") -> Llama:
+    """The model at `path` (see `open_weights`) with float32 parameters, computing in `dtype`."""
+    weights = open_weights(path)
+    compute = Compute(dtype=dtype)
+    abstract = nnx.eval_shape(lambda: Llama(weights.config, compute=compute, rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(abstract)
+    filled = [
+        (key, variable.replace(jnp.asarray(weights.read(parameter_path(key)))))
+        for key, variable in nnx.to_flat_state(params)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def save_model(
+    model: Llama,
+    directory: str | Path,
+    *,
+    dtype: Dtype = "float32",
+    tokenizer_files_from: str | Path | None = None,
+) -> None:
+    """Writes a Hugging Face directory (new or empty) that transformers 4 and 5 load."""
+    found = parameters(model)
+    huggingface.write_directory(
+        Path(directory).expanduser(),
+        model.config,
+        lambda path: found[path][...],
+        dtype=dtype,
+        tokenizer_files_from=None if tokenizer_files_from is None else Path(tokenizer_files_from),
+    )

@@ -101,7 +101,9 @@ class _Metadata:
             raise UserError(f"{where}: one part of a split model; merge the parts into one file")
         prefix = f"{self.architecture}."
         self.own = {
-            key.removeprefix(prefix): self.get(key) for key in self._fields if key.startswith(prefix)
+            key.removeprefix(prefix): self.get(key)
+            for key in self._fields
+            if key.startswith(prefix)
         }
         for key, value in self.own.items():
             if key not in _READ and value not in _NEUTRAL.get(key, ()):
@@ -126,7 +128,7 @@ class _Metadata:
 
     def number(self, key: str, default: float | None = None) -> float:
         """A positive float32, as the shortest decimal that stands for it (1e-05, not 9.99…e-06)."""
-        value = self.own.get(key, default)
+        value: Any = self.own.get(key, default)
         if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
             raise self.refuse(key, "a positive number")
         return float(str(np.float32(value)))
@@ -212,9 +214,7 @@ def _rope_factors(tensors: dict[str, ReaderTensor], path: Path) -> np.ndarray | 
     return _dequantised(tensors[_ROPE_FREQS], path).reshape(-1)
 
 
-def _rope_from_factors(
-    theta: float, head_dim: int, factors: np.ndarray, where: str
-) -> RopeConfig:
+def _rope_from_factors(theta: float, head_dim: int, factors: np.ndarray, where: str) -> RopeConfig:
     """The `llama3` rule whose result `factors` are: low 1, high 4, an original length 2^n.
 
     Every published model that carries the tensor was made by that rule, with length 8,192.
@@ -228,7 +228,9 @@ def _rope_from_factors(
         wanted = plain / inverse_frequencies(rope, head_dim, 1)
         if wanted.shape == factors.shape and np.allclose(wanted, factors, rtol=1e-4, atol=0):
             return rope
-    raise UserError(f"{where}: {_ROPE_FREQS} does not follow the llama3 rule; no other is supported")
+    raise UserError(
+        f"{where}: {_ROPE_FREQS} does not follow the llama3 rule; no other is supported"
+    )
 
 
 def _fetcher(

@@ -46,7 +46,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def open_directory(directory: Path) -> Weights:
-    """The model in a Hugging Face directory. Only headers are read until a parameter is asked for."""
+    """The model in a Hugging Face directory. Only headers are read until a value is asked for."""
     config_path = directory / "config.json"
     if not config_path.is_file():
         raise UserError(f"{directory}: no config.json; expected a Hugging Face directory")
@@ -70,7 +70,7 @@ class _Tensors:
         for path in _safetensors_files(directory):
             try:
                 handle = safe_open(path, framework="np").__enter__()
-                for name in handle.keys():
+                for name in handle.keys():  # noqa: SIM118, a handle is no dict
                     piece = handle.get_slice(name)
                     if name in self.shapes:
                         raise UserError(f"{path}: tensor {name} is also in another shard")
@@ -137,7 +137,9 @@ def write_directory(
     or empty. Tokenizer files are copied from `tokenizer_files_from` where it has them.
     """
     if dtype not in get_args(Dtype):
-        raise UserError(f"dtype {dtype!r} cannot be written; accepted: {', '.join(get_args(Dtype))}")
+        raise UserError(
+            f"dtype {dtype!r} cannot be written; accepted: {', '.join(get_args(Dtype))}"
+        )
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise UserError(f"{directory}: exists and is not an empty directory; give a new one")
     raw = config_to_json(config, dtype)
@@ -185,6 +187,8 @@ def _write_tensors(
             tensors[name] = np.ascontiguousarray(one.astype(number))
             weight_map[name] = file
         save_file(tensors, directory / file, metadata={"format": "pt"})
+        # safetensors makes its files private; give them the mode that any new file has here.
+        (directory / file).chmod((directory / "config.json").stat().st_mode)
     if len(shards) > 1:
         size = sum(_count(shape) for *_, shape in stored_tensors(config, "huggingface"))
         metadata = {"total_size": size * number.itemsize}

@@ -95,7 +95,7 @@ class _Fields:
 
     def number(self, field: str, default: float | None = None, above: float = 0.0) -> float:
         """A finite number greater than `above`; `default` stands for a missing or null field."""
-        value = self.raw.get(field)
+        value: Any = self.raw.get(field)
         if value is None and default is not None:
             return default
         if type(value) not in (int, float) or not math.isfinite(value) or value <= above:
@@ -120,8 +120,8 @@ class _Fields:
 def config_from_json(raw: Json, where: str) -> LlamaConfig:
     """The model that a config.json describes; `where` names the file in errors."""
     fields = _Fields(raw, where)
-    family: Family = raw.get("model_type")  # type: ignore[assignment]
-    if family not in _ARCHITECTURES:
+    family: Any = raw.get("model_type")
+    if not isinstance(family, str) or family not in _ARCHITECTURES:
         raise fields.refuse("model_type", ", ".join(_ARCHITECTURES))
     if raw.get("architectures") not in (None, [_ARCHITECTURES[family]]):
         raise fields.refuse("architectures", _ARCHITECTURES[family])
@@ -136,7 +136,9 @@ def config_from_json(raw: Json, where: str) -> LlamaConfig:
     if n_heads % n_kv_heads:
         raise fields.refuse("num_key_value_heads", f"a divisor of num_attention_heads = {n_heads}")
     if raw.get("head_dim") is None and d_model % n_heads:
-        raise fields.refuse("head_dim", "a size, as num_attention_heads does not divide hidden_size")
+        raise fields.refuse(
+            "head_dim", "a size, as num_attention_heads does not divide hidden_size"
+        )
     # Qwen3's head size is a number of its own that never follows from the others.
     head_dim = fields.count("head_dim", None if family == "qwen3" else d_model // n_heads)
     if head_dim % 2:
@@ -171,7 +173,7 @@ def _refuse_sliding_window(
 ) -> None:
     """A window is harmless where no layer uses it, or where it is as long as any text may be."""
     layer_types = fields.raw.get("layer_types")
-    if layer_types is not None and set(layer_types) != {"full_attention"}:
+    if layer_types not in (None, ["full_attention"] * n_layers):
         raise fields.refuse("layer_types", '"full_attention" for every layer')
     window = fields.raw.get("sliding_window")
     if window is None or (type(window) is int and window >= max_positions):
@@ -205,7 +207,7 @@ def _rope_from(raw: Any, theta: float, max_positions: int, where: str) -> RopeCo
         raise UserError(f"{where}: RoPE that differs between layers is not supported")
     if raw.get("partial_rotary_factor") not in (1.0, None):
         raise fields.refuse("partial_rotary_factor", "1.0")
-    kind: RopeType = raw.get("rope_type", raw.get("type", "default"))
+    kind: Any = raw.get("rope_type", raw.get("type", "default"))
     if kind not in get_args(RopeType):
         raise UserError(
             f"{where}: rope type {json.dumps(kind)} is not supported; accepted: "

@@ -8,7 +8,7 @@ how it turns into ours.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -38,9 +38,16 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def parameters(model: Llama) -> dict[str, nnx.Variable[jax.Array]]:
-    """Path → parameter of a dense model (one segment)."""
+    """Path → parameter of a dense model."""
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {"/".join(str(part) for part in key if part != 0): value for key, value in flat}
+    return {parameter_path(key): variable for key, variable in flat}
+
+
+def parameter_path(key: tuple[Any, ...]) -> str:
+    """The path of a key of the model's flat state: the one segment's number is left out."""
+    if len(key) > 1 and key[:2] != ("layers", 0):
+        raise ValueError(f"{key}: not a parameter of a dense model, which has one segment")
+    return "/".join(str(part) for part in key if part != 0)
 
 
 # How a stored tensor becomes ours. `rows`: [out, in], out split into our leading axes.
@@ -83,65 +90,39 @@ class Row:
         return matrix.T if self.layout == "columns" else matrix
 
 
-_HF, _ATTENTION, _MLP = "model.layers.{layer}", "layers/attention", "layers/mlp"
-_HF_ATTENTION, _HF_MLP = f"{_HF}.self_attn", f"{_HF}.mlp"
-_BLOCK = "blk.{layer}"
+def _vector(path: str, huggingface: str, gguf: str) -> Row:
+    return Row(f"layers/{path}", f"model.layers.{{layer}}.{huggingface}", _block(gguf), "vector")
 
-TABLE: dict[str, Row] = {
-    row.path: row
-    for row in (
-        Row("embed", "model.embed_tokens.weight", "token_embd.weight", "rows"),
-        Row("final_norm", "model.norm.weight", "output_norm.weight", "vector"),
-        Row("lm_head", "lm_head.weight", "output.weight", "rows"),
-        Row(
-            "layers/attention_norm",
-            f"{_HF}.input_layernorm.weight",
-            f"{_BLOCK}.attn_norm.weight",
-            "vector",
-        ),
-        Row(
-            "layers/mlp_norm",
-            f"{_HF}.post_attention_layernorm.weight",
-            f"{_BLOCK}.ffn_norm.weight",
-            "vector",
-        ),
-        *(
-            Row(
-                f"{_ATTENTION}/{name}",
-                f"{_HF_ATTENTION}.{name[0]}_proj.weight",
-                f"{_BLOCK}.attn_{gguf}.weight",
-                layout,
-            )
-            for name, gguf, layout in (
-                ("query", "q", "rows"),
-                ("key", "k", "rows"),
-                ("value", "v", "rows"),
-                ("output", "output", "columns"),
-            )
-        ),
-        *(
-            Row(
-                f"{_ATTENTION}/{name}_bias",
-                f"{_HF_ATTENTION}.{name[0]}_proj.bias",
-                f"{_BLOCK}.attn_{name[0]}.bias",
-                "vector",
-            )
-            for name in ("query", "key", "value")
-        ),
-        *(
-            Row(
-                f"{_ATTENTION}/{name}_norm",
-                f"{_HF_ATTENTION}.{name[0]}_norm.weight",
-                f"{_BLOCK}.attn_{name[0]}_norm.weight",
-                "vector",
-            )
-            for name in ("query", "key")
-        ),
-        Row(f"{_MLP}/gate", f"{_HF_MLP}.gate_proj.weight", f"{_BLOCK}.ffn_gate.weight", "rows"),
-        Row(f"{_MLP}/up", f"{_HF_MLP}.up_proj.weight", f"{_BLOCK}.ffn_up.weight", "rows"),
-        Row(f"{_MLP}/down", f"{_HF_MLP}.down_proj.weight", f"{_BLOCK}.ffn_down.weight", "columns"),
-    )
-}
+
+def _matrix(path: str, huggingface: str, gguf: str, layout: Layout = "rows") -> Row:
+    name = f"model.layers.{{layer}}.{huggingface}_proj.weight"
+    return Row(f"layers/{path}", name, _block(f"{gguf}.weight"), layout)
+
+
+def _block(name: str) -> str:
+    return f"blk.{{layer}}.{name}"
+
+
+_ROWS = (
+    Row("embed", "model.embed_tokens.weight", "token_embd.weight", "rows"),
+    Row("final_norm", "model.norm.weight", "output_norm.weight", "vector"),
+    Row("lm_head", "lm_head.weight", "output.weight", "rows"),
+    _vector("attention_norm", "input_layernorm.weight", "attn_norm.weight"),
+    _vector("mlp_norm", "post_attention_layernorm.weight", "ffn_norm.weight"),
+    _matrix("attention/query", "self_attn.q", "attn_q"),
+    _matrix("attention/key", "self_attn.k", "attn_k"),
+    _matrix("attention/value", "self_attn.v", "attn_v"),
+    _matrix("attention/output", "self_attn.o", "attn_output", "columns"),
+    _vector("attention/query_bias", "self_attn.q_proj.bias", "attn_q.bias"),
+    _vector("attention/key_bias", "self_attn.k_proj.bias", "attn_k.bias"),
+    _vector("attention/value_bias", "self_attn.v_proj.bias", "attn_v.bias"),
+    _vector("attention/query_norm", "self_attn.q_norm.weight", "attn_q_norm.weight"),
+    _vector("attention/key_norm", "self_attn.k_norm.weight", "attn_k_norm.weight"),
+    _matrix("mlp/gate", "mlp.gate", "ffn_gate"),
+    _matrix("mlp/up", "mlp.up", "ffn_up"),
+    _matrix("mlp/down", "mlp.down", "ffn_down", "columns"),
+)
+TABLE: dict[str, Row] = {row.path: row for row in _ROWS}
 
 Format = Literal["huggingface", "gguf"]
 
@@ -165,7 +146,9 @@ def check_tensors(
 ) -> None:
     """Refuses, by name, tensors that are missing, left over or of another shape."""
     problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is not a parameter of this model" for name in found if name not in expected]
+    problems += [
+        f"{name} is not a parameter of this model" for name in found if name not in expected
+    ]
     problems += [
         f"{name} has shape {list(found[name])}, expected {list(shape)}"
         for name, shape in expected.items()

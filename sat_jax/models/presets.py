@@ -69,39 +69,39 @@ def _smollm2(
 def _qwen(
     d_model: int, n_layers: int, n_heads: int, n_kv_heads: int, d_ff: int, **rest: Any
 ) -> LlamaConfig:
-    settings: dict[str, Any] = dict(
-        vocab_size=151_936,
-        d_model=d_model,
-        n_layers=n_layers,
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        head_dim=d_model // n_heads,
-        d_ff=d_ff,
-        max_positions=32_768,
-        rope=RopeConfig(1_000_000.0),
-        norm_eps=1e-6,
-        tie_embeddings=True,
-        qkv_bias=True,
-        family="qwen2",
-        bos_token_id=151_643,
-        eos_token_ids=(151_643,),
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": 151_936,
+        "d_model": d_model,
+        "n_layers": n_layers,
+        "n_heads": n_heads,
+        "n_kv_heads": n_kv_heads,
+        "head_dim": d_model // n_heads,
+        "d_ff": d_ff,
+        "max_positions": 32_768,
+        "rope": RopeConfig(1_000_000.0),
+        "norm_eps": 1e-6,
+        "tie_embeddings": True,
+        "qkv_bias": True,
+        "family": "qwen2",
+        "bos_token_id": 151_643,
+        "eos_token_ids": (151_643,),
+    }
     return LlamaConfig(**settings | rest)
 
 
 def _qwen3(d_model: int, n_layers: int, n_heads: int, d_ff: int, **rest: Any) -> LlamaConfig:
-    settings: dict[str, Any] = dict(
-        head_dim=128,
-        max_positions=40_960,
-        qkv_bias=False,
-        qk_norm=True,
-        family="qwen3",
-        eos_token_ids=(151_645,),
-    )
+    settings: dict[str, Any] = {
+        "head_dim": 128,
+        "max_positions": 40_960,
+        "qkv_bias": False,
+        "qk_norm": True,
+        "family": "qwen3",
+        "eos_token_ids": (151_645,),
+    }
     return _qwen(d_model, n_layers, n_heads, 8, d_ff, **settings | rest)
 
 
-_QWEN_LARGE_VOCABULARY = dict(vocab_size=152_064, tie_embeddings=False)
+_QWEN_LARGE_VOCABULARY = {"vocab_size": 152_064, "tie_embeddings": False}
 
 PRESETS: dict[str, LlamaConfig] = {
     # Two layers of two KV groups with two query heads each, for tests and a first look; the
