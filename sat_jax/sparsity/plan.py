@@ -1,6 +1,13 @@
 """What one rung keeps, as static numbers: one plan, one compilation."""
 
 import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+from sat_jax.errors import UserError
+
+AttentionUnit = Literal["kv_group", "query_head"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +32,103 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The segments of all layers, first to last. Hashable; static under jit."""
+    """The segments of all layers, first to last, and how neurons are chosen inside a layer.
+
+    The same number is kept in each of `balance` contiguous parts of the neurons, and channels are
+    kept in aligned runs of `block`. Hashable; static under jit.
+    """
 
     segments: tuple[Segment, ...]
+    balance: int = 1
+    block: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Neurons:
+    """How many neurons every layer of the whole model has."""
+
+    layers: int
+    kv_groups: int
+    query_heads: int
+    channels: int
+
+    def heads_whole(self, segment: Segment) -> bool:
+        """Whether the segment keeps every head."""
+        return (segment.kv_groups, segment.query_heads) == (self.kv_groups, self.query_heads)
+
+    def channels_whole(self, segment: Segment) -> bool:
+        """Whether the segment keeps every channel."""
+        return segment.channels == self.channels
+
+    def is_dense(self, plan: Plan) -> bool:
+        """Whether the plan keeps everything."""
+        return all(self.heads_whole(s) and self.channels_whole(s) for s in plan.segments)
+
+
+def kept_count(total: int, rate: float, unit: int = 1) -> int:
+    """Neurons kept of `total` at omission rate `rate`: the nearest multiple of `unit`, at least one
+    unit; halves round up."""
+    return max(unit, unit * math.floor((1 - rate) * total / unit + 0.5))
+
+
+def make_plan(
+    neurons: Neurons,
+    rate_attention: float,
+    rate_mlp: float,
+    *,
+    attention_unit: AttentionUnit = "kv_group",
+    dense_layers: tuple[int, ...] = (),
+    max_segments: int = 4,
+    block: int = 1,
+    balance: int = 1,
+) -> Plan:
+    """The counts that come nearest to the asked rates.
+
+    `dense_layers` keep everything (negative numbers count from the end). Raises `UserError` for
+    neurons that `block` and `balance` do not divide, a layer that does not exist, and more than
+    `max_segments` runs of layers.
+    """
+    _check_divides("sparsity.balance", balance, "KV groups", neurons.kv_groups)
+    _check_divides(
+        "sparsity.block × sparsity.balance", block * balance, "channels", neurons.channels
+    )
+    groups, heads = neurons.kv_groups, neurons.query_heads
+    if attention_unit == "kv_group":
+        groups = kept_count(groups, rate_attention, balance)
+    else:
+        heads = kept_count(heads, rate_attention)
+    channels = kept_count(neurons.channels, rate_mlp, block * balance)
+
+    dense = _layer_numbers(dense_layers, neurons.layers)
+    whole = (neurons.kv_groups, neurons.query_heads, neurons.channels)
+    counts = [whole if i in dense else (groups, heads, channels) for i in range(neurons.layers)]
+    segments = tuple(Segment(start, stop, *counts[start]) for start, stop in _runs(counts))
+    if len(segments) > max_segments:
+        raise UserError(
+            f"sparsity.dense_layers cuts the layers into {len(segments)} segments; accepted: at most"
+            f" sparsity.max_segments = {max_segments}"
+        )
+    return Plan(segments, balance, block)
+
+
+def _check_divides(name: str, unit: int, what: str, total: int) -> None:
+    if total % unit:
+        raise UserError(f"{name} is {unit}, which does not divide the {total} {what} of a layer")
+
+
+def _layer_numbers(asked: tuple[int, ...], layers: int) -> set[int]:
+    for layer in asked:
+        if not -layers <= layer < layers:
+            raise UserError(
+                f"sparsity.dense_layers has {layer}; accepted: {-layers} to {layers - 1}"
+            )
+    return {layer % layers for layer in asked}
+
+
+def _runs(counts: list[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
+    """(start, stop) of each run of equal counts."""
+    start = 0
+    for i in range(1, len(counts) + 1):
+        if i == len(counts) or counts[i] != counts[start]:
+            yield start, i
+            start = i

@@ -1,0 +1,214 @@
+"""Every setting of a run: frozen, typed, with its meaning and what it accepts.
+
+Experiment files fill an ml_collections `ConfigDict` (`default_config`); `from_config_dict` turns it
+into the frozen `Config` that everything else reads. Unknown keys, wrong types and values out of
+range are refused by name. Conversion between the two is in `config_values.py`.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+from sat_jax.errors import UserError
+from sat_jax.models.dot_product import Implementation
+from sat_jax.models.llama import Remat
+
+
+def key(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    free: bool = False,
+) -> Any:
+    """A setting with its help text and, for numbers, inclusive bounds.
+
+    `free`: a resumed run may change it, since no result depends on it.
+    """
+    return dataclasses.field(
+        default=default, metadata={"help": help, "low": low, "high": high, "free": free}
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    preset: str | None = key("tiny", "a shape by name, with random weights (see models/presets.py)")
+    path: str | None = key(
+        None,
+        "pretrained weights, in place of preset: a Hugging Face directory, a .gguf file, or"
+        " package:NAME for the .gguf file inside an installed Python package",
+    )
+    dtype: Literal["float32", "bfloat16"] = key(
+        "float32", "compute dtype; the trained weights are always float32"
+    )
+    remat: Remat = key(
+        "none",
+        "what the backward pass recomputes: nothing, all but matmul outputs (dots), or all but"
+        " each layer's input (full)",
+    )
+    loss_chunk: int = key(512, "positions of each row whose logits exist at once", low=1)
+    attention: Implementation | None = key(
+        None, "attention backend; None chooses by platform and dtype"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    sources: tuple[str, ...] = key(
+        (),
+        "texts: files, folders or globs (text, Markdown, JSON-lines; gzip or zstd), package:NAME"
+        " for an installed Python package's files, tfds:DIR for a prepared dataset",
+    )
+    tokenizer: str = key("model", "'model', a path to a tokenizer.json, or 'bytes'")
+    row_length: int = key(1024, "tokens a row", low=2)
+    held_out: float = key(0.05, "share of the documents kept for evaluation", low=0.0, high=0.9)
+    max_tokens: int | None = key(None, "tokens prepared at most; None takes everything", low=1)
+    text_field: str = key("text", "the field of JSON-lines (or of a TFDS dataset) that holds text")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int = key(100, "optimizer steps", low=1)
+    rows_per_step: int = key(1, "rows a step, over all devices and microbatches", low=1)
+    accumulate: int = key(1, "microbatches a step", low=1)
+    log_every: int = key(1, "steps between logged records", low=1, free=True)
+    eval_every: int = key(
+        0, "steps between held-out evaluations; 0: only before and after", low=0, free=True
+    )
+    eval_rows: int = key(16, "held-out rows evaluated at most", low=1)
+    deterministic: bool = key(False, "ask XLA for deterministic kernels on GPU (slower)")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    name: Literal["adamw", "lion"] = key("adamw", "the update rule")
+    learning_rate: float = key(1e-4, "peak learning rate", low=0.0)
+    warmup_steps: int = key(0, "steps of linear warm-up from 0", low=0)
+    schedule: Literal["cosine", "linear", "constant"] = key("cosine", "after the warm-up")
+    final_scale: float = key(
+        0.1, "last learning rate as a share of the peak (cosine, linear)", low=0.0, high=1.0
+    )
+    weight_decay: float = key(0.0, "decoupled, on matrices only", low=0.0)
+    beta1: float = key(0.9, "decay of the first moment", low=0.0, high=0.9999)
+    beta2: float = key(0.95, "decay of the second moment", low=0.0, high=0.99999)
+    clip_norm: float | None = key(1.0, "global gradient norm clipped to; None: never", low=0.0)
+    moments: Literal["freeze", "decay"] = key(
+        "freeze",
+        "omitted neurons: untouched (freeze), or updated with zero gradient (decay; needs mask"
+        " execution)",
+    )
+    bias_correction: Literal["neuron", "global"] = key(
+        "neuron", "Adam's step count: each neuron's own updates, or the run's steps"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SparsityConfig:
+    rate: float = key(
+        0.0, "omission rate r0 of heads and channels; 0 trains densely", low=0.0, high=1.0
+    )
+    rate_attention: float | None = key(None, "r0 of heads; None: rate", low=0.0, high=1.0)
+    rate_mlp: float | None = key(None, "r0 of MLP channels; None: rate", low=0.0, high=1.0)
+    metric: str = key("output", "importance metric (see sparsity/importance.py)")
+    selection: Literal["topk", "sample"] = key(
+        "topk", "the most important, or drawn without replacement in proportion to importance"
+    )
+    schedule: Literal["ladder", "constant", "linear", "cosine", "cubic", "s2d"] = key(
+        "ladder", "omission rate over steps"
+    )
+    rungs: int = key(4, "stairs from r0 down to dense", low=1)
+    split: float = key(
+        0.5, "share of the steps spent at r0 before the first stair", low=0.0, high=1.0
+    )
+    refresh_every: int = key(10, "steps between new selections", low=1)
+    probe_tokens: int = key(1024, "tokens of the batch that a refresh observes", low=1)
+    stats_decay: float = key(
+        0.9, "weight of older observations at each new one", low=0.0, high=0.9999
+    )
+    attention_unit: Literal["kv_group", "query_head"] = key(
+        "kv_group", "what is omitted in attention: whole KV groups, or query heads in each group"
+    )
+    dense_layers: tuple[int, ...] = key((), "layers that keep everything; -1 is the last")
+    max_segments: int = key(4, "runs of layers with equal counts at most", low=1)
+    block: int = key(1, "channels are chosen in aligned runs of this many", low=1)
+    balance: int | None = key(
+        None, "equal parts that keep equally many neurons; None: mesh.tensor", low=1
+    )
+    execution: Literal["gather", "mask"] = key(
+        "gather", "train the compacted model, or compute everything and multiply by 0/1"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: int = key(-1, "devices that split rows; -1: all that are left", low=-1)
+    fsdp: int = key(1, "devices that split rows and the width of the weights", low=1)
+    tensor: int = key(1, "devices that split heads, channels and vocabulary", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = key(0, "steps between checkpoints; 0: only at the end", low=0, free=True)
+    keep: int = key(2, "newest checkpoints kept", low=1, free=True)
+    keep_every: int | None = key(
+        None, "checkpoints at multiples of this many steps are kept for good", low=1, free=True
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    huggingface: bool = key(False, "write WORKDIR/huggingface at the end", free=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: int = key(0, "of weights, data order and selection", low=0)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    sparsity: SparsityConfig = SparsityConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    export: ExportConfig = ExportConfig()
+
+    def __post_init__(self) -> None:
+        self._check_model()
+        self._check_steps()
+        self._check_sparsity()
+
+    def _check_model(self) -> None:
+        if self.model.preset is None and self.model.path is None:
+            raise UserError("model: give a preset by name or a path to pretrained weights")
+        if self.mesh.data == 0:
+            raise UserError("mesh.data is 0; accepted: 1 or more, or -1 for all devices left")
+
+    def _check_steps(self) -> None:
+        rows, parts = self.train.rows_per_step, self.train.accumulate
+        if rows % parts:
+            raise UserError(
+                f"train.rows_per_step {rows} is not a multiple of train.accumulate {parts}"
+            )
+        if self.optimizer.warmup_steps > self.train.steps:
+            raise UserError(
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} is more than train.steps"
+                f" {self.train.steps}"
+            )
+
+    def _check_sparsity(self) -> None:
+        sparse = self.sparsity
+        if self.optimizer.moments == "decay" and sparse.execution != "mask":
+            raise UserError(
+                "optimizer.moments 'decay' updates omitted neurons, which gather execution does not"
+                " hold; accepted: moments 'freeze', or sparsity.execution 'mask'"
+            )
+        if sparse.schedule == "ladder" and sparse.split == 1.0 and sparse.rate > 0:
+            raise UserError("sparsity.split 1.0 leaves the ladder no step; accepted: below 1")
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Omission rates r0 of (attention, MLP)."""
+        sparse = self.sparsity
+        attention = sparse.rate if sparse.rate_attention is None else sparse.rate_attention
+        mlp = sparse.rate if sparse.rate_mlp is None else sparse.rate_mlp
+        return attention, mlp

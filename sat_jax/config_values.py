@@ -1,0 +1,237 @@
+"""Between `Config` and what people write: ConfigDicts, experiment files, command-line overrides."""
+
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import json
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from ml_collections import ConfigDict
+
+from sat_jax.config import Config
+from sat_jax.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One setting: dotted path, type, and the metadata of its dataclass field."""
+
+    path: str
+    type: Any
+    default: Any
+    help: str
+    low: float | None
+    high: float | None
+    free: bool
+
+    @property
+    def accepts(self) -> str:
+        """The accepted values in words: `int >= 1`, `one of a, b, or None`."""
+        options = [t for t in _options(self.type) if t is not type(None)]
+        words = " or ".join(_type_words(t) for t in options)
+        if self.low is not None:
+            words += f" >= {self.low:g}"
+        if self.high is not None:
+            words += f"{',' if self.low is not None else ''} <= {self.high:g}"
+        return words + (", or None" if len(options) < len(_options(self.type)) else "")
+
+
+def keys(cls: type = Config, prefix: str = "") -> Iterator[Key]:
+    """Every setting, in the order of the dataclasses."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        path = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from keys(hints[field.name], f"{path}.")
+        else:
+            meta = {k: field.metadata[k] for k in ("help", "low", "high", "free")}
+            yield Key(path, hints[field.name], field.default, **meta)
+
+
+def default_config() -> ConfigDict:
+    """All settings at their defaults, locked: an experiment file can only set keys that exist."""
+    return ConfigDict(to_dict(Config()), type_safe=False).lock()
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain values; tuples become lists, so that JSON gives the same back."""
+    return json.loads(json.dumps(dataclasses.asdict(config), allow_nan=False))
+
+
+def fingerprint(config: Config) -> str:
+    """12 hexadecimal digits that name these settings."""
+    text = json.dumps(to_dict(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def from_config_dict(values: Mapping[str, Any] | ConfigDict) -> Config:
+    """The frozen settings; a key that is missing takes its default."""
+    plain = values.to_dict() if isinstance(values, ConfigDict) else values
+    return _build(Config, plain, "")
+
+
+def load(spec: str, overrides: Sequence[str] = ()) -> Config:
+    """Settings from `FILE.py` or `FILE.py:VARIANT`, then overrides `a.b=value` in order."""
+    config = _experiment(spec)
+    for text in overrides:
+        path, separator, value = text.partition("=")
+        if not separator:
+            raise UserError(f"--config.{path} has no value; write --config.{path}=VALUE")
+        known = _find(path)
+        *parents, name = path.split(".")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        node[name] = _parse(value, known)
+    return from_config_dict(config)
+
+
+def _experiment(spec: str) -> ConfigDict:
+    """Runs `get_config()` or `get_config(VARIANT)` of an experiment file."""
+    name, _, variant = spec.partition(":")
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"--config: no file {name}; experiments/README.md lists the experiments")
+    module_spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"--config: {name} is not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    get_config = getattr(module, "get_config", None)
+    if get_config is None:
+        raise UserError(f"--config: {name} has no get_config()")
+    try:
+        config = get_config(variant) if variant else get_config()
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"--config: {spec}: {error}") from error
+    return config
+
+
+def _find(path: str) -> Key:
+    known = {key.path: key for key in keys()}
+    if path in known:
+        return known[path]
+    raise UserError(f"--config.{path} is no setting; {_near(path, known)}")
+
+
+def _near(path: str, known: Mapping[str, Any]) -> str:
+    """The names most like `path`, by the whole path and by its last part."""
+    close = difflib.get_close_matches(path, known, n=3, cutoff=0.6)
+    last = path.rsplit(".", 1)[-1]
+    tails = {name.rsplit(".", 1)[-1]: name for name in known}
+    close += [tails[tail] for tail in difflib.get_close_matches(last, tails, n=3, cutoff=0.7)]
+    unique = list(dict.fromkeys(close))[:3]
+    return f"near: {', '.join(unique)}" if unique else "--help lists all settings"
+
+
+def _build(cls: type[T], values: Any, prefix: str) -> T:
+    if not isinstance(values, Mapping):
+        raise UserError(f"{prefix.rstrip('.')} is {values!r}; accepted: a group of settings")
+    hints = typing.get_type_hints(cls)
+    for name in values:
+        if name not in hints:
+            known = {key.path: key for key in keys()}
+            raise UserError(f"{prefix}{name} is no setting; {_near(f'{prefix}{name}', known)}")
+    built = {}
+    for field in dataclasses.fields(typing.cast(Any, cls)):
+        path = f"{prefix}{field.name}"
+        if field.name not in values:
+            continue
+        if dataclasses.is_dataclass(hints[field.name]):
+            built[field.name] = _build(hints[field.name], values[field.name], f"{path}.")
+        else:
+            built[field.name] = _check(values[field.name], _find(path))
+    return cls(**built)
+
+
+def _check(value: Any, key: Key) -> Any:
+    """`value` as the key's type and within its bounds, or a `UserError` naming the key."""
+    for option in _options(key.type):
+        converted = _convert(value, option)
+        if converted is not _NO and _within(converted, key):
+            return converted
+    raise UserError(f"{key.path} is {value!r}; accepted: {key.accepts}")
+
+
+_NO = object()
+
+
+def _convert(value: Any, option: Any) -> Any:
+    """`value` as type `option`, or `_NO`."""
+    origin = typing.get_origin(option)
+    if origin is Literal:
+        return value if value in typing.get_args(option) else _NO
+    if origin is tuple:
+        item = typing.get_args(option)[0]
+        parts = [value] if isinstance(value, (str, int)) else value
+        if not isinstance(parts, (list, tuple)):
+            return _NO
+        converted = tuple(_convert(part, item) for part in parts)
+        return _NO if _NO in converted else converted
+    if option is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, bool) is not (option is bool):
+        return _NO
+    return value if isinstance(value, option) else _NO
+
+
+def _within(value: Any, key: Key) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return True
+    low, high = key.low, key.high
+    return (
+        math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high)
+    )
+
+
+def _parse(text: str, key: Key) -> Any:
+    """A command-line value as the key's type; `None` and comma-separated tuples understood."""
+    options = _options(key.type)
+    if type(None) in options and text in ("None", "none", ""):
+        return None
+    for option in options:
+        if option is type(None):
+            continue
+        parsed = _parse_as(text, option)
+        if parsed is not _NO:
+            return parsed
+    raise UserError(f"--config.{key.path} is {text!r}; accepted: {key.accepts}")
+
+
+def _parse_as(text: str, option: Any) -> Any:
+    if typing.get_origin(option) is tuple:
+        item = typing.get_args(option)[0]
+        parts = tuple(_parse_as(part, item) for part in text.split(",") if part)
+        return _NO if _NO in parts else parts
+    if option is bool:
+        return {"true": True, "false": False}.get(text.lower(), _NO)
+    if option in (int, float):
+        try:
+            return option(text)
+        except ValueError:
+            return _NO
+    return text
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, else the annotation itself."""
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        return tuple(o for arg in typing.get_args(annotation) for o in _options(arg))
+    return (annotation,)
+
+
+def _type_words(option: Any) -> str:
+    origin = typing.get_origin(option)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(option)))
+    if origin is tuple:
+        return f"{typing.get_args(option)[0].__name__}s separated by commas"
+    return str(option.__name__)

@@ -1,0 +1,83 @@
+"""Kept neurons as indices: one int32 array a segment and module."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from sat_jax.sparsity.importance import METRICS, channel_evidence, head_evidence
+from sat_jax.sparsity.plan import Neurons, Plan, Segment
+from sat_jax.sparsity.selection import Selection, select
+from sat_jax.sparsity.statistics import Statistics
+
+
+class SegmentMasks(NamedTuple):
+    """Kept indices of one segment's layers, int32, sorted and unique; None: everything is kept.
+
+    `heads` is `[L, kept]` KV groups, or `[L, K, kept]` query heads within each group; `channels` is
+    `[L, kept]`.
+    """
+
+    heads: Int[Array, "L *K kept"] | None
+    channels: Int[Array, "L kept"] | None
+
+
+Masks = tuple[SegmentMasks, ...]
+
+
+def choose(
+    params: Mapping[str, Array],
+    stats: Statistics,
+    plan: Plan,
+    neurons: Neurons,
+    *,
+    metric: str,
+    selection: Selection,
+    key: PRNGKeyArray,
+) -> Masks:
+    """The masks of a plan for a whole model: every layer's neurons are scored, the best are kept."""
+    masks = []
+    for segment in plan.segments:
+        head_key, channel_key = jax.random.split(jax.random.fold_in(key, segment.start))
+        heads = channels = None
+        if not neurons.heads_whole(segment):
+            heads = _choose_heads(
+                params, stats, plan, segment, neurons, metric, selection, head_key
+            )
+        if not neurons.channels_whole(segment):
+            score_key, draw_key = jax.random.split(channel_key)
+            scores = METRICS[metric].score(channel_evidence(params, stats, score_key))
+            channels = select(
+                scores[segment.start : segment.stop],
+                segment.channels,
+                selection=selection,
+                key=draw_key,
+                balance=plan.balance,
+                block=plan.block,
+            )
+        masks.append(SegmentMasks(heads, channels))
+    return tuple(masks)
+
+
+def _choose_heads(
+    params: Mapping[str, Array],
+    stats: Statistics,
+    plan: Plan,
+    segment: Segment,
+    neurons: Neurons,
+    metric: str,
+    selection: Selection,
+    key: PRNGKeyArray,
+) -> Int[Array, "L *K kept"]:
+    score_key, draw_key = jax.random.split(key)
+    by_group = segment.query_heads == neurons.query_heads
+    unit = "kv_group" if by_group else "query_head"
+    scores = METRICS[metric].score(head_evidence(params, stats, unit, score_key))
+    scores = scores[segment.start : segment.stop]
+    if by_group:
+        keep, balance = segment.kv_groups, plan.balance
+    else:
+        scores = scores.reshape(segment.layers, neurons.kv_groups, neurons.query_heads)
+        keep, balance = segment.query_heads, 1
+    return select(scores, keep, selection=selection, key=draw_key, balance=balance)

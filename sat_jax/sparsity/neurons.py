@@ -1,0 +1,180 @@
+"""Where neurons live in the parameters, and moving between the whole model and what is kept of it.
+
+Between two refreshes the kept neurons form a smaller dense model. `compact` gathers it out of a
+whole tree (parameters, moments or update counts: anything keyed by parameter path), `expand` writes
+it back, bit for bit. A whole tree stacks all layers (`layers/mlp/gate`), a compact one numbers its
+segments (`layers/0/mlp/gate`). What no segment gathers is moved, not copied.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from sat_jax.sparsity.masks import Masks, SegmentMasks
+from sat_jax.sparsity.plan import Plan
+
+Flat = dict[str, Any]
+
+_GROUP_LEAVES = frozenset({"key", "value", "key_bias", "value_bias"})
+_HEAD_LEAVES = frozenset({"query", "output", "query_bias"})
+_CHANNEL_LEAVES = frozenset({"gate", "up", "down"})
+
+
+def neuron_axes(path: str) -> int:
+    """Leading axes that say which neuron an entry belongs to: L and the neuron axes after it for
+    heads and channels, L alone for other layer parameters, none outside the layers."""
+    if not path.startswith("layers/"):
+        return 0
+    leaf = _leaf(path)
+    return 1 + 2 * (leaf in _HEAD_LEAVES) + (leaf in _GROUP_LEAVES | _CHANNEL_LEAVES)
+
+
+def compact(whole: Mapping[str, Array], masks: Masks, plan: Plan) -> tuple[Flat, Flat]:
+    """(compact tree, resting tree). The resting tree holds, whole, what was gathered from: what is
+    omitted stays there until `expand`."""
+    small: Flat = {}
+    resting: Flat = {}
+    for path, value in whole.items():
+        if not path.startswith("layers/"):
+            small[path] = value
+            continue
+        kept = [_kept(path, mask) for mask in masks]
+        for number, (segment, indices) in enumerate(zip(plan.segments, kept, strict=True)):
+            part = value if len(masks) == 1 else value[segment.start : segment.stop]
+            if indices is not None:
+                part = _take(part, indices, plan)
+            small[_segment_path(path, number)] = part
+        if any(indices is not None for indices in kept):
+            resting[path] = value
+    return small, resting
+
+
+def expand(
+    small: Mapping[str, Array], resting: Mapping[str, Array], masks: Masks, plan: Plan
+) -> Flat:
+    """The whole tree: the inverse of `compact`, with the compact tree's values written back."""
+    whole: Flat = {}
+    for path, value in small.items():
+        if not path.startswith("layers/"):
+            whole[path] = value
+        elif path.startswith("layers/0/"):
+            name = f"layers/{path.removeprefix('layers/0/')}"
+            parts = [small[_segment_path(name, number)] for number in range(len(masks))]
+            whole[name] = (
+                _write_back(name, parts, resting[name], masks, plan)
+                if name in resting
+                else parts[0]
+                if len(parts) == 1
+                else jnp.concatenate(parts)
+            )
+    return whole
+
+
+def _write_back(path: str, parts: list[Array], whole: Array, masks: Masks, plan: Plan) -> Array:
+    for segment, mask, part in zip(plan.segments, masks, parts, strict=True):
+        rows = whole[segment.start : segment.stop]
+        indices = _kept(path, mask)
+        if indices is not None:
+            part = _put(rows, part, indices, plan)
+        whole = part if len(parts) == 1 else whole.at[segment.start : segment.stop].set(part)
+    return whole
+
+
+def split_layers(whole: Mapping[str, Array], plan: Plan) -> Flat:
+    """The whole tree cut into the plan's segments with nothing omitted: what `mask` trains."""
+    everything = tuple(SegmentMasks(None, None) for _ in plan.segments)
+    return compact(whole, everything, plan)[0]
+
+
+def mask_values(masks: Masks) -> Flat:
+    """The masks by the paths of the modules' `Mask` variables."""
+    values: Flat = {}
+    for number, mask in enumerate(masks):
+        if mask.heads is not None:
+            values[f"layers/{number}/attention/kept_heads"] = mask.heads
+        if mask.channels is not None:
+            values[f"layers/{number}/mlp/kept_channels"] = mask.channels
+    return values
+
+
+def keep_only(new: Mapping[str, Array], old: Mapping[str, Array], masks: Masks) -> Flat:
+    """`new` where a neuron is kept and `old` where it is omitted, for trees cut into segments."""
+    merged: Flat = {}
+    for path, value in new.items():
+        indices = (
+            _kept(path, masks[int(path.split("/")[1])]) if path.startswith("layers/") else None
+        )
+        if indices is not None:
+            lead = indices.ndim - 1
+            size = value.shape[lead]
+            keep = jnp.any(indices[..., None] == jnp.arange(size), axis=-2)
+            value = jnp.where(
+                keep.reshape(keep.shape + (1,) * (value.ndim - keep.ndim)), value, old[path]
+            )
+        merged[path] = value
+    return merged
+
+
+def _leaf(path: str) -> str:
+    return path.rsplit("/", 1)[-1]
+
+
+def _segment_path(path: str, number: int) -> str:
+    return f"layers/{number}/{path.removeprefix('layers/')}"
+
+
+def _kept(path: str, mask: SegmentMasks) -> Int[Array, "L *K kept"] | None:
+    """The indices along the neuron axis of this parameter; None: it is kept whole.
+
+    Indices with three axes are query heads within a group: keys and values then stay whole.
+    """
+    leaf = _leaf(path)
+    if leaf in _CHANNEL_LEAVES:
+        return mask.channels
+    if mask.heads is None or leaf in _HEAD_LEAVES:
+        return mask.heads if leaf in _HEAD_LEAVES else None
+    return mask.heads if leaf in _GROUP_LEAVES and mask.heads.ndim == 2 else None
+
+
+_PROMISES: dict[str, Any] = {
+    "unique_indices": True,
+    "indices_are_sorted": True,
+    "mode": "promise_in_bounds",
+}
+
+
+def _take(value: Array, indices: Int[Array, "L *K kept"], plan: Plan) -> Array:
+    """The kept rows along the neuron axis."""
+    rows, local = _in_parts(value, indices, plan)
+    taken = jax.vmap(jax.vmap(lambda w, i: w.at[i].get(**_PROMISES)))(rows, local)
+    return taken.reshape(*indices.shape, *value.shape[indices.ndim :])
+
+
+def _put(value: Array, kept: Array, indices: Int[Array, "L *K kept"], plan: Plan) -> Array:
+    """`value` with its kept rows replaced."""
+    rows, local = _in_parts(value, indices, plan)
+    kept = kept.reshape(*local.shape, *rows.shape[3:])
+    put = jax.vmap(jax.vmap(lambda w, i, k: w.at[i].set(k, **_PROMISES)))(rows, local, kept)
+    return put.reshape(value.shape)
+
+
+def _in_parts(
+    value: Array, indices: Int[Array, "L *K kept"], plan: Plan
+) -> tuple[Array, Int[Array, "L P kept"]]:
+    """Rows `[L, parts, rows, ...]` and indices `[L, parts, kept]` local to each part.
+
+    Query heads are indexed within their KV group already. Groups and channels are selected evenly
+    in `balance` parts; with local indices the gather is batched over parts, so that on a mesh whose
+    `tensor` axis divides `balance` it never leaves a device.
+    """
+    if indices.ndim == 3:
+        return value, indices
+    layers, total = value.shape[:2]
+    size = total // plan.balance
+    local = indices.reshape(layers, plan.balance, indices.shape[1] // plan.balance)
+    offsets = jnp.arange(plan.balance, dtype=indices.dtype) * size
+    rows = value.reshape(layers, plan.balance, size, *value.shape[2:])
+    return rows, local - offsets[None, :, None]

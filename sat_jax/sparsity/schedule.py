@@ -1,0 +1,64 @@
+"""Omission rate over the steps of a run, as rungs: each rung is one static shape.
+
+`ladder` is LORS of the SAT paper (arXiv:2406.01392); `cubic` is Zhu & Gupta (arXiv:1710.01878) run
+backwards, from sparse to dense; `s2d` is one switch to dense (arXiv:2303.10464).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+Schedule = Literal["ladder", "constant", "linear", "cosine", "cubic", "s2d"]
+
+
+class Stair(NamedTuple):
+    """Steps `[start, stop)` that train at `scale` · r0."""
+
+    start: int
+    stop: int
+    scale: float
+
+
+_DECLINE: dict[str, Callable[[float], float]] = {
+    "linear": lambda u: 1 - u,
+    "cosine": lambda u: (1 + math.cos(math.pi * u)) / 2,
+    "cubic": lambda u: (1 - u) ** 3,
+}
+
+
+def stairs(schedule: Schedule, steps: int, rungs: int, split: float) -> tuple[Stair, ...]:
+    """The stairs of a run; empty ones are left out, neighbours at the same scale are one.
+
+    - `ladder`: r0 for `split · steps`, then `rungs` equal stairs, stair k at (1 - k / rungs) r0:
+      the last one is dense.
+    - `constant`: r0 throughout.
+    - `linear`, `cosine`, `cubic`: the whole run in `rungs` equal stairs, stair k at the curve's
+      value at k / (rungs - 1), so that the first is at r0 and the last dense.
+    - `s2d`: r0 for `split · steps`, then dense.
+    """
+    first = round(split * steps)
+    match schedule:
+        case "constant":
+            edges, scales = [0, steps], [1.0]
+        case "s2d":
+            edges, scales = [0, first, steps], [1.0, 0.0]
+        case "ladder":
+            rest = _edges(first, steps, rungs)
+            edges, scales = [0, *rest], [1.0] + [1 - k / rungs for k in range(1, rungs + 1)]
+        case _:
+            curve = _DECLINE[schedule]
+            edges = _edges(0, steps, rungs)
+            scales = [curve(k / max(rungs - 1, 1)) for k in range(rungs)]
+    merged: list[Stair] = []
+    for start, stop, scale in zip(edges, edges[1:], scales, strict=False):
+        if start == stop:
+            continue
+        if merged and merged[-1].scale == scale:
+            start = merged.pop().start
+        merged.append(Stair(start, stop, scale))
+    return tuple(merged)
+
+
+def _edges(start: int, stop: int, parts: int) -> list[int]:
+    """`parts + 1` borders of equal stretches, rounded to whole steps."""
+    return [start + round((stop - start) * k / parts) for k in range(parts + 1)]
