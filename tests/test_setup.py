@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,20 +13,22 @@ ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("python3.13", "python3.12", "python3.11", "python3")
 
 BROKEN = "#!/bin/sh\necho 'shim: not found' >&2\nexit 127\n"
-TOO_OLD = '#!/bin/sh\n[ "$1" = --version ] && echo Python 3.10.9 && exit 0\nexit 1\n'
-# Answers the probe, makes a virtual environment of itself, and notes what is asked of it.
-WORKING = """#!/bin/sh
+# Says it is VERSION, makes a virtual environment of itself, and notes what is asked of it.
+WORKING = f"""#!/bin/sh
 case "$1 $2" in
   "-m venv") echo "venv $0" >>"$CALLS"; mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
   "-m pip")
     [ "$3" = --version ] && exit 0
     shift 2
     echo "pip $*" >>"$CALLS"
-    [ "${PIP_MEETS:-}" = kill ] && kill -9 "$PPID" && exit 1
-    [ "${PIP_MEETS:-}" = interrupt ] && kill -INT "$PPID" && exit 1
-    [ "${PIP_MEETS:-}" = error ] && exit 1
+    [ "${{PIP_MEETS:-}}" = kill ] && kill -9 "$PPID" && exit 1
+    [ "${{PIP_MEETS:-}}" = interrupt ] && kill -INT "$PPID" && exit 1
+    [ "${{PIP_MEETS:-}}" = error ] && exit 1
     exit 0 ;;
-  "--version ") echo Python 3.11.0 ;;
+  "--version ") echo Python VERSION ;;
+  *) exec "{sys.executable}" -c 'import sys
+sys.version_info = tuple(map(int, "VERSION".split(".")))
+exec(sys.argv[1])' "$2" ;;
 esac
 """
 
@@ -45,9 +48,9 @@ def house(tmp_path: Path) -> Path:
     return root
 
 
-def stand_in(folder: Path, name: str, text: str) -> None:
+def stand_in(folder: Path, name: str, text: str = WORKING, version: str = "3.11.4") -> None:
     path = folder / "bin" / name
-    path.write_text(text)
+    path.write_text(text.replace("VERSION", version))
     path.chmod(0o755)
 
 
@@ -74,8 +77,8 @@ def setup(house: Path, tmp_path: Path) -> Setup:
 
 
 def test_the_newest_that_works_is_taken(setup: Setup, tmp_path: Path) -> None:
-    stand_in(tmp_path, "python3", WORKING)
-    stand_in(tmp_path, "python3.12", WORKING)
+    stand_in(tmp_path, "python3")
+    stand_in(tmp_path, "python3.12")
     done = setup("test")
     assert done.returncode == 0, done.stderr
     venv, pip = done.stdout.splitlines()
@@ -83,27 +86,40 @@ def test_the_newest_that_works_is_taken(setup: Setup, tmp_path: Path) -> None:
     assert pip.endswith("--editable .[test]")
 
 
-@pytest.mark.parametrize("python3", [TOO_OLD, BROKEN])
-def test_none_that_works_is_one_line(setup: Setup, tmp_path: Path, python3: str) -> None:
-    stand_in(tmp_path, "python3", python3)
+@pytest.mark.parametrize("version", ["3.10.9", "3.14.0"])
+def test_none_that_fits_is_one_line(setup: Setup, tmp_path: Path, version: str) -> None:
+    stand_in(tmp_path, "python3", version=version)
     done = setup("test")
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: no working Python 3.11, 3.12 or 3.13")
-    assert ("Python 3.10.9" in line) == (python3 is TOO_OLD)
+    assert f"(python3 is Python {version})" in line
+
+
+def test_none_that_runs_is_one_line(setup: Setup) -> None:
+    done = setup("test")
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert "(python3 is nothing that runs)" in line
+
+
+@pytest.mark.parametrize("version", ["3.11.0", "3.13.9"])
+def test_both_ends_of_the_range_fit(setup: Setup, tmp_path: Path, version: str) -> None:
+    stand_in(tmp_path, "python3", version=version)
+    assert setup("test").returncode == 0
 
 
 def test_an_interpreter_asked_for_by_name_is_the_one(setup: Setup, tmp_path: Path) -> None:
-    stand_in(tmp_path, "python3.13", WORKING)
+    stand_in(tmp_path, "python3.13")
     done = setup(PYTHON="python3.12")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: PYTHON=python3.12 is not a working Python")
-    stand_in(tmp_path, "python3.12", WORKING)
+    stand_in(tmp_path, "python3.12")
     assert "bin/python3.12" in setup(PYTHON="python3.12").stdout
 
 
 def test_it_is_done_once(setup: Setup, house: Path, tmp_path: Path) -> None:
-    stand_in(tmp_path, "python3", WORKING)
+    stand_in(tmp_path, "python3")
     setup("base", "quickstart")
     assert setup("base", "quickstart").stdout == ""
     assert [call.split()[0] for call in setup("test").stdout.splitlines()] == ["pip"]
@@ -117,7 +133,7 @@ def test_it_is_done_once(setup: Setup, house: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("end", ["kill", "interrupt"])
 def test_an_interrupted_one_starts_afresh(setup: Setup, tmp_path: Path, end: str) -> None:
-    stand_in(tmp_path, "python3", WORKING)
+    stand_in(tmp_path, "python3")
     assert setup("base").returncode == 0
     assert setup("test", PIP_MEETS=end).returncode != 0
     assert [call.split()[0] for call in setup("test").stdout.splitlines()] == ["venv", "pip"]
@@ -125,7 +141,7 @@ def test_an_interrupted_one_starts_afresh(setup: Setup, tmp_path: Path, end: str
 
 
 def test_a_failed_one_keeps_the_environment(setup: Setup, tmp_path: Path) -> None:
-    stand_in(tmp_path, "python3", WORKING)
+    stand_in(tmp_path, "python3")
     setup("base")
     done = setup("test", PIP_MEETS="error")
     assert done.returncode == 2
@@ -135,14 +151,14 @@ def test_a_failed_one_keeps_the_environment(setup: Setup, tmp_path: Path) -> Non
 
 
 def test_a_broken_environment_is_made_anew(setup: Setup, house: Path, tmp_path: Path) -> None:
-    stand_in(tmp_path, "python3", WORKING)
+    stand_in(tmp_path, "python3")
     setup("base")
     (house / ".venv/bin/python").unlink()
     assert [call.split()[0] for call in setup("base").stdout.splitlines()] == ["venv", "pip"]
 
 
 def test_an_unknown_part_is_refused(setup: Setup, tmp_path: Path) -> None:
-    stand_in(tmp_path, "python3", WORKING)
+    stand_in(tmp_path, "python3")
     done = setup("everything")
     assert (done.returncode, done.stdout) == (2, "")
     assert "'everything'; accepted: base, test, bench, quickstart" in done.stderr

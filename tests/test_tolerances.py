@@ -20,8 +20,9 @@ def test_an_error_just_inside_passes_and_just_outside_fails(
 
 
 def test_shapes_do_not_broadcast() -> None:
-    with pytest.raises(AssertionError, match="shape"):
-        assert_close(np.zeros((2, 1)), np.zeros((2, 2)), "float32", "forward")
+    for actual in (np.zeros((2, 1)), np.zeros(())):
+        with pytest.raises(AssertionError, match="shape"):
+            assert_close(actual, np.zeros((2, 2)), "float32", "forward")
 
 
 def test_what_is_not_finite_never_passes_for_close() -> None:
@@ -30,12 +31,15 @@ def test_what_is_not_finite_never_passes_for_close() -> None:
             assert_close(actual, desired, "float32", "forward")
 
 
-def test_exact_means_bits_and_dtype() -> None:
+def test_exact_means_values_and_dtype() -> None:
     value = jnp.array([1.0, jnp.nan], jnp.bfloat16)
     assert_close(value, value, "bfloat16", "exact")
-    for other in (value.astype(jnp.float32), value.at[0].set(1.0078125), value.at[1].set(0)):
+    for other in (value.at[0].set(1.0078125), value.at[1].set(0)):
         with pytest.raises(AssertionError):
             assert_close(other, value, "bfloat16", "exact")
+    ones = jnp.ones(2)
+    with pytest.raises(AssertionError):
+        assert_close(ones.astype(jnp.bfloat16), ones, "float32", "exact")
 
 
 def test_an_unknown_pair_is_refused() -> None:
