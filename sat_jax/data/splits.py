@@ -1,0 +1,71 @@
+"""Which documents are held out, and which ones a cap on the tokens takes.
+
+Both follow from each document's content alone, by two independent hashes: neither the order of the
+sources nor any seed has a part in it, equal documents always fall on the same side, and what a
+capped preparation holds out is held out of the full one too.
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt64
+
+from sat_jax.errors import UserError
+
+TRAIN, HELD_OUT = "train", "held_out"
+
+
+class Index(NamedTuple):
+    """What is remembered of every document of a corpus, in the order in which they are read."""
+
+    keys: UInt64[np.ndarray, "documents 2"]  # see `document_key`
+    sizes: Int[np.ndarray, " documents"]  # bytes of UTF-8
+    first: Int[np.ndarray, " sources_plus_1"]  # number of the first document of each source
+    empty: int  # documents without text, left out and not numbered
+
+
+def document_key(text: bytes) -> bytes:
+    """16 bytes that stand for a document: 8 decide its split, 8 when a cap would take it."""
+    return hashlib.blake2b(text, digest_size=16).digest()
+
+
+def check_held_out(held_out: float) -> None:
+    """Raises `UserError` unless `held_out` is a fraction or a whole number of documents."""
+    if not held_out > 0 or (held_out >= 1 and held_out != int(held_out)):
+        raise UserError(
+            f"data.held_out={held_out}; accepted: a fraction between 0 and 1, or from 1 on a whole"
+            " number of documents"
+        )
+
+
+def choose_held_out(index: Index, held_out: float) -> Bool[np.ndarray, " documents"]:
+    """Which documents are held out: a fraction of them below 1, that many from 1 on.
+
+    At least one is, and every copy of it. Raises `UserError` where none would be left to train on.
+    """
+    keys, count = index.keys[:, 0], len(index.keys)
+    wanted = max(1, round(held_out * count)) if held_out < 1 else int(held_out)
+    if wanted >= count:
+        raise UserError(
+            f"data.held_out={held_out} leaves none of {count} documents to train on; a text file is"
+            " one document, a line of JSON is one"
+        )
+    chosen = keys <= np.sort(keys)[wanted - 1]
+    if chosen.all():
+        raise UserError(f"data.held_out={held_out} leaves nothing to train on: copies of one text")
+    return chosen
+
+
+def sampling_order(
+    index: Index, chosen: Bool[np.ndarray, " documents"]
+) -> Int[np.ndarray, " chosen"]:
+    """The numbers of the `chosen` documents, in the order in which a cap takes them."""
+    numbers = np.flatnonzero(chosen)
+    return numbers[np.argsort(index.keys[numbers, 1], kind="stable")]
+
+
+def budgets(held_out: Bool[np.ndarray, " documents"], max_tokens: int) -> dict[str, int]:
+    """The tokens that each split may take: `max_tokens`, shared as the documents are."""
+    share = max(2, round(max_tokens * float(held_out.mean())))
+    return {TRAIN: max_tokens - share, HELD_OUT: share}

@@ -1,0 +1,313 @@
+"""Text to token ids and back: `tokenizer.json`, the tokenizer inside a GGUF file, or bytes.
+
+All three end as one `tokenizers.Tokenizer`, so that there is one way to encode, decode and save.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from sat_jax.errors import UserError
+
+ACCEPTED = "accepted: model, bytes, or the path of a tokenizer.json or its folder"
+
+# What a Hugging Face folder says about its tokenizer, besides tokenizer.json.
+_SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A tokenizer with the special tokens that documents are framed with."""
+
+    name: str  # what messages call it
+    backend: tokenizers.Tokenizer
+    vocab_size: int  # the largest id, plus one
+    bos_id: int | None
+    eos_id: int | None
+    adds_bos: bool  # documents and prompts begin with `bos_id`
+    chat_template: str | None = None
+    folder: Path | None = field(default=None, repr=False)  # of the Hugging Face files, to copy
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text as a prompt: the bos first where the tokenizer adds one, no eos.
+
+        Special tokens spelled out in a text are recognised, as transformers does.
+        """
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        bos = [self.bos_id] if self.adds_bos and self.bos_id is not None else []
+        # A chat template has often written the bos already.
+        return [ids if ids[:1] == bos else bos + ids for ids in (code.ids for code in encodings)]
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text as a whole document: `encode_batch`, and the eos behind it."""
+        eos = [] if self.eos_id is None else [self.eos_id]
+        return [ids + eos for ids in self.encode_batch(texts)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens spelled out; bytes that are no UTF-8 become U+FFFD."""
+        return self.backend.decode(list(ids), skip_special_tokens=False)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of everything that decides which ids a document gets."""
+        frame = json.dumps([self.bos_id, self.eos_id, self.adds_bos])
+        return hashlib.sha256((frame + self.backend.to_str()).encode()).hexdigest()
+
+    def check_fits(self, model_vocab_size: int) -> None:
+        """Raises `UserError` where this tokenizer has ids that the model has no row for."""
+        if self.vocab_size > model_vocab_size:
+            raise UserError(
+                f"data.tokenizer={self.name} has ids up to {self.vocab_size - 1}, but the model's"
+                f" vocabulary ends at {model_vocab_size - 1}: they do not belong together"
+            )
+
+    def save(self, directory: Path) -> None:
+        """Writes the files that transformers reads; those it was loaded from, where there are."""
+        if self.folder is not None:
+            for name in ("tokenizer.json", *_SIDE_FILES):
+                if (self.folder / name).is_file():
+                    shutil.copyfile(self.folder / name, directory / name)
+            return
+        self.backend.save(str(directory / "tokenizer.json"))
+        settings: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "add_bos_token": self.adds_bos,
+        }
+        for key, token_id in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
+            if token_id is not None:
+                settings[key] = self.backend.id_to_token(token_id)
+        if self.chat_template is not None:
+            settings["chat_template"] = self.chat_template
+        text = json.dumps(settings, indent=2, ensure_ascii=False)
+        (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def load_tokenizer(
+    spec: str, model_path: str | Path | None = None, model_vocab_size: int | None = None
+) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names.
+
+    `model` is the one of `model_path`, a Hugging Face directory or a GGUF file; `bytes` has the
+    ids 0 to 255 and, unless `model_vocab_size` is 256, the eos 256; anything else is the path of a
+    tokenizer.json or of its folder.
+    Raises `UserError` where it does not fit `model_vocab_size`.
+    """
+    if spec == "bytes":
+        tokenizer = _byte_tokenizer(with_eos=model_vocab_size != 256)
+    elif spec != "model":
+        tokenizer = _from_huggingface(Path(spec).expanduser())
+    elif model_path is None:
+        raise UserError(f"data.tokenizer=model, but model.path names no model; {ACCEPTED}")
+    elif Path(model_path).is_file():
+        tokenizer = _from_gguf(Path(model_path))
+    else:
+        tokenizer = _from_huggingface(Path(model_path).expanduser())
+    if model_vocab_size is not None:
+        tokenizer.check_fits(model_vocab_size)
+    return tokenizer
+
+
+def _finish(
+    name: str,
+    backend: tokenizers.Tokenizer,
+    bos_id: int | None,
+    eos_id: int | None,
+    adds_bos: bool | None,
+    chat_template: str | None,
+    folder: Path | None = None,
+) -> Tokenizer:
+    # A tokenizer.json may carry the lengths of whoever saved it: they would cut documents short.
+    backend.no_truncation()
+    backend.no_padding()
+    if adds_bos is None:
+        adds_bos = backend.encode("a").ids[:1] == [bos_id]
+    adds_bos = adds_bos and bos_id is not None
+    vocab_size = max(backend.get_vocab().values()) + 1
+    return Tokenizer(name, backend, vocab_size, bos_id, eos_id, adds_bos, chat_template, folder)
+
+
+# --- Bytes -----------------------------------------------------------------------------------
+
+
+def _byte_alphabet() -> list[str]:
+    """The printable character that stands for each byte in byte-level BPE (GPT-2's table)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def _byte_tokenizer(with_eos: bool) -> Tokenizer:
+    vocabulary = {character: byte for byte, character in enumerate(_byte_alphabet())}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    # Splitting into words changes nothing without merges, and lets the library's cache work.
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    if with_eos:
+        backend.add_special_tokens([AddedToken("<|endoftext|>", normalized=False)])
+    return _finish("bytes", backend, None, 256 if with_eos else None, False, None)
+
+
+# --- Hugging Face ----------------------------------------------------------------------------
+
+
+def _from_huggingface(path: Path) -> Tokenizer:
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"data.tokenizer: there is no {file}; {ACCEPTED}")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare ones, without the path
+        raise UserError(f"{file}: not a tokenizer.json: {error}") from error
+    settings = _read_json(file.parent / "special_tokens_map.json")
+    settings |= _read_json(file.parent / "tokenizer_config.json")
+    config = _read_json(file.parent / "config.json")
+    return _finish(
+        name=str(path),
+        backend=backend,
+        bos_id=_special(backend, file, "bos", settings, config),
+        eos_id=_special(backend, file, "eos", settings, config),
+        adds_bos=settings.get("add_bos_token"),
+        chat_template=_chat_template(file.parent, settings),
+        folder=file.parent,
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return content
+
+
+def _special(
+    backend: tokenizers.Tokenizer,
+    file: Path,
+    which: str,
+    settings: dict[str, Any],
+    config: dict[str, Any],
+) -> int | None:
+    """The id of the `which` token ("bos", "eos"): the tokenizer's word first, then the model's."""
+    token = settings.get(f"{which}_token")
+    if isinstance(token, dict):
+        token = token.get("content")
+    if token is None:
+        ids = config.get(f"{which}_token_id")
+        return ids[0] if isinstance(ids, list) else ids
+    found = backend.token_to_id(token)
+    if found is None:
+        raise UserError(f"{file}: the {which}_token {token!r} of its folder is not in it")
+    return found
+
+
+def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        return {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+# --- GGUF ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Split:
+    """How a GGUF's `tokenizer.ggml.pre` cuts text before BPE; the names are llama.cpp's."""
+
+    pattern: str | None  # None: GPT-2's, which is built into the library
+    single_digits: bool = False
+    nfc: bool = False
+    ignore_merges: bool = False  # a word that is in the vocabulary is taken whole
+    adds_bos: bool = False  # where the file does not say
+
+
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_GPT2 = _Split(None)
+_LLAMA3 = _Split(_WORDS % "{1,3}", ignore_merges=True, adds_bos=True)
+_SPLITS = {
+    "gpt-2": _GPT2,
+    "gpt2": _GPT2,
+    "smollm": _Split(None, single_digits=True),
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "qwen2": _Split(_WORDS % "", nfc=True),
+}
+_CONTROL, _USER_DEFINED = 3, 4  # GGUF token types
+
+
+def _from_gguf(path: Path) -> Tokenizer:
+    from gguf import GGUFReader  # maps the whole file and its arrays; only where there is one
+
+    try:
+        reader = GGUFReader(path)
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError(f"{path}: not a GGUF file: {error}") from error
+
+    def metadata(key: str, default: Any = None) -> Any:
+        entry = reader.get_field(f"tokenizer.{key}")
+        return default if entry is None else entry.contents()
+
+    model, pre = metadata("ggml.model"), metadata("ggml.pre")
+    if model != "gpt2" or pre not in _SPLITS:
+        raise UserError(
+            f"{path}: its tokenizer is {model!r} with pre-tokenizer {pre!r}; accepted: 'gpt2' with"
+            f" {', '.join(_SPLITS)}; or name the model's tokenizer.json in data.tokenizer"
+        )
+    split: _Split = _SPLITS[pre]
+    tokens, merges = metadata("ggml.tokens", []), metadata("ggml.merges", [])
+    try:
+        bpe = models.BPE(
+            vocab={token: index for index, token in enumerate(tokens)},
+            merges=[tuple(merge.split(" ", 1)) for merge in merges],
+            ignore_merges=split.ignore_merges,
+        )
+    except Exception as error:
+        raise UserError(f"{path}: its tokenizer's merges do not fit its tokens: {error}") from error
+    backend = tokenizers.Tokenizer(bpe)
+    if split.nfc:
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = _pre_tokenizer(split)
+    backend.decoder = decoders.ByteLevel()
+    for token, kind in zip(tokens, metadata("ggml.token_type", []), strict=False):
+        if kind in (_CONTROL, _USER_DEFINED):
+            special = kind == _CONTROL
+            backend.add_tokens([AddedToken(token, normalized=False, special=special)])
+    bos_id = metadata("ggml.bos_token_id")
+    adds_bos = bos_id is not None and metadata("ggml.add_bos_token", split.adds_bos)
+    if adds_bos:
+        bos = tokens[bos_id]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, bos_id)]
+        )
+    eos_id = metadata("ggml.eos_token_id")
+    return _finish(str(path), backend, bos_id, eos_id, adds_bos, metadata("chat_template"))
+
+
+def _pre_tokenizer(split: _Split) -> pre_tokenizers.PreTokenizer:
+    steps: list[pre_tokenizers.PreTokenizer] = []
+    if split.single_digits:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if split.pattern is not None:
+        steps.append(pre_tokenizers.Split(Regex(split.pattern), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.pattern is None))
+    return pre_tokenizers.Sequence(steps)
