@@ -45,7 +45,7 @@ def chunked_xla(
     for start in range(0, length, chunk):
         stop = min(start + chunk, length)
         outputs.append(
-            jax.checkpoint(functools.partial(_attend_chunk, start))(
+            jax.checkpoint(functools.partial(attend_chunk, start))(
                 q_BTKGE[:, start:stop],
                 k_BTKE[:, :stop],
                 v_BTKE[:, :stop],
@@ -56,8 +56,8 @@ def chunked_xla(
     return jnp.concatenate(outputs, axis=1)
 
 
-def _attend_chunk(
-    start: int,
+def attend_chunk(
+    start: int | Int[Array, ""],
     q_BCKGE: Float[Array, "B C K G E"],
     k_BSKE: Float[Array, "B S K E"],
     v_BSKE: Float[Array, "B S K E"],
