@@ -112,7 +112,7 @@ def rotary_tables(
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """Float32 (cos, sin) `[B, T, E/2]`. `length` (default T) is the sequence length for `dynamic`."""
     frequencies = inverse_frequencies(rope, head_dim, length or positions.shape[-1])
-    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+    angles = positions[..., None] * jnp.asarray(frequencies, jnp.float32)[None, None]
     scale = attention_scaling(rope)
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
