@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Int32
-from tqdm import tqdm
 
+from sat_jax.data.progress import bar
 from sat_jax.data.sources import Source, read_documents
 from sat_jax.data.splits import Index, document_key
 from sat_jax.data.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ class Tokens(NamedTuple):
 def read_index(sources: Sequence[Source], text_field: str, progress: bool) -> Index:
     """Reads every document once. Raises `UserError` for bad input and where there is no text."""
     keys, sizes, first, empty = bytearray(), array("q"), [0], 0
-    with tqdm(desc="reading", unit=" documents", disable=not progress) as bar:
+    with bar("reading", " documents", progress) as shown:
         for source in sources:
             for document in read_documents(source, text_field):
                 if not document.text:
@@ -40,7 +40,7 @@ def read_index(sources: Sequence[Source], text_field: str, progress: bool) -> In
                 text = document.text.encode()
                 keys += document_key(text)
                 sizes.append(len(text))
-                bar.update()
+                shown.update()
             first.append(len(sizes))
     if not sizes:
         raise UserError(f"no documents left: all {empty} in data.sources are empty")
@@ -85,16 +85,14 @@ def tokenize(
                 break
             texts = _read(sources, text_field, index, numbers)
             total = int(index.sizes[numbers].sum())
-            with tqdm(
-                desc="tokenizing", total=total, unit="B", unit_scale=True, disable=not progress
-            ) as bar:
+            with bar("tokenizing", "B", progress, total) as shown:
                 for batch in _batched(texts):
                     documents = tokenizer.encode_documents([text for _, text in batch])
                     for (number, _), ids in zip(batch, documents, strict=True):
                         np.array(ids, np.int32).tofile(stream)
                         starts[number], sizes[number] = end, len(ids)
                         end += len(ids)
-                        bar.update(int(index.sizes[number]))
+                        shown.update(int(index.sizes[number]))
             ratio = 1.1 * float(index.sizes[sizes > 0].sum()) / max(end, 1)
     if not end:
         raise UserError("the tokenizer makes no tokens of these documents")

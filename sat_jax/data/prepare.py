@@ -25,6 +25,7 @@ from tqdm import tqdm
 from sat_jax.cache import cache_dir
 from sat_jax.data.corpus import Tokens, read_index, tokenize
 from sat_jax.data.packing import Pieces, assign_rows, cut
+from sat_jax.data.progress import bar
 from sat_jax.data.sources import Source, resolve_sources
 from sat_jax.data.splits import (
     HELD_OUT,
@@ -286,8 +287,8 @@ def _write(
         )
         rows[split] = _rows(tokens, pieces, row_of_piece)
     total = sum(split.rows for split in splits.values())
-    with tqdm(desc="writing", unit=" rows", total=total, disable=not progress) as bar:
-        _write_tfds(folder, {split: _counted(many, bar) for split, many in rows.items()})
+    with bar("writing", " rows", progress, total) as shown:
+        _write_tfds(folder, {split: _counted(many, shown) for split, many in rows.items()})
     file.unlink()
     return splits, len(index.sizes), index.empty
 
@@ -319,10 +320,10 @@ def _rows(
         }
 
 
-def _counted(rows: Iterator[dict[str, Any]], bar: tqdm) -> Iterator[dict[str, Any]]:
+def _counted(rows: Iterator[dict[str, Any]], shown: tqdm) -> Iterator[dict[str, Any]]:
     for row in rows:
         yield row
-        bar.update()
+        shown.update()
 
 
 def _write_tfds(folder: Path, splits: Mapping[str, Iterator[dict[str, Any]]]) -> None:

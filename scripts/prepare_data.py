@@ -1,0 +1,105 @@
+"""Tokenizes and packs text once, so that training only reads rows. The same input is done once.
+
+  python -m scripts.prepare_data --sources 'package:sympy/**/*.py' --tokenizer bytes
+  python -m scripts.prepare_data --sources books/ notes.jsonl.gz --model-path DIRECTORY
+
+Training prepares what it needs by itself, with these settings as `data.*`; to run this first is
+useful where the machine that trains should not spend its time on it.
+"""
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from sat_jax.cli import run
+from sat_jax.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaint is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists what is accepted")
+
+
+def parser() -> Parser:
+    """What the command line takes."""
+    head, _, rest = (__doc__ or "").partition("\n")
+    made = Parser(
+        "prepare_data",
+        description=head,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = made.add_argument
+    add(
+        "--sources",
+        nargs="+",
+        required=True,
+        metavar="SOURCE",
+        help="files, folders or globs of text, Markdown or JSON-lines, also .gz or .zst; "
+        "package:NAME[/path or glob] for the files of an installed Python package; "
+        "tfds:FOLDER[:split] for a prepared TFDS dataset in array_record",
+    )
+    add(
+        "--tokenizer",
+        default="model",
+        help="model (the one of --model-path), bytes, or a tokenizer.json or its folder;"
+        " default model",
+    )
+    add("--model-path", metavar="PATH", help="a Hugging Face directory or a GGUF file")
+    add(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="the model's; a tokenizer with more ids is refused",
+    )
+    add("--row-length", type=int, default=1024, metavar="N", help="tokens a row; default 1024")
+    add(
+        "--held-out",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="share of the documents to evaluate on, or from 1 on how many; default 0.05",
+    )
+    add("--max-tokens", type=int, metavar="N", help="cap on the tokens of both splits together")
+    add("--text-field", default="text", metavar="NAME", help="of JSON lines; default text")
+    add("--out", type=Path, metavar="DIR", help="where to put it; default the cache")
+    return made
+
+
+def main() -> None:
+    """Prepares, then prints what there is now."""
+    given = parser().parse_args()
+    # Only now: --help and a misspelt option answer at once.
+    from sat_jax.data.prepare import prepare
+    from sat_jax.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(given.tokenizer, given.model_path, given.vocab_size)
+    prepared = prepare(
+        sources=given.sources,
+        tokenizer=tokenizer,
+        row_length=given.row_length,
+        held_out=given.held_out,
+        max_tokens=given.max_tokens,
+        text_field=given.text_field,
+        root=given.out,
+        log=print,
+    )
+    info = prepared.info
+    columns = ("documents", "text_bytes", "tokens", "targets", "rows", "long_documents")
+    print("".join(f"{name:>16}" for name in ("split", *columns, "useful_share")))
+    for name, split in info.splits.items():
+        counts = "".join(f"{getattr(split, column):>16,}" for column in columns)
+        print(f"{name:>16}{counts}{split.useful_share:>16.1%}")
+    eos = "no" if tokenizer.eos_id is None else f"eos {tokenizer.eos_id}"
+    bos = f"bos {tokenizer.bos_id}" if tokenizer.adds_bos else "no bos"
+    print(
+        f"{info.files} files, {info.documents} documents with text, {info.empty_documents} empty;"
+        f" tokenizer of {info.vocab_size} ids, {bos} and {eos} to each document"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
