@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tolerances import TOLERANCES, Direction, assert_close
+
+from tests.tolerances import TOLERANCES, Direction, assert_close
 
 
 @pytest.mark.parametrize(("dtype", "direction"), TOLERANCES)
