@@ -1,0 +1,258 @@
+"""Text from a model, token by token, with a key-value cache: greedy or sampled.
+
+Prompts of different lengths are padded on the left, so that every row's next token falls into the
+same slot; padding is a document of its own, and positions count from each prompt's first token.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from sat_jax.errors import UserError
+from sat_jax.models.cache import Cache, empty_cache, extend, for_decoding
+from sat_jax.models.llama import Llama, LlamaConfig
+
+# Prompt tokens that go through the model at once. Lengths are rounded up to multiples of the
+# smaller number, so that not every length is a compilation of its own.
+_CHUNK = 512
+_ROUND = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: the likeliest (temperature 0), or drawn.
+
+    Logits are divided by `temperature`; then only the `top_k` likeliest tokens are left, and of
+    those only the likeliest that together reach the probability `top_p` (Holtzman et al.,
+    arXiv:1904.09751).
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature {self.temperature}; accepted: 0 (greedy) or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k {self.top_k}; accepted: 1 or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p {self.top_p}; accepted: above 0, up to 1")
+        if self.temperature == 0 and (self.top_k is not None or self.top_p < 1):
+            raise UserError("top_k and top_p need a temperature above 0; at 0 nothing is drawn")
+
+
+GREEDY = Sampling()
+
+
+def generate(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    stop_ids: Collection[int] | None = None,
+) -> list[list[int]]:
+    """The tokens that follow each prompt: up to `max_new_tokens`, or up to a stop token, left out.
+
+    `stop_ids` are the model's end-of-text tokens by default. A row's tokens do not depend on the
+    rows beside it (but for rounding), except under `dynamic` RoPE: its angles follow from one
+    length, that of the longest prompt plus `max_new_tokens`, for all rows and from the start.
+    Raises `UserError` for prompts that the model cannot take.
+    """
+    parts = stream(
+        model, prompts, max_new_tokens, sampling=sampling, seed=seed, stop_ids=stop_ids, every=_ROUND
+    )
+    return [[token for part in row for token in part] for row in zip(*parts, strict=True)]
+
+
+def stream(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    stop_ids: Collection[int] | None = None,
+    every: int = 1,
+) -> Iterator[list[list[int]]]:
+    """What `generate` returns, in parts: for each prompt its next tokens, `every` ones at a time.
+
+    The first part holds one token of each row; a row that has ended adds empty lists.
+    """
+    _check(model.config, prompts, max_new_tokens)
+    ends = frozenset(model.config.eos_token_ids if stop_ids is None else stop_ids)
+    longest = max(map(len, prompts))
+    width = _rounded(longest)
+    slots = width + -(-max_new_tokens // _ROUND) * _ROUND
+    # A static argument: only where the function depends on it may it force a compilation.
+    dynamic = model.config.rope.type == "dynamic"
+    length = longest + max_new_tokens if dynamic else slots
+
+    tokens = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[width - len(prompt) :] = prompt
+    padding = np.array([width - len(prompt) for prompt in prompts], np.int32)
+    graph, params = nnx.split(for_decoding(model))
+    key = jax.random.key(seed)
+    stop = jnp.asarray(sorted(ends), jnp.int32)
+
+    state = _prefill(graph, params, tokens, padding, key, stop, sampling, slots, length)
+    new = np.asarray(state.newest)[:, None]
+    made, running = 0, [True] * len(prompts)
+    while True:
+        made += new.shape[1]
+        part = []
+        for row, row_tokens in enumerate(new.tolist()):
+            kept = row_tokens if running[row] else []
+            cut = next((i for i, token in enumerate(kept) if token in ends), None)
+            running[row] = running[row] and cut is None
+            part.append(kept[:cut])
+        yield part
+        if made == max_new_tokens or not any(running):
+            return
+        steps = min(every, _ROUND, max_new_tokens - made)
+        state, out, count = _decode(graph, params, state, stop, steps, sampling, length)
+        new = np.asarray(out)[:, : int(count)]
+
+
+class _State(NamedTuple):
+    cache: Cache
+    padding: Int[Array, " B"]  # slots in front of each prompt
+    newest: Int[Array, " B"]  # chosen, and not in the cache yet
+    ended: Bool[Array, " B"]
+    made: Int[Array, ""]
+    key: Key[Array, ""]
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "sampling", "slots", "length"))
+def _prefill(
+    graph: nnx.GraphDef[Llama],
+    params: nnx.State,
+    tokens: Int[Array, "B T"],
+    padding: Int[Array, " B"],
+    key: Key[Array, ""],
+    stop: Int[Array, " stop"],
+    sampling: Sampling,
+    slots: int,
+    length: int,
+) -> _State:
+    """The prompts, a chunk of all rows at a time, and the first token after them."""
+    model: Llama = nnx.merge(graph, params)
+    batch, width = tokens.shape
+    chunk = min(width, _CHUNK)
+
+    def body(cache: Cache, tokens: Int[Array, "B C"]) -> tuple[Cache, Float[Array, "B D"]]:
+        place = cache.used + jnp.arange(chunk)[None] - padding[:, None]
+        segment_ids = (place >= 0).astype(jnp.int32)
+        x_BCD, cache = extend(model, cache, tokens, segment_ids, jnp.maximum(place, 0), length)
+        return cache, x_BCD[:, -1]
+
+    chunks = jnp.moveaxis(tokens.reshape(batch, -1, chunk), 1, 0)
+    cache = empty_cache(model.config, batch, slots, model.compute.dtype)
+    cache, last = jax.lax.scan(body, cache, chunks)
+    made = jnp.zeros((), jnp.int32)
+    newest = _choose(_logits(model, last[-1]), sampling, key, made)
+    return _State(cache, padding, newest, _is_in(newest, stop), made + 1, key)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("graph", "sampling", "length"), donate_argnames=("state",)
+)
+def _decode(
+    graph: nnx.GraphDef[Llama],
+    params: nnx.State,
+    state: _State,
+    stop: Int[Array, " stop"],
+    steps: Int[Array, ""],
+    sampling: Sampling,
+    length: int,
+) -> tuple[_State, Int[Array, "B steps"], Int[Array, ""]]:
+    """Up to `steps` more tokens of every row, fewer once all rows have ended; and how many."""
+    model: Llama = nnx.merge(graph, params)
+    ones = jnp.ones((len(state.padding), 1), jnp.int32)
+
+    def body(carry: tuple[_State, Array, Array]) -> tuple[_State, Array, Array]:
+        state, out, count = carry
+        place = (state.cache.used - state.padding)[:, None]
+        x_B1D, cache = extend(model, state.cache, state.newest[:, None], ones, place, length)
+        newest = _choose(_logits(model, x_B1D[:, 0]), sampling, state.key, state.made)
+        out = jax.lax.dynamic_update_slice(out, newest[:, None], (0, count))
+        ended = state.ended | _is_in(newest, stop)
+        state = _State(cache, state.padding, newest, ended, state.made + 1, state.key)
+        return state, out, count + 1
+
+    def unfinished(carry: tuple[_State, Array, Array]) -> Bool[Array, ""]:
+        return (carry[2] < steps) & ~jnp.all(carry[0].ended)
+
+    out = jnp.zeros((len(state.padding), _ROUND), jnp.int32)
+    return jax.lax.while_loop(unfinished, body, (state, out, jnp.zeros((), jnp.int32)))
+
+
+def _logits(model: Llama, x_BD: Float[Array, "B D"]) -> Float[Array, "B V"]:
+    return jnp.einsum("BD,VD->BV", x_BD, model.head(), preferred_element_type=jnp.float32)
+
+
+def _is_in(tokens: Int[Array, " B"], stop: Int[Array, " stop"]) -> Bool[Array, " B"]:
+    return jnp.any(tokens[:, None] == stop[None], axis=-1)
+
+
+def _choose(
+    logits_BV: Float[Array, "B V"], sampling: Sampling, key: Key[Array, ""], step: Int[Array, ""]
+) -> Int[Array, " B"]:
+    """The token number `step` of every row; equal logits in the order of their ids."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    batch, size = logits_BV.shape
+    # The largest is 0 from here on, so that no temperature overflows.
+    scaled = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / sampling.temperature
+    ids = None
+    if sampling.top_k is not None or sampling.top_p < 1:
+        scaled, ids = jax.lax.top_k(scaled, min(sampling.top_k or size, size))
+        probabilities = jax.nn.softmax(scaled, axis=-1)
+        reached = jnp.cumsum(probabilities, axis=-1) - probabilities
+        # The first is always kept: nothing was reached before it.
+        scaled = jnp.where(reached < sampling.top_p, scaled, -jnp.inf)
+    at_step = jax.random.fold_in(key, step)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, at_step))(jnp.arange(batch))
+    drawn = jax.vmap(jax.random.categorical)(keys, scaled)
+    if ids is not None:
+        drawn = jnp.take_along_axis(ids, drawn[:, None], axis=-1)[:, 0]
+    return drawn.astype(jnp.int32)
+
+
+def _rounded(length: int) -> int:
+    """`length` up to a multiple of _ROUND, or of _CHUNK beyond the first chunk."""
+    unit = _ROUND if length <= _CHUNK else _CHUNK
+    return -(-length // unit) * unit
+
+
+def _check(config: LlamaConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens {max_new_tokens}; accepted: 1 or more")
+    if not prompts:
+        raise UserError("no prompt; accepted: one or more lists of token ids")
+    for number, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise UserError(f"prompt {number} has no tokens; accepted: at least one")
+        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+            bad = next(token for token in prompt if not 0 <= token < config.vocab_size)
+            last = config.vocab_size - 1
+            raise UserError(f"prompt {number} has the id {bad}; the model's are 0 to {last}")
+    # `dynamic` stretches its angles to any length; the others were trained up to this one.
+    longest = max(map(len, prompts))
+    room = config.max_positions
+    if longest + max_new_tokens > room and config.rope.type != "dynamic":
+        raise UserError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than the model's"
+            f" {room} positions"
+        )

