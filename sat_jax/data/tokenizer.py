@@ -97,12 +97,12 @@ def load_tokenizer(
     """The tokenizer that `data.tokenizer` names.
 
     `model` is the one of `model_path`, a Hugging Face directory or a GGUF file; `bytes` has the
-    ids 0 to 255 and, unless `model_vocab_size` is 256, the eos 256; anything else is the path of a
+    ids 0 to 255 and, where the model has room, the eos 256; anything else is the path of a
     tokenizer.json or of its folder.
     Raises `UserError` where it does not fit `model_vocab_size`.
     """
     if spec == "bytes":
-        tokenizer = _byte_tokenizer(with_eos=model_vocab_size != 256)
+        tokenizer = _byte_tokenizer(with_eos=model_vocab_size is None or model_vocab_size > 256)
     elif spec != "model":
         tokenizer = _from_huggingface(Path(spec).expanduser())
     elif model_path is None:

@@ -1,0 +1,251 @@
+"""Every form of text is read the same, and whatever cannot be read names its file and place."""
+
+import gzip
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+import zstandard
+
+from sat_jax.data.sources import Document, Source, package_path, read_documents, resolve_sources
+from sat_jax.errors import UserError
+
+
+def read(*sources: str | Path, field: str = "text") -> list[Document]:
+    found = resolve_sources([str(source) for source in sources])
+    return [document for source in found for document in read_documents(source, field)]
+
+
+def texts(*sources: str | Path, field: str = "text") -> list[str]:
+    return [document.text for document in read(*sources, field=field)]
+
+
+def error(*sources: str | Path, field: str = "text") -> str:
+    with pytest.raises(UserError) as caught:
+        read(*sources, field=field)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def compressed(data: bytes, suffix: str) -> bytes:
+    if suffix == ".gz":
+        return gzip.compress(data)
+    return zstandard.ZstdCompressor().compress(data) if suffix == ".zst" else data
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_text_and_json_lines_plain_or_compressed(tmp_path: Path, suffix: str) -> None:
+    text = "\ufeffline\r\nünïcode 日本\n"
+    (tmp_path / f"a.md{suffix}").write_bytes(compressed(text.encode(), suffix))
+    lines = b'{"text": "one\\nline", "id": 1}\n\n{"text": "zwei"}'
+    (tmp_path / f"b.jsonl{suffix}").write_bytes(compressed(lines, suffix))
+    a, b, c = read(tmp_path)
+    assert a == Document("line\r\nünïcode 日本\n", str(tmp_path / f"a.md{suffix}"))
+    assert (b.text, c.text) == ("one\nline", "zwei")
+    assert c.origin == f"{tmp_path / f'b.jsonl{suffix}'}, line 3"
+
+
+def test_zstandard_frames_in_a_row_and_large(tmp_path: Path) -> None:
+    # More than a chunk, and compressible, so that one chunk in gives many out.
+    parts = ["x" * 3_000_000 + "é", "second"]
+    data = b"".join(compressed(part.encode(), ".zst") for part in parts)
+    (tmp_path / "a.txt.zst").write_bytes(data)
+    assert texts(tmp_path / "a.txt.zst") == ["".join(parts)]
+
+
+def test_folders_are_searched_in_a_fixed_order(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.py", "a/c.rst", ".hidden.txt", ".git/x.txt", "image.png", "x.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert texts(tmp_path) == ["a/c.rst", "a/z.py", "b.txt"]
+    assert texts(f"{tmp_path}/**/*.py") == ["a/z.py"]
+    assert texts(f"{tmp_path}/*.p?g") == ["image.png"]  # a glob takes what it is told to
+    # Named twice is read once, where it comes first.
+    assert texts(tmp_path / "b.txt", tmp_path) == ["b.txt", "a/c.rst", "a/z.py"]
+    one_string = resolve_sources(f"{tmp_path}/b.txt, {tmp_path}/a")
+    assert [source.path.name for source in one_string] == ["b.txt", "c.rst", "z.py"]
+
+
+def test_a_package_is_found_without_being_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "sat_jax_test_package"
+    (package / "sub").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "sub" / "a.py").write_text("a = 1")
+    (package / "notes.md").write_text("notes")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    assert len(texts("package:sat_jax_test_package")) == 3
+    assert texts("package:sat_jax_test_package/sub") == ["a = 1"]
+    assert texts("package:sat_jax_test_package/notes.md") == ["notes"]
+    assert texts("package:sat_jax_test_package/**/a.py") == ["a = 1"]
+    assert package_path("package:sat_jax_test_package/sub/a.py") == package / "sub" / "a.py"
+    assert "sat_jax_test_package" not in sys.modules
+    assert "no package 'sat_jax_no_such'" in error("package:sat_jax_no_such/a")
+    assert "no package" in error("package:os.path")
+    assert "single module" in error("package:contextlib")
+    assert "no such file" in error("package:sat_jax_test_package/none")
+
+
+def test_what_is_missing_is_refused(tmp_path: Path) -> None:
+    assert str(tmp_path / "none") in error(tmp_path / "none")
+    assert "no file matches" in error(f"{tmp_path}/*.txt")
+    assert "no documents here" in error(tmp_path)
+    with pytest.raises(UserError, match=r"data\.sources is empty"):
+        resolve_sources(" , ")
+    unreadable = tmp_path / "loop.txt"
+    unreadable.symlink_to(unreadable)
+    assert "loop.txt" in error(unreadable)
+
+
+@pytest.mark.parametrize("content", ["", "  \n\t"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_an_empty_file_is_an_error_if_named_and_counted_if_found(
+    tmp_path: Path, content: str, name: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    (tmp_path / "b.txt").write_text("b")
+    assert [text for text in texts(tmp_path) if text] == ["b"]
+    assert error(tmp_path / name) == f"{tmp_path / name}: holds no text"
+
+
+def test_empty_fields_are_empty_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": " "}\n{"text": "b"}')
+    assert texts(tmp_path / "a.jsonl") == ["", "b"]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_invalid_utf8_names_the_byte(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"a.txt{suffix}"
+    file.write_bytes(compressed("é ok ".encode() + b"\xff", suffix))
+    assert error(file).startswith(f"{file}: not UTF-8 at byte 6 (0xff)")
+    file = tmp_path / f"a.jsonl{suffix}"
+    first = '{"text": "é"}\n'.encode()
+    file.write_bytes(compressed(first + b'{"text": "\xc3"}', suffix))
+    assert error(file).startswith(f"{file}, line 2: not UTF-8 at byte {len(first) + 10} (0xc3)")
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "not at all"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_broken_compression_names_the_place(
+    tmp_path: Path, suffix: str, harm: str, name: str
+) -> None:
+    rng = np.random.default_rng(0)
+    lines = [json.dumps({"text": rng.bytes(40).hex()}) for _ in range(20_000)]
+    data = bytearray(compressed("\n".join(lines).encode(), suffix))
+    if harm == "truncated":
+        del data[-len(data) // 3 :]
+    elif harm == "flipped":
+        data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+    else:
+        data = bytearray(b"plain text, and more of it than a header")
+    file = tmp_path / f"{name}{suffix}"
+    file.write_bytes(data)
+    message = error(file)
+    assert message.startswith(f"{file}: broken {suffix[1:]}, after byte ")
+    place = int(message.split("after byte ")[1].split()[0])
+    assert place == 0 if harm == "not at all" else name == "a.txt" or place > 100_000
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"text": "a"', "not JSON at character 12"),
+        ("[1]", "a JSON list; accepted: an object with the field 'text'"),
+        ('{"id": 1, "body": "b"}', "no field 'text' (it has id, body); data.text_field names it"),
+        ("{}", "no field 'text' (it has no fields)"),
+        ('{"text": null}', "field 'text' is a NoneType, not a string"),
+        ('{"text": "a\\ud800"}', "half a surrogate pair at character 1"),
+        ("[" * 100_000, "JSON that cannot be read"),
+        ("1" * 5_000, "JSON that cannot be read"),
+    ],
+)
+def test_a_bad_line_names_its_number_and_byte(tmp_path: Path, line: str, reason: str) -> None:
+    file = tmp_path / "a.jsonl"
+    good = '{"text": "ü"}\n'
+    file.write_text(good + line)
+    message = error(file)
+    assert message.startswith(f"{file}, line 2 (byte {len(good.encode())}): ")
+    assert reason in message
+
+
+def test_the_text_field_can_be_named(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"body": "b", "text": "t"}\n')
+    assert texts(tmp_path / "a.json", field="body") == ["b"]
+
+
+def test_the_content_hash_is_of_the_content(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", "c.jsonl"):
+        (tmp_path / name).write_text('{"text": "a"}')
+    a, b, c = (source.content_hash() for source in resolve_sources(str(tmp_path)))
+    assert a == b != c  # the same bytes, read in another way
+    (tmp_path / "a.txt").write_text("other")
+    assert resolve_sources(str(tmp_path / "a.txt"))[0].content_hash() != a
+
+
+class SatJaxTestTexts(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {"text": tfds.features.Text(), "n": np.int32}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager: object) -> dict[str, object]:
+        del dl_manager
+        return {"train": self._generate_examples("t"), "test": self._generate_examples("e")}
+
+    def _generate_examples(self, letter: str):  # type: ignore[no-untyped-def]
+        for index in range(3):
+            yield index, {"text": f"{letter}{index} é" if index else "", "n": index}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tfds")
+    builder = SatJaxTestTexts(data_dir=str(folder), file_format="array_record")
+    builder.download_and_prepare()
+    return Path(builder.data_dir)
+
+
+def test_a_prepared_tfds_dataset(dataset: Path) -> None:
+    assert sorted(texts(f"tfds:{dataset}")) == ["", "t1 é", "t2 é"]
+    assert sorted(texts(f"tfds:{dataset}:test")) == ["", "e1 é", "e2 é"]
+    train, test = resolve_sources([f"tfds:{dataset}", f"tfds:{dataset}:test"])
+    assert train.content_hash() != test.content_hash()
+    assert "no split 'dev' (it has test, train)" in error(f"tfds:{dataset}:dev")
+    assert "no feature 'body' (it has n, text)" in error(f"tfds:{dataset}", field="body")
+    assert "feature 'n' is not text" in error(f"tfds:{dataset}", field="n")
+    assert "no prepared dataset" in error(f"tfds:{dataset.parent}")
+
+
+def test_a_damaged_tfds_dataset(dataset: Path, tmp_path: Path) -> None:
+    for file in dataset.iterdir():
+        data = file.read_bytes()
+        if "train.array_record" in file.name:
+            data = data[: len(data) // 2] + os.urandom(64) + data[len(data) // 2 + 64 :]
+            data = bytes(64) + data[64:]
+        (tmp_path / file.name).write_bytes(data)
+    assert str(tmp_path) in error(f"tfds:{tmp_path}")
+    (tmp_path / "dataset_info.json").write_text("{")
+    assert "TFDS cannot open it" in error(f"tfds:{tmp_path}")
+
+
+def test_another_tfds_format_is_refused_by_name(dataset: Path, tmp_path: Path) -> None:
+    for file in dataset.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    info = json.loads((tmp_path / "dataset_info.json").read_text())
+    info["fileFormat"] = "tfrecord"
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    assert "accepted: array_record" in error(f"tfds:{tmp_path}")
+
+
+def test_a_source_says_where_it_is() -> None:
+    assert str(Source(Path("a"), "text", named=True)) == "a"
+    assert str(Source(Path("a"), "tfds", named=True, split="test")) == "a:test"

@@ -1,0 +1,303 @@
+"""Text to ids and back, from each place where a tokenizer may come from."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from gguf import GGUFWriter
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
+from sat_jax.errors import UserError
+
+CORPUS = [
+    "The theorem that 2024 = 2 * 1012, isn't it? It's 12345 of them.",
+    "def f(x):\n    return x ** 2 + 10\n\n\nHELLO WORLD'S ÜBER naïve 日本語 ½ ٣\r\n",
+] * 3
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def split_words(digits: str) -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(tokenizers.Regex(WORDS % digits), "isolated")
+    return pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+
+
+# As in the tokenizer.json of SmolLM2, Llama 3, Qwen 2 and GPT-2.
+PRE_TOKENIZERS = {
+    "smollm": pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    ),
+    "llama-bpe": split_words("{1,3}"),
+    "qwen2": split_words(""),
+    "gpt-2": pre_tokenizers.ByteLevel(False),
+}
+
+
+def trained(pre: str) -> tokenizers.Tokenizer:
+    """A small byte-level BPE with merges that only `pre` keeps apart."""
+    backend = tokenizers.Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.pre_tokenizer = PRE_TOKENIZERS[pre]
+    return backend
+
+
+def write_folder(folder: Path, backend: tokenizers.Tokenizer, **files: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def write_gguf(path: Path, backend: tokenizers.Tokenizer, pre: str, **more: Any) -> Path:
+    model = json.loads(backend.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    writer = GGUFWriter(path, "llama")
+    writer.add_tokenizer_model(more.pop("model", "gpt2"))
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens])
+    writer.add_token_merges(more.pop("merges", [" ".join(pair) for pair in model["merges"]]))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    for name, value in more.items():
+        getattr(writer, f"add_{name}")(value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def reason(load: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as caught:
+        load()
+    return str(caught.value)
+
+
+def test_bytes() -> None:
+    tokenizer = load_tokenizer("bytes")
+    text = "héllo  \n日本 \x00 don't"
+    assert tokenizer.encode_batch([text, ""]) == [list(text.encode()), []]
+    assert tokenizer.encode_documents([text]) == [[*text.encode(), 256]]
+    assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos_id) == (257, 256, None)
+    assert tokenizer.decode([*b"ab", 256]) == "ab<|endoftext|>"
+    assert tokenizer.decode(list("é".encode())[:1]) == "\ufffd"
+    small = load_tokenizer("bytes", model_vocab_size=256)
+    assert (small.vocab_size, small.eos_id) == (256, None)
+    assert small.encode_documents(["ab"]) == [list(b"ab")]
+    assert "ids up to 255" in reason(lambda: load_tokenizer("bytes", model_vocab_size=255))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(st.characters(codec="utf-8")))
+def test_bytes_round_trip(text: str) -> None:
+    tokenizer = load_tokenizer("bytes")
+    (ids,) = tokenizer.encode_batch([text])
+    assert bytes(ids) == text.encode()
+    assert tokenizer.decode(ids) == text
+
+
+TRICKY = [
+    *CORPUS[:2],
+    " 12345 1 22 333\t\t x²  y   ",
+    "WE'LL we'll e\u0301 \u00a0\u3000;;\r\n\r\n end  ",
+    "<|im_start|>user\nhi<|im_end|> <|endoftext|>",
+]
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_gguf_gives_the_ids_of_the_original(tmp_path: Path, pre: str) -> None:
+    original = trained(pre)
+    path = write_gguf(tmp_path / "model.gguf", original, pre, add_bos_token=False)
+    tokenizer = load_tokenizer("model", path, 400)
+    expected = [original.encode(text).ids for text in TRICKY]
+    assert tokenizer.encode_batch(TRICKY) == expected
+    assert [original.decode(ids, False) for ids in expected] == [
+        tokenizer.decode(ids) for ids in expected
+    ]
+    # The others split these texts differently, so that the comparison above says something.
+    others = [write_gguf(tmp_path / f"{o}.gguf", original, o) for o in PRE_TOKENIZERS if o != pre]
+    for other in others:
+        assert load_tokenizer("model", other).encode_batch(TRICKY) != expected
+
+
+def test_gguf_special_tokens(tmp_path: Path) -> None:
+    backend = trained("smollm")
+    path = write_gguf(tmp_path / "a.gguf", backend, "smollm", chat_template="{{ messages }}")
+    tokenizer = load_tokenizer("model", path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (1, 2, False)
+    assert tokenizer.chat_template == "{{ messages }}"
+    assert tokenizer.encode_documents(["a"])[0][-1] == 2
+    path = write_gguf(tmp_path / "b.gguf", backend, "smollm", add_bos_token=True)
+    tokenizer = load_tokenizer("model", path)
+    assert tokenizer.encode_documents(["a"])[0][::2] == [1, 2]
+    # Llama 3 begins documents with its bos where the file does not say.
+    path = write_gguf(tmp_path / "c.gguf", trained("llama-bpe"), "llama-bpe")
+    assert load_tokenizer("model", path).adds_bos
+
+
+def test_gguf_that_cannot_be_rebuilt_is_refused_by_name(tmp_path: Path) -> None:
+    backend = trained("smollm")
+    path = write_gguf(tmp_path / "a.gguf", backend, "tekken")
+    assert "'gpt2' with pre-tokenizer 'tekken'" in reason(lambda: load_tokenizer("model", path))
+    path = write_gguf(tmp_path / "b.gguf", backend, "default", model="llama")
+    message = reason(lambda: load_tokenizer("model", path))
+    assert "'llama'" in message and "tokenizer.json" in message
+    path = write_gguf(tmp_path / "c.gguf", backend, "smollm", merges=["zz zz"])
+    assert "merges" in reason(lambda: load_tokenizer("model", path))
+    (tmp_path / "d.gguf").write_bytes(b"GGUF")
+    assert "not a GGUF file" in reason(lambda: load_tokenizer("model", tmp_path / "d.gguf"))
+    (tmp_path / "e.gguf").write_bytes(b"something else, and long enough for a header")
+    assert "not a GGUF file" in reason(lambda: load_tokenizer("model", tmp_path / "e.gguf"))
+
+
+def test_huggingface_folder(tmp_path: Path) -> None:
+    backend = trained("smollm")
+    settings = {
+        "eos_token": {"content": "<|im_end|>"},
+        "bos_token": "<|im_start|>",
+        "chat_template": [{"name": "default", "template": "D"}, {"name": "x", "template": "X"}],
+    }
+    folder = write_folder(tmp_path / "a", backend, tokenizer_config=settings)
+    for tokenizer in (
+        load_tokenizer("model", folder),
+        load_tokenizer(str(folder)),
+        load_tokenizer(str(folder / "tokenizer.json")),
+    ):
+        assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (1, 2, False)
+        assert tokenizer.chat_template == "D"
+        assert tokenizer.encode_documents(["a 12"]) == [[*backend.encode("a 12").ids, 2]]
+    (folder / "chat_template.jinja").write_text("J")
+    assert load_tokenizer(str(folder)).chat_template == "J"
+
+
+def test_huggingface_bos_from_the_post_processor_or_the_setting(tmp_path: Path) -> None:
+    backend = trained("smollm")
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|endoftext|>"}
+    plain = write_folder(tmp_path / "plain", backend, special_tokens_map=names)
+    assert load_tokenizer(str(plain)).encode_batch(["a"]) == [backend.encode("a").ids]
+    asked = {**names, "add_bos_token": True}
+    asked_for = write_folder(tmp_path / "asked", backend, tokenizer_config=asked)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    adds = write_folder(tmp_path / "adds", backend, special_tokens_map=names)
+    for folder in (asked_for, adds):
+        tokenizer = load_tokenizer(str(folder))
+        assert tokenizer.adds_bos
+        (ids,) = tokenizer.encode_documents(["a"])
+        assert (ids[0], len(ids), ids[-1]) == (1, 3, 0)
+        # A text that begins with it, as chat templates write, gets no second one.
+        assert tokenizer.encode_batch(["<|im_start|>a"])[0] == ids[:-1]
+    off = {**names, "add_bos_token": False}
+    refused = write_folder(tmp_path / "off", backend, tokenizer_config=off)
+    assert not load_tokenizer(str(refused)).adds_bos
+
+
+def test_huggingface_special_tokens_of_the_model_are_the_last_resort(tmp_path: Path) -> None:
+    backend = trained("smollm")
+    config = {"eos_token_id": [2, 0], "bos_token_id": 1}
+    folder = write_folder(tmp_path / "a", backend, config=config)
+    assert (load_tokenizer(str(folder)).eos_id, load_tokenizer(str(folder)).bos_id) == (2, 1)
+    bare = write_folder(tmp_path / "b", backend)
+    assert load_tokenizer(str(bare)).eos_id is None
+    assert load_tokenizer(str(bare)).encode_documents(["a"]) == [backend.encode("a").ids]
+
+
+def test_a_saved_truncation_and_padding_do_not_cut_documents(tmp_path: Path) -> None:
+    backend = trained("smollm")
+    expected = [backend.encode(text).ids for text in TRICKY]
+    backend.enable_truncation(3)
+    backend.enable_padding(length=200)
+    tokenizer = load_tokenizer(str(write_folder(tmp_path / "a", backend)))
+    assert tokenizer.encode_batch(TRICKY) == expected
+
+
+def test_what_cannot_be_loaded_names_its_file(tmp_path: Path) -> None:
+    assert "model.path names no model" in reason(lambda: load_tokenizer("model"))
+    missing = tmp_path / "none"
+    assert f"there is no {missing}" in reason(lambda: load_tokenizer(str(missing)))
+    assert f"{tmp_path / 'tokenizer.json'}" in reason(lambda: load_tokenizer("model", tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    message = reason(lambda: load_tokenizer(str(tmp_path)))
+    assert message.startswith(f"{tmp_path / 'tokenizer.json'}: not a tokenizer.json")
+    folder = write_folder(tmp_path / "a", trained("smollm"), tokenizer_config={"eos_token": "</s>"})
+    assert "eos_token '</s>'" in reason(lambda: load_tokenizer(str(folder)))
+    for content, problem in (("{", "not JSON"), ("[]", "not a JSON object")):
+        (folder / "tokenizer_config.json").write_text(content)
+        assert f"tokenizer_config.json: {problem}" in reason(lambda: load_tokenizer(str(folder)))
+
+
+def test_ids_that_the_model_lacks_are_refused(tmp_path: Path) -> None:
+    backend = trained("smollm")
+    size = backend.get_vocab_size()
+    folder = write_folder(tmp_path / "a", backend)
+    assert load_tokenizer(str(folder), model_vocab_size=size).vocab_size == size
+    message = reason(lambda: load_tokenizer(str(folder), model_vocab_size=size - 1))
+    assert f"ids up to {size - 1}" in message and f"ends at {size - 2}" in message
+    # An id counts even where ids below it are unused.
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["unused"] = 1000
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert load_tokenizer(str(folder)).vocab_size == 1001
+
+
+def test_the_fingerprint_follows_the_ids(tmp_path: Path) -> None:
+    backend = trained("smollm")
+    names = [{"eos_token": token} for token in SPECIAL[:2]]
+    names.append({"eos_token": SPECIAL[0], "bos_token": SPECIAL[1], "add_bos_token": True})
+    folders = [
+        write_folder(tmp_path / str(index), backend, tokenizer_config=content)
+        for index, content in enumerate(names)
+    ]
+    folders.append(write_folder(tmp_path / "x", trained("gpt-2"), tokenizer_config=names[0]))
+    seen = [load_tokenizer(str(folder)).fingerprint for folder in folders]
+    assert len(set(seen)) == len(seen)
+    template = names[0] | {"chat_template": "x"}  # no part in what a document becomes
+    same = write_folder(tmp_path / "y", backend, tokenizer_config=template)
+    assert load_tokenizer(str(same)).fingerprint == seen[0]
+
+
+def check_same(one: Tokenizer, other: Tokenizer) -> None:
+    assert one.encode_documents(TRICKY) == other.encode_documents(TRICKY)
+    assert one.fingerprint == other.fingerprint
+    assert one.chat_template == other.chat_template
+
+
+def test_saved_files_give_the_same_tokenizer(tmp_path: Path) -> None:
+    backend = trained("llama-bpe")
+    path = write_gguf(tmp_path / "a.gguf", backend, "llama-bpe", chat_template="C")
+    for name, tokenizer in (
+        ("gguf", load_tokenizer("model", path)),
+        ("bytes", load_tokenizer("bytes")),
+    ):
+        (tmp_path / name).mkdir()
+        tokenizer.save(tmp_path / name)
+        check_same(load_tokenizer(str(tmp_path / name)), tokenizer)
+    # What came from a folder is copied as it is, the settings that we do not read included.
+    settings = {"eos_token": "<|im_end|>", "unknown_setting": 1}
+    folder = write_folder(tmp_path / "b", backend, tokenizer_config=settings)
+    (tmp_path / "copy").mkdir()
+    load_tokenizer(str(folder)).save(tmp_path / "copy")
+    assert json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text()) == settings
