@@ -1,0 +1,166 @@
+"""What is left of a run when it ends: `summary.json`, and where its wall time went."""
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from sat_jax.train.files import write_json
+from sat_jax.train.metrics import to_json
+from sat_jax.train.workdir import WorkDir
+
+PARTS = ("compile", "data", "step", "checkpoint")
+_PACKAGES = ("sat_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+class Clock:
+    """Splits wall time: `with clock("data"): ...`. Everything outside is "other".
+
+    Parts may be nested; each second counts once, for the innermost. `before` holds the seconds of
+    earlier starts of the same run (`seconds()` as kept in a checkpoint). For one thread: what runs
+    in the background costs no wall time.
+    """
+
+    def __init__(self, before: Mapping[str, float] | None = None) -> None:
+        self._seconds = dict.fromkeys((*PARTS, "other"), 0.0) | dict(before or {})
+        self._seconds.pop("total", None)
+        self._open = ["other"]
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Counts the time inside for `part`, one of `PARTS`."""
+        if part not in PARTS:
+            raise ValueError(f"part {part!r} of the wall time; known are {', '.join(PARTS)}")
+        self._settle()
+        self._open.append(part)
+        try:
+            yield
+        finally:
+            self._settle()
+            self._open.pop()
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by part up to now, with "other" and "total"."""
+        self._settle()
+        return {**self._seconds, "total": sum(self._seconds.values())}
+
+    def _settle(self) -> None:
+        now = time.perf_counter()
+        self._seconds[self._open[-1]] += now - self._since
+        self._since = now
+
+
+def write_summary(
+    workdir: WorkDir,
+    *,
+    steps: int,
+    tokens: int,
+    losses: Mapping[str, float | None],
+    dense_flops: float,
+    spent_flops: float,
+    seconds: Mapping[str, float],
+    more: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Writes `summary.json` atomically, which marks the run as finished, and returns what it holds.
+
+    `losses` by name ("loss", "eval_loss"); `dense_flops` is what the same tokens cost without
+    sparsity, `spent_flops` what they did cost; `seconds` is `Clock.seconds()`; `more` is added as
+    it is.
+    """
+    summary = {
+        "steps": steps,
+        "tokens": tokens,
+        **losses,
+        "dense_flops": dense_flops,
+        "spent_flops": spent_flops,
+        "seconds": dict(seconds),
+        "peak_memory": peak_memory(),
+        # No portable counter: the drivers' own would be one more dependency.
+        "energy_joules": None,
+        **environment(),
+        **(more or {}),
+    }
+    written = to_json(summary)
+    write_json(workdir.summary, written)
+    return written
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device and commit: what a measured row has to say about where it comes from."""
+    return {"versions": _versions(), "device": _device(), "commit": _commit()}
+
+
+def peak_memory() -> dict[str, Any]:
+    """Bytes at the highest, of the fullest local device; of this process if none counts them."""
+    counted = [
+        stats["peak_bytes_in_use"]
+        for device in jax.local_devices()
+        if (stats := device.memory_stats()) and "peak_bytes_in_use" in stats
+    ]
+    if counted:
+        return {"bytes": max(counted), "of": "device"}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"bytes": peak if sys.platform == "darwin" else peak * 1024, "of": "process"}
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _device() -> dict[str, Any]:
+    device = jax.devices()[0]
+    kind = device.device_kind
+    if device.platform == "cpu":
+        kind = _processor() or kind
+    return {
+        "platform": device.platform,
+        "kind": kind,
+        "count": jax.device_count(),
+        "processes": jax.process_count(),
+        "host_cpus": os.cpu_count(),
+    }
+
+
+def _processor() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or None
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else None
+
+
+def _commit() -> str | None:
+    """The commit that runs, "-dirty" if files differ from it; None outside a clone."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            result = subprocess.run(
+                ["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    # Installed into the environment of another repository, that repository's commit says nothing.
+    if git("rev-parse", "--show-toplevel") != str(_ROOT):
+        return None
+    commit = git("rev-parse", "HEAD")
+    return f"{commit}-dirty" if commit and git("status", "--porcelain") else commit
