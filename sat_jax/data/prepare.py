@@ -190,7 +190,9 @@ def load_prepared(path: Path) -> Prepared:
         splits = {name: SplitInfo(**split) for name, split in content.pop("splits").items()}
         return Prepared(path, PreparedInfo(splits=splits, **content))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: no prepared data of this version: {error}") from error
+        raise UserError(
+            f"{path}: no prepared data of this version; delete it to prepare it again: {error}"
+        ) from error
 
 
 def _fingerprint(settings: dict[str, Any], sources: Sequence[Source], root: Path) -> str:

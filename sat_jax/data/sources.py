@@ -33,7 +33,7 @@ TEXT = (
 JSON_LINES = (".jsonl", ".ndjson")
 COMPRESSED = (".gz", ".zst")
 ACCEPTED = "a file, a folder, a glob, package:NAME[/path or glob], tfds:FOLDER[:split]"
-CHUNK = 1 << 18  # bytes
+CHUNK = 1 << 16  # bytes
 
 
 class Document(NamedTuple):

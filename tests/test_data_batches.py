@@ -1,0 +1,156 @@
+"""What a step reads depends on the seed and the step alone."""
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sat_jax.data.batches import Batch, Prefetcher, TokenRows, batches, in_order, open_split
+from sat_jax.data.prepare import prepare
+from sat_jax.data.tokenizer import load_tokenizer
+from sat_jax.errors import UserError
+
+LENGTH = 3
+
+
+class NumberedRows:
+    """Rows as they are stored, each filled with its number."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        assert all(0 <= row < self.size for row in rows)
+        lengths = np.array([LENGTH], np.int32)
+        return [{"tokens": np.full(LENGTH + 1, row, np.int32), "lengths": lengths} for row in rows]
+
+
+def numbered(size: int) -> TokenRows:
+    return TokenRows(NumberedRows(size), LENGTH, Path("numbered"))
+
+
+def numbers(batch: Batch) -> list[int]:
+    assert (batch.tokens == batch.tokens[:, :1]).all()
+    return batch.tokens[:, 0].tolist()
+
+
+def joined(parts: Sequence[Batch]) -> Batch:
+    return Batch(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 20), st.integers(1, 8), st.integers(0, 2**31 - 1))
+def test_every_epoch_takes_every_row_once(size: int, rows_per_step: int, seed: int) -> None:
+    get = batches(numbered(size), rows_per_step, seed)
+    steps = -(-3 * size // rows_per_step)
+    read = [row for step in range(steps) for row in numbers(get(step))]
+    for epoch in range(3):
+        assert sorted(read[epoch * size : (epoch + 1) * size]) == list(range(size))
+
+
+def test_epochs_and_seeds_differ_and_a_seed_repeats() -> None:
+    first, again, other = (
+        [numbers(batches(numbered(50), 50, seed)(step)) for step in range(2)] for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert len({tuple(rows) for rows in (*first, *other)}) == 4
+    assert first[0] != sorted(first[0])
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_processes_share_a_step_without_changing_it(process_count: int) -> None:
+    whole = batches(numbered(23), 8, seed=3)
+    parts = [batches(numbered(23), 8, 3, index, process_count) for index in range(process_count)]
+    for step in range(10):
+        together = joined([part(step) for part in parts])
+        assert all(map(np.array_equal, together, whole(step)))
+
+
+def test_rows_a_step_cannot_be_shared_unequally() -> None:
+    with pytest.raises(UserError, match="8 rows a step cannot be shared by 3 processes"):
+        batches(numbered(5), 8, 0, process_count=3)
+    with pytest.raises(UserError, match="by 3 processes"):
+        next(in_order(numbered(5), 8, process_count=3))
+
+
+@pytest.mark.parametrize(("size", "limit", "expected"), [(10, None, 10), (10, 5, 5), (3, 9, 3)])
+@pytest.mark.parametrize("process_count", [1, 2, 4])
+def test_in_order_reads_each_row_once_and_fills_up(
+    size: int, limit: int | None, expected: int, process_count: int
+) -> None:
+    parts = [
+        list(in_order(numbered(size), 4, limit, index, process_count))
+        for index in range(process_count)
+    ]
+    steps = [joined(batch) for batch in zip(*parts, strict=True)]
+    assert all(batch.tokens.shape == (4, LENGTH) for batch in steps)
+    everything = joined(steps)
+    assert numbers(everything)[:expected] == list(range(expected))
+    assert everything.loss_mask[:expected].all()
+    assert not any(array[expected:].any() for array in everything)
+
+
+def test_prepared_rows_resume_at_any_step(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for index in range(20):
+        (tmp_path / "in" / f"{index}.txt").write_text(f"{index} " * (index + 1))
+    prepared = prepare(
+        sources=str(tmp_path / "in"),
+        tokenizer=load_tokenizer("bytes"),
+        row_length=8,
+        held_out=0.1,
+        root=tmp_path,
+    )
+    run = batches(open_split(prepared, "train"), 4, seed=1)
+    unbroken = [run(step) for step in range(6)]
+    resumed = batches(open_split(prepared, "train"), 4, seed=1)
+    for step in (5, 3, 4):
+        assert all(map(np.array_equal, resumed(step), unbroken[step]))
+    with pytest.raises(UserError, match="no split 'test'; accepted: train, held_out"):
+        open_split(prepared, "test")
+
+
+def test_prefetching_keeps_the_order_and_the_depth() -> None:
+    made: list[int] = []
+
+    def get(step: int) -> int:
+        made.append(step)
+        return step * step
+
+    with Prefetcher(get, range(3, 9), depth=2) as ahead:
+        assert next(ahead) == 9
+        deadline = time.monotonic() + 10
+        while len(made) < 3 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.01)
+        assert made == [3, 4, 5]  # the one that was taken, and two ahead
+        assert list(ahead) == [16, 25, 36, 49, 64]
+    assert made == [3, 4, 5, 6, 7, 8]
+
+
+def test_prefetching_is_done_by_another_thread_that_ends() -> None:
+    with Prefetcher(lambda _: threading.current_thread(), range(100)) as ahead:
+        thread = next(ahead)
+        assert thread is not threading.current_thread()
+    assert not thread.is_alive()
+
+
+def test_an_error_arrives_at_its_step_and_the_thread_ends() -> None:
+    def get(step: int) -> int:
+        if step == 2:
+            raise UserError("damaged")
+        return step
+
+    before = threading.active_count()
+    with pytest.raises(UserError, match="damaged"), Prefetcher(get, range(5)) as ahead:
+        assert [next(ahead), next(ahead)] == [0, 1]
+        next(ahead)
+    assert threading.active_count() == before

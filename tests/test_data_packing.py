@@ -1,0 +1,109 @@
+"""No pair of any document is lost or seen twice, and rows are what they say."""
+
+from itertools import pairwise
+
+import numpy as np
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from sat_jax.data.batches import BLANK, Batch, Row, unpack
+from sat_jax.data.packing import assign_rows, cut
+
+documents_strategy = st.lists(st.integers(0, 30), min_size=1, max_size=40)
+length_strategy = st.integers(1, 12)
+
+
+def pack(sizes: list[int], row_length: int) -> tuple[Batch, np.ndarray]:
+    """Documents of these many tokens, all tokens different, as the rows of one batch."""
+    sizes_array = np.array(sizes)
+    starts = np.cumsum(sizes_array) - sizes_array
+    flat = np.arange(1, sizes_array.sum() + 1, dtype=np.int32)
+    pieces = cut(starts, sizes_array, row_length)
+    rows = assign_rows(pieces.lengths, row_length)
+    stored = []
+    for row in range(rows.max() + 1 if len(rows) else 0):
+        members = np.flatnonzero(rows == row)
+        runs = [flat[pieces.starts[p] : pieces.starts[p] + pieces.lengths[p] + 1] for p in members]
+        stored.append(Row(np.concatenate(runs), pieces.lengths[members]))
+    return unpack(stored or [BLANK], row_length), flat
+
+
+@settings(deadline=None)
+@given(documents_strategy, length_strategy)
+@example([1], 1)
+@example([13, 2, 1, 0, 24, 12], 12)
+def test_every_pair_of_every_document_once(sizes: list[int], row_length: int) -> None:
+    batch, flat = pack(sizes, row_length)
+    ends = np.cumsum(sizes)
+    expected = [
+        pair
+        for end, size in zip(ends, sizes, strict=True)
+        for pair in pairwise(flat[end - size : end])
+    ]
+    used = batch.loss_mask
+    pairs = list(zip(batch.tokens[used], batch.targets[used], strict=True))
+    assert sorted(pairs) == expected  # tokens are numbered along the documents
+
+
+@settings(deadline=None)
+@given(documents_strategy, length_strategy)
+def test_segments_are_runs_of_one_document(sizes: list[int], row_length: int) -> None:
+    batch, _ = pack(sizes, row_length)
+    for tokens, targets, segments, positions, used in zip(*batch, strict=True):
+        filled = int(used.sum())
+        assert used[:filled].all()  # padding only behind
+        padding = np.stack([tokens, targets, segments, positions])[:, filled:]
+        assert not padding.any()
+        for slot in range(filled):
+            if slot and segments[slot] == segments[slot - 1]:
+                assert tokens[slot] == tokens[slot - 1] + 1 == targets[slot - 1]
+                assert positions[slot] == positions[slot - 1] + 1
+            else:
+                assert segments[slot] == (segments[slot - 1] + 1 if slot else 1)
+                assert positions[slot] == 0
+
+
+@settings(deadline=None)
+@given(documents_strategy, length_strategy)
+def test_only_documents_longer_than_a_row_are_cut(sizes: list[int], row_length: int) -> None:
+    pieces = cut(np.cumsum(sizes) - np.array(sizes), np.array(sizes), row_length)
+    expected = [
+        length
+        for size in sizes
+        for length in [row_length] * ((size - 1) // row_length) + [(size - 1) % row_length]
+        if size > 1 and length
+    ]
+    assert pieces.lengths.tolist() == expected
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 12), max_size=60))
+def test_rows_hold_what_fits_and_are_tight(lengths: list[int]) -> None:
+    rows = assign_rows(np.array(lengths, np.int64), 12)
+    filled = np.bincount(rows, weights=lengths) if lengths else np.zeros(0)
+    assert (filled > 0).all()  # no row number is skipped
+    assert (filled <= 12).all()
+    # Any two rows together overflow one: that holds for best-fit and bounds the waste by half.
+    assert len(filled) < 2 or sorted(filled)[0] + sorted(filled)[1] > 12
+
+
+def test_best_fit_takes_the_tightest_row() -> None:
+    # 7 and 6 open rows with 3 and 4 left; 4 fits the second only, 3 the first exactly.
+    assert assign_rows(np.array([3, 6, 4, 7]), 10).tolist() == [0, 1, 1, 0]
+    assert assign_rows(np.array([5, 5, 10, 5]), 10).tolist() == [1, 1, 0, 2]
+
+
+def test_rows_by_hand() -> None:
+    stored = [
+        Row(np.array([5, 6, 7, 8, 9], np.int32), np.array([2, 1], np.int32)),
+        BLANK,
+        Row(np.array([1, 2, 3, 4, 5], np.int32), np.array([4], np.int32)),
+    ]
+    batch = unpack(stored, 4)
+    assert [array.dtype for array in batch] == [np.int32] * 4 + [np.bool_]
+    assert batch.tokens.tolist() == [[5, 6, 8, 0], [0] * 4, [1, 2, 3, 4]]
+    assert batch.targets.tolist() == [[6, 7, 9, 0], [0] * 4, [2, 3, 4, 5]]
+    assert batch.segment_ids.tolist() == [[1, 1, 2, 0], [0] * 4, [1, 1, 1, 1]]
+    assert batch.positions.tolist() == [[0, 1, 0, 0], [0] * 4, [0, 1, 2, 3]]
+    assert batch.loss_mask.tolist() == [[True] * 3 + [False], [False] * 4, [True] * 4]
+    assert not unpack([BLANK], 4).loss_mask.any()

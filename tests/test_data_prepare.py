@@ -1,0 +1,431 @@
+"""A preparation is whole or not there, the same for the same input, and made once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sat_jax.data import corpus
+from sat_jax.data import prepare as prepare_module
+from sat_jax.data.batches import in_order, open_split
+from sat_jax.data.prepare import Prepared, load_prepared, prepare
+from sat_jax.data.splits import budgets
+from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
+from sat_jax.errors import UserError
+from scripts import prepare_data
+from tests.conftest import ROOT, RunPython
+
+BYTES = load_tokenizer("bytes")
+EOS = 256
+
+
+def write(folder: Path, documents: list[str], name: str = "a.jsonl") -> Path:
+    folder.mkdir(exist_ok=True)
+    lines = [json.dumps({"text": text}) for text in documents]
+    (folder / name).write_text("\n".join(lines))
+    return folder
+
+
+def some(count: int, length: int = 30) -> list[str]:
+    rng = np.random.default_rng(count)
+    letters = [rng.choice(list("abc é"), int(rng.integers(1, length))) for _ in range(count)]
+    return [f"{number} {''.join(text)}" for number, text in enumerate(letters)]
+
+
+def made(folder: Path, **changes: object) -> Prepared:
+    settings = {
+        "sources": str(folder),
+        "tokenizer": BYTES,
+        "row_length": 16,
+        "held_out": 0.2,
+        "root": folder.parent / "prepared",
+    }
+    return prepare(**(settings | changes))  # type: ignore[arg-type]
+
+
+def documents_in(prepared: Prepared, split: str) -> list[str]:
+    """The documents of a split, from rows that hold whole ones; one that a cap cut has no eos."""
+    found = []
+    for batch in in_order(open_split(prepared, split), 4):
+        for tokens, targets, segments, _, used in zip(*batch, strict=True):
+            for segment in range(1, segments.max() + 1):
+                inside = (segments == segment) & used
+                ids = [*tokens[inside], targets[inside][-1]]
+                found.append(bytes(ids[: -1 if ids[-1] == EOS else None]).decode(errors="ignore"))
+    return found
+
+
+def reason(call: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_documents_arrive_whole_in_one_split_each(tmp_path: Path) -> None:
+    documents = some(60)
+    prepared = made(write(tmp_path / "in", documents), row_length=80)
+    train, held_out = (documents_in(prepared, split) for split in ("train", "held_out"))
+    assert sorted(train + held_out) == sorted(documents)
+    assert len(held_out) == 12
+    for split, texts in (("train", train), ("held_out", held_out)):
+        info = prepared.info.splits[split]
+        size = sum(len(text.encode()) for text in texts)
+        assert (info.documents, info.text_bytes) == (len(texts), size)
+        assert (info.tokens, info.targets) == (size + len(texts), size)
+        assert info.rows == len(open_split(prepared, split))
+        assert info.useful_share == pytest.approx(size / (info.rows * 80))
+        assert info.long_documents == 0
+    assert load_prepared(prepared.path) == prepared
+
+
+def test_long_documents_are_counted_and_keep_every_target(tmp_path: Path) -> None:
+    documents = ["x" * 16, "y" * 17, "z" * 40, "short", "long enough to be cut in two"]
+    prepared = made(write(tmp_path / "in", documents), held_out=1)
+    splits = prepared.info.splits.values()
+    assert sum(split.long_documents for split in splits) == 3
+    targets = [
+        int(batch.loss_mask.sum())
+        for split in prepared.info.splits
+        for batch in in_order(open_split(prepared, split), 2)
+    ]
+    assert sum(targets) == sum(len(text) for text in documents)
+
+
+def test_the_split_follows_the_content_and_nothing_else(tmp_path: Path) -> None:
+    documents = some(40)
+    first = made(write(tmp_path / "a", documents), row_length=80)
+    shuffled = [documents[i] for i in np.random.default_rng(0).permutation(40)]
+    folder = write(tmp_path / "b", shuffled[:11], "z.jsonl")
+    other = made(write(folder, shuffled[11:], "y.jsonl"), row_length=80)
+    for split in ("train", "held_out"):
+        assert sorted(documents_in(first, split)) == sorted(documents_in(other, split))
+    assert first.info.fingerprint != other.info.fingerprint  # but the rows may differ
+    # Copies of a document that is held out are held out.
+    copied = made(write(tmp_path / "c", documents * 3), row_length=80)
+    assert sorted(documents_in(copied, "held_out")) == sorted(documents_in(first, "held_out") * 3)
+
+
+def test_held_out_by_count_and_its_limits(tmp_path: Path) -> None:
+    folder = write(tmp_path / "in", some(10))
+    assert made(folder, held_out=3).info.splits["held_out"].documents == 3
+    assert made(folder, held_out=1e-9).info.splits["held_out"].documents == 1
+    assert made(folder, held_out=9).info.splits["train"].documents == 1
+    for value in (10, 0.99):
+        assert "leaves none of 10 documents" in reason(lambda v=value: made(folder, held_out=v))
+    for value in (0, -0.1, 1.5, float("nan")):
+        assert f"data.held_out={value}" in reason(lambda v=value: made(folder, held_out=v))
+    same = write(tmp_path / "same", ["same"] * 5)
+    assert "copies of one text" in reason(lambda: made(same))
+
+
+def test_a_cap_takes_a_fair_share_of_all_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = some(2000)
+    for part in range(4):
+        write(tmp_path / "in", documents[part::4], f"{part}.jsonl")
+    full = made(tmp_path / "in", row_length=80)
+    original, tokenized = Tokenizer.encode_documents, []
+
+    def counted(self: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+        tokenized.append(sum(len(text.encode()) for text in texts))
+        return original(self, texts)
+
+    monkeypatch.setattr(Tokenizer, "encode_documents", counted)
+    capped = made(tmp_path / "in", row_length=80, max_tokens=3000)
+    size = {name: split.tokens for name, split in capped.info.splits.items()}
+    assert size == {"train": 2400, "held_out": 600}
+    assert sum(tokenized) < 6 * 3000 < full.info.splits["train"].text_bytes
+    for split, info in capped.info.splits.items():
+        texts = documents_in(capped, split)
+        whole = set(documents_in(full, split))
+        (cut,) = [text for text in texts if text not in whole] or [""]
+        assert any(text.startswith(cut) for text in whole)
+        assert {int(text.split()[0]) % 4 for text in texts if text != cut} == {0, 1, 2, 3}
+        assert len(texts) == info.documents
+        # What is cut off does not count; at most one character was cut within.
+        assert 0 <= info.text_bytes - sum(len(text.encode()) for text in texts) <= 3
+
+
+def test_a_cap_does_not_depend_on_the_guess(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(tmp_path / "in", some(300))
+    expected = made(folder, max_tokens=1500)
+    monkeypatch.setattr(corpus, "_BYTES_PER_TOKEN", 0.01)  # many rounds
+    monkeypatch.setattr(corpus, "_BATCH", 50)
+    again = made(folder, max_tokens=1500, root=tmp_path / "other")
+    assert again.info == expected.info
+    for split in ("train", "held_out"):
+        assert rows_of(again, split) == rows_of(expected, split)
+
+
+def test_a_cap_above_the_corpus_changes_nothing(tmp_path: Path) -> None:
+    folder = write(tmp_path / "in", some(50))
+    assert made(folder, max_tokens=10**6).info.splits == made(folder).info.splits
+
+
+def test_a_cap_below_one_document(tmp_path: Path) -> None:
+    folder = write(tmp_path / "in", ["x" * 100, "y" * 100])
+    tokens = {name: split.tokens for name, split in made(folder, max_tokens=9).info.splits.items()}
+    assert sorted(tokens.values()) == [4, 5]
+    assert "data.max_tokens=3" in reason(lambda: made(folder, max_tokens=3))
+    assert "data.row_length=0" in reason(lambda: made(folder, row_length=0))
+
+
+def rows_of(prepared: Prepared, split: str) -> list[bytes]:
+    rows = open_split(prepared, split)
+    return [b"".join(array.tobytes() for array in rows.batch([row])) for row in range(len(rows))]
+
+
+def test_the_same_input_is_prepared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "in", some(30))
+    lines: list[str] = []
+    first = made(folder, log=lines.append)
+    monkeypatch.setattr(prepare_module, "read_index", None)  # not looked at again
+    assert made(folder, log=lines.append) == first
+    assert len(lines) == 2
+    assert lines[0].startswith("data: prepared, ")
+    assert lines[1] == lines[0].replace("data: prepared", "data: already prepared")
+    (tmp_path / "moved").mkdir()
+    (folder / "a.jsonl").rename(tmp_path / "moved" / "b.jsonl")
+    assert made(tmp_path / "moved", sources=str(tmp_path / "moved")) == first
+
+
+def test_every_setting_has_a_preparation_of_its_own(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    lines = [json.dumps({"text": text, "body": text}) for text in some(30)]
+    (folder / "a.jsonl").write_text("\n".join(lines))
+    small = load_tokenizer("bytes", model_vocab_size=256)
+    changes: list[dict[str, object]] = [
+        *({}, {"row_length": 17}, {"held_out": 0.3}, {"max_tokens": 100}),
+        *({"text_field": "body"}, {"tokenizer": small}),
+    ]
+    names = {made(folder, **change).info.fingerprint for change in changes}
+    assert len(names) == len(changes)
+
+
+def test_content_is_hashed_once_and_a_change_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(tmp_path / "in", some(30))
+    file = folder / "a.jsonl"
+    os.utime(file, (1, 1))
+    first = made(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module.Source, "content_hash", None)
+        assert made(folder) == first
+    content = file.read_text()
+    file.write_text(content.replace("a", "A", 1))  # of the same size
+    changed = made(folder)
+    assert changed.info.fingerprint != first.info.fingerprint
+    # A file this young may change again without a trace, so that its hash is not kept.
+    before = file.stat()
+    file.write_text(content.replace("a", "B", 1))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert made(folder).info.fingerprint != changed.info.fingerprint
+
+
+def test_a_killed_preparation_is_not_taken_for_whole(tmp_path: Path) -> None:
+    folder = write(tmp_path / "in", some(30))
+    code = f"""
+import sys, time
+from pathlib import Path
+from sat_jax.data import prepare
+from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
+write = prepare._write_tfds
+def stop(*arguments):
+    write(*arguments)
+    print("written", flush=True)
+    time.sleep(100)
+prepare._write_tfds = stop
+prepare.prepare(sources={str(folder)!r}, tokenizer=load_tokenizer("bytes"), row_length=16,
+                held_out=0.2, root=Path({str(tmp_path / "prepared")!r}))
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "written\n"
+        process.send_signal(signal.SIGKILL)
+    left = [path.name for path in (tmp_path / "prepared").iterdir()]
+    assert any(name.endswith(".unfinished") for name in left)
+    lines: list[str] = []
+    prepared = made(folder, log=lines.append)
+    assert lines[0].startswith("data: prepared, ")
+    assert len(documents_in(made(folder, row_length=80), "train")) == 24
+    assert not list((tmp_path / "prepared").glob("*.unfinished"))
+    assert prepared.path.name in {name.partition(".")[0] for name in left}
+
+
+def test_a_failed_preparation_leaves_nothing(tmp_path: Path) -> None:
+    folder = write(tmp_path / "in", some(30))
+    with (folder / "a.jsonl").open("a") as file:
+        file.write("\n{")
+    assert "line 31" in reason(lambda: made(folder))
+    assert not [path for path in (tmp_path / "prepared").iterdir() if path.is_dir()]
+
+
+def test_two_at_once_prepare_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "in", some(30))
+    written: list[Path] = []
+    started, go_on = threading.Event(), threading.Event()
+    original = prepare_module._write
+
+    def slow(folder: Path, **settings: object) -> object:
+        written.append(folder)
+        started.set()
+        assert go_on.wait(30)
+        return original(folder, **settings)  # type: ignore[arg-type]
+
+    def log(line: str) -> None:
+        lines.append(line)
+        if "waiting" in line:
+            go_on.set()
+
+    lines: list[str] = []
+    monkeypatch.setattr(prepare_module, "_write", slow)
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(made, folder)
+        assert started.wait(30)
+        second = threads.submit(made, folder, log=log)
+        assert first.result() == second.result()
+    assert len(written) == 1
+    assert [line.split(",")[0].split(";")[0] for line in lines] == [
+        "data: another process is preparing the same",
+        "data: already prepared",
+    ]
+
+
+def test_nothing_to_learn_from_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "in", ["", " "])
+    (tmp_path / "in" / "a.txt").write_text("")
+    assert "no documents left: all 3" in reason(lambda: made(tmp_path / "in"))
+    (tmp_path / "in" / "b.txt").write_text("b")
+    assert "leaves none of 1 documents" in reason(lambda: made(tmp_path / "in"))
+    (tmp_path / "in" / "c.txt").write_text("c")
+    info = made(tmp_path / "in").info
+    assert (info.documents, info.empty_documents, info.files) == (2, 3, 4)
+    without_eos = load_tokenizer("bytes", model_vocab_size=256)
+    message = reason(lambda: made(tmp_path / "in", tokenizer=without_eos))
+    assert "no document of the train split has two tokens" in message
+    assert "ids up to 256" in reason(lambda: made(tmp_path / "in", model_vocab_size=256))
+
+
+def test_a_source_that_changes_under_the_reader_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(tmp_path / "in", some(30))
+    original = prepare_module.read_index
+
+    def then_change(*arguments: object) -> object:
+        index = original(*arguments)  # type: ignore[arg-type]
+        write(folder, some(29))
+        return index
+
+    monkeypatch.setattr(prepare_module, "read_index", then_change)
+    assert reason(lambda: made(folder)).endswith("a.jsonl: changed while it was being read")
+
+
+def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
+    folder = write(tmp_path / "in", some(30))
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file") in reason(lambda: made(folder, root=tmp_path / "file"))
+
+
+@pytest.mark.parametrize("harm", ["flipped", "truncated", "missing", "fewer", "info"])
+def test_damage_is_noticed(tmp_path: Path, harm: str) -> None:
+    prepared = made(write(tmp_path / "in", some(400, 200)), row_length=64)
+    (file,) = prepared.path.glob("**/*-train.array_record*")
+    data = bytearray(file.read_bytes())
+    if harm == "flipped":
+        data[1000:1016] = bytes(byte ^ 255 for byte in data[1000:1016])
+        file.write_bytes(data)
+    elif harm == "truncated":
+        file.write_bytes(data[: len(data) // 2])
+    elif harm == "missing":
+        file.unlink()
+    elif harm == "fewer":
+        info = json.loads((prepared.path / "info.json").read_text())
+        info["splits"]["train"]["rows"] += 1
+        (prepared.path / "info.json").write_text(json.dumps(info))
+    else:
+        (prepared.path / "info.json").write_text("{}")
+
+    def read_all() -> None:
+        rows = open_split(load_prepared(prepared.path), "train")
+        rows.batch(range(len(rows)))
+
+    message = reason(read_all)
+    assert message.startswith(str(prepared.path)) and "delete" in message
+
+
+def test_the_shares_of_a_cap() -> None:
+    held_out = np.arange(100) < 5
+    assert budgets(held_out, 1000) == {"train": 950, "held_out": 50}
+    assert budgets(held_out, 10) == {"train": 8, "held_out": 2}
+
+
+def test_tensorflow_and_the_network_are_never_touched(
+    tmp_path: Path, run_python: RunPython
+) -> None:
+    folder = write(tmp_path / "in", some(30))
+    code = f"""
+import sys, socket
+def no(*_): raise AssertionError("network")
+socket.socket.connect = no
+from pathlib import Path
+from sat_jax.data.prepare import prepare
+from sat_jax.data.batches import batches, open_split
+from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
+prepared = prepare(sources={str(folder)!r}, tokenizer=load_tokenizer("bytes"), row_length=16,
+                   held_out=0.2, root=Path({str(tmp_path / "prepared")!r}), log=print)
+batches(open_split(prepared, "train"), 2, seed=0)(5)
+assert "tensorflow" not in sys.modules and "torch" not in sys.modules
+"""
+    done = run_python("-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_script(tmp_path: Path, run_python: RunPython) -> None:
+    folder = write(tmp_path / "in", some(30))
+    command = ("-m", "scripts.prepare_data", "--tokenizer", "bytes", "--row-length", "16")
+    out = run_python(*command, "--sources", str(folder), "--out", str(tmp_path / "out"))
+    assert (out.returncode, out.stderr) == (0, "")
+    first, table, train, held_out, last = out.stdout.splitlines()
+    assert first.startswith("data: prepared, ")
+    assert len(table.split()) == len(train.split()) == len(held_out.split())
+    assert last.startswith("1 files, 30 documents with text, 0 empty; tokenizer of 257 ids")
+    out = run_python(*command, "--sources", str(tmp_path / "none"))
+    assert (out.returncode, out.stdout) == (2, "")
+    assert out.stderr.startswith("error: ") and out.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--row-lenght", "2"], "--row-lenght"),
+        (["--held-out", "x"], "--held-out"),
+        (["--tokenizer", "bytes", "--vocab-size", "200"], "ids up to 255"),
+        (["--tokenizer", "bytes", "--held-out", "40"], "leaves none"),
+        (["--tokenizer", "bytes", "--text-field", "body"], "no field 'body'"),
+        (["--tokenizer", "bytes", "--max-tokens", "1"], "max_tokens=1"),
+        (["--model-path", "none"], "there is no none"),
+        ([], "model.path"),
+    ],
+)
+def test_the_script_passes_its_arguments_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], problem: str
+) -> None:
+    folder = write(tmp_path / "in", some(30))
+    monkeypatch.setattr(sys, "argv", ["prepare_data", "--sources", str(folder), *arguments])
+    assert problem in reason(prepare_data.main)
