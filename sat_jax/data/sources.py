@@ -311,7 +311,7 @@ def _read_tfds(source: Source, field: str) -> Iterator[Document]:
         has = ", ".join(sorted(info.splits))
         raise UserError(f"{source.path}: no split {source.split!r} (it has {has})")
     if field not in info.features:
-        has = ", ".join(info.features)
+        has = ", ".join(sorted(info.features))
         raise UserError(
             f"{source.path}: no feature {field!r} (it has {has}); data.text_field names it"
         )
