@@ -6,7 +6,9 @@ for `wanda`, the SAT paper (arXiv:2406.01392) for the choice of `uniform`, `magn
 `maxip`; `output` measures what a neuron really adds to the residual stream.
 """
 
-from collections.abc import Callable, Mapping
+import functools
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -49,21 +51,25 @@ def uniform(e: Evidence) -> Scores:
 
 def magnitude(e: Evidence) -> Scores:
     """‖W_:j‖₂, over all matrices."""
-    return sum(jnp.sqrt(jnp.square(w).sum(-1)).sum(-1) for w in e.reads + e.writes)
+    return _total(jnp.sqrt(jnp.square(w).sum(-1)).sum(-1) for w in e.reads + e.writes)
 
 
 def wanda(e: Evidence) -> Scores:
     """Σ_i |W_ij| · rms(x_i)."""
-    return sum(jnp.einsum("LNCD,LD->LN", jnp.abs(w), e.rms) for w in e.reads)
+    return _total(jnp.einsum("LNCD,LD->LN", jnp.abs(w), e.rms) for w in e.reads)
 
 
 def maxip(e: Evidence) -> Scores:
     """|Σ_i W_ij · mean(x_i)|."""
-    return sum(jnp.abs(jnp.einsum("LNCD,LD->LNC", w, e.mean)).sum(-1) for w in e.reads)
+    return _total(jnp.abs(jnp.einsum("LNCD,LD->LNC", w, e.mean)).sum(-1) for w in e.reads)
+
+
+def _total(scores: Iterable[Scores]) -> Scores:
+    return functools.reduce(operator.add, scores)
 
 
 def output(e: Evidence) -> Scores:
-    """‖a_j‖₂ · ‖W_out,j‖₂ of a channel, ‖o_h W_o,h‖₂ of a head or group, over the probe's tokens."""
+    """‖a_j‖₂ · ‖W_out,j‖₂ of a channel, ‖o_h W_o,h‖₂ of a head or group: an rms over tokens."""
     assert e.energy is not None
     return jnp.sqrt(e.energy)
 

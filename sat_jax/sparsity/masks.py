@@ -36,7 +36,7 @@ def choose(
     selection: Selection,
     key: PRNGKeyArray,
 ) -> Masks:
-    """The masks of a plan for a whole model: every layer's neurons are scored, the best are kept."""
+    """The masks of a plan for a whole model: all neurons of a layer are scored, the best kept."""
     masks = []
     for segment in plan.segments:
         head_key, channel_key = jax.random.split(jax.random.fold_in(key, segment.start))

@@ -83,12 +83,6 @@ def _write_back(path: str, parts: list[Array], whole: Array, masks: Masks, plan:
     return whole
 
 
-def split_layers(whole: Mapping[str, Array], plan: Plan) -> Flat:
-    """The whole tree cut into the plan's segments with nothing omitted: what `mask` trains."""
-    everything = tuple(SegmentMasks(None, None) for _ in plan.segments)
-    return compact(whole, everything, plan)[0]
-
-
 def mask_values(masks: Masks) -> Flat:
     """The masks by the paths of the modules' `Mask` variables."""
     values: Flat = {}
@@ -109,11 +103,9 @@ def keep_only(new: Mapping[str, Array], old: Mapping[str, Array], masks: Masks) 
         )
         if indices is not None:
             lead = indices.ndim - 1
-            size = value.shape[lead]
-            keep = jnp.any(indices[..., None] == jnp.arange(size), axis=-2)
-            value = jnp.where(
-                keep.reshape(keep.shape + (1,) * (value.ndim - keep.ndim)), value, old[path]
-            )
+            nothing = jnp.zeros(value.shape[: lead + 1], bool)
+            keep = jnp.put_along_axis(nothing, indices, True, axis=-1, inplace=False)
+            value = jnp.where(jnp.expand_dims(keep, range(lead + 1, value.ndim)), value, old[path])
         merged[path] = value
     return merged
 

@@ -105,7 +105,7 @@ def make_plan(
     segments = tuple(Segment(start, stop, *counts[start]) for start, stop in _runs(counts))
     if len(segments) > max_segments:
         raise UserError(
-            f"sparsity.dense_layers cuts the layers into {len(segments)} segments; accepted: at most"
+            f"sparsity.dense_layers cuts the layers into {len(segments)} segments; accepted: up to"
             f" sparsity.max_segments = {max_segments}"
         )
     return Plan(segments, balance, block)

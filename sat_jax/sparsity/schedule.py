@@ -27,16 +27,17 @@ _DECLINE: dict[str, Callable[[float], float]] = {
 
 
 def stairs(schedule: Schedule, steps: int, rungs: int, split: float) -> tuple[Stair, ...]:
-    """The stairs of a run; empty ones are left out, neighbours at the same scale are one.
+    """The stairs of a run; empty ones are left out, neighbours at the same scale are one. Where
+    steps do not divide evenly the later stairs are the longer ones.
 
     - `ladder`: r0 for `split · steps`, then `rungs` equal stairs, stair k at (1 - k / rungs) r0:
-      the last one is dense.
+      the last one is dense and has at least one step.
     - `constant`: r0 throughout.
     - `linear`, `cosine`, `cubic`: the whole run in `rungs` equal stairs, stair k at the curve's
-      value at k / (rungs - 1), so that the first is at r0 and the last dense.
-    - `s2d`: r0 for `split · steps`, then dense.
+      value at k / (rungs - 1), so that the first is at r0 and the last dense (two rungs or more).
+    - `s2d`: r0 for `split · steps`, then dense, at least for one step.
     """
-    first = round(split * steps)
+    first = min(round(split * steps), steps - 1)
     match schedule:
         case "constant":
             edges, scales = [0, steps], [1.0]
@@ -60,5 +61,5 @@ def stairs(schedule: Schedule, steps: int, rungs: int, split: float) -> tuple[St
 
 
 def _edges(start: int, stop: int, parts: int) -> list[int]:
-    """`parts + 1` borders of equal stretches, rounded to whole steps."""
-    return [start + round((stop - start) * k / parts) for k in range(parts + 1)]
+    """`parts + 1` borders of equal stretches, rounded down, so that the last is never empty."""
+    return [start + (stop - start) * k // parts for k in range(parts + 1)]

@@ -23,15 +23,16 @@ def select(
     `keep / balance` are chosen in each of `balance` contiguous parts, in aligned runs of `block`
     whose scores are added. `topk` takes the highest scores, the lower index at a tie; `sample`
     draws without replacement with probability in proportion to the score (Gumbel top-k, needs
-    `key`). A NaN score counts as the lowest. N and `keep` are multiples of `balance · block`.
+    `key`). A run with a NaN score counts as the lowest. N and `keep` are multiples of
+    `balance · block`.
     """
     total = scores.shape[-1]
     unit = balance * block
     if total % unit or keep % unit or not 0 <= keep <= total:
         raise ValueError(f"cannot keep {keep} of {total} neurons in multiples of {unit}")
     lead = scores.shape[:-1]
-    scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
     runs = scores.reshape(*lead, balance, total // unit, block).sum(-1)
+    runs = jnp.where(jnp.isnan(runs), -jnp.inf, runs)
     if selection == "sample":
         if key is None:
             raise ValueError("selection 'sample' needs a key")

@@ -23,7 +23,7 @@ class Statistics(NamedTuple):
     channel's activation.
     """
 
-    count: Float[Array, ""]
+    count: Float[Array, ""]  # type: ignore[assignment]  # hides the method of tuples
     attention: InputSums | None = None
     mlp: InputSums | None = None
     heads: Float[Array, "L K G G"] | None = None
@@ -32,7 +32,6 @@ class Statistics(NamedTuple):
 
 def accumulate(running: Statistics, new: Statistics, decay: float) -> Statistics:
     """`decay · running + new`. Sums and count decay together, so that any ratio of the two is the
-    token-weighted average over the steps, newest heaviest; what `new` lacks stays as it was."""
-    if jax.tree.structure(running) != jax.tree.structure(new):
-        raise ValueError("running and new statistics observe different things")
+    token-weighted average over the steps, newest heaviest. Both observe the same, since they have
+    one count: otherwise jax raises a `ValueError`."""
     return jax.tree.map(lambda old, fresh: decay * old + fresh, running, new)

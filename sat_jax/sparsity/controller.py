@@ -1,0 +1,69 @@
+"""Plain Python between steps: which rung a step belongs to, and when neurons are chosen anew."""
+
+import dataclasses
+
+from sat_jax.config import SparsityConfig
+from sat_jax.sparsity.plan import Neurons, Plan, make_plan
+from sat_jax.sparsity.schedule import stairs
+
+
+@dataclasses.dataclass(frozen=True)
+class Rung:
+    """Steps `[start, stop)` that share one plan.
+
+    `rate_attention` and `rate_mlp` are the asked omission rates; the plan has the realised counts.
+    """
+
+    start: int
+    stop: int
+    plan: Plan
+    rate_attention: float
+    rate_mlp: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Controller:
+    """The rungs of a run, first to last."""
+
+    rungs: tuple[Rung, ...]
+    neurons: Neurons
+    refresh_every: int
+
+    def rung_at(self, step: int) -> Rung:
+        """The rung that trains step `step` (from 0)."""
+        return next(rung for rung in self.rungs if rung.start <= step < rung.stop)
+
+    def rung_after(self, rung: Rung) -> Rung | None:
+        """The rung that follows, if any."""
+        return next((later for later in self.rungs if later.start == rung.stop), None)
+
+    def refreshes(self, step: int) -> bool:
+        """Whether neurons are chosen before step `step`: at the start of a sparse rung and every
+        `refresh_every` steps in it."""
+        rung = self.rung_at(step)
+        dense = self.neurons.is_dense(rung.plan)
+        return not dense and (step - rung.start) % self.refresh_every == 0
+
+
+def make_controller(
+    config: SparsityConfig, neurons: Neurons, steps: int, rates: tuple[float, float], balance: int
+) -> Controller:
+    """The rungs of `steps` steps at r0 `rates` (attention, MLP); rungs with equal counts are one."""
+    rungs: list[Rung] = []
+    for stair in stairs(config.schedule, steps, config.rungs, config.split):
+        attention, mlp = rates[0] * stair.scale, rates[1] * stair.scale
+        plan = make_plan(
+            neurons,
+            attention,
+            mlp,
+            attention_unit=config.attention_unit,
+            dense_layers=config.dense_layers,
+            max_segments=config.max_segments,
+            block=config.block,
+            balance=balance,
+        )
+        if rungs and rungs[-1].plan == plan:
+            rungs[-1] = dataclasses.replace(rungs[-1], stop=stair.stop)
+        else:
+            rungs.append(Rung(stair.start, stair.stop, plan, attention, mlp))
+    return Controller(tuple(rungs), neurons, config.refresh_every)

@@ -1,0 +1,222 @@
+"""Every compiled program of a run, made before it is needed.
+
+A rung's programs are compiled from shapes alone, the next rung's on a background thread while the
+current one trains, so that no step ever waits for the compiler on the main thread.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sat_jax.config import Config
+from sat_jax.data.batches import Batch
+from sat_jax.models.llama import Compute, LlamaConfig
+from sat_jax.models.params import abstract, shapes
+from sat_jax.parallel.rules import BATCH, tree_shardings
+from sat_jax.sparsity.importance import METRICS
+from sat_jax.sparsity.masks import Masks, SegmentMasks, choose
+from sat_jax.sparsity.plan import Neurons, Plan
+from sat_jax.sparsity.statistics import InputSums, Statistics
+from sat_jax.train.optimizer import learning_rate, make_optimizer
+from sat_jax.train.state import TrainState, compact_state, expand_state, new_state
+from sat_jax.train.step import StepSettings, make_evaluation, make_probe, make_step
+
+Compiled = Callable[..., Any]
+
+
+class RungPrograms(NamedTuple):
+    """Compiled for one plan. `enter` takes the whole state and masks to the state the step trains
+    and what rests; `leave` goes back. Both give their argument's buffers away; so does `step`.
+
+    `select(state, stats)` → masks; `enter(state, masks)` → (working state, resting);
+    `step(working, stats, masks, batch)` → (working, stats, metrics);
+    `leave(working, resting, masks)` → whole state. `seconds` is what compiling took.
+    """
+
+    select: Compiled
+    enter: Compiled
+    step: Compiled
+    leave: Compiled
+    seconds: float
+
+
+class Programs:
+    """Compiles on one background thread; `rung(plan)` waits for the plan's programs.
+
+    A compilation that fails raises where its result is asked for.
+    """
+
+    def __init__(self, config: Config, model: LlamaConfig, mesh: Mesh, neurons: Neurons):
+        self._config, self._model, self._mesh, self._neurons = config, model, mesh, neurons
+        settings = config.model
+        self._compute = Compute(
+            settings.dtype, settings.remat, settings.loss_chunk, settings.attention
+        )
+        self.observe = METRICS[config.sparsity.metric].needs
+        self.optimizer = make_optimizer(config.optimizer, config.train.steps)
+        self.state = self._placed(
+            jax.eval_shape(lambda p: new_state(p, self.optimizer), shapes(model))
+        )
+        self.stats = self._placed(jax.eval_shape(self.no_statistics))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="compile")
+        self._rungs: dict[Plan, Future[RungPrograms]] = {}
+
+    def close(self) -> None:
+        """Forgets what is not compiled yet."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def prepare(self, plan: Plan) -> None:
+        """Starts compiling the plan's programs in the background, unless that has been done."""
+        if plan not in self._rungs:
+            self._rungs[plan] = self._thread.submit(self._compile_rung, plan)
+
+    def rung(self, plan: Plan) -> RungPrograms:
+        """The plan's programs; waits for the compiler where they are not ready."""
+        self.prepare(plan)
+        return self._rungs[plan].result()
+
+    def submit(self, function: Callable[..., Any], *args: Any, **jit: Any) -> "Future[Compiled]":
+        """Compiles `function` for the (abstract) arguments in the background."""
+        return self._thread.submit(self._compile, function, *args, **jit)
+
+    def evaluation(self, rows: int) -> "Future[Compiled]":
+        """`evaluate(params, batch)` on the whole model."""
+        graph, _ = abstract(self._model, compute=self._compute)
+        return self.submit(make_evaluation(graph), self.state.params, self.batch(rows))
+
+    def probe(self, rows: int, length: int) -> "Future[Compiled]":
+        """`probe(params, stats, batch)` on the whole model."""
+        graph, _ = abstract(self._model, compute=self._compute)
+        probe = make_probe(graph, self.observe, self._config.sparsity.stats_decay)
+        return self.submit(probe, self.state.params, self.stats, self.batch(rows, length))
+
+    def batch(self, rows: int, length: int | None = None) -> Batch:
+        """Shapes of a batch, its rows split over the mesh where they divide evenly."""
+        length = length or self._config.data.row_length
+        parts = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        sharding = NamedSharding(self._mesh, BATCH if rows % parts == 0 else P())
+        whole = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=sharding)
+        mask = jax.ShapeDtypeStruct((rows, length), np.bool_, sharding=sharding)
+        return Batch(whole, whole, whole, whole, mask)
+
+    def no_statistics(self) -> Statistics:
+        """Statistics of nothing, for what the metric needs."""
+        model, stats = self._model, Statistics(count=jnp.zeros(()))
+        if "inputs" in self.observe:
+            sums = InputSums(*[jnp.zeros((model.n_layers, model.d_model))] * 2)
+            stats = stats._replace(attention=sums, mlp=sums)
+        if "outputs" in self.observe:
+            pairs = (model.n_layers, model.n_kv_heads, model.query_heads, model.query_heads)
+            stats = stats._replace(
+                heads=jnp.zeros(pairs), channels=jnp.zeros((model.n_layers, model.d_ff))
+            )
+        return stats
+
+    def _placed(self, tree: Any) -> Any:
+        """Abstract values with their shardings on the mesh."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            tree,
+            tree_shardings(self._mesh, tree),
+        )
+
+    def _compile(self, function: Callable[..., Any], *args: Any, **jit: Any) -> Compiled:
+        with jax.set_mesh(self._mesh):
+            out = tree_shardings(self._mesh, jax.eval_shape(function, *args))
+            return jax.jit(function, out_shardings=out, **jit).lower(*args).compile()
+
+    def _compile_move(self, function: Callable[..., Any], *args: Any) -> Compiled:
+        """Compiles a program that mostly moves arrays, giving away the buffers it can reuse.
+
+        A buffer is reused where an output has its shape and sharding; giving away others would free
+        nothing and only warn.
+        """
+        leaves, structure = jax.tree.flatten(args)
+        free = Counter(
+            (leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(jax.eval_shape(function, *args))
+        )
+        given = []
+        for number, leaf in enumerate(leaves):
+            if free[leaf.shape, leaf.dtype]:
+                free[leaf.shape, leaf.dtype] -= 1
+                given.append(number)
+
+        def on_leaves(*flat: Any) -> Any:
+            return function(*jax.tree.unflatten(structure, flat))
+
+        compiled = self._compile(on_leaves, *leaves, donate_argnums=tuple(given))
+        return lambda *values: compiled(*jax.tree.leaves(values))
+
+    def _compile_rung(self, plan: Plan) -> RungPrograms:
+        started = time.perf_counter()
+        masked = self._config.sparsity.execution == "mask"
+        select = self._select(plan)
+        masks = self._placed(jax.eval_shape(select, self.state, self.stats))
+
+        def enter(whole: TrainState, masks: Masks) -> tuple[TrainState, Any]:
+            if not masked:
+                return compact_state(whole, masks, plan)
+            nothing = _nothing_omitted(plan)
+            return compact_state(whole, nothing, plan)
+
+        def leave(small: TrainState, resting: Any, masks: Masks) -> TrainState:
+            return expand_state(small, resting, _nothing_omitted(plan) if masked else masks, plan)
+
+        working, resting = self._placed(jax.eval_shape(enter, self.state, masks))
+        graph, _ = abstract(self._model, plan.segments, self._compute, masked)
+        step = make_step(graph, self._step_settings())
+        batch = self.batch(self._config.train.rows_per_step)
+        step_masks = masks if masked else ()
+        return RungPrograms(
+            select=self._compile(select, self.state, self.stats),
+            enter=self._compile_move(enter, self.state, masks),
+            step=self._compile(
+                step, working, self.stats, step_masks, batch, donate_argnums=(0, 1)
+            ),
+            leave=self._compile_move(leave, working, resting, masks),
+            seconds=time.perf_counter() - started,
+        )
+
+    def _select(self, plan: Plan) -> Callable[[TrainState, Statistics], Masks]:
+        sparse, seed = self._config.sparsity, self._config.seed
+
+        def select(whole: TrainState, stats: Statistics) -> Masks:
+            key = jax.random.fold_in(jax.random.key(seed), _SELECTION)
+            return choose(
+                whole.params,
+                stats,
+                plan,
+                self._neurons,
+                metric=sparse.metric,
+                selection=sparse.selection,
+                key=jax.random.fold_in(key, whole.step),
+            )
+
+        return select
+
+    def _step_settings(self) -> StepSettings:
+        config = self._config
+        return StepSettings(
+            optimizer=self.optimizer,
+            schedule=learning_rate(config.optimizer, config.train.steps),
+            microbatches=config.train.accumulate,
+            observe=tuple(kind for kind in self.observe if kind == "inputs"),
+            stats_decay=config.sparsity.stats_decay,
+            freeze=config.optimizer.moments == "freeze",
+        )
+
+
+# The purpose of a random key: what it is folded with after the seed.
+_SELECTION = 1
+
+
+def _nothing_omitted(plan: Plan) -> Masks:
+    return tuple(SegmentMasks(None, None) for _ in plan.segments)

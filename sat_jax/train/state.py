@@ -1,0 +1,62 @@
+"""What training changes, whole or compacted."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from sat_jax.sparsity.masks import Masks
+from sat_jax.sparsity.neurons import compact, expand, keep_only
+from sat_jax.sparsity.plan import Plan
+
+
+class TrainState(NamedTuple):
+    """Optimizer steps done, float32 parameters by path, and the optimizer's state."""
+
+    step: Int[Array, ""]
+    params: dict[str, Array]
+    optimizer: Any
+
+
+def new_state(params: dict[str, Array], optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+Resting = list[dict[str, Array]]
+
+
+def compact_state(whole: TrainState, masks: Masks, plan: Plan) -> tuple[TrainState, Resting]:
+    """The smaller dense model's state, and what rests until `expand_state`: everything keyed by
+    parameter path is compacted alike (parameters, moments, update counts)."""
+    trees, structure = _trees(whole)
+    pairs = [compact(t, masks, plan) if isinstance(t, dict) else (t, {}) for t in trees]
+    return jax.tree.unflatten(structure, [p[0] for p in pairs]), [p[1] for p in pairs]
+
+
+def expand_state(small: TrainState, resting: Resting, masks: Masks, plan: Plan) -> TrainState:
+    """The inverse: the whole state with the kept neurons written back, bit for bit."""
+    trees, structure = _trees(small)
+    whole = [
+        expand(tree, rest, masks, plan) if isinstance(tree, dict) else tree
+        for tree, rest in zip(trees, resting, strict=True)
+    ]
+    return jax.tree.unflatten(structure, whole)
+
+
+def freeze_omitted(new: TrainState, old: TrainState, masks: Masks) -> TrainState:
+    """Mask execution with frozen moments: omitted neurons as they were before the step."""
+    after, structure = _trees(new)
+    before, _ = _trees(old)
+    kept = [
+        keep_only(a, b, masks) if isinstance(a, dict) else a
+        for a, b in zip(after, before, strict=True)
+    ]
+    return jax.tree.unflatten(structure, kept)
+
+
+def _trees(state: TrainState) -> tuple[list[Any], Any]:
+    """The dictionaries keyed by parameter path, and the lone scalars between them."""
+    return jax.tree.flatten(state, is_leaf=lambda node: isinstance(node, dict))

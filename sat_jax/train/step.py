@@ -1,0 +1,127 @@
+"""One optimizer step, one probe, one evaluation: pure functions of arrays, to be jitted."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from sat_jax.data.batches import Batch
+from sat_jax.models.llama import Llama
+from sat_jax.models.params import bind, numbered
+from sat_jax.sparsity.masks import Masks
+from sat_jax.sparsity.neurons import mask_values
+from sat_jax.sparsity.statistics import Observable, Statistics, accumulate
+from sat_jax.train.optimizer import Schedule
+from sat_jax.train.state import TrainState, freeze_omitted
+
+
+class StepMetrics(NamedTuple):
+    """Of one step: mean loss a token (under masks), tokens in it, gradient norm before clipping."""
+
+    loss: Float[Array, ""]
+    tokens: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+
+
+class StepSettings(NamedTuple):
+    """What a step is made of besides arrays. `freeze`: in mask execution, omitted neurons stay."""
+
+    optimizer: optax.GradientTransformation
+    schedule: Schedule
+    microbatches: int
+    observe: tuple[Observable, ...]
+    stats_decay: float
+    freeze: bool
+
+
+def make_step(
+    graph: nnx.GraphDef[Llama], settings: StepSettings
+) -> Callable[..., tuple[TrainState, Statistics, StepMetrics]]:
+    """`step(state, stats, masks, batch)`: the state, running statistics and metrics after one
+    update. `masks` is empty for a compacted or whole model and given in mask execution."""
+
+    def step(
+        state: TrainState, stats: Statistics, masks: Masks, batch: Batch
+    ) -> tuple[TrainState, Statistics, StepMetrics]:
+        def loss(params: dict[str, Array], part: Batch) -> tuple[Array, Statistics]:
+            model = bind(graph, params | mask_values(masks))
+            return model.loss(*part, observe=settings.observe)
+
+        total, seen, grads = _over_microbatches(
+            jax.value_and_grad(loss, has_aux=True), state.params, batch, settings.microbatches
+        )
+        tokens = jnp.sum(batch.loss_mask).astype(jnp.float32)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1), grads)
+        updates, optimizer = settings.optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        after = TrainState(state.step + 1, params, optimizer)
+        if settings.freeze and masks:
+            after = freeze_omitted(after, state, masks)
+        if settings.observe:
+            # Only inputs are observed in a step; what a probe alone sees stays as it was.
+            seen = stats._replace(**{n: v for n, v in seen._asdict().items() if v is not None})
+            stats = accumulate(stats, seen, settings.stats_decay)
+        metrics = StepMetrics(
+            loss=total / jnp.maximum(tokens, 1),
+            tokens=tokens,
+            grad_norm=optax.global_norm(grads),
+            learning_rate=jnp.asarray(settings.schedule(state.step), jnp.float32),
+        )
+        return after, stats, metrics
+
+    return step
+
+
+def _over_microbatches(
+    value_and_grad: Callable[..., Any], params: dict[str, Array], batch: Batch, parts: int
+) -> tuple[Array, Statistics, dict[str, Array]]:
+    """Sums of loss, observations and gradients over `parts` microbatches, one at a time."""
+    if parts == 1:
+        (total, seen), grads = value_and_grad(params, batch)
+        return total, seen, grads
+
+    # Row i of the step goes to microbatch i mod parts, so that each device keeps its own rows.
+    def split(rows: Array) -> Array:
+        return rows.reshape(-1, parts, *rows.shape[1:]).swapaxes(0, 1)
+
+    def add(sums: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, value_and_grad(params, part)), None
+
+    microbatches = jax.tree.map(split, batch)
+    first = jax.tree.map(lambda x: x[0], microbatches)
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(value_and_grad, params, first)
+    )
+    ((total, seen), grads), _ = jax.lax.scan(add, zeros, microbatches)
+    return total, seen, grads
+
+
+def make_probe(
+    graph: nnx.GraphDef[Llama], observe: tuple[Observable, ...], decay: float
+) -> Callable[[dict[str, Array], Statistics, Batch], Statistics]:
+    """`probe(params, stats, batch)`: running statistics after a dense forward pass of the whole
+    model, without gradient."""
+
+    def probe(params: dict[str, Array], stats: Statistics, batch: Batch) -> Statistics:
+        model = bind(graph, numbered(params))
+        _, seen = model.hidden(batch.tokens, batch.segment_ids, batch.positions, observe)
+        return accumulate(stats, seen, decay)
+
+    return probe
+
+
+def make_evaluation(
+    graph: nnx.GraphDef[Llama],
+) -> Callable[[dict[str, Array], Batch], tuple[Array, Array]]:
+    """`evaluate(params, batch)`: sum of the whole model's losses, and how many tokens."""
+
+    def evaluate(params: dict[str, Array], batch: Batch) -> tuple[Array, Array]:
+        total, _ = bind(graph, numbered(params)).loss(*batch)
+        return total, jnp.sum(batch.loss_mask)
+
+    return evaluate
