@@ -14,7 +14,7 @@ from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 
 from sat_jax.errors import UserError
-from sat_jax.interop.weights import Weights, check_tensors, stacked_reader, stored_tensors
+from sat_jax.interop.weights import Weights, check_tensors, stacked_reader
 from sat_jax.models.llama import Family, LlamaConfig
 from sat_jax.models.rope import RopeConfig, inverse_frequencies
 
@@ -79,8 +79,8 @@ def open_file(path: Path) -> Weights:
     shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}
     metadata = _Metadata(reader, str(path))
     config = _config(metadata, shapes, _rope_factors(tensors, path))
-    expected = {name: shape for name, _, _, shape in stored_tensors(config, "gguf")}
-    check_tensors(expected, {n: s for n, s in shapes.items() if n != _ROPE_FREQS}, path)
+    found = {name: shape for name, shape in shapes.items() if name != _ROPE_FREQS}
+    check_tensors(config, "gguf", found, path)
     fetch = _fetcher(tensors, config, metadata.architecture in _PAIRED, path)
     return Weights(config, stacked_reader(config, "gguf", fetch))
 

@@ -56,8 +56,7 @@ def open_directory(directory: Path) -> Weights:
     if config.tie_embeddings and "lm_head.weight" in shapes:
         _check_tied(tensors, directory)
         del shapes["lm_head.weight"]
-    expected = {name: shape for name, _, _, shape in stored_tensors(config, "huggingface")}
-    check_tensors(expected, shapes, directory)
+    check_tensors(config, "huggingface", shapes, directory)
     return Weights(config, stacked_reader(config, "huggingface", tensors.fetch))
 
 
@@ -143,10 +142,9 @@ def write_directory(
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise UserError(f"{directory}: exists and is not an empty directory; give a new one")
     raw = config_to_json(config, dtype)
-    directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}.partial"
-    partial.mkdir()
     try:
+        partial.mkdir(parents=True)
         _write_json(partial / "config.json", raw)
         tokens = {key: raw[key] for key in ("bos_token_id", "eos_token_id")}
         _write_json(partial / "generation_config.json", {"_from_model_config": True, **tokens})
@@ -156,7 +154,7 @@ def write_directory(
             if source.is_file():
                 shutil.copyfile(source, partial / name)
         partial.rename(directory)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{directory}: cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

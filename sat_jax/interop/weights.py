@@ -142,17 +142,18 @@ def stored_tensors(
 
 
 def check_tensors(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: object
+    config: LlamaConfig, form: Format, found: Mapping[str, tuple[int, ...]], where: object
 ) -> None:
     """Refuses, by name, tensors that are missing, left over or of another shape."""
+    if config.n_layers > len(found):
+        raise UserError(f"{where}: config has {config.n_layers} layers, for {len(found)} tensors")
+    expected = {name: shape for name, _, _, shape in stored_tensors(config, form)}
     problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [
-        f"{name} is not a parameter of this model" for name in found if name not in expected
-    ]
+    problems += [f"{name} is no parameter of this model" for name in found if name not in expected]
     problems += [
         f"{name} has shape {list(found[name])}, expected {list(shape)}"
         for name, shape in expected.items()
-        if name in found and tuple(found[name]) != tuple(shape)
+        if name in found and tuple(found[name]) != shape
     ]
     if problems:
         rest = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""

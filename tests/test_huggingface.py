@@ -1,0 +1,403 @@
+"""Hugging Face directories: what is read is what is written, and what does not fit is named."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from sat_jax.errors import UserError
+from sat_jax.interop import load_model, locate, open_weights, save_model
+from sat_jax.interop.huggingface import Dtype, write_directory
+from sat_jax.interop.huggingface_config import config_from_json, config_to_json
+from sat_jax.models.llama import LlamaConfig
+from sat_jax.models.presets import preset
+from sat_jax.models.rope import RopeConfig
+from tests.tolerances import assert_close
+
+GOLDEN = Path(__file__).parent / "golden"
+ALL = ("llama_mha", "llama_gqa", "llama_tied", "qwen2", "qwen3", "mistral")
+
+
+def export(source: str, directory: Path, **settings: Any) -> dict[str, np.ndarray]:
+    """Writes a golden model and returns the tensors of all files, as they were written."""
+    weights = open_weights(GOLDEN / source)
+    write_directory(directory, weights.config, weights.read, **settings)
+    tensors: dict[str, np.ndarray] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_round_trip_in_names_shapes_and_bytes(name: str, tmp_path: Path) -> None:
+    written = export(name, tmp_path / "out")
+    original = load_file(GOLDEN / name / "model.safetensors")
+    assert set(written) == set(original)
+    for tensor in original:
+        assert_close(written[tensor], original[tensor], "float32", "exact")
+    assert open_weights(tmp_path / "out").config == open_weights(GOLDEN / name).config
+
+
+def test_round_trip_of_a_model_keeps_its_logits(tmp_path: Path) -> None:
+    model = load_model(GOLDEN / "qwen3")
+    save_model(model, tmp_path / "out")
+    ids = jnp.arange(1, 12)[None]
+    assert_close(load_model(tmp_path / "out")(ids), model(ids), "float32", "exact")
+
+
+def test_shards(tmp_path: Path) -> None:
+    limit = 100_000
+    written = export("llama_gqa", tmp_path / "out", shard_bytes=limit)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    assert len(files) > 2
+    sizes = [sum(t.nbytes for t in load_file(file).values()) for file in files]
+    assert max(sizes) <= limit
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(sizes)
+    assert index["weight_map"] == {name: f.name for f in files for name in load_file(f)}
+    original = load_file(GOLDEN / "llama_gqa" / "model.safetensors")
+    reread = open_weights(tmp_path / "out")
+    assert set(written) == set(original)
+    for path in reread.paths:
+        expected = open_weights(GOLDEN / "llama_gqa").read(path)
+        assert_close(reread.read(path), expected, "float32", "exact")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_other_dtypes(dtype: Dtype, tmp_path: Path) -> None:
+    written = export("qwen2", tmp_path / "out", dtype=dtype)
+    number = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    original = load_file(GOLDEN / "qwen2" / "model.safetensors")
+    for name, tensor in written.items():
+        assert_close(tensor, original[name].astype(number), dtype, "exact")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["dtype"], config["torch_dtype"]) == (dtype, dtype)
+    read = open_weights(tmp_path / "out").read("embed")
+    rounded = original["model.embed_tokens.weight"].astype(number).astype(np.float32)
+    assert_close(read, rounded, "float32", "exact")
+
+
+def test_a_parameter_is_asked_for_once_and_one_at_a_time(tmp_path: Path) -> None:
+    weights = open_weights(GOLDEN / "llama_gqa")
+    asked: Counter[str] = Counter()
+
+    def read(path: str) -> np.ndarray:
+        asked[path] += 1
+        return weights.read(path)
+
+    write_directory(tmp_path / "out", weights.config, read, shard_bytes=100_000)
+    assert asked == dict.fromkeys(weights.paths, 1)
+
+
+ROPES = [
+    RopeConfig(5e5),
+    RopeConfig(1e4, "linear", 4.0),
+    RopeConfig(1e4, "dynamic", 2.0, 4096),
+    RopeConfig(1e6, "yarn", 4.0, 1024, attention_factor=1.5, truncate=False),
+    RopeConfig(1e6, "yarn", 4.0, 1024, beta_fast=16.0, beta_slow=2.0),
+    RopeConfig(5e5, "llama3", 8.0, 1024, low_freq_factor=1.5, high_freq_factor=3.0),
+]
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope.type)
+@pytest.mark.parametrize("form", ["old", "new", "both"])
+def test_either_form_of_config_is_complete(rope: RopeConfig, form: str) -> None:
+    """transformers 4 reads rope_theta and rope_scaling, transformers 5 rope_parameters."""
+    config = LlamaConfig(32, 16, 2, 4, 2, 4, 48, 4096, rope=rope, eos_token_ids=(3, 4))
+    raw = config_to_json(config, "float32")
+    if form == "old":
+        del raw["rope_parameters"], raw["dtype"]
+    elif form == "new":
+        del raw["rope_theta"], raw["rope_scaling"], raw["torch_dtype"]
+    assert config_from_json(raw, "config.json") == config
+
+
+def test_the_oldest_configs() -> None:
+    """Without KV heads, head size, RoPE base or tying: what transformers takes them to be."""
+    raw = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+        "pretraining_tp": 2,
+    }
+    expected = LlamaConfig(
+        32, 16, 2, 4, 4, 4, 48, 64, rope=RopeConfig(1e4, "linear", 2.0), norm_eps=1e-6
+    )
+    assert config_from_json(raw, "config.json") == expected
+
+
+LLAMA = config_to_json(preset("llama-3.1-8b"), "bfloat16")
+QWEN2 = config_to_json(preset("qwen2-0.5b"), "bfloat16")
+QWEN3 = config_to_json(preset("qwen3-0.6b"), "bfloat16")
+MISTRAL = config_to_json(preset("mistral-7b"), "bfloat16")
+WINDOW = {"sliding_window": 64, "use_sliding_window": True}
+NESTED = {"full_attention": {"rope_theta": 1e4}}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 9}
+PARTIAL = {"partial_rotary_factor": 0.5}
+OLD = {"rope_parameters": None}
+NEW = {"rope_scaling": None}
+
+
+@pytest.mark.parametrize(
+    ("raw", "change", "named"),
+    [
+        (MISTRAL, {"sliding_window": 4096}, "sliding_window = 4096"),
+        (QWEN2, WINDOW | {"max_window_layers": 9}, "sliding_window = 64"),
+        (QWEN3, {"layer_types": ["full_attention", "sliding_attention"] * 14}, "layer_types"),
+        (LLAMA, {"attention_bias": True}, "attention_bias = true"),
+        (QWEN3, {"attention_bias": True}, "attention_bias = true"),
+        (LLAMA, {"mlp_bias": True}, "mlp_bias = true"),
+        (LLAMA, PARTIAL, "partial_rotary_factor = 0.5"),
+        (LLAMA, {"hidden_act": "gelu"}, 'hidden_act = "gelu"'),
+        (LLAMA, {"rope_interleaved": True}, "rope_interleaved = true"),
+        (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config"),
+        (LLAMA, {"model_type": "gemma2"}, 'model_type = "gemma2".*llama, mistral, qwen2, qwen3'),
+        (LLAMA, {"model_type": None}, "model_type = null"),
+        (LLAMA, {"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
+        (LLAMA, {"hidden_size": None}, "hidden_size = null"),
+        (LLAMA, {"vocab_size": 1.5}, "vocab_size = 1.5"),
+        (LLAMA, {"num_key_value_heads": 7}, "num_key_value_heads = 7"),
+        (QWEN2, {"num_key_value_heads": None}, "num_key_value_heads = null"),
+        (QWEN3, {"head_dim": None}, "head_dim = null"),
+        (LLAMA, {"head_dim": 7}, "head_dim = 7"),
+        (LLAMA, {"head_dim": None, "hidden_size": 4097}, "head_dim = null"),
+        (LLAMA, {"rms_norm_eps": float("nan")}, "rms_norm_eps = NaN"),
+        (LLAMA, {"tie_word_embeddings": "no"}, 'tie_word_embeddings = "no"'),
+        (LLAMA, {"eos_token_id": "</s>"}, "eos_token_id"),
+        (LLAMA, OLD | {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "longrope"),
+        (LLAMA, OLD | {"rope_scaling": {"type": "su", "factor": 4.0}}, '"su"'),
+        (LLAMA, OLD | {"rope_scaling": {"rope_type": "linear"}}, "factor = null"),
+        (LLAMA, OLD | {"rope_scaling": "linear"}, "rope_scaling"),
+        (LLAMA, NEW | {"rope_parameters": NESTED}, "between layers"),
+        (LLAMA, NEW | {"rope_parameters": PARTIAL}, "partial_rotary_factor"),
+        (LLAMA, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling differ"),
+        (LLAMA, OLD | {"rope_scaling": DYNAMIC}, "original_max_position_embeddings = 9"),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(
+    raw: dict[str, Any], change: dict[str, Any], named: str
+) -> None:
+    config_from_json(raw, "config.json")
+    with pytest.raises(UserError, match=named) as caught:
+        config_from_json(raw | change, "DIR/config.json")
+    assert str(caught.value).startswith("DIR/config.json: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "change"),
+    [
+        (QWEN2, WINDOW | {"use_sliding_window": False}),
+        (QWEN2, WINDOW | {"max_window_layers": 24}),
+        (QWEN3, WINDOW | {"layer_types": ["full_attention"] * 28}),
+        (MISTRAL, {"sliding_window": 32_768}),
+        (LLAMA, {"pretraining_tp": 4, "attention_dropout": 0.1, "hidden_act": "swish"}),
+        (LLAMA, {"partial_rotary_factor": 1.0, "rope_interleaved": False}),
+        (LLAMA, {"quantization_config": None, "auto_map": None, "unknown": 1}),
+    ],
+)
+def test_what_changes_nothing_is_accepted(raw: dict[str, Any], change: dict[str, Any]) -> None:
+    assert config_from_json(raw | change, "x") == config_from_json(raw, "x")
+
+
+def test_yarn_with_mscale() -> None:
+    """The quotient of both scalings stands in for the attention factor (DeepSeek's spelling)."""
+    yarn = {"rope_type": "yarn", "factor": 16.0, "mscale": 1.0, "mscale_all_dim": 0.8}
+    raw = LLAMA | OLD | {"rope_scaling": yarn | {"original_max_position_embeddings": 4096}}
+    rope = config_from_json(raw, "x").rope
+    expected = (0.1 * np.log(16) + 1) / (0.08 * np.log(16) + 1)
+    assert rope.attention_factor == pytest.approx(expected, rel=1e-12)
+    assert rope.original_max_positions == 4096
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """A copy of llama_tied to damage."""
+    directory = tmp_path / "copied"
+    shutil.copytree(GOLDEN / "llama_tied", directory)
+    return directory
+
+
+def damage(directory: Path, change: dict[str, np.ndarray | None]) -> None:
+    """Replaces, adds or (None) removes tensors."""
+    tensors: dict[str, Any] = load_file(directory / "model.safetensors") | change
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, directory / "model.safetensors")
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({NORM: None}, f"{NORM} is missing"),
+        ({NORM: np.ones(63, np.float32)}, rf"{NORM} has shape \[63\], expected \[64\]"),
+        (
+            {"model.layers.0.self_attn.q_proj.bias": np.ones(64, np.float32)},
+            "q_proj.bias is no parameter of this model",
+        ),
+        ({NORM: np.ones(64, np.int8)}, f"{NORM} has dtype I8"),
+        ({"lm_head.weight": np.ones((256, 64), np.float32)}, "lm_head.weight differs from"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(
+    change: dict[str, Any], message: str, copied: Path
+) -> None:
+    damage(copied, change)
+    with pytest.raises(UserError, match=message):
+        open_weights(copied)
+
+
+def test_more_layers_than_tensors(copied: Path) -> None:
+    """Refused before ten billion names are listed."""
+    raw = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(raw | {"num_hidden_layers": 10**9}))
+    with pytest.raises(UserError, match="config has 1000000000 layers, for 29 tensors"):
+        open_weights(copied)
+
+
+def test_tensors_that_are_no_parameters_are_passed_over(copied: Path) -> None:
+    embed = load_file(copied / "model.safetensors")["model.embed_tokens.weight"]
+    inv_freq = np.ones(4, np.float32)
+    damage(
+        copied,
+        {
+            "lm_head.weight": embed,
+            "model.layers.0.self_attn.rotary_emb.inv_freq": inv_freq,
+            "model.rotary_emb.inv_freq": inv_freq,
+        },
+    )
+    weights = open_weights(copied)
+    assert "lm_head" not in weights.paths
+    assert_close(weights.read("embed"), embed, "float32", "exact")
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1", None])
+def test_broken_safetensors(content: bytes | None, copied: Path) -> None:
+    file = copied / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] if content is None else content)
+    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read as safetensors"):
+        open_weights(copied)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_broken_config(content: str, copied: Path) -> None:
+    (copied / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json: "):
+        open_weights(copied)
+
+
+def test_broken_directories(copied: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such path"):
+        open_weights(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"no config\.json"):
+        open_weights(tmp_path)
+    with pytest.raises(UserError, match=r"neither a directory nor a \.gguf file"):
+        open_weights(copied / "config.json")
+    (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"needs model\.safetensors .* found pytorch_model\.bin"):
+        open_weights(copied)
+
+
+def test_broken_indices(tmp_path: Path) -> None:
+    directory = tmp_path / "sharded"
+    shutil.copytree(GOLDEN / "llama_gqa_sharded", directory)
+    shard = directory / "model-00002-of-00004.safetensors"
+    shard.rename(tmp_path / "away")
+    with pytest.raises(UserError, match=r"model-00002-of-00004\.safetensors is listed and is not"):
+        open_weights(directory)
+    shutil.copyfile(directory / "model-00001-of-00004.safetensors", shard)
+    with pytest.raises(UserError, match="is also in another shard"):
+        open_weights(directory)
+    (directory / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="no weight_map"):
+        open_weights(directory)
+
+
+def test_writing_needs_a_new_or_empty_directory(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    export("mistral", tmp_path / "empty")
+    with pytest.raises(UserError, match="exists and is not an empty directory"):
+        export("mistral", tmp_path / "empty")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="exists and is not an empty directory"):
+        export("mistral", tmp_path / "file")
+    with pytest.raises(UserError, match="file/out: cannot be written"):
+        export("mistral", tmp_path / "file" / "out")
+    export("mistral", tmp_path / "new" / "folders")
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    weights = open_weights(GOLDEN / "mistral")
+
+    def read(path: str) -> np.ndarray:
+        if path.startswith("layers/mlp"):
+            raise UserError("the disk is on fire")
+        return weights.read(path)
+
+    with pytest.raises(UserError, match="on fire"):
+        write_directory(tmp_path / "out", weights.config, read)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_no_architecture_has_is_not_written(tmp_path: Path) -> None:
+    config = LlamaConfig(32, 16, 2, 4, 2, 4, 48, 64, qk_norm=True, qkv_bias=True, family="qwen3")
+    with pytest.raises(UserError, match="no Qwen3ForCausalLM has qkv_bias=True and qk_norm=True"):
+        write_directory(tmp_path / "out", config, open_weights(GOLDEN / "qwen3").read)
+    rope = RopeConfig(1e4, "dynamic", 2.0, 32)
+    with pytest.raises(UserError, match="dynamic RoPE with original_max_positions 32"):
+        config_to_json(LlamaConfig(32, 16, 2, 4, 2, 4, 48, 64, rope=rope), "float32")
+
+
+def test_tokenizer_and_generation_files(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("tokenizer.json", "merges.txt", "chat_template.jinja", "notes.txt"):
+        (source / name).write_text(name)
+    export("llama_gqa", tmp_path / "out", tokenizer_files_from=source)
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "merges.txt",
+        "chat_template.jinja",
+    }
+    assert (tmp_path / "out" / "merges.txt").read_text() == "merges.txt"
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (generation["bos_token_id"], generation["eos_token_id"]) == (1, 2)
+    modes = {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()}
+    assert modes == {(source / "notes.txt").stat().st_mode & 0o777}
+
+
+def test_a_model_inside_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "packaged_model"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise AssertionError('found, not imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="0 GGUF files"):
+        locate("package:packaged_model")
+    (package / "a.gguf").touch()
+    assert locate("package:packaged_model") == package / "a.gguf"
+    (package / "b.gguf").touch()
+    with pytest.raises(UserError, match="2 GGUF files"):
+        locate("package:packaged_model")
+    for name in ("package:no_such_package", "package:os.path", "package:json.nothing"):
+        with pytest.raises(UserError, match="no package of that name is installed"):
+            locate(name)

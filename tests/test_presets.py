@@ -1,0 +1,87 @@
+"""Presets: the published sizes, and helpful misses."""
+
+import math
+
+import pytest
+
+from sat_jax.errors import UserError
+from sat_jax.interop import parameter_shapes
+from sat_jax.interop.huggingface_config import config_from_json, config_to_json
+from sat_jax.models.presets import PRESETS, preset
+
+# Parameters in the published checkpoints, tied embeddings counted once.
+PUBLISHED = {
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "tinyllama-1.1b": 1_100_048_384,
+    "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+    "mistral-7b": 7_248_023_552,
+    "qwen2-0.5b": 494_032_768,
+    "qwen2-1.5b": 1_543_714_304,
+    "qwen2-7b": 7_615_616_512,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_number_of_parameters(name: str) -> None:
+    assert sum(map(math.prod, parameter_shapes(preset(name)).values())) == PUBLISHED[name]
+
+
+def test_every_preset_is_checked() -> None:
+    assert set(PRESETS) == {"tiny", *PUBLISHED}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_survives_config_json(name: str) -> None:
+    raw = config_to_json(preset(name), "bfloat16")
+    assert config_from_json(raw, name) == preset(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "theta", "factor", "positions"),
+    [
+        ("llama-2-7b", 1e4, 1.0, 4096),
+        ("llama-3-8b", 5e5, 1.0, 8192),
+        ("llama-3.1-8b", 5e5, 8.0, 131_072),
+        ("llama-3.2-1b", 5e5, 32.0, 131_072),
+        ("tinyllama-1.1b", 1e4, 1.0, 2048),
+        ("smollm2-135m", 1e5, 1.0, 8192),
+        ("smollm2-1.7b", 1.3e5, 1.0, 8192),
+        ("mistral-7b", 1e6, 1.0, 32_768),
+        ("qwen2.5-1.5b", 1e6, 1.0, 131_072),
+        ("qwen3-0.6b", 1e6, 1.0, 40_960),
+    ],
+)
+def test_positions(name: str, theta: float, factor: float, positions: int) -> None:
+    """What the number of parameters cannot show."""
+    config = preset(name)
+    assert (config.rope.theta, config.rope.factor, config.max_positions) == (
+        theta,
+        factor,
+        positions,
+    )
+    assert config.rope.type == ("default" if factor == 1 else "llama3")
+
+
+def test_a_miss_names_the_near_ones() -> None:
+    with pytest.raises(UserError, match=r"'llama-2-7B-hf'; did you mean llama-2-7b"):
+        preset("llama-2-7B-hf")
+    with pytest.raises(UserError, match=r"'zzz'; known are tiny, llama-2-7b"):
+        preset("zzz")
