@@ -26,4 +26,5 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> Array:
 
 def indicator(kept: Int[Array, "*lead K"], size: int, dtype: jnp.dtype) -> Float[Array, "*lead N"]:
     """0/1 over `size` neurons: 1 where the index is among `kept`."""
-    return jnp.any(kept[..., None] == jnp.arange(size), axis=-2).astype(dtype)
+    nothing = jnp.zeros((*kept.shape[:-1], size), dtype)
+    return jnp.put_along_axis(nothing, kept, 1, axis=-1, inplace=False)

@@ -39,7 +39,7 @@ def _chunk_loss(
 
 
 def _split(chunk: int, *arrays_BT: Array) -> tuple[Array, ...]:
-    """`[B, T, ...]` → `[T / chunk, B, chunk, ...]`, the last chunk padded with zeros (masked out)."""
+    """`[B, T, ...]` → `[T / chunk, B, chunk, ...]`, zero-padded at the end, masked out."""
 
     def split(x: Array) -> Array:
         length = x.shape[1]
@@ -54,11 +54,11 @@ def _split(chunk: int, *arrays_BT: Array) -> tuple[Array, ...]:
 def _forward(
     hidden_BTD: Array, head_VD: Array, targets_BT: Array, loss_mask_BT: Array, chunk: int
 ) -> tuple[Float[Array, ""], tuple[Array, Array]]:
-    def body(d_head: Array, xs: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+    def body(d_head: Array, xs: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
         h_BCD, targets_BC, mask_BC = xs
         loss, logits_BCV, log_z_BC = _chunk_loss(head_VD, *xs)
         softmax = jnp.exp(logits_BCV - log_z_BC[..., None])
-        one_hot = targets_BC[..., None] == jnp.arange(head_VD.shape[0])
+        one_hot = jax.nn.one_hot(targets_BC, head_VD.shape[0], dtype=jnp.float32)
         d_logits = jnp.where(mask_BC[..., None], softmax - one_hot, 0.0).astype(head_VD.dtype)
         d_hidden = jnp.einsum("BCV,VD->BCD", d_logits, head_VD)
         d_head += jnp.einsum("BCV,BCD->VD", d_logits, h_BCD, preferred_element_type=jnp.float32)
