@@ -6,11 +6,14 @@ range are refused by name. Conversion between the two is in `config_values.py`.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from sat_jax.errors import UserError
 from sat_jax.models.dot_product import Implementation
 from sat_jax.models.llama import Remat
+from sat_jax.models.presets import PRESETS
+from sat_jax.sparsity.importance import METRICS
 
 
 def key(
@@ -19,20 +22,22 @@ def key(
     *,
     low: float | None = None,
     high: float | None = None,
+    choices: Iterable[str] = (),
     free: bool = False,
 ) -> Any:
-    """A setting with its help text and, for numbers, inclusive bounds.
+    """A setting with its help text; for numbers inclusive bounds, for names those that exist.
 
     `free`: a resumed run may change it, since no result depends on it.
     """
     return dataclasses.field(
-        default=default, metadata={"help": help, "low": low, "high": high, "free": free}
+        default=default,
+        metadata={"help": help, "low": low, "high": high, "choices": tuple(choices), "free": free},
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    preset: str | None = key("tiny", "a shape by name, with random weights (see models/presets.py)")
+    preset: str | None = key("tiny", "a shape by name, with random weights", choices=PRESETS)
     path: str | None = key(
         None,
         "pretrained weights, in place of preset: a Hugging Face directory, a .gguf file, or"
@@ -109,7 +114,7 @@ class SparsityConfig:
     )
     rate_attention: float | None = key(None, "r0 of heads; None: rate", low=0.0, high=1.0)
     rate_mlp: float | None = key(None, "r0 of MLP channels; None: rate", low=0.0, high=1.0)
-    metric: str = key("output", "importance metric (see sparsity/importance.py)")
+    metric: str = key("output", "what makes a neuron important", choices=METRICS)
     selection: Literal["topk", "sample"] = key(
         "topk", "the most important, or drawn without replacement in proportion to importance"
     )
@@ -162,7 +167,7 @@ class ExportConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    seed: int = key(0, "of weights, data order and selection", low=0)
+    seed: int = key(0, "of weights, data order and selection", low=0, high=2**32 - 1)
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -202,8 +207,22 @@ class Config:
                 "optimizer.moments 'decay' updates omitted neurons, which gather execution does not"
                 " hold; accepted: moments 'freeze', or sparsity.execution 'mask'"
             )
-        if sparse.schedule == "ladder" and sparse.split == 1.0 and sparse.rate > 0:
-            raise UserError("sparsity.split 1.0 leaves the ladder no step; accepted: below 1")
+        if sparse.balance is not None and sparse.balance % self.mesh.tensor:
+            raise UserError(
+                f"sparsity.balance is {sparse.balance}; accepted: multiples of mesh.tensor"
+                f" {self.mesh.tensor}, or None"
+            )
+        if max(self.rates) == 0:
+            return
+        if sparse.schedule in ("ladder", "s2d") and sparse.split == 1.0:
+            raise UserError(
+                f"sparsity.split 1.0 leaves the {sparse.schedule} no dense step; accepted: below 1"
+            )
+        if sparse.schedule in ("linear", "cosine", "cubic") and sparse.rungs == 1:
+            raise UserError(
+                f"sparsity.rungs 1 leaves the {sparse.schedule} schedule no dense step; accepted:"
+                " 2 or more"
+            )
 
     @property
     def rates(self) -> tuple[float, float]:

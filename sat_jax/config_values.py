@@ -2,10 +2,13 @@
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
+import traceback
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +33,7 @@ class Key:
     help: str
     low: float | None
     high: float | None
+    choices: tuple[str, ...]
     free: bool
 
     @property
@@ -37,10 +41,12 @@ class Key:
         """The accepted values in words: `int >= 1`, `one of a, b, or None`."""
         options = [t for t in _options(self.type) if t is not type(None)]
         words = " or ".join(_type_words(t) for t in options)
+        if self.choices:
+            words = f"one of {', '.join(self.choices)}"
         if self.low is not None:
-            words += f" >= {self.low:g}"
+            words += f" >= {self.low:.10g}"
         if self.high is not None:
-            words += f"{',' if self.low is not None else ''} <= {self.high:g}"
+            words += f"{',' if self.low is not None else ''} <= {self.high:.10g}"
         return words + (", or None" if len(options) < len(_options(self.type)) else "")
 
 
@@ -52,13 +58,13 @@ def keys(cls: type = Config, prefix: str = "") -> Iterator[Key]:
         if dataclasses.is_dataclass(hints[field.name]):
             yield from keys(hints[field.name], f"{path}.")
         else:
-            meta = {k: field.metadata[k] for k in ("help", "low", "high", "free")}
+            meta = {k: field.metadata[k] for k in ("help", "low", "high", "choices", "free")}
             yield Key(path, hints[field.name], field.default, **meta)
 
 
 def default_config() -> ConfigDict:
-    """All settings at their defaults, locked: an experiment file can only set keys that exist."""
-    return ConfigDict(to_dict(Config()), type_safe=False).lock()
+    """All settings at their defaults, for an experiment file to change."""
+    return ConfigDict(to_dict(Config()), type_safe=False)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -74,28 +80,23 @@ def fingerprint(config: Config) -> str:
 
 def from_config_dict(values: Mapping[str, Any] | ConfigDict) -> Config:
     """The frozen settings; a key that is missing takes its default."""
-    plain = values.to_dict() if isinstance(values, ConfigDict) else values
-    return _build(Config, plain, "")
+    return _build(Config, values.to_dict() if isinstance(values, ConfigDict) else values, "", {})
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> Config:
     """Settings from `FILE.py` or `FILE.py:VARIANT`, then overrides `a.b=value` in order."""
-    config = _experiment(spec)
+    changes = {}
     for text in overrides:
         path, separator, value = text.partition("=")
+        known = _find(path)
         if not separator:
             raise UserError(f"--config.{path} has no value; write --config.{path}=VALUE")
-        known = _find(path)
-        *parents, name = path.split(".")
-        node = config
-        for parent in parents:
-            node = node[parent]
-        node[name] = _parse(value, known)
-    return from_config_dict(config)
+        changes[path] = _parse(value, known)
+    return _build(Config, _experiment(spec), "", changes)
 
 
-def _experiment(spec: str) -> ConfigDict:
-    """Runs `get_config()` or `get_config(VARIANT)` of an experiment file."""
+def _experiment(spec: str) -> dict[str, Any]:
+    """What `get_config()` or `get_config(VARIANT)` of an experiment file gives."""
     name, _, variant = spec.partition(":")
     path = Path(name)
     if not path.is_file():
@@ -104,61 +105,95 @@ def _experiment(spec: str) -> ConfigDict:
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"--config: {name} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    get_config = getattr(module, "get_config", None)
-    if get_config is None:
-        raise UserError(f"--config: {name} has no get_config()")
     try:
+        module_spec.loader.exec_module(module)
+        get_config = getattr(module, "get_config", None)
+        if get_config is None:
+            raise UserError(f"--config: {name} has no get_config()")
+        if variant and not inspect.signature(get_config).parameters:
+            raise UserError(f"--config: {name} has no variants, so none is called {variant}")
         config = get_config(variant) if variant else get_config()
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"--config: {spec}: {error}") from error
-    return config
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--config: {spec}{_place(error, path)}: {_told(error)}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config: get_config() of {name} gives {config!r}, not a ConfigDict")
+    return dict(config.to_dict())
+
+
+def _place(error: Exception, path: Path) -> str:
+    """The line of the file where the error arose, if one did."""
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename) == path
+    ]
+    if isinstance(error, SyntaxError):
+        lines.append(error.lineno)
+    return f", line {lines[-1]}" if lines else ""
+
+
+def _told(error: BaseException) -> str:
+    """The error in one line. ml_collections wraps errors in errors, which quotes their text."""
+    kind = type(error).__name__
+    while error.args and isinstance(error.args[0], BaseException):
+        error = error.args[0]
+    text = str(error.args[0]) if error.args else ""
+    return f"{kind}: {' '.join(text.split())}"
+
+
+@functools.cache
+def _known() -> Mapping[str, Key]:
+    return {key.path: key for key in keys()}
 
 
 def _find(path: str) -> Key:
-    known = {key.path: key for key in keys()}
-    if path in known:
-        return known[path]
-    raise UserError(f"--config.{path} is no setting; {_near(path, known)}")
+    if path in _known():
+        return _known()[path]
+    raise UserError(f"--config.{path} is no setting; {_near(path)}")
 
 
-def _near(path: str, known: Mapping[str, Any]) -> str:
-    """The names most like `path`, by the whole path and by its last part."""
-    close = difflib.get_close_matches(path, known, n=3, cutoff=0.6)
+def _near(path: str) -> str:
+    """The settings most like `path`, by the whole path and by its last part."""
+    close = difflib.get_close_matches(path, _known(), n=3, cutoff=0.6)
     last = path.rsplit(".", 1)[-1]
-    tails = {name.rsplit(".", 1)[-1]: name for name in known}
+    tails = {name.rsplit(".", 1)[-1]: name for name in _known()}
     close += [tails[tail] for tail in difflib.get_close_matches(last, tails, n=3, cutoff=0.7)]
     unique = list(dict.fromkeys(close))[:3]
     return f"near: {', '.join(unique)}" if unique else "--help lists all settings"
 
 
-def _build(cls: type[T], values: Any, prefix: str) -> T:
+def _build(cls: type[T], values: Any, prefix: str, changes: Mapping[str, Any]) -> T:
+    """`cls` from nested `values`, with `changes` by path in the place of theirs."""
     if not isinstance(values, Mapping):
         raise UserError(f"{prefix.rstrip('.')} is {values!r}; accepted: a group of settings")
     hints = typing.get_type_hints(cls)
     for name in values:
         if name not in hints:
-            known = {key.path: key for key in keys()}
-            raise UserError(f"{prefix}{name} is no setting; {_near(f'{prefix}{name}', known)}")
+            raise UserError(f"{prefix}{name} is no setting; {_near(f'{prefix}{name}')}")
     built = {}
     for field in dataclasses.fields(typing.cast(Any, cls)):
         path = f"{prefix}{field.name}"
-        if field.name not in values:
-            continue
         if dataclasses.is_dataclass(hints[field.name]):
-            built[field.name] = _build(hints[field.name], values[field.name], f"{path}.")
-        else:
-            built[field.name] = _check(values[field.name], _find(path))
+            group = values.get(field.name, {})
+            built[field.name] = _build(hints[field.name], group, f"{path}.", changes)
+        elif path in changes:
+            built[field.name] = _check(changes[path], _known()[path])
+        elif field.name in values:
+            built[field.name] = _check(values[field.name], _known()[path])
     return cls(**built)
 
 
 def _check(value: Any, key: Key) -> Any:
-    """`value` as the key's type and within its bounds, or a `UserError` naming the key."""
+    """`value` as the key's type and one that it accepts, or a `UserError` naming the key."""
     for option in _options(key.type):
         converted = _convert(value, option)
-        if converted is not _NO and _within(converted, key):
+        if converted is not _NO and _accepted(converted, key):
             return converted
-    raise UserError(f"{key.path} is {value!r}; accepted: {key.accepts}")
+    near = difflib.get_close_matches(str(value).lower(), key.choices, n=3)
+    hint = f"near: {', '.join(near)}; " if near else ""
+    raise UserError(f"{key.path} is {value!r}; {hint}accepted: {key.accepts}")
 
 
 _NO = object()
@@ -183,7 +218,10 @@ def _convert(value: Any, option: Any) -> Any:
     return value if isinstance(value, option) else _NO
 
 
-def _within(value: Any, key: Key) -> bool:
+def _accepted(value: Any, key: Key) -> bool:
+    """Whether a value of the right type is one of the names, or within the bounds."""
+    if isinstance(value, str) and key.choices:
+        return value in key.choices
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return True
     low, high = key.low, key.high
@@ -233,5 +271,5 @@ def _type_words(option: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(option)))
     if origin is tuple:
-        return f"{typing.get_args(option)[0].__name__}s separated by commas"
-    return str(option.__name__)
+        return f"{_type_words(typing.get_args(option)[0])}s separated by commas"
+    return {bool: "true or false", str: "text"}.get(option, str(option.__name__))
