@@ -9,7 +9,7 @@ from sat_jax.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """The command line of a script; `doc` is its module's text. A complaint of it is a `UserError`."""
+    """The command line of a script, whose module's text is `doc`; it complains by `UserError`."""
 
     def __init__(self, name: str, doc: str | None):
         head, _, rest = (doc or "").partition("\n")

@@ -23,7 +23,9 @@ def parser() -> Parser:
         help="a Hugging Face directory, a .gguf file, package:NAME for the one in an installed"
         " package, or the work directory of a run that exported its model",
     )
-    add("--prompt", required=True, metavar="TEXT", help="what to continue, or with --chat to answer")
+    add(
+        "--prompt", required=True, metavar="TEXT", help="what to continue, or with --chat to answer"
+    )
     add("--chat", action="store_true", help="put the prompt into the model's chat template")
     add(
         "--tokenizer",

@@ -70,7 +70,13 @@ def generate(
     Raises `UserError` for prompts that the model cannot take.
     """
     parts = stream(
-        model, prompts, max_new_tokens, sampling=sampling, seed=seed, stop_ids=stop_ids, every=_ROUND
+        model,
+        prompts,
+        max_new_tokens,
+        sampling=sampling,
+        seed=seed,
+        stop_ids=stop_ids,
+        every=_ROUND,
     )
     return [[token for part in row for token in part] for row in zip(*parts, strict=True)]
 
@@ -99,8 +105,8 @@ def stream(
     length = longest + max_new_tokens if dynamic else slots
 
     tokens = np.zeros((len(prompts), width), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[width - len(prompt) :] = prompt
+    for number, prompt in enumerate(prompts):
+        tokens[number, width - len(prompt) :] = prompt
     padding = np.array([width - len(prompt) for prompt in prompts], np.int32)
     graph, params = nnx.split(for_decoding(model))
     key = jax.random.key(seed)
@@ -112,8 +118,8 @@ def stream(
     while True:
         made += new.shape[1]
         part = []
-        for row, row_tokens in enumerate(new.tolist()):
-            kept = row_tokens if running[row] else []
+        for row, made_now in enumerate(new.tolist()):
+            kept = made_now if running[row] else []
             cut = next((i for i, token in enumerate(kept) if token in ends), None)
             running[row] = running[row] and cut is None
             part.append(kept[:cut])
