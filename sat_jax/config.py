@@ -66,7 +66,9 @@ class DataConfig:
     )
     tokenizer: str = key("model", "'model', a path to a tokenizer.json, or 'bytes'")
     row_length: int = key(1024, "tokens a row", low=2)
-    held_out: float = key(0.05, "share of the documents kept for evaluation", low=0.0, high=0.9)
+    held_out: float = key(
+        0.05, "documents kept for evaluation: a share below 1, a count from 1 on", low=0.0
+    )
     max_tokens: int | None = key(None, "tokens prepared at most; None takes everything", low=1)
     text_field: str = key("text", "the field of JSON-lines (or of a TFDS dataset) that holds text")
 

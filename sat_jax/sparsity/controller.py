@@ -20,6 +20,11 @@ class Rung:
     rate_attention: float
     rate_mlp: float
 
+    @property
+    def rate(self) -> float:
+        """The higher of the two asked rates: 0 means dense."""
+        return max(self.rate_attention, self.rate_mlp)
+
 
 @dataclasses.dataclass(frozen=True)
 class Controller:
@@ -28,6 +33,11 @@ class Controller:
     rungs: tuple[Rung, ...]
     neurons: Neurons
     refresh_every: int
+
+    @property
+    def sparse(self) -> bool:
+        """Whether any rung omits anything."""
+        return not all(self.neurons.is_dense(rung.plan) for rung in self.rungs)
 
     def rung_at(self, step: int) -> Rung:
         """The rung that trains step `step` (from 0)."""
@@ -41,8 +51,9 @@ class Controller:
         """Whether neurons are chosen before step `step`: at the start of a sparse rung and every
         `refresh_every` steps in it."""
         rung = self.rung_at(step)
-        dense = self.neurons.is_dense(rung.plan)
-        return not dense and (step - rung.start) % self.refresh_every == 0
+        if self.neurons.is_dense(rung.plan):
+            return False
+        return (step - rung.start) % self.refresh_every == 0
 
 
 def make_controller(

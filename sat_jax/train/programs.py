@@ -14,20 +14,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from sat_jax.config import Config
 from sat_jax.data.batches import Batch
 from sat_jax.models.llama import Compute, LlamaConfig
 from sat_jax.models.params import abstract, shapes
 from sat_jax.parallel.rules import BATCH, tree_shardings
+from sat_jax.sparsity.controller import Controller
 from sat_jax.sparsity.importance import METRICS
 from sat_jax.sparsity.masks import Masks, SegmentMasks, choose
-from sat_jax.sparsity.plan import Neurons, Plan
+from sat_jax.sparsity.plan import Plan
 from sat_jax.sparsity.statistics import InputSums, Statistics
 from sat_jax.train.optimizer import learning_rate, make_optimizer
 from sat_jax.train.state import TrainState, compact_state, expand_state, new_state
-from sat_jax.train.step import StepSettings, make_evaluation, make_probe, make_step
+from sat_jax.train.step import StepMetrics, StepSettings, make_evaluation, make_probe, make_step
 
 Compiled = Callable[..., Any]
 
@@ -54,13 +54,14 @@ class Programs:
     A compilation that fails raises where its result is asked for.
     """
 
-    def __init__(self, config: Config, model: LlamaConfig, mesh: Mesh, neurons: Neurons):
-        self._config, self._model, self._mesh, self._neurons = config, model, mesh, neurons
+    def __init__(self, config: Config, model: LlamaConfig, mesh: Mesh, controller: Controller):
+        self._config, self._model, self._mesh = config, model, mesh
+        self._neurons = controller.neurons
         settings = config.model
         self._compute = Compute(
             settings.dtype, settings.remat, settings.loss_chunk, settings.attention
         )
-        self.observe = METRICS[config.sparsity.metric].needs
+        self.observe = METRICS[config.sparsity.metric].needs if controller.sparse else ()
         self.optimizer = make_optimizer(config.optimizer, config.train.steps)
         self.state = self._placed(
             jax.eval_shape(lambda p: new_state(p, self.optimizer), shapes(model))
@@ -78,6 +79,17 @@ class Programs:
         if plan not in self._rungs:
             self._rungs[plan] = self._thread.submit(self._compile_rung, plan)
 
+    @property
+    def compiling(self) -> bool:
+        """Whether the background thread has work."""
+        return any(not future.done() for future in self._rungs.values())
+
+    @property
+    def seconds(self) -> float:
+        """What compiling the finished rungs took, whether a step waited for it or not."""
+        done = [future for future in self._rungs.values() if future.done()]
+        return sum(future.result().seconds for future in done)
+
     def rung(self, plan: Plan) -> RungPrograms:
         """The plan's programs; waits for the compiler where they are not ready."""
         self.prepare(plan)
@@ -92,20 +104,28 @@ class Programs:
         graph, _ = abstract(self._model, compute=self._compute)
         return self.submit(make_evaluation(graph), self.state.params, self.batch(rows))
 
-    def probe(self, rows: int, length: int) -> "Future[Compiled]":
-        """`probe(params, stats, batch)` on the whole model."""
+    def probe(self) -> "Future[Compiled]":
+        """`probe(params, stats, batch)` on the whole model and the first tokens of a step's batch."""
+        config = self._config
         graph, _ = abstract(self._model, compute=self._compute)
-        probe = make_probe(graph, self.observe, self._config.sparsity.stats_decay)
-        return self.submit(probe, self.state.params, self.stats, self.batch(rows, length))
+        probe = make_probe(
+            graph, self.observe, config.sparsity.stats_decay, config.sparsity.probe_tokens
+        )
+        batch = self.batch(config.train.rows_per_step)
+        return self.submit(probe, self.state.params, self.stats, batch)
 
-    def batch(self, rows: int, length: int | None = None) -> Batch:
-        """Shapes of a batch, its rows split over the mesh where they divide evenly."""
-        length = length or self._config.data.row_length
-        parts = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-        sharding = NamedSharding(self._mesh, BATCH if rows % parts == 0 else P())
-        whole = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=sharding)
-        mask = jax.ShapeDtypeStruct((rows, length), np.bool_, sharding=sharding)
+    def batch(self, rows: int) -> Batch:
+        """Shapes of a batch of `rows` rows, split over the mesh."""
+        shape = (rows, self._config.data.row_length)
+        sharding = NamedSharding(self._mesh, BATCH)
+        whole = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
+        mask = jax.ShapeDtypeStruct(shape, np.bool_, sharding=sharding)
         return Batch(whole, whole, whole, whole, mask)
+
+    def masks(self, plan: Plan) -> Masks:
+        """Shapes of a plan's masks."""
+        masks: Masks = self._placed(jax.eval_shape(self._select(plan), self.state, self.stats))
+        return masks
 
     def no_statistics(self) -> Statistics:
         """Statistics of nothing, for what the metric needs."""
@@ -136,15 +156,16 @@ class Programs:
     def _compile_move(self, function: Callable[..., Any], *args: Any) -> Compiled:
         """Compiles a program that mostly moves arrays, giving away the buffers it can reuse.
 
-        A buffer is reused where an output has its shape and sharding; giving away others would free
-        nothing and only warn.
+        A buffer of any argument but the last (the masks) is reused where an output has its shape
+        and type; giving away others would free nothing and only warn.
         """
         leaves, structure = jax.tree.flatten(args)
+        movable = len(jax.tree.leaves(args[:-1]))
         free = Counter(
             (leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(jax.eval_shape(function, *args))
         )
         given = []
-        for number, leaf in enumerate(leaves):
+        for number, leaf in enumerate(leaves[:movable]):
             if free[leaf.shape, leaf.dtype]:
                 free[leaf.shape, leaf.dtype] -= 1
                 given.append(number)
@@ -158,8 +179,7 @@ class Programs:
     def _compile_rung(self, plan: Plan) -> RungPrograms:
         started = time.perf_counter()
         masked = self._config.sparsity.execution == "mask"
-        select = self._select(plan)
-        masks = self._placed(jax.eval_shape(select, self.state, self.stats))
+        select, masks = self._select(plan), self.masks(plan)
 
         def enter(whole: TrainState, masks: Masks) -> tuple[TrainState, Any]:
             if not masked:
@@ -172,15 +192,18 @@ class Programs:
 
         working, resting = self._placed(jax.eval_shape(enter, self.state, masks))
         graph, _ = abstract(self._model, plan.segments, self._compute, masked)
-        step = make_step(graph, self._step_settings())
+        train = make_step(graph, self._step_settings())
+
+        def step(
+            working: TrainState, stats: Statistics, masks: Masks, batch: Batch
+        ) -> tuple[TrainState, Statistics, StepMetrics]:
+            return train(working, stats, masks if masked else (), batch)
+
         batch = self.batch(self._config.train.rows_per_step)
-        step_masks = masks if masked else ()
         return RungPrograms(
             select=self._compile(select, self.state, self.stats),
             enter=self._compile_move(enter, self.state, masks),
-            step=self._compile(
-                step, working, self.stats, step_masks, batch, donate_argnums=(0, 1)
-            ),
+            step=self._compile(step, working, self.stats, masks, batch, donate_argnums=(0, 1)),
             leave=self._compile_move(leave, working, resting, masks),
             seconds=time.perf_counter() - started,
         )

@@ -102,14 +102,18 @@ def _over_microbatches(
 
 
 def make_probe(
-    graph: nnx.GraphDef[Llama], observe: tuple[Observable, ...], decay: float
+    graph: nnx.GraphDef[Llama], observe: tuple[Observable, ...], decay: float, tokens: int
 ) -> Callable[[dict[str, Array], Statistics, Batch], Statistics]:
     """`probe(params, stats, batch)`: running statistics after a dense forward pass of the whole
-    model, without gradient."""
+    model, without gradient, over at most `tokens` tokens: the first rows of the batch, or the
+    beginnings of its first row."""
 
     def probe(params: dict[str, Array], stats: Statistics, batch: Batch) -> Statistics:
+        rows, length = batch.tokens.shape
+        length = min(length, tokens)
+        part = jax.tree.map(lambda x: x[: min(rows, tokens // length), :length], batch)
         model = bind(graph, numbered(params))
-        _, seen = model.hidden(batch.tokens, batch.segment_ids, batch.positions, observe)
+        _, seen = model.hidden(part.tokens, part.segment_ids, part.positions, observe)
         return accumulate(stats, seen, decay)
 
     return probe

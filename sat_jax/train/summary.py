@@ -18,7 +18,7 @@ from sat_jax.train.files import write_json
 from sat_jax.train.metrics import to_json
 from sat_jax.train.workdir import WorkDir
 
-PARTS = ("compile", "data", "step", "checkpoint")
+PARTS = ("compile", "data", "step", "refresh", "evaluate", "checkpoint")
 _PACKAGES = ("sat_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,14 +26,12 @@ _ROOT = Path(__file__).resolve().parents[2]
 class Clock:
     """Splits wall time: `with clock("data"): ...`. Everything outside is "other".
 
-    Parts may be nested; each second counts once, for the innermost. `before` holds the seconds of
-    earlier starts of the same run (`seconds()` as kept in a checkpoint). For one thread: what runs
-    in the background costs no wall time.
+    Parts may be nested; each second counts once, for the innermost. For one thread: what runs in
+    the background costs no wall time.
     """
 
-    def __init__(self, before: Mapping[str, float] | None = None) -> None:
-        self._seconds = dict.fromkeys((*PARTS, "other"), 0.0) | dict(before or {})
-        self._seconds.pop("total", None)
+    def __init__(self) -> None:
+        self._seconds = dict.fromkeys((*PARTS, "other"), 0.0)
         self._open = ["other"]
         self._since = time.perf_counter()
 
@@ -49,6 +47,11 @@ class Clock:
         finally:
             self._settle()
             self._open.pop()
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Adds the seconds of earlier starts of the same run (`seconds()`, from a checkpoint)."""
+        for part in self._seconds:
+            self._seconds[part] += seconds[part]
 
     def seconds(self) -> dict[str, float]:
         """Seconds by part up to now, with "other" and "total"."""

@@ -1,0 +1,110 @@
+"""What a run has done so far: tokens by rung, probes, and how often each neuron was kept."""
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from sat_jax.analysis.flops import training_flops
+from sat_jax.sparsity.controller import Controller, Rung
+from sat_jax.sparsity.masks import Masks
+from sat_jax.sparsity.plan import Neurons, Plan
+from sat_jax.train.step import StepMetrics
+
+if TYPE_CHECKING:
+    from sat_jax.train.setup import Task
+
+
+class Account:
+    """Counts that checkpoints keep, and the record of each step.
+
+    `kept` has, over all selections so far, how often each query head `[L, K, G]` and each channel
+    `[L, F]` was kept.
+    """
+
+    def __init__(self, controller: Controller):
+        neurons = controller.neurons
+        heads = (neurons.layers, neurons.kv_groups, neurons.query_heads)
+        self.kept: dict[str, Int[np.ndarray, "..."]] = {
+            "heads": np.zeros(heads, np.int32),
+            "channels": np.zeros((neurons.layers, neurons.channels), np.int32),
+        }
+        self.selections = 0
+        self.probes = 0
+        self.rung_tokens = [0] * len(controller.rungs)
+        self._controller = controller
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on."""
+        return sum(self.rung_tokens)
+
+    def to_json(self) -> dict[str, Any]:
+        """All but `kept`."""
+        return {
+            "selections": self.selections,
+            "probes": self.probes,
+            "rung_tokens": self.rung_tokens,
+        }
+
+    def restore(self, kept: dict[str, Any], rest: dict[str, Any]) -> None:
+        """The inverse of keeping `kept` and `to_json()`."""
+        self.kept = {name: np.array(counts) for name, counts in kept.items()}
+        self.selections, self.probes = rest["selections"], rest["probes"]
+        self.rung_tokens = list(rest["rung_tokens"])
+
+    def chosen(self, rung: Rung, masks: Masks, probed: bool) -> None:
+        """Counts one selection."""
+        self.selections += 1
+        self.probes += probed
+        for segment, mask in zip(rung.plan.segments, jax.device_get(masks), strict=True):
+            layers = slice(segment.start, segment.stop)
+            _count(self.kept["heads"][layers], mask.heads)
+            _count(self.kept["channels"][layers], mask.channels)
+
+    def step(
+        self, rung: Rung, metrics: StepMetrics, seconds: float, task: "Task", steady: bool
+    ) -> dict[str, Any]:
+        """Counts a step's tokens and gives its record for `metrics.jsonl`."""
+        tokens = int(metrics.tokens)
+        number = self._controller.rungs.index(rung)
+        self.rung_tokens[number] += tokens
+        flops = training_flops(
+            task.model, task.config.data.row_length, rung.plan.segments, task.config.model.remat
+        )
+        heads, channels = kept_shares(rung.plan, self._controller.neurons)
+        return {
+            "loss": metrics.loss,
+            "tokens": self.tokens,
+            "learning_rate": metrics.learning_rate,
+            "grad_norm": metrics.grad_norm,
+            "omission_rate": rung.rate,
+            "kept_heads": heads,
+            "kept_channels": channels,
+            "rung": number,
+            "seconds": seconds,
+            "steady": steady,
+            "tokens_per_second": tokens / seconds,
+            "flops_per_second": flops.total * tokens / seconds,
+        }
+
+
+def kept_shares(plan: Plan, neurons: Neurons) -> tuple[float, float]:
+    """Realised shares of all query heads and of all channels."""
+    heads = sum(s.layers * s.kv_groups * s.query_heads for s in plan.segments)
+    channels = sum(s.layers * s.channels for s in plan.segments)
+    all_heads = neurons.layers * neurons.kv_groups * neurons.query_heads
+    return heads / all_heads, channels / (neurons.layers * neurons.channels)
+
+
+def _count(counts: Int[np.ndarray, "L *N"], kept: Int[np.ndarray, "L *K kept"] | None) -> None:
+    """Adds one for each kept neuron. A kept KV group keeps all its query heads."""
+    if kept is None:
+        counts += 1
+        return
+    layer = np.arange(len(counts)).reshape((-1,) + (1,) * (kept.ndim - 1))
+    if kept.ndim == 3:
+        counts[layer, np.arange(counts.shape[1])[None, :, None], kept] += 1
+    else:
+        counts[layer, kept] += 1

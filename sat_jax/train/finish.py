@@ -1,0 +1,132 @@
+"""The end of a run: pictures, the exported model, and `summary.json`."""
+
+import math
+import statistics
+from typing import Any
+
+import jax
+import numpy as np
+
+from sat_jax.analysis.flops import forward_flops, training_flops
+from sat_jax.analysis.plots import plot_kept, plot_loss, plot_speed
+from sat_jax.interop.huggingface import write_directory
+from sat_jax.train.account import Account, kept_shares
+from sat_jax.train.metrics import MetricsLog, read_metrics
+from sat_jax.train.setup import Task
+from sat_jax.train.summary import Clock, write_summary
+from sat_jax.train.workdir import WorkDir
+
+
+def finish(
+    task: Task,
+    workdir: WorkDir,
+    params: dict[str, jax.Array],
+    account: Account,
+    metrics: MetricsLog,
+    clock: Clock,
+    compile_seconds: float,
+) -> dict[str, Any]:
+    """Writes what is left of a run and returns its summary, which marks it as finished."""
+    metrics.flush()
+    records = read_metrics(workdir.metrics)
+    rungs = rung_summaries(task, account, records)
+    figures = _draw(workdir, task, account, records, rungs)
+    export = _export(task, workdir, params) if task.config.export.huggingface else None
+    evaluations = [r["eval_loss"] for r in records if "eval_loss" in r]
+    losses = [r["loss"] for r in records if "loss" in r]
+    spent, dense = _flops(task, account)
+    return write_summary(
+        workdir,
+        steps=task.config.train.steps,
+        tokens=account.tokens,
+        losses={"loss": losses[-1], "eval_loss": evaluations[-1]},
+        dense_flops=dense,
+        spent_flops=spent,
+        seconds=clock.seconds(),
+        more={
+            "perplexity_before": math.exp(evaluations[0]),
+            "perplexity_after": math.exp(evaluations[-1]),
+            "rungs": rungs,
+            "selections": account.selections,
+            "probes": account.probes,
+            "compile_seconds": compile_seconds,
+            "data": task.data.info.fingerprint,
+            "figures": figures,
+            "export": export,
+        },
+    )
+
+
+def rung_summaries(
+    task: Task, account: Account, records: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """One mapping a rung, as `analysis.tables.end_of_run` reads them."""
+    model, config, controller = task.model, task.config, task.controller
+    length, remat = config.data.row_length, config.model.remat
+    dense = training_flops(model, length, (model.dense,), remat).total
+    summaries = []
+    for number, rung in enumerate(controller.rungs):
+        speeds = [
+            r["tokens_per_second"] for r in records if r.get("rung") == number and r["steady"]
+        ]
+        heads, channels = kept_shares(rung.plan, controller.neurons)
+        summaries.append(
+            {
+                "omission_rate": rung.rate,
+                "kept_heads": heads,
+                "kept_channels": channels,
+                "steps": rung.stop - rung.start,
+                "tokens": account.rung_tokens[number],
+                "steps_timed": len(speeds),
+                "tokens_per_second": statistics.median(speeds) if speeds else None,
+                "bound": dense / training_flops(model, length, rung.plan.segments, remat).total,
+            }
+        )
+    return summaries
+
+
+def _flops(task: Task, account: Account) -> tuple[float, float]:
+    """Training FLOPs spent, probes included, and what the same tokens cost densely."""
+    model, config = task.model, task.config
+    length, remat = config.data.row_length, config.model.remat
+    probed = account.probes * min(config.sparsity.probe_tokens, config.train.rows_per_step * length)
+    spent = probed * forward_flops(model, length).total
+    for rung, tokens in zip(task.controller.rungs, account.rung_tokens, strict=True):
+        spent += tokens * training_flops(model, length, rung.plan.segments, remat).total
+    return spent, account.tokens * training_flops(model, length, (model.dense,), remat).total
+
+
+def _draw(
+    workdir: WorkDir,
+    task: Task,
+    account: Account,
+    records: list[dict[str, Any]],
+    rungs: list[dict[str, Any]],
+) -> list[str]:
+    folder = workdir.path / "figures"
+    folder.mkdir(exist_ok=True)
+    figures = [
+        plot_loss(records, folder / "loss.png"),
+        plot_speed(rungs, folder / "speed.png"),
+    ]
+    if account.selections:
+        by_group = task.config.sparsity.attention_unit == "kv_group"
+        heads = account.kept["heads"]
+        heads = heads.max(axis=2) if by_group else heads.reshape(len(heads), -1)
+        figures.append(
+            plot_kept(
+                np.asarray(heads),
+                account.kept["channels"],
+                account.selections,
+                folder / "kept.png",
+                head_unit="KV group" if by_group else "query head",
+            )
+        )
+    return [str(path) for path in figures]
+
+
+def _export(task: Task, workdir: WorkDir, params: dict[str, jax.Array]) -> str:
+    directory = workdir.path / "huggingface"
+    write_directory(directory, task.model, lambda path: np.asarray(params[path]))
+    task.tokenizer.save(directory)
+    return str(directory)

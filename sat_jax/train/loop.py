@@ -1,0 +1,300 @@
+"""The training loop: plain Python between compiled steps."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sat_jax.config import Config
+from sat_jax.config_values import keys, to_dict
+from sat_jax.data.batches import Batch, Prefetcher, batches, in_order, open_split
+from sat_jax.errors import UserError
+from sat_jax.sparsity.controller import Rung
+from sat_jax.train.account import Account
+from sat_jax.train.checkpoint import Checkpoints
+from sat_jax.train.finish import finish
+from sat_jax.train.metrics import MetricsLog
+from sat_jax.train.programs import Programs
+from sat_jax.train.progress import Progress
+from sat_jax.train.setup import Task, initial_params, set_up
+from sat_jax.train.state import new_state
+from sat_jax.train.step import StepMetrics
+from sat_jax.train.summary import Clock
+from sat_jax.train.workdir import WorkDir
+from sat_jax.train.working import Working
+
+
+def train(config: Config, directory: Path, log: Callable[[str], None]) -> dict[str, Any]:
+    """Runs, or continues, the run in `directory`, and returns its summary.
+
+    A finished run is left as it is. `log` gets lines for people. Raises `UserError` for bad
+    settings or data, and for a directory that is in use or holds a run with other settings.
+    """
+    workdir = WorkDir(directory)
+    clock = Clock()
+    with workdir.lock():
+        existed = workdir.settle_config(to_dict(config), {key.path for key in keys() if key.free})
+        summary = workdir.finished()
+        if summary is not None:
+            log(f"{workdir.path} holds this run, finished; nothing to do")
+            return summary
+        if existed:
+            log(f"continuing the run in {workdir.path}")
+        with clock("data"):
+            task = set_up(config, log)
+        with Run(task, workdir, clock, log) as run:
+            return run.run()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """A step that the device works on. `steady`: nothing was compiled or moved meanwhile."""
+
+    number: int
+    rung: Rung
+    metrics: StepMetrics
+    started: float
+    steady: bool
+
+
+class Run:
+    """One run, from its first step or its newest checkpoint to its summary."""
+
+    def __init__(self, task: Task, workdir: WorkDir, clock: Clock, log: Callable[[str], None]):
+        config = task.config
+        self._task, self._config, self._workdir = task, config, workdir
+        self._clock, self._log = clock, log
+        self._account = Account(task.controller)
+        self._held_out = open_split(task.data, "held_out")
+        self._rung: Rung | None = None
+        self._running: _Step | None = None
+        self._done_at = 0.0
+
+        self._stack = ExitStack()
+        self._programs = Programs(config, task.model, task.mesh, task.controller)
+        self._stack.callback(self._programs.close)
+        self._checkpoints = self._stack.enter_context(
+            Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every)
+        )
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the end, evaluates, and writes what is left of a run."""
+        config, stack = self._config, self._stack
+        self._evaluation = self._programs.evaluation(config.train.rows_per_step)
+        self._probing = self._programs.probe() if self._programs.observe else None
+        start = self._restore_or_begin()
+        if start < config.train.steps:
+            self._programs.prepare(self._task.controller.rung_at(start).plan)
+        self._metrics = stack.enter_context(
+            MetricsLog(self._workdir, start, Progress(config.train.steps, start))
+        )
+        if start == 0:
+            self._metrics.log(0, {"eval_loss": self._held_out_loss(), "tokens": 0})
+        for step, batch in self._batches(start):
+            self._train(step, batch)
+            self._between_steps(step + 1)
+        self._settle()
+        self._working.leave()
+        with self._clock("checkpoint"):
+            self._checkpoints.wait()
+        return finish(
+            self._task,
+            self._workdir,
+            self._working.whole.params,
+            self._account,
+            self._metrics,
+            self._clock,
+            self._programs.seconds,
+        )
+
+    def _batches(self, start: int) -> Iterator[tuple[int, Batch]]:
+        """Each step that is left and its batch, on the devices."""
+        config = self._config
+        rows = open_split(self._task.data, "train")
+        get = batches(
+            rows, config.train.rows_per_step, config.seed, jax.process_index(), jax.process_count()
+        )
+        steps = range(start, config.train.steps)
+        with Prefetcher(get, steps) as ahead:
+            for step in steps:
+                with self._clock("data"):
+                    batch = self._place(next(ahead))
+                yield step, batch
+
+    def _place(self, rows: Batch) -> Batch:
+        """This process's rows as part of the batch over all devices."""
+        return jax.tree.map(
+            lambda shape, local: jax.make_array_from_process_local_data(shape.sharding, local),
+            self._programs.batch(self._config.train.rows_per_step),
+            rows,
+        )
+
+    def _train(self, step: int, batch: Batch) -> None:
+        rung = self._task.controller.rung_at(step)
+        refresh = self._task.controller.refreshes(step)
+        moved = rung is not self._rung or refresh
+        if moved:
+            self._settle()
+            self._change(step, rung, refresh, batch)
+        steady = not moved and not self._programs.compiling
+        with self._clock("step"):
+            started = time.perf_counter()
+            metrics = self._working.step(batch)
+            self._settle()
+            self._running = _Step(step, rung, metrics, started, steady)
+
+    def _change(self, step: int, rung: Rung, refresh: bool, batch: Batch) -> None:
+        """Enters a rung, or enters it anew with other neurons."""
+        working, controller = self._working, self._task.controller
+        with self._clock("compile"):
+            programs = self._programs.rung(rung.plan)
+            probe = self._probe_for(step) if refresh else None
+        with self._clock("refresh"):
+            working.leave()
+            if refresh:
+                working.choose(programs, probe, batch)
+                assert working.masks is not None
+                self._account.chosen(rung, working.masks, probed=probe is not None)
+            elif controller.neurons.is_dense(rung.plan):
+                working.masks = programs.select(working.whole, working.stats)
+            working.enter(programs)
+            working.wait()
+        self._rung = rung
+        later = controller.rung_after(rung)
+        if later is not None:
+            self._programs.prepare(later.plan)
+
+    def _probe_for(self, step: int) -> Any:
+        """The probe, where this refresh needs one: outputs are seen by probes alone, inputs with
+        every step, except before the first."""
+        if self._probing is None or (step > 0 and "outputs" not in self._programs.observe):
+            return None
+        return self._probing.result()
+
+    def _settle(self) -> None:
+        """Waits for the running step and records it."""
+        running, self._running = self._running, None
+        if running is None:
+            return
+        metrics = jax.device_get(running.metrics)
+        now = time.perf_counter()
+        seconds = now - max(running.started, self._done_at)
+        self._done_at = now
+        record = self._account.step(running.rung, metrics, seconds, self._task, running.steady)
+        if not np.isfinite(metrics.loss):
+            self._log(f"step {running.number + 1}: the loss is {metrics.loss}")
+        if (running.number + 1) % self._config.train.log_every == 0:
+            self._metrics.log(running.number + 1, record)
+
+    def _between_steps(self, done: int) -> None:
+        """Evaluates and saves where it is due after `done` steps."""
+        config = self._config
+        last = done == config.train.steps
+        evaluate = last or _due(done, config.train.eval_every)
+        save = last or _due(done, config.checkpoint.every)
+        if not (evaluate or save):
+            return
+        self._settle()
+        with self._clock("refresh"):
+            self._working.leave()
+        if evaluate:
+            self._metrics.log(done, {"eval_loss": self._held_out_loss()})
+        if save:
+            self._save(done)
+        if not last:
+            assert self._rung is not None
+            with self._clock("refresh"):
+                self._working.enter(self._programs.rung(self._rung.plan))
+
+    def _held_out_loss(self) -> float:
+        """Mean dense loss a token on the held-out rows."""
+        config = self._config
+        total = tokens = 0.0
+        with self._clock("compile"):
+            evaluate = self._evaluation.result()
+        with self._clock("evaluate"):
+            for rows in in_order(
+                self._held_out,
+                config.train.rows_per_step,
+                config.train.eval_rows,
+                jax.process_index(),
+                jax.process_count(),
+            ):
+                loss, count = evaluate(self._working.whole.params, self._place(rows))
+                total += float(loss)
+                tokens += float(count)
+        return total / tokens
+
+    def _save(self, done: int) -> None:
+        working = self._working
+        with self._clock("checkpoint"):
+            self._metrics.flush()
+            state = {
+                **working.whole._asdict(),
+                "masks": working.masks,
+                "stats": working.stats,
+                "kept": self._account.kept,
+            }
+            meta = {
+                "data": self._task.data.info.fingerprint,
+                "account": self._account.to_json(),
+                "seconds": self._clock.seconds(),
+            }
+            self._checkpoints.save(done, state, meta)
+
+    def _restore_or_begin(self) -> int:
+        """Fills the state; returns the steps done."""
+        programs, controller = self._programs, self._task.controller
+        with self._clock("checkpoint"):
+            newest = self._checkpoints.newest()
+            if newest is not None:
+                if newest.meta["data"] != self._task.data.info.fingerprint:
+                    raise UserError(
+                        f"{self._workdir.path}: the texts in data.sources are not those this run"
+                        " was started with"
+                    )
+                plan = controller.rung_at(newest.step - 1).plan
+                target = {
+                    **programs.state._asdict(),
+                    "masks": programs.masks(plan),
+                    "stats": programs.stats,
+                    "kept": self._account.kept,
+                }
+                restored = self._checkpoints.restore(target)
+                assert restored is not None
+                state = dict(restored.state)
+                masks, stats = state.pop("masks"), state.pop("stats")
+                self._account.restore(state.pop("kept"), restored.meta["account"])
+                self._clock.add(restored.meta["seconds"])
+                self._working = Working(programs.state._replace(**state), stats, masks)
+                self._log(f"restored after step {newest.step}")
+                return newest.step
+        with self._clock("data"):
+            params = initial_params(self._task)
+        with self._clock("compile"):
+            begin = jax.jit(
+                lambda p: new_state(p, programs.optimizer),
+                donate_argnums=0,
+                out_shardings=jax.tree.map(lambda leaf: leaf.sharding, programs.state),
+            )
+            stats = jax.jit(
+                programs.no_statistics,
+                out_shardings=jax.tree.map(lambda leaf: leaf.sharding, programs.stats),
+            )()
+            self._working = Working(begin(params), stats, None)
+        return 0
+
+
+def _due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0

@@ -1,0 +1,119 @@
+"""From settings to everything that a run needs before its first step."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from sat_jax.cache import cache_dir
+from sat_jax.config import Config
+from sat_jax.data.prepare import Prepared, prepare
+from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
+from sat_jax.errors import UserError
+from sat_jax.interop import Weights, locate, open_weights
+from sat_jax.models.llama import LlamaConfig
+from sat_jax.models.params import initial, shapes
+from sat_jax.models.presets import preset
+from sat_jax.parallel.mesh import make_mesh
+from sat_jax.parallel.rules import check_divisible, tree_shardings
+from sat_jax.sparsity.controller import Controller, make_controller
+from sat_jax.sparsity.plan import Neurons
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is trained, on what, where, and how sparsely."""
+
+    config: Config
+    model: LlamaConfig
+    weights: Weights | None
+    tokenizer: Tokenizer
+    data: Prepared
+    mesh: Mesh
+    controller: Controller
+
+
+def set_up(config: Config, log: Callable[[str], None]) -> Task:
+    """Checks everything that can be checked before compiling, and prepares the data.
+
+    Raises `UserError` for settings that do not fit the model, the devices or the data.
+    """
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    mesh = make_mesh(config.mesh)
+    weights = None if config.model.path is None else open_weights(config.model.path)
+    model = weights.config if weights else _preset(config)
+    check_divisible(mesh, shapes(model))
+    _check_rows(config, mesh)
+    if config.data.row_length > model.max_positions:
+        raise UserError(
+            f"data.row_length {config.data.row_length} exceeds the model's {model.max_positions}"
+            " positions"
+        )
+    controller = make_controller(
+        config.sparsity,
+        Neurons(model.n_layers, model.n_kv_heads, model.query_heads, model.d_ff),
+        config.train.steps,
+        config.rates,
+        _balance(config),
+    )
+    tokenizer = load_tokenizer(config.data.tokenizer, _model_path(config), model.vocab_size)
+    data = prepare(
+        sources=config.data.sources,
+        tokenizer=tokenizer,
+        row_length=config.data.row_length,
+        held_out=config.data.held_out,
+        max_tokens=config.data.max_tokens,
+        text_field=config.data.text_field,
+        model_vocab_size=model.vocab_size,
+        log=log,
+    )
+    return Task(config, model, weights, tokenizer, data, mesh, controller)
+
+
+def initial_params(task: Task) -> dict[str, jax.Array]:
+    """Float32 parameters by path, made or read straight into their place on the mesh."""
+    abstract = shapes(task.model)
+    shardings = tree_shardings(task.mesh, abstract)
+    if task.weights is None:
+        make = jax.jit(lambda: initial(task.model, task.config.seed), out_shardings=shardings)
+        return make()
+    params = {}
+    for path, shape in abstract.items():
+        value = np.asarray(task.weights.read(path), np.float32)
+        params[path] = jax.make_array_from_callback(
+            shape.shape, shardings[path], lambda index, value=value: value[index]
+        )
+    return params
+
+
+def _preset(config: Config) -> LlamaConfig:
+    assert config.model.preset is not None
+    return preset(config.model.preset)
+
+
+def _model_path(config: Config) -> Path | None:
+    return None if config.model.path is None else locate(config.model.path)
+
+
+def _check_rows(config: Config, mesh: Mesh) -> None:
+    rows = config.train.rows_per_step // config.train.accumulate
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % parts:
+        raise UserError(
+            f"train.rows_per_step / train.accumulate is {rows} rows, which mesh.data × mesh.fsdp ="
+            f" {parts} does not divide"
+        )
+
+
+def _balance(config: Config) -> int:
+    """Parts that keep equally many neurons: at least one for each tensor shard."""
+    tensor, asked = config.mesh.tensor, config.sparsity.balance
+    if asked is None:
+        return tensor
+    if asked % tensor:
+        raise UserError(f"sparsity.balance {asked} is not a multiple of mesh.tensor {tensor}")
+    return asked

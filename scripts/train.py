@@ -1,0 +1,55 @@
+"""Trains a model with SAT, or continues a run that was interrupted: the same command does both.
+
+  python -m scripts.train --config=experiments/tiny.py --workdir=runs/tiny
+  python -m scripts.train --config=experiments/quickstart.py --workdir=runs/mine \\
+      --config.sparsity.rate=0.5 --config.model.path=DIR --config.data.sources=a.txt,b.jsonl
+
+Any setting below is given as --config.NAME=VALUE and wins over the experiment file's.
+"""
+
+import sys
+from pathlib import Path
+
+from sat_jax.cli import Parser, run
+
+_PREFIX = "--config."
+
+
+def parser() -> Parser:
+    """What the command line takes besides settings."""
+    made = Parser("train", f"{__doc__}\n{_settings()}")
+    made.add_argument(
+        "--config", required=True, metavar="FILE[:VARIANT]", help="an experiment file"
+    )
+    made.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="of this run")
+    made.add_argument(
+        "--record", type=Path, metavar="FILE", help="append the result to this .jsonl file of rows"
+    )
+    return made
+
+
+def main() -> None:
+    """One run from settings to summary."""
+    overrides = [a.removeprefix(_PREFIX) for a in sys.argv[1:] if a.startswith(_PREFIX)]
+    given = parser().parse_args([a for a in sys.argv[1:] if not a.startswith(_PREFIX)])
+    from sat_jax.config_values import load
+
+    config = load(given.config, overrides)
+
+    from sat_jax.train.loop import train
+
+    train(config, given.workdir, lambda line: print(line, file=sys.stderr))
+
+
+def _settings() -> str:
+    from sat_jax.config_values import keys
+
+    lines = ["Settings:"]
+    for key in keys():
+        lines.append(f"  {key.path} = {key.default!r}")
+        lines.append(f"      {key.help}; accepts {key.accepts}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run(main)
