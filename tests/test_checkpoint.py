@@ -219,6 +219,20 @@ def test_none_whole_is_an_error_and_removes_nothing(tmp_path: Path) -> None:
     assert steps_in(tmp_path) == [1, 2]
 
 
+def test_an_empty_folder_is_no_step(tmp_path: Path) -> None:
+    (tmp_path / "30").mkdir()
+    with pytest.raises(UserError, match="holds no checkpoints"):
+        find(tmp_path)
+    with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+        assert checkpoints.newest() is None
+        checkpoints.save(30, make_state(30), {})
+        newest = checkpoints.newest()
+        assert newest is not None and newest.step == 30
+        checkpoints.save(31, make_state(31), {})
+        newest = checkpoints.newest()
+        assert newest is not None and newest.step == 31
+
+
 def test_left_overs_are_no_steps_and_are_cleaned(tmp_path: Path) -> None:
     save_steps(tmp_path, 1)
     for name in ("7.saving.orbax-checkpoint-tmp", "8.saving", "9.deleting"):
