@@ -1,0 +1,314 @@
+"""Importance: every metric by hand, and what statistics mean."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sat_jax.models.attention import Rows
+from sat_jax.models.layers import rms_norm
+from sat_jax.models.llama import Compute, LlamaConfig
+from sat_jax.models.params import abstract, bind, numbered
+from sat_jax.models.rope import rotary_tables
+from sat_jax.sparsity.importance import METRICS, channel_evidence, head_evidence
+from sat_jax.sparsity.plan import Segment
+from sat_jax.sparsity.statistics import InputSums, Statistics, accumulate
+from tests.small_models import CONFIGS, batch, random_params
+from tests.tolerances import assert_close
+
+KEY = jax.random.key(0)
+SQRT2 = 2**0.5
+
+# One layer of two KV groups of two query heads of size 1, two channels, width 2.
+PARAMS = {
+    f"layers/{path}": jnp.asarray([value], jnp.float32)
+    for path, value in {
+        "attention/query": [[[[3, 4]], [[0, -1]]], [[[1, 0]], [[2, -2]]]],
+        "attention/key": [[[1, 1]], [[0, 2]]],
+        "attention/value": [[[2, 0]], [[-1, 1]]],
+        "attention/output": [[[[0, 1]], [[5, 12]]], [[[8, 6]], [[0, 0]]]],
+        "mlp/gate": [[3, 4], [1, 0]],
+        "mlp/up": [[0, -2], [2, 0]],
+        "mlp/down": [[6, 8], [0, 1]],
+    }.items()
+}
+# Over four tokens both inputs have rms (2, 1) and mean (2, -1).
+SUMS = InputSums(jnp.asarray([[16.0, 4.0]]), jnp.asarray([[8.0, -4.0]]))
+STATS = Statistics(
+    count=jnp.asarray(4.0),
+    attention=SUMS,
+    mlp=SUMS,
+    heads=jnp.asarray([[[[36.0, -8.0], [-8.0, 4.0]], [[16.0, 10.0], [10.0, 9.0]]]]),
+    channels=jnp.asarray([[36.0, 4.0]]),
+)
+
+
+def only(stats: Statistics, metric: str) -> Statistics:
+    """What the metric says it needs, and nothing else."""
+    needs = METRICS[metric].needs
+    if "inputs" not in needs:
+        stats = stats._replace(attention=None, mlp=None)
+    if "outputs" not in needs:
+        stats = stats._replace(heads=None, channels=None)
+    return stats
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("magnitude", [5 + 1 + SQRT2 + 2 + 1 + 13, 1 + 2 * SQRT2 + 2 + SQRT2 + 10 + 0]),
+        ("wanda", [10 + 1 + 3 + 4, 2 + 6 + 2 + 3]),
+        ("maxip", [2 + 1 + 1 + 4, 2 + 6 + 2 + 3]),
+        ("output", [(24 / 4) ** 0.5, (45 / 4) ** 0.5]),
+    ],
+)
+def test_kv_groups_by_hand(metric: str, expected: list[float]) -> None:
+    evidence = head_evidence(PARAMS, only(STATS, metric), "kv_group", KEY)
+    assert_close(METRICS[metric].score(evidence), [expected], "float32", "forward")
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("magnitude", [5 + 1, 1 + 13, 1 + 10, 2 * SQRT2]),
+        ("wanda", [10, 1, 2, 6]),
+        ("maxip", [2, 1, 2, 6]),
+        ("output", [3, 1, 2, 1.5]),
+    ],
+)
+def test_query_heads_by_hand(metric: str, expected: list[float]) -> None:
+    evidence = head_evidence(PARAMS, only(STATS, metric), "query_head", KEY)
+    assert_close(METRICS[metric].score(evidence), [expected], "float32", "forward")
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("magnitude", [5 + 2 + 10, 1 + 2 + 1]),
+        ("wanda", [10 + 2, 2 + 4]),
+        ("maxip", [2 + 2, 2 + 4]),
+        ("output", [30, 1]),  # rms activations 3 and 1, rows of `down` of norm 10 and 1
+    ],
+)
+def test_channels_by_hand(metric: str, expected: list[float]) -> None:
+    evidence = channel_evidence(PARAMS, only(STATS, metric), KEY)
+    assert_close(METRICS[metric].score(evidence), [expected], "float32", "forward")
+
+
+def test_columns_of_a_head_are_scored_one_by_one() -> None:
+    """Two columns that cancel in sum do not cancel in score."""
+    rows = jnp.asarray([[3.0, 4.0], [-3.0, -4.0]])[None, None]
+    params = {f"layers/attention/{name}": rows for name in ("key", "value")}
+    params |= {f"layers/attention/{name}": rows[:, :, None] for name in ("query", "output")}
+    evidence = head_evidence(params, STATS, "query_head", KEY)
+    for metric, expected in {"magnitude": 20.0, "wanda": 20.0, "maxip": 4.0}.items():
+        assert_close(METRICS[metric].score(evidence), [[expected]], "float32", "forward")
+
+
+@pytest.mark.parametrize("metric", ["magnitude", "wanda", "maxip"])
+def test_query_head_q_belongs_to_group_q_div_G(metric: str) -> None:
+    config = CONFIGS["gqa"]
+    params = {path: jnp.asarray(value) for path, value in random_params(config).items()}
+    inputs = InputSums(*jnp.ones((2, config.n_layers, config.d_model)))
+    stats = Statistics(count=jnp.asarray(2.0), attention=inputs, mlp=inputs)
+    groups, heads = config.n_kv_heads, config.query_heads
+
+    def score(query: jax.Array, unit: Any) -> np.ndarray:
+        evidence = head_evidence(params | {"layers/attention/query": query}, stats, unit, KEY)
+        return np.asarray(METRICS[metric].score(evidence))
+
+    query = params["layers/attention/query"]
+    for group, head in ((0, 0), (1, 2), (3, 1)):
+        other = query.at[:, group, head].multiply(3)
+        for unit, size, place in (
+            ("kv_group", groups, group),
+            ("query_head", groups * heads, group * heads + head),
+        ):
+            changed = (score(query, unit) != score(other, unit)).all(0)
+            assert changed.nonzero()[0].tolist() == [place]
+            assert changed.shape == (size,)
+
+
+def test_uniform_is_new_at_every_draw() -> None:
+    one, same, other = (
+        METRICS["uniform"].score(channel_evidence(PARAMS, only(STATS, "uniform"), key))
+        for key in (KEY, KEY, jax.random.key(1))
+    )
+    assert one.shape == (1, 2)
+    assert_close(one, same, "float32", "exact")
+    assert (one != other).all()
+    assert ((one >= 0) & (one < 1)).all()
+
+
+def test_energy_below_zero_by_rounding_counts_as_none() -> None:
+    heads = jnp.asarray([[[[1.0, -1.1], [-1.1, 1.0]], [[1.0, 0.0], [0.0, 3.0]]]])
+    evidence = head_evidence(PARAMS, STATS._replace(heads=heads), "kv_group", KEY)
+    assert_close(METRICS["output"].score(evidence), [[0.0, 1.0]], "float32", "forward")
+
+
+# --- what a forward pass observes ---
+
+
+@functools.cache
+def observer(config: LlamaConfig, compute: Compute = Compute()) -> Callable[..., Any]:
+    graph, _ = abstract(config, compute=compute)
+
+    def observe(rows: Any, *what: Any) -> tuple[jax.Array, Statistics]:
+        model = bind(graph, numbered(random_params(config)))
+        return model.hidden(rows.tokens, rows.segment_ids, rows.positions, observe=what)
+
+    return jax.jit(observe, static_argnums=(1, 2))
+
+
+@functools.cache
+def observed(config: LlamaConfig) -> tuple[jax.Array, Statistics]:
+    return observer(config)(batch(config), "inputs", "outputs")
+
+
+class Parts(NamedTuple):
+    """One layer, step by step."""
+
+    attention_input: jax.Array
+    mix: jax.Array
+    attention: jax.Array
+    mlp_input: jax.Array
+    activation: jax.Array
+    mlp: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def parts_of(graph: Any, config: LlamaConfig, state: Any, x: jax.Array) -> Parts:
+    given, block = batch(config), nnx.merge(graph, state)
+    rows = Rows(given.segment_ids, *rotary_tables(config.rope, config.head_dim, given.positions))
+    attention_input = rms_norm(x, block.attention_norm[...], config.norm_eps)
+    mix = block.attention.mix(attention_input, rows, None)
+    attention = block.attention.combine(mix)
+    mlp_input = rms_norm(x + attention, block.mlp_norm[...], config.norm_eps)
+    activation = block.mlp.activate(mlp_input)
+    added = block.mlp.combine(activation)
+    return Parts(attention_input, mix, attention, mlp_input, activation, added)
+
+
+def layer_by_layer(
+    config: LlamaConfig, values: dict[str, Any], *rest: Any, **named: Any
+) -> Iterator[Parts]:
+    """What every layer of a model in one segment computes of the batch."""
+    graph, stacked = nnx.split(bind(abstract(config, *rest, **named)[0], values).layers[0])
+    x = jnp.asarray(values["embed"][batch(config).tokens])
+    for layer in range(config.n_layers):
+        parts = parts_of(graph, config, jax.tree.map(lambda leaf, i=layer: leaf[i], stacked), x)
+        yield parts
+        x = x + parts.attention + parts.mlp
+
+
+REAL = np.asarray(batch(CONFIGS["mha"]).segment_ids) > 0
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_statistics_are_naive_sums_over_tokens(name: str) -> None:
+    config = CONFIGS[name]
+    params = random_params(config)
+    hidden, stats = observed(config)
+    assert stats.count == REAL.sum() == 19
+    x = params["embed"][batch(config).tokens]
+    for layer, parts in enumerate(layer_by_layer(config, numbered(params))):
+        x = x + parts.attention + parts.mlp
+        tokens = Parts(*(np.asarray(part, np.float64)[REAL] for part in parts))
+        added = np.einsum("nkge,kged->nkgd", tokens.mix, params["layers/attention/output"][layer])
+        for seen, naive in (
+            (stats.attention.square, (tokens.attention_input**2).sum(0)),
+            (stats.attention.linear, tokens.attention_input.sum(0)),
+            (stats.heads, np.einsum("nkgd,nkhd->kgh", added, added)),
+            (stats.mlp.square, (tokens.mlp_input**2).sum(0)),
+            (stats.mlp.linear, tokens.mlp_input.sum(0)),
+            (stats.channels, (tokens.activation**2).sum(0)),
+        ):
+            assert_close(seen[layer], naive, "float32", "forward")
+    assert_close(hidden, rms_norm(x, params["final_norm"], config.norm_eps), "float32", "forward")
+
+
+def test_padding_does_not_count() -> None:
+    config = CONFIGS["gqa"]
+    rows = batch(config)
+    padding = rows.segment_ids == 0
+    changed = rows._replace(
+        tokens=jnp.where(padding, 7, rows.tokens), positions=jnp.where(padding, 3, rows.positions)
+    )
+    _, stats = observer(config)(changed, "inputs", "outputs")
+    jax.tree.map(lambda a, b: assert_close(a, b, "float32", "exact"), stats, observed(config)[1])
+
+
+def test_what_is_not_asked_for_is_not_observed() -> None:
+    config = CONFIGS["mha"]
+    nothing, inputs, outputs = (
+        jax.eval_shape(lambda rows, what=what: observer(config)(rows, *what), batch(config))[1]
+        for what in ((), ("inputs",), ("outputs",))
+    )
+    assert nothing == Statistics(count=jax.ShapeDtypeStruct((), jnp.float32))
+    assert inputs._replace(attention=None, mlp=None) == nothing
+    assert outputs._replace(heads=None, channels=None) == nothing
+    assert None not in (inputs.attention, inputs.mlp, outputs.heads, outputs.channels)
+
+
+def test_statistics_in_bfloat16_are_summed_in_float32() -> None:
+    config = CONFIGS["gqa"]
+    observe = observer(config, Compute(dtype="bfloat16"))
+    _, stats = observe(batch(config), "inputs", "outputs")
+    assert {leaf.dtype for leaf in jax.tree.leaves(stats)} == {jnp.dtype("float32")}
+    wide = observed(config)[1]
+    jax.tree.map(lambda a, b: assert_close(a, b, "bfloat16", "forward"), stats, wide)
+
+
+@pytest.mark.parametrize("unit", ["kv_group", "query_head", "channel"])
+def test_output_is_what_masking_the_neuron_removes(unit: str) -> None:
+    """Root mean square, over tokens, of the difference in the module's addition to the stream."""
+    # Query heads in one group of three, where a mask omits one neuron and not one a group.
+    config = LlamaConfig(32, 16, 1, 3, 1 if unit == "query_head" else 3, 4, 8, 32)
+    params = {path: jnp.asarray(value) for path, value in random_params(config).items()}
+    _, stats = observed(config)
+    if unit == "channel":
+        evidence = channel_evidence(params, stats, KEY)
+    else:
+        evidence = head_evidence(params, stats, unit, KEY)  # type: ignore[arg-type]
+    (scores,) = METRICS["output"].score(evidence)
+
+    segment, path, lead = {
+        "kv_group": (Segment(0, 1, 2, 1, 8), "layers/0/attention/kept_heads", (1,)),
+        "query_head": (Segment(0, 1, 1, 2, 8), "layers/0/attention/kept_heads", (1, 1)),
+        "channel": (Segment(0, 1, 3, 1, 7), "layers/0/mlp/kept_channels", (1,)),
+    }[unit]
+
+    def added(values: dict[str, Any], *rest: Any, **named: Any) -> np.ndarray:
+        (parts,) = layer_by_layer(config, values, *rest, **named)
+        return np.asarray(parts.mlp if unit == "channel" else parts.attention, np.float64)[REAL]
+
+    whole, removed = added(numbered(params)), []
+    for neuron in range(len(scores)):
+        kept = np.delete(np.arange(len(scores), dtype=np.int32), neuron).reshape(*lead, -1)
+        rest = added(numbered(params) | {path: jnp.asarray(kept)}, (segment,), masked=True)
+        removed.append(np.square(whole - rest).sum(-1).mean() ** 0.5)
+    assert_close(scores, removed, "float32", "forward")
+
+
+def test_accumulated_statistics_are_token_weighted() -> None:
+    def stats(count: float, square: float) -> Statistics:
+        sums = InputSums(jnp.asarray([[square]]), jnp.asarray([[2 * square]]))
+        return Statistics(jnp.asarray(count), attention=sums, mlp=sums)
+
+    both = accumulate(stats(3, 12), stats(5, 4), decay=1.0)
+    assert (both.count, both.attention.square, both.mlp.linear) == (8, 16, 32)
+    decayed = accumulate(accumulate(stats(8, 80), stats(4, 4), decay=0.5), stats(2, 2), decay=0.5)
+    # 8/4 + 4/2 + 2 tokens, the newest heaviest.
+    assert (decayed.count, decayed.attention.square) == (6, 80 / 4 + 4 / 2 + 2)
+
+
+def test_statistics_of_different_things_do_not_mix() -> None:
+    with pytest.raises(ValueError, match="None"):
+        accumulate(STATS._replace(heads=None), STATS, 0.5)
+    with pytest.raises(ValueError, match="None"):
+        accumulate(STATS, STATS._replace(attention=None), 0.5)
