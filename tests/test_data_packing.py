@@ -88,7 +88,8 @@ def test_rows_hold_what_fits_and_are_tight(lengths: list[int]) -> None:
 
 
 def test_best_fit_takes_the_tightest_row() -> None:
-    # 7 and 6 open rows with 3 and 4 left; 4 fits the second only, 3 the first exactly.
+    # 7 and 6 leave 3 and 4: 3 fits both, and the first exactly.
+    assert assign_rows(np.array([3, 6, 7]), 10).tolist() == [0, 1, 0]
     assert assign_rows(np.array([3, 6, 4, 7]), 10).tolist() == [0, 1, 1, 0]
     assert assign_rows(np.array([5, 5, 10, 5]), 10).tolist() == [1, 1, 0, 2]
 

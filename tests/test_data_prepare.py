@@ -72,7 +72,9 @@ def reason(call: Callable[[], object]) -> str:
 
 def test_documents_arrive_whole_in_one_split_each(tmp_path: Path) -> None:
     documents = some(60)
-    prepared = made(write(tmp_path / "in", documents), row_length=80)
+    with_empty = [text for pair in zip(documents, [" ", ""] * 30, strict=True) for text in pair]
+    prepared = made(write(tmp_path / "in", with_empty), row_length=80)
+    assert (prepared.info.documents, prepared.info.empty_documents) == (60, 60)
     train, held_out = (documents_in(prepared, split) for split in ("train", "held_out"))
     assert sorted(train + held_out) == sorted(documents)
     assert len(held_out) == 12
@@ -121,7 +123,7 @@ def test_held_out_by_count_and_its_limits(tmp_path: Path) -> None:
     assert made(folder, held_out=9).info.splits["train"].documents == 1
     for value in (10, 0.99):
         assert "leaves none of 10 documents" in reason(lambda v=value: made(folder, held_out=v))
-    for value in (0, -0.1, 1.5, float("nan")):
+    for value in (0, -0.1, 1.5, float("nan"), float("inf")):
         assert f"data.held_out={value}" in reason(lambda v=value: made(folder, held_out=v))
     same = write(tmp_path / "same", ["same"] * 5)
     assert "copies of one text" in reason(lambda: made(same))
@@ -321,15 +323,16 @@ def test_nothing_to_learn_from_is_refused(tmp_path: Path) -> None:
     assert "ids up to 256" in reason(lambda: made(tmp_path / "in", model_vocab_size=256))
 
 
+@pytest.mark.parametrize("changed", [some(29), [text.upper() for text in some(30)]])
 def test_a_source_that_changes_under_the_reader_is_noticed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: list[str]
 ) -> None:
     folder = write(tmp_path / "in", some(30))
     original = prepare_module.read_index
 
     def then_change(*arguments: object) -> object:
         index = original(*arguments)  # type: ignore[arg-type]
-        write(folder, some(29))
+        write(folder, changed)
         return index
 
     monkeypatch.setattr(prepare_module, "read_index", then_change)

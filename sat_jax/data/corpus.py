@@ -45,7 +45,7 @@ def read_index(sources: Sequence[Source], text_field: str, progress: bool) -> In
     if not sizes:
         raise UserError(f"no documents left: all {empty} in data.sources are empty")
     return Index(
-        keys=np.frombuffer(keys, np.uint64).reshape(-1, 2),
+        keys=np.frombuffer(keys, np.uint64),
         sizes=np.array(sizes, np.int64),
         first=np.array(first),
         empty=empty,
@@ -113,8 +113,7 @@ def _read(
             if not document.text:
                 continue
             if number in wanted:
-                key = np.frombuffer(document_key(document.text.encode()), np.uint64)
-                if not np.array_equal(key, index.keys[number]):
+                if document_key(document.text.encode()) != index.keys[number].tobytes():
                     break
                 wanted.remove(number)
                 yield number, document.text

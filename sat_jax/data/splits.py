@@ -1,8 +1,9 @@
 """Which documents are held out, and which ones a cap on the tokens takes.
 
-Both follow from each document's content alone, by two independent hashes: neither the order of the
-sources nor any seed has a part in it, equal documents always fall on the same side, and what a
-capped preparation holds out is held out of the full one too.
+Both follow from a hash of each document's content: the lowest ones are held out, and a cap takes
+the lowest of each side. Neither the order of the sources nor any seed has a part in it, equal
+documents always fall on the same side, and what a capped preparation holds out is held out of the
+full one too.
 """
 
 import hashlib
@@ -19,20 +20,20 @@ TRAIN, HELD_OUT = "train", "held_out"
 class Index(NamedTuple):
     """What is remembered of every document of a corpus, in the order in which they are read."""
 
-    keys: UInt64[np.ndarray, "documents 2"]  # see `document_key`
+    keys: UInt64[np.ndarray, " documents"]  # see `document_key`
     sizes: Int[np.ndarray, " documents"]  # bytes of UTF-8
     first: Int[np.ndarray, " sources_plus_1"]  # number of the first document of each source
     empty: int  # documents without text, left out and not numbered
 
 
 def document_key(text: bytes) -> bytes:
-    """16 bytes that stand for a document: 8 decide its split, 8 when a cap would take it."""
-    return hashlib.blake2b(text, digest_size=16).digest()
+    """The 8 bytes that stand for a document."""
+    return hashlib.blake2b(text, digest_size=8).digest()
 
 
 def check_held_out(held_out: float) -> None:
     """Raises `UserError` unless `held_out` is a fraction or a whole number of documents."""
-    if not held_out > 0 or (held_out >= 1 and held_out != int(held_out)):
+    if not held_out > 0 or (held_out >= 1 and held_out % 1 != 0):
         raise UserError(
             f"data.held_out={held_out}; accepted: a fraction between 0 and 1, or from 1 on a whole"
             " number of documents"
@@ -44,7 +45,7 @@ def choose_held_out(index: Index, held_out: float) -> Bool[np.ndarray, " documen
 
     At least one is, and every copy of it. Raises `UserError` where none would be left to train on.
     """
-    keys, count = index.keys[:, 0], len(index.keys)
+    keys, count = index.keys, len(index.keys)
     wanted = max(1, round(held_out * count)) if held_out < 1 else int(held_out)
     if wanted >= count:
         raise UserError(
@@ -62,7 +63,7 @@ def sampling_order(
 ) -> Int[np.ndarray, " chosen"]:
     """The numbers of the `chosen` documents, in the order in which a cap takes them."""
     numbers = np.flatnonzero(chosen)
-    return numbers[np.argsort(index.keys[numbers, 1], kind="stable")]
+    return numbers[np.argsort(index.keys[numbers], kind="stable")]
 
 
 def budgets(held_out: Bool[np.ndarray, " documents"], max_tokens: int) -> dict[str, int]:
