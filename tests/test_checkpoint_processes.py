@@ -8,8 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from sat_jax.train.checkpoint import find, read_params
 from tests.conftest import ROOT, RunPython
+
+pytestmark = pytest.mark.slow  # each test starts interpreters
 
 
 def test_a_save_that_cannot_be_written_is_one_line(tmp_path: Path, run_python: RunPython) -> None:

@@ -288,6 +288,12 @@ def test_the_log_drives_the_progress(tmp_path: Path) -> None:
         log.log(2, {"loss": jnp.float32(0.5)})
         assert "step 1/2  loss 1.5000" in stream.getvalue()
     assert "step 2/2  loss 0.5000" in stream.getvalue()
+    terminal = Terminal()
+    (tmp_path / "bar").mkdir()
+    with MetricsLog(WorkDir(tmp_path / "bar"), 0, Progress(2, stream=terminal)) as log:
+        log.log(1, {"loss": 1.5})
+        assert not terminal.getvalue().endswith("\n")
+    assert terminal.getvalue().endswith("\n")  # the bar is closed with the log
 
 
 def test_summary_marks_the_run_finished_and_says_where_it_ran(tmp_path: Path) -> None:

@@ -69,12 +69,14 @@ class MetricsLog:
         self._board.flush()
 
     def close(self) -> None:
-        """Writes the held record and closes the files."""
+        """Writes the held record and closes the files, and the progress with them."""
         try:
             self.flush()
         finally:
             self._file.close()
             self._board.close()
+            if self._progress is not None:
+                self._progress.close()
 
     def __enter__(self) -> Self:
         return self
