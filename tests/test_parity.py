@@ -14,10 +14,11 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from sat_jax.interop import load_model, open_weights, parameters
+from sat_jax.interop import load_model, open_weights
 from sat_jax.interop.huggingface_config import config_from_json
 from sat_jax.interop.weights import TABLE
 from sat_jax.models.llama import Llama
+from sat_jax.models.params import flat_params
 from tests.tolerances import assert_close
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -65,8 +66,8 @@ def loss_and_gradients(name: str) -> tuple[jax.Array, dict[str, np.ndarray]]:
 
     loss, gradients = jax.jit(jax.value_and_grad(mean_loss))(params)
     stored = {}
-    for path, variable in parameters(nnx.merge(graph, gradients)).items():
-        row, value = TABLE[path], np.asarray(variable[...])
+    for path, gradient in flat_params(nnx.merge(graph, gradients)).items():
+        row, value = TABLE[path], np.asarray(gradient)
         for layer in range(len(value)) if row.stacked else [None]:
             one = value if layer is None else value[layer]
             stored[row.huggingface.format(layer=layer)] = row.stored(one)

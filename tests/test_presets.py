@@ -1,12 +1,10 @@
 """Presets: the published sizes, and helpful misses."""
 
-import math
-
 import pytest
 
 from sat_jax.errors import UserError
-from sat_jax.interop import parameter_shapes
 from sat_jax.interop.huggingface_config import config_from_json, config_to_json
+from sat_jax.models.params import shapes
 from sat_jax.models.presets import PRESETS, preset
 
 # Parameters in the published checkpoints, tied embeddings counted once.
@@ -41,7 +39,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_number_of_parameters(name: str) -> None:
-    assert sum(map(math.prod, parameter_shapes(preset(name)).values())) == PUBLISHED[name]
+    assert sum(leaf.size for leaf in shapes(preset(name)).values()) == PUBLISHED[name]
 
 
 def test_every_preset_is_checked() -> None:

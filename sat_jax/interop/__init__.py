@@ -4,22 +4,18 @@ import importlib.util
 from pathlib import Path
 from typing import Literal
 
-import jax.numpy as jnp
-from flax import nnx
-
 from sat_jax.errors import UserError
 from sat_jax.interop import gguf, huggingface
 from sat_jax.interop.huggingface import Dtype
-from sat_jax.interop.weights import Weights, parameter_path, parameter_shapes, parameters
+from sat_jax.interop.weights import Weights
 from sat_jax.models.llama import Compute, Llama
+from sat_jax.models.params import build, flat_params
 
 __all__ = [
     "Weights",
     "load_model",
     "locate",
     "open_weights",
-    "parameter_shapes",
-    "parameters",
     "save_model",
 ]
 
@@ -62,14 +58,7 @@ def open_weights(path: str | Path) -> Weights:
 def load_model(path: str | Path, dtype: Literal["float32", "bfloat16"] = "float32") -> Llama:
     """The model at `path` (see `open_weights`) with float32 parameters, computing in `dtype`."""
     weights = open_weights(path)
-    compute = Compute(dtype=dtype)
-    abstract = nnx.eval_shape(lambda: Llama(weights.config, compute=compute, rngs=nnx.Rngs(0)))
-    graph, params = nnx.split(abstract)
-    filled = [
-        (key, variable.replace(jnp.asarray(weights.read(parameter_path(key)))))
-        for key, variable in nnx.to_flat_state(params)
-    ]
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+    return build(weights.config, weights.read, Compute(dtype=dtype))
 
 
 def save_model(
@@ -80,11 +69,11 @@ def save_model(
     tokenizer_files_from: str | Path | None = None,
 ) -> None:
     """Writes a Hugging Face directory (new or empty) that transformers 4 and 5 load."""
-    found = parameters(model)
+    found = flat_params(model)
     huggingface.write_directory(
         Path(directory).expanduser(),
         model.config,
-        lambda path: found[path][...],
+        found.__getitem__,
         dtype=dtype,
         tokenizer_files_from=None if tokenizer_files_from is None else Path(tokenizer_files_from),
     )

@@ -19,11 +19,11 @@ from sat_jax.interop.weights import (
     Row,
     Weights,
     check_tensors,
-    parameter_shapes,
     stacked_reader,
     stored_tensors,
 )
 from sat_jax.models.llama import LlamaConfig
+from sat_jax.models.params import shapes
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -52,11 +52,11 @@ def open_directory(directory: Path) -> Weights:
         raise UserError(f"{directory}: no config.json; expected a Hugging Face directory")
     config = config_from_json(read_json(config_path), str(config_path))
     tensors = _Tensors(directory)
-    shapes = {n: s for n, s in tensors.shapes.items() if not _NOT_PARAMETERS.fullmatch(n)}
-    if config.tie_embeddings and "lm_head.weight" in shapes:
+    found = {n: s for n, s in tensors.shapes.items() if not _NOT_PARAMETERS.fullmatch(n)}
+    if config.tie_embeddings and "lm_head.weight" in found:
         _check_tied(tensors, directory)
-        del shapes["lm_head.weight"]
-    check_tensors(config, "huggingface", shapes, directory)
+        del found["lm_head.weight"]
+    check_tensors(config, "huggingface", found, directory)
     return Weights(config, stacked_reader(config, "huggingface", tensors.fetch))
 
 
@@ -69,7 +69,7 @@ class _Tensors:
         for path in _safetensors_files(directory):
             try:
                 handle = safe_open(path, framework="np").__enter__()
-                for name in handle.keys():  # noqa: SIM118, a handle is no dict
+                for name in handle.keys():
                     piece = handle.get_slice(name)
                     if name in self.shapes:
                         raise UserError(f"{path}: tensor {name} is also in another shard")
@@ -169,7 +169,7 @@ def _write_tensors(
 ) -> None:
     number = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     shards = _plan_shards(config, number.itemsize, shard_bytes)
-    shapes = parameter_shapes(config)
+    abstract = shapes(config)
     weight_map: dict[str, str] = {}
     path, parameter = "", np.empty(0)
     for i, shard in enumerate(shards):
@@ -178,8 +178,8 @@ def _write_tensors(
         for name, row, layer in shard:
             if row.path != path:
                 path, parameter = row.path, np.asarray(read(row.path))
-                if parameter.shape != shapes[path]:
-                    raise ValueError(f"{path}: shape {parameter.shape}, expected {shapes[path]}")
+                if parameter.shape != abstract[path].shape:
+                    raise ValueError(f"{path} is {parameter.shape}, not {abstract[path].shape}")
             one = row.stored(parameter if layer is None else parameter[layer])
             # safetensors writes the memory as it lies, so it has to lie in row order.
             tensors[name] = np.ascontiguousarray(one.astype(number))

@@ -173,7 +173,7 @@ def _refuse_sliding_window(
 ) -> None:
     """A window is harmless where no layer uses it, or where it is as long as any text may be."""
     layer_types = fields.raw.get("layer_types")
-    if layer_types not in (None, ["full_attention"] * n_layers):
+    if layer_types is not None and layer_types != ["full_attention"] * len(layer_types):
         raise fields.refuse("layer_types", '"full_attention" for every layer')
     window = fields.raw.get("sliding_window")
     if window is None or (type(window) is int and window >= max_positions):

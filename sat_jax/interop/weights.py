@@ -6,16 +6,14 @@ how it turns into ours.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Literal
 
-import jax
 import numpy as np
-from flax import nnx
 
 from sat_jax.errors import UserError
-from sat_jax.models.llama import Llama, LlamaConfig
+from sat_jax.models.llama import LlamaConfig
+from sat_jax.models.params import shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,27 +25,7 @@ class Weights:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        return tuple(parameter_shapes(self.config))
-
-
-@functools.lru_cache(maxsize=32)
-def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Path → shape of every parameter of a dense model, in the order of the model."""
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
-    return {path: variable.shape for path, variable in parameters(model).items()}
-
-
-def parameters(model: Llama) -> dict[str, nnx.Variable[jax.Array]]:
-    """Path → parameter of a dense model."""
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {parameter_path(key): variable for key, variable in flat}
-
-
-def parameter_path(key: tuple[Any, ...]) -> str:
-    """The path of a key of the model's flat state: the one segment's number is left out."""
-    if len(key) > 1 and key[:2] != ("layers", 0):
-        raise ValueError(f"{key}: not a parameter of a dense model, which has one segment")
-    return "/".join(str(part) for part in key if part != 0)
+        return tuple(shapes(self.config))
 
 
 # How a stored tensor becomes ours. `rows`: [out, in], out split into our leading axes.
@@ -131,9 +109,9 @@ def stored_tensors(
     config: LlamaConfig, form: Format
 ) -> Iterator[tuple[str, Row, int | None, tuple[int, ...]]]:
     """(name, row, layer or None, shape) of every tensor that `config` has in a format."""
-    for path, shape in parameter_shapes(config).items():
+    for path, abstract in shapes(config).items():
         row = TABLE[path]
-        template, stored = getattr(row, form), row.stored_shape(shape)
+        template, stored = getattr(row, form), row.stored_shape(abstract.shape)
         if row.stacked:
             for layer in range(config.n_layers):
                 yield template.format(layer=layer), row, layer, stored
@@ -164,10 +142,10 @@ def stacked_reader(
     config: LlamaConfig, form: Format, fetch: Callable[[str], np.ndarray]
 ) -> Callable[[str], np.ndarray]:
     """`read(path)` from `fetch(name)`, which gives one stored tensor; one parameter at a time."""
-    shapes = parameter_shapes(config)
+    abstract = shapes(config)
 
     def read(path: str) -> np.ndarray:
-        row, shape = TABLE[path], shapes[path]
+        row, shape = TABLE[path], abstract[path].shape
         out = np.empty(shape, np.float32)
         template = getattr(row, form)
         if not row.stacked:

@@ -1,0 +1,52 @@
+"""What a run has trained, as weights: read from its newest whole checkpoint, or from a step's."""
+
+from pathlib import Path
+
+import numpy as np
+
+from sat_jax.config import Config
+from sat_jax.config_values import from_config_dict
+from sat_jax.errors import UserError
+from sat_jax.interop import Weights, open_weights
+from sat_jax.models.llama import LlamaConfig
+from sat_jax.models.params import shapes
+from sat_jax.models.presets import preset
+from sat_jax.train.checkpoint import find
+from sat_jax.train.files import read_json
+from sat_jax.train.workdir import WorkDir
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` is the work directory of a run."""
+    return WorkDir(path).checkpoints.is_dir()
+
+
+def open_run(path: Path, step: int | None = None) -> tuple[Weights, Config]:
+    """The parameters that the run in `path` had at `step` (None: at its newest whole checkpoint).
+
+    One parameter is read at a time. Raises `UserError` where the checkpoint is not of the run's
+    model.
+    """
+    workdir = WorkDir(path)
+    config = from_config_dict(read_json(workdir.config))
+    model = _model(config)
+    stored = find(workdir.checkpoints, step)
+    for name, wanted in shapes(model).items():
+        found = stored.leaves.get(f"params/{name}")
+        if found is None or found.shape != wanted.shape:
+            raise UserError(
+                f"checkpoint {stored.path} is not of the model in {workdir.config}: {name} is"
+                f" {'missing' if found is None else list(found.shape)}, not {list(wanted.shape)}"
+            )
+
+    def read(name: str) -> np.ndarray:
+        return np.asarray(stored.read([f"params/{name}"])[f"params/{name}"], np.float32)
+
+    return Weights(model, read), config
+
+
+def _model(config: Config) -> LlamaConfig:
+    if config.model.path is not None:
+        return open_weights(config.model.path).config
+    assert config.model.preset is not None
+    return preset(config.model.preset)

