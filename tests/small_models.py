@@ -9,7 +9,8 @@ import numpy as np
 
 from sat_jax.models.llama import LlamaConfig
 from sat_jax.models.params import shapes
-from sat_jax.sparsity.plan import Neurons
+from sat_jax.sparsity.masks import Masks, SegmentMasks
+from sat_jax.sparsity.plan import Neurons, Plan
 
 _GQA: dict[str, Any] = {
     "vocab_size": 32,
@@ -71,3 +72,30 @@ def batch(config: LlamaConfig) -> Rows:
     loss_mask[0, 5] = False  # the first document's last token has no target
     arrays = (tokens[:, :-1], tokens[:, 1:], segment_ids, positions, loss_mask)
     return Rows(*map(jnp.asarray, arrays))
+
+
+def random_masks(config: LlamaConfig, plan: Plan, seed: int = 3, always: bool = False) -> Masks:
+    """Kept neurons of a plan, balanced as it says; `always`: also where everything is kept."""
+    whole, rng = neurons(config), np.random.default_rng(seed)
+
+    def kept(lead: tuple[int, ...], total: int, keep: int, balance: int) -> jax.Array:
+        size, share = total // balance, keep // balance
+        indices = np.zeros((*lead, keep), np.int32)
+        for place in np.ndindex(lead):
+            indices[place] = np.concatenate(
+                [np.sort(rng.permutation(size)[:share]) + part * size for part in range(balance)]
+            )
+        return jnp.asarray(indices)
+
+    masks = []
+    for segment in plan.segments:
+        heads = channels = None
+        if segment.query_heads < whole.query_heads:
+            lead = (segment.layers, whole.kv_groups)
+            heads = kept(lead, whole.query_heads, segment.query_heads, 1)
+        elif always or not whole.heads_whole(segment):
+            heads = kept((segment.layers,), whole.kv_groups, segment.kv_groups, plan.balance)
+        if always or not whole.channels_whole(segment):
+            channels = kept((segment.layers,), whole.channels, segment.channels, plan.balance)
+        masks.append(SegmentMasks(heads, channels))
+    return tuple(masks)

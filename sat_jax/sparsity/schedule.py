@@ -27,8 +27,8 @@ _DECLINE: dict[str, Callable[[float], float]] = {
 
 
 def stairs(schedule: Schedule, steps: int, rungs: int, split: float) -> tuple[Stair, ...]:
-    """The stairs of a run; empty ones are left out, neighbours at the same scale are one. Where
-    steps do not divide evenly the later stairs are the longer ones.
+    """The stairs of a run, without the empty ones. Where steps do not divide evenly, later stairs
+    are the longer ones.
 
     - `ladder`: r0 for `split · steps`, then `rungs` equal stairs, stair k at (1 - k / rungs) r0:
       the last one is dense and has at least one step.
@@ -50,14 +50,8 @@ def stairs(schedule: Schedule, steps: int, rungs: int, split: float) -> tuple[St
             curve = _DECLINE[schedule]
             edges = _edges(0, steps, rungs)
             scales = [curve(k / max(rungs - 1, 1)) for k in range(rungs)]
-    merged: list[Stair] = []
-    for start, stop, scale in zip(edges, edges[1:], scales, strict=False):
-        if start == stop:
-            continue
-        if merged and merged[-1].scale == scale:
-            start = merged.pop().start
-        merged.append(Stair(start, stop, scale))
-    return tuple(merged)
+    rows = zip(edges, edges[1:], scales, strict=False)
+    return tuple(Stair(start, stop, scale) for start, stop, scale in rows if start < stop)
 
 
 def _edges(start: int, stop: int, parts: int) -> list[int]:
