@@ -1,0 +1,149 @@
+"""Floating-point operations of a step, counted from shapes.
+
+Counted are matrix products, two operations a multiply-add. Left out, all of them O(D) a token or
+less: norms, rotary embedding, softmax, activations, embedding look-up, loss, input statistics, the
+optimizer, and the scoring of neurons at a refresh.
+
+Attention is counted for the causal half: query t of a row of T tokens meets t keys, (T + 1) / 2 on
+average. A row that packs several documents needs less and is counted the same, as throughput
+figures in the literature are.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from sat_jax.models.llama import LlamaConfig, Remat
+from sat_jax.sparsity.plan import Segment
+
+
+@dataclasses.dataclass(frozen=True)
+class FlopCount:
+    """Operations a token: query, key, value and output projections; q·k and weights·v; gate, up and
+    down; logits."""
+
+    attention_projections: float
+    attention_scores: float
+    mlp: float
+    head: float
+
+    @property
+    def neurons(self) -> float:
+        """What heads and channels cost: all but the logits."""
+        return self.attention_projections + self.attention_scores + self.mlp
+
+    @property
+    def total(self) -> float:
+        return self.neurons + self.head
+
+    def __add__(self, other: "FlopCount") -> "FlopCount":
+        return FlopCount(
+            self.attention_projections + other.attention_projections,
+            self.attention_scores + other.attention_scores,
+            self.mlp + other.mlp,
+            self.head + other.head,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingFlops:
+    """Operations a token of one step: forward, backward, and what the backward pass computes
+    again."""
+
+    forward: FlopCount
+    backward: FlopCount
+    recomputed: FlopCount
+
+    @property
+    def model(self) -> float:
+        """Without recomputation, which buys memory and no progress."""
+        return self.forward.total + self.backward.total
+
+    @property
+    def total(self) -> float:
+        return self.model + self.recomputed.total
+
+
+def forward_flops(
+    config: LlamaConfig,
+    row_length: int,
+    segments: Sequence[Segment] | None = None,
+    *,
+    keys: float | None = None,
+) -> FlopCount:
+    """Operations a token of a forward pass with logits, on rows of `row_length` tokens.
+
+    `segments` None: the dense model. `keys` is how many keys a query meets on average if not the
+    causal half; `blocked_keys` gives what attention by blocks computes.
+    """
+    if keys is None:
+        keys = (row_length + 1) / 2
+    projections = scores = mlp = 0.0
+    for segment in segments or (config.dense,):
+        heads = segment.kv_groups * segment.query_heads
+        queries, key_values = heads * config.head_dim, segment.kv_groups * config.head_dim
+        projections += segment.layers * 2 * config.d_model * (2 * queries + 2 * key_values)
+        scores += segment.layers * 2 * 2 * queries * keys
+        mlp += segment.layers * 3 * 2 * config.d_model * segment.channels
+    return FlopCount(projections, scores, mlp, 2 * config.d_model * config.vocab_size)
+
+
+def blocked_keys(row_length: int, block: int) -> float:
+    """Keys a query meets on average where attention goes by the fewest equal blocks of at most
+    `block` tokens and skips what lies wholly above the diagonal: more than the causal half, for
+    the blocks on the diagonal are computed whole and a row is padded to whole blocks."""
+    blocks = math.ceil(row_length / block)
+    size = math.ceil(row_length / blocks)
+    return size * size * blocks * (blocks + 1) / 2 / row_length
+
+
+def training_flops(
+    config: LlamaConfig,
+    row_length: int,
+    segments: Sequence[Segment] | None = None,
+    remat: Remat = "none",
+    *,
+    keys: float | None = None,
+) -> TrainingFlops:
+    """Operations a token of a training step; `segments` and `keys` as in `forward_flops`.
+
+    Every matrix product costs its double in the backward pass: one product for each operand's
+    gradient. Attention scores are always computed again there (Dao et al., arXiv:2205.14135). What
+    `remat` adds: `dots` saves projections and MLP products but not attention, which runs again;
+    `full` runs the layer again, all but the down projection, whose value no gradient needs. The
+    logits are never computed again: the loss forms its gradient in the forward pass.
+    """
+    forward = forward_flops(config, row_length, segments, keys=keys)
+    backward = FlopCount(
+        2 * forward.attention_projections,
+        2 * forward.attention_scores,
+        2 * forward.mlp,
+        2 * forward.head,
+    )
+    again = FlopCount(0.0, forward.attention_scores / 2, 0.0, 0.0)
+    if remat != "none":
+        again += FlopCount(0.0, forward.attention_scores, 0.0, 0.0)
+    if remat == "full":
+        again += FlopCount(forward.attention_projections, 0.0, forward.mlp * 2 / 3, 0.0)
+    return TrainingFlops(forward, backward, again)
+
+
+def probe_flops(config: LlamaConfig, row_length: int) -> float:
+    """Operations a token of a probe: a dense forward pass without logits."""
+    return forward_flops(config, row_length).neurons
+
+
+def neuron_share(config: LlamaConfig, row_length: int) -> float:
+    """f: the share of the operations spent in heads and channels, all of them kept.
+
+    With both at omission rate r, time cannot fall below 1 - r·f of the dense time.
+    """
+    dense = forward_flops(config, row_length)
+    return dense.neurons / dense.total
+
+
+def speedup_bound(config: LlamaConfig, row_length: int, segments: Sequence[Segment]) -> float:
+    """Dense operations ÷ operations with `segments`, recomputation aside: what speed-up is possible
+    at most."""
+    dense = forward_flops(config, row_length)
+    return dense.total / forward_flops(config, row_length, segments).total
