@@ -9,10 +9,12 @@ Any setting below is given as --config.NAME=VALUE and wins over the experiment f
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from sat_jax.cli import Parser, run
 
 _PREFIX = "--config."
+_RESULTS = Path(__file__).resolve().parents[1] / "experiments" / "results" / "runs.jsonl"
 
 
 def parser() -> Parser:
@@ -36,9 +38,34 @@ def main() -> None:
 
     config = load(given.config, overrides)
 
+    from sat_jax.analysis.results import dense_reference, record_run
+    from sat_jax.analysis.tables import end_of_run
     from sat_jax.train.loop import train
 
-    train(config, given.workdir, lambda line: print(line, file=sys.stderr))
+    summary = train(config, given.workdir, lambda line: print(line, file=sys.stderr))
+    if given.record is not None:
+        record_run(given.record, given.config, config, summary)
+    reference = dense_reference(_RESULTS, config, summary["data"])
+    shown = {
+        "perplexity_dense": reference,
+        "next_commands": _next(given.config, given.workdir, summary),
+    }
+    print(end_of_run(summary | shown))
+
+
+def _next(config: str, workdir: Path, summary: dict[str, Any]) -> list[str]:
+    """What to try after this run."""
+    python = "python -m scripts"
+    made = []
+    if summary["export"] is not None:
+        made.append(f"{python}.generate --model {summary['export']} --prompt 'def '")
+    made.append(
+        f"{python}.train --config=experiments/tinyllama_cpt.py --config.model.path=DIR"
+        " --config.data.sources=TEXT --workdir=runs/mine"
+    )
+    rates = f"{python}.train --config={config} --config.sparsity.rate=$r --workdir={workdir}-$r"
+    made.append(f"for r in 0.2 0.4 0.6; do {rates}; done")
+    return made
 
 
 def _settings() -> str:

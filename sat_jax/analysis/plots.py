@@ -82,7 +82,9 @@ def loss_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     (trained,) = axes.plot(
         *series("loss"), color=BLUE, linewidth=1.4, marker="o" if few else "", markersize=3
     )
-    (held_out,) = axes.plot(*series("eval_loss"), color=ORANGE, linewidth=2, marker="D", markersize=5)
+    (held_out,) = axes.plot(
+        *series("eval_loss"), color=ORANGE, linewidth=2, marker="D", markersize=5
+    )
     axes.set_xlim(0, max(tokens, default=1))
     axes.margins(y=0.08)
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
@@ -109,14 +111,14 @@ def speed_figure(rungs: Sequence[Mapping[str, Any]]) -> Figure:
 
     figure = _figure()
     axes = figure.add_subplot()
-    _tidy(axes, title="Training speed of each rung", x="omission rate", y="tokens per second, median")
+    _tidy(
+        axes, title="Training speed of each rung", x="omission rate", y="tokens per second, median"
+    )
     colours = [BLUE if rung["omission_rate"] else GREY for rung in timed]
     axes.bar(places, speeds, width=0.62, color=colours, label="measured")
     for place, bound in zip(places, bounds, strict=False):
         label = "FLOP bound: dense speed × dense FLOPs ÷ FLOPs of the rung" if not place else None
-        axes.hlines(
-            bound, place - 0.36, place + 0.36, color=ORANGE, linewidth=2.2, label=label
-        )
+        axes.hlines(bound, place - 0.36, place + 0.36, color=ORANGE, linewidth=2.2, label=label)
     for place, speed in zip(places, speeds, strict=True):
         text = f"{speed:,.0f}" + (f"\n{speed / dense:.2f}×" if dense else "")
         axes.text(

@@ -122,7 +122,7 @@ def end_of_run(summary: Mapping[str, Any]) -> str:
       of all query heads and all channels, 0 to 1), `tokens` and `steps` (trained on this rung),
       `tokens_per_second` (median over the timed steps; None if none), `steps_timed` (steps that
       overlap no compilation), `bound` (dense FLOPs ÷ FLOPs of the rung);
-    - `flops_spent` (probes included), `flops_dense` (the same tokens, dense): training FLOPs;
+    - `spent_flops` (probes included), `dense_flops` (the same tokens, dense): training FLOPs;
     - `figures`: paths of the pictures; `export`: path of the exported model or None;
     - `next_commands`: shell commands to try next.
 
@@ -131,7 +131,7 @@ def end_of_run(summary: Mapping[str, Any]) -> str:
     before, after = summary["perplexity_before"], summary["perplexity_after"]
     reference = summary["perplexity_dense"]
     rungs = summary["rungs"]
-    spent, dense_flops = summary["flops_spent"], summary["flops_dense"]
+    spent, dense_flops = summary["spent_flops"], summary["dense_flops"]
 
     quality = [["before", f"{before:.3f}", ""], ["after", f"{after:.3f}", ""]]
     if reference is not None:

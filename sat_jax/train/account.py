@@ -26,7 +26,7 @@ class Account:
     def __init__(self, controller: Controller):
         neurons = controller.neurons
         heads = (neurons.layers, neurons.kv_groups, neurons.query_heads)
-        self.kept: dict[str, Int[np.ndarray, "..."]] = {
+        self.kept: dict[str, Int[np.ndarray, ...]] = {
             "heads": np.zeros(heads, np.int32),
             "channels": np.zeros((neurons.layers, neurons.channels), np.int32),
         }

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sat_jax.analysis.flops import forward_flops, training_flops
+from sat_jax.analysis.flops import probe_flops, training_flops
 from sat_jax.analysis.plots import plot_kept, plot_loss, plot_speed
 from sat_jax.interop.huggingface import write_directory
 from sat_jax.train.account import Account, kept_shares
@@ -90,7 +90,7 @@ def _flops(task: Task, account: Account) -> tuple[float, float]:
     model, config = task.model, task.config
     length, remat = config.data.row_length, config.model.remat
     probed = account.probes * min(config.sparsity.probe_tokens, config.train.rows_per_step * length)
-    spent = probed * forward_flops(model, length).total
+    spent = probed * probe_flops(model, length)
     for rung, tokens in zip(task.controller.rungs, account.rung_tokens, strict=True):
         spent += tokens * training_flops(model, length, rung.plan.segments, remat).total
     return spent, account.tokens * training_flops(model, length, (model.dense,), remat).total

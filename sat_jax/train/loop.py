@@ -12,7 +12,8 @@ import numpy as np
 
 from sat_jax.config import Config
 from sat_jax.config_values import keys, to_dict
-from sat_jax.data.batches import Batch, Prefetcher, batches, in_order, open_split
+from sat_jax.data.batch import Batch
+from sat_jax.data.batches import Prefetcher, batches, in_order, open_split
 from sat_jax.errors import UserError
 from sat_jax.sparsity.controller import Rung
 from sat_jax.train.account import Account

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from sat_jax.config import Config
-from sat_jax.data.batches import Batch
+from sat_jax.data.batch import Batch
 from sat_jax.models.llama import Compute, LlamaConfig
 from sat_jax.models.params import abstract, shapes
 from sat_jax.parallel.rules import BATCH, tree_shardings

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sat_jax.data.batches import Batch
+from sat_jax.data.batch import Batch
 from sat_jax.models.llama import Llama
 from sat_jax.models.params import bind, numbered
 from sat_jax.sparsity.masks import Masks

@@ -2,7 +2,7 @@
 
 import jax
 
-from sat_jax.data.batches import Batch
+from sat_jax.data.batch import Batch
 from sat_jax.sparsity.masks import Masks
 from sat_jax.sparsity.statistics import Statistics
 from sat_jax.train.programs import Compiled, RungPrograms

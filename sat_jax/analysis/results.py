@@ -1,0 +1,58 @@
+"""Runs as committed rows, and the dense run that a sparse one is held against."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sat_jax.analysis.rows import append, latest, read
+from sat_jax.config import Config, ExportConfig, SparsityConfig
+from sat_jax.config_values import fingerprint, keys
+
+_KEPT = (
+    "steps",
+    "tokens",
+    "perplexity_before",
+    "perplexity_after",
+    "spent_flops",
+    "dense_flops",
+    "rungs",
+    "selections",
+    "probes",
+    "seconds",
+    "compile_seconds",
+    "peak_memory",
+    "data",
+)
+
+
+def dense_twin(config: Config) -> str:
+    """A name for everything of a run but its sparsity and what no result depends on: runs that
+    share it differ in sparsity alone."""
+    twin = dataclasses.replace(config, sparsity=SparsityConfig(), export=ExportConfig())
+    for key in keys():
+        group, _, name = key.path.partition(".")
+        if key.free and name:
+            part = dataclasses.replace(getattr(twin, group), **{name: key.default})
+            twin = dataclasses.replace(twin, **{group: part})
+    return fingerprint(twin)
+
+
+def record_run(file: Path, experiment: str, config: Config, summary: Mapping[str, Any]) -> None:
+    """Appends a finished run to `file` as one row."""
+    row = {name: summary[name] for name in _KEPT}
+    names = {"experiment": experiment, "twin": dense_twin(config), "rate": max(config.rates)}
+    append(file, [names | {"sparsity": dataclasses.asdict(config.sparsity)} | row])
+
+
+def dense_reference(file: Path, config: Config, data: str) -> float | None:
+    """Held-out perplexity after the dense twin of a run on the same prepared data, from the
+    committed rows; None where it has not been measured, and for a dense run itself."""
+    if not file.exists() or max(config.rates) == 0:
+        return None
+    row = latest(read(file), twin=dense_twin(config), data=data, rate=0.0)
+    if row is None:
+        return None
+    perplexity = row["perplexity_after"]
+    assert isinstance(perplexity, float)
+    return perplexity
