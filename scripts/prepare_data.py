@@ -48,7 +48,11 @@ def parser() -> Parser:
         help="model (the one of --model-path), bytes, or a tokenizer.json or its folder;"
         " default model",
     )
-    add("--model-path", metavar="PATH", help="a Hugging Face directory or a GGUF file")
+    add(
+        "--model-path",
+        metavar="PATH",
+        help="a Hugging Face directory, a GGUF file, or package:NAME",
+    )
     add(
         "--vocab-size",
         type=int,
@@ -75,8 +79,10 @@ def main() -> None:
     # Only now: --help and a misspelt option answer at once.
     from sat_jax.data.prepare import prepare
     from sat_jax.data.tokenizer import load_tokenizer
+    from sat_jax.interop import locate
 
-    tokenizer = load_tokenizer(given.tokenizer, given.model_path, given.vocab_size)
+    model = locate(given.model_path) if given.model_path else None
+    tokenizer = load_tokenizer(given.tokenizer, model, given.vocab_size)
     prepared = prepare(
         sources=given.sources,
         tokenizer=tokenizer,
