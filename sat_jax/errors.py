@@ -4,5 +4,5 @@
 class UserError(ValueError):
     """Bad input. The message is one line: what is wrong, where, and what is accepted.
 
-    Scripts print it on stderr and exit with code 2 (`sat_jax.cli.run`); it never hides a bug of ours.
+    Scripts print it on stderr and exit with code 2 (`sat_jax.cli.run`). It never hides a bug.
     """

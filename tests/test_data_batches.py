@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sat_jax.data.batches import Batch, Prefetcher, TokenRows, batches, in_order, open_split
+from sat_jax.data.batch import Batch
+from sat_jax.data.batches import Prefetcher, TokenRows, batches, in_order, open_split
 from sat_jax.data.prepare import prepare
 from sat_jax.data.tokenizer import load_tokenizer
 from sat_jax.errors import UserError

@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sat_jax.data.batches import BLANK, Batch, Row, unpack
+from sat_jax.data.batch import Batch
+from sat_jax.data.batches import BLANK, Row, unpack
 from sat_jax.data.packing import assign_rows, cut
 
 documents_strategy = st.lists(st.integers(0, 30), min_size=1, max_size=40)

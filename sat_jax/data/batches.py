@@ -14,22 +14,13 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
+from sat_jax.data.batch import Batch
 from sat_jax.data.prepare import ROWS, Prepared
 from sat_jax.errors import UserError
 
 T = TypeVar("T")
-
-
-class Batch(NamedTuple):
-    """Rows as the model reads them. Padding has segment 0, token 0, target 0 and no loss."""
-
-    tokens: Int[np.ndarray, "B T"]
-    targets: Int[np.ndarray, "B T"]  # the token behind each input
-    segment_ids: Int[np.ndarray, "B T"]  # 1, 2, ... along a row
-    positions: Int[np.ndarray, "B T"]  # 0, 1, ... along a segment
-    loss_mask: Bool[np.ndarray, "B T"]
 
 
 class Row(NamedTuple):

@@ -68,12 +68,12 @@ class Attention(nnx.Module):
         q_BTKGE = jnp.einsum("BTD,KGED->BTKGE", x_BTD, self.query[...])
         k_BTKE = jnp.einsum("BTD,KED->BTKE", x_BTD, self.key[...])
         v_BTKE = jnp.einsum("BTD,KED->BTKE", x_BTD, self.value[...])
-        if self.query_bias is not None:
-            q_BTKGE += self.query_bias[...][None, None]
-            k_BTKE += self.key_bias[...][None, None]
-            v_BTKE += self.value_bias[...][None, None]
+        q_BTKGE = _with_bias(q_BTKGE, self.query_bias)
+        k_BTKE = _with_bias(k_BTKE, self.key_bias)
+        v_BTKE = _with_bias(v_BTKE, self.value_bias)
         if self.query_norm is not None:
             q_BTKGE = rms_norm(q_BTKGE, self.query_norm[...], self.norm_eps)
+        if self.key_norm is not None:
             k_BTKE = rms_norm(k_BTKE, self.key_norm[...], self.norm_eps)
         return rotate(q_BTKGE, rows.cos, rows.sin), rotate(k_BTKE, rows.cos, rows.sin), v_BTKE
 
@@ -85,21 +85,29 @@ class Attention(nnx.Module):
         o_BTKGE = dot_product_attention(
             q_BTKGE, k_BTKE, v_BTKE, rows.segment_ids, implementation=implementation
         )
-        return o_BTKGE if self.kept_heads is None else o_BTKGE * self._keep_KGE(o_BTKGE.dtype)
+        if self.kept_heads is None:
+            return o_BTKGE
+        groups, heads = o_BTKGE.shape[2:4]
+        return o_BTKGE * _keep_KG(self.kept_heads[...], groups, heads, o_BTKGE.dtype)[..., None]
 
     def combine(self, o_BTKGE: Float[Array, "B T K G E"]) -> Float[Array, "B T D"]:
         """What the heads add to the residual stream."""
         return jnp.einsum("BTKGE,KGED->BTD", o_BTKGE, self.output[...])
 
-    def _keep_KGE(self, dtype: jnp.dtype) -> Float[Array, "1 1 K G 1"]:
-        """0/1 over the heads, derived from the kept indices."""
-        groups, heads = self.output.shape[-4:-2]
-        kept = self.kept_heads[...]
-        if kept.ndim == 1:
-            keep_KG = indicator(kept, groups, dtype)[:, None]
-        else:
-            keep_KG = indicator(kept, heads, dtype)
-        return keep_KG[None, None, :, :, None]
+
+def _with_bias(x: Array, bias: nnx.Param | None) -> Array:
+    return x if bias is None else x + bias[...][None, None]
+
+
+def _keep_KG(
+    kept: Int[Array, "*lead kept"], groups: int, heads: int, dtype: jnp.dtype
+) -> Float[Array, "1 1 K G"]:
+    """0/1 over the heads of one layer, derived from the kept indices."""
+    if kept.ndim == 1:
+        keep_KG = jnp.broadcast_to(indicator(kept, groups, dtype)[:, None], (groups, heads))
+    else:
+        keep_KG = indicator(kept, heads, dtype)
+    return keep_KG[None, None]
 
 
 def _first_heads(config: "LlamaConfig", segment: Segment) -> Int[Array, "L *lead kept"] | None:

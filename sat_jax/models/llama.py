@@ -1,4 +1,4 @@
-"""The Llama family: Llama 1-3, TinyLlama, SmolLM2, Mistral, Qwen2 (q/k/v bias), Qwen3 (q/k norm)."""
+"""The Llama family: Llama, TinyLlama, SmolLM2, Mistral, Qwen2 (q/k/v bias), Qwen3 (q/k norm)."""
 
 import dataclasses
 from collections.abc import Callable, Collection

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class MLP(nnx.Module):
     """MLP weights of the layers of one segment: `gate`, `up` and `down` are `[L, F, D]`.
 
-    F is the number of kept channels; in mask execution F stays whole and `kept_channels` `[L, kept]`
-    holds the kept indices.
+    F is the number of kept channels; in mask execution F stays whole and `kept_channels`
+    `[L, kept]` holds the kept indices.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Parameters as flat dictionaries: `path → array`, the form that everything outside the modules uses.
+"""Parameters as flat dictionaries, `path → array`: the form that all but the modules use.
 
 A whole model stacks all its layers: `layers/attention/query` is `[L, K, G, E, D]`. A model in
 segments numbers them: `layers/0/attention/query` holds the layers of segment 0. `embed`,

@@ -110,7 +110,7 @@ def attention_scaling(rope: RopeConfig) -> float:
 def rotary_tables(
     rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"], length: int | None = None
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-    """Float32 (cos, sin) `[B, T, E/2]`. `length` (default T) is the sequence length for `dynamic`."""
+    """Float32 (cos, sin) `[B, T, E/2]`. `length` (default T): the sequence length of `dynamic`."""
     frequencies = inverse_frequencies(rope, head_dim, length or positions.shape[-1])
     angles = positions[..., None] * jnp.asarray(frequencies, jnp.float32)[None, None]
     scale = attention_scaling(rope)
@@ -120,7 +120,7 @@ def rotary_tables(
 def rotate(
     x: Float[Array, "B T *heads E"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
 ) -> Float[Array, "B T *heads E"]:
-    """Rotates queries or keys `[B, T, ..., E]`; computed in float32, returned in the dtype of `x`."""
+    """Rotates queries or keys `[B, T, ..., E]`, in float32; returned in the dtype of `x`."""
     lead = cos.shape[:2] + (1,) * (x.ndim - 3) + cos.shape[2:]
     cos, sin = cos.reshape(lead), sin.reshape(lead)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -1,4 +1,4 @@
-"""Where every array of a run lies on the mesh: one table, by the last part of a parameter's path."""
+"""Where every array of a run lies on the mesh: one table, by the last part of a path."""
 
 from typing import Any
 

@@ -1,10 +1,13 @@
 """Plain Python between steps: which rung a step belongs to, and when neurons are chosen anew."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
-from sat_jax.config import SparsityConfig
 from sat_jax.sparsity.plan import Neurons, Plan, make_plan
 from sat_jax.sparsity.schedule import stairs
+
+if TYPE_CHECKING:
+    from sat_jax.config import SparsityConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +60,9 @@ class Controller:
 
 
 def make_controller(
-    config: SparsityConfig, neurons: Neurons, steps: int, rates: tuple[float, float], balance: int
+    config: "SparsityConfig", neurons: Neurons, steps: int, rates: tuple[float, float], balance: int
 ) -> Controller:
-    """The rungs of `steps` steps at r0 `rates` (attention, MLP); rungs with equal counts are one."""
+    """The rungs of a run at r0 `rates` (attention, MLP); rungs with equal counts are one."""
     rungs: list[Rung] = []
     for stair in stairs(config.schedule, steps, config.rungs, config.split):
         attention, mlp = rates[0] * stair.scale, rates[1] * stair.scale

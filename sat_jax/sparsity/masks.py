@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from sat_jax.sparsity.importance import METRICS, channel_evidence, head_evidence
-from sat_jax.sparsity.plan import Neurons, Plan, Segment
+from sat_jax.sparsity.plan import AttentionUnit, Neurons, Plan, Segment
 from sat_jax.sparsity.selection import Selection, select
 from sat_jax.sparsity.statistics import Statistics
 
@@ -72,7 +72,7 @@ def _choose_heads(
 ) -> Int[Array, "L *K kept"]:
     score_key, draw_key = jax.random.split(key)
     by_group = segment.query_heads == neurons.query_heads
-    unit = "kv_group" if by_group else "query_head"
+    unit: AttentionUnit = "kv_group" if by_group else "query_head"
     scores = METRICS[metric].score(head_evidence(params, stats, unit, score_key))
     scores = scores[segment.start : segment.stop]
     if by_group:

@@ -98,7 +98,7 @@ def kept_shares(plan: Plan, neurons: Neurons) -> tuple[float, float]:
     return heads / all_heads, channels / (neurons.layers * neurons.channels)
 
 
-def _count(counts: Int[np.ndarray, "L *N"], kept: Int[np.ndarray, "L *K kept"] | None) -> None:
+def _count(counts: Int[np.ndarray, "..."], kept: Int[np.ndarray, "..."] | None) -> None:
     """Adds one for each kept neuron. A kept KV group keeps all its query heads."""
     if kept is None:
         counts += 1

@@ -25,7 +25,7 @@ _VECTORS = ("norm", "bias")
 class NeuronAdamState(NamedTuple):
     """Update counts int32 over the neuron axes of each parameter, and both moments."""
 
-    count: dict[str, Array]
+    counts: dict[str, Array]
     mu: dict[str, Array]
     nu: dict[str, Array]
 
@@ -42,7 +42,7 @@ def scale_by_neuron_adam(beta1: float, beta2: float) -> optax.GradientTransforma
         grads: Mapping[str, Array], state: NeuronAdamState, params: Any = None
     ) -> tuple[dict[str, Array], NeuronAdamState]:
         del params
-        count = {path: n + 1 for path, n in state.count.items()}
+        count = {path: n + 1 for path, n in state.counts.items()}
         mu = {p: beta1 * state.mu[p] + (1 - beta1) * g for p, g in grads.items()}
         nu = {p: beta2 * state.nu[p] + (1 - beta2) * g * g for p, g in grads.items()}
         updates = {}

@@ -105,7 +105,7 @@ class Programs:
         return self.submit(make_evaluation(graph), self.state.params, self.batch(rows))
 
     def probe(self) -> "Future[Compiled]":
-        """`probe(params, stats, batch)` on the whole model and the first tokens of a step's batch."""
+        """`probe(params, stats, batch)`: the whole model on a step's first tokens."""
         config = self._config
         graph, _ = abstract(self._model, compute=self._compute)
         probe = make_probe(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
 from sat_jax.cache import cache_dir
 from sat_jax.config import Config
@@ -81,13 +81,14 @@ def initial_params(task: Task) -> dict[str, jax.Array]:
     if task.weights is None:
         make = jax.jit(lambda: initial(task.model, task.config.seed), out_shardings=shardings)
         return make()
-    params = {}
-    for path, shape in abstract.items():
-        value = np.asarray(task.weights.read(path), np.float32)
-        params[path] = jax.make_array_from_callback(
-            shape.shape, shardings[path], lambda index, value=value: value[index]
-        )
-    return params
+    return {
+        path: _placed(np.asarray(task.weights.read(path), np.float32), shardings[path])
+        for path in abstract
+    }
+
+
+def _placed(value: np.ndarray, sharding: Sharding) -> jax.Array:
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def _preset(config: Config) -> LlamaConfig:
