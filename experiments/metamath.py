@@ -1,0 +1,18 @@
+"""The quickstart's model on Metamath's theorems: a stronger signal, perplexity halves in minutes.
+
+    python -m scripts.train --config=experiments/metamath.py --config.data.sources=PATH \
+        --workdir=runs/metamath
+
+PATH is a text or JSON-lines file of theorems; experiments/README.md says where anyone gets it.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments import quickstart
+
+
+def get_config(variant: str = "sat") -> ConfigDict:
+    """Variants: `sat`, and `dense`, the same run without SAT."""
+    config = quickstart.get_config(variant)
+    config.data.sources = ()
+    return config
