@@ -22,7 +22,7 @@ from sat_jax.cli import Parser, run
 from sat_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from sat_jax.data.batches import Batch
+    from sat_jax.data.batch import Batch
     from sat_jax.evaluate.perplexity import Data
     from sat_jax.models.llama import Llama
 
@@ -70,42 +70,47 @@ def main() -> None:
     """A line for each model, as soon as it is known."""
     given = parser().parse_args()
     _check(given)
-    from sat_jax.evaluate.load import model_path
-    from sat_jax.evaluate.perplexity import perplexity, read_text
-    from sat_jax.interop import load_model
+    from sat_jax.evaluate.perplexity import read_text
 
     texts = read_text(given.text, given.text_field or "text", given.max_bytes) if given.text else []
     width = max(map(len, ["model", *given.model]))
     records = []
     for name in given.model:
-        path = model_path(name)
-        model = load_model(path, given.dtype)
-        data = _data(given, model, path, texts)
-        began = time.perf_counter()
-        score = perplexity(model, _shown(data, name))
-        seconds = time.perf_counter() - began
-        figures = {
-            "tokens": score.tokens,
-            "bytes": data.text_bytes,
-            "perplexity": score.per(score.tokens),
-            "byte_perplexity": score.per(data.text_bytes),
-            "bits_per_byte": score.bits_per(data.text_bytes),
-            "tokens_per_second": score.tokens / seconds,
-        }
+        figures = _figures(given, name, texts)
         if not records:
             print(f"{'model':<{width}}", *(f"{column:>17}" for column in figures))
         cells = (f"{n:>17,}" if isinstance(n, int) else f"{n:>17,.4f}" for n in figures.values())
         print(f"{name:<{width}}", *cells, flush=True)
-        records.append({"model": name, "nll": score.nll, **figures})
+        records.append({"model": name, **figures})
     if given.json is not None:
         settings = {key: value for key, value in vars(given).items() if value is not None}
-        for left_out in ("model", "json"):
-            del settings[left_out]
         content = {"settings": settings, "models": records}
         try:
             given.json.write_text(json.dumps(content, indent=2, default=str) + "\n")
         except OSError as error:
             raise UserError(f"{given.json}: cannot be written: {error.strerror}") from error
+
+
+def _figures(given: argparse.Namespace, name: str, texts: list[str]) -> dict[str, float]:
+    """What is printed of one model."""
+    from sat_jax.evaluate.load import model_path
+    from sat_jax.evaluate.perplexity import perplexity
+    from sat_jax.interop import load_model
+
+    path = model_path(name)
+    model = load_model(path, given.dtype)
+    data = _data(given, model, path, texts)
+    began = time.perf_counter()
+    score = perplexity(model, _shown(data))
+    return {
+        "tokens": score.tokens,
+        "bytes": data.text_bytes,
+        "nll": score.nll,
+        "perplexity": score.per(score.tokens),
+        "byte_perplexity": score.per(data.text_bytes),
+        "bits_per_byte": score.bits_per(data.text_bytes),
+        "tokens_per_second": score.tokens / (time.perf_counter() - began),
+    }
 
 
 def _check(given: argparse.Namespace) -> None:
@@ -136,11 +141,13 @@ def _data(given: argparse.Namespace, model: "Llama", path: Path, texts: list[str
     return text_data(texts, tokenizer, length, stride, given.rows)
 
 
-def _shown(data: "Data", name: str) -> Iterator["Batch"]:
+def _shown(data: "Data") -> Iterator["Batch"]:
     """The batches, with a bar on stderr that counts predicted tokens."""
     from tqdm import tqdm
 
-    with tqdm(desc=name, unit=" tokens", unit_scale=True, total=data.tokens, leave=False) as bar:
+    with tqdm(
+        desc="evaluating", unit=" tokens", unit_scale=True, total=data.tokens, leave=False
+    ) as bar:
         for batch in data.batches:
             yield batch
             bar.update(int(batch.loss_mask.sum()))

@@ -1,7 +1,8 @@
 """Text from a model, token by token, with a key-value cache: greedy or sampled.
 
 Prompts of different lengths are padded on the left, so that every row's next token falls into the
-same slot; padding is a document of its own, and positions count from each prompt's first token.
+same slot; padding is a document of its own, and positions count from each prompt's first token. All
+but a prompt's last token go into the cache at once; the last one is the first step of decoding.
 """
 
 import dataclasses
@@ -93,82 +94,74 @@ def stream(
 ) -> Iterator[list[list[int]]]:
     """What `generate` returns, in parts: for each prompt its next tokens, `every` ones at a time.
 
-    The first part holds one token of each row; a row that has ended adds empty lists.
+    A row that has ended adds empty lists.
     """
     _check(model.config, prompts, max_new_tokens)
     ends = frozenset(model.config.eos_token_ids if stop_ids is None else stop_ids)
     longest = max(map(len, prompts))
-    width = _rounded(longest)
+    width = _rounded(longest - 1)
     slots = width + -(-max_new_tokens // _ROUND) * _ROUND
     # A static argument: only where the function depends on it may it force a compilation.
     dynamic = model.config.rope.type == "dynamic"
     length = longest + max_new_tokens if dynamic else slots
 
-    tokens = np.zeros((len(prompts), width), np.int32)
-    for number, prompt in enumerate(prompts):
-        tokens[number, width - len(prompt) :] = prompt
-    padding = np.array([width - len(prompt) for prompt in prompts], np.int32)
+    padding = np.array([width + 1 - len(prompt) for prompt in prompts], np.int32)
+    tokens = np.zeros((len(prompts), width + 1), np.int32)
+    for row, prompt, start in zip(tokens, prompts, padding.tolist(), strict=True):
+        row[start:] = prompt
     graph, params = nnx.split(for_decoding(model))
-    key = jax.random.key(seed)
-    stop = jnp.asarray(sorted(ends), jnp.int32)
-
-    state = _prefill(graph, params, tokens, padding, key, stop, sampling, slots, length)
-    new = np.asarray(state.newest)[:, None]
-    made, running = 0, [True] * len(prompts)
-    while True:
-        made += new.shape[1]
+    state = _State(
+        cache=_prefill(graph, params, tokens[:, :-1], padding, slots, length),
+        padding=jnp.asarray(padding),
+        newest=jnp.asarray(tokens[:, -1]),
+        ended=jnp.zeros(len(prompts), jnp.bool_),
+        made=jnp.zeros((), jnp.int32),
+    )
+    key, stop = jax.random.key(seed), jnp.asarray(sorted(ends), jnp.int32)
+    running, left = [True] * len(prompts), max_new_tokens
+    while left and any(running):
+        steps = min(every, _ROUND, left)
+        state, out, count = _decode(graph, params, state, key, stop, steps, sampling, length)
         part = []
-        for row, made_now in enumerate(new.tolist()):
-            kept = made_now if running[row] else []
-            cut = next((i for i, token in enumerate(kept) if token in ends), None)
-            running[row] = running[row] and cut is None
-            part.append(kept[:cut])
+        for index, new in enumerate(np.asarray(out)[:, : int(count)].tolist()):
+            end = next((i for i, token in enumerate(new) if token in ends), len(new))
+            part.append(new[:end] if running[index] else [])
+            running[index] = running[index] and end == len(new)
         yield part
-        if made == max_new_tokens or not any(running):
-            return
-        steps = min(every, _ROUND, max_new_tokens - made)
-        state, out, count = _decode(graph, params, state, stop, steps, sampling, length)
-        new = np.asarray(out)[:, : int(count)]
+        left -= steps
 
 
 class _State(NamedTuple):
     cache: Cache
     padding: Int[Array, " B"]  # slots in front of each prompt
-    newest: Int[Array, " B"]  # chosen, and not in the cache yet
+    newest: Int[Array, " B"]  # not in the cache yet
     ended: Bool[Array, " B"]
-    made: Int[Array, ""]
-    key: Key[Array, ""]
+    made: Int[Array, ""]  # tokens so far
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "sampling", "slots", "length"))
+@functools.partial(jax.jit, static_argnames=("graph", "slots", "length"))
 def _prefill(
     graph: nnx.GraphDef[Llama],
     params: nnx.State,
     tokens: Int[Array, "B T"],
     padding: Int[Array, " B"],
-    key: Key[Array, ""],
-    stop: Int[Array, " stop"],
-    sampling: Sampling,
     slots: int,
     length: int,
-) -> _State:
-    """The prompts, a chunk of all rows at a time, and the first token after them."""
+) -> Cache:
+    """A cache of `slots` with the prompts in it, a chunk of all rows at a time."""
     model: Llama = nnx.merge(graph, params)
     batch, width = tokens.shape
     chunk = min(width, _CHUNK)
 
-    def body(cache: Cache, tokens: Int[Array, "B C"]) -> tuple[Cache, Float[Array, "B D"]]:
+    def body(cache: Cache, tokens: Int[Array, "B C"]) -> tuple[Cache, None]:
         place = cache.used + jnp.arange(chunk)[None] - padding[:, None]
         segment_ids = (place >= 0).astype(jnp.int32)
-        x_BCD, cache = extend(model, cache, tokens, segment_ids, jnp.maximum(place, 0), length)
-        return cache, x_BCD[:, -1]
+        _, cache = extend(model, cache, tokens, segment_ids, jnp.maximum(place, 0), length)
+        return cache, None
 
     chunks = jnp.moveaxis(tokens.reshape(batch, -1, chunk), 1, 0)
     cache = empty_cache(model.config, batch, slots, model.compute.dtype)
-    cache, last = jax.lax.scan(body, cache, chunks)
-    made = jnp.zeros((), jnp.int32)
-    newest = _choose(_logits(model, last[-1]), sampling, key, made)
-    return _State(cache, padding, newest, _is_in(newest, stop), made + 1, key)
+    return jax.lax.scan(body, cache, chunks)[0]
 
 
 @functools.partial(
@@ -178,11 +171,12 @@ def _decode(
     graph: nnx.GraphDef[Llama],
     params: nnx.State,
     state: _State,
+    key: Key[Array, ""],
     stop: Int[Array, " stop"],
-    steps: Int[Array, ""],
+    steps: int,
     sampling: Sampling,
     length: int,
-) -> tuple[_State, Int[Array, "B steps"], Int[Array, ""]]:
+) -> tuple[_State, Int[Array, "B _ROUND"], Int[Array, ""]]:
     """Up to `steps` more tokens of every row, fewer once all rows have ended; and how many."""
     model: Llama = nnx.merge(graph, params)
     ones = jnp.ones((len(state.padding), 1), jnp.int32)
@@ -191,11 +185,10 @@ def _decode(
         state, out, count = carry
         place = (state.cache.used - state.padding)[:, None]
         x_B1D, cache = extend(model, state.cache, state.newest[:, None], ones, place, length)
-        newest = _choose(_logits(model, x_B1D[:, 0]), sampling, state.key, state.made)
+        newest = _choose(_logits(model, x_B1D[:, 0]), sampling, key, state.made)
         out = jax.lax.dynamic_update_slice(out, newest[:, None], (0, count))
-        ended = state.ended | _is_in(newest, stop)
-        state = _State(cache, state.padding, newest, ended, state.made + 1, state.key)
-        return state, out, count + 1
+        ended = state.ended | jnp.any(newest[:, None] == stop[None], axis=-1)
+        return _State(cache, state.padding, newest, ended, state.made + 1), out, count + 1
 
     def unfinished(carry: tuple[_State, Array, Array]) -> Bool[Array, ""]:
         return (carry[2] < steps) & ~jnp.all(carry[0].ended)
@@ -206,10 +199,6 @@ def _decode(
 
 def _logits(model: Llama, x_BD: Float[Array, "B D"]) -> Float[Array, "B V"]:
     return jnp.einsum("BD,VD->BV", x_BD, model.head(), preferred_element_type=jnp.float32)
-
-
-def _is_in(tokens: Int[Array, " B"], stop: Int[Array, " stop"]) -> Bool[Array, " B"]:
-    return jnp.any(tokens[:, None] == stop[None], axis=-1)
 
 
 def _choose(
@@ -237,9 +226,9 @@ def _choose(
 
 
 def _rounded(length: int) -> int:
-    """`length` up to a multiple of _ROUND, or of _CHUNK beyond the first chunk."""
+    """`length` up to a multiple of _ROUND, at least one, or of _CHUNK beyond the first chunk."""
     unit = _ROUND if length <= _CHUNK else _CHUNK
-    return -(-length // unit) * unit
+    return -(-max(length, 1) // unit) * unit
 
 
 def _check(config: LlamaConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

@@ -8,15 +8,15 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sat_jax.data.batches import BLANK, Batch, Row, in_order, open_split, unpack
+from sat_jax.data.batch import Batch
+from sat_jax.data.batches import BLANK, Row, in_order, open_split, unpack
 from sat_jax.data.packing import assign_rows
 from sat_jax.data.prepare import load_prepared
 from sat_jax.data.sources import read_documents, resolve_sources
@@ -49,7 +49,7 @@ def perplexity(model: Llama, batches: Iterable[Batch]) -> Score:
     graph, params = nnx.split(model)
     nll, tokens = 0.0, 0
     for batch in batches:
-        nll += float(_nll(graph, params, *map(jnp.asarray, batch)))
+        nll += float(_nll(graph, params, batch))
         tokens += int(batch.loss_mask.sum())
     if not tokens:
         raise UserError("no token to predict: every document has less than two")
@@ -57,7 +57,7 @@ def perplexity(model: Llama, batches: Iterable[Batch]) -> Score:
 
 
 @functools.partial(jax.jit, static_argnames=("graph",))
-def _nll(graph: nnx.GraphDef[Llama], params: nnx.State, *batch: Array) -> Float[Array, ""]:
+def _nll(graph: nnx.GraphDef[Llama], params: nnx.State, batch: Any) -> Float[Array, ""]:
     model: Llama = nnx.merge(graph, params)
     total, _ = model.loss(*batch)
     return total

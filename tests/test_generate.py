@@ -1,0 +1,368 @@
+"""Generation: the cache says what repeated full forwards say, and stops where it should."""
+
+import dataclasses
+import functools
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sat_jax.data.tokenizer import load_tokenizer
+from sat_jax.errors import UserError
+from sat_jax.evaluate import generate as module
+from sat_jax.evaluate.generate import GREEDY, Sampling, generate, stream
+from sat_jax.evaluate.text import TextStream, render_chat
+from sat_jax.interop import load_model
+from sat_jax.models.cache import empty_cache, extend, for_decoding
+from sat_jax.models.llama import Llama
+from sat_jax.models.rope import RopeConfig
+from scripts import generate as script
+from tests.tolerances import assert_close
+
+GOLDEN = Path(__file__).parent / "golden"
+YARN = RopeConfig(type="yarn", factor=4.0, original_max_positions=8)
+DYNAMIC = RopeConfig(type="dynamic", factor=2.0, original_max_positions=8)
+
+
+@functools.cache
+def golden(name: str, dtype: str = "float32") -> Llama:
+    return load_model(GOLDEN / name, dtype)
+
+
+def changed(model: Llama, **fields: object) -> Llama:
+    model = nnx.merge(*nnx.split(model))
+    model.config = dataclasses.replace(model.config, **fields)
+    return model
+
+
+def prompts_of(model: Llama, *lengths: int) -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(model.config.vocab_size, size=length).tolist() for length in lengths]
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _forward(graph, params, tokens, segment_ids):
+    return nnx.merge(graph, params)(tokens, segment_ids)
+
+
+def full_logits(model: Llama, tokens: Sequence[int], length: int) -> np.ndarray:
+    """Logits of a plain forward pass over `tokens`, in a row of `length`."""
+    row = np.zeros((1, length), np.int32)
+    row[0, : len(tokens)] = tokens
+    used = (np.arange(length) < len(tokens)).astype(np.int32)[None]
+    return np.asarray(_forward(*nnx.split(model), row, used))[0, : len(tokens)]
+
+
+def repeated(model: Llama, prompt: Sequence[int], count: int, length: int) -> list[int]:
+    """Greedy tokens, each from a forward pass over everything before it."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(full_logits(model, tokens, length)[-1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "length"))
+def _extend(graph, params, cache, tokens, segment_ids, positions, length):
+    model = nnx.merge(graph, params)
+    x_BTD, cache = extend(model, cache, tokens, segment_ids, positions, length)
+    return jnp.einsum("BTD,VD->BTV", x_BTD, model.head()).astype(jnp.float32), cache
+
+
+def left_padded(prompts: list[list[int]], fill: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens `[B, T]`, and how many of each row are `fill` and not its prompt's."""
+    width = max(map(len, prompts))
+    padding = np.array([width - len(prompt) for prompt in prompts])
+    rows = [[fill] * n + prompt for n, prompt in zip(padding, prompts, strict=True)]
+    return np.array(rows), padding
+
+
+def cached_logits(model: Llama, tokens: np.ndarray, padding: np.ndarray) -> np.ndarray:
+    """Logits `[B, T, V]` through the cache, two slots at a time."""
+    graph, params = nnx.split(for_decoding(model))
+    batch, slots = tokens.shape
+    places = np.arange(slots)[None] - padding[:, None]
+    cache = empty_cache(model.config, batch, slots, model.compute.dtype)
+    parts = []
+    for start in range(0, slots, 2):
+        stop = start + 2
+        place = places[:, start:stop]
+        ids, positions = (place >= 0).astype(np.int32), np.maximum(place, 0)
+        logits, cache = _extend(graph, params, cache, tokens[:, start:stop], ids, positions, slots)
+        parts.append(np.asarray(logits))
+    return np.concatenate(parts, axis=1)
+
+
+@pytest.mark.parametrize("name", ["llama_mha", "llama_gqa", "llama_tied"])
+def test_greedy_ids_of_the_reference(name: str) -> None:
+    reference = np.load(GOLDEN / name / "reference.npz")
+    ids = generate(golden(name), reference["greedy_prompt"].tolist(), 12, stop_ids=())
+    assert ids == reference["greedy_ids"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "rope"),
+    [
+        ("llama_gqa", "float32", None),
+        ("llama_tied", "float32", YARN),
+        ("mistral", "float32", None),
+        ("qwen2", "float32", None),
+        ("qwen3", "float32", None),
+        ("qwen3", "bfloat16", None),
+    ],
+)
+def test_cache_gives_the_logits_of_a_forward_pass(
+    name: str, dtype: str, rope: RopeConfig | None
+) -> None:
+    model = golden(name, dtype)
+    if rope is not None:
+        model = changed(model, rope=rope)
+    prompts = prompts_of(model, 14, 5)
+    logits = cached_logits(model, *left_padded(prompts, 0))
+    for row, prompt in enumerate(prompts):
+        expected = full_logits(model, prompt, 14)
+        assert_close(logits[row, 14 - len(prompt) :], expected, dtype, "forward")
+
+
+def test_padding_is_never_attended_to() -> None:
+    model = golden("llama_gqa")
+    prompts = prompts_of(model, 14, 5)
+    zeros, others = (cached_logits(model, *left_padded(prompts, fill))[1] for fill in (0, 200))
+    assert_close(zeros[9:], others[9:], "float32", "exact")
+    assert (zeros[:9] != others[:9]).any()
+
+
+def test_prompts_of_several_lengths_and_chunks() -> None:
+    # Beyond the trained length: `dynamic` plans for the longest prompt and all that is asked for.
+    model = changed(golden("llama_gqa"), rope=DYNAMIC, max_positions=8)
+    prompts = prompts_of(model, 700, 3)
+    expected = [repeated(model, prompt, 2, 702) for prompt in prompts]
+    assert generate(model, prompts, 2, stop_ids=()) == expected
+
+
+def test_rows_end_at_their_stop_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = golden("llama_gqa")
+    prompts = prompts_of(model, 9, 5)
+    first, second = free = generate(model, prompts, 12, stop_ids=())
+    steps: list[int] = []
+    decode = module._decode
+
+    def counted(*arguments: object) -> tuple:
+        result = decode(*arguments)
+        steps.append(int(result[2]))
+        return result
+
+    monkeypatch.setattr(module, "_decode", counted)
+    for stop in ({first[2], second[5]}, {first[0], second[7]}, {first[0], second[0]}):
+        ends = [next((i for i, token in enumerate(row) if token in stop), 12) for row in free]
+        assert min(ends) < max(ends) or ends == [0, 0]
+        steps.clear()
+        rows = generate(model, prompts, 12, stop_ids=stop)
+        assert rows == [row[:end] for row, end in zip(free, ends, strict=True)]
+        # The stop token of the last row is made, and nothing after it.
+        assert sum(steps) == min(max(ends) + 1, 12)
+
+
+def test_the_models_own_end_of_text_ends_a_row() -> None:
+    prompts = prompts_of(golden("llama_gqa"), 9, 5)
+    free = generate(golden("llama_gqa"), prompts, 12, stop_ids=())
+    model = changed(golden("llama_gqa"), eos_token_ids=(256, free[0][4]))
+    assert generate(model, prompts, 12)[0] == free[0][: free[0].index(free[0][4])]
+
+
+def test_stream_is_generate_in_parts() -> None:
+    model = golden("llama_gqa")
+    prompts = prompts_of(model, 4, 6)
+    whole = generate(model, prompts, 70, stop_ids=())
+    assert [len(row) for row in whole] == [70, 70]
+    parts = list(stream(model, prompts, 70, stop_ids=(), every=8))
+    assert [len(part[0]) for part in parts] == [8] * 8 + [6]
+    assert [[t for part in parts for t in part[row]] for row in (0, 1)] == whole
+    assert generate(model, prompts, 1, stop_ids=()) == [row[:1] for row in whole]
+
+
+def test_samples_follow_the_seed_and_not_the_neighbours() -> None:
+    model = golden("llama_gqa")
+    prompts = prompts_of(model, 4, 6)
+    draw = functools.partial(generate, model, sampling=Sampling(1.0), stop_ids=())
+    both = draw(prompts, 10, seed=1)
+    assert both == draw(prompts, 10, seed=1)
+    assert both[0] != draw(prompts, 10, seed=2)[0]
+    assert draw(prompts[:1], 10, seed=1) == both[:1]
+    assert draw([prompts[0]] * 2, 10, seed=1)[0] != draw([prompts[0]] * 2, 10, seed=1)[1]
+    assert len(set(both[0])) > 5, "each step draws anew"
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (GREEDY, [0, 0, 1, 0]),
+        (Sampling(1.0), [0.15, 0.3, 0.5, 0.05]),
+        (Sampling(0.5), [0.0225, 0.09, 0.25, 0.0025]),
+        (Sampling(1e-30), [0, 0, 1, 0]),
+        (Sampling(1.0, top_k=2), [0, 0.3, 0.5, 0]),
+        (Sampling(1.0, top_p=0.75), [0, 0.3, 0.5, 0]),
+        (Sampling(1.0, top_p=0.85), [0.15, 0.3, 0.5, 0]),
+        # Of the two likeliest the first has 0.625: top_p counts after top_k.
+        (Sampling(1.0, top_k=2, top_p=0.6), [0, 0, 1, 0]),
+        (Sampling(1.0, top_k=9, top_p=1.0), [0.15, 0.3, 0.5, 0.05]),
+    ],
+)
+def test_what_is_drawn(sampling: Sampling, expected: list[float]) -> None:
+    draws = 8_000
+    logits = jnp.broadcast_to(jnp.log(jnp.array([0.15, 0.3, 0.5, 0.05])) + 3, (draws, 4))
+    tokens = module._choose(logits, sampling, jax.random.key(0), jnp.int32(5))
+    share = np.bincount(np.asarray(tokens), minlength=4) / draws
+    expected = np.array(expected) / np.sum(expected)
+    assert (share[expected == 0] == 0).all()
+    assert np.abs(share - expected).max() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: generate(m, [], 1), "no prompt"),
+        (lambda m: generate(m, [[1], []], 1), "prompt 1 has no tokens"),
+        (lambda m: generate(m, [[1, 256]], 1), "prompt 0 has the id 256; the model's are 0 to 255"),
+        (lambda m: generate(m, [[-1]], 1), "has the id -1"),
+        (lambda m: generate(m, [[1]], 0), "max_new_tokens 0"),
+        (lambda m: generate(m, [[1] * 100], 29), "100 tokens and 29 new .* 128 positions"),
+        (lambda _: Sampling(-1.0), "temperature -1"),
+        (lambda _: Sampling(float("nan")), "temperature nan"),
+        (lambda _: Sampling(1.0, top_k=0), "top_k 0"),
+        (lambda _: Sampling(1.0, top_p=0.0), "top_p 0"),
+        (lambda _: Sampling(top_k=4), "need a temperature"),
+    ],
+)
+def test_bad_input_is_refused(call: Callable[[Llama], object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        call(golden("llama_gqa"))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_sparse_model_is_refused(masked: bool) -> None:
+    config = golden("llama_gqa").config
+    half = dataclasses.replace(config.dense, stop=2, channels=8)
+    rest = dataclasses.replace(config.dense, start=2, channels=8 if masked else 176)
+    segments = (dataclasses.replace(half, stop=3),) if masked else (half, rest)
+    model = nnx.eval_shape(lambda: Llama(config, segments, masked=masked, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="expand it first"):
+        generate(model, [[1]], 1)
+
+
+# --- Text ------------------------------------------------------------------------------------
+
+
+@given(st.text(max_size=12), st.lists(st.integers(1, 4), max_size=40))
+def test_streamed_bytes_are_whole_characters(text: str, sizes: list[int]) -> None:
+    tokenizer = load_tokenizer("bytes", None, 256)
+    ids = list(text.encode())
+    out, parts = TextStream(tokenizer.decode, list(b"before")), []
+    for size in sizes:
+        parts.append(out.push(ids[:size]))
+        ids = ids[size:]
+        assert "\ufffd" in text or "\ufffd" not in parts[-1]
+    parts.append(out.push(ids))
+    assert "".join(parts) + out.close() == text
+
+
+def test_text_comes_as_soon_as_it_is_certain() -> None:
+    out = TextStream(load_tokenizer("bytes", None, 256).decode)
+    pushed = [out.push([byte]) for byte in "aé€".encode()]
+    assert pushed == ["a", "", "é", "", "", "€"]
+    assert out.push(b"\xe2\x82") == ""
+    assert out.close() == "\ufffd"
+    assert out.close() == ""
+
+
+def test_the_first_space_survives() -> None:
+    words = ["<s>", "▁Once", "▁upon", "▁a", "▁time"]
+
+    def decode(ids: Sequence[int]) -> str:  # as SentencePiece does: the leading space is dropped
+        return "".join(words[i] for i in ids).replace("▁", " ").removeprefix(" ")
+
+    out = TextStream(decode, [1, 2])
+    assert [out.push([3]), out.push([4])] == [" a", " time"]
+
+
+def test_chat_templates() -> None:
+    template = (
+        "{%- for message in messages %}\n"
+        "  {%- if loop.index > 2 %}{% break %}{% endif %}\n"
+        "{{ bos_token }}[{{ message.role }}] {{ message | tojson }}\n"
+        "{%- endfor %}\n"
+        "{% if add_generation_prompt and tools is none %}[assistant] {% endif %}"
+    )
+    messages = [{"role": "user", "content": "a <b> 'é'"}]
+    expected = '<s>[user] {"role": "user", "content": "a <b> \'é\'"}[assistant] '
+    assert render_chat(template, messages, {"bos_token": "<s>"}) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('only one turn') }}", "only one turn"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{% for %}", "chat template fails"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    ],
+)
+def test_a_template_fails_in_one_line(template: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        render_chat(template, [{"role": "user", "content": "x"}], {})
+
+
+# --- The script ------------------------------------------------------------------------------
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["generate", *map(str, arguments)])
+    script.main()
+
+
+def test_script_streams_what_generate_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run_folder = tmp_path / "run"
+    shutil.copytree(GOLDEN / "llama_gqa", run_folder / "huggingface")
+    (run_folder / "metrics.jsonl").touch()
+    ids = generate(golden("llama_gqa"), [list(b"Once")], 20)[0]
+    command(
+        monkeypatch,
+        *("--model", run_folder, "--tokenizer", "bytes", "--prompt", "Once"),
+        *("--max-new-tokens", "20"),
+    )
+    printed = capsys.readouterr()
+    assert printed.out == load_tokenizer("bytes", None, 256).decode(ids) + "\n"
+    assert f"[prompt 4 tokens, {len(ids)} new ones; the first after" in printed.err
+    assert "tokens/s" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", ""], "--prompt is empty"),
+        (["--prompt", "x", "--chat"], "no chat template"),
+        (["--prompt", "x", "--max-new-tokens", "many"], "--help lists what is accepted"),
+        (["--prompt", "x", "--max-new", "3"], "unrecognized arguments"),
+    ],
+)
+def test_script_refuses(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        command(monkeypatch, "--model", GOLDEN / "llama_gqa", "--tokenizer", "bytes", *arguments)
+
+
+def test_a_run_without_an_exported_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match="without an exported model"):
+        command(monkeypatch, "--model", tmp_path, "--prompt", "x")
