@@ -28,10 +28,10 @@ class NumberedRows:
     def __len__(self) -> int:
         return self.size
 
-    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, np.ndarray]]:
-        assert all(0 <= row < self.size for row in rows)
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        assert 0 <= row < self.size
         lengths = np.array([LENGTH], np.int32)
-        return [{"tokens": np.full(LENGTH + 1, row, np.int32), "lengths": lengths} for row in rows]
+        return {"tokens": np.full(LENGTH + 1, row, np.int32), "lengths": lengths}
 
 
 def numbered(size: int) -> TokenRows:

@@ -20,8 +20,7 @@ from sat_jax.data.prepare import Prepared, load_prepared, prepare
 from sat_jax.data.splits import budgets
 from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sat_jax.errors import UserError
-from scripts import prepare_data
-from tests.conftest import ROOT, RunPython
+from tests.conftest import ROOT
 
 BYTES = load_tokenizer("bytes")
 EOS = 256
@@ -376,59 +375,3 @@ def test_the_shares_of_a_cap() -> None:
     held_out = np.arange(100) < 5
     assert budgets(held_out, 1000) == {"train": 950, "held_out": 50}
     assert budgets(held_out, 10) == {"train": 8, "held_out": 2}
-
-
-def test_tensorflow_and_the_network_are_never_touched(
-    tmp_path: Path, run_python: RunPython
-) -> None:
-    folder = write(tmp_path / "in", some(30))
-    code = f"""
-import sys, socket
-def no(*_): raise AssertionError("network")
-socket.socket.connect = no
-from pathlib import Path
-from sat_jax.data.prepare import prepare
-from sat_jax.data.batches import batches, open_split
-from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
-prepared = prepare(sources={str(folder)!r}, tokenizer=load_tokenizer("bytes"), row_length=16,
-                   held_out=0.2, root=Path({str(tmp_path / "prepared")!r}), log=print)
-batches(open_split(prepared, "train"), 2, seed=0)(5)
-assert "tensorflow" not in sys.modules and "torch" not in sys.modules
-"""
-    done = run_python("-c", code)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_the_script(tmp_path: Path, run_python: RunPython) -> None:
-    folder = write(tmp_path / "in", some(30))
-    command = ("-m", "scripts.prepare_data", "--tokenizer", "bytes", "--row-length", "16")
-    out = run_python(*command, "--sources", str(folder), "--out", str(tmp_path / "out"))
-    assert (out.returncode, out.stderr) == (0, "")
-    first, table, train, held_out, last = out.stdout.splitlines()
-    assert first.startswith("data: prepared, ")
-    assert len(table.split()) == len(train.split()) == len(held_out.split())
-    assert last.startswith("1 files, 30 documents with text, 0 empty; tokenizer of 257 ids")
-    out = run_python(*command, "--sources", str(tmp_path / "none"))
-    assert (out.returncode, out.stdout) == (2, "")
-    assert out.stderr.startswith("error: ") and out.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "problem"),
-    [
-        (["--row-lenght", "2"], "--row-lenght"),
-        (["--held-out", "x"], "--held-out"),
-        (["--tokenizer", "bytes", "--vocab-size", "200"], "ids up to 255"),
-        (["--tokenizer", "bytes", "--held-out", "40"], "leaves none"),
-        (["--tokenizer", "bytes", "--text-field", "body"], "no field 'body'"),
-        (["--tokenizer", "bytes", "--max-tokens", "1"], "max_tokens=1"),
-        (["--model-path", "none"], "there is no none"),
-        ([], "model.path"),
-    ],
-)
-def test_the_script_passes_its_arguments_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], problem: str
-) -> None:
-    folder = write(tmp_path / "in", some(30))
-    monkeypatch.setattr(sys, "argv", ["prepare_data", "--sources", str(folder), *arguments])
-    assert problem in reason(prepare_data.main)

@@ -45,10 +45,10 @@ class TokenRows:
     def batch(self, rows: Sequence[int]) -> Batch:
         """The rows of these numbers; a number past the last one gives a row of padding."""
         try:
-            stored = iter(self._source.__getitems__([row for row in rows if row < len(self)]))
+            # One by one: the bulk read starts a thread each time, and takes twice the CPU time.
+            found = [Row(**self._source[row]) if row < len(self) else BLANK for row in rows]
         except Exception as error:  # array_record has no error class of its own
             raise _damaged(self._path, error) from error
-        found = [Row(**next(stored)) if row < len(self) else BLANK for row in rows]
         return unpack(found, self.row_length)
 
 

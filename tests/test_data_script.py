@@ -1,0 +1,75 @@
+"""The command line of preparing, and what a process that prepares and reads must not touch."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from sat_jax.errors import UserError
+from scripts import prepare_data
+from tests.conftest import RunPython
+
+
+def texts(folder: Path) -> Path:
+    lines = [json.dumps({"text": f"document {number}"}) for number in range(30)]
+    (folder / "in.jsonl").write_text("\n".join(lines))
+    return folder / "in.jsonl"
+
+
+def test_tensorflow_and_the_network_are_never_touched(
+    tmp_path: Path, run_python: RunPython
+) -> None:
+    folder = texts(tmp_path)
+    code = f"""
+import sys, socket
+def no(*_): raise AssertionError("network")
+socket.socket.connect = no
+from pathlib import Path
+from sat_jax.data.prepare import prepare
+from sat_jax.data.batches import batches, open_split
+from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
+prepared = prepare(sources={str(folder)!r}, tokenizer=load_tokenizer("bytes"), row_length=16,
+                   held_out=0.2, root=Path({str(tmp_path / "prepared")!r}), log=print)
+batches(open_split(prepared, "train"), 2, seed=0)(5)
+assert "tensorflow" not in sys.modules and "torch" not in sys.modules
+"""
+    done = run_python("-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_script(tmp_path: Path, run_python: RunPython) -> None:
+    folder = texts(tmp_path)
+    command = ("-m", "scripts.prepare_data", "--tokenizer", "bytes", "--row-length", "16")
+    out = run_python(*command, "--sources", str(folder), "--out", str(tmp_path / "out"))
+    assert (out.returncode, out.stderr) == (0, "")
+    first, table, train, held_out, last = out.stdout.splitlines()
+    assert first.startswith("data: prepared, ")
+    assert len(table.split()) == len(train.split()) == len(held_out.split())
+    assert last.startswith("1 files, 30 documents with text, 0 empty; tokenizer of 257 ids")
+    out = run_python(*command, "--sources", str(tmp_path / "none"))
+    assert (out.returncode, out.stdout) == (2, "")
+    assert out.stderr.startswith("error: ") and out.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--row-lenght", "2"], "--row-lenght"),
+        (["--held-out", "x"], "--held-out"),
+        (["--tokenizer", "bytes", "--vocab-size", "200"], "ids up to 255"),
+        (["--tokenizer", "bytes", "--held-out", "40"], "leaves none"),
+        (["--tokenizer", "bytes", "--text-field", "body"], "no field 'body'"),
+        (["--tokenizer", "bytes", "--max-tokens", "1"], "max_tokens=1"),
+        (["--model-path", "none"], "there is no none"),
+        ([], "model.path"),
+    ],
+)
+def test_the_script_passes_its_arguments_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], problem: str
+) -> None:
+    folder = texts(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["prepare_data", "--sources", str(folder), *arguments])
+    with pytest.raises(UserError) as caught:
+        prepare_data.main()
+    assert problem in str(caught.value)
