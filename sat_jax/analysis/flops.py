@@ -55,13 +55,13 @@ class TrainingFlops:
     recomputed: FlopCount
 
     @property
-    def model(self) -> float:
-        """Without recomputation, which buys memory and no progress."""
-        return self.forward.total + self.backward.total
+    def all(self) -> FlopCount:
+        """The three together."""
+        return self.forward + self.backward + self.recomputed
 
     @property
     def total(self) -> float:
-        return self.model + self.recomputed.total
+        return self.all.total
 
 
 def forward_flops(
@@ -133,17 +133,19 @@ def probe_flops(config: LlamaConfig, row_length: int) -> float:
     return forward_flops(config, row_length).neurons
 
 
-def neuron_share(config: LlamaConfig, row_length: int) -> float:
-    """f: the share of the operations spent in heads and channels, all of them kept.
+def neuron_share(config: LlamaConfig, row_length: int, remat: Remat = "none") -> float:
+    """f: the share of a dense step's operations spent in heads and channels.
 
-    With both at omission rate r, time cannot fall below 1 - r·f of the dense time.
+    With all of them at omission rate r, time cannot fall below 1 - r·f of the dense time.
     """
-    dense = forward_flops(config, row_length)
-    return dense.neurons / dense.total
+    dense = training_flops(config, row_length, remat=remat)
+    return dense.all.neurons / dense.total
 
 
-def speedup_bound(config: LlamaConfig, row_length: int, segments: Sequence[Segment]) -> float:
-    """Dense operations ÷ operations with `segments`, recomputation aside: what speed-up is possible
+def speedup_bound(
+    config: LlamaConfig, row_length: int, segments: Sequence[Segment], remat: Remat = "none"
+) -> float:
+    """Operations of a dense step ÷ operations of one with `segments`: the speed-up that is possible
     at most."""
-    dense = forward_flops(config, row_length)
-    return dense.total / forward_flops(config, row_length, segments).total
+    dense = training_flops(config, row_length, remat=remat)
+    return dense.total / training_flops(config, row_length, segments, remat).total

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 Align = Literal["left", "right"]
 
-_MINIMUM_STEPS = 3  # a median of fewer is not a measurement
+MINIMUM_STEPS = 3  # a median of fewer is not a measurement
 
 
 def _columns(
@@ -70,113 +70,141 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def _speed_rows(rungs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    dense = next((rung for rung in rungs if rung["omission_rate"] == 0), None)
-    reference = dense["tokens_per_second"] if dense and _measured(dense) else None
-    rows = []
-    for rung in rungs:
-        speed = rung["tokens_per_second"] if _measured(rung) else None
-        gain = speed / reference if speed and reference else None
-        rate = rung["omission_rate"]
-        rows.append(
-            [
-                f"{rate:.2f}" if rate else "dense",
-                percent(rung["kept_heads"]),
-                percent(rung["kept_channels"]),
-                str(rung["steps"]),
-                str(rung["steps_timed"]),
-                f"{speed:,.0f}" if speed else "-",
-                f"{gain:.2f}x" if gain else "-",
-                f"{rung['bound']:.2f}x",
-            ]
-        )
-    return rows
+def duration(seconds: float) -> str:
+    """`duration(3725)` is `1 h 02 min`, `duration(125)` `2 min 05 s`, `duration(7.25)` `7.2 s`."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _measured(rung: Mapping[str, Any]) -> bool:
-    return rung["steps_timed"] >= _MINIMUM_STEPS
+def is_dense(rung: Mapping[str, Any]) -> bool:
+    """Whether a rung of `end_of_run` keeps everything, whatever rate was asked."""
+    return rung["kept_heads"] == rung["kept_channels"] == 1
+
+
+def is_measured(rung: Mapping[str, Any]) -> bool:
+    """Whether the median speed of a rung of `end_of_run` comes from at least three steps."""
+    return rung["steps_timed"] >= MINIMUM_STEPS
+
+
+def dense_speed(rungs: Sequence[Mapping[str, Any]]) -> float | None:
+    """Median tokens a second of the dense rung; None where there is none or it is not measured."""
+    speeds = [r["tokens_per_second"] for r in rungs if is_dense(r) and is_measured(r)]
+    return speeds[0] if speeds else None
 
 
 def whole_run_speedup(rungs: Sequence[Mapping[str, Any]]) -> float | None:
     """Dense time ÷ time of this run for the same tokens, both from the rungs' median speeds.
 
-    Takes the rungs of `end_of_run`. None where a rung, or the dense rung, has fewer than three
-    timed steps.
+    Takes the rungs of `end_of_run`. None where one of them is not measured, or none is dense.
     """
-    dense = [rung for rung in rungs if rung["omission_rate"] == 0]
-    if not dense or not all(_measured(rung) for rung in rungs):
+    reference = dense_speed(rungs)
+    if reference is None or not all(map(is_measured, rungs)):
         return None
     seconds = sum(rung["tokens"] / rung["tokens_per_second"] for rung in rungs)
-    return sum(rung["tokens"] for rung in rungs) / dense[0]["tokens_per_second"] / seconds
+    return sum(rung["tokens"] for rung in rungs) / reference / seconds
 
 
 def end_of_run(summary: Mapping[str, Any]) -> str:
-    """What a run says when it ends: quality, speed by rung, FLOPs, paths, what to try next.
+    """What a run says when it ends: quality, speed by rung, cost, paths, what to try next.
 
-    Reads these keys of `summary` (a missing one is a `KeyError`):
+    Reads these keys of `summary.json`; a missing one is a `KeyError`:
 
     - `perplexity_before`, `perplexity_after`: held-out, dense, per token;
-    - `perplexity_dense`: the same after a dense run on the same tokens, or None if unknown;
     - `rungs`: in order of the run, one mapping each with
-      `omission_rate` (asked; 0 is the dense rung), `kept_heads`, `kept_channels` (realised shares
+      `omission_rate` (asked), `kept_heads`, `kept_channels` (realised shares
       of all query heads and all channels, 0 to 1), `tokens` and `steps` (trained on this rung),
-      `tokens_per_second` (median over the timed steps; None if none), `steps_timed` (steps that
-      overlap no compilation), `bound` (dense FLOPs ÷ FLOPs of the rung);
-    - `spent_flops` (probes included), `dense_flops` (the same tokens, dense): training FLOPs;
-    - `figures`: paths of the pictures; `export`: path of the exported model or None;
-    - `next_commands`: shell commands to try next.
+      `tokens_per_second` (median over the timed steps; None if none), `steps_timed` (steps during
+      which nothing was compiled or moved), `bound` (dense FLOPs ÷ FLOPs of the rung);
+    - `spent_flops` (training and probes) and `dense_flops` (the same tokens, dense);
+    - `seconds`: wall time by part, with `total`;
+    - `figures`: paths of the pictures; `export`: path of the exported model, or None.
+
+    And these where they are known: `perplexity_dense`, after a dense run on the same tokens;
+    `next_commands`, shell commands to try next.
 
     A speed from fewer than three timed steps is shown as `-`.
     """
-    before, after = summary["perplexity_before"], summary["perplexity_after"]
-    reference = summary["perplexity_dense"]
-    rungs = summary["rungs"]
-    spent, dense_flops = summary["spent_flops"], summary["dense_flops"]
-
-    quality = [["before", f"{before:.3f}", ""], ["after", f"{after:.3f}", ""]]
-    if reference is not None:
-        gap = f"{100 * (after / reference - 1):+.1f} % from it"
-        quality.append(["dense run", f"{reference:.3f}", f"same tokens; this run ends {gap}"])
-    speed = fixed_width(
-        ("rate", "heads", "channels", "steps", "timed", "tokens/s", "speed-up", "bound"),
-        _speed_rows(rungs),
-        ("left", *("right",) * 7),
-    )
-    whole = whole_run_speedup(rungs)
-    notes = []
-    if any(not _measured(rung) for rung in rungs):
-        notes.append(f"- : fewer than {_MINIMUM_STEPS} timed steps, on this rung or the dense one")
-    if whole is not None:
-        limit = f"bound {dense_flops / spent:.2f}x"
-        notes.append(f"Whole run {whole:.2f}x the dense speed ({limit}), compilation apart")
-    costs = [
-        ["FLOPs spent", quantity(spent, "FLOP"), f"{percent(spent / dense_flops)} of dense"],
-        ["FLOPs dense", quantity(dense_flops, "FLOP"), ""],
-    ]
-    paths = [["pictures" if not i else "", path] for i, path in enumerate(summary["figures"])]
-    if summary["export"] is not None:
-        paths.append(["model", summary["export"]])
-
     parts = [
-        "Held-out perplexity\n" + _block(quality),
-        "Speed: kept share and median speed of each rung, speed-up over the dense rung, FLOP bound"
-        "\n" + _indent("\n".join([speed, *notes])),
-        "Cost\n" + _block(costs),
+        ("Held-out perplexity", _quality(summary)),
+        ("Speed of each rung: kept shares, median tokens/s, speed-up over the dense rung and its"
+         " FLOP bound", _speed(summary)),
+        ("Cost", _cost(summary)),
+        ("Written", _paths(summary)),
+        ("Next", list(summary.get("next_commands", ()))),
+    ]  # fmt: skip
+    return "\n\n".join(
+        "\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in parts if lines
+    )
+
+
+def _quality(summary: Mapping[str, Any]) -> list[str]:
+    before, after = summary["perplexity_before"], summary["perplexity_after"]
+    rows = [["before", f"{before:.3f}", ""], ["after", f"{after:.3f}", ""]]
+    dense = summary.get("perplexity_dense")
+    if dense is not None:
+        gap = f"{100 * (after / dense - 1):+.1f} %"
+        rows.append(["dense run", f"{dense:.3f}", f"on the same tokens; this run is {gap} from it"])
+    return _block(rows, ("left", "right", "left"))
+
+
+def _speed(summary: Mapping[str, Any]) -> list[str]:
+    rungs = summary["rungs"]
+    reference = dense_speed(rungs)
+    rows = []
+    for rung in rungs:
+        speed = rung["tokens_per_second"] if is_measured(rung) else None
+        rows.append(
+            [
+                "dense" if is_dense(rung) else f"{rung['omission_rate']:.2f}",
+                percent(rung["kept_heads"]),
+                percent(rung["kept_channels"]),
+                str(rung["steps"]),
+                str(rung["steps_timed"]),
+                f"{speed:,.0f}" if speed else "-",
+                f"{speed / reference:.2f}x" if speed and reference else "-",
+                f"{rung['bound']:.2f}x",
+            ]
+        )
+    header = ("rate", "heads", "channels", "steps", "timed", "tokens/s", "speed-up", "bound")
+    lines = fixed_width(header, rows, ("left", *("right",) * 7)).splitlines()
+    if not all(map(is_measured, rungs)):
+        lines.append(f"Fewer than {MINIMUM_STEPS} timed steps give no speed.")
+    if not any(map(is_dense, rungs)):
+        lines.append("No rung is dense, so there is no speed-up to tell.")
+    whole = whole_run_speedup(rungs)
+    if whole is not None:
+        bound = summary["dense_flops"] / summary["spent_flops"]
+        lines.append(f"The whole run: {whole:.2f}x, bound {bound:.2f}x (from these medians).")
+    return lines
+
+
+def _cost(summary: Mapping[str, Any]) -> list[str]:
+    spent, dense = summary["spent_flops"], summary["dense_flops"]
+    rows = [
+        ["FLOPs", quantity(spent, "FLOP"), f"{percent(spent / dense)} of {quantity(dense, 'FLOP')}"]
     ]
-    if paths:
-        parts.append("Written\n" + _block(paths))
-    if summary["next_commands"]:
-        parts.append("Next\n" + _indent("\n".join(summary["next_commands"])))
-    return "\n\n".join(parts)
+    rows[0][2] += " for the same tokens, dense"
+    seconds = summary["seconds"]
+    parts = sorted((part for part in seconds if part != "total"), key=seconds.get, reverse=True)
+    shares = [f"{part} {percent(seconds[part] / seconds['total'])}" for part in parts]
+    shown = [share for part, share in zip(parts, shares, strict=True) if seconds[part] > 0]
+    rows.append(["time", duration(seconds["total"]), ", ".join(shown)])
+    return _block(rows, ("left", "right", "left"))
 
 
-def _block(rows: Sequence[Sequence[str]]) -> str:
-    """Rows without a header, indented; the second column of numbers is set flush right."""
-    numbers = len(rows[0]) == 3
-    align: list[Align] = ["left", "right", "left"] if numbers else ["left", "left"]
+def _paths(summary: Mapping[str, Any]) -> list[str]:
+    names = ["pictures", *[""] * len(summary["figures"])]
+    rows = [[name, path] for name, path in zip(names, summary["figures"], strict=False)]
+    if summary["export"] is not None:
+        rows.append(["model", summary["export"]])
+    return _block(rows, ("left", "left"))
+
+
+def _block(rows: Sequence[Sequence[str]], align: Sequence[Align]) -> list[str]:
+    """Lines of a table without a header."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return _indent("\n".join(_line(row, widths, align, "  ").rstrip() for row in rows))
-
-
-def _indent(text: str) -> str:
-    return "\n".join("  " + line for line in text.splitlines())
+    return [_line(row, widths, align, "  ").rstrip() for row in rows]
