@@ -116,6 +116,10 @@ def _experiment(spec: str) -> dict[str, Any]:
     except UserError:
         raise
     except Exception as error:
+        if isinstance(error, KeyError) and error.args == (variant,):
+            raise UserError(
+                f"--config: {name} has no variant {variant!r}; its header lists them"
+            ) from error
         raise UserError(f"--config: {spec}{_place(error, path)}: {_told(error)}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config: get_config() of {name} gives {config!r}, not a ConfigDict")

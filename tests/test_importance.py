@@ -37,12 +37,12 @@ PARAMS = {
         "mlp/down": [[6, 8], [0, 1]],
     }.items()
 }
-# Over four tokens both inputs have rms (2, 1) and mean (2, -1).
-SUMS = InputSums(jnp.asarray([[16.0, 4.0]]), jnp.asarray([[8.0, -4.0]]))
+# Over four tokens: inputs of attention with rms (2, 1) and mean (2, -1), of the MLP with rms (1, 3)
+# and mean (0, 3).
 STATS = Statistics(
     count=jnp.asarray(4.0),
-    attention=SUMS,
-    mlp=SUMS,
+    attention=InputSums(jnp.asarray([[16.0, 4.0]]), jnp.asarray([[8.0, -4.0]])),
+    mlp=InputSums(jnp.asarray([[4.0, 36.0]]), jnp.asarray([[0.0, 12.0]])),
     heads=jnp.asarray([[[[36.0, -8.0], [-8.0, 4.0]], [[16.0, 10.0], [10.0, 9.0]]]]),
     channels=jnp.asarray([[36.0, 4.0]]),
 )
@@ -90,8 +90,8 @@ def test_query_heads_by_hand(metric: str, expected: list[float]) -> None:
     ("metric", "expected"),
     [
         ("magnitude", [5 + 2 + 10, 1 + 2 + 1]),
-        ("wanda", [10 + 2, 2 + 4]),
-        ("maxip", [2 + 2, 2 + 4]),
+        ("wanda", [15 + 6, 1 + 2]),
+        ("maxip", [12 + 6, 0]),
         ("output", [30, 1]),  # rms activations 3 and 1, rows of `down` of norm 10 and 1
     ],
 )
