@@ -69,7 +69,7 @@ class DataConfig:
     held_out: float = key(
         0.05, "documents kept for evaluation: a share below 1, a count from 1 on", low=0.0
     )
-    max_tokens: int | None = key(None, "tokens prepared at most; None takes everything", low=1)
+    max_tokens: int | None = key(None, "tokens prepared at most; None takes everything", low=4)
     text_field: str = key("text", "the field of JSON-lines (or of a TFDS dataset) that holds text")
 
 
