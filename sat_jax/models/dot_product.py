@@ -1,18 +1,42 @@
-"""Causal attention inside documents: one function, one backend a platform, none ignores segments."""
+"""Causal attention inside documents: one function, a backend a platform, none ignores segments."""
 
-import functools
-from typing import Literal
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
+
+from sat_jax.errors import UserError
+from sat_jax.models import attention_cudnn, attention_splash, attention_xla
+from sat_jax.models.documents import number_documents
 
 Implementation = Literal["xla", "splash", "cudnn"]
 
-# Query rows whose scores exist at once. Keys past the chunk's end are never touched, so more chunks
-# waste less of the causal triangle; matmuls of fewer rows run slower.
-_CHUNK = 256
-_MAX_CHUNKS = 16
+
+Attend = Callable[[Array, Array, Array, Array], Array]
+
+
+class _Backend(NamedTuple):
+    """`attend(q, k, v, documents)`, and `refusal(shape and dtype of q, platform)`: why it cannot,
+    or None. A backend without `refusal` takes everything."""
+
+    attend: Attend
+    refusal: Callable[[jax.ShapeDtypeStruct, str], str | None] | None = None
+
+
+# In the order of preference.
+_BACKENDS: dict[Implementation, _Backend] = {
+    "splash": _Backend(attention_splash.attend, attention_splash.refusal),
+    "cudnn": _Backend(attention_cudnn.attend, attention_cudnn.refusal),
+    "xla": _Backend(attention_xla.attend),
+}
+
+# Mesh axes that rows and KV groups are split over; the names of `sat_jax.parallel`.
+_ROW_AXES, _GROUP_AXES = ("data", "fsdp"), ("tensor",)
 
 
 def dot_product_attention(
@@ -23,37 +47,80 @@ def dot_product_attention(
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T K G E"]:
-    """softmax(q·k / √E) v over the earlier tokens of the same document.
+    """softmax(q·k / √E) v over the earlier tokens of the same document. Softmax in float32.
 
-    A token attends to positions at or before its own whose `segment_ids` equal its own, and to
-    nothing else, so that no gradient ever crosses a document's border. Softmax in float32.
+    A document is a run of equal `segment_ids`; padding is a document like any other. A token
+    attends to its document's positions up to its own and to nothing else, so that no gradient ever
+    crosses a border: it is exactly zero there.
+
+    None takes the platform's fastest backend that accepts the arrays. A backend asked for by name
+    is taken or refused with `UserError`. Under a mesh (`jax.set_mesh`) every device attends over
+    its own rows and KV groups, without communication.
     """
-    return chunked_xla(q_BTKGE, k_BTKE, v_BTKE, segment_ids)
+    name = implementation or _choice(q_BTKGE)
+    if name not in _BACKENDS:
+        accepted = ", ".join(get_args(Implementation))
+        raise UserError(f"attention implementation {name!r}; accepted: {accepted}")
+    if reason := refusals(q_BTKGE)[name]:
+        raise UserError(f"attention implementation {name!r}: {reason}")
+    documents = number_documents(segment_ids)
+    return _on_each_device(_BACKENDS[name].attend, q_BTKGE, k_BTKE, v_BTKE, documents)
 
 
-def chunked_xla(
+def refusals(q_BTKGE: Float[Array, "B T K G E"]) -> dict[Implementation, str | None]:
+    """For each backend, why it cannot take such queries here; None where it can."""
+    q, platform = jax.ShapeDtypeStruct(q_BTKGE.shape, q_BTKGE.dtype), _platform()
+    return {
+        name: backend.refusal(q, platform) if backend.refusal else None
+        for name, backend in _BACKENDS.items()
+    }
+
+
+def _choice(q_BTKGE: Float[Array, "B T K G E"]) -> Implementation:
+    return next(name for name, reason in refusals(q_BTKGE).items() if reason is None)
+
+
+def _platform() -> str:
+    """Where what is being traced will run.
+
+    Read while tracing, and not left to `jax.lax.platform_dependent`: that would trace every backend
+    everywhere, and differentiating it would save every backend's residuals in each.
+    """
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    return jax.default_backend() if device is None else getattr(device, "platform", device)
+
+
+def _on_each_device(
+    attend: Attend,
     q_BTKGE: Float[Array, "B T K G E"],
     k_BTKE: Float[Array, "B T K E"],
     v_BTKE: Float[Array, "B T K E"],
-    segment_ids: Int[Array, "B T"],
+    documents: Int[Array, "B T"],
 ) -> Float[Array, "B T K G E"]:
-    """Chunks of query rows against the keys up to each chunk's end; scores are recomputed in the
-    backward pass, so that they exist for one chunk at a time."""
-    length = q_BTKGE.shape[1]
-    chunk = max(_CHUNK, -(-length // _MAX_CHUNKS))
-    outputs = []
-    for start in range(0, length, chunk):
-        stop = min(start + chunk, length)
-        outputs.append(
-            jax.checkpoint(functools.partial(attend_chunk, start))(
-                q_BTKGE[:, start:stop],
-                k_BTKE[:, :stop],
-                v_BTKE[:, :stop],
-                segment_ids[:, start:stop],
-                segment_ids[:, :stop],
-            )
-        )
-    return jnp.concatenate(outputs, axis=1)
+    """`attend` on each device's rows and groups: the compiler cannot split a kernel by itself.
+
+    Rows or groups that do not divide evenly are whole on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    sizes = {name: size for name, size, kind in axes if kind != AxisType.Manual}
+    if math.prod(sizes.values()) == 1:
+        return attend(q_BTKGE, k_BTKE, v_BTKE, documents)
+
+    def split(count: int, names: tuple[str, ...]) -> tuple[str, ...] | None:
+        names = tuple(name for name in names if name in sizes)
+        return None if count % math.prod(sizes[name] for name in names) else names
+
+    rows = split(q_BTKGE.shape[0], _ROW_AXES)
+    heads = P(rows, None, split(q_BTKGE.shape[2], _GROUP_AXES))
+    return jax.shard_map(
+        attend,
+        in_specs=(heads, heads, heads, P(rows)),
+        out_specs=heads,
+        axis_names=set(sizes),
+        # Sums in the backends' loops start as constants, equal on all devices, and end different.
+        check_vma=False,
+    )(q_BTKGE, k_BTKE, v_BTKE, documents)
 
 
 def attend_chunk(
@@ -64,7 +131,10 @@ def attend_chunk(
     query_segments: Int[Array, "B C"],
     key_segments: Int[Array, "B S"],
 ) -> Float[Array, "B C K G E"]:
-    """Queries at positions `start, start + 1, …` against keys at positions `0, 1, …, S - 1`."""
+    """Queries at positions `start, start + 1, …` against keys at positions `0, 1, …, S - 1`.
+
+    Segments are compared as they are: equal numbers see each other wherever they stand.
+    """
     rows = start + jnp.arange(q_BCKGE.shape[1])
     earlier = rows[:, None] >= jnp.arange(k_BSKE.shape[1])[None, :]
     same = query_segments[:, :, None] == key_segments[:, None, :]

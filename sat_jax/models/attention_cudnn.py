@@ -1,0 +1,140 @@
+"""Attention on NVIDIA GPUs: cuDNN's fused kernels, which jax calls.
+
+Where the device can, documents are handed over as offsets of segments; where it cannot, or where a
+row has more than `MAX_DOCUMENTS`, as a bias `[B, 1, T, T]` in the compute dtype that exists for one
+layer at a time (2·B·T² bytes in bfloat16). Both are exact and neither looks across a border.
+
+jax's public function does not know offsets: this is the only module that reaches behind it.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo as fused
+from jaxtyping import Array, Float, Int
+
+from sat_jax.models.documents import pad_rows
+
+# Older ones read grouped heads at wrong offsets, without an error (jax pull request 39521), and
+# compute the gradient of a boolean mask (39512).
+_FIRST_JAX = (0, 11, 2)
+# For segment offsets: cuDNN 9.6 on Hopper or newer.
+_OFFSETS_CUDNN, _OFFSETS_CAPABILITY = 90_600, (9, 0)
+# The kernel's statistics for the backward pass are float32 [B · MAX_DOCUMENTS, K · G, T].
+MAX_DOCUMENTS = 32
+
+
+class Device(NamedTuple):
+    """Which kernels there are: by cuDNN's version (9.6.0 is 90600) and the GPU's capability."""
+
+    cudnn: int
+    capability: tuple[int, ...]
+
+
+def device() -> Device | None:
+    """The first GPU; None where jax sees no NVIDIA GPU or no cuDNN."""
+    if jax.default_backend() != "gpu":
+        return None
+    try:
+        version = fused.check_cudnn_version()
+    except RuntimeError:
+        return None
+    capability = jax.local_devices(backend="gpu")[0].compute_capability
+    return Device(version, tuple(int(part) for part in capability.split(".")))
+
+
+def refusal(q_BTKGE: jax.ShapeDtypeStruct, platform: str) -> str | None:
+    """Why the kernels cannot take such queries there; None if they can."""
+    found = device()
+    if platform != "gpu" or found is None:
+        return f"it needs an NVIDIA GPU with cuDNN, this is {platform}"
+    if jax.__version_info__ < _FIRST_JAX:
+        first = ".".join(map(str, _FIRST_JAX))
+        return f"it needs jax {first} or newer, this is {jax.__version__}"
+    if q_BTKGE.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"dtype {q_BTKGE.dtype}; accepted: bfloat16, float16"
+    size, widest = q_BTKGE.shape[-1], 256 if found.capability >= (9, 0) else 128
+    if size > widest or size % 8:
+        return f"head size {size}; accepted: multiples of 8 up to {widest}"
+    return None
+
+
+def attend(
+    q_BTKGE: Float[Array, "B T K G E"],
+    k_BTKE: Float[Array, "B T K E"],
+    v_BTKE: Float[Array, "B T K E"],
+    documents: Int[Array, "B T"],
+) -> Float[Array, "B T K G E"]:
+    """Causal attention within documents, numbered as `number_documents` does."""
+    length = documents.shape[1]
+    # The backward pass with a bias takes an even number of tokens only.
+    q, k, v, documents = pad_rows(2, q_BTKGE, k_BTKE, v_BTKE, documents)
+    o = jax.checkpoint(_attend, policy=_is_kernel)(
+        q.reshape(*q.shape[:2], -1, q.shape[-1]), k, v, documents
+    )
+    return o.reshape(q.shape)[:, :length]
+
+
+def _is_kernel(primitive: Any, *_: Any, **__: Any) -> bool:
+    """What the backward pass finds saved: the kernels' outputs. A bias is made again."""
+    return bool(primitive.name == "dot_product_attention_fwd_wrapper")
+
+
+def _attend(
+    q_BTHE: Float[Array, "B T H E"],
+    k_BTKE: Float[Array, "B T K E"],
+    v_BTKE: Float[Array, "B T K E"],
+    documents: Int[Array, "B T"],
+) -> Float[Array, "B T H E"]:
+    """Query head h reads KV head h // (H / K), which is what group-major means."""
+    found = device()
+    operands = q_BTHE, k_BTKE, v_BTKE, documents
+    if found and found.cudnn >= _OFFSETS_CUDNN and found.capability >= _OFFSETS_CAPABILITY:
+        few = jnp.max(documents) < MAX_DOCUMENTS
+        return jax.lax.cond(few, _attend_by_offsets, _attend_by_bias, *operands)
+    return _attend_by_bias(*operands)
+
+
+def _attend_by_offsets(
+    q_BTHE: Float[Array, "B T H E"],
+    k_BTKE: Float[Array, "B T K E"],
+    v_BTKE: Float[Array, "B T K E"],
+    documents: Int[Array, "B T"],
+) -> Float[Array, "B T H E"]:
+    lengths, offsets = _segments(documents)
+    return fused.dot_product_attention(
+        q_BTHE,
+        k_BTKE,
+        v_BTKE,
+        q_seqlen=lengths,
+        kv_seqlen=lengths,
+        q_offsets=offsets,
+        kv_offsets=offsets,
+        scale=q_BTHE.shape[-1] ** -0.5,
+        mask_type=fused.MaskType.PADDING_CAUSAL,
+    )
+
+
+def _attend_by_bias(
+    q_BTHE: Float[Array, "B T H E"],
+    k_BTKE: Float[Array, "B T K E"],
+    v_BTKE: Float[Array, "B T K E"],
+    documents: Int[Array, "B T"],
+) -> Float[Array, "B T H E"]:
+    same = documents[:, :, None] == documents[:, None, :]
+    return jax.nn.dot_product_attention(
+        q_BTHE, k_BTKE, v_BTKE, mask=same[:, None], is_causal=True, implementation="cudnn"
+    )
+
+
+def _segments(documents: Int[Array, "B T"]) -> tuple[Int[Array, "B M"], Int[Array, "B M1"]]:
+    """Lengths and offsets of each row's documents, in the form the kernel asks for: -1 where there
+    is no document, and after the last."""
+    before = documents[:, :, None] < jnp.arange(MAX_DOCUMENTS + 1)[None, None, :]
+    begins = jnp.sum(before, axis=1, dtype=jnp.int32)
+    lengths = jnp.diff(begins, axis=1)
+    there = lengths > 0
+    offsets = jnp.where(there, begins[:, :-1], -1)
+    ends = jnp.full_like(offsets[:, :1], -1)
+    return jnp.where(there, lengths, -1), jnp.concatenate([offsets, ends], axis=1)
