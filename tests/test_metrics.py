@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from sat_jax import provenance
 from sat_jax.errors import UserError
+from sat_jax.provenance import environment
 from sat_jax.train import progress as progress_module
 from sat_jax.train import summary as summary_module
 from sat_jax.train.metrics import MetricsLog, read_metrics, to_json
 from sat_jax.train.progress import Progress, describe
-from sat_jax.train.summary import Clock, environment, peak_memory, write_summary
+from sat_jax.train.summary import Clock, peak_memory, write_summary
 from sat_jax.train.workdir import WorkDir
 from tests.conftest import ROOT
 
@@ -336,7 +338,7 @@ def test_commit_is_ours_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         names = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
         subprocess.run(["git", "-C", str(tmp_path), *names, *arguments], check=True, timeout=60)
 
-    monkeypatch.setattr(summary_module, "_ROOT", tmp_path)
+    monkeypatch.setattr(provenance, "_ROOT", tmp_path)
     assert environment()["commit"] is None
     git("init", "--quiet")
     git("commit", "--quiet", "--allow-empty", "--message", "first")
@@ -345,5 +347,5 @@ def test_commit_is_ours_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "new").write_text("")
     assert environment()["commit"] == f"{commit}-dirty"
     (tmp_path / "inside").mkdir()
-    monkeypatch.setattr(summary_module, "_ROOT", tmp_path / "inside")
+    monkeypatch.setattr(provenance, "_ROOT", tmp_path / "inside")
     assert environment()["commit"] is None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sat_jax.errors import UserError
-from sat_jax.train.summary import environment
+from sat_jax.provenance import environment
 
 Row = dict[str, Any]
 

@@ -1,0 +1,70 @@
+"""Where a figure comes from: versions, device and commit."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+_PACKAGES = ("sat_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device and commit: what a measured row has to say about where it comes from."""
+    return {"versions": _versions(), "device": _device(), "commit": _commit()}
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _device() -> dict[str, Any]:
+    device = jax.devices()[0]
+    kind = device.device_kind
+    if device.platform == "cpu":
+        kind = _processor() or kind
+    return {
+        "platform": device.platform,
+        "kind": kind,
+        "count": jax.device_count(),
+        "processes": jax.process_count(),
+        "host_cpus": os.cpu_count(),
+    }
+
+
+def _processor() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or None
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else None
+
+
+def _commit() -> str | None:
+    """The commit that runs, "-dirty" if files differ from it; None outside a clone."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            result = subprocess.run(
+                ["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    # Installed into the environment of another repository, that repository's commit says nothing.
+    if git("rev-parse", "--show-toplevel") != str(_ROOT):
+        return None
+    commit = git("rev-parse", "HEAD")
+    return f"{commit}-dirty" if commit and git("status", "--porcelain") else commit
