@@ -266,10 +266,10 @@ def test_tensors_that_do_not_fit_are_named(
 
 
 def test_more_layers_than_tensors(copied: Path) -> None:
-    """Refused before a billion names are listed."""
+    """Refused before all their names are listed."""
     raw = json.loads((copied / "config.json").read_text())
-    (copied / "config.json").write_text(json.dumps(raw | {"num_hidden_layers": 10**9}))
-    with pytest.raises(UserError, match="config has 1000000000 layers, for 29 tensors"):
+    (copied / "config.json").write_text(json.dumps(raw | {"num_hidden_layers": 100_000}))
+    with pytest.raises(UserError, match="config has 100000 layers, for 29 tensors"):
         open_weights(copied)
 
 
