@@ -26,7 +26,7 @@ from sat_jax.sparsity.masks import Masks, SegmentMasks, choose
 from sat_jax.sparsity.plan import Plan
 from sat_jax.sparsity.statistics import InputSums, Statistics
 from sat_jax.train.optimizer import learning_rate, make_optimizer
-from sat_jax.train.state import TrainState, compact_state, expand_state, new_state
+from sat_jax.train.state import Resting, TrainState, compact_state, expand_state, new_state
 from sat_jax.train.step import StepMetrics, StepSettings, make_evaluation, make_probe, make_step
 
 Compiled = Callable[..., Any]
@@ -148,10 +148,13 @@ class Programs:
             tree_shardings(self._mesh, tree),
         )
 
-    def _compile(self, function: Callable[..., Any], *args: Any, **jit: Any) -> Compiled:
+    def _lower(self, function: Callable[..., Any], *args: Any, **jit: Any) -> jax.stages.Lowered:
         with jax.set_mesh(self._mesh):
             out = tree_shardings(self._mesh, jax.eval_shape(function, *args))
-            return jax.jit(function, out_shardings=out, **jit).lower(*args).compile()
+            return jax.jit(function, out_shardings=out, **jit).lower(*args)
+
+    def _compile(self, function: Callable[..., Any], *args: Any, **jit: Any) -> Compiled:
+        return self._lower(function, *args, **jit).compile()
 
     def _compile_move(self, function: Callable[..., Any], *args: Any) -> Compiled:
         """Compiles a program that mostly moves arrays, giving away the buffers it can reuse.
@@ -176,21 +179,9 @@ class Programs:
         compiled = self._compile(on_leaves, *leaves, donate_argnums=tuple(given))
         return lambda *values: compiled(*jax.tree.leaves(values))
 
-    def _compile_rung(self, plan: Plan) -> RungPrograms:
-        started = time.perf_counter()
-        masked = self._config.sparsity.execution == "mask"
-        select, masks = self._select(plan), self.masks(plan)
-
-        def enter(whole: TrainState, masks: Masks) -> tuple[TrainState, Any]:
-            if not masked:
-                return compact_state(whole, masks, plan)
-            nothing = _nothing_omitted(plan)
-            return compact_state(whole, nothing, plan)
-
-        def leave(small: TrainState, resting: Any, masks: Masks) -> TrainState:
-            return expand_state(small, resting, _nothing_omitted(plan) if masked else masks, plan)
-
-        working, resting = self._placed(jax.eval_shape(enter, self.state, masks))
+    def lower_step(self, plan: Plan) -> jax.stages.Lowered:
+        """The plan's training step, lowered and not compiled."""
+        masked = self._masked
         graph, _ = abstract(self._model, plan.segments, self._compute, masked)
         train = make_step(graph, self._step_settings())
 
@@ -199,14 +190,38 @@ class Programs:
         ) -> tuple[TrainState, Statistics, StepMetrics]:
             return train(working, stats, masks if masked else (), batch)
 
+        masks = self.masks(plan)
+        working, _ = self._placed(jax.eval_shape(self._enter(plan), self.state, masks))
         batch = self.batch(self._config.train.rows_per_step)
+        return self._lower(step, working, self.stats, masks, batch, donate_argnums=(0, 1))
+
+    def _compile_rung(self, plan: Plan) -> RungPrograms:
+        started = time.perf_counter()
+        masks, enter = self.masks(plan), self._enter(plan)
+        working, resting = self._placed(jax.eval_shape(enter, self.state, masks))
         return RungPrograms(
-            select=self._compile(select, self.state, self.stats),
+            select=self._compile(self._select(plan), self.state, self.stats),
             enter=self._compile_move(enter, self.state, masks),
-            step=self._compile(step, working, self.stats, masks, batch, donate_argnums=(0, 1)),
-            leave=self._compile_move(leave, working, resting, masks),
+            step=self.lower_step(plan).compile(),
+            leave=self._compile_move(self._leave(plan), working, resting, masks),
             seconds=time.perf_counter() - started,
         )
+
+    @property
+    def _masked(self) -> bool:
+        return self._config.sparsity.execution == "mask"
+
+    def _enter(self, plan: Plan) -> Callable[[TrainState, Masks], tuple[TrainState, Resting]]:
+        def enter(whole: TrainState, masks: Masks) -> tuple[TrainState, Resting]:
+            return compact_state(whole, _cut_only(plan) if self._masked else masks, plan)
+
+        return enter
+
+    def _leave(self, plan: Plan) -> Callable[[TrainState, Resting, Masks], TrainState]:
+        def leave(small: TrainState, resting: Resting, masks: Masks) -> TrainState:
+            return expand_state(small, resting, _cut_only(plan) if self._masked else masks, plan)
+
+        return leave
 
     def _select(self, plan: Plan) -> Callable[[TrainState, Statistics], Masks]:
         sparse, seed = self._config.sparsity, self._config.seed
@@ -241,5 +256,6 @@ class Programs:
 _SELECTION = 1
 
 
-def _nothing_omitted(plan: Plan) -> Masks:
+def _cut_only(plan: Plan) -> Masks:
+    """What mask execution does to the state: layers are cut into segments, nothing is gathered."""
     return tuple(SegmentMasks(None, None) for _ in plan.segments)

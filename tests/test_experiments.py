@@ -1,0 +1,65 @@
+"""Every experiment file gives valid settings; those for accelerators build and lower."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sat_jax.config_values import load
+from tests.conftest import ROOT, RunPython
+
+FILES = sorted(path for path in (ROOT / "experiments").glob("*.py") if path.name != "__init__.py")
+OWN_MODEL = {"tinyllama_cpt": "tinyllama-1.1b", "llama2_7b_cpt": "llama-2-7b"}
+
+LOWER = """
+import json, sys
+import jax
+from sat_jax.config_values import load
+from sat_jax.models.presets import preset
+from sat_jax.parallel.mesh import make_mesh
+from sat_jax.sparsity.controller import make_controller
+from sat_jax.sparsity.plan import Neurons
+from sat_jax.train.programs import Programs
+
+config = load(sys.argv[1], [f"model.preset={sys.argv[2]}"])
+model = preset(sys.argv[2])
+neurons = Neurons(model.n_layers, model.n_kv_heads, model.query_heads, model.d_ff)
+controller = make_controller(
+    config.sparsity, neurons, config.train.steps, config.rates, config.mesh.tensor
+)
+programs = Programs(config, model, make_mesh(config.mesh), controller)
+first, last = controller.rungs[0].plan, controller.rungs[-1].plan
+texts = [programs.lower_step(plan).as_text() for plan in (first, last)]
+gate = f"x{first.segments[-1].channels}x{model.d_model}xf32"
+print(json.dumps({
+    "devices": jax.device_count(),
+    "rungs": len(controller.rungs),
+    "dense_last": neurons.is_dense(last),
+    "kept_in_first": gate in texts[0],
+    "kept_in_last": gate in texts[1],
+}))
+programs.close()
+"""
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("variant", ["sat", "dense"])
+def test_settings_are_valid(file: Path, variant: str) -> None:
+    needs_model = [f"model.preset={OWN_MODEL[file.stem]}"] if file.stem in OWN_MODEL else []
+    config = load(f"{file}:{variant}", needs_model)
+    assert (config.sparsity.rate > 0) == (variant == "sat")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(OWN_MODEL))
+def test_paper_models_lower_on_virtual_devices(name: str, run_python: RunPython) -> None:
+    file = f"experiments/{name}.py"
+    done = run_python("-c", LOWER, file, OWN_MODEL[name], devices=8)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "devices": 8,
+        "rungs": 5,
+        "dense_last": True,
+        "kept_in_first": True,
+        "kept_in_last": False,
+    }
