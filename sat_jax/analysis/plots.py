@@ -106,7 +106,7 @@ def loss_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     (held_out,) = axes.plot(
         *series("eval_loss"), color=ORANGE, linewidth=2, marker="D", markersize=5, clip_on=False
     )
-    axes.set_xlim(0, max((row["tokens"] for row in placed), default=0) or 1)
+    axes.set_xlim(0, max(row["tokens"] for row in placed) or 1)
     axes.margins(y=0.08)
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.legend(

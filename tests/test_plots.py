@@ -1,0 +1,168 @@
+"""Pictures: what is drawn is what was given, and what is written is a PNG of the stated size."""
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+
+from sat_jax.analysis.plots import (
+    block_means,
+    kept_figure,
+    loss_figure,
+    plot_kept,
+    plot_loss,
+    plot_speed,
+    speed_figure,
+)
+from tests.tolerances import assert_close
+
+METRICS: list[dict[str, Any]] = [
+    {"step": 0, "tokens": 0, "eval_loss": 3.5},
+    {"step": 1, "tokens": 100, "loss": 3.0, "omission_rate": 0.4},
+    {"step": 2, "tokens": 200, "loss": None, "omission_rate": 0.4},
+    {"step": 3, "eval_loss": 2.5},
+    {"step": 4, "tokens": 400, "loss": 2.0, "eval_loss": 2.25, "omission_rate": 0.0},
+]
+RUNGS: list[dict[str, Any]] = [
+    {"omission_rate": rate, "kept_heads": 1.0, "kept_channels": 1 - rate, "steps_timed": timed,
+     "tokens_per_second": speed, "bound": bound}
+    for rate, timed, speed, bound in [(0.4, 3, 140.0, 1.5), (0.2, 2, 9.0, 1.2), (0.0, 4, 100.0, 1)]
+]  # fmt: skip
+HEADS = np.array([[4, 0, 2], [1, 3, 4]])
+CHANNELS = np.array([[4, 4, 0, 1], [2, 2, 3, 4]])
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    """Width and height that the header states."""
+    start = path.read_bytes()[:24]
+    assert start[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", start[16:])
+
+
+def points(axes: Axes, line: int) -> list[tuple[float, float]]:
+    x, y = axes.lines[line].get_data()
+    return list(zip(map(float, x), map(float, y), strict=True))
+
+
+def labels(axes: Axes) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
+def test_files_have_the_stated_size(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    deep = np.ones((60, 3), int)
+    written = [
+        plot_loss(METRICS, folder / "loss.png"),
+        plot_speed(RUNGS, folder / "speed.png"),
+        plot_kept(HEADS, CHANNELS, 4, folder / "kept.png"),
+        plot_kept(deep, deep, 1, folder / "deep.png"),
+    ]
+    assert [path.name for path in written] == ["loss.png", "speed.png", "kept.png", "deep.png"]
+    assert [png_size(path) for path in written] == [*[(1200, 675)] * 3, (1200, 1305)]
+
+
+def test_the_same_data_gives_the_same_bytes(tmp_path: Path) -> None:
+    first, second = (plot_speed(RUNGS, tmp_path / name).read_bytes() for name in "ab")
+    assert first == second
+
+
+def test_no_global_state_changes(tmp_path: Path) -> None:
+    before = dict(matplotlib.rcParams)
+    plot_loss(METRICS, tmp_path / "loss.png")
+    assert dict(matplotlib.rcParams) == before
+    assert "matplotlib.pyplot" not in vars(matplotlib)
+
+
+def test_losses_lie_at_their_tokens() -> None:
+    axes, rate_axes = loss_figure(METRICS).axes
+    assert points(axes, 0) == [(100, 3.0), (400, 2.0)]
+    # The evaluation after step 3 has no count of tokens: half-way between steps 2 and 4.
+    assert points(axes, 1) == [(0, 3.5), (300, 2.5), (400, 2.25)]
+    assert axes.get_xlim() == (0, 400)
+    assert "token" in axes.get_xlabel() and "nats" in axes.get_ylabel()
+    assert rate_axes.get_ylim() == (0, 1)
+
+
+def test_omission_rate_is_that_of_the_tokens_before() -> None:
+    _, rate_axes = loss_figure(METRICS).axes
+    (shading,) = rate_axes.collections
+    inside = shading.get_paths()[0].contains_point
+    assert inside((50, 0.39)) and inside((199, 0.39)) and not inside((50, 0.41))
+    assert not inside((201, 0.01)) and not inside((399, 0.01))
+
+
+def test_many_losses_get_their_running_mean() -> None:
+    rows = [
+        {"step": i, "tokens": 10 * i, "loss": float(i % 2), "omission_rate": 0.0}
+        for i in range(1, 121)
+    ]
+    axes = loss_figure(rows).axes[0]
+    assert len(points(axes, 0)) == 120
+    means = points(axes, 1)
+    assert len(means) == 119 and means[0] == (15, 0.5) and {y for _, y in means} == {0.5}
+    legend = axes.get_legend()
+    assert legend is not None and "mean of 2 records" in legend.get_texts()[0].get_text()
+
+
+def test_a_run_of_no_steps_still_draws(tmp_path: Path) -> None:
+    assert plot_loss(METRICS[:1], tmp_path / "loss.png").exists()
+    untimed = [{**RUNGS[0], "tokens_per_second": None, "steps_timed": 0}]
+    assert plot_speed(untimed, tmp_path / "speed.png").exists()
+
+
+def test_bars_are_medians_and_lines_are_bounds() -> None:
+    axes = speed_figure(RUNGS).axes[0]
+    assert [bar.get_height() for bar in axes.patches] == [140.0, 0.0, 100.0]
+    (limits,) = [c for c in axes.collections if isinstance(c, LineCollection)]
+    assert_close([s[0, 1] for s in limits.get_segments()], [150, 120, 100], "float64", "forward")
+    assert labels(axes) == ["140\n1.40×", "under 3\ntimed steps", "100\n1.00×"]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["40 %", "20 %", "dense"]
+    assert axes.get_ylim()[1] > 150
+
+
+def test_without_a_measured_dense_rung_there_is_no_bound() -> None:
+    axes = speed_figure(RUNGS[:2]).axes[0]
+    assert labels(axes)[0] == "140"
+    assert not axes.collections and axes.get_legend() is None
+
+
+def test_maps_show_shares_layer_by_layer() -> None:
+    heads, channels, *bars = kept_figure(HEADS, CHANNELS, 4, head_unit="query head").axes
+    assert_close(heads.images[0].get_array(), HEADS / 4, "float64", "forward")
+    assert_close(channels.images[0].get_array(), CHANNELS / 4, "float64", "forward")
+    assert heads.get_xlabel() == "query head" and channels.get_xlabel() == "channel"
+    assert heads.get_ylabel() == "layer" and len(bars) == 2
+    assert heads.images[0].get_clim() == (0, 1)
+
+
+def test_a_map_without_contrast_has_the_whole_scale() -> None:
+    heads = kept_figure(np.full((2, 3), 4), CHANNELS, 4).axes[0]
+    assert heads.images[0].get_clim() == (0, 1)
+
+
+def test_many_channels_are_averaged_in_blocks() -> None:
+    counts = np.arange(2 * 200).reshape(2, 200)
+    channels = kept_figure(np.ones((2, 1), int), counts, 400).axes[1]
+    assert channels.get_xlabel() == "block of 3 channels"
+    shown = channels.images[0].get_array()
+    assert shown is not None and shown.shape == (2, 67)
+    assert_close(shown[1, 0], 201 / 400, "float64", "forward")
+
+
+def test_block_means_where_the_last_block_is_shorter() -> None:
+    means = block_means(np.array([[1, 3, 5, 7, 100]]), 3)
+    assert_close(means, [[2, 6, 100]], "float64", "forward")
+
+
+def test_counts_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="refreshes must be at least 1, got 0"):
+        kept_figure(HEADS, CHANNELS, 0)
+    with pytest.raises(ValueError, match=r"channel_counts must lie in 0\.\.4"):
+        kept_figure(HEADS, CHANNELS + 1, 4)
+    with pytest.raises(ValueError, match="2 layers of heads, 1 of channels"):
+        kept_figure(HEADS, CHANNELS[:1], 4)

@@ -1,0 +1,183 @@
+"""Text tables, the end of a run, and committed rows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sat_jax.analysis.rows import append, latest, read
+from sat_jax.analysis.tables import (
+    duration,
+    end_of_run,
+    fixed_width,
+    markdown,
+    percent,
+    quantity,
+    whole_run_speedup,
+)
+from sat_jax.errors import UserError
+from tests.tolerances import assert_close
+
+
+def rung(rate: float, speed: float | None, **changed: Any) -> dict[str, Any]:
+    return {
+        "omission_rate": rate,
+        "kept_heads": 1.0,
+        "kept_channels": 1 - rate,
+        "steps": 8,
+        "tokens": 8192,
+        "steps_timed": 5,
+        "tokens_per_second": speed,
+        "bound": 1 / (1 - rate / 2),
+    } | changed
+
+
+def summary(**changed: Any) -> dict[str, Any]:
+    return {
+        "perplexity_before": 13.5,
+        "perplexity_after": 6.6,
+        "perplexity_dense": 6.0,
+        "rungs": [rung(0.5, 150.0, tokens=3000), rung(0.0, 100.0, tokens=1000)],
+        "spent_flops": 3e13,
+        "dense_flops": 4e13,
+        "seconds": {"compile": 30.0, "step": 90.0, "data": 0.0, "total": 120.0},
+        "figures": ["runs/a/loss.png", "runs/a/speed.png"],
+        "export": "runs/a/huggingface",
+        "next_commands": ["python -m scripts.generate", "python -m scripts.train"],
+    } | changed
+
+
+def test_fixed_width() -> None:
+    text = fixed_width(("name", "n"), [("a", "1"), ("longer", "100")], ("left", "right"))
+    assert text.split("\n") == [
+        "name      n",
+        "------  ---",
+        "a         1",
+        "longer  100",
+    ]
+
+
+def test_markdown_escapes_bars() -> None:
+    text = markdown(("a|b", "n"), [("x", "1")], ("left", "right"))
+    assert text.split("\n") == ["| a\\|b |   n |", "| ---- | --: |", "| x    |   1 |"]
+
+
+@pytest.mark.parametrize("render", [fixed_width, markdown])
+def test_a_row_of_another_length_is_refused(render: Any) -> None:
+    with pytest.raises(ValueError, match="1 cells under 2 headings"):
+        render(("a", "b"), [("x",)], ("left", "left"))
+    with pytest.raises(ValueError, match="1 cells under 2 headings"):
+        render(("a", "b"), [("x", "y")], ("left",))
+
+
+def test_numbers_for_people() -> None:
+    assert [quantity(v, "FLOP") for v in (12, 1500, 2.5e14, 999.96e9)] == [
+        "12 FLOP", "1.50 kFLOP", "250.0 TFLOP", "1.00 TFLOP",
+    ]  # fmt: skip
+    assert [duration(s) for s in (7.25, 59.96, 125, 3725)] == [
+        "7.2 s", "1 min 00 s", "2 min 05 s", "1 h 02 min",
+    ]  # fmt: skip
+    assert percent(0.405) == "40 %"
+
+
+def test_end_of_run() -> None:
+    assert end_of_run(summary()).split("\n") == [
+        "Held-out perplexity",
+        "  before     13.500",
+        "  after       6.600",
+        "  dense run   6.000  on the same tokens; this run is +10.0 % from it",
+        "",
+        "Speed of each rung: kept shares, median tokens/s, speed-up over the dense rung and its"
+        " FLOP bound",
+        "  rate   heads  channels  steps  timed  tokens/s  speed-up  bound",
+        "  -----  -----  --------  -----  -----  --------  --------  -----",
+        "  0.50   100 %      50 %      8      5       150     1.50x  1.33x",
+        "  dense  100 %     100 %      8      5       100     1.00x  1.00x",
+        "  The whole run: 1.33x, bound 1.33x (from these medians).",
+        "",
+        "Cost",
+        "  FLOPs  30.00 TFLOP  75 % of 40.00 TFLOP for the same tokens, dense",
+        "  time    2 min 00 s  step 75 %, compile 25 %",
+        "",
+        "Written",
+        "  pictures  runs/a/loss.png",
+        "            runs/a/speed.png",
+        "  model     runs/a/huggingface",
+        "",
+        "Next",
+        "  python -m scripts.generate",
+        "  python -m scripts.train",
+    ]
+
+
+def test_end_of_a_run_that_knows_less() -> None:
+    short = summary(
+        export=None, figures=[], rungs=[rung(0.5, 150.0), rung(0.0, 100.0, steps_timed=2)]
+    )
+    del short["perplexity_dense"], short["next_commands"]
+    text = end_of_run(short)
+    assert "  0.50   100 %      50 %      8      5       150         -  1.33x" in text
+    assert "  dense  100 %     100 %      8      2         -         -  1.00x" in text
+    assert "Fewer than 3 timed steps give no speed." in text
+    for absent in ("whole run", "same tokens;", "Written", "Next", "No rung is dense"):
+        assert absent not in text
+
+
+def test_a_run_without_a_dense_rung_says_so() -> None:
+    text = end_of_run(summary(rungs=[rung(0.5, 150.0)]))
+    assert "No rung is dense" in text and "whole run" not in text and "Fewer than" not in text
+
+
+def test_a_rung_is_dense_by_what_it_keeps() -> None:
+    """A rate too small for coarse units keeps everything."""
+    text = end_of_run(summary(rungs=[rung(0.02, 100.0, kept_channels=1.0)]))
+    assert "\n  dense  100 %     100 %      8      5       100     1.00x" in text
+
+
+def test_speedup_of_the_whole_run_weighs_rungs_by_their_time() -> None:
+    # 200 tokens at 20 and 100 at 10 tokens/s take 20 s; 300 at 10 take 30 s.
+    rungs = [rung(0.4, 20.0, tokens=200), rung(0.0, 10.0, tokens=100)]
+    speedup = whole_run_speedup(rungs)
+    assert speedup is not None
+    assert_close(speedup, 1.5, "float64", "forward")
+    assert whole_run_speedup([rung(0.4, None, steps_timed=0), rungs[1]]) is None
+    assert whole_run_speedup(rungs[:1]) is None
+
+
+def test_rows_say_where_they_come_from(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "rows.jsonl"
+    append(file, [{"rate": 0.4, "speed": 0.1 + 0.2}])
+    append(file, [{"rate": 0.4, "speed": 2.0}, {"rate": 0.0, "speed": 1.0}])
+    rows = read(file)
+    assert [(row["rate"], row["speed"]) for row in rows] == [(0.4, 0.1 + 0.2), (0.4, 2), (0, 1)]
+    for row in rows:
+        assert {"date", "commit", "device", "versions"} < row.keys()
+        assert row["versions"]["jax"] and row["device"]["kind"]
+    found = latest(rows, rate=0.4)
+    assert found is not None and found["speed"] == 2.0
+    assert latest(rows, rate=0.4, speed=1.0) is None
+    assert latest(rows, seed=None) is None
+
+
+def test_rows_that_would_lie_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    with pytest.raises(ValueError, match="must not set commit"):
+        append(file, [{"commit": "0" * 40}])
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        append(file, [{"speed": 1.0}, {"speed": float("nan")}])
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("line", ['{"rate": 0.', "[1]", ""])
+def test_a_broken_row_is_named(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"rate": 0.4}) + "\n" + line + "\n")
+    before = file.read_bytes()
+    for use in (read, lambda path: append(path, [{"rate": 0.0}])):
+        with pytest.raises(UserError, match=r"rows\.jsonl:2: not a JSON object") as caught:
+            use(file)
+        assert "\n" not in str(caught.value)
+    assert file.read_bytes() == before
+    with pytest.raises(UserError, match="no such results file"):
+        read(tmp_path / "absent.jsonl")
