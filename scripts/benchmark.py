@@ -5,6 +5,7 @@
   python -m scripts.benchmark --only peer         the dense step against transformers
   python -m scripts.benchmark --only moves        probe, selection, compact and expand
   python -m scripts.benchmark --only reading      prepared rows
+  python -m scripts.benchmark --only start        from the command to its first step, warm
 
 Variants take turns, one step each, so that a busy machine slows all of them alike; every ratio is
 the median of the ratios within a turn. Weights and tokens are random: speed does not depend on
@@ -16,6 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -44,7 +46,7 @@ from sat_jax.train.state import compact_state, expand_state, new_state
 from sat_jax.train.step import StepSettings, make_probe, make_step
 
 RATES = (0.2, 0.4, 0.5, 0.6)
-PARTS = ("steps", "peer", "moves", "reading")
+PARTS = ("steps", "peer", "moves", "reading", "start")
 
 
 class Cost(NamedTuple):
@@ -87,6 +89,7 @@ def main() -> None:
         "peer": lambda: peer(model, given),
         "moves": lambda: moves(model, given),
         "reading": lambda: reading(given),
+        "start": start,
     }
     setting = {
         "model": given.model,

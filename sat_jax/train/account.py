@@ -33,6 +33,8 @@ class Account:
         self.selections = 0
         self.probes = 0
         self.rung_tokens = [0] * len(controller.rungs)
+        # Wall time until the first step was done, of the start that did it.
+        self.first_step_seconds: float | None = None
         self._controller = controller
 
     @property
@@ -46,6 +48,7 @@ class Account:
             "selections": self.selections,
             "probes": self.probes,
             "rung_tokens": self.rung_tokens,
+            "first_step_seconds": self.first_step_seconds,
         }
 
     def restore(self, kept: dict[str, Any], rest: dict[str, Any]) -> None:
@@ -53,6 +56,7 @@ class Account:
         self.kept = {name: np.array(counts) for name, counts in kept.items()}
         self.selections, self.probes = rest["selections"], rest["probes"]
         self.rung_tokens = list(rest["rung_tokens"])
+        self.first_step_seconds = rest["first_step_seconds"]
 
     def chosen(self, rung: Rung, masks: Masks, probed: bool) -> None:
         """Counts one selection."""

@@ -50,6 +50,7 @@ def finish(
             "selections": account.selections,
             "probes": account.probes,
             "compile_seconds": compile_seconds,
+            "first_step_seconds": account.first_step_seconds,
             "data": task.data.info.fingerprint,
             "figures": figures,
             "export": export,

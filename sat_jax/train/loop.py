@@ -97,9 +97,8 @@ class Run:
         start = self._restore_or_begin()
         if start < config.train.steps:
             self._programs.prepare(self._task.controller.rung_at(start).plan)
-        self._metrics = stack.enter_context(
-            MetricsLog(self._workdir, start, Progress(config.train.steps, start))
-        )
+        self._progress = Progress(config.train.steps, start)
+        self._metrics = stack.enter_context(MetricsLog(self._workdir, start, self._progress))
         if start == 0:
             self._metrics.log(0, {"eval_loss": self._held_out_loss(), "tokens": 0})
         for step, batch in self._batches(start):
@@ -192,9 +191,11 @@ class Run:
         now = time.perf_counter()
         seconds = now - max(running.started, self._done_at)
         self._done_at = now
+        if self._account.first_step_seconds is None:
+            self._account.first_step_seconds = self._clock.seconds()["total"]
         record = self._account.step(running.rung, metrics, seconds, self._task, running.steady)
         if not np.isfinite(metrics.loss):
-            self._log(f"step {running.number + 1}: the loss is {metrics.loss}")
+            self._progress.note(f"step {running.number + 1}: the loss is {metrics.loss}")
         if (running.number + 1) % self._config.train.log_every == 0:
             self._metrics.log(running.number + 1, record)
 
