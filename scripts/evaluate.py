@@ -24,7 +24,7 @@ from sat_jax.errors import UserError
 if TYPE_CHECKING:
     from sat_jax.data.batch import Batch
     from sat_jax.evaluate.perplexity import Data
-    from sat_jax.models.llama import Llama
+    from sat_jax.evaluate.subject import Subject
 
 LENGTH = 1024
 
@@ -39,7 +39,7 @@ def parser() -> Parser:
         required=True,
         metavar="PATH",
         help="one or more: a Hugging Face directory, a .gguf file, package:NAME for the one in an"
-        " installed package, or the work directory of a run that exported its model",
+        " installed package, or the work directory of a run, whose newest checkpoint is taken",
     )
     what = made.add_mutually_exclusive_group(required=True)
     what.add_argument(
@@ -52,8 +52,8 @@ def parser() -> Parser:
     what.add_argument("--prepared", type=Path, metavar="DIR", help="what prepare_data has made")
     add(
         "--tokenizer",
-        help="of --text: model (each model's own, the default), bytes, or a tokenizer.json or its"
-        " folder",
+        help="of --text: model (the one beside the weights), bytes, or a tokenizer.json or its"
+        " folder; default model, or what a run was trained with",
     )
     add("--text-field", metavar="NAME", help="of JSON lines in --text; default text")
     add("--max-bytes", type=int, metavar="N", help="of --text: the first N bytes only")
@@ -93,13 +93,12 @@ def main() -> None:
 
 def _figures(given: argparse.Namespace, name: str, texts: list[str]) -> dict[str, float]:
     """What is printed of one model."""
-    from sat_jax.evaluate.load import model_path
     from sat_jax.evaluate.perplexity import perplexity
-    from sat_jax.interop import load_model
+    from sat_jax.evaluate.subject import open_subject
 
-    path = model_path(name)
-    model = load_model(path, given.dtype)
-    data = _data(given, model, path, texts)
+    subject = open_subject(name)
+    data = _data(given, subject, texts)
+    model = subject.model(given.dtype)
     began = time.perf_counter()
     score = perplexity(model, _shown(data))
     return {
@@ -126,19 +125,17 @@ def _check(given: argparse.Namespace) -> None:
         raise UserError(f"{given.json}: there is no folder {given.json.parent}")
 
 
-def _data(given: argparse.Namespace, model: "Llama", path: Path, texts: list[str]) -> "Data":
-    from sat_jax.data.tokenizer import load_tokenizer
+def _data(given: argparse.Namespace, subject: "Subject", texts: list[str]) -> "Data":
     from sat_jax.evaluate.perplexity import prepared_data, text_data
 
-    config = model.config
+    config = subject.weights.config
     if given.prepared:
         return prepared_data(
             given.prepared, given.split or "held_out", config.vocab_size, given.rows
         )
-    tokenizer = load_tokenizer(given.tokenizer or "model", path, config.vocab_size)
     length = min(LENGTH, config.max_positions) if given.length is None else given.length
     stride = length if given.stride is None else given.stride
-    return text_data(texts, tokenizer, length, stride, given.rows)
+    return text_data(texts, subject.tokenizer(given.tokenizer), length, stride, given.rows)
 
 
 def _shown(data: "Data") -> Iterator["Batch"]:

@@ -6,6 +6,7 @@
 Only the new text goes to standard output; how fast it came goes to standard error.
 """
 
+import sys
 import time
 
 from sat_jax.cli import Parser, run
@@ -21,7 +22,7 @@ def parser() -> Parser:
         required=True,
         metavar="PATH",
         help="a Hugging Face directory, a .gguf file, package:NAME for the one in an installed"
-        " package, or the work directory of a run that exported its model",
+        " package, or the work directory of a run, whose newest checkpoint is taken",
     )
     add(
         "--prompt", required=True, metavar="TEXT", help="what to continue, or with --chat to answer"
@@ -29,8 +30,8 @@ def parser() -> Parser:
     add("--chat", action="store_true", help="put the prompt into the model's chat template")
     add(
         "--tokenizer",
-        default="model",
-        help="model (the one of --model), bytes, or a tokenizer.json or its folder; default model",
+        help="model (the one beside the weights), bytes, or a tokenizer.json or its folder; default"
+        " model, or what a run was trained with",
     )
     add(
         "--max-new-tokens",
@@ -67,18 +68,19 @@ def parser() -> Parser:
 def main() -> None:
     """Loads, then prints token by token."""
     given = parser().parse_args()
-    import sys
-
     from sat_jax.evaluate.generate import Sampling, stream
-    from sat_jax.evaluate.load import load
+    from sat_jax.evaluate.subject import open_subject
     from sat_jax.evaluate.text import TextStream, render_chat
 
     sampling = Sampling(given.temperature, given.top_k, given.top_p)
-    model, tokenizer = load(given.model, given.dtype, given.tokenizer)
+    subject = open_subject(given.model)
+    tokenizer = subject.tokenizer(given.tokenizer)
     text = given.prompt
     if given.chat:
         if tokenizer.chat_template is None:
-            raise UserError(f"{given.model}: no chat template; without --chat it continues a text")
+            raise UserError(
+                f"{given.model}: no chat template; without --chat the prompt is continued"
+            )
         named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         special = {
             name: tokenizer.backend.id_to_token(number)
@@ -90,6 +92,7 @@ def main() -> None:
     if not prompt:
         raise UserError("--prompt is empty, and this tokenizer has no token to begin with")
 
+    model = subject.model(given.dtype)
     out = TextStream(tokenizer.decode, prompt)
     began, counted = time.perf_counter(), []
     new = stream(model, [prompt], given.max_new_tokens, sampling=sampling, seed=given.seed)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,12 +14,14 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sat_jax.config import Config, DataConfig
 from sat_jax.data.tokenizer import load_tokenizer
 from sat_jax.errors import UserError
 from sat_jax.evaluate import generate as module
+from sat_jax.evaluate import subject
 from sat_jax.evaluate.generate import GREEDY, Sampling, generate, stream
 from sat_jax.evaluate.text import TextStream, render_chat
-from sat_jax.interop import load_model
+from sat_jax.interop import load_model, open_weights
 from sat_jax.models.cache import empty_cache, extend, for_decoding
 from sat_jax.models.llama import Llama
 from sat_jax.models.rope import RopeConfig
@@ -184,6 +185,8 @@ def test_stream_is_generate_in_parts() -> None:
     assert [len(row) for row in whole] == [70, 70]
     parts = list(stream(model, prompts, 70, stop_ids=(), every=8))
     assert [len(part[0]) for part in parts] == [8] * 8 + [6]
+    at_most = stream(model, prompts, 70, stop_ids=(), every=100)
+    assert [part[0] for part in at_most] == [whole[0][:64], whole[0][64:]]
     assert [[t for part in parts for t in part[row]] for row in (0, 1)] == whole
     assert generate(model, prompts, 1, stop_ids=()) == [row[:1] for row in whole]
 
@@ -206,7 +209,7 @@ def test_samples_follow_the_seed_and_not_the_neighbours() -> None:
         (GREEDY, [0, 0, 1, 0]),
         (Sampling(1.0), [0.15, 0.3, 0.5, 0.05]),
         (Sampling(0.5), [0.0225, 0.09, 0.25, 0.0025]),
-        (Sampling(1e-30), [0, 0, 1, 0]),
+        (Sampling(1e-6), [0, 0, 1, 0]),
         (Sampling(1.0, top_k=2), [0, 0.3, 0.5, 0]),
         (Sampling(1.0, top_p=0.75), [0, 0.3, 0.5, 0]),
         (Sampling(1.0, top_p=0.85), [0.15, 0.3, 0.5, 0]),
@@ -234,8 +237,10 @@ def test_what_is_drawn(sampling: Sampling, expected: list[float]) -> None:
         (lambda m: generate(m, [[-1]], 1), "has the id -1"),
         (lambda m: generate(m, [[1]], 0), "max_new_tokens 0"),
         (lambda m: generate(m, [[1] * 100], 29), "100 tokens and 29 new .* 128 positions"),
+        (lambda m: generate(m, [[1]], 1, seed=-1), "seed -1"),
         (lambda _: Sampling(-1.0), "temperature -1"),
         (lambda _: Sampling(float("nan")), "temperature nan"),
+        (lambda _: Sampling(1e-7), "temperature 1e-07"),
         (lambda _: Sampling(1.0, top_k=0), "top_k 0"),
         (lambda _: Sampling(1.0, top_p=0.0), "top_p 0"),
         (lambda _: Sampling(top_k=4), "need a temperature"),
@@ -329,15 +334,12 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
 
 
 def test_script_streams_what_generate_says(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_folder = tmp_path / "run"
-    shutil.copytree(GOLDEN / "llama_gqa", run_folder / "huggingface")
-    (run_folder / "metrics.jsonl").touch()
     ids = generate(golden("llama_gqa"), [list(b"Once")], 20)[0]
     command(
         monkeypatch,
-        *("--model", run_folder, "--tokenizer", "bytes", "--prompt", "Once"),
+        *("--model", GOLDEN / "llama_gqa", "--tokenizer", "bytes", "--prompt", "Once"),
         *("--max-new-tokens", "20"),
     )
     printed = capsys.readouterr()
@@ -362,7 +364,13 @@ def test_script_refuses(
         command(monkeypatch, "--model", GOLDEN / "llama_gqa", "--tokenizer", "bytes", *arguments)
 
 
-def test_a_run_without_an_exported_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(UserError, match="without an exported model"):
-        command(monkeypatch, "--model", tmp_path, "--prompt", "x")
+def test_a_run_stands_for_its_newest_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = Config(data=DataConfig(tokenizer="bytes"))
+    trained = open_weights(GOLDEN / "llama_gqa"), config
+    monkeypatch.setattr(subject, "is_run", lambda path: path == tmp_path)
+    monkeypatch.setattr(subject, "open_run", lambda path: {tmp_path: trained}[path])
+    command(monkeypatch, "--model", tmp_path, "--prompt", "Once", "--max-new-tokens", 20)
+    ids = generate(golden("llama_gqa"), [list(b"Once")], 20)[0]
+    assert capsys.readouterr().out == load_tokenizer("bytes", None, 256).decode(ids) + "\n"

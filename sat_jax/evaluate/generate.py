@@ -41,8 +41,10 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature {self.temperature}; accepted: 0 (greedy) or more")
+        if self.temperature != 0 and not 1e-6 <= self.temperature < math.inf:
+            raise UserError(
+                f"temperature {self.temperature}; accepted: 0 (greedy), or from 1e-6 on"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k {self.top_k}; accepted: 1 or more")
         if not 0 < self.top_p <= 1:
@@ -97,6 +99,10 @@ def stream(
     A row that has ended adds empty lists.
     """
     _check(model.config, prompts, max_new_tokens)
+    if not 0 <= seed < 1 << 32:
+        raise UserError(f"seed {seed}; accepted: 0 to {(1 << 32) - 1}")
+    if every < 1:
+        raise ValueError(f"every {every}; accepted: 1 or more")
     ends = frozenset(model.config.eos_token_ids if stop_ids is None else stop_ids)
     longest = max(map(len, prompts))
     width = _rounded(longest - 1)
@@ -208,8 +214,7 @@ def _choose(
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     batch, size = logits_BV.shape
-    # The largest is 0 from here on, so that no temperature overflows.
-    scaled = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / sampling.temperature
+    scaled = logits_BV / sampling.temperature
     ids = None
     if sampling.top_k is not None or sampling.top_p < 1:
         scaled, ids = jax.lax.top_k(scaled, min(sampling.top_k or size, size))

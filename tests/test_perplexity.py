@@ -1,0 +1,250 @@
+"""Perplexity: every token is predicted once, in the context that the windows say."""
+
+import functools
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sat_jax.data.prepare import prepare
+from sat_jax.data.tokenizer import load_tokenizer
+from sat_jax.errors import UserError
+from sat_jax.evaluate.perplexity import (
+    Score,
+    perplexity,
+    prepared_data,
+    read_text,
+    text_data,
+    windows,
+)
+from sat_jax.interop import load_model
+from sat_jax.models.llama import Llama
+from scripts import evaluate as script
+from tests.tolerances import assert_close
+
+GOLDEN = Path(__file__).parent / "golden"
+TEXTS = ["It is a truth universally acknowledged,", "that", "a single man in possession of é€"]
+
+
+@functools.cache
+def golden() -> Llama:
+    return load_model(GOLDEN / "llama_gqa")
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _logits(graph, params, tokens, segment_ids):
+    return nnx.merge(graph, params)(tokens, segment_ids)
+
+
+@functools.cache
+def log_probabilities(tokens: tuple[int, ...]) -> np.ndarray:
+    """log p of every token after the first, each from all before it, float64."""
+    row = np.zeros((1, 64), np.int32)
+    row[0, : len(tokens)] = tokens
+    logits = _logits(*nnx.split(golden()), row, (np.arange(64) < len(tokens)).astype(int)[None])
+    logits = np.asarray(logits)[0].astype(np.float64)
+    logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    return logits[np.arange(len(tokens) - 1), tokens[1:]]
+
+
+def by_hand(document: Sequence[int], length: int, stride: int) -> float:
+    """The windows' negative log-likelihood, one window after the other, as the text defines it."""
+    total, predicted, start = 0.0, 1, 0
+    while predicted < len(document):
+        window = tuple(document[start : start + length + 1])
+        total -= log_probabilities(window)[predicted - start - 1 :].sum()
+        predicted, start = start + len(window), start + stride
+    return total
+
+
+@given(
+    st.lists(st.integers(0, 20), min_size=1, max_size=5),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(1, 3),
+)
+def test_every_token_but_the_first_is_predicted_once(
+    sizes: list[int], length: int, stride: int, rows: int
+) -> None:
+    stride = min(stride, length)
+    documents = [list(range(100 * n, 100 * n + size)) for n, size in enumerate(sizes, 1)]
+    predicted = []
+    for batch in windows(documents, length, stride, rows):
+        assert {array.shape for array in batch} == {(rows, length)}
+        for row, column in zip(*batch.loss_mask.nonzero(), strict=True):
+            target, position = batch.targets[row, column], batch.positions[row, column]
+            assert batch.tokens[row, column] == target - 1
+            predicted.append(int(target))
+            # As much context as there is, and length - stride + 1 inputs if there is more.
+            assert position + 1 >= min(target % 100, length - stride + 1)
+    assert sorted(predicted) == [token for document in documents for token in document[1:]]
+
+
+@pytest.mark.parametrize(("length", "stride"), [(16, 16), (16, 5), (8, 1), (64, 64)])
+def test_windows_score_what_they_say(length: int, stride: int) -> None:
+    documents = [list(text.encode()) for text in TEXTS]
+    score = perplexity(golden(), windows(documents, length, stride, 2))
+    expected = sum(by_hand(document, length, stride) for document in documents)
+    assert score.tokens == sum(len(document) - 1 for document in documents)
+    assert_close(score.nll / score.tokens, expected / score.tokens, "float32", "forward")
+
+
+def test_loss_of_the_reference() -> None:
+    reference = np.load(GOLDEN / "llama_gqa" / "reference.npz")
+    score = perplexity(golden(), windows(reference["input_ids"].tolist(), 32, 32, 2))
+    assert score.tokens == 64
+    assert_close(score.nll / 64, reference["loss"], "float32", "forward")
+
+
+def test_the_same_call_gives_the_same_bits() -> None:
+    documents = [list(text.encode()) for text in TEXTS]
+    first, second = (perplexity(golden(), windows(documents, 16, 5, 2)) for _ in range(2))
+    assert first == second
+
+
+def test_per_token_and_per_byte() -> None:
+    score = Score(nll=6 * math.log(2), tokens=3)
+    assert score.per(3) == pytest.approx(4)
+    assert score.per(6) == pytest.approx(2)
+    assert score.bits_per(12) == pytest.approx(0.5)
+    assert Score(1e6, 1).per(1) == math.inf
+
+
+def test_text_counts_tokens_and_bytes() -> None:
+    tokenizer = load_tokenizer("bytes", None, 256)
+    data = text_data(TEXTS, tokenizer, 16, 16, 2)
+    size = sum(len(text.encode()) for text in TEXTS)
+    assert (data.text_bytes, data.tokens) == (size, size - 3)
+    assert sum(int(batch.loss_mask.sum()) for batch in data.batches) == data.tokens
+
+
+@pytest.mark.parametrize(
+    ("length", "stride", "rows", "message"),
+    [
+        (4, 5, 1, "length 4 and stride 5"),
+        (4, 0, 1, "length 4 and stride 0"),
+        (0, 0, 1, "length 0"),
+        (4, 4, 0, "rows 0"),
+    ],
+)
+def test_windows_that_make_no_sense(length: int, stride: int, rows: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        next(windows([[1, 2]], length, stride, rows))
+
+
+def test_nothing_to_predict() -> None:
+    with pytest.raises(UserError, match="no token to predict"):
+        perplexity(golden(), windows([[1], []], 4, 4, 1))
+
+
+@pytest.mark.parametrize(
+    ("max_bytes", "expected"),
+    [
+        *((None, ["aé", "b€"]), (9, ["aé", "b€"]), (7, ["aé", "b€"]), (6, ["aé", "b"])),
+        *((4, ["aé", "b"]), (3, ["aé"]), (2, ["a"])),
+    ],
+)
+def test_text_is_cut_at_a_character(
+    tmp_path: Path, max_bytes: int | None, expected: list[str]
+) -> None:
+    lines = [json.dumps({"story": text}) for text in ("aé", "", "b€")]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    assert read_text(str(tmp_path / "x.jsonl"), "story", max_bytes) == expected
+
+
+def test_prepared_data_is_what_training_reads(tmp_path: Path) -> None:
+    for name, text in enumerate(["held " * 3, "some text to train on " * 2, "another one of them"]):
+        (tmp_path / f"{name}.txt").write_text(text)
+    tokenizer = load_tokenizer("bytes", None, 256)
+    prepared = prepare(
+        sources=str(tmp_path / "*.txt"),
+        tokenizer=tokenizer,
+        row_length=16,
+        held_out=0.3,
+        root=tmp_path / "out",
+    )
+    seen = 0
+    for split, info in prepared.info.splits.items():
+        data = prepared_data(prepared.path, split, 256, 2)
+        score = perplexity(golden(), data.batches)
+        assert score.tokens == data.tokens == info.targets
+        assert data.text_bytes == info.text_bytes
+        seen += data.text_bytes
+        if info.documents == 1:
+            (document,) = [
+                text.encode()
+                for text in read_text(str(tmp_path / "*.txt"))
+                if len(text) == info.text_bytes
+            ]
+            assert_close(
+                score.nll / score.tokens,
+                by_hand(document, 16, 16) / score.tokens,
+                "float32",
+                "forward",
+            )
+    assert seen == sum(file.stat().st_size for file in tmp_path.glob("*.txt"))
+    with pytest.raises(UserError, match="tokenizer of 256 ids, but the model has 255"):
+        prepared_data(prepared.path, "train", 255, 2)
+    with pytest.raises(UserError, match="no prepared data"):
+        prepared_data(tmp_path, "train", 256, 2)
+
+
+# --- The script ------------------------------------------------------------------------------
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
+    model = ("--model", GOLDEN / "llama_gqa")
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, (*model, *arguments))])
+    script.main()
+
+
+def test_script_prints_a_table_and_writes_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "x.txt").write_text(TEXTS[0])
+    command(
+        monkeypatch,
+        *(GOLDEN / "llama_gqa_sharded", "--text", tmp_path / "x.txt", "--tokenizer", "bytes"),
+        *("--length", "16", "--stride", "5", "--rows", "2", "--json", tmp_path / "out.json"),
+    )
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["settings"]["stride"] == 5
+    first, second = content["models"]
+    assert Path(second["model"]).name == "llama_gqa_sharded"
+    assert first["nll"] == second["nll"]  # the same weights
+    document = TEXTS[0].encode()
+    assert (first["tokens"], first["bytes"]) == (len(document) - 1, len(document))
+    nll = by_hand(document, 16, 5)
+    assert_close(math.log(first["perplexity"]), nll / first["tokens"], "float32", "forward")
+    assert_close(math.log(first["byte_perplexity"]), nll / first["bytes"], "float32", "forward")
+    assert_close(first["bits_per_byte"], nll / first["bytes"] / math.log(2), "float32", "forward")
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["model", *(key for key in first if key != "model")]
+    assert lines[0].split()[1:4] == [str(len(document) - 1), str(len(document)), f"{nll:,.4f}"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "one of the arguments --text --prepared is required"),
+        (["--text", "nowhere"], "nowhere: no such file or folder"),
+        (["--text", "x", "--split", "train"], "--split says nothing to --text"),
+        (["--prepared", "x", "--max-bytes", "3"], "--max-bytes says nothing to --prepared"),
+        (["--prepared", "nowhere"], "nowhere: no prepared data"),
+        (["--text", "x", "--rows", "0"], "--rows 0"),
+        (["--text", "x", "--json", "nowhere/x.json"], "there is no folder nowhere"),
+    ],
+)
+def test_script_refuses(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        command(monkeypatch, *arguments)
