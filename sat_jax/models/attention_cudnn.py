@@ -7,6 +7,7 @@ layer at a time (2·B·T² bytes in bfloat16). Both are exact and neither looks 
 jax's public function does not know offsets: this is the only module that reaches behind it.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -70,32 +71,27 @@ def attend(
     length = documents.shape[1]
     # The backward pass with a bias takes an even number of tokens only.
     q, k, v, documents = pad_rows(2, q_BTKGE, k_BTKE, v_BTKE, documents)
-    o = jax.checkpoint(_attend, policy=_is_kernel)(
-        q.reshape(*q.shape[:2], -1, q.shape[-1]), k, v, documents
-    )
+    # The kernels' query head h reads KV head h // G, which is what group-major means.
+    operands = q.reshape(*q.shape[:2], -1, q.shape[-1]), k, v, documents
+    found = device()
+    if found and found.cudnn >= _OFFSETS_CUDNN and found.capability >= _OFFSETS_CAPABILITY:
+        few = jnp.max(documents) < MAX_DOCUMENTS
+        o = jax.lax.cond(few, _attend_by_offsets, _attend_by_bias, *operands)
+    else:
+        o = _attend_by_bias(*operands)
     return o.reshape(q.shape)[:, :length]
 
 
 def _is_kernel(primitive: Any, *_: Any, **__: Any) -> bool:
-    """What the backward pass finds saved: the kernels' outputs. A bias is made again."""
     return bool(primitive.name == "dot_product_attention_fwd_wrapper")
 
 
-def _attend(
-    q_BTHE: Float[Array, "B T H E"],
-    k_BTKE: Float[Array, "B T K E"],
-    v_BTKE: Float[Array, "B T K E"],
-    documents: Int[Array, "B T"],
-) -> Float[Array, "B T H E"]:
-    """Query head h reads KV head h // (H / K), which is what group-major means."""
-    found = device()
-    operands = q_BTHE, k_BTKE, v_BTKE, documents
-    if found and found.cudnn >= _OFFSETS_CUDNN and found.capability >= _OFFSETS_CAPABILITY:
-        few = jnp.max(documents) < MAX_DOCUMENTS
-        return jax.lax.cond(few, _attend_by_offsets, _attend_by_bias, *operands)
-    return _attend_by_bias(*operands)
+# What the backward pass finds saved are the kernels' outputs; bias and offsets are made again, so
+# that neither branch of the choice above has to hand them over in the other's name.
+_saves_kernel = functools.partial(jax.checkpoint, policy=_is_kernel)
 
 
+@_saves_kernel
 def _attend_by_offsets(
     q_BTHE: Float[Array, "B T H E"],
     k_BTKE: Float[Array, "B T K E"],
@@ -116,6 +112,7 @@ def _attend_by_offsets(
     )
 
 
+@_saves_kernel
 def _attend_by_bias(
     q_BTHE: Float[Array, "B T H E"],
     k_BTKE: Float[Array, "B T K E"],

@@ -27,13 +27,11 @@ def pad_rows(
     Int[Array, "B T2"],
 ]:
     """Rows made longer up to a multiple of `multiple`, by one more document of zeros."""
-    length = documents.shape[1]
-    more = -length % multiple
+    more = -documents.shape[1] % multiple
 
-    def pad(x: Array, value: int = 0) -> Array:
-        widths = [(0, 0)] * x.ndim
-        widths[1] = (0, more)
-        return jnp.pad(x, widths, constant_values=value)
+    def pad(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)))
 
-    # A row has at most `length` documents, numbered from 0.
-    return pad(q_BTKGE), pad(k_BTKE), pad(v_BTKE), pad(documents, length)
+    rest = jnp.broadcast_to(documents[:, -1:] + 1, (len(documents), more))
+    longer = jnp.concatenate([documents, rest], axis=1)
+    return pad(q_BTKGE), pad(k_BTKE), pad(v_BTKE), longer

@@ -1,0 +1,442 @@
+"""Attention: every backend equals the formula, and no gradient crosses a document's border."""
+
+import contextlib
+import functools
+import json
+import re
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sat_jax.errors import UserError
+from sat_jax.models import attention_cudnn, attention_splash, attention_xla, dot_product
+from sat_jax.models.documents import number_documents
+from sat_jax.models.dot_product import dot_product_attention
+from sat_jax.parallel.rules import BATCH, parameter_spec
+from tests.tolerances import assert_close
+
+# Rows of several blocks and tiles, whose length none of them divides; padding last in the first
+# row, in between in the second.
+LENGTH = 299
+ROWS = ([1] * 130 + [2] * 3 + [3] + [4] * 120 + [0] * 45, [7] * 200 + [0] * 50 + [8] * 49)
+SEGMENTS = np.array(ROWS, np.int32)
+HEADS = (2, 3, 8)  # KV groups, query heads in each, head size
+
+
+def arrays(rows: int, length: int, heads: tuple[int, int, int], seed: int = 0) -> list[np.ndarray]:
+    """q, k, v and a cotangent of the output, float32."""
+    groups, queries, size = heads
+    random = np.random.default_rng(seed)
+    wide, narrow = (rows, length, groups, queries, size), (rows, length, groups, size)
+    return [random.standard_normal(s).astype(np.float32) for s in (wide, narrow, narrow, wide)]
+
+
+def reference(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, do: np.ndarray, segments: np.ndarray
+) -> list[np.ndarray]:
+    """Output and gradients of q, k and v by the formula, in float64."""
+    q, k, v, do = (x.astype(np.float64) for x in (q, k, v, do))
+    scale = q.shape[-1] ** -0.5
+    o, dq, dk, dv = (np.zeros_like(x) for x in (q, q, k, v))
+    for b, t in np.ndindex(segments.shape):
+        first = t
+        while first and segments[b, first - 1] == segments[b, t]:
+            first -= 1
+        seen = slice(first, t + 1)
+        for h, g in np.ndindex(q.shape[2:4]):
+            scores = k[b, seen, h] @ q[b, t, h, g] * scale
+            weights = np.exp(scores - scores.max())
+            weights /= weights.sum()
+            o[b, t, h, g] = weights @ v[b, seen, h]
+            dweights = v[b, seen, h] @ do[b, t, h, g]
+            dscores = weights * (dweights - weights @ dweights) * scale
+            dq[b, t, h, g] = dscores @ k[b, seen, h]
+            dk[b, seen, h] += np.outer(dscores, q[b, t, h, g])
+            dv[b, seen, h] += np.outer(weights, do[b, t, h, g])
+    return [o, dq, dk, dv]
+
+
+def with_gradients(attend: Callable) -> Callable:
+    """(q, k, v, cotangent, segments) → output and gradients of q, k, v, compiled once a shape."""
+
+    @jax.jit
+    def run(q, k, v, do, segments):
+        documents = number_documents(segments)
+        o, pull = jax.vjp(lambda q, k, v: attend(q, k, v, documents), q, k, v)
+        return o, *pull(do)
+
+    return run
+
+
+def packed_kernel(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type):
+    """What the fused kernel promises for segments, without cuDNN: each causal, the rest garbage."""
+    assert mask_type == attention_cudnn.fused.MaskType.PADDING_CAUSAL
+    assert kv_seqlen is q_seqlen and kv_offsets is q_offsets
+    place = jnp.arange(q.shape[1])[None, :, None]
+    begins, lengths = q_offsets[:, None, :-1], q_seqlen[:, None, :]
+    inside = (lengths >= 0) & (place >= begins) & (place < begins + lengths)
+    same = jnp.einsum("BTM,BSM->BTS", inside.astype(int), inside.astype(int)) > 0
+    earlier = jnp.tril(jnp.ones(same.shape[1:], bool))[None]
+    o = xla_kernel(q, k, v, mask=(same & earlier)[:, None], scale=scale)
+    return jnp.where(inside.any(axis=-1)[..., None, None], o, jnp.nan)
+
+
+def xla_kernel(*operands, implementation: str = "cudnn", **settings):
+    """jax's own formula in the place of cuDNN's kernel."""
+    assert implementation == "cudnn"
+    return PUBLIC(*operands, implementation="xla", **settings)
+
+
+PUBLIC = jax.nn.dot_product_attention
+HOPPER = attention_cudnn.Device(cudnn=91_200, capability=(9, 0))
+AMPERE = attention_cudnn.Device(cudnn=91_200, capability=(8, 0))
+
+
+def cudnn(found: attention_cudnn.Device, most: int, *operands):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_cudnn, "device", lambda: found)
+        patch.setattr(attention_cudnn, "MAX_DOCUMENTS", most)
+        patch.setattr(attention_cudnn.fused, "dot_product_attention", packed_kernel)
+        patch.setattr(jax.nn, "dot_product_attention", xla_kernel)
+        return attention_cudnn.attend(*operands)
+
+
+BACKENDS = {
+    "xla": attention_xla.attend,
+    "splash": functools.partial(attention_splash.attend, interpret=True),
+    # Around a stand-in for the kernel: what is tested is what we hand over.
+    "cudnn offsets": functools.partial(cudnn, HOPPER, 6),
+    "cudnn too many documents": functools.partial(cudnn, HOPPER, 5),
+    "cudnn bias": functools.partial(cudnn, AMPERE, 6),
+}
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def run(request: pytest.FixtureRequest) -> Callable:
+    return with_gradients(BACKENDS[request.param])
+
+
+@functools.cache
+def expected() -> list[np.ndarray]:
+    return reference(*arrays(len(SEGMENTS), LENGTH, HEADS), SEGMENTS)
+
+
+def assert_matches(got: list, desired: list[np.ndarray], dtype: str) -> None:
+    assert_close(np.asarray(got[0], np.float32), desired[0], dtype, "forward")
+    # Together: the gradient of a query that sees only itself is zero, and has no scale of its own.
+    flat = [np.concatenate([np.ravel(x) for x in part[1:]]) for part in (got, desired)]
+    assert_close(flat[0].astype(np.float32), flat[1], dtype, "backward")
+
+
+def test_backends_equal_the_formula(run: Callable) -> None:
+    assert_matches(run(*arrays(len(SEGMENTS), LENGTH, HEADS), SEGMENTS), expected(), "float32")
+
+
+def test_documents_receive_exactly_no_gradient_from_each_other(run: Callable) -> None:
+    q, k, v, do = arrays(len(SEGMENTS), LENGTH, HEADS)
+    documents = np.asarray(number_documents(jnp.asarray(SEGMENTS)))
+    for number in range(documents.max() + 1):  # padding is among them
+        chosen = (documents == number)[..., None, None]
+        o, *grads = run(q, k, v, np.where(chosen[..., None], do, 0), SEGMENTS)
+        assert np.isfinite(o).all()
+        for grad in grads:
+            grad = np.asarray(grad).reshape(*chosen.shape[:2], -1)
+            assert np.isfinite(grad).all()
+            assert (grad[documents != number] == 0).all()
+            assert (grad[documents == number] != 0).any() == chosen.any()
+
+
+def test_bfloat16() -> None:
+    operands = [jnp.asarray(x, jnp.bfloat16) for x in arrays(len(SEGMENTS), LENGTH, HEADS)]
+    got = with_gradients(attention_xla.attend)(*operands, SEGMENTS)
+    assert {x.dtype for x in got} == {jnp.dtype(jnp.bfloat16)}
+    rounded = reference(*(np.asarray(x, np.float32) for x in operands), SEGMENTS)
+    assert_matches(got, rounded, "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def small_blocks() -> Iterator[Callable]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_xla, "BLOCK", 8)
+        yield with_gradients(attention_xla.attend)
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_blocks_of_any_row(small_blocks: Callable, data: st.DataObject) -> None:
+    length = data.draw(st.sampled_from([1, 20]), "length")
+    heads = data.draw(st.sampled_from([(1, 1, 4), (2, 3, 2)]), "heads")
+    ids = st.lists(st.integers(0, 3), min_size=length, max_size=length)
+    if data.draw(st.booleans(), "long documents"):
+        ids = ids.map(sorted)
+    segments = np.array([data.draw(ids, "row") for _ in range(2)], np.int32)
+    operands = arrays(2, length, heads, data.draw(st.integers(0, 2**16), "seed"))
+    assert_matches(small_blocks(*operands, segments), reference(*operands, segments), "float32")
+
+
+def test_large_scores_stay_finite(small_blocks: Callable) -> None:
+    q, k, v, do = arrays(2, 20, (2, 3, 2))
+    got = small_blocks(1e3 * q, 1e3 * k, v, do, np.ones((2, 20), np.int32))
+    assert all(np.isfinite(x).all() for x in got)
+
+
+def test_documents_are_runs_of_segment_ids() -> None:
+    ids = jnp.array([[5, 5, 2, 2, 5, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
+    np.testing.assert_array_equal(
+        number_documents(ids), [[0, 0, 1, 1, 2, 3, 3], [0, 0, 0, 0, 0, 0, 0]]
+    )
+
+
+def test_blocks_that_no_document_reaches_are_skipped() -> None:
+    # Two rows in four blocks of two tokens: the second row reaches back further from block 2 on.
+    documents = jnp.array([[0, 0, 1, 1, 2, 2, 2, 3], [0, 1, 2, 2, 2, 3, 3, 3]])
+    blocks = documents.reshape(2, 4, 2).swapaxes(0, 1)
+    np.testing.assert_array_equal(attention_xla._first_visible(blocks), [0, 1, 1, 2])
+
+
+def test_scores_never_exist_whole() -> None:
+    length, heads = 1024, (2, 2, 16)
+    operands = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays(1, length, heads)]
+    segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    compiled = with_gradients(attention_xla.attend).lower(*operands, segments).compile()
+    scores = 4 * heads[0] * heads[1] * length**2
+    assert compiled.memory_analysis().temp_size_in_bytes < scores / 4
+
+
+# Choice and refusal
+
+
+def on(patch: pytest.MonkeyPatch, platform: str, found: attention_cudnn.Device | None = None):
+    """Traces as on `platform`, in every process that has no such device."""
+    patch.setattr(dot_product, "_platform", lambda: platform)
+    patch.setattr(attention_cudnn, "device", lambda: found)
+    patch.setattr(attention_cudnn, "_FIRST_JAX", (0,))
+    patch.setattr(attention_cudnn.fused, "check_cudnn_version", lambda: 91_200)
+    patch.setattr(attention_cudnn.fused, "check_compute_capability", lambda _: True)
+
+
+def queries(dtype: str, size: int = 64) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, 8, 1, 1, size), dtype)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "size", "name"),
+    [
+        ("cpu", "bfloat16", 64, "xla"),
+        ("tpu", "bfloat16", 64, "splash"),
+        ("tpu", "float32", 80, "splash"),
+        ("tpu", "float32", 1024, "xla"),
+        ("gpu", "bfloat16", 256, "cudnn"),
+        ("gpu", "float32", 64, "xla"),
+        ("gpu", "bfloat16", 60, "xla"),
+    ],
+)
+def test_none_chooses_by_platform_dtype_and_shape(
+    monkeypatch: pytest.MonkeyPatch, platform: str, dtype: str, size: int, name: str
+) -> None:
+    on(monkeypatch, platform, HOPPER if platform == "gpu" else None)
+    assert dot_product._choice(queries(dtype, size)) == name
+
+
+@pytest.mark.parametrize(
+    ("platform", "found", "dtype", "size", "name", "message"),
+    [
+        ("cpu", None, "float32", 64, "flash", "'flash'; accepted: xla, splash, cudnn"),
+        ("cpu", None, "float32", 64, "splash", "'splash': it needs a TPU, this is cpu"),
+        ("cpu", None, "bfloat16", 64, "cudnn", "'cudnn': it needs an NVIDIA GPU with cuDNN, this"),
+        ("gpu", None, "bfloat16", 64, "cudnn", "this is gpu"),
+        ("tpu", None, "float16", 64, "splash", "dtype float16; accepted: bfloat16, float32"),
+        ("tpu", None, "float32", 520, "splash", "head size 520; accepted: up to 512"),
+        ("gpu", HOPPER, "float32", 64, "cudnn", "dtype float32; accepted: bfloat16, float16"),
+        (
+            "gpu",
+            HOPPER,
+            "bfloat16",
+            60,
+            "cudnn",
+            "head size 60; accepted: multiples of 8 up to 256",
+        ),
+        (
+            "gpu",
+            AMPERE,
+            "bfloat16",
+            136,
+            "cudnn",
+            "head size 136; accepted: multiples of 8 up to 128",
+        ),
+    ],
+)
+def test_a_backend_asked_for_never_falls_back(
+    monkeypatch: pytest.MonkeyPatch,
+    platform: str,
+    found: attention_cudnn.Device | None,
+    dtype: str,
+    size: int,
+    name: str,
+    message: str,
+) -> None:
+    on(monkeypatch, platform, found)
+    q, kv = jnp.zeros((1, 8, 1, 1, size), dtype), jnp.zeros((1, 8, 1, size), dtype)
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        dot_product_attention(q, kv, kv, jnp.ones((1, 8), jnp.int32), implementation=name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_jax_that_misreads_offsets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, "gpu", HOPPER)
+    monkeypatch.setattr(attention_cudnn, "_FIRST_JAX", (99, 1, 0))
+    reason = dot_product.refusals(queries("bfloat16"))["cudnn"]
+    assert reason == f"it needs jax 99.1.0 or newer, this is {jax.__version__}"
+
+
+def test_the_platform_is_the_default_device() -> None:
+    assert dot_product._platform() == "cpu"
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert dot_product._platform() == "cpu"
+
+
+# Programs for devices that are not here: lowered, not run
+
+
+def lowered(platform: str, mesh: Mesh | None = None) -> str:
+    """The program of output and gradients of four rows, in bfloat16, for `platform`."""
+
+    @jax.jit
+    def run(q, k, v, do, segments):
+        o, pull = jax.vjp(lambda *qkv: dot_product_attention(*qkv, segments), q, k, v)
+        return o, *pull(do)
+
+    def shape(*sizes: int, dtype: str = "bfloat16") -> jax.ShapeDtypeStruct:
+        axes = (*BATCH, None, "tensor")[: len(sizes) - 1]
+        sharding = None if mesh is None else NamedSharding(mesh, P(*axes))
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
+
+    q, kv = shape(4, 256, 2, 3, 64), shape(4, 256, 2, 64)
+    operands = (q, kv, kv, q, shape(4, 256, dtype="int32"))
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        return run.trace(*operands).lower(lowering_platforms=(platform,)).as_text()
+
+
+def operand_shapes(text: str, kernel: str) -> set[str]:
+    """Types of what every custom call whose line names `kernel` takes and gives."""
+    calls = [line for line in text.splitlines() if "custom_call" in line and kernel in line]
+    return {kind for line in calls for kind in re.findall(r"tensor<[\w]+>", line.split(" : ")[-1])}
+
+
+def test_splash_lowers_for_tpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, "tpu")
+    text = lowered("tpu")
+    for kernel in ("fwd_segmented_residuals", "dq_segmented", "dkv_segmented"):
+        assert f"splash_mha_{kernel}" in text
+    shapes = operand_shapes(text, "tpu_custom_call")
+    assert {"tensor<4x6x256x64xbf16>", "tensor<4x2x256x64xbf16>"} <= shapes
+
+
+def cudnn_calls(text: str) -> list[dict]:
+    """Configuration of every call of cuDNN, with its name."""
+    calls = []
+    for line in text.splitlines():
+        if name := re.search(r"@__cudnn\$(\w+)", line):
+            config = re.search(r'backend_config = "(.*?)"[,}]', line).group(1)
+            config = json.loads(config.replace("\\22", '"'))["cudnn_fmha_backend_config"]
+            results = line.split(" -> ")[-1].count("tensor<")
+            calls.append({"name": name.group(1), "results": results, **config})
+    return calls
+
+
+def test_cudnn_lowers_for_nvidia_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, "gpu", AMPERE)
+    calls = cudnn_calls(lowered("cuda"))
+    assert [call["name"] for call in calls] == [
+        "fmhaScaleBiasSoftmax",
+        "fmhaScaleBiasSoftmaxBackward",
+    ]
+    assert {call["mask_type"] for call in calls} == {"CAUSAL"}
+
+    on(monkeypatch, "gpu", HOPPER)
+    calls = cudnn_calls(lowered("cuda"))
+    packed = [call for call in calls if "Bias" not in call["name"]]
+    # Both ways of the choice, one kernel forward and one backward in each.
+    assert len(calls) == 4
+    assert [call["name"] for call in packed] == ["fmhaSoftmax", "fmhaSoftmaxBackward"]
+    for call in packed:
+        assert call["mask_type"] == "PADDING_CAUSAL"
+        assert call["max_seg_per_batch"] == attention_cudnn.MAX_DOCUMENTS
+        assert call["fmha_scale"] == 64**-0.5
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < attention_cudnn._FIRST_JAX, reason="this jax cannot, and is refused"
+)
+def test_no_gradient_of_the_bias_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, "gpu", AMPERE)
+    backward = cudnn_calls(lowered("cuda"))[-1]
+    assert backward["name"] == "fmhaScaleBiasSoftmaxBackward"
+    assert backward["results"] == 4  # gradients of q, k and v, and the kernel's workspace
+
+
+# Meshes
+
+
+def test_axes_are_those_of_the_parameters_and_batches() -> None:
+    assert P(dot_product._ROW_AXES) == BATCH
+    for leaf in ("query", "key", "value"):
+        assert parameter_spec(f"layers/attention/{leaf}", 4)[1] == dot_product._GROUP_AXES[0]
+
+
+ON_EIGHT_DEVICES = """
+import re
+import jax, numpy as np, pytest
+from jax.sharding import NamedSharding, PartitionSpec as P
+from sat_jax.config import MeshConfig
+from sat_jax.models.dot_product import dot_product_attention
+from sat_jax.parallel.mesh import make_mesh
+from tests.test_attention import HOPPER, arrays, lowered, on, operand_shapes
+from tests.tolerances import assert_close
+
+def run(q, k, v, do, segments):
+    o, pull = jax.vjp(lambda *qkv: dot_product_attention(*qkv, segments), q, k, v)
+    return o, *pull(do)
+
+mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+for rows, groups in ((4, 2), (3, 3)):
+    operands = arrays(rows, 20, (groups, 2, 4))
+    segments = np.sort(np.random.default_rng(1).integers(0, 3, (rows, 20), np.int32))
+    with jax.set_mesh(mesh):
+        if rows == 4:
+            heads = NamedSharding(mesh, P(("data", "fsdp"), None, "tensor"))
+            rows_only = NamedSharding(mesh, P(("data", "fsdp")))
+            operands = [jax.device_put(x, heads) for x in operands]
+            segments = jax.device_put(segments, rows_only)
+        compiled = jax.jit(run).lower(*operands, segments).compile()
+        got = compiled(*operands, segments)
+    if rows == 4:
+        assert not re.search(r"all-\\w+|permute|reduce-scatter", compiled.as_text())
+        assert got[0].sharding.is_equivalent_to(heads, 5)
+    one = jax.jit(run)(*map(np.asarray, operands), np.asarray(segments))
+    for actual, desired in zip(got, one, strict=True):
+        assert_close(actual, desired, "float32", "backward")
+
+# Four rows of two KV groups: each device's kernel takes one row, one group, its three query heads.
+with pytest.MonkeyPatch.context() as patch:
+    on(patch, "tpu")
+    shapes = operand_shapes(lowered("tpu", mesh), "tpu_custom_call")
+    assert {"tensor<3x256x64xbf16>", "tensor<1x256x64xbf16>"} <= shapes
+    assert not any("x6x" in shape or "<6x" in shape for shape in shapes)
+    on(patch, "gpu", HOPPER)
+    shapes = operand_shapes(lowered("cuda", mesh), "__cudnn")
+    assert {"tensor<1x256x3x64xbf16>", "tensor<1x256x1x64xbf16>"} <= shapes
+    assert not any("x6x" in shape for shape in shapes)
+"""
+
+
+def test_devices_attend_on_their_own(run_python) -> None:
+    done = run_python("-c", ON_EIGHT_DEVICES, devices=8)
+    assert done.returncode == 0, done.stderr
