@@ -27,6 +27,11 @@ def parser() -> Parser:
     made.add_argument(
         "--record", type=Path, metavar="FILE", help="append the result to this .jsonl file of rows"
     )
+    made.add_argument(
+        "--distributed",
+        action="store_true",
+        help="this is one of several processes that Slurm, Open MPI or a TPU pod started together",
+    )
     return made
 
 
@@ -40,9 +45,14 @@ def main() -> None:
 
     from sat_jax.analysis.results import dense_reference, record_run
     from sat_jax.analysis.tables import end_of_run
+    from sat_jax.parallel.processes import is_primary, join
     from sat_jax.train.loop import train
 
+    if given.distributed:
+        join()
     summary = train(config, given.workdir, lambda line: print(line, file=sys.stderr))
+    if not is_primary():
+        return
     if given.record is not None:
         record_run(given.record, given.config, config, summary)
     reference = dense_reference(_RESULTS, config, summary["data"])

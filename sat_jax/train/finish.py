@@ -1,10 +1,11 @@
 """The end of a run: pictures, the exported model, and `summary.json`."""
 
 import math
+import shutil
 import statistics
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from sat_jax.analysis.flops import probe_flops, training_flops
@@ -13,6 +14,7 @@ from sat_jax.interop.huggingface import write_directory
 from sat_jax.train.account import Account, kept_shares
 from sat_jax.train.metrics import MetricsLog, read_metrics
 from sat_jax.train.setup import Task
+from sat_jax.train.step import probed
 from sat_jax.train.summary import Clock, write_summary
 from sat_jax.train.workdir import WorkDir
 
@@ -20,22 +22,26 @@ from sat_jax.train.workdir import WorkDir
 def finish(
     task: Task,
     workdir: WorkDir,
-    params: dict[str, jax.Array],
+    read: Callable[[str], np.ndarray] | None,
     account: Account,
     metrics: MetricsLog,
     clock: Clock,
     compile_seconds: float,
-) -> dict[str, Any]:
-    """Writes what is left of a run and returns its summary, which marks it as finished."""
+) -> None:
+    """Writes what is left of a run, last its summary, which marks it as finished.
+
+    `read(path)` gives a trained parameter for the exported model; None exports nothing. A run that
+    was interrupted in here does all of it again.
+    """
     metrics.flush()
     records = read_metrics(workdir.metrics)
     rungs = rung_summaries(task, account, records)
     figures = _draw(workdir, task, account, records, rungs)
-    export = _export(task, workdir, params) if task.config.export.huggingface else None
+    export = None if read is None else _export(task, workdir, read)
     evaluations = [r["eval_loss"] for r in records if "eval_loss" in r]
     losses = [r["loss"] for r in records if "loss" in r]
     spent, dense = _flops(task, account)
-    return write_summary(
+    write_summary(
         workdir,
         steps=task.config.train.steps,
         tokens=account.tokens,
@@ -90,8 +96,8 @@ def _flops(task: Task, account: Account) -> tuple[float, float]:
     """Training FLOPs spent, probes included, and what the same tokens cost densely."""
     model, config = task.model, task.config
     length, remat = config.data.row_length, config.model.remat
-    probed = account.probes * min(config.sparsity.probe_tokens, config.train.rows_per_step * length)
-    spent = probed * probe_flops(model, length)
+    seen = probed(config.train.rows_per_step, length, config.sparsity.probe_tokens)
+    spent = account.probes * math.prod(seen) * probe_flops(model, length)
     for rung, tokens in zip(task.controller.rungs, account.rung_tokens, strict=True):
         spent += tokens * training_flops(model, length, rung.plan.segments, remat).total
     return spent, account.tokens * training_flops(model, length, (model.dense,), remat).total
@@ -126,8 +132,9 @@ def _draw(
     return [str(path) for path in figures]
 
 
-def _export(task: Task, workdir: WorkDir, params: dict[str, jax.Array]) -> str:
+def _export(task: Task, workdir: WorkDir, read: Callable[[str], np.ndarray]) -> str:
     directory = workdir.path / "huggingface"
-    write_directory(directory, task.model, lambda path: np.asarray(params[path]))
+    shutil.rmtree(directory, ignore_errors=True)  # of an end that was interrupted
+    write_directory(directory, task.model, read)
     task.tokenizer.save(directory)
     return str(directory)

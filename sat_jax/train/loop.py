@@ -1,6 +1,7 @@
 """The training loop: plain Python between compiled steps."""
 
 import dataclasses
+import enum
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -15,6 +16,8 @@ from sat_jax.config_values import keys, to_dict
 from sat_jax.data.batch import Batch
 from sat_jax.data.batches import Prefetcher, batches, in_order, open_split
 from sat_jax.errors import UserError
+from sat_jax.parallel.mesh import row_share
+from sat_jax.parallel.processes import decide, is_primary, on_host
 from sat_jax.sparsity.controller import Rung
 from sat_jax.train.account import Account
 from sat_jax.train.checkpoint import Checkpoints
@@ -30,26 +33,51 @@ from sat_jax.train.workdir import WorkDir
 from sat_jax.train.working import Working
 
 
+class _Found(enum.IntEnum):
+    """What a work directory holds when a run starts in it."""
+
+    NOTHING = enum.auto()
+    INTERRUPTED = enum.auto()
+    FINISHED = enum.auto()
+
+
 def train(config: Config, directory: Path, log: Callable[[str], None]) -> dict[str, Any]:
     """Runs, or continues, the run in `directory`, and returns its summary.
 
-    A finished run is left as it is. `log` gets lines for people. Raises `UserError` for bad
-    settings or data, and for a directory that is in use or holds a run with other settings.
+    A finished run is left as it is. `log` gets lines for people. All processes of a run call this,
+    with one `directory` that they share. Raises `UserError` for bad settings or data, and for a
+    directory that is in use or holds a run with other settings.
     """
     workdir = WorkDir(directory)
     clock = Clock()
-    with workdir.lock():
-        existed = workdir.settle_config(to_dict(config), {key.path for key in keys() if key.free})
+    tell = log if is_primary() else _say_nothing
+    with ExitStack() as held:
+        found = decide(lambda: _claim(workdir, config, held))
+        if found == _Found.FINISHED:
+            tell(f"{workdir.path} holds this run, finished; nothing to do")
+        else:
+            if found == _Found.INTERRUPTED:
+                tell(f"continuing the run in {workdir.path}")
+            with clock("data"):
+                task = set_up(config, tell)
+            with Run(task, workdir, clock, tell) as run:
+                run.run()
         summary = workdir.finished()
-        if summary is not None:
-            log(f"{workdir.path} holds this run, finished; nothing to do")
-            return summary
-        if existed:
-            log(f"continuing the run in {workdir.path}")
-        with clock("data"):
-            task = set_up(config, log)
-        with Run(task, workdir, clock, log) as run:
-            return run.run()
+        assert summary is not None
+        return summary
+
+
+def _claim(workdir: WorkDir, config: Config, held: ExitStack) -> _Found:
+    """Locks the work directory for as long as `held` is open, and compares settings."""
+    held.enter_context(workdir.lock())
+    existed = workdir.settle_config(to_dict(config), {key.path for key in keys() if key.free})
+    if workdir.finished() is not None:
+        return _Found.FINISHED
+    return _Found.INTERRUPTED if existed else _Found.NOTHING
+
+
+def _say_nothing(line: str) -> None:
+    del line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +100,7 @@ class Run:
         self._clock, self._log = clock, log
         self._account = Account(task.controller)
         self._held_out = open_split(task.data, "held_out")
+        self._share = row_share(task.mesh)
         self._rung: Rung | None = None
         self._running: _Step | None = None
         self._done_at = 0.0
@@ -89,7 +118,7 @@ class Run:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> None:
         """Trains to the end, evaluates, and writes what is left of a run."""
         config, stack = self._config, self._stack
         self._evaluation = self._programs.evaluation(config.train.rows_per_step)
@@ -98,9 +127,12 @@ class Run:
         if start < config.train.steps:
             self._programs.prepare(self._task.controller.rung_at(start).plan)
         self._progress = Progress(config.train.steps, start)
-        self._metrics = stack.enter_context(MetricsLog(self._workdir, start, self._progress))
+        self._metrics = None
+        if is_primary():
+            log = MetricsLog(self._workdir, start, self._progress)
+            self._metrics = stack.enter_context(log)
         if start == 0:
-            self._metrics.log(0, {"eval_loss": self._held_out_loss(), "tokens": 0})
+            self._record(0, {"eval_loss": self._held_out_loss(), "tokens": 0})
         for step, batch in self._batches(start):
             self._train(step, batch)
             self._between_steps(step + 1)
@@ -108,23 +140,33 @@ class Run:
         self._working.leave()
         with self._clock("checkpoint"):
             self._checkpoints.wait()
-        return finish(
+        read = on_host(self._working.whole.params) if config.export.huggingface else None
+        decide(lambda: self._finish(read))
+
+    def _finish(self, read: Callable[[str], np.ndarray] | None) -> int:
+        """Writes the end of the run, on process 0."""
+        assert self._metrics is not None
+        finish(
             self._task,
             self._workdir,
-            self._working.whole.params,
+            read,
             self._account,
             self._metrics,
             self._clock,
             self._programs.seconds,
         )
+        return 0
+
+    def _record(self, step: int, values: dict[str, Any]) -> None:
+        """Adds to what is logged of a step, on process 0."""
+        if self._metrics is not None:
+            self._metrics.log(step, values)
 
     def _batches(self, start: int) -> Iterator[tuple[int, Batch]]:
         """Each step that is left and its batch, on the devices."""
         config = self._config
         rows = open_split(self._task.data, "train")
-        get = batches(
-            rows, config.train.rows_per_step, config.seed, jax.process_index(), jax.process_count()
-        )
+        get = batches(rows, config.train.rows_per_step, config.seed, *self._share)
         steps = range(start, config.train.steps)
         with Prefetcher(get, steps) as ahead:
             for step in steps:
@@ -135,7 +177,9 @@ class Run:
     def _place(self, rows: Batch) -> Batch:
         """This process's rows as part of the batch over all devices."""
         return jax.tree.map(
-            lambda shape, local: jax.make_array_from_process_local_data(shape.sharding, local),
+            lambda whole, local: jax.make_array_from_process_local_data(
+                whole.sharding, local, whole.shape
+            ),
             self._programs.batch(self._config.train.rows_per_step),
             rows,
         )
@@ -187,17 +231,19 @@ class Run:
         running, self._running = self._running, None
         if running is None:
             return
-        metrics = jax.device_get(running.metrics)
+        with self._clock("step"):
+            metrics = jax.device_get(running.metrics)
         now = time.perf_counter()
         seconds = now - max(running.started, self._done_at)
         self._done_at = now
         if self._account.first_step_seconds is None:
             self._account.first_step_seconds = self._clock.seconds()["total"]
         record = self._account.step(running.rung, metrics, seconds, self._task, running.steady)
-        if not np.isfinite(metrics.loss):
-            self._progress.note(f"step {running.number + 1}: the loss is {metrics.loss}")
-        if (running.number + 1) % self._config.train.log_every == 0:
-            self._metrics.log(running.number + 1, record)
+        done = running.number + 1
+        if is_primary() and not np.isfinite(metrics.loss):
+            self._progress.note(f"step {done}: the loss is {metrics.loss}")
+        if _due(done, self._config.train.log_every) or done == self._config.train.steps:
+            self._record(done, record)
 
     def _between_steps(self, done: int) -> None:
         """Evaluates and saves where it is due after `done` steps."""
@@ -211,7 +257,7 @@ class Run:
         with self._clock("refresh"):
             self._working.leave()
         if evaluate:
-            self._metrics.log(done, {"eval_loss": self._held_out_loss()})
+            self._record(done, {"eval_loss": self._held_out_loss()})
         if save:
             self._save(done)
         if not last:
@@ -230,8 +276,7 @@ class Run:
                 self._held_out,
                 config.train.rows_per_step,
                 config.train.eval_rows,
-                jax.process_index(),
-                jax.process_count(),
+                *self._share,
             ):
                 loss, count = evaluate(self._working.whole.params, self._place(rows))
                 total += float(loss)
@@ -241,7 +286,8 @@ class Run:
     def _save(self, done: int) -> None:
         working = self._working
         with self._clock("checkpoint"):
-            self._metrics.flush()
+            if self._metrics is not None:
+                self._metrics.flush()
             state = {
                 **working.whole._asdict(),
                 "masks": working.masks,

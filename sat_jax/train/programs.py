@@ -67,6 +67,8 @@ class Programs:
             jax.eval_shape(lambda p: new_state(p, self.optimizer), shapes(model))
         )
         self.stats = self._placed(jax.eval_shape(self.no_statistics))
+        platform = mesh.devices.flat[0].platform
+        self._options = _DETERMINISTIC.get(platform) if config.train.deterministic else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compile")
         self._rungs: dict[Plan, Future[RungPrograms]] = {}
 
@@ -154,7 +156,7 @@ class Programs:
             return jax.jit(function, out_shardings=out, **jit).lower(*args)
 
     def _compile(self, function: Callable[..., Any], *args: Any, **jit: Any) -> Compiled:
-        return self._lower(function, *args, **jit).compile()
+        return self._lower(function, *args, **jit).compile(self._options)
 
     def _compile_move(self, function: Callable[..., Any], *args: Any) -> Compiled:
         """Compiles a program that mostly moves arrays, giving away the buffers it can reuse.
@@ -202,7 +204,7 @@ class Programs:
         return RungPrograms(
             select=self._compile(self._select(plan), self.state, self.stats),
             enter=self._compile_move(enter, self.state, masks),
-            step=self.lower_step(plan).compile(),
+            step=self.lower_step(plan).compile(self._options),
             leave=self._compile_move(self._leave(plan), working, resting, masks),
             seconds=time.perf_counter() - started,
         )
@@ -251,6 +253,9 @@ class Programs:
             freeze=config.optimizer.moments == "freeze",
         )
 
+
+# What makes XLA's programs give the same bits at every run; elsewhere they do so by themselves.
+_DETERMINISTIC: dict[str, dict[str, str | bool]] = {"gpu": {"xla_gpu_deterministic_ops": True}}
 
 # The purpose of a random key: what it is folded with after the seed.
 _SELECTION = 1

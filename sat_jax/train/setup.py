@@ -18,6 +18,7 @@ from sat_jax.models.llama import LlamaConfig
 from sat_jax.models.params import initial, shapes
 from sat_jax.models.presets import preset
 from sat_jax.parallel.mesh import make_mesh
+from sat_jax.parallel.processes import check_joined
 from sat_jax.parallel.rules import check_divisible, tree_shardings
 from sat_jax.sparsity.controller import Controller, make_controller
 from sat_jax.sparsity.plan import Neurons
@@ -43,6 +44,7 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
     """
     jax.config.update("jax_compilation_cache_dir", str(cache_dir("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    check_joined()
     mesh = make_mesh(config.mesh)
     weights = None if config.model.path is None else open_weights(config.model.path)
     model = weights.config if weights else _preset(config)
@@ -58,7 +60,7 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
         Neurons(model.n_layers, model.n_kv_heads, model.query_heads, model.d_ff),
         config.train.steps,
         config.rates,
-        _balance(config),
+        config.sparsity.balance or config.mesh.tensor,
     )
     tokenizer = load_tokenizer(config.data.tokenizer, _model_path(config), model.vocab_size)
     data = prepare(
@@ -108,13 +110,3 @@ def _check_rows(config: Config, mesh: Mesh) -> None:
             f"train.rows_per_step / train.accumulate is {rows} rows, which mesh.data × mesh.fsdp ="
             f" {parts} does not divide"
         )
-
-
-def _balance(config: Config) -> int:
-    """Parts that keep equally many neurons: at least one for each tensor shard."""
-    tensor, asked = config.mesh.tensor, config.sparsity.balance
-    if asked is None:
-        return tensor
-    if asked % tensor:
-        raise UserError(f"sparsity.balance {asked} is not a multiple of mesh.tensor {tensor}")
-    return asked

@@ -63,8 +63,6 @@ def make_step(
         if settings.freeze and masks:
             after = freeze_omitted(after, state, masks)
         if settings.observe:
-            # Only inputs are observed in a step; what a probe alone sees stays as it was.
-            seen = stats._replace(**{n: v for n, v in seen._asdict().items() if v is not None})
             stats = accumulate(stats, seen, settings.stats_decay)
         metrics = StepMetrics(
             loss=total / jnp.maximum(tokens, 1),
@@ -109,14 +107,19 @@ def make_probe(
     beginnings of its first row."""
 
     def probe(params: dict[str, Array], stats: Statistics, batch: Batch) -> Statistics:
-        rows, length = batch.tokens.shape
-        length = min(length, tokens)
-        part = jax.tree.map(lambda x: x[: min(rows, tokens // length), :length], batch)
+        rows, length = probed(batch.tokens.shape[0], batch.tokens.shape[1], tokens)
+        part = jax.tree.map(lambda x: x[:rows, :length], batch)
         model = bind(graph, numbered(params))
         _, seen = model.hidden(part.tokens, part.segment_ids, part.positions, observe)
         return accumulate(stats, seen, decay)
 
     return probe
+
+
+def probed(rows: int, length: int, tokens: int) -> tuple[int, int]:
+    """Rows and positions that a probe of at most `tokens` tokens sees of a batch."""
+    length = min(length, tokens)
+    return min(rows, tokens // length), length
 
 
 def make_evaluation(
