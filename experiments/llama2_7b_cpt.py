@@ -3,10 +3,11 @@
     python -m scripts.train --config=experiments/llama2_7b_cpt.py \
         --config.model.path=DIR --config.data.sources=TEXT --workdir=runs/llama2-7b
 
-DIR is the Hugging Face directory of Llama-2-7B. Devices: eight accelerators of 80 GB, bfloat16, weights
-and rows split over all of them (mesh.fsdp = 8). Each holds an eighth of 81 GB of float32 weights and
-moments, of 27 GB of gradients, and of up to 30 GB that rest while neurons are omitted: 17 GB beside the
-activations. Time and perplexity: not measured; the command above measures them.
+DIR is the Hugging Face directory of Llama-2-7B. Devices: eight accelerators of 80 GB, bfloat16,
+weights and rows split over all of them (mesh.fsdp = 8). Each holds an eighth of 81 GB of float32
+weights and moments, of 27 GB of gradients, and of up to 30 GB that rest while neurons are omitted:
+17 GB beside the activations, by arithmetic. Time and perplexity: not measured; the command above
+measures them.
 """
 
 from ml_collections import ConfigDict

@@ -4,9 +4,10 @@
         --config.model.path=DIR --config.data.sources=TEXT --workdir=runs/tinyllama
 
 DIR is the Hugging Face directory of TinyLlama-1.1B (or of any other model of the family).
-Device: one accelerator of 40 GB or more, bfloat16. Weights and Adam's moments are 13.2 GB in float32,
-gradients 4.4, what rests while neurons are omitted up to 5; the rest is activations. More devices:
---config.mesh.fsdp=N. Time and perplexity: not measured; the command above measures them.
+Device: one accelerator of 40 GB or more, bfloat16. Weights and Adam's moments are 13.2 GB in
+float32, gradients 4.4, what rests while neurons are omitted up to 5 (by arithmetic); the rest is
+activations. More devices: --config.mesh.fsdp=N. Time and perplexity: not measured; the command
+above measures them.
 """
 
 from ml_collections import ConfigDict

@@ -33,7 +33,8 @@ from sat_jax.analysis.tables import fixed_width
 from sat_jax.cli import Parser, run
 from sat_jax.config import OptimizerConfig
 from sat_jax.data.batch import Batch
-from sat_jax.models.llama import Compute, LlamaConfig
+from sat_jax.models.llama import Compute
+from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.params import abstract
 from sat_jax.models.params import shapes as whole_shapes
 from sat_jax.models.presets import preset

@@ -19,7 +19,8 @@ from sat_jax.analysis.flops import (
     training_flops,
 )
 from sat_jax.models.attention_xla import BLOCK
-from sat_jax.models.llama import Compute, LlamaConfig, Remat
+from sat_jax.models.llama import Compute, Remat
+from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.params import abstract, bind
 from sat_jax.models.presets import PRESETS
 from sat_jax.sparsity.plan import Segment

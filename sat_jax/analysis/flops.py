@@ -13,7 +13,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from sat_jax.models.llama import LlamaConfig, Remat
+from sat_jax.models.llama import Remat
+from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.sparsity.plan import Segment
 
 

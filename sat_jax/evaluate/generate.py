@@ -19,7 +19,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from sat_jax.errors import UserError
 from sat_jax.models.cache import Cache, empty_cache, extend, for_decoding
-from sat_jax.models.llama import Llama, LlamaConfig
+from sat_jax.models.llama import Llama
+from sat_jax.models.llama_config import LlamaConfig
 
 # Prompt tokens that go through the model at once. Lengths are rounded up to multiples of the
 # smaller number, so that not every length is a compilation of its own.

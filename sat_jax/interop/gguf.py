@@ -15,7 +15,7 @@ from gguf.quants import dequantize
 
 from sat_jax.errors import UserError
 from sat_jax.interop.weights import Weights, check_tensors, stacked_reader
-from sat_jax.models.llama import Family, LlamaConfig
+from sat_jax.models.llama_config import Family, LlamaConfig
 from sat_jax.models.rope import RopeConfig, inverse_frequencies
 
 # Mistral's GGUF files say `llama`, and that is what they compute.

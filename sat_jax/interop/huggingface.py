@@ -22,7 +22,7 @@ from sat_jax.interop.weights import (
     stacked_reader,
     stored_tensors,
 )
-from sat_jax.models.llama import LlamaConfig
+from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.params import shapes
 
 Dtype = Literal["float32", "bfloat16", "float16"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from sat_jax.errors import UserError
-from sat_jax.models.llama import Family, LlamaConfig
+from sat_jax.models.llama_config import Family, LlamaConfig
 from sat_jax.models.rope import RopeConfig, RopeType
 
 Json = dict[str, Any]

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from sat_jax.errors import UserError
-from sat_jax.models.llama import LlamaConfig
+from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.params import shapes
 
 

@@ -4,7 +4,7 @@ Query heads are group-major: query head `q` belongs to KV group `q // G`. Keepin
 group is taking rows, and multi-head attention is the case of one query head a group.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -12,11 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from sat_jax.models.dot_product import Implementation, dot_product_attention
 from sat_jax.models.layers import Mask, indicator, normal, rms_norm
+from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.rope import rotate
 from sat_jax.sparsity.plan import Segment
-
-if TYPE_CHECKING:
-    from sat_jax.models.llama import LlamaConfig
 
 
 class Rows(NamedTuple):
@@ -39,7 +37,7 @@ class Attention(nnx.Module):
     """
 
     def __init__(
-        self, config: "LlamaConfig", segment: Segment, *, masked: bool = False, rngs: nnx.Rngs
+        self, config: LlamaConfig, segment: Segment, *, masked: bool = False, rngs: nnx.Rngs
     ):
         layers, groups, heads = segment.layers, segment.kv_groups, segment.query_heads
         kept = None
@@ -110,7 +108,7 @@ def _keep_KG(
     return keep_KG[None, None]
 
 
-def _first_heads(config: "LlamaConfig", segment: Segment) -> Int[Array, "L *lead kept"] | None:
+def _first_heads(config: LlamaConfig, segment: Segment) -> Int[Array, "L *lead kept"] | None:
     """Where mask execution starts: the first heads are the kept ones. None: all are kept."""
     if segment.query_heads < config.query_heads:
         shape: tuple[int, ...] = (segment.layers, config.n_kv_heads, segment.query_heads)

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int
 from sat_jax.models.attention import Rows
 from sat_jax.models.dot_product import attend_chunk
 from sat_jax.models.layers import Mask, rms_norm
-from sat_jax.models.llama import Block, Llama, LlamaConfig, cast
+from sat_jax.models.llama import Block, Llama, cast
+from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.rope import rotary_tables
 
 

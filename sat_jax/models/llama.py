@@ -12,49 +12,14 @@ from jaxtyping import Array, Bool, Float, Int
 from sat_jax.models.attention import Attention, Rows, output_energy
 from sat_jax.models.dot_product import Implementation
 from sat_jax.models.layers import normal, rms_norm
+from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.loss import chunked_cross_entropy
 from sat_jax.models.mlp import MLP
-from sat_jax.models.rope import RopeConfig, rotary_tables
+from sat_jax.models.rope import rotary_tables
 from sat_jax.sparsity.plan import Segment
 from sat_jax.sparsity.statistics import InputSums, Observable, Statistics
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3"]
 Remat = Literal["none", "dots", "full"]
-
-
-@dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """Shape and function of a model; everything that a checkpoint fixes.
-
-    `family` names the Hugging Face model type. `n_heads` is a multiple of `n_kv_heads`.
-    """
-
-    vocab_size: int
-    d_model: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    d_ff: int
-    max_positions: int
-    rope: RopeConfig = RopeConfig()
-    norm_eps: float = 1e-5
-    tie_embeddings: bool = False
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    family: Family = "llama"
-    bos_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
-
-    @property
-    def query_heads(self) -> int:
-        """Query heads in each KV group, G."""
-        return self.n_heads // self.n_kv_heads
-
-    @property
-    def dense(self) -> Segment:
-        """The segment of all layers in which everything is kept."""
-        return Segment(0, self.n_layers, self.n_kv_heads, self.query_heads, self.d_ff)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,17 +1,13 @@
 """The gated MLP (SwiGLU), channel-major: keeping a channel is taking a row of three matrices."""
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from sat_jax.models.layers import Mask, indicator, normal
+from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.sparsity.plan import Segment
-
-if TYPE_CHECKING:
-    from sat_jax.models.llama import LlamaConfig
 
 
 class MLP(nnx.Module):
@@ -22,7 +18,7 @@ class MLP(nnx.Module):
     """
 
     def __init__(
-        self, config: "LlamaConfig", segment: Segment, *, masked: bool = False, rngs: nnx.Rngs
+        self, config: LlamaConfig, segment: Segment, *, masked: bool = False, rngs: nnx.Rngs
     ):
         masked = masked and segment.channels < config.d_ff
         kept_shape = (segment.layers, segment.channels)

@@ -14,7 +14,8 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sat_jax.models.llama import Compute, Llama, LlamaConfig
+from sat_jax.models.llama import Compute, Llama
+from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.sparsity.plan import Segment
 
 Flat = dict[str, Any]

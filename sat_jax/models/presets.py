@@ -5,7 +5,7 @@ import difflib
 from typing import Any
 
 from sat_jax.errors import UserError
-from sat_jax.models.llama import LlamaConfig
+from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.rope import RopeConfig
 
 

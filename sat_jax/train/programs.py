@@ -17,7 +17,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from sat_jax.config import Config
 from sat_jax.data.batch import Batch
-from sat_jax.models.llama import Compute, LlamaConfig
+from sat_jax.models.llama import Compute
+from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.params import abstract, shapes
 from sat_jax.parallel.rules import BATCH, tree_shardings
 from sat_jax.sparsity.controller import Controller

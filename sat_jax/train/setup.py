@@ -14,7 +14,7 @@ from sat_jax.data.prepare import Prepared, prepare
 from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sat_jax.errors import UserError
 from sat_jax.interop import Weights, locate, open_weights
-from sat_jax.models.llama import LlamaConfig
+from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.params import initial, shapes
 from sat_jax.models.presets import preset
 from sat_jax.parallel.mesh import make_mesh

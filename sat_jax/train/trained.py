@@ -8,7 +8,7 @@ from sat_jax.config import Config
 from sat_jax.config_values import from_config_dict
 from sat_jax.errors import UserError
 from sat_jax.interop import Weights, open_weights
-from sat_jax.models.llama import LlamaConfig
+from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.params import shapes
 from sat_jax.models.presets import preset
 from sat_jax.train.checkpoint import find
