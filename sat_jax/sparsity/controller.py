@@ -46,10 +46,6 @@ class Controller:
         """The rung that trains step `step` (from 0)."""
         return next(rung for rung in self.rungs if rung.start <= step < rung.stop)
 
-    def rung_after(self, rung: Rung) -> Rung | None:
-        """The rung that follows, if any."""
-        return next((later for later in self.rungs if later.start == rung.stop), None)
-
     def refreshes(self, step: int) -> bool:
         """Whether neurons are chosen before step `step`: at the start of a sparse rung and every
         `refresh_every` steps in it."""

@@ -82,7 +82,7 @@ def _say_nothing(line: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """A step that the device works on. `steady`: nothing was compiled or moved meanwhile."""
+    """A step that the device works on. `steady`: nothing is compiled meanwhile."""
 
     number: int
     rung: Rung
@@ -124,8 +124,10 @@ class Run:
         self._evaluation = self._programs.evaluation(config.train.rows_per_step)
         self._probing = self._programs.probe() if self._programs.observe else None
         start = self._restore_or_begin()
-        if start < config.train.steps:
-            self._programs.prepare(self._task.controller.rung_at(start).plan)
+        # All that are left, in order: the first is waited for, the others are built while it trains.
+        for rung in self._task.controller.rungs:
+            if rung.stop > start:
+                self._programs.prepare(rung.plan)
         self._progress = Progress(config.train.steps, start)
         self._metrics = None
         if is_primary():
@@ -191,7 +193,7 @@ class Run:
         if moved:
             self._settle()
             self._change(step, rung, refresh, batch)
-        steady = not moved and not self._programs.compiling
+        steady = not self._programs.compiling
         with self._clock("step"):
             started = time.perf_counter()
             metrics = self._working.step(batch)
@@ -215,9 +217,6 @@ class Run:
             working.enter(programs)
             working.wait()
         self._rung = rung
-        later = controller.rung_after(rung)
-        if later is not None:
-            self._programs.prepare(later.plan)
 
     def _probe_for(self, step: int) -> Any:
         """The probe, where this refresh needs one: outputs are seen by probes alone, inputs with

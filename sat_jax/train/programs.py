@@ -1,7 +1,7 @@
 """Every compiled program of a run, made before it is needed.
 
-A rung's programs are compiled from shapes alone, the next rung's on a background thread while the
-current one trains, so that no step ever waits for the compiler on the main thread.
+A rung's programs are compiled from shapes alone, one rung after the other on a background thread,
+while the first one trains: no step of a later rung waits for the compiler.
 """
 
 import time
