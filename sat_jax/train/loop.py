@@ -124,7 +124,7 @@ class Run:
         self._evaluation = self._programs.evaluation(config.train.rows_per_step)
         self._probing = self._programs.probe() if self._programs.observe else None
         start = self._restore_or_begin()
-        # All that are left, in order: the first is waited for, the others are built while it trains.
+        # All that are left, in order: while the first one trains, the others are built.
         for rung in self._task.controller.rungs:
             if rung.stop > start:
                 self._programs.prepare(rung.plan)
