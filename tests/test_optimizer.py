@@ -1,0 +1,198 @@
+"""Optimizers and learning rates, by hand and against optax."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sat_jax.config import OptimizerConfig
+from sat_jax.train.optimizer import (
+    NeuronAdamState,
+    learning_rate,
+    make_optimizer,
+    scale_by_neuron_adam,
+)
+from tests.tolerances import assert_close
+
+# One of each kind: neurons within layers and groups, within layers, layers alone, neither.
+SHAPES = {
+    "layers/attention/query_bias": (2, 2, 3, 4),
+    "layers/attention/key": (2, 2, 4, 5),
+    "layers/mlp_norm": (2, 5),
+    "embed": (7, 5),
+}
+COUNTS = {
+    "layers/attention/query_bias": (2, 2, 3),
+    "layers/attention/key": (2, 2),
+    "layers/mlp_norm": (2,),
+    "embed": (),
+}
+MATRICES = {p for p in SHAPES if not p.endswith(("norm", "bias"))}
+
+Tree = dict[str, Any]
+
+
+def random_tree(seed: int) -> Tree:
+    rng = np.random.default_rng(seed)
+    return {p: jnp.asarray(rng.normal(size=s).astype(np.float32)) for p, s in SHAPES.items()}
+
+
+def adamw(**changes: Any) -> OptimizerConfig:
+    """Plain Adam at a constant learning rate of 0.1, with `changes`."""
+    plain = {"learning_rate": 0.1, "schedule": "constant", "clip_norm": None}
+    return OptimizerConfig(**{**plain, **changes})
+
+
+def updates(config: OptimizerConfig, grads: list[Tree], params: Tree, steps: int = 9) -> list[Tree]:
+    """What each of `grads` in turn adds to `params`, which stay as they are."""
+    optimizer = make_optimizer(config, steps)
+    state, given = optimizer.init(params), []
+    update = jax.jit(optimizer.update) if len(grads) > 2 else optimizer.update
+    for grad in grads:
+        added, state = update(grad, state, params)
+        given.append(added)
+    return given
+
+
+def test_every_neuron_has_a_count_and_every_entry_its_moments() -> None:
+    params = random_tree(0)
+    state = scale_by_neuron_adam(0.9, 0.95).init(params)
+    assert {path: count.shape for path, count in state.counts.items()} == COUNTS
+    for moments in (state.mu, state.nu):
+        assert {path: (m.shape, m.dtype) for path, m in moments.items()} == {
+            path: (shape, np.float32) for path, shape in SHAPES.items()
+        }
+    assert all(not leaf.any() for leaf in jax.tree.leaves(state))
+
+
+def test_adam_by_hand() -> None:
+    """Three channels of width 2 that were updated 0, 1 and 4 times before."""
+    path, beta1, beta2 = "layers/mlp/up", 0.9, 0.95
+    counts, m, v = [0, 1, 4], [[0.0, 0.0], [0.1, -0.3], [0.4, 0.05]], [[0, 0], [0.2, 0.1], [0.3, 1]]
+    grad = [[2.0, -1.0], [0.5, 0.0], [-3.0, 1e-3]]
+    state = NeuronAdamState(
+        {path: jnp.asarray([counts])},
+        {path: jnp.asarray([m], jnp.float32)},
+        {path: jnp.asarray([v], jnp.float32)},
+    )
+    scaled, after = scale_by_neuron_adam(beta1, beta2).update(
+        {path: jnp.asarray([grad], jnp.float32)}, state
+    )
+    assert after.counts[path].tolist() == [[1, 2, 5]]
+    for channel in range(3):
+        n = counts[channel] + 1
+        for i in range(2):
+            g = grad[channel][i]
+            mean = beta1 * m[channel][i] + (1 - beta1) * g
+            square = beta2 * v[channel][i] + (1 - beta2) * g**2
+            expected = (mean / (1 - beta1**n)) / (math.sqrt(square / (1 - beta2**n)) + 1e-8)
+            assert_close(after.mu[path][0, channel, i], mean, "float32", "backward")
+            assert_close(after.nu[path][0, channel, i], square, "float32", "backward")
+            assert_close(scaled[path][0, channel, i], expected, "float32", "backward")
+
+
+def test_it_is_optax_adamw_where_all_neurons_were_updated_equally_often() -> None:
+    params, grads = random_tree(0), [random_tree(seed) for seed in range(1, 5)]
+    theirs = optax.adamw(
+        0.1, 0.8, 0.95, weight_decay=0.01, mask={path: path in MATRICES for path in SHAPES}
+    )
+    state, update = theirs.init(params), jax.jit(theirs.update)
+    config = adamw(beta1=0.8, beta2=0.95, weight_decay=0.01)
+    for grad, ours in zip(grads, updates(config, grads, params), strict=True):
+        expected, state = update(grad, state, params)
+        for path in SHAPES:
+            assert_close(ours[path], expected[path], "float32", "backward")
+
+
+@pytest.mark.parametrize(
+    ("correction", "beta2", "moves"),
+    [("neuron", 0.95, 1.0), ("global", 0.95, 0.447), ("global", 0.999, 3.16)],
+)
+def test_a_neuron_first_updated_late_moves_by_one_learning_rate(
+    correction: Any, beta2: float, moves: float
+) -> None:
+    """With the global count, after many steps, by (1 - β1) / √(1 - β2) of one instead."""
+    path = "layers/mlp/gate"
+    optimizer = make_optimizer(adamw(beta2=beta2, bias_correction=correction), 100_000)
+    state = optimizer.init({path: jnp.zeros((1, 2, 3))})
+    # As if channel 0 had been updated at each of 10,000 steps, and channel 1 never.
+    counts = {(): jnp.int32(10_000), (1, 2): jnp.asarray([[10_000, 0]])}
+    state = jax.tree.map(lambda leaf: counts.get(leaf.shape, leaf), state)
+    added, _ = optimizer.update(
+        {path: jnp.full((1, 2, 3), -0.7)}, state, {path: jnp.zeros((1, 2, 3))}
+    )
+    rates = np.asarray(added[path])[0, 1] / 0.1
+    assert np.round(rates / moves, 2).tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+def test_weight_decay_is_for_matrices_only(name: Any) -> None:
+    params, grads = random_tree(0), [random_tree(1)]
+    (without,) = updates(adamw(name=name), grads, params)
+    (with_decay,) = updates(adamw(name=name, weight_decay=0.5), grads, params)
+    for path in SHAPES:
+        decayed = -0.1 * 0.5 * np.asarray(params[path]) if path in MATRICES else 0.0
+        assert_close(with_decay[path], without[path] + decayed, "float32", "backward")
+
+
+def test_clipping_is_by_the_norm_of_everything() -> None:
+    """Lion's momentum after one step is the clipped gradient, times 1 - β2."""
+    params, grad = random_tree(0), random_tree(1)
+    norm = math.sqrt(sum(float(jnp.sum(g * g)) for g in grad.values()))
+    for limit, scale in [(norm / 4, 0.25), (norm * 4, 1.0), (None, 1.0)]:
+        optimizer = make_optimizer(adamw(name="lion", beta2=0.5, clip_norm=limit), 9)
+        _, state = optimizer.update(grad, optimizer.init(params), params)
+        momentum = next(s.mu for s in state if isinstance(s, optax.ScaleByLionState))
+        for path in SHAPES:
+            assert_close(momentum[path], 0.5 * scale * grad[path], "float32", "backward")
+
+
+def test_lion_by_hand() -> None:
+    params, grads = random_tree(0), [random_tree(1), random_tree(2)]
+    first, second = updates(adamw(name="lion", beta1=0.9, beta2=0.99), grads, params)
+    for path in SHAPES:
+        one, two = (np.asarray(g[path], np.float64) for g in grads)
+        assert_close(first[path], -0.1 * np.sign(one), "float32", "backward")
+        direction = np.sign(0.9 * 0.01 * one + 0.1 * two)
+        assert_close(second[path], -0.1 * direction, "float32", "backward")
+
+
+def cosine(share: float) -> float:
+    return 0.2 + 0.8 * (1 + math.cos(math.pi * share)) / 2
+
+
+# Peak 1, last 0.2: the factors of 8 steps.
+RATES = {
+    ("cosine", 0): [cosine(i / 8) for i in range(8)],
+    ("cosine", 3): [1 / 3, 2 / 3, 1.0, *[cosine(i / 5) for i in range(5)]],
+    ("cosine", 1): [1.0, *[cosine(i / 7) for i in range(7)]],
+    ("linear", 0): [1 - 0.8 * i / 8 for i in range(8)],
+    ("linear", 4): [0.25, 0.5, 0.75, 1.0, *[1 - 0.8 * i / 4 for i in range(4)]],
+    ("constant", 0): [1.0] * 8,
+    ("constant", 2): [0.5, 1.0, *[1.0] * 6],
+    ("linear", 8): [(i + 1) / 8 for i in range(8)],  # nothing but warm-up
+}
+
+
+@pytest.mark.parametrize(("schedule", "warmup"), RATES)
+def test_learning_rates_by_hand(schedule: Any, warmup: int) -> None:
+    config = OptimizerConfig(
+        learning_rate=1.0, schedule=schedule, warmup_steps=warmup, final_scale=0.2
+    )
+    rate = learning_rate(config, 8)
+    found = [float(rate(jnp.int32(step))) for step in range(8)]
+    assert_close(found, RATES[schedule, warmup], "float32", "backward")
+
+
+def test_each_step_moves_by_its_learning_rate() -> None:
+    """Adam under a constant gradient moves every entry by exactly the learning rate."""
+    params = random_tree(0)
+    config = adamw(schedule="linear", warmup_steps=2, final_scale=0.0)
+    given = updates(config, [jax.tree.map(jnp.ones_like, params)] * 6, params, steps=6)
+    for added, factor in zip(given, [0.5, 1.0, 1.0, 0.75, 0.5, 0.25], strict=True):
+        for path in SHAPES:
+            assert_close(added[path], np.full(SHAPES[path], -0.1 * factor), "float32", "backward")
