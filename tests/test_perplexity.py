@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sat_jax.data.prepare import prepare
@@ -65,6 +65,7 @@ def by_hand(document: Sequence[int], length: int, stride: int) -> float:
     return total
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 20), min_size=1, max_size=5),
     st.integers(1, 9),
@@ -79,6 +80,9 @@ def test_every_token_but_the_first_is_predicted_once(
     predicted = []
     for batch in windows(documents, length, stride, rows):
         assert {array.shape for array in batch} == {(rows, length)}
+        for segments, mask in zip(batch.segment_ids, batch.loss_mask, strict=True):
+            # No window is read for nothing.
+            assert set(segments[mask]) == set(segments[segments > 0])
         for row, column in zip(*batch.loss_mask.nonzero(), strict=True):
             target, position = batch.targets[row, column], batch.positions[row, column]
             assert batch.tokens[row, column] == target - 1
