@@ -21,12 +21,10 @@ def get_config(variant: str = "sat") -> ConfigDict:
     config.data.held_out = 0.1
     config.train.steps = 32
     config.train.eval_rows = 8
-    config.optimizer.learning_rate = 1e-4
+    config.optimizer.learning_rate = 3e-5
     config.optimizer.warmup_steps = 4
-    config.sparsity.rate = 0.4
-    config.sparsity.rate_attention = 0.0
+    config.sparsity.rate = {"sat": 0.4, "dense": 0.0}[variant]
+    config.sparsity.dense_layers = (0, 1)
     config.sparsity.refresh_every = 8
-    if variant == "dense":
-        config.sparsity.rate = 0.0
     config.export.huggingface = True
     return config
