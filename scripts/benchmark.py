@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sat_jax.analysis.flops import training_flops
+from sat_jax.analysis.flops import speedup_bound
 from sat_jax.analysis.rows import append
 from sat_jax.analysis.tables import fixed_width
 from sat_jax.cli import Parser, run
@@ -116,14 +116,12 @@ def steps(model: LlamaConfig, given: Any) -> list[dict[str, Any]]:
         for name, plan in plans.items()
     }
     costs = _take_turns(variants, given.turns)
-    dense_flops = training_flops(model, given.row_length, (model.dense,), given.remat).total
     rows = []
     for name, plan in plans.items():
-        flops = training_flops(model, given.row_length, plan.segments, given.remat).total
         heads, channels = kept_shares(plan, neurons)
         execution, _, rate = name.partition(" ")
         wall, cpu = (_ratio(costs["dense"], costs[name], field) for field in ("wall", "cpu"))
-        bound = dense_flops / flops
+        bound = speedup_bound(model, given.row_length, plan.segments, given.remat)
         rows.append(
             {
                 "execution": execution,

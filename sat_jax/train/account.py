@@ -74,9 +74,6 @@ class Account:
         tokens = int(metrics.tokens)
         number = self._controller.rungs.index(rung)
         self.rung_tokens[number] += tokens
-        flops = training_flops(
-            task.model, task.config.data.row_length, rung.plan.segments, task.config.model.remat
-        )
         heads, channels = kept_shares(rung.plan, self._controller.neurons)
         return {
             "loss": metrics.loss,
@@ -90,8 +87,17 @@ class Account:
             "seconds": seconds,
             "steady": steady,
             "tokens_per_second": tokens / seconds,
-            "flops_per_second": flops.total * tokens / seconds,
+            "flops_per_second": step_flops(task, rung) * tokens / seconds,
         }
+
+
+def step_flops(task: "Task", rung: Rung | None = None) -> float:
+    """Training FLOPs a token on a rung, recomputation included; None: densely. Mask execution
+    computes everything on every rung."""
+    config, segments = task.config, None
+    if rung is not None and config.sparsity.execution != "mask":
+        segments = rung.plan.segments
+    return training_flops(task.model, config.data.row_length, segments, config.model.remat).total
 
 
 def kept_shares(plan: Plan, neurons: Neurons) -> tuple[float, float]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from sat_jax.analysis.flops import probe_flops, training_flops
+from sat_jax.analysis.flops import probe_flops, speedup_bound
 from sat_jax.analysis.plots import plot_kept, plot_loss, plot_speed
 from sat_jax.interop.huggingface import write_directory
-from sat_jax.train.account import Account, kept_shares
+from sat_jax.train.account import Account, kept_shares, step_flops
 from sat_jax.train.metrics import MetricsLog, read_metrics
 from sat_jax.train.setup import Task
 from sat_jax.train.step import probed
@@ -70,7 +70,6 @@ def rung_summaries(
     """One mapping a rung, as `analysis.tables.end_of_run` reads them."""
     model, config, controller = task.model, task.config, task.controller
     length, remat = config.data.row_length, config.model.remat
-    dense = training_flops(model, length, (model.dense,), remat).total
     summaries = []
     for number, rung in enumerate(controller.rungs):
         speeds = [
@@ -86,7 +85,7 @@ def rung_summaries(
                 "tokens": account.rung_tokens[number],
                 "steps_timed": len(speeds),
                 "tokens_per_second": statistics.median(speeds) if speeds else None,
-                "bound": dense / training_flops(model, length, rung.plan.segments, remat).total,
+                "bound": speedup_bound(model, length, rung.plan.segments, remat),
             }
         )
     return summaries
@@ -94,13 +93,12 @@ def rung_summaries(
 
 def _flops(task: Task, account: Account) -> tuple[float, float]:
     """Training FLOPs spent, probes included, and what the same tokens cost densely."""
-    model, config = task.model, task.config
-    length, remat = config.data.row_length, config.model.remat
+    config, length = task.config, task.config.data.row_length
     seen = probed(config.train.rows_per_step, length, config.sparsity.probe_tokens)
-    spent = account.probes * math.prod(seen) * probe_flops(model, length)
+    spent = account.probes * math.prod(seen) * probe_flops(task.model, length)
     for rung, tokens in zip(task.controller.rungs, account.rung_tokens, strict=True):
-        spent += tokens * training_flops(model, length, rung.plan.segments, remat).total
-    return spent, account.tokens * training_flops(model, length, (model.dense,), remat).total
+        spent += tokens * step_flops(task, rung)
+    return spent, account.tokens * step_flops(task)
 
 
 def _draw(
