@@ -263,13 +263,6 @@ def test_statistics_in_bfloat16_are_summed_in_float32() -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(stats)} == {jnp.dtype("float32")}
     wide = observed(config)[1]
     jax.tree.map(lambda a, b: assert_close(a, b, "bfloat16", "forward"), stats, wide)
-    # Of a single token, Σx² is (Σx)² to more bits than bfloat16 has.
-    nothing = jnp.zeros_like(batch(config).segment_ids)
-    _, one = observe(
-        batch(config)._replace(segment_ids=nothing.at[0, 0].set(1)), "inputs", "outputs"
-    )
-    for sums in (one.attention, one.mlp):
-        assert_close(sums.square, sums.linear**2, "float32", "forward")
 
 
 @pytest.mark.parametrize("unit", ["kv_group", "query_head", "channel"])
