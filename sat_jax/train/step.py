@@ -67,7 +67,7 @@ def make_step(
         metrics = StepMetrics(
             loss=total / jnp.maximum(tokens, 1),
             tokens=tokens,
-            grad_norm=optax.global_norm(grads),
+            grad_norm=optax.tree.norm(grads),
             learning_rate=jnp.asarray(settings.schedule(state.step), jnp.float32),
         )
         return after, stats, metrics
