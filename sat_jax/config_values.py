@@ -131,7 +131,7 @@ def _place(error: Exception, path: Path) -> str:
     lines = [
         frame.lineno
         for frame in traceback.extract_tb(error.__traceback__)
-        if Path(frame.filename) == path
+        if Path(frame.filename) == path.absolute()
     ]
     if isinstance(error, SyntaxError):
         lines.append(error.lineno)

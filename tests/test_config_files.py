@@ -150,6 +150,17 @@ def test_experiments_that_cannot_be_run(experiment: Any, tmp_path: Path) -> None
         assert refusal(load, experiment(whole=whole)) == message
 
 
+def test_the_line_is_named_for_a_relative_path_too(
+    experiment: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment("config.seed = 1 / 0")
+    monkeypatch.chdir(tmp_path)
+    message = refusal(load, "mine.py:small")
+    assert message == "--config: mine.py has no variants, so none is called small"
+    message = refusal(load, "mine.py")
+    assert message == "--config: mine.py, line 6: ZeroDivisionError: division by zero"
+
+
 def test_variants(experiment: Any) -> None:
     path = experiment("config.seed = {'a': 1, 'b': 2}[variant]", arguments="variant='a'")
     assert [load(path).seed, load(f"{path}:a").seed, load(f"{path}:b").seed] == [1, 1, 2]
