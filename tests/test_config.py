@@ -139,7 +139,7 @@ def other(key: Key) -> Any:
     if kind(key) is float:
         return (key.default or 0.25) / 2
     if kind(key) is int:
-        return (key.default or 0) + 2
+        return max(key.default or 0, int(key.low or 0)) + 2
     if kind(key) is tuple:
         return (1,) if "int" in key.accepts else ("other",)
     return not key.default if kind(key) is bool else "other"
@@ -224,7 +224,7 @@ def test_bad_values_are_refused_by_name(path: str) -> None:
         ("sparsity.dense_layers", "ints separated by commas"),
         ("train.deterministic", "true or false"),
         ("sparsity.rate_mlp", "float >= 0, <= 1, or None"),
-        ("data.max_tokens", "int >= 1, or None"),
+        ("sparsity.balance", "int >= 1, or None"),
         ("model.path", "text, or None"),
     ],
 )
