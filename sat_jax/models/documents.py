@@ -26,12 +26,13 @@ def pad_rows(
     Float[Array, "B T2 K E"],
     Int[Array, "B T2"],
 ]:
-    """Rows made longer up to a multiple of `multiple`, by one more document of zeros."""
+    """Rows made longer up to a multiple of `multiple`, by zeros that belong to the last document.
+
+    They come after everything, so that no token of the row sees them.
+    """
     more = -documents.shape[1] % multiple
 
-    def pad(x: Array) -> Array:
-        return jnp.pad(x, ((0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)))
+    def pad(x: Array, mode: str = "constant") -> Array:
+        return jnp.pad(x, ((0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)), mode=mode)
 
-    rest = jnp.broadcast_to(documents[:, -1:] + 1, (len(documents), more))
-    longer = jnp.concatenate([documents, rest], axis=1)
-    return pad(q_BTKGE), pad(k_BTKE), pad(v_BTKE), longer
+    return pad(q_BTKGE), pad(k_BTKE), pad(v_BTKE), pad(documents, "edge")
