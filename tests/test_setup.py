@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -69,6 +70,8 @@ def setup(house: Path, tmp_path: Path) -> Setup:
             capture_output=True,
             text=True,
             timeout=60,
+            # Whoever runs the tests in the background has it ignored, and a shell keeps that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         done.stdout = calls.read_text()
         return done
