@@ -1,0 +1,96 @@
+"""Runs on 8 virtual devices: the losses and masks of one device, whatever the mesh."""
+
+import json
+
+import pytest
+
+from sat_jax.config import MeshConfig
+from sat_jax.errors import UserError
+from sat_jax.parallel.mesh import make_mesh
+from tests.conftest import RunPython
+from tests.tolerances import assert_close
+
+STEPS = """
+import json, sys
+import jax
+import numpy as np
+from sat_jax.config_values import from_config_dict
+from sat_jax.data.batch import Batch
+from sat_jax.models.llama_config import LlamaConfig
+from sat_jax.models.params import initial
+from sat_jax.parallel.mesh import make_mesh
+from sat_jax.sparsity.controller import make_controller
+from sat_jax.sparsity.plan import Neurons
+from sat_jax.train.programs import Programs
+from sat_jax.train.state import new_state
+
+mesh_sizes = json.loads(sys.argv[1])
+steps, rows, length = 4, 8, 16
+config = from_config_dict({
+    "train": {"steps": steps, "rows_per_step": rows},
+    "data": {"row_length": length},
+    "optimizer": {"learning_rate": 1e-2},
+    "sparsity": {"rate": 0.5, "rungs": 1, "refresh_every": 1, "balance": 2, "split": 0.75},
+    "mesh": mesh_sizes,
+})
+model = LlamaConfig(
+    vocab_size=64, d_model=16, n_layers=2, n_heads=8, n_kv_heads=4, head_dim=4, d_ff=32,
+    max_positions=64,
+)
+devices = jax.devices()[: mesh_sizes["data"] * mesh_sizes["fsdp"] * mesh_sizes["tensor"]]
+mesh = make_mesh(config.mesh, devices)
+neurons = Neurons(model.n_layers, model.n_kv_heads, model.query_heads, model.d_ff)
+controller = make_controller(config.sparsity, neurons, steps, config.rates, 2)
+programs = Programs(config, model, mesh, controller)
+place = lambda tree: jax.tree.map(lambda leaf: leaf.sharding, tree)
+# The same values on every mesh: made on one device, then spread.
+whole = jax.jit(lambda: new_state(initial(model, 0), programs.optimizer))()
+state = jax.device_put(whole, place(programs.state))
+stats = jax.device_put(jax.jit(programs.no_statistics)(), place(programs.stats))
+probe = programs.probe().result()
+draw = np.random.default_rng(0)
+losses, kept = [], []
+for step in range(steps):
+    tokens = draw.integers(0, 64, (rows, length + 1), np.int32)
+    positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    ones = np.ones((rows, length), np.int32)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], ones, positions, ones.astype(bool))
+    batch = jax.device_put(batch, place(programs.batch(rows)))
+    rung = programs.rung(controller.rung_at(step).plan)
+    if controller.refreshes(step):
+        stats = probe(state.params, stats, batch)
+    masks = rung.select(state, stats)
+    working, resting = rung.enter(state, masks)
+    for name, moment in working.optimizer[1].mu.items():
+        assert moment.sharding == working.params[name].sharding, name
+    working, stats, metrics = rung.step(working, stats, masks, batch)
+    state = rung.leave(working, resting, masks)
+    losses.append(float(metrics.loss))
+    kept.append([np.asarray(leaf).tolist() for leaf in jax.tree.leaves(masks)])
+print(json.dumps({"losses": losses, "kept": kept}))
+programs.close()
+"""
+
+
+@pytest.mark.slow
+def test_every_mesh_trains_the_same(run_python: RunPython) -> None:
+    results = []
+    for data, fsdp, tensor in ((1, 1, 1), (2, 2, 2), (8, 1, 1)):
+        sizes = json.dumps({"data": data, "fsdp": fsdp, "tensor": tensor})
+        done = run_python("-c", STEPS, sizes, devices=8)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(done.stdout))
+    one, *others = results
+    assert len(one["kept"][0]) == 2 and one["kept"][0] != one["kept"][2]  # neurons change
+    assert one["kept"][3] == []  # the last rung is dense
+    for other in others:
+        assert other["kept"] == one["kept"]
+        assert_close(other["losses"], one["losses"], "float32", "forward")
+
+
+@pytest.mark.parametrize(
+    "sizes", [MeshConfig(data=3), MeshConfig(fsdp=2), MeshConfig(data=2, tensor=2)]
+)
+def test_a_mesh_that_does_not_fit_is_refused(sizes: MeshConfig) -> None:
+    with pytest.raises(UserError, match="does not fit 1 devices"):
+        make_mesh(sizes)
