@@ -33,6 +33,7 @@ def command(text: Path, workdir: Path, *settings: str) -> list[str]:
         "--config.sparsity.rungs=1",
         "--config.sparsity.refresh_every=2",
         "--config.checkpoint.every=3",
+        "--config.export.huggingface=true",
         *settings,
     ]
     script = [sys.executable, "-m", "scripts.train", "--config=experiments/tiny.py"]
