@@ -15,7 +15,7 @@ from sat_jax.config import OptimizerConfig
 from sat_jax.models.params import abstract, bind, numbered, whole
 from sat_jax.sparsity.masks import Masks, SegmentMasks
 from sat_jax.sparsity.neurons import keep_only
-from sat_jax.sparsity.plan import Plan, make_plan
+from sat_jax.sparsity.plan import Plan, Segment, make_plan
 from sat_jax.sparsity.statistics import InputSums, Statistics
 from sat_jax.train.optimizer import learning_rate, make_optimizer
 from sat_jax.train.state import TrainState, compact_state, expand_state, new_state
@@ -44,7 +44,7 @@ leave = jax.jit(expand_state, static_argnames="plan")
 
 
 @functools.cache
-def compiled(plan: Plan, masked: bool = False, freeze: bool = True, microbatches: int = 1) -> Step:
+def compiled(segments: tuple[Segment, ...], masked: bool, freeze: bool, microbatches: int) -> Step:
     """The step of one execution, jitted; compiled once for all tests."""
     settings = StepSettings(
         optimizer=make_optimizer(OPTIMIZER, STEPS),
@@ -54,10 +54,7 @@ def compiled(plan: Plan, masked: bool = False, freeze: bool = True, microbatches
         stats_decay=STATS_DECAY,
         freeze=freeze,
     )
-    step = make_step(abstract(CONFIG, plan.segments, masked=masked)[0], settings)
-    # Compiling takes all the time there is; what is compared bit by bit is compiled as always.
-    quick = {"xla_backend_optimization_level": 0} if plan == SPARSE or microbatches > 1 else None
-    return jax.jit(step, compiler_options=quick)
+    return jax.jit(make_step(abstract(CONFIG, segments, masked=masked)[0], settings))
 
 
 def rows(number: int) -> Rows:
@@ -86,22 +83,27 @@ def cut_only(plan: Plan) -> Masks:
 
 
 def train(
-    begin: TrainState, plan: Plan, masks: Masks, batches: range, **execution: Any
+    begin: TrainState,
+    plan: Plan,
+    masks: Masks,
+    batches: range,
+    masked: bool = False,
+    freeze: bool = True,
 ) -> TrainState:
     """The whole state after a step on each of `batches`, between one compact and one expand."""
-    step = compiled(plan, **execution)
-    gathered = cut_only(plan) if execution.get("masked") else masks
+    step = compiled(plan.segments, masked, freeze, 1)
+    gathered = cut_only(plan) if masked else masks
     state, resting = enter(begin, gathered, plan=plan)
     stats = no_statistics()
     for number in batches:
-        state, stats, _ = step(state, stats, masks if execution.get("masked") else (), rows(number))
+        state, stats, _ = step(state, stats, masks if masked else (), rows(number))
     return leave(state, resting, gathered, plan=plan)
 
 
 @functools.cache
 def plain(steps: int) -> TrainState:
     """The whole model after this many ordinary steps: nothing compacted, no mask anywhere."""
-    step, state = compiled(Plan((CONFIG.dense,))), renamed(start(), numbered)
+    step, state = compiled(DENSE.segments, False, True, 1), renamed(start(), numbered)
     for number in range(steps):
         state, _, _ = step(state, no_statistics(), (), rows(number))
     return renamed(state, whole)
@@ -167,10 +169,8 @@ def test_gathering_everything_trains_the_plain_model_to_the_last_bit() -> None:
 
 def test_a_mask_of_ones_trains_the_plain_model_to_the_last_bit() -> None:
     """The masked modules of a sparse plan, with every neuron among the kept."""
-    sparse = make_plan(neurons(CONFIG), 0.5, 0.5)
-    assert sparse != SPARSE  # which is compiled with less care
     everything = random_masks(CONFIG, DENSE, always=True)
-    equal(train(start(), sparse, everything, range(3), masked=True), plain(3))
+    equal(train(start(), SPARSE, everything, range(3), masked=True), plain(3))
 
 
 # --- 2. the executions agree ---
@@ -215,14 +215,14 @@ def test_decaying_neurons_move() -> None:
 # --- what a step is made of ---
 
 
-def one_step(batch: Rows, **how: Any) -> tuple[TrainState, Statistics, StepMetrics]:
-    step = compiled(Plan((CONFIG.dense,)), **how)
+def one_step(batch: Rows, microbatches: int = 1) -> tuple[TrainState, Statistics, StepMetrics]:
+    step = compiled(DENSE.segments, False, True, microbatches)
     return step(renamed(start(), numbered), no_statistics(), (), batch)
 
 
 def test_microbatches_change_nothing_but_rounding() -> None:
     (state, stats, metrics), (state2, stats2, metrics2) = (
-        one_step(rows(0), microbatches=parts) for parts in (1, 2)
+        one_step(rows(0), parts) for parts in (1, 2)
     )
     close(state2, state)
     assert_close(metrics2.loss, metrics.loss, "float32", "forward")
@@ -261,7 +261,7 @@ def test_metrics_are_of_the_batch_before_the_update() -> None:
 
 def test_the_learning_rate_follows_the_steps() -> None:
     """After a restart too: it is the state's step that counts."""
-    step, state = compiled(Plan((CONFIG.dense,))), renamed(plain(3), numbered)
+    step, state = compiled(DENSE.segments, False, True, 1), renamed(plain(3), numbered)
     _, _, metrics = step(state, no_statistics(), (), rows(3))
     expected = learning_rate(OPTIMIZER, STEPS)(3)
     assert_close(metrics.learning_rate, expected, "float32", "backward")
@@ -277,7 +277,7 @@ def hidden(params: Any, part: Rows, observe: tuple[Any, ...]) -> Statistics:
 
 
 def test_input_statistics_are_running_sums() -> None:
-    step, state = compiled(Plan((CONFIG.dense,))), renamed(start(), numbered)
+    step, state = compiled(DENSE.segments, False, True, 1), renamed(start(), numbered)
     once, stats, _ = step(state, no_statistics(), (), rows(0))
     _, stats, _ = step(once, stats, (), rows(1))
     seen = [
