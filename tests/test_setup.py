@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,6 +30,13 @@ case "$1 $2" in
 sys.version_info = tuple(map(int, "VERSION".split(".")))
 exec(sys.argv[1])' "$2" ;;
 esac
+"""
+
+# Whoever runs the tests in the background has SIGINT ignored, and a shell would keep that.
+INTERRUPTIBLE = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execvp("bash", ["bash", *sys.argv[1:]])
 """
 
 Setup = Callable[..., subprocess.CompletedProcess[str]]
@@ -65,13 +71,11 @@ def setup(house: Path, tmp_path: Path) -> Setup:
         """The calls that were made come back in place of the standard output."""
         calls.write_text("")
         done = subprocess.run(
-            ["bash", str(root / "scripts/setup.sh"), *parts],
+            [sys.executable, "-c", INTERRUPTIBLE, str(root / "scripts/setup.sh"), *parts],
             env={"PATH": f"{tmp_path / 'bin'}:{os.defpath}", "CALLS": str(calls), **environment},
             capture_output=True,
             text=True,
             timeout=60,
-            # Whoever runs the tests in the background has it ignored, and a shell keeps that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         done.stdout = calls.read_text()
         return done
