@@ -176,6 +176,7 @@ def test_numbers_become_the_type_of_their_key() -> None:
         ({"rate": 0.4}, (0.4, 0.4)),
         ({"rate": 0.4, "rate_mlp": 0.6}, (0.4, 0.6)),
         ({"rate": 0.4, "rate_attention": 0.0}, (0.0, 0.4)),
+        ({"rate": 0.4, "rate_mlp": 0.0}, (0.4, 0.0)),
     ],
 )
 def test_rates_of_both_modules(given: dict[str, float], rates: tuple[float, float]) -> None:
@@ -239,6 +240,7 @@ def test_what_is_accepted_is_said_in_words(path: str, accepts: str) -> None:
         ("model.preset", "tinylama-1.1b", "tinyllama-1.1b"),
         ("sparsity.metric", "magnitud", "magnitude;"),
         ("sparsity.metric", "outputs", "output;"),
+        ("sparsity.metric", "OUTPUT", "output;"),
     ],
 )
 def test_misspelt_names_are_answered_with_near_ones(path: str, value: str, near: str) -> None:
@@ -257,6 +259,7 @@ def test_misspelt_names_are_answered_with_near_ones(path: str, value: str, near:
         ("optimizer.learning_rat", "optimizer.learning_rate"),
         ("sed", "seed"),
         ("rows_per_step", "train.rows_per_step"),
+        ("rungz", "sparsity.rungs"),
     ],
 )
 def test_misspelt_keys_are_answered_with_near_ones(path: str, near: str) -> None:
