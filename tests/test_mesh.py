@@ -11,7 +11,7 @@ from tests.conftest import RunPython
 from tests.tolerances import assert_close
 
 STEPS = """
-import json, sys
+import json, re, sys
 import jax
 import numpy as np
 from sat_jax.config_values import from_config_dict
@@ -49,6 +49,9 @@ state = jax.device_put(whole, place(programs.state))
 stats = jax.device_put(jax.jit(programs.no_statistics)(), place(programs.stats))
 probe = programs.probe().result()
 draw = np.random.default_rng(0)
+sparse = controller.rung_at(0).plan
+entering = programs._compile(programs._enter(sparse), programs.state, programs.masks(sparse))
+moved = len(re.findall("all-gather|all-reduce|all-to-all|permute|scatter", entering.as_text()))
 losses, kept = [], []
 for step in range(steps):
     tokens = draw.integers(0, 64, (rows, length + 1), np.int32)
@@ -67,7 +70,7 @@ for step in range(steps):
     state = rung.leave(working, resting, masks)
     losses.append(float(metrics.loss))
     kept.append([np.asarray(leaf).tolist() for leaf in jax.tree.leaves(masks)])
-print(json.dumps({"losses": losses, "kept": kept}))
+print(json.dumps({"losses": losses, "kept": kept, "moved": moved}))
 programs.close()
 """
 

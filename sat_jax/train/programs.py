@@ -32,6 +32,8 @@ from sat_jax.train.step import StepMetrics, StepSettings, make_evaluation, make_
 
 Compiled = Callable[..., Any]
 
+_SELECTION = 1  # the purpose of a random key: what it is folded with after the seed
+
 
 class RungPrograms(NamedTuple):
     """Compiled for one plan. `enter` takes the whole state and masks to the state the step trains
@@ -68,8 +70,7 @@ class Programs:
             jax.eval_shape(lambda p: new_state(p, self.optimizer), shapes(model))
         )
         self.stats = self._placed(jax.eval_shape(self.no_statistics))
-        platform = mesh.devices.flat[0].platform
-        self._options = _DETERMINISTIC.get(platform) if config.train.deterministic else None
+        self._options = compiler_options(mesh.devices.flat[0].platform, config)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compile")
         self._rungs: dict[Plan, Future[RungPrograms]] = {}
 
@@ -255,11 +256,12 @@ class Programs:
         )
 
 
-# What makes XLA's programs give the same bits at every run; elsewhere they do so by themselves.
-_DETERMINISTIC: dict[str, dict[str, str | bool]] = {"gpu": {"xla_gpu_deterministic_ops": True}}
-
-# The purpose of a random key: what it is folded with after the seed.
-_SELECTION = 1
+def compiler_options(platform: str, config: Config) -> dict[str, str | bool]:
+    """What XLA is asked for besides its defaults. Only on GPU does it need to be asked for the
+    same bits at every run."""
+    if platform == "gpu" and config.train.deterministic:
+        return {"xla_gpu_deterministic_ops": True}
+    return {}
 
 
 def _cut_only(plan: Plan) -> Masks:

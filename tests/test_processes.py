@@ -1,0 +1,125 @@
+"""One run in two processes, started as Open MPI would start them."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sat_jax import load_model
+from sat_jax.models.params import flat_params
+from sat_jax.train.metrics import read_metrics
+from tests.conftest import ROOT, RunPython
+from tests.tolerances import assert_close
+
+SETTINGS = [
+    "--config.data.row_length=32",
+    "--config.train.steps=6",
+    "--config.train.rows_per_step=4",
+    "--config.train.eval_every=4",
+    "--config.train.eval_rows=6",
+    "--config.sparsity.rungs=1",
+    "--config.sparsity.refresh_every=2",
+    "--config.sparsity.probe_tokens=64",
+    "--config.sparsity.balance=2",
+    "--config.checkpoint.every=4",
+]
+
+
+def command(workdir: Path, *more: str) -> list[str]:
+    return ["-m", "scripts.train", "--config=experiments/tiny.py", f"--workdir={workdir}", *more]
+
+
+def two_processes(*arguments: str, devices: int = 1) -> list[subprocess.CompletedProcess[str]]:
+    """What both processes of one command end with, each of `devices` devices. The variables are those that Open MPI sets;
+    jax makes the port of process 0 out of the job's number."""
+    job = random.randrange(4096) * 4096
+    cluster = {
+        "OMPI_MCA_orte_hnp_uri": f"{job}.0;tcp://127.0.0.1:1",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                **cluster,
+                "OMPI_COMM_WORLD_RANK": str(rank),
+                "OMPI_COMM_WORLD_LOCAL_RANK": str(rank),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        ended = [process.communicate(timeout=300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [
+        subprocess.CompletedProcess(process.args, process.returncode, *said)
+        for process, said in zip(started, ended, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process with one device."""
+    path = tmp_path_factory.mktemp("runs") / "alone"
+    done = subprocess.run(
+        [sys.executable, *command(path, *SETTINGS)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+# A tensor group within each process, and one over both, which then read the same rows.
+@pytest.mark.slow
+@pytest.mark.parametrize(("devices", "fsdp"), [(2, 2), (1, 1)])
+def test_two_processes_train_as_one(alone: Path, tmp_path: Path, devices: int, fsdp: int) -> None:
+    sizes = [f"--config.mesh.fsdp={fsdp}", "--config.mesh.tensor=2"]
+    first, second = two_processes(
+        *command(tmp_path, *SETTINGS, *sizes, "--distributed"), devices=devices
+    )
+    assert first.returncode == 0, first.stderr
+    assert second.returncode == 0, second.stderr
+    assert "Held-out perplexity" in first.stdout
+    assert "perplexity" not in second.stdout and "step" not in second.stderr  # one process talks
+
+    records = [read_metrics(path / "metrics.jsonl") for path in (alone, tmp_path)]
+    assert [r["step"] for r in records[1]] == [r["step"] for r in records[0]] == list(range(7))
+    for expected, found in zip(*records, strict=True):
+        for name in ("loss", "eval_loss"):
+            if name in expected:
+                assert_close(found[name], expected[name], "float32", "forward")
+        for name in ("tokens", "kept_heads", "kept_channels"):
+            assert found.get(name) == expected.get(name)
+    trained, exported = (flat_params(load_model(p / "huggingface")) for p in (alone, tmp_path))
+    assert exported.keys() == trained.keys()
+    for name, value in trained.items():
+        away = np.linalg.norm(exported[name] - value) / np.linalg.norm(value)
+        assert round(float(away), 2) == 0, name
+
+
+@pytest.mark.slow
+def test_a_refused_run_ends_in_every_process(tmp_path: Path) -> None:
+    arguments = command(tmp_path / "run", "--config.data.row_length=99999", "--distributed")
+    for process in two_processes(*arguments):
+        assert process.returncode == 2
+        assert process.stderr.splitlines()[-1].startswith("error: "), process.stderr
+
+
+def test_without_a_cluster_there_is_one_line(tmp_path: Path, run_python: RunPython) -> None:
+    done = run_python(*command(tmp_path / "run", "--distributed"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --distributed needs processes that Slurm")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
