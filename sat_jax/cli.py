@@ -33,5 +33,5 @@ def run(main: Callable[[], None]) -> None:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sat_jax.train.checkpoint import find, read_params
+from sat_jax.train.checkpoint import find
 from tests.conftest import ROOT, RunPython
 
 pytestmark = pytest.mark.slow  # each test starts interpreters
@@ -30,8 +30,12 @@ def main():
     with Checkpoints(Path(sys.argv[1]), 1) as checkpoints:
         checkpoints.save(1, jnp.arange(8.0), {})
         checkpoints.wait()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (65536, -1))
         checkpoints.save(2, jnp.arange(1e6), {})
+        if len(sys.argv) > 2:  # there is space again
+            checkpoints._pending.exception()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+            checkpoints.save(3, jnp.arange(1e6), {})
 
 run(main)
 """
@@ -40,6 +44,11 @@ run(main)
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith(f"error: checkpoint {tmp_path / '2'}: not written: ")
     assert find(tmp_path).step == 1
+
+    result = run_python("-c", code, str(tmp_path / "again"), "later")
+    assert result.returncode == 0, result.stderr
+    assert f"checkpoint {tmp_path / 'again/2'}: not written: " in result.stderr
+    assert find(tmp_path / "again").step == 3
 
 
 WRITER = """
@@ -86,7 +95,7 @@ def test_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
         seen = found.step
         assert seen >= started + 2  # step n is announced once n - 1 is whole
         assert found.meta == {"at": seen}
-        assert (read_params(checkpoints)["x"] == seen).all()
+        assert (found.read(["params/x"])["params/x"] == seen).all()
 
 
 ON_MESH = """

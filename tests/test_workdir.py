@@ -99,7 +99,9 @@ def test_a_path_that_cannot_be_a_folder_is_one_line(tmp_path: Path, place: str) 
 
 def settle(workdir: WorkDir, config: dict[str, Any], *free: str) -> bool:
     with workdir.lock():
-        return workdir.settle_config(config, free)
+        existed = workdir.compare(config, free)
+        workdir.begin(config)
+        return existed
 
 
 CONFIG: dict[str, Any] = {
@@ -155,7 +157,7 @@ def test_a_damaged_config_is_named(tmp_path: Path, text: str) -> None:
     with workdir.lock():
         workdir.config.write_bytes(text.encode("latin-1"))
         with pytest.raises(UserError, match=str(workdir.config)):
-            workdir.settle_config(CONFIG)
+            workdir.compare(CONFIG)
 
 
 def test_atomic_writes_replace_and_leave_nothing_else(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def end_of_run(summary: Mapping[str, Any]) -> str:
 
     Reads these keys of `summary.json`; a missing one is a `KeyError`:
 
-    - `perplexity_before`, `perplexity_after`: held-out, dense, per token;
+    - `perplexity_before`, `perplexity_after`: held-out, dense, per token; None: infinite;
     - `rungs`: in order of the run, one mapping each with
       `omission_rate` (asked), `kept_heads`, `kept_channels` (realised shares
       of all query heads and all channels, 0 to 1), `tokens` and `steps` (trained on this rung),
@@ -143,9 +143,12 @@ def end_of_run(summary: Mapping[str, Any]) -> str:
 
 def _quality(summary: Mapping[str, Any]) -> list[str]:
     before, after = summary["perplexity_before"], summary["perplexity_after"]
-    rows = [["before", f"{before:.3f}", ""], ["after", f"{after:.3f}", ""]]
+    rows = [
+        [name, "infinite" if value is None else f"{value:.3f}", ""]
+        for name, value in (("before", before), ("after", after))
+    ]
     dense = summary.get("perplexity_dense")
-    if dense is not None:
+    if dense is not None and after is not None:
         gap = f"{100 * (after / dense - 1):+.1f} %"
         rows.append(["dense run", f"{dense:.3f}", f"on the same tokens; this run is {gap} from it"])
     return _block(rows, ("left", "right", "left"))

@@ -33,12 +33,16 @@ class Score(NamedTuple):
 
     def per(self, count: int) -> float:
         """Perplexity per whatever there were `count` of: tokens, or bytes of UTF-8."""
-        mean = self.nll / count
-        return math.exp(mean) if mean < 700 else math.inf
+        return perplexity_of(self.nll / count)
 
     def bits_per(self, count: int) -> float:
         """The same as bits: what an ideal compressor would need."""
         return self.nll / count / math.log(2)
+
+
+def perplexity_of(loss: float) -> float:
+    """The perplexity of a mean loss in nats; infinite where no float is as large."""
+    return math.exp(loss) if loss < 709 else math.inf
 
 
 def perplexity(model: Llama, batches: Iterable[Batch]) -> Score:

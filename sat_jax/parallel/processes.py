@@ -25,11 +25,16 @@ def join() -> None:
 
 def check_joined() -> None:
     """Raises `UserError` where devices belong to several processes that never joined."""
-    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+    if jax.process_count() > 1 and not together():
         raise UserError(
             f"this is one of {jax.process_count()} processes; accepted: all of them with"
             " --distributed"
         )
+
+
+def together() -> bool:
+    """Whether this process is one of several of a run. Starts no backend."""
+    return jax.distributed.is_initialized()
 
 
 def is_primary() -> bool:
@@ -37,7 +42,7 @@ def is_primary() -> bool:
 
     Starts no backend in a run of one process: a run that is refused should not take the devices.
     """
-    return not jax.distributed.is_initialized() or jax.process_index() == 0
+    return not together() or jax.process_index() == 0
 
 
 def decide(judge: Callable[[], int]) -> int:
@@ -46,7 +51,7 @@ def decide(judge: Callable[[], int]) -> int:
     Where it fails, process 0 raises its error and the others a `UserError`, so that none of them
     waits for one that has ended.
     """
-    if not jax.distributed.is_initialized():
+    if not together():
         return judge()
     verdict, failure = _GAVE_UP, None
     if is_primary():

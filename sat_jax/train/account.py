@@ -32,6 +32,8 @@ class Account:
         }
         self.selections = 0
         self.probes = 0
+        # Of every start; most of it in the background.
+        self.compile_seconds = 0.0
         self.rung_tokens = [0] * len(controller.rungs)
         # Wall time until the first step was done, of the start that did it.
         self.first_step_seconds: float | None = None
@@ -49,6 +51,7 @@ class Account:
             "probes": self.probes,
             "rung_tokens": self.rung_tokens,
             "first_step_seconds": self.first_step_seconds,
+            "compile_seconds": self.compile_seconds,
         }
 
     def restore(self, kept: dict[str, Any], rest: dict[str, Any]) -> None:
@@ -57,6 +60,7 @@ class Account:
         self.selections, self.probes = rest["selections"], rest["probes"]
         self.rung_tokens = list(rest["rung_tokens"])
         self.first_step_seconds = rest["first_step_seconds"]
+        self.compile_seconds = rest["compile_seconds"]
 
     def chosen(self, rung: Rung, masks: Masks, probed: bool) -> None:
         """Counts one selection."""
@@ -84,6 +88,7 @@ class Account:
             "kept_heads": heads,
             "kept_channels": channels,
             "rung": number,
+            "probes": self.probes,
             "seconds": seconds,
             "steady": steady,
             "tokens_per_second": tokens / seconds,

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple, Self
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from sat_jax.errors import UserError
+from sat_jax.parallel.processes import decide, is_primary
 from sat_jax.train.files import read_json, sync_directory
 from sat_jax.train.manifest import find_fault, write_manifest
 
@@ -31,8 +31,7 @@ _log = logging.getLogger(__name__)
 
 # What a step's folder ends in before and after its life.
 _SAVING, _DELETING = "saving", "deleting"
-# Verdicts on a directory that has no whole step; a step is never negative.
-_NO_STEPS, _NONE_WHOLE = -1, -2
+_NO_STEPS = -1  # instead of a step, which is never negative
 
 
 class Restored(NamedTuple):
@@ -110,7 +109,7 @@ class Checkpoints:
                 state=ocp.PyTreeCheckpointHandler(), meta=ocp.JsonCheckpointHandler("meta.json")
             )
         )
-        if _is_primary():
+        if is_primary():
             self.directory.mkdir(parents=True, exist_ok=True)
             self._clean()
 
@@ -119,17 +118,21 @@ class Checkpoints:
 
         When it returns, the buffers may be donated or overwritten: orbax has copied them to the
         host or, on CPU, holds them so that a donation copies instead. The rest goes on in the
-        background; what fails there is raised by the next `save`, `wait` or `close`. Raises
+        background; what fails there is raised by `wait` or `close`, while the next `save` logs it
+        and tries anew: a disk may be full for a while. Raises
         `ValueError` if the step is there already, `TypeError` for a leaf that is no array.
         """
-        self.wait()
+        try:
+            self.wait()
+        except UserError as error:
+            _log.warning("%s; the next one is tried", error)
         leaves = named_leaves(state)
         for name, leaf in leaves.items():
             if not isinstance(leaf, jax.Array | np.ndarray | np.generic) or jax.numpy.issubdtype(
                 leaf.dtype, jax.dtypes.extended
             ):
                 raise TypeError(f"{name} is a {type(leaf).__name__} that no checkpoint can hold")
-        if _is_primary() and step not in self._damaged and step in _steps(self.directory):
+        if is_primary() and step not in self._damaged and step in _steps(self.directory):
             raise ValueError(f"step {step} is already saved in {self.directory}")
         shapes = {
             name: {"shape": leaf.shape, "dtype": leaf.dtype.name} for name, leaf in leaves.items()
@@ -161,13 +164,9 @@ class Checkpoints:
         """
         self.wait()
         if self._newest is None:
-            verdict, faults = _judge(self.directory) if _is_primary() else (_NO_STEPS, {})
-            self._damaged = set(faults)
-            verdict = _agree(verdict)
-            if verdict == _NONE_WHOLE:
-                raise UserError(_none_whole(self.directory, faults))
-            if verdict != _NO_STEPS:
-                self._newest = Stored(self.directory / str(verdict), verdict)
+            step = decide(lambda: _newest_whole(self.directory, self._damaged))
+            if step != _NO_STEPS:
+                self._newest = Stored(self.directory / str(step), step)
         return self._newest
 
     def restore(self, target: Any) -> Restored | None:
@@ -226,7 +225,7 @@ class Checkpoints:
             raise UserError(
                 f"checkpoint {self.directory / str(step)}: not written: {error}"
             ) from error
-        if not _is_primary():
+        if not is_primary():
             return
         staged, final = self._staged(step), self.directory / str(step)
         try:
@@ -291,35 +290,12 @@ def find(directory: Path, step: int | None = None) -> Stored:
     if not steps:
         raise UserError(f"{directory} holds no checkpoints")
     if step is None:
-        step, faults = _judge(directory)
-        if step == _NONE_WHOLE:
-            raise UserError(_none_whole(directory, faults))
+        step = _newest_whole(directory, set())
     elif step not in steps:
         raise UserError(f"{directory} holds no step {step}; it holds {_listed(map(str, steps))}")
     elif fault := find_fault(directory / str(step), step):
         raise UserError(f"checkpoint {directory / str(step)} is not whole: {fault}")
     return Stored(directory / str(step), step)
-
-
-def read_params(directory: Path, step: int | None = None) -> dict[str, np.ndarray]:
-    """Host numpy arrays of the subtree `params`, by their path in it ("layers/mlp/gate")."""
-    stored = find(directory, step)
-    prefix = "params/"
-    arrays = stored.read([name for name in stored.leaves if name.startswith(prefix)])
-    if not arrays:
-        raise UserError(f"checkpoint {stored.path} holds no parameters")
-    return {name.removeprefix(prefix): array for name, array in arrays.items()}
-
-
-def _is_primary() -> bool:
-    return jax.process_index() == 0
-
-
-def _agree(verdict: int) -> int:
-    """Process 0's verdict, on every process."""
-    if jax.process_count() == 1:
-        return verdict
-    return int(multihost_utils.broadcast_one_to_all(np.int32(verdict)))
 
 
 def _steps(directory: Path) -> list[int]:
@@ -332,23 +308,27 @@ def _steps(directory: Path) -> list[int]:
     )
 
 
-def _judge(directory: Path) -> tuple[int, dict[int, str]]:
-    """The newest step that verifies (or `_NO_STEPS`, `_NONE_WHOLE`), and each newer one's fault."""
+def _newest_whole(directory: Path, damaged: set[int]) -> int:
+    """The newest step that verifies, or `_NO_STEPS`; adds newer ones to `damaged`.
+
+    Raises `UserError` if there are steps and none verifies.
+    """
     faults: dict[int, str] = {}
     for step in reversed(_steps(directory)):
         fault = find_fault(directory / str(step), step)
         if fault is None:
             if faults:
                 _log.warning("falling back to checkpoint %s", directory / str(step))
-            return step, faults
+            return step
         _log.warning("checkpoint %s is not whole: %s", directory / str(step), fault)
         faults[step] = fault
-    return (_NONE_WHOLE if faults else _NO_STEPS), faults
-
-
-def _none_whole(directory: Path, faults: Mapping[int, str]) -> str:
-    reasons = _listed(f"{step} ({fault})" for step, fault in faults.items())
-    return f"no checkpoint in {directory} is whole: {reasons}; remove them to start anew"
+        damaged.add(step)
+    if faults:
+        reasons = _listed(f"{step} ({fault})" for step, fault in faults.items())
+        raise UserError(
+            f"no checkpoint in {directory} is whole: {reasons}; remove them to start anew"
+        )
+    return _NO_STEPS
 
 
 def _compare(stored: Stored, wanted: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from sat_jax.analysis.flops import probe_flops, speedup_bound
 from sat_jax.analysis.plots import plot_kept, plot_loss, plot_speed
+from sat_jax.evaluate.perplexity import perplexity_of
 from sat_jax.interop.huggingface import write_directory
 from sat_jax.train.account import Account, kept_shares, step_flops
 from sat_jax.train.metrics import MetricsLog, read_metrics
@@ -26,7 +27,6 @@ def finish(
     account: Account,
     metrics: MetricsLog,
     clock: Clock,
-    compile_seconds: float,
 ) -> None:
     """Writes what is left of a run, last its summary, which marks it as finished.
 
@@ -50,12 +50,12 @@ def finish(
         spent_flops=spent,
         seconds=clock.seconds(),
         more={
-            "perplexity_before": math.exp(evaluations[0]),
-            "perplexity_after": math.exp(evaluations[-1]),
+            "perplexity_before": perplexity_of(evaluations[0]),
+            "perplexity_after": perplexity_of(evaluations[-1]),
             "rungs": rungs,
             "selections": account.selections,
             "probes": account.probes,
-            "compile_seconds": compile_seconds,
+            "compile_seconds": account.compile_seconds,
             "first_step_seconds": account.first_step_seconds,
             "data": task.data.info.fingerprint,
             "figures": figures,
@@ -95,7 +95,7 @@ def _flops(task: Task, account: Account) -> tuple[float, float]:
     """Training FLOPs spent, probes included, and what the same tokens cost densely."""
     config, length = task.config, task.config.data.row_length
     seen = probed(config.train.rows_per_step, length, config.sparsity.probe_tokens)
-    spent = account.probes * math.prod(seen) * probe_flops(task.model, length)
+    spent = account.probes * math.prod(seen) * probe_flops(task.model, seen[1])
     for rung, tokens in zip(task.controller.rungs, account.rung_tokens, strict=True):
         spent += tokens * step_flops(task, rung)
     return spent, account.tokens * step_flops(task)

@@ -22,6 +22,7 @@ from sat_jax.sparsity.controller import Rung
 from sat_jax.train.account import Account
 from sat_jax.train.checkpoint import Checkpoints
 from sat_jax.train.finish import finish
+from sat_jax.train.interrupt import Interrupt
 from sat_jax.train.metrics import MetricsLog
 from sat_jax.train.programs import Programs
 from sat_jax.train.progress import Progress
@@ -45,8 +46,9 @@ def train(config: Config, directory: Path, log: Callable[[str], None]) -> dict[s
     """Runs, or continues, the run in `directory`, and returns its summary.
 
     A finished run is left as it is. `log` gets lines for people. All processes of a run call this,
-    with one `directory` that they share. Raises `UserError` for bad settings or data, and for a
-    directory that is in use or holds a run with other settings.
+    with one `directory` that they share. Raises `UserError` for bad settings or data, for a
+    directory that is in use or holds a run with other settings, and for a loss that is not finite;
+    `KeyboardInterrupt`, with all steps saved, when asked to stop between two steps.
     """
     workdir = WorkDir(directory)
     clock = Clock()
@@ -70,7 +72,7 @@ def train(config: Config, directory: Path, log: Callable[[str], None]) -> dict[s
 def _claim(workdir: WorkDir, config: Config, held: ExitStack) -> _Found:
     """Locks the work directory for as long as `held` is open, and compares settings."""
     held.enter_context(workdir.lock())
-    existed = workdir.settle_config(to_dict(config), {key.path for key in keys() if key.free})
+    existed = workdir.compare(to_dict(config), {key.path for key in keys() if key.free})
     if workdir.finished() is not None:
         return _Found.FINISHED
     return _Found.INTERRUPTED if existed else _Found.NOTHING
@@ -104,6 +106,7 @@ class Run:
         self._rung: Rung | None = None
         self._running: _Step | None = None
         self._done_at = 0.0
+        self._compiled_before = 0.0
 
         self._stack = ExitStack()
         self._programs = Programs(config, task.model, task.mesh, task.controller)
@@ -121,7 +124,7 @@ class Run:
     def run(self) -> None:
         """Trains to the end, evaluates, and writes what is left of a run."""
         config, stack = self._config, self._stack
-        self._evaluation = self._programs.evaluation(config.train.rows_per_step)
+        self._evaluation = self._programs.evaluation(self._eval_rows)
         self._probing = self._programs.probe() if self._programs.observe else None
         start = self._restore_or_begin()
         # All that are left, in order: while the first one trains, the others are built.
@@ -131,13 +134,16 @@ class Run:
         self._progress = Progress(config.train.steps, start)
         self._metrics = None
         if is_primary():
+            self._workdir.begin(to_dict(config))
             log = MetricsLog(self._workdir, start, self._progress)
             self._metrics = stack.enter_context(log)
         if start == 0:
             self._record(0, {"eval_loss": self._held_out_loss(), "tokens": 0})
-        for step, batch in self._batches(start):
-            self._train(step, batch)
-            self._between_steps(step + 1)
+        with Interrupt() as interrupt:
+            for step, batch in self._batches(start):
+                self._train(step, batch)
+                self._programs.check()
+                self._between_steps(step + 1, interrupt.asked(step))
         self._settle()
         self._working.leave()
         with self._clock("checkpoint"):
@@ -155,7 +161,6 @@ class Run:
             self._account,
             self._metrics,
             self._clock,
-            self._programs.seconds,
         )
         return 0
 
@@ -173,17 +178,17 @@ class Run:
         with Prefetcher(get, steps) as ahead:
             for step in steps:
                 with self._clock("data"):
-                    batch = self._place(next(ahead))
+                    batch = self._place(next(ahead), config.train.rows_per_step)
                 yield step, batch
 
-    def _place(self, rows: Batch) -> Batch:
-        """This process's rows as part of the batch over all devices."""
+    def _place(self, share: Batch, rows: int) -> Batch:
+        """This process's share as part of a batch of `rows` rows over all devices."""
         return jax.tree.map(
             lambda whole, local: jax.make_array_from_process_local_data(
                 whole.sharding, local, whole.shape
             ),
-            self._programs.batch(self._config.train.rows_per_step),
-            rows,
+            self._programs.batch(rows),
+            share,
         )
 
     def _train(self, step: int, batch: Batch) -> None:
@@ -239,51 +244,59 @@ class Run:
             self._account.first_step_seconds = self._clock.seconds()["total"]
         record = self._account.step(running.rung, metrics, seconds, self._task, running.steady)
         done = running.number + 1
-        if is_primary() and not np.isfinite(metrics.loss):
-            self._progress.note(f"step {done}: the loss is {metrics.loss}")
         if _due(done, self._config.train.log_every) or done == self._config.train.steps:
             self._record(done, record)
+        if not np.isfinite([metrics.loss, metrics.grad_norm]).all():
+            # Before anything is saved: the checkpoints that are kept stay those of a sound model.
+            raise UserError(
+                f"{self._workdir.path}: step {done} has loss {metrics.loss} and gradient norm"
+                f" {metrics.grad_norm}; the checkpoints before it are kept; a lower"
+                " optimizer.learning_rate may help"
+            )
 
-    def _between_steps(self, done: int) -> None:
-        """Evaluates and saves where it is due after `done` steps."""
+    def _between_steps(self, done: int, stop: bool) -> None:
+        """Evaluates and saves where it is due after `done` steps; ends a run that is to `stop`."""
         config = self._config
         last = done == config.train.steps
         evaluate = last or _due(done, config.train.eval_every)
-        save = last or _due(done, config.checkpoint.every)
+        save = last or stop or _due(done, config.checkpoint.every)
         if not (evaluate or save):
             return
         self._settle()
         with self._clock("refresh"):
             self._working.leave()
+        self._rung = None  # entered anew by the next step, with the same neurons or others
         if evaluate:
             self._record(done, {"eval_loss": self._held_out_loss()})
         if save:
             self._save(done)
-        if not last:
-            assert self._rung is not None
-            with self._clock("refresh"):
-                self._working.enter(self._programs.rung(self._rung.plan))
+        if stop and not last:
+            with self._clock("checkpoint"):
+                self._checkpoints.wait()
+            self._log(f"stopped and saved after step {done}; the same command continues")
+            raise KeyboardInterrupt
+
+    @property
+    def _eval_rows(self) -> int:
+        """Rows evaluated at once: those of a microbatch, which are known to fit."""
+        return self._config.train.rows_per_step // self._config.train.accumulate
 
     def _held_out_loss(self) -> float:
         """Mean dense loss a token on the held-out rows."""
-        config = self._config
         total = tokens = 0.0
         with self._clock("compile"):
             evaluate = self._evaluation.result()
         with self._clock("evaluate"):
-            for rows in in_order(
-                self._held_out,
-                config.train.rows_per_step,
-                config.train.eval_rows,
-                *self._share,
-            ):
-                loss, count = evaluate(self._working.whole.params, self._place(rows))
+            rows, limit = self._eval_rows, self._config.train.eval_rows
+            for share in in_order(self._held_out, rows, limit, *self._share):
+                loss, count = evaluate(self._working.whole.params, self._place(share, rows))
                 total += float(loss)
                 tokens += float(count)
         return total / tokens
 
     def _save(self, done: int) -> None:
         working = self._working
+        self._account.compile_seconds = self._compiled_before + self._programs.seconds
         with self._clock("checkpoint"):
             if self._metrics is not None:
                 self._metrics.flush()
@@ -323,6 +336,7 @@ class Run:
                 state = dict(restored.state)
                 masks, stats = state.pop("masks"), state.pop("stats")
                 self._account.restore(state.pop("kept"), restored.meta["account"])
+                self._compiled_before = self._account.compile_seconds
                 self._clock.add(restored.meta["seconds"])
                 self._working = Working(programs.state._replace(**state), stats, masks)
                 self._log(f"restored after step {newest.step}")

@@ -54,7 +54,7 @@ class RungPrograms(NamedTuple):
 class Programs:
     """Compiles on one background thread; `rung(plan)` waits for the plan's programs.
 
-    A compilation that fails raises where its result is asked for.
+    A compilation that fails raises where its result is asked for, and in `check`.
     """
 
     def __init__(self, config: Config, model: LlamaConfig, mesh: Mesh, controller: Controller):
@@ -82,6 +82,12 @@ class Programs:
         """Starts compiling the plan's programs in the background, unless that has been done."""
         if plan not in self._rungs:
             self._rungs[plan] = self._thread.submit(self._compile_rung, plan)
+
+    def check(self) -> None:
+        """Raises what a compilation has failed with, long before its rung begins."""
+        for future in self._rungs.values():
+            if future.done():
+                future.result()
 
     @property
     def compiling(self) -> bool:

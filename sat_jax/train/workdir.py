@@ -67,15 +67,14 @@ class WorkDir:
                 # Emptied, not removed: another process may be waiting on this very file.
                 file.truncate(0)
 
-    def settle_config(self, config: Mapping[str, Any], free: Collection[str] = ()) -> bool:
-        """Writes `config` (nested, JSON) if the run is new, else compares it with what is there.
+    def compare(self, config: Mapping[str, Any], free: Collection[str] = ()) -> bool:
+        """Compares `config` (nested, JSON) with that of the run that is there, if one is.
 
         `free` names keys that may change between two starts of a run ("train.log_every"), or groups
         of them ("export"). Returns whether the run existed. Raises `UserError` naming every other
         key that differs, with the old and the new value.
         """
         if not self.config.exists():
-            write_json(self.config, config)
             return False
         old = _flat(read_json(self.config))
         new = _flat(json.loads(json.dumps(config, allow_nan=False)))  # tuples become lists
@@ -90,6 +89,12 @@ class WorkDir:
                 "give the old values or another work directory"
             )
         return True
+
+    def begin(self, config: Mapping[str, Any]) -> None:
+        """Writes `config` if the run is new. After everything that can refuse a run, so that a
+        mistake does not stay in the folder."""
+        if not self.config.exists():
+            write_json(self.config, config)
 
     def finished(self) -> dict[str, Any] | None:
         """The summary of a run that has ended, None for one that has not."""

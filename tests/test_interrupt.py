@@ -1,0 +1,149 @@
+"""Runs that are stopped, diverge, or cannot go on: nothing is lost, and one line says why."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sat_jax.config import Config
+from sat_jax.config_values import load
+from sat_jax.errors import UserError
+from sat_jax.train.loop import train
+from sat_jax.train.metrics import read_metrics
+from sat_jax.train.programs import Programs
+from sat_jax.train.working import Working
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+SETTINGS: dict[str, Any] = {
+    "data.row_length": 32,
+    "train.steps": 6,
+    "train.rows_per_step": 4,
+    "train.eval_every": 0,
+    "train.eval_rows": 8,
+    "sparsity.rungs": 1,
+    "sparsity.refresh_every": 2,
+    "sparsity.probe_tokens": 64,
+    "checkpoint.every": 0,
+    "export.huggingface": False,
+}
+
+
+def settings(**changes: Any) -> Config:
+    values = SETTINGS | {key.replace("__", "."): value for key, value in changes.items()}
+    return load(str(ROOT / "experiments/tiny.py"), [f"{k}={v}" for k, v in values.items()])
+
+
+@pytest.fixture(autouse=True)
+def in_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # the texts are the project's own
+
+
+def losses(path: Path) -> list[float]:
+    return [r["loss"] for r in read_metrics(path / "metrics.jsonl") if "loss" in r]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """In the middle of the third step, between two refreshes, with no checkpoint due."""
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    plain, steps = Working.step, 0
+
+    def step(self: Working, batch: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            os.kill(os.getpid(), number)
+        return plain(self, batch)
+
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Working, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings(), tmp_path / "stopped", said.append)
+    assert said[-1] == "stopped and saved after step 3; the same command continues"
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    summary = train(settings(), tmp_path / "stopped", said.append)
+    assert "restored after step 3" in said
+    unbroken = train(settings(), tmp_path / "unbroken", said.append)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "unbroken")
+    assert len(losses(tmp_path / "stopped")) == 6
+    assert summary["eval_loss"] == unbroken["eval_loss"]
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(self: Working, batch: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the second one is heard here")
+
+    monkeypatch.setattr(Working, "step", step)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(), tmp_path / "run", print)
+    assert not any((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_a_run_that_diverges_ends_with_its_sound_checkpoints(tmp_path: Path) -> None:
+    config = settings(
+        train__steps=24, optimizer__learning_rate=1e30, optimizer__warmup_steps=0,
+        checkpoint__every=1,
+    )  # fmt: skip
+    for _ in range(2):  # the same command meets the same step
+        with pytest.raises(UserError, match=r"step 2 has loss .*; the checkpoints before it"):
+            train(config, tmp_path / "run", print)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_perplexity_beyond_all_floats_ends_a_run_like_any_other(tmp_path: Path) -> None:
+    config = settings(train__steps=3, optimizer__learning_rate=300, optimizer__warmup_steps=0)
+    summary = train(config, tmp_path / "run", print)
+    assert summary["eval_loss"] > 710 and summary["perplexity_after"] is None
+
+
+def test_a_refused_start_leaves_no_settings(tmp_path: Path) -> None:
+    for wrong in ({"data__sources": "none.md"}, {"data__row_length": 9999}, {"mesh__fsdp": 3}):
+        with pytest.raises(UserError):
+            train(settings(**wrong), tmp_path / "run", print)
+    assert train(settings(train__steps=2), tmp_path / "run", print)["steps"] == 2
+
+
+def test_a_compilation_that_fails_ends_the_run_before_its_rung(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Programs._compile_rung
+
+    def compile_rung(self: Programs, plan: Any) -> Any:
+        if plan.segments[0].channels == 128:
+            raise RuntimeError("no program for the dense rung")
+        return plain(self, plan)
+
+    monkeypatch.setattr(Programs, "_compile_rung", compile_rung)
+    with pytest.raises(RuntimeError, match="no program for the dense rung"):
+        train(settings(train__steps=40), tmp_path / "run", print)
+    assert len(losses(tmp_path / "run")) < 20
+
+
+def test_an_interrupted_script_says_one_line(tmp_path: Path) -> None:
+    arguments = [f"--config.{key}={value}" for key, value in SETTINGS.items()]
+    with subprocess.Popen(
+        [sys.executable, "-m", "scripts.train", "--config=experiments/tiny.py",
+         f"--workdir={tmp_path / 'run'}", *arguments, "--config.train.steps=100000"],
+        cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        while "loss" not in (line := process.stderr.readline()):
+            assert line, process.wait()
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and out == ""
+    lines = errors.splitlines()
+    assert lines[-1] == "interrupted"
+    assert lines[-2].startswith("stopped and saved after step ")
