@@ -80,6 +80,7 @@ def test_a_stopped_run_goes_on_where_it_was(
 
 def test_a_second_interrupt_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def step(self: Working, batch: Any) -> Any:
+        del self, batch
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("the second one is heard here")

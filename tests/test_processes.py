@@ -1,8 +1,8 @@
 """One run in two processes, started as Open MPI would start them."""
 
-import json
 import os
-import random
+import secrets
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +12,7 @@ import pytest
 
 from sat_jax import load_model
 from sat_jax.models.params import flat_params
+from sat_jax.train.checkpoint import find
 from sat_jax.train.metrics import read_metrics
 from tests.conftest import ROOT, RunPython
 from tests.tolerances import assert_close
@@ -34,16 +35,16 @@ def command(workdir: Path, *more: str) -> list[str]:
     return ["-m", "scripts.train", "--config=experiments/tiny.py", f"--workdir={workdir}", *more]
 
 
-def two_processes(*arguments: str, devices: int = 1) -> list[subprocess.CompletedProcess[str]]:
-    """What both processes of one command end with, each of `devices` devices. The variables are those that Open MPI sets;
-    jax makes the port of process 0 out of the job's number."""
-    job = random.randrange(4096) * 4096
+def start_two(*arguments: str, devices: int = 1) -> list[subprocess.Popen[str]]:
+    """Both processes of one command, each of `devices` devices. The variables are those that Open
+    MPI sets; jax makes the port of process 0 out of the job's number."""
+    job = 4096 * secrets.randbelow(4096)
     cluster = {
         "OMPI_MCA_orte_hnp_uri": f"{job}.0;tcp://127.0.0.1:1",
         "OMPI_COMM_WORLD_SIZE": "2",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
-    started = [
+    return [
         subprocess.Popen(
             [sys.executable, *arguments],
             cwd=ROOT,
@@ -59,6 +60,11 @@ def two_processes(*arguments: str, devices: int = 1) -> list[subprocess.Complete
         )
         for rank in range(2)
     ]
+
+
+def run_two(*arguments: str, devices: int = 1) -> list[subprocess.CompletedProcess[str]]:
+    """What both processes of one command end with."""
+    started = start_two(*arguments, devices=devices)
     try:
         ended = [process.communicate(timeout=300) for process in started]
     finally:
@@ -86,9 +92,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("devices", "fsdp"), [(2, 2), (1, 1)])
 def test_two_processes_train_as_one(alone: Path, tmp_path: Path, devices: int, fsdp: int) -> None:
     sizes = [f"--config.mesh.fsdp={fsdp}", "--config.mesh.tensor=2"]
-    first, second = two_processes(
-        *command(tmp_path, *SETTINGS, *sizes, "--distributed"), devices=devices
-    )
+    first, second = run_two(*command(tmp_path, *SETTINGS, *sizes, "--distributed"), devices=devices)
     assert first.returncode == 0, first.stderr
     assert second.returncode == 0, second.stderr
     assert "Held-out perplexity" in first.stdout
@@ -112,7 +116,7 @@ def test_two_processes_train_as_one(alone: Path, tmp_path: Path, devices: int, f
 @pytest.mark.slow
 def test_a_refused_run_ends_in_every_process(tmp_path: Path) -> None:
     arguments = command(tmp_path / "run", "--config.data.row_length=99999", "--distributed")
-    for process in two_processes(*arguments):
+    for process in run_two(*arguments):
         assert process.returncode == 2
         assert process.stderr.splitlines()[-1].startswith("error: "), process.stderr
 
@@ -123,3 +127,22 @@ def test_without_a_cluster_there_is_one_line(tmp_path: Path, run_python: RunPyth
     assert done.stderr.startswith("error: --distributed needs processes that Slurm")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_sigterm_to_one_process_stops_and_saves_all(tmp_path: Path) -> None:
+    arguments = command(tmp_path, *SETTINGS, "--config.train.steps=100000", "--distributed")
+    started = start_two(*arguments)
+    try:
+        assert started[0].stderr is not None
+        while "loss" not in (line := started[0].stderr.readline()):
+            assert line, started[0].wait()
+        started[1].send_signal(signal.SIGTERM)
+        said = [process.communicate(timeout=120)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [130, 130], said
+    steps = find(tmp_path / "checkpoints").step
+    assert f"stopped and saved after step {steps};" in said[0]
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == steps

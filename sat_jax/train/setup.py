@@ -13,15 +13,15 @@ from sat_jax.config import Config
 from sat_jax.data.prepare import Prepared, prepare
 from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sat_jax.errors import UserError
-from sat_jax.interop import Weights, locate, open_weights
+from sat_jax.interop import Weights, locate
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.params import initial, shapes
-from sat_jax.models.presets import preset
 from sat_jax.parallel.mesh import make_mesh
 from sat_jax.parallel.processes import check_joined
 from sat_jax.parallel.rules import check_divisible, tree_shardings
 from sat_jax.sparsity.controller import Controller, make_controller
 from sat_jax.sparsity.plan import Neurons
+from sat_jax.train.trained import starting_point
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +46,7 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     check_joined()
     mesh = make_mesh(config.mesh)
-    weights = None if config.model.path is None else open_weights(config.model.path)
-    model = weights.config if weights else _preset(config)
+    model, weights = starting_point(config)
     check_divisible(mesh, shapes(model))
     _check_rows(config, mesh)
     if config.data.row_length > model.max_positions:
@@ -91,11 +90,6 @@ def initial_params(task: Task) -> dict[str, jax.Array]:
 
 def _placed(value: np.ndarray, sharding: Sharding) -> jax.Array:
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
-
-
-def _preset(config: Config) -> LlamaConfig:
-    assert config.model.preset is not None
-    return preset(config.model.preset)
 
 
 def _model_path(config: Config) -> Path | None:

@@ -1,4 +1,5 @@
-"""What a run has trained, as weights: read from its newest whole checkpoint, or from a step's."""
+"""The model of a run: what it starts from, and what it has trained by its newest whole checkpoint,
+or at a step's."""
 
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def open_run(path: Path, step: int | None = None) -> tuple[Weights, Config]:
     """
     workdir = WorkDir(path)
     config = from_config_dict(read_json(workdir.config))
-    model = _model(config)
+    model, _ = starting_point(config)
     stored = find(workdir.checkpoints, step)
     for name, wanted in shapes(model).items():
         found = stored.leaves.get(f"params/{name}")
@@ -45,8 +46,10 @@ def open_run(path: Path, step: int | None = None) -> tuple[Weights, Config]:
     return Weights(model, read), config
 
 
-def _model(config: Config) -> LlamaConfig:
+def starting_point(config: Config) -> tuple[LlamaConfig, Weights | None]:
+    """The model that is trained, and its pretrained weights, opened, where it has some."""
     if config.model.path is not None:
-        return open_weights(config.model.path).config
+        weights = open_weights(config.model.path)
+        return weights.config, weights
     assert config.model.preset is not None
-    return preset(config.model.preset)
+    return preset(config.model.preset), None
