@@ -23,6 +23,7 @@ from sat_jax.data.sources import read_documents, resolve_sources
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 from sat_jax.models.llama import Llama
+from sat_jax.models.loss import perplexity_of
 
 
 class Score(NamedTuple):
@@ -38,11 +39,6 @@ class Score(NamedTuple):
     def bits_per(self, count: int) -> float:
         """The same as bits: what an ideal compressor would need."""
         return self.nll / count / math.log(2)
-
-
-def perplexity_of(loss: float) -> float:
-    """The perplexity of a mean loss in nats; infinite where no float is as large."""
-    return math.exp(loss) if loss < 709 else math.inf
 
 
 def perplexity(model: Llama, batches: Iterable[Batch]) -> Score:

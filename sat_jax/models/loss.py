@@ -1,6 +1,7 @@
 """Next-token cross-entropy in chunks: the logits of a whole batch never exist at once."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -86,3 +87,8 @@ def _backward(
 
 
 chunked_cross_entropy.defvjp(_forward, _backward)
+
+
+def perplexity_of(loss: float) -> float:
+    """The perplexity of a mean loss in nats; infinite where no float is as large."""
+    return math.exp(loss) if loss < 709 else math.inf

@@ -10,8 +10,8 @@ import numpy as np
 
 from sat_jax.analysis.flops import probe_flops, speedup_bound
 from sat_jax.analysis.plots import plot_kept, plot_loss, plot_speed
-from sat_jax.evaluate.perplexity import perplexity_of
 from sat_jax.interop.huggingface import write_directory
+from sat_jax.models.loss import perplexity_of
 from sat_jax.train.account import Account, kept_shares, step_flops
 from sat_jax.train.metrics import MetricsLog, read_metrics
 from sat_jax.train.setup import Task
