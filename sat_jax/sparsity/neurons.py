@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from sat_jax.sparsity.masks import Masks, SegmentMasks
-from sat_jax.sparsity.plan import Plan
+from sat_jax.sparsity.plan import Plan, Segment
 
 Flat = dict[str, Any]
 
@@ -74,12 +74,17 @@ def expand(
 
 
 def _write_back(path: str, parts: list[Array], whole: Array, masks: Masks, plan: Plan) -> Array:
-    for segment, mask, part in zip(plan.segments, masks, parts, strict=True):
-        rows = whole[segment.start : segment.stop]
-        indices = _kept(path, mask)
-        if indices is not None:
-            part = _put(rows, part, indices, plan)
-        whole = part if len(parts) == 1 else whole.at[segment.start : segment.stop].set(part)
+    """`whole` with every segment's part in its place.
+
+    What was gathered is written last and straight into `whole`: so XLA does it in place, where a
+    slice of `whole` or a later update would be one more copy of it.
+    """
+    pieces = zip(plan.segments, (_kept(path, mask) for mask in masks), parts, strict=True)
+    for segment, indices, part in sorted(pieces, key=lambda piece: piece[1] is not None):
+        if indices is None:
+            whole = jax.lax.dynamic_update_slice_in_dim(whole, part, segment.start, axis=0)
+        else:
+            whole = _put(whole, part, indices, segment, plan)
     return whole
 
 
@@ -145,28 +150,42 @@ def _take(value: Array, indices: Int[Array, "L *K kept"], plan: Plan) -> Array:
     return taken.reshape(*indices.shape, *value.shape[indices.ndim :])
 
 
-def _put(value: Array, kept: Array, indices: Int[Array, "L *K kept"], plan: Plan) -> Array:
-    """`value` with its kept rows replaced."""
-    rows, local = _in_parts(value, indices, plan)
-    kept = kept.reshape(*local.shape, *rows.shape[3:])
-    put = jax.vmap(jax.vmap(lambda w, i, k: w.at[i].set(k, **_PROMISES)))(rows, local, kept)
-    return put.reshape(value.shape)
+def _put(
+    whole: Array, kept: Array, indices: Int[Array, "L *K kept"], segment: Segment, plan: Plan
+) -> Array:
+    """`whole`, of all layers, with the kept rows of a segment replaced."""
+    rows, local = _in_parts(whole, indices, plan)
+    layer = jax.lax.broadcasted_iota(local.dtype, local.shape, 0) + segment.start
+    put = jax.lax.scatter(
+        rows,
+        jnp.stack([layer, local], axis=-1),
+        kept.reshape(*local.shape, *rows.shape[3:]),
+        jax.lax.ScatterDimensionNumbers(
+            update_window_dims=tuple(range(3, rows.ndim)),
+            inserted_window_dims=(0, 2),
+            scatter_dims_to_operand_dims=(0, 2),
+            operand_batching_dims=(1,),
+            scatter_indices_batching_dims=(1,),
+        ),
+        **_PROMISES,
+    )
+    return put.reshape(whole.shape)
 
 
 def _in_parts(
     value: Array, indices: Int[Array, "L *K kept"], plan: Plan
 ) -> tuple[Array, Int[Array, "L P kept"]]:
-    """Rows `[L, parts, rows, ...]` and indices `[L, parts, kept]` local to each part.
+    """Rows `[L, parts, rows, ...]` and indices `[L, parts, kept]` local to each part; `value` may
+    have more layers than `indices`.
 
     Query heads are indexed within their KV group already. Groups and channels are selected evenly
-    in `balance` parts; with local indices the gather is batched over parts, so that on a mesh whose
-    `tensor` axis divides `balance` it never leaves a device.
+    in `balance` parts; with local indices gather and scatter are batched over parts, so that on a
+    mesh whose `tensor` axis divides `balance` nothing leaves its device.
     """
     if indices.ndim == 3:
         return value, indices
-    layers, total = value.shape[:2]
-    size = total // plan.balance
-    local = indices.reshape(layers, plan.balance, indices.shape[1] // plan.balance)
+    size = value.shape[1] // plan.balance
+    local = indices.reshape(len(indices), plan.balance, indices.shape[1] // plan.balance)
     offsets = jnp.arange(plan.balance, dtype=indices.dtype) * size
-    rows = value.reshape(layers, plan.balance, size, *value.shape[2:])
+    rows = value.reshape(len(value), plan.balance, size, *value.shape[2:])
     return rows, local - offsets[None, :, None]
