@@ -133,7 +133,9 @@ class SparsityConfig:
         0.9, "weight of older observations at each new one", low=0.0, high=0.9999
     )
     attention_unit: Literal["kv_group", "query_head"] = key(
-        "kv_group", "what is omitted in attention: whole KV groups, or query heads in each group"
+        "kv_group",
+        "what is omitted in attention: whole KV groups, or query heads in each group; one and the"
+        " same in multi-head attention",
     )
     dense_layers: tuple[int, ...] = key((), "layers that keep everything; -1 is the last")
     max_segments: int = key(4, "runs of layers with equal counts at most", low=1)
