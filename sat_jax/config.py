@@ -90,7 +90,7 @@ class TrainConfig:
 class OptimizerConfig:
     name: Literal["adamw", "lion"] = key("adamw", "the update rule")
     learning_rate: float = key(1e-4, "peak learning rate", low=0.0)
-    warmup_steps: int = key(0, "steps of linear warm-up from 0", low=0)
+    warmup_steps: int = key(0, "steps of linear warm-up, the last of them at the peak", low=0)
     schedule: Literal["cosine", "linear", "constant"] = key("cosine", "after the warm-up")
     final_scale: float = key(
         0.1, "last learning rate as a share of the peak (cosine, linear)", low=0.0, high=1.0
