@@ -16,8 +16,6 @@ from jaxtyping import Array, Int
 from sat_jax.sparsity.masks import Masks, SegmentMasks
 from sat_jax.sparsity.plan import Plan, Segment
 
-Flat = dict[str, Any]
-
 _GROUP_LEAVES = frozenset({"key", "value", "key_bias", "value_bias"})
 _HEAD_LEAVES = frozenset({"query", "output", "query_bias"})
 _CHANNEL_LEAVES = frozenset({"gate", "up", "down"})
@@ -32,11 +30,13 @@ def neuron_axes(path: str) -> int:
     return 1 + 2 * (leaf in _HEAD_LEAVES) + (leaf in _GROUP_LEAVES | _CHANNEL_LEAVES)
 
 
-def compact(whole: Mapping[str, Array], masks: Masks, plan: Plan) -> tuple[Flat, Flat]:
+def compact(
+    whole: Mapping[str, Array], masks: Masks, plan: Plan
+) -> tuple[dict[str, Array], dict[str, Array]]:
     """(compact tree, resting tree). The resting tree holds, whole, what was gathered from: what is
     omitted stays there until `expand`."""
-    small: Flat = {}
-    resting: Flat = {}
+    small: dict[str, Array] = {}
+    resting: dict[str, Array] = {}
     for path, value in whole.items():
         if not path.startswith("layers/"):
             small[path] = value
@@ -54,9 +54,9 @@ def compact(whole: Mapping[str, Array], masks: Masks, plan: Plan) -> tuple[Flat,
 
 def expand(
     small: Mapping[str, Array], resting: Mapping[str, Array], masks: Masks, plan: Plan
-) -> Flat:
+) -> dict[str, Array]:
     """The whole tree: the inverse of `compact`, with the compact tree's values written back."""
-    whole: Flat = {}
+    whole: dict[str, Array] = {}
     for path, value in small.items():
         if not path.startswith("layers/"):
             whole[path] = value
@@ -88,9 +88,9 @@ def _write_back(path: str, parts: list[Array], whole: Array, masks: Masks, plan:
     return whole
 
 
-def mask_values(masks: Masks) -> Flat:
+def mask_values(masks: Masks) -> dict[str, Array]:
     """The masks by the paths of the modules' `Mask` variables."""
-    values: Flat = {}
+    values: dict[str, Array] = {}
     for number, mask in enumerate(masks):
         if mask.heads is not None:
             values[f"layers/{number}/attention/kept_heads"] = mask.heads
@@ -99,9 +99,9 @@ def mask_values(masks: Masks) -> Flat:
     return values
 
 
-def keep_only(new: Mapping[str, Array], old: Mapping[str, Array], masks: Masks) -> Flat:
+def keep_only(new: Mapping[str, Array], old: Mapping[str, Array], masks: Masks) -> dict[str, Array]:
     """`new` where a neuron is kept and `old` where it is omitted, for trees cut into segments."""
-    merged: Flat = {}
+    merged: dict[str, Array] = {}
     for path, value in new.items():
         indices = (
             _kept(path, masks[int(path.split("/")[1])]) if path.startswith("layers/") else None
