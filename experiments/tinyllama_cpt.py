@@ -5,9 +5,12 @@
 
 DIR is the Hugging Face directory of TinyLlama-1.1B (or of any other model of the family).
 Device: one accelerator of 40 GB or more, bfloat16. Weights and Adam's moments are 13.2 GB in
-float32, gradients 4.4, what rests while neurons are omitted up to 5 (by arithmetic); the rest is
-activations. More devices: --config.mesh.fsdp=N. Time and perplexity: not measured; the command
-above measures them.
+float32. While neurons are omitted, what is kept exists twice: 6.3 GB more at rate 0.5, at most 9.0
+(at 0.25). A step adds gradients, up to 4.4 GB a copy, and activations. Going from one selection to
+the next adds a copy of what is kept instead: 25 GB in all at rate 0.5, at most 31 (at 0.125).
+These are sizes of shapes, and the last two XLA's own (`memory_analysis`) of the programs compiled
+for CPU. More devices: --config.mesh.fsdp=N. Time and perplexity: not measured; the command above
+measures them.
 """
 
 from ml_collections import ConfigDict

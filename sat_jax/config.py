@@ -90,7 +90,7 @@ class TrainConfig:
 class OptimizerConfig:
     name: Literal["adamw", "lion"] = key("adamw", "the update rule")
     learning_rate: float = key(1e-4, "peak learning rate", low=0.0)
-    warmup_steps: int = key(0, "steps of linear warm-up from 0", low=0)
+    warmup_steps: int = key(0, "steps of linear warm-up, the last of them at the peak", low=0)
     schedule: Literal["cosine", "linear", "constant"] = key("cosine", "after the warm-up")
     final_scale: float = key(
         0.1, "last learning rate as a share of the peak (cosine, linear)", low=0.0, high=1.0
@@ -133,7 +133,9 @@ class SparsityConfig:
         0.9, "weight of older observations at each new one", low=0.0, high=0.9999
     )
     attention_unit: Literal["kv_group", "query_head"] = key(
-        "kv_group", "what is omitted in attention: whole KV groups, or query heads in each group"
+        "kv_group",
+        "what is omitted in attention: whole KV groups, or query heads in each group; one and the"
+        " same in multi-head attention",
     )
     dense_layers: tuple[int, ...] = key((), "layers that keep everything; -1 is the last")
     max_segments: int = key(4, "runs of layers with equal counts at most", low=1)

@@ -11,9 +11,7 @@ import pytest
 
 from sat_jax.analysis.flops import (
     FlopCount,
-    blocked_keys,
     forward_flops,
-    neuron_share,
     probe_flops,
     speedup_bound,
     training_flops,
@@ -35,8 +33,13 @@ PLANS: dict[str, tuple[Segment, ...]] = {
     "channels": (Segment(0, 2, 4, 3, 8), Segment(2, 3, 4, 3, 24)),
     "both": (Segment(0, 1, 1, 3, 8), Segment(1, 2, 4, 3, 24), Segment(2, 3, 3, 2, 16)),
 }
-ROWS, LENGTH = 2, 40  # one attention block, in which every query meets every key
-FULL = blocked_keys(LENGTH, BLOCK)
+ROWS, LENGTH = 2, 40  # one attention block
+
+
+def whole_block(count: FlopCount, length: int = LENGTH) -> FlopCount:
+    """As computed inside one attention block: every query meets every key, not the causal half."""
+    scores = count.attention_scores / (length + 1) * 2 * length
+    return dataclasses.replace(count, attention_scores=scores)
 
 
 class Traced:
@@ -125,7 +128,7 @@ def test_attention_counts_the_causal_half() -> None:
 @pytest.mark.parametrize("plan", PLANS)
 def test_forward_counts_every_matrix_product(plan: str) -> None:
     model = Traced(GQA, PLANS[plan], "none", ROWS, LENGTH)
-    expected = forward_flops(GQA, LENGTH, PLANS[plan], keys=FULL)
+    expected = whole_block(forward_flops(GQA, LENGTH, PLANS[plan]))
     assert matrix_product_flops(*model.logits) == ROWS * LENGTH * expected.total
     assert matrix_product_flops(*model.hidden) == ROWS * LENGTH * expected.neurons
 
@@ -134,7 +137,7 @@ def test_forward_counts_every_matrix_product(plan: str) -> None:
 @pytest.mark.parametrize("plan", PLANS)
 def test_training_counts_every_matrix_product(plan: str, remat: Remat) -> None:
     model = Traced(GQA, PLANS[plan], remat, ROWS, LENGTH)
-    expected = training_flops(GQA, LENGTH, PLANS[plan], remat, keys=FULL)
+    expected = whole_block(training_flops(GQA, LENGTH, PLANS[plan], remat).all)
     assert matrix_product_flops(*model.step) == ROWS * LENGTH * expected.total
 
 
@@ -142,7 +145,7 @@ def test_training_counts_every_matrix_product(plan: str, remat: Remat) -> None:
 def test_the_families_multiply_the_same_matrices(family: str) -> None:
     config = CONFIGS[family]
     model = Traced(config, (config.dense,), "none", ROWS, LENGTH)
-    expected = training_flops(config, LENGTH, keys=FULL)
+    expected = whole_block(training_flops(config, LENGTH).all)
     assert matrix_product_flops(*model.step) == ROWS * LENGTH * expected.total
 
 
@@ -165,26 +168,17 @@ def test_xla_counts_the_same() -> None:
     counted = (dataclasses.replace(kept, stop=1),)  # the body of the scan over layers, once
     model = Traced(WIDE, (kept,), "none", 1, BLOCK)
     for program, expected in (
-        (model.logits, forward_flops(WIDE, BLOCK, counted, keys=BLOCK)),
-        (model.step, training_flops(WIDE, BLOCK, counted, keys=BLOCK)),
+        (model.logits, forward_flops(WIDE, BLOCK, counted)),
+        (model.step, training_flops(WIDE, BLOCK, counted).all),
     ):
-        ratio = compiled_flops(*program) / (BLOCK * expected.total)
+        ratio = compiled_flops(*program) / (BLOCK * whole_block(expected, BLOCK).total)
         assert 1 - XLA_TOLERANCE < ratio < 1 + XLA_TOLERANCE
 
 
-@pytest.mark.parametrize(
-    ("length", "block"), [(1, 128), (128, 128), (256, 128), (300, 128), (7, 3)]
-)
-def test_blocked_keys_are_the_blocks_on_and_under_the_diagonal(length: int, block: int) -> None:
-    count = math.ceil(length / block)
-    size = math.ceil(length / count)
-    pairs = sum(
-        1
-        for query in range(count * size)
-        for key in range(count * size)
-        if key // size <= query // size
-    )
-    assert blocked_keys(length, block) == pairs / length
+def neuron_share(config: LlamaConfig, row_length: int, remat: Remat = "none") -> float:
+    """f: the share of a dense step's operations that is spent in heads and channels."""
+    dense = training_flops(config, row_length, remat=remat).all
+    return dense.neurons / dense.total
 
 
 def test_share_of_neurons_in_llama_2_7b() -> None:

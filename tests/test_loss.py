@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sat_jax.models.loss import chunked_cross_entropy
+from tests.conftest import RunPython
 from tests.tolerances import assert_close
 
 B, T, D, V = 3, 10, 8, 37
@@ -104,3 +105,56 @@ def largest_array(chunk: int) -> int:
 def test_the_logits_of_a_whole_batch_never_exist() -> None:
     assert largest_array(T) == largest_array(64) == B * T * V
     assert largest_array(2) == max(B * 2 * V, B * T * D, V * D) < B * T * V
+
+
+ON_EIGHT_DEVICES = """
+import re, sys
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from sat_jax.config import MeshConfig
+from sat_jax.models.loss import chunked_cross_entropy
+from sat_jax.parallel.mesh import make_mesh
+from sat_jax.parallel.rules import BATCH
+from tests.tolerances import assert_close
+
+data, fsdp, tensor, rows = map(int, sys.argv[1:])
+mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+rng = np.random.default_rng(0)
+hidden = rng.normal(size=(rows, 12, 16)).astype(np.float32)
+head = rng.normal(size=(32, 16)).astype(np.float32)
+targets = rng.integers(0, 32, (rows, 12)).astype(np.int32)
+arrays = (hidden, head, targets, rng.random((rows, 12)) < 0.7)
+
+
+@jax.value_and_grad
+def loss(arrays, rest):
+    return chunked_cross_entropy(*arrays, *rest, 3)
+
+
+expected = jax.jit(loss)(arrays[:2], arrays[2:])
+rows_split = NamedSharding(mesh, P(*BATCH) if rows % (data * fsdp) == 0 else P())
+split = (rows_split, NamedSharding(mesh, P("tensor", "fsdp")), rows_split, rows_split)
+arrays = jax.device_put(arrays, split)
+with jax.set_mesh(mesh):
+    compiled = jax.jit(loss).lower(arrays[:2], arrays[2:]).compile()
+value, gradients = compiled(arrays[:2], arrays[2:])
+assert_close(value, expected[0], "float32", "forward")
+for gradient, one in zip(gradients, expected[1], strict=True):
+    assert_close(gradient, one, "float32", "backward")
+loops, entry = compiled.as_text().split("ENTRY")
+head_shape = rf"f32.{32 // tensor},16"
+found = [len(re.findall(head_shape + r".*? all-reduce\\(", part)) for part in (loops, entry)]
+print(*found)
+"""
+
+
+@pytest.mark.parametrize("mesh", ["811", "421", "222"])
+def test_devices_exchange_the_gradient_of_the_head_once(mesh: str, run_python: RunPython) -> None:
+    done = run_python("-c", ON_EIGHT_DEVICES, *mesh, "8", devices=8)
+    assert (done.stdout.strip(), done.returncode) == ("0 1", 0), done.stderr
+
+
+def test_rows_that_the_mesh_does_not_divide(run_python: RunPython) -> None:
+    done = run_python("-c", ON_EIGHT_DEVICES, *"2223", devices=8)
+    assert done.returncode == 0, done.stderr

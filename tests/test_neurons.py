@@ -1,5 +1,6 @@
 """Compact and expand: the kept neurons as a smaller tree, and back, bit for bit."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -120,6 +121,20 @@ def test_compact_takes_the_kept_rows_and_expand_writes_them_back(case: str) -> N
                     expected[path][segment.start : segment.stop][origin] = rows[origin] + 1
         assert resting.keys() == gathered
         equal(jit_expand(changed, resting, masks, plan=plan), expected)
+
+
+@pytest.mark.parametrize("balance", [1, 2])
+@pytest.mark.parametrize("dense_layers", [(), (0,), (0, -1), (3,)])
+def test_expand_copies_no_whole_array(dense_layers: tuple[int, ...], balance: int) -> None:
+    """Where it may reuse what rests, all it needs besides is one copy of what is written."""
+    config = dataclasses.replace(CONFIGS["gqa"], n_layers=8, d_model=64, d_ff=512)
+    plan = make_plan(neurons(config), 0.5, 0.5, dense_layers=dense_layers, balance=balance)
+    masks = random_masks(config, plan)
+    small, resting = jax.eval_shape(lambda w, m: compact(w, m, plan), shapes(config), masks)
+    grow = jax.jit(lambda s, r, m: expand(s, r, m, plan), donate_argnums=1)
+    memory = grow.lower(small, resting, masks).compile().memory_analysis()
+    kept = sum(4 * leaf.size for path, leaf in small.items() if path.startswith("layers/"))
+    assert memory.temp_size_in_bytes < 1.1 * kept
 
 
 def test_all_indices_are_the_same_as_no_mask() -> None:

@@ -167,13 +167,14 @@ def cosine(share: float) -> float:
 
 # Peak 1, last 0.2: the factors of 8 steps.
 RATES = {
-    ("cosine", 0): [cosine(i / 8) for i in range(8)],
-    ("cosine", 3): [1 / 3, 2 / 3, 1.0, *[cosine(i / 5) for i in range(5)]],
-    ("cosine", 1): [1.0, *[cosine(i / 7) for i in range(7)]],
-    ("linear", 0): [1 - 0.8 * i / 8 for i in range(8)],
-    ("linear", 4): [0.25, 0.5, 0.75, 1.0, *[1 - 0.8 * i / 4 for i in range(4)]],
+    ("cosine", 0): [cosine(i / 7) for i in range(8)],
+    ("cosine", 1): [cosine(i / 7) for i in range(8)],
+    ("cosine", 3): [1 / 3, 2 / 3, *[cosine(i / 5) for i in range(6)]],
+    ("cosine", 7): [*[(i + 1) / 7 for i in range(7)], 0.2],
+    ("linear", 0): [1 - 0.8 * i / 7 for i in range(8)],
+    ("linear", 4): [0.25, 0.5, 0.75, *[1 - 0.8 * i / 4 for i in range(5)]],
     ("constant", 0): [1.0] * 8,
-    ("constant", 2): [0.5, 1.0, *[1.0] * 6],
+    ("constant", 2): [0.5, *[1.0] * 7],
     ("linear", 8): [(i + 1) / 8 for i in range(8)],  # nothing but warm-up
 }
 
@@ -188,11 +189,18 @@ def test_learning_rates_by_hand(schedule: Any, warmup: int) -> None:
     assert_close(found, RATES[schedule, warmup], "float32", "backward")
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_a_run_of_one_step_trains_at_the_peak(schedule: Any) -> None:
+    for warmup in (0, 1):
+        rate = learning_rate(adamw(schedule=schedule, warmup_steps=warmup), 1)
+        assert_close(rate(jnp.int32(0)), 0.1, "float32", "backward")
+
+
 def test_each_step_moves_by_its_learning_rate() -> None:
     """Adam under a constant gradient moves every entry by exactly the learning rate."""
     params = random_tree(0)
     config = adamw(schedule="linear", warmup_steps=2, final_scale=0.0)
     given = updates(config, [jax.tree.map(jnp.ones_like, params)] * 6, params, steps=6)
-    for added, factor in zip(given, [0.5, 1.0, 1.0, 0.75, 0.5, 0.25], strict=True):
+    for added, factor in zip(given, [0.5, 1.0, 0.75, 0.5, 0.25, 0.0], strict=True):
         for path in SHAPES:
             assert_close(added[path], np.full(SHAPES[path], -0.1 * factor), "float32", "backward")

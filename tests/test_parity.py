@@ -12,13 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
 from sat_jax.interop import load_model, open_weights
 from sat_jax.interop.huggingface_config import config_from_json
 from sat_jax.interop.weights import TABLE
-from sat_jax.models.llama import Llama
+from sat_jax.models.llama import Llama, cast
 from sat_jax.models.params import flat_params
+from sat_jax.sparsity.plan import make_plan
+from tests.small_models import CONFIGS, neurons
 from tests.tolerances import assert_close
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -49,6 +52,19 @@ def test_logits_computed_in_bfloat16(name: str) -> None:
     logits = load_model(GOLDEN / name, dtype="bfloat16")(jnp.asarray(golden["input_ids"]))
     assert logits.dtype == jnp.float32
     assert_close(logits, golden["logits"], "bfloat16", "forward")
+
+
+def test_weights_are_cast_but_for_the_scales_of_norms() -> None:
+    config = CONFIGS["norm"]
+    plan = make_plan(neurons(config), 0.5, 0.5)
+    model = Llama(config, plan.segments, masked=True, rngs=nnx.Rngs(0))
+    leaves = flatten_dict(nnx.to_pure_dict(cast(nnx.state(model), "bfloat16")))
+    norms = {"attention_norm", "mlp_norm", "query_norm", "key_norm", "final_norm"}
+    indices = {"kept_heads", "kept_channels"}
+    assert {path[-1] for path in leaves} > norms | indices
+    for (*_, leaf), value in leaves.items():
+        expected = "float32" if leaf in norms else "int32" if leaf in indices else "bfloat16"
+        assert value.dtype == expected, leaf
 
 
 @functools.cache

@@ -35,6 +35,8 @@ def plan(attention: float = 0.5, mlp: float = 0.25, **rest: Any) -> Plan:
         (8, 0.0, 2, 8),
         (64, 0.34, 16, 48),  # 2.64 runs
         (12, 0.125, 4, 12),  # 2.625 runs of 4: nearer to all than to 8
+        (15, 0.9, 1, 2),  # 1.5, which binary fractions make 1.4999…
+        (5, 0.8 * (1 - 1 / 8), 1, 2),  # the same: 0.7000000000000001
     ],
 )
 def test_kept_count_by_hand(total: int, rate: float, unit: int, kept: int) -> None:
@@ -53,6 +55,25 @@ def test_kept_count_is_the_nearest_multiple(units: int, rate: float, unit: int) 
     assert kept_count(total, 0.0, unit) == total
 
 
+@given(
+    fives=st.integers(1, 40),
+    tenths=st.integers(0, 10),
+    rungs=st.sampled_from([1, 2, 4, 5, 8]),
+    unit=st.integers(1, 16),
+    data=st.data(),
+)
+def test_kept_count_takes_rates_as_decimals(
+    fives: int, tenths: int, rungs: int, unit: int, data: st.DataObject
+) -> None:
+    """Stair k of a ladder from r0, in floating point, against the same in fractions. Of 5, 10, …
+    neurons many rates leave a half."""
+    units, stair = 5 * fives, data.draw(st.integers(0, rungs))
+    rate = tenths / 10 * (1 - stair / rungs)
+    exact = Fraction(tenths, 10) * (1 - Fraction(stair, rungs))
+    expected = unit * math.floor((1 - exact) * units + Fraction(1, 2))
+    assert kept_count(units * unit, rate, unit) == max(unit, expected)
+
+
 def test_a_plan_is_one_segment_of_realised_counts() -> None:
     assert plan() == Plan((Segment(0, 6, 2, 3, 72),))
     assert plan(attention_unit="query_head") == Plan((Segment(0, 6, 4, 2, 72),))
@@ -64,6 +85,23 @@ def test_query_heads_ignore_block_and_balance() -> None:
     balanced = plan(0.34, attention_unit="query_head", block=8, balance=4)
     assert balanced.segments[0].query_heads == 2
     assert balanced.segments[0].kv_groups == 4
+
+
+def test_the_head_of_multi_head_attention_is_its_group() -> None:
+    heads = dataclasses.replace(NEURONS, query_heads=1)
+    for rest in ({}, {"balance": 2}, {"dense_layers": (0,)}):
+        grouped = make_plan(heads, 0.5, 0.25, **rest)
+        assert make_plan(heads, 0.5, 0.25, attention_unit="query_head", **rest) == grouped
+        assert grouped.segments[-1].kv_groups == 2
+    with pytest.raises(UserError, match="does not divide the 4 KV groups"):
+        make_plan(heads, 0.5, 0.0, attention_unit="query_head", balance=3)
+
+
+def test_only_what_is_chosen_must_be_divided() -> None:
+    assert plan(attention_unit="query_head", balance=3).segments == (Segment(0, 6, 4, 2, 72),)
+    assert plan(attention=0.0, balance=3).segments == (Segment(0, 6, 4, 3, 72),)
+    assert plan(mlp=0.0, block=5).segments == (Segment(0, 6, 2, 3, 96),)
+    assert plan(0.0, 0.0, block=5, balance=3).segments == (Segment(0, 6, 4, 3, 96),)
 
 
 def test_dense_layers_cut_segments() -> None:

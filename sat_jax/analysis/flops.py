@@ -10,7 +10,6 @@ figures in the literature are.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 from sat_jax.models.llama import Remat
@@ -66,19 +65,13 @@ class TrainingFlops:
 
 
 def forward_flops(
-    config: LlamaConfig,
-    row_length: int,
-    segments: Sequence[Segment] | None = None,
-    *,
-    keys: float | None = None,
+    config: LlamaConfig, row_length: int, segments: Sequence[Segment] | None = None
 ) -> FlopCount:
     """Operations a token of a forward pass with logits, on rows of `row_length` tokens.
 
-    `segments` None: the dense model. `keys` is how many keys a query meets on average if not the
-    causal half; `blocked_keys` gives what attention by blocks computes.
+    `segments` None: the dense model.
     """
-    if keys is None:
-        keys = (row_length + 1) / 2
+    keys = (row_length + 1) / 2
     projections = scores = mlp = 0.0
     for segment in segments or (config.dense,):
         heads = segment.kv_groups * segment.query_heads
@@ -89,24 +82,13 @@ def forward_flops(
     return FlopCount(projections, scores, mlp, 2 * config.d_model * config.vocab_size)
 
 
-def blocked_keys(row_length: int, block: int) -> float:
-    """Keys a query meets on average where attention goes by the fewest equal blocks of at most
-    `block` tokens and skips what lies wholly above the diagonal: more than the causal half, for
-    the blocks on the diagonal are computed whole and a row is padded to whole blocks."""
-    blocks = math.ceil(row_length / block)
-    size = math.ceil(row_length / blocks)
-    return size * size * blocks * (blocks + 1) / 2 / row_length
-
-
 def training_flops(
     config: LlamaConfig,
     row_length: int,
     segments: Sequence[Segment] | None = None,
     remat: Remat = "none",
-    *,
-    keys: float | None = None,
 ) -> TrainingFlops:
-    """Operations a token of a training step; `segments` and `keys` as in `forward_flops`.
+    """Operations a token of a training step; `segments` as in `forward_flops`.
 
     Every matrix product costs its double in the backward pass: one product for each operand's
     gradient. Attention scores are always computed again there (Dao et al., arXiv:2205.14135). What
@@ -114,7 +96,7 @@ def training_flops(
     `full` runs the layer again, all but the down projection, whose value no gradient needs. The
     logits are never computed again: the loss forms its gradient in the forward pass.
     """
-    forward = forward_flops(config, row_length, segments, keys=keys)
+    forward = forward_flops(config, row_length, segments)
     backward = FlopCount(
         2 * forward.attention_projections,
         2 * forward.attention_scores,
@@ -132,15 +114,6 @@ def training_flops(
 def probe_flops(config: LlamaConfig, row_length: int) -> float:
     """Operations a token of a probe: a dense forward pass without logits."""
     return forward_flops(config, row_length).neurons
-
-
-def neuron_share(config: LlamaConfig, row_length: int, remat: Remat = "none") -> float:
-    """f: the share of a dense step's operations spent in heads and channels.
-
-    With all of them at omission rate r, time cannot fall below 1 - r·f of the dense time.
-    """
-    dense = training_flops(config, row_length, remat=remat)
-    return dense.all.neurons / dense.total
 
 
 def speedup_bound(

@@ -42,14 +42,12 @@ def empty_cache(config: LlamaConfig, batch: int, slots: int, dtype: str) -> Cach
 def for_decoding(model: Llama) -> Llama:
     """The model with its weights in the compute dtype once, instead of at every token.
 
-    The final norm stays in float32, as in the forward pass. Raises `ValueError` for a model with
-    omitted neurons.
+    Raises `ValueError` for a model with omitted neurons.
     """
     if len(model.layers) > 1 or jax.tree.leaves(nnx.state(model, Mask)):
         raise ValueError("a model with omitted neurons cannot decode; expand it first")
     graph, params = nnx.split(model)
     decoding: Llama = nnx.merge(graph, cast(params, model.compute.dtype))
-    decoding.final_norm = model.final_norm
     return decoding
 
 

@@ -141,7 +141,8 @@ class Llama(nnx.Module):
     def head(self) -> Float[Array, "V D"]:
         """The output embedding in the compute dtype."""
         weight = self.embed if self.lm_head is None else self.lm_head
-        return weight[...].astype(self.compute.dtype)
+        head: Array = cast(weight[...], self.compute.dtype)
+        return head
 
     def hidden(
         self,
@@ -153,7 +154,7 @@ class Llama(nnx.Module):
         """The normed residual stream after the last layer, and what was asked to be observed."""
         config, compute = self.config, self.compute
         rows = Rows(segment_ids, *rotary_tables(config.rope, config.head_dim, positions))
-        x_BTD = jnp.take(self.embed[...], tokens, axis=0).astype(compute.dtype)
+        x_BTD = cast(jnp.take(self.embed[...], tokens, axis=0), compute.dtype)
         seen = []
         for block in self.layers:
             graph, stacked = nnx.split(block)
@@ -189,7 +190,11 @@ class Llama(nnx.Module):
 
 
 def cast(params: Any, dtype: str) -> Any:
-    """Floating-point leaves in the compute dtype: the one place where weights leave float32."""
-    return jax.tree.map(
-        lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p, params
-    )
+    """Weights in the compute dtype: the one place where they leave float32. Indices stay what they
+    are, and so do the scales of norms, which are computed in float32."""
+
+    def one(path: tuple[Any, ...], p: Array) -> Array:
+        stays = "norm" in jax.tree_util.keystr(path) or not jnp.issubdtype(p.dtype, jnp.floating)
+        return p if stays else p.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(one, params)

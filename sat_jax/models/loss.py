@@ -5,7 +5,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
+
+from sat_jax.parallel.rules import BATCH
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -20,7 +23,8 @@ def chunked_cross_entropy(
 
     Logits exist for `chunk` positions of each row at a time. Under differentiation the gradients
     are formed in the same pass over the chunks, so logits are computed once; `chunk` changes
-    memory and nothing else.
+    memory and nothing else. On a mesh each device adds up its own rows, losses and gradient of the
+    head, and what the devices have is added once, after the last chunk.
     """
     _, total = jax.lax.scan(
         lambda _, xs: (None, _chunk_loss(head_VD, *xs)[0]),
@@ -32,11 +36,12 @@ def chunked_cross_entropy(
 
 def _chunk_loss(
     head_VD: Array, h_BCD: Array, targets_BC: Array, mask_BC: Array
-) -> tuple[Float[Array, ""], Float[Array, "B C V"], Float[Array, "B C"]]:
+) -> tuple[Float[Array, " B"], Float[Array, "B C V"], Float[Array, "B C"]]:
     logits_BCV = jnp.einsum("BCD,VD->BCV", h_BCD, head_VD, preferred_element_type=jnp.float32)
     log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
     target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-    return jnp.sum(jnp.where(mask_BC, log_z_BC - target_BC, 0.0)), logits_BCV, log_z_BC
+    loss_B = jnp.sum(jnp.where(mask_BC, log_z_BC - target_BC, 0.0), axis=-1)
+    return loss_B, logits_BCV, log_z_BC
 
 
 def _split(chunk: int, *arrays_BT: Array) -> tuple[Array, ...]:
@@ -55,21 +60,37 @@ def _split(chunk: int, *arrays_BT: Array) -> tuple[Array, ...]:
 def _forward(
     hidden_BTD: Array, head_VD: Array, targets_BT: Array, loss_mask_BT: Array, chunk: int
 ) -> tuple[Float[Array, ""], tuple[Array, Array]]:
-    def body(d_head: Array, xs: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+    batch, length, width = hidden_BTD.shape
+    parts = _row_parts(batch)
+
+    def body(d_head_PVD: Array, xs: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
         h_BCD, targets_BC, mask_BC = xs
-        loss, logits_BCV, log_z_BC = _chunk_loss(head_VD, *xs)
+        loss_B, logits_BCV, log_z_BC = _chunk_loss(head_VD, *xs)
         softmax = jnp.exp(logits_BCV - log_z_BC[..., None])
         one_hot = jax.nn.one_hot(targets_BC, head_VD.shape[0], dtype=jnp.float32)
         d_logits = jnp.where(mask_BC[..., None], softmax - one_hot, 0.0).astype(head_VD.dtype)
         d_hidden = jnp.einsum("BCV,VD->BCD", d_logits, head_VD)
-        d_head += jnp.einsum("BCV,BCD->VD", d_logits, h_BCD, preferred_element_type=jnp.float32)
-        return d_head, (loss, d_hidden)
+        rows = [x.reshape(parts, -1, *x.shape[1:]) for x in (d_logits, h_BCD)]
+        d_head_PVD += jnp.einsum("PBCV,PBCD->PVD", *rows, preferred_element_type=jnp.float32)
+        return d_head_PVD, (loss_B, d_hidden)
 
     chunks = _split(chunk, hidden_BTD, targets_BT, loss_mask_BT)
-    d_head, (losses, d_hidden) = jax.lax.scan(body, jnp.zeros(head_VD.shape, jnp.float32), chunks)
-    batch, length, width = hidden_BTD.shape
+    zeros_PVD = jnp.zeros((parts, *head_VD.shape), jnp.float32)
+    if parts > 1:
+        spec = P(*BATCH, P.UNCONSTRAINED, P.UNCONSTRAINED)
+        zeros_PVD = jax.lax.with_sharding_constraint(zeros_PVD, spec)
+    d_head_PVD, (losses, d_hidden) = jax.lax.scan(body, zeros_PVD, chunks)
     d_hidden_BTD = jnp.moveaxis(d_hidden, 0, 1).reshape(batch, -1, width)[:, :length]
-    return losses.sum(), (d_hidden_BTD, d_head.astype(head_VD.dtype))
+    return losses.sum(), (d_hidden_BTD, d_head_PVD.sum(0).astype(head_VD.dtype))
+
+
+def _row_parts(batch: int) -> int:
+    """Into how many parts the mesh splits the rows: each adds up its own gradient of the head, so
+    that devices exchange it once and not at every chunk."""
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
+    parts = math.prod(sizes.get(axis, 1) for axis in BATCH[0])
+    return 1 if batch % parts else parts
 
 
 def _backward(

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 class Rung:
     """Steps `[start, stop)` that share one plan.
 
-    `rate_attention` and `rate_mlp` are the asked omission rates; the plan has the realised counts.
+    `rate_attention` and `rate_mlp` are the omission rates that the first of the stairs in it asked
+    for, both 0 where the plan omits nothing; the plan has the realised counts.
     """
 
     start: int
@@ -25,7 +26,7 @@ class Rung:
 
     @property
     def rate(self) -> float:
-        """The higher of the two asked rates: 0 means dense."""
+        """The higher of the two asked rates, logged as `omission_rate`: 0 means dense."""
         return max(self.rate_attention, self.rate_mlp)
 
 
@@ -72,6 +73,8 @@ def make_controller(
             block=config.block,
             balance=balance,
         )
+        if neurons.is_dense(plan):
+            attention = mlp = 0.0
         if rungs and rungs[-1].plan == plan:
             rungs[-1] = dataclasses.replace(rungs[-1], stop=stair.stop)
         else:

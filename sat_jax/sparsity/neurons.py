@@ -14,9 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from sat_jax.sparsity.masks import Masks, SegmentMasks
-from sat_jax.sparsity.plan import Plan
-
-Flat = dict[str, Any]
+from sat_jax.sparsity.plan import Plan, Segment
 
 _GROUP_LEAVES = frozenset({"key", "value", "key_bias", "value_bias"})
 _HEAD_LEAVES = frozenset({"query", "output", "query_bias"})
@@ -32,11 +30,13 @@ def neuron_axes(path: str) -> int:
     return 1 + 2 * (leaf in _HEAD_LEAVES) + (leaf in _GROUP_LEAVES | _CHANNEL_LEAVES)
 
 
-def compact(whole: Mapping[str, Array], masks: Masks, plan: Plan) -> tuple[Flat, Flat]:
+def compact(
+    whole: Mapping[str, Array], masks: Masks, plan: Plan
+) -> tuple[dict[str, Array], dict[str, Array]]:
     """(compact tree, resting tree). The resting tree holds, whole, what was gathered from: what is
     omitted stays there until `expand`."""
-    small: Flat = {}
-    resting: Flat = {}
+    small: dict[str, Array] = {}
+    resting: dict[str, Array] = {}
     for path, value in whole.items():
         if not path.startswith("layers/"):
             small[path] = value
@@ -54,9 +54,9 @@ def compact(whole: Mapping[str, Array], masks: Masks, plan: Plan) -> tuple[Flat,
 
 def expand(
     small: Mapping[str, Array], resting: Mapping[str, Array], masks: Masks, plan: Plan
-) -> Flat:
+) -> dict[str, Array]:
     """The whole tree: the inverse of `compact`, with the compact tree's values written back."""
-    whole: Flat = {}
+    whole: dict[str, Array] = {}
     for path, value in small.items():
         if not path.startswith("layers/"):
             whole[path] = value
@@ -74,18 +74,23 @@ def expand(
 
 
 def _write_back(path: str, parts: list[Array], whole: Array, masks: Masks, plan: Plan) -> Array:
-    for segment, mask, part in zip(plan.segments, masks, parts, strict=True):
-        rows = whole[segment.start : segment.stop]
-        indices = _kept(path, mask)
-        if indices is not None:
-            part = _put(rows, part, indices, plan)
-        whole = part if len(parts) == 1 else whole.at[segment.start : segment.stop].set(part)
+    """`whole` with every segment's part in its place.
+
+    What was gathered is written last and straight into `whole`: so XLA does it in place, where a
+    slice of `whole` or a later update would be one more copy of it.
+    """
+    pieces = zip(plan.segments, (_kept(path, mask) for mask in masks), parts, strict=True)
+    for segment, indices, part in sorted(pieces, key=lambda piece: piece[1] is not None):
+        if indices is None:
+            whole = jax.lax.dynamic_update_slice_in_dim(whole, part, segment.start, axis=0)
+        else:
+            whole = _put(whole, part, indices, segment, plan)
     return whole
 
 
-def mask_values(masks: Masks) -> Flat:
+def mask_values(masks: Masks) -> dict[str, Array]:
     """The masks by the paths of the modules' `Mask` variables."""
-    values: Flat = {}
+    values: dict[str, Array] = {}
     for number, mask in enumerate(masks):
         if mask.heads is not None:
             values[f"layers/{number}/attention/kept_heads"] = mask.heads
@@ -94,9 +99,9 @@ def mask_values(masks: Masks) -> Flat:
     return values
 
 
-def keep_only(new: Mapping[str, Array], old: Mapping[str, Array], masks: Masks) -> Flat:
+def keep_only(new: Mapping[str, Array], old: Mapping[str, Array], masks: Masks) -> dict[str, Array]:
     """`new` where a neuron is kept and `old` where it is omitted, for trees cut into segments."""
-    merged: Flat = {}
+    merged: dict[str, Array] = {}
     for path, value in new.items():
         indices = (
             _kept(path, masks[int(path.split("/")[1])]) if path.startswith("layers/") else None
@@ -145,28 +150,42 @@ def _take(value: Array, indices: Int[Array, "L *K kept"], plan: Plan) -> Array:
     return taken.reshape(*indices.shape, *value.shape[indices.ndim :])
 
 
-def _put(value: Array, kept: Array, indices: Int[Array, "L *K kept"], plan: Plan) -> Array:
-    """`value` with its kept rows replaced."""
-    rows, local = _in_parts(value, indices, plan)
-    kept = kept.reshape(*local.shape, *rows.shape[3:])
-    put = jax.vmap(jax.vmap(lambda w, i, k: w.at[i].set(k, **_PROMISES)))(rows, local, kept)
-    return put.reshape(value.shape)
+def _put(
+    whole: Array, kept: Array, indices: Int[Array, "L *K kept"], segment: Segment, plan: Plan
+) -> Array:
+    """`whole`, of all layers, with the kept rows of a segment replaced."""
+    rows, local = _in_parts(whole, indices, plan)
+    layer = jax.lax.broadcasted_iota(local.dtype, local.shape, 0) + segment.start
+    put = jax.lax.scatter(
+        rows,
+        jnp.stack([layer, local], axis=-1),
+        kept.reshape(*local.shape, *rows.shape[3:]),
+        jax.lax.ScatterDimensionNumbers(
+            update_window_dims=tuple(range(3, rows.ndim)),
+            inserted_window_dims=(0, 2),
+            scatter_dims_to_operand_dims=(0, 2),
+            operand_batching_dims=(1,),
+            scatter_indices_batching_dims=(1,),
+        ),
+        **_PROMISES,
+    )
+    return put.reshape(whole.shape)
 
 
 def _in_parts(
     value: Array, indices: Int[Array, "L *K kept"], plan: Plan
 ) -> tuple[Array, Int[Array, "L P kept"]]:
-    """Rows `[L, parts, rows, ...]` and indices `[L, parts, kept]` local to each part.
+    """Rows `[L, parts, rows, ...]` and indices `[L, parts, kept]` local to each part; `value` may
+    have more layers than `indices`.
 
     Query heads are indexed within their KV group already. Groups and channels are selected evenly
-    in `balance` parts; with local indices the gather is batched over parts, so that on a mesh whose
-    `tensor` axis divides `balance` it never leaves a device.
+    in `balance` parts; with local indices gather and scatter are batched over parts, so that on a
+    mesh whose `tensor` axis divides `balance` nothing leaves its device.
     """
     if indices.ndim == 3:
         return value, indices
-    layers, total = value.shape[:2]
-    size = total // plan.balance
-    local = indices.reshape(layers, plan.balance, indices.shape[1] // plan.balance)
+    size = value.shape[1] // plan.balance
+    local = indices.reshape(len(indices), plan.balance, indices.shape[1] // plan.balance)
     offsets = jnp.arange(plan.balance, dtype=indices.dtype) * size
-    rows = value.reshape(layers, plan.balance, size, *value.shape[2:])
+    rows = value.reshape(len(value), plan.balance, size, *value.shape[2:])
     return rows, local - offsets[None, :, None]

@@ -68,7 +68,9 @@ class Neurons:
 def kept_count(total: int, rate: float, unit: int = 1) -> int:
     """Neurons kept of `total` at omission rate `rate`: the nearest multiple of `unit`, at least one
     unit; halves round up."""
-    return max(unit, unit * math.floor((1 - rate) * total / unit + 0.5))
+    # Rates are decimals: 1 - 0.9 of 15 is 1.5, though binary fractions make it a little less.
+    units = round((1 - rate) * total / unit, 9)
+    return max(unit, unit * math.floor(units + 0.5))
 
 
 def make_plan(
@@ -84,20 +86,21 @@ def make_plan(
 ) -> Plan:
     """The counts that come nearest to the asked rates.
 
-    `dense_layers` keep everything (negative numbers count from the end). Raises `UserError` for
-    neurons that `block` and `balance` do not divide, a layer that does not exist, and more than
-    `max_segments` runs of layers.
+    Where a group has one query head (multi-head attention) the two attention units are the same,
+    and chosen as groups are. `dense_layers` keep everything (negative numbers count from the end).
+    Raises `UserError` for neurons that are chosen and that `block` and `balance` do not divide, a
+    layer that does not exist, and more than `max_segments` runs of layers.
     """
-    _check_divides("sparsity.balance", balance, "KV groups", neurons.kv_groups)
-    _check_divides(
-        "sparsity.block × sparsity.balance", block * balance, "channels", neurons.channels
-    )
-    groups, heads = neurons.kv_groups, neurons.query_heads
-    if attention_unit == "kv_group":
+    groups, heads, channels = neurons.kv_groups, neurons.query_heads, neurons.channels
+    by_group = attention_unit == "kv_group" or heads == 1
+    if rate_attention and by_group:
+        _check_divides("sparsity.balance", balance, "KV groups", groups)
         groups = kept_count(groups, rate_attention, balance)
-    else:
+    elif rate_attention:
         heads = kept_count(heads, rate_attention)
-    channels = kept_count(neurons.channels, rate_mlp, block * balance)
+    if rate_mlp:
+        _check_divides("sparsity.block × sparsity.balance", block * balance, "channels", channels)
+        channels = kept_count(channels, rate_mlp, block * balance)
 
     dense = _layer_numbers(dense_layers, neurons.layers)
     whole = (neurons.kv_groups, neurons.query_heads, neurons.channels)

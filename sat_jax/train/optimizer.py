@@ -57,9 +57,11 @@ def scale_by_neuron_adam(beta1: float, beta2: float) -> optax.GradientTransforma
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> Schedule:
-    """Step (from 0) → learning rate: linear warm-up that ends at the peak, then the schedule."""
+    """Step (from 0) → learning rate: linear warm-up to the peak, then the schedule down to the last
+    step, which trains at `final_scale` of the peak unless it is the peak itself."""
     peak, warmup = config.learning_rate, config.warmup_steps
-    rest = max(steps - warmup, 1)
+    top = max(warmup - 1, 0)  # the step at the peak
+    rest = max(steps - 1 - top, 1)
     match config.schedule:
         case "cosine":
             after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_scale)
@@ -67,10 +69,10 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Schedule:
             after = optax.linear_schedule(peak, peak * config.final_scale, rest)
         case "constant":
             after = optax.constant_schedule(peak)
-    if not warmup:
+    if not top:
         return after
-    ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
-    return optax.join_schedules([ramp, after], [warmup])
+    ramp = optax.linear_schedule(peak / warmup, peak, top)
+    return optax.join_schedules([ramp, after], [top])
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
