@@ -118,7 +118,7 @@ def _experiment(spec: str) -> dict[str, Any]:
     except Exception as error:
         if isinstance(error, KeyError) and error.args == (variant,):
             raise UserError(
-                f"--config: {name} has no variant {variant!r}; its header lists them"
+                f"--config: {name} has no variant {variant!r}. {inspect.getdoc(get_config) or ''}"
             ) from error
         raise UserError(f"--config: {spec}{_place(error, path)}: {_told(error)}") from error
     if not isinstance(config, ConfigDict):

@@ -7,7 +7,10 @@
 Any setting below is given as --config.NAME=VALUE and wins over the experiment file's.
 """
 
+import shlex
+import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +47,13 @@ def main() -> None:
     config = load(given.config, overrides)
 
     from sat_jax.analysis.results import dense_reference, record_run
+    from sat_jax.analysis.rows import check
     from sat_jax.analysis.tables import end_of_run
     from sat_jax.parallel.processes import is_primary, join
     from sat_jax.train.loop import train
 
+    if given.record is not None:
+        check(given.record)
     if given.distributed:
         join()
     summary = train(config, given.workdir, lambda line: print(line, file=sys.stderr))
@@ -58,24 +64,36 @@ def main() -> None:
     reference = dense_reference(_RESULTS, config, summary["data"])
     shown = {
         "perplexity_dense": reference,
-        "next_commands": _next(given.config, given.workdir, summary),
+        "next_commands": _next(given, overrides, config.data.sources, summary["export"]),
     }
     print(end_of_run(summary | shown))
 
 
-def _next(config: str, workdir: Path, summary: dict[str, Any]) -> list[str]:
+def _next(
+    given: Any, overrides: list[str], sources: Sequence[str], export: str | None
+) -> list[str]:
     """What to try after this run."""
-    python = "python -m scripts"
     made = []
-    if summary["export"] is not None:
-        made.append(f"{python}.generate --model {summary['export']} --prompt 'def '")
-    made.append(
-        f"{python}.train --config=experiments/tinyllama_cpt.py --config.model.path=DIR"
-        " --config.data.sources=TEXT --workdir=runs/mine"
-    )
-    rates = f"{python}.train --config={config} --config.sparsity.rate=$r --workdir={workdir}-$r"
-    made.append(f"for r in 0.2 0.4 0.6; do {rates}; done")
+    if export is not None:
+        prompt = "def " if any(source.endswith(".py") for source in sources) else "The "
+        made.append(_command("generate", "--model", export, "--prompt", prompt))
+    own = ["--config.model.path=DIR", "--config.data.sources=TEXT", "--workdir=runs/mine"]
+    made.append(_command("train", "--config=experiments/tinyllama_cpt.py", *own))
+    same = [f"{_PREFIX}{o}" for o in overrides if not o.startswith("sparsity.rate=")]
+    again = _command("train", f"--config={given.config}", *same)
+    rates = f"{_PREFIX}sparsity.rate=$r {shlex.quote(f'--workdir={given.workdir}')}-$r"
+    made.append(f"for r in 0.2 0.4 0.6; do {again} {rates}; done")
     return made
+
+
+def _command(script: str, *arguments: str) -> str:
+    """A line for the shell, with the Python of this process."""
+    python = sys.executable
+    if shutil.which("python") == python:
+        python = "python"
+    elif Path(python).is_relative_to(Path.cwd()):
+        python = str(Path(python).relative_to(Path.cwd()))
+    return shlex.join([python, "-m", f"scripts.{script}", *arguments])
 
 
 def _settings() -> str:

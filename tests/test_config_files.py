@@ -163,8 +163,10 @@ def test_the_line_is_named_for_a_relative_path_too(
 
 def test_variants(experiment: Any) -> None:
     path = experiment("config.seed = {'a': 1, 'b': 2}[variant]", arguments="variant='a'")
+    text = Path(path).read_text()
+    Path(path).write_text(text.replace("):\n", '):\n    """Variants: a, b."""\n', 1))
     assert [load(path).seed, load(f"{path}:a").seed, load(f"{path}:b").seed] == [1, 1, 2]
-    message = f"--config: {path} has no variant 'c'; its header lists them"
+    message = f"--config: {path} has no variant 'c'. Variants: a, b."
     assert refusal(load, f"{path}:c") == message
     path = experiment()
     message = f"--config: {path} has no variants, so none is called dense"

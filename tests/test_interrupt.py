@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from sat_jax.config import Config
@@ -114,6 +116,29 @@ def test_a_refused_start_leaves_no_settings(tmp_path: Path) -> None:
         with pytest.raises(UserError):
             train(settings(**wrong), tmp_path / "run", print)
     assert train(settings(train__steps=2), tmp_path / "run", print)["steps"] == 2
+
+
+def test_an_attention_that_cannot_run_here_is_refused_first(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.attention=splash: .*; accepted here: xla"):
+        train(settings(model__attention="splash"), tmp_path / "run", print)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+
+
+def test_out_of_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(self: Working, batch: Any) -> Any:
+        del self, batch
+        return jax.jit(lambda: jnp.zeros((2**20, 2**20, 2**10)).at[0].set(1))()
+
+    monkeypatch.setattr(Working, "step", step)
+    with pytest.raises(UserError, match=r"out of device memory: .*; what needs less: "):
+        train(settings(), tmp_path / "run", print)
+
+
+def test_a_run_at_rates_that_omit_nothing_says_so(tmp_path: Path) -> None:
+    said: list[str] = []
+    config = settings(train__steps=2, sparsity__dense_layers="0,1")
+    train(config, tmp_path / "run", said.append)
+    assert any("no layer omits anything" in line for line in said)
 
 
 def test_a_compilation_that_fails_ends_the_run_before_its_rung(

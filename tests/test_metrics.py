@@ -239,11 +239,18 @@ class Terminal(io.StringIO):
         return True
 
 
-RECORD = {"loss": 3.25, "eval_loss": 3.5, "omission_rate": 0.4, "tokens_per_second": 1234.0}
+RECORD = {
+    "loss": 3.25,
+    "eval_loss": 3.5,
+    "rung": 0,
+    "kept_heads": 2 / 3,
+    "kept_channels": 0.6,
+    "tokens_per_second": 1234.0,
+}
 
 
 def test_describe_says_what_it_knows() -> None:
-    assert describe(RECORD) == "loss 3.2500  eval 3.5000  omitted 40 %  1.23k tok/s"
+    assert describe(RECORD) == "loss 3.2500  eval 3.5000  heads 67 % channels 60 %  1.23k tok/s"
     assert describe({"loss": float("nan"), "eval_loss": None}) == "loss nan"
 
 
@@ -253,20 +260,21 @@ def test_progress_without_a_terminal_prints_lines(monkeypatch: pytest.MonkeyPatc
     stream = io.StringIO()
     progress = Progress(100, start=10, stream=stream, every=10)
 
-    def update(step: int, at: float, rate: float) -> str:
+    def update(step: int, at: float, rung: int, evaluated: bool = False) -> str:
         now[0] = at
         stream.truncate(0)
         stream.seek(0)
-        progress.update(step, {**RECORD, "omission_rate": rate})
+        progress.update(step, {**RECORD, "rung": rung, "eval_loss": 3.5 if evaluated else None})
         return stream.getvalue()
 
-    assert update(11, 0, 0.4) == f"step 11/100  {describe(RECORD)}  left ?\n"
-    assert update(12, 4, 0.4) == ""
-    assert update(13, 8, 0.2).endswith("omitted 20 %  1.23k tok/s  left 05:48\n")  # a new rung
-    assert update(15, 17, 0.2) == ""
-    tenth_second = update(16, 18, 0.2)
+    assert update(11, 0, 0, evaluated=True) == f"step 11/100  {describe(RECORD)}  left ?\n"
+    assert update(12, 4, 0) == ""
+    assert update(13, 8, 1).endswith("1.23k tok/s  left 05:48\n")  # a new rung
+    assert update(15, 17, 1) == ""
+    tenth_second = update(16, 18, 1)
     assert tenth_second.startswith("step 16/100") and tenth_second.endswith("left 04:29\n")
-    assert update(100, 19, 0.2).endswith("left 00:00\n")
+    assert "eval 3.5" in update(17, 18.5, 1, evaluated=True)
+    assert update(100, 19, 1).endswith("left 00:00\n")
     progress.note("done")
     assert stream.getvalue().endswith("\ndone\n")
     progress.close()
@@ -280,6 +288,7 @@ def test_progress_on_a_terminal_is_a_bar() -> None:
     progress.close()
     shown = stream.getvalue()
     assert "15/20" in shown and describe(RECORD) in shown and "a line\n" in shown
+    assert f"step 15/20  {describe(RECORD)}\n" in shown  # an evaluation stays
 
 
 def test_the_log_drives_the_progress(tmp_path: Path) -> None:

@@ -119,14 +119,14 @@ def test_end_of_a_run_that_knows_less() -> None:
     text = end_of_run(short)
     assert "  0.50   100 %      50 %      8      5       150         -  1.33x" in text
     assert "  dense  100 %     100 %      8      2         -         -  1.00x" in text
-    assert "Fewer than 3 timed steps give no speed." in text
+    assert "fewer than 3 give no speed." in text
     for absent in ("whole run", "same tokens;", "Written", "Next", "No rung is dense"):
         assert absent not in text
 
 
 def test_a_run_without_a_dense_rung_says_so() -> None:
     text = end_of_run(summary(rungs=[rung(0.5, 150.0)]))
-    assert "No rung is dense" in text and "whole run" not in text and "Fewer than" not in text
+    assert "No rung is dense" in text and "whole run" not in text and "fewer than" not in text
 
 
 def test_a_rung_is_dense_by_what_it_keeps() -> None:
@@ -146,7 +146,9 @@ def test_speedup_of_the_whole_run_weighs_rungs_by_their_time() -> None:
 
 
 def test_rows_say_where_they_come_from(tmp_path: Path) -> None:
-    file = tmp_path / "new" / "rows.jsonl"
+    with pytest.raises(UserError, match="in a folder that exists"):
+        append(tmp_path / "new" / "rows.jsonl", [{"rate": 0.4}])
+    file = tmp_path / "rows.jsonl"
     append(file, [{"rate": 0.4, "speed": 0.1 + 0.2}])
     append(file, [{"rate": 0.4, "speed": 2.0}, {"rate": 0.0, "speed": 1.0}])
     rows = read(file)

@@ -1,6 +1,7 @@
 """Runs as committed rows, and the dense run that a sparse one is held against."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,13 @@ def dense_twin(config: Config) -> str:
 
 
 def record_run(file: Path, experiment: str, config: Config, summary: Mapping[str, Any]) -> None:
-    """Appends a finished run to `file` as one row."""
+    """Appends a finished run to `file` as one row, unless it is there."""
     row = {name: summary[name] for name in _KEPT}
     names = {"experiment": experiment, "twin": dense_twin(config), "rate": max(config.rates)}
-    append(file, [names | {"sparsity": dataclasses.asdict(config.sparsity)} | row])
+    row |= names | {"sparsity": dataclasses.asdict(config.sparsity)}
+    row = json.loads(json.dumps(row))  # tuples become lists
+    if not file.exists() or latest(read(file), **row) is None:
+        append(file, [row])
 
 
 def dense_reference(file: Path, config: Config, data: str) -> float | None:

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,23 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
+def check(path: Path) -> None:
+    """Raises `UserError` if rows cannot be appended to `path`."""
+    if path.exists():
+        read(path)
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(
+            f"{path} cannot be written; accepted: a .jsonl file in a folder that exists"
+        )
+
+
 def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Adds rows, each with the date (UTC), commit, device and versions.
 
-    Raises `UserError` if the file holds something else than rows, `ValueError` for a row that names
-    its origin itself or holds a value that is not finite.
+    Raises `UserError` if the file cannot be written or holds something else than rows,
+    `ValueError` for a row that names its origin itself or holds a value that is not finite.
     """
-    if path.exists():
-        read(path)
+    check(path)
     origin = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **environment(),
@@ -47,7 +57,6 @@ def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         if clash := sorted(row.keys() & origin.keys()):
             raise ValueError(f"a row must not set {', '.join(clash)}")
     lines = [json.dumps({**row, **origin}, allow_nan=False) + "\n" for row in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(lines))
 

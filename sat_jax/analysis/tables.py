@@ -175,7 +175,9 @@ def _speed(summary: Mapping[str, Any]) -> list[str]:
     header = ("rate", "heads", "channels", "steps", "timed", "tokens/s", "speed-up", "bound")
     lines = fixed_width(header, rows, ("left", *("right",) * 7)).splitlines()
     if not all(map(is_measured, rungs)):
-        lines.append(f"Fewer than {MINIMUM_STEPS} timed steps give no speed.")
+        lines.append(
+            f"A step is timed while nothing compiles; fewer than {MINIMUM_STEPS} give no speed."
+        )
     if not any(map(is_dense, rungs)):
         lines.append("No rung is dense, so there is no speed-up to tell.")
     whole = whole_run_speedup(rungs)

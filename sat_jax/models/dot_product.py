@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from sat_jax.errors import UserError
 from sat_jax.models import attention_cudnn, attention_splash, attention_xla
 from sat_jax.models.documents import number_documents
+from sat_jax.models.layers import GROUP_AXES, ROW_AXES
 
 Implementation = Literal["xla", "splash", "cudnn"]
 
@@ -34,9 +35,6 @@ _BACKENDS: dict[Implementation, _Backend] = {
     "cudnn": _Backend(attention_cudnn.attend, attention_cudnn.refusal),
     "xla": _Backend(attention_xla.attend),
 }
-
-# Mesh axes that rows and KV groups are split over; the names of `sat_jax.parallel`.
-_ROW_AXES, _GROUP_AXES = ("data", "fsdp"), ("tensor",)
 
 
 def dot_product_attention(
@@ -67,8 +65,8 @@ def dot_product_attention(
     return _on_each_device(_BACKENDS[name].attend, q_BTKGE, k_BTKE, v_BTKE, documents)
 
 
-def refusals(q_BTKGE: Float[Array, "B T K G E"]) -> dict[Implementation, str | None]:
-    """For each backend, why it cannot take such queries here; None where it can."""
+def refusals(q_BTKGE: Float[Any, "B T K G E"]) -> dict[Implementation, str | None]:
+    """For each backend, why it cannot take such queries, or their shape, here; None if it can."""
     q, platform = jax.ShapeDtypeStruct(q_BTKGE.shape, q_BTKGE.dtype), _platform()
     return {
         name: backend.refusal(q, platform) if backend.refusal else None
@@ -111,8 +109,8 @@ def _on_each_device(
         names = tuple(name for name in names if name in sizes)
         return None if count % math.prod(sizes[name] for name in names) else names
 
-    rows = split(q_BTKGE.shape[0], _ROW_AXES)
-    heads = P(rows, None, split(q_BTKGE.shape[2], _GROUP_AXES))
+    rows = split(q_BTKGE.shape[0], ROW_AXES)
+    heads = P(rows, None, split(q_BTKGE.shape[2], GROUP_AXES))
     return jax.shard_map(
         attend,
         in_specs=(heads, heads, heads, P(rows)),

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+# The axes of a mesh that rows and KV groups are split over, for what the compiler cannot split.
+ROW_AXES, GROUP_AXES = ("data", "fsdp"), ("tensor",)
+
 
 class Mask(nnx.Variable):
     """Indices of kept neurons, int32, sorted and unique; never trained, never a `Param`."""

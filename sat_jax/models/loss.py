@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from sat_jax.parallel.rules import BATCH
+from sat_jax.models.layers import ROW_AXES
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -77,7 +77,7 @@ def _forward(
     chunks = _split(chunk, hidden_BTD, targets_BT, loss_mask_BT)
     zeros_PVD = jnp.zeros((parts, *head_VD.shape), jnp.float32)
     if parts > 1:
-        spec = P(*BATCH, P.UNCONSTRAINED, P.UNCONSTRAINED)
+        spec = P(ROW_AXES, P.UNCONSTRAINED, P.UNCONSTRAINED)
         zeros_PVD = jax.lax.with_sharding_constraint(zeros_PVD, spec)
     d_head_PVD, (losses, d_hidden) = jax.lax.scan(body, zeros_PVD, chunks)
     d_hidden_BTD = jnp.moveaxis(d_hidden, 0, 1).reshape(batch, -1, width)[:, :length]
@@ -89,7 +89,7 @@ def _row_parts(batch: int) -> int:
     that devices exchange it once and not at every chunk."""
     mesh = jax.sharding.get_abstract_mesh()
     sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
-    parts = math.prod(sizes.get(axis, 1) for axis in BATCH[0])
+    parts = math.prod(sizes.get(axis, 1) for axis in ROW_AXES)
     return 1 if batch % parts else parts
 
 

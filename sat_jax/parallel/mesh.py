@@ -24,7 +24,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if data * rest != len(devices):
         raise UserError(
             f"mesh data {config.data} × fsdp {config.fsdp} × tensor {config.tensor} does not fit"
-            f" {len(devices)} devices"
+            f" {len(devices)} devices; accepted: that product, or data -1, which takes the rest"
         )
     local = len(devices) // jax.process_count()
     if local % config.tensor and config.tensor % local:

@@ -7,6 +7,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sat_jax.errors import UserError
+from sat_jax.models.layers import ROW_AXES
 
 # Axes after the leading layer axis. Moments and update counts follow their parameter, cut to the
 # axes they have.
@@ -31,7 +32,7 @@ _AXES: dict[str, tuple[str | None, ...]] = {
     "lm_head": ("tensor", "fsdp"),
     "final_norm": (None,),
 }
-BATCH = P(("data", "fsdp"))
+BATCH = P(ROW_AXES)
 
 
 def parameter_spec(path: str, ndim: int) -> P:

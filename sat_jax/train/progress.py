@@ -7,14 +7,16 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from sat_jax.analysis.tables import percent
+
 _SMOOTHING = 0.3  # of the seconds a step; tqdm's own default
 
 
 class Progress:
     """Shows steps done, loss, omission rate, tokens/s and time left of a run of `total` steps.
 
-    Without a terminal it prints a line for the first record, the last one, each new omission rate,
-    and otherwise every `every` seconds.
+    Without a terminal it prints a line for the first record, the last one, each new rung, each
+    evaluation, and otherwise every `every` seconds.
     """
 
     def __init__(
@@ -26,7 +28,7 @@ class Progress:
         self._every = every
         self._updated: float | None = None
         self._printed = -float("inf")
-        self._rate: Any = None
+        self._rung: Any = None
         self._seconds_a_step: float | None = None
         self._bar = None
         if self._stream.isatty():
@@ -37,6 +39,7 @@ class Progress:
     def update(self, step: int, record: Mapping[str, Any]) -> None:
         """Shows that `step` steps are done, with what it knows in `record`."""
         now = time.monotonic()
+        rung, evaluated = record.get("rung"), record.get("eval_loss") is not None
         if self._updated is not None and step > self._step:
             seconds = (now - self._updated) / (step - self._step)
             old = self._seconds_a_step
@@ -45,11 +48,12 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(describe(record), refresh=False)
             self._bar.update(done)
+            if evaluated:
+                self.note(f"step {step}/{self._total}  {describe(record)}")
             return
-        rate = record.get("omission_rate")
-        due = now - self._printed >= self._every
-        if due or rate != self._rate or step >= self._total:
-            self._printed, self._rate = now, rate
+        due = evaluated or now - self._printed >= self._every
+        if due or rung != self._rung or step >= self._total:
+            self._printed, self._rung = now, rung
             self._line(f"step {step}/{self._total}  {describe(record)}  left {self._left()}")
 
     def note(self, text: str) -> None:
@@ -77,13 +81,15 @@ class Progress:
 
 
 def describe(record: Mapping[str, Any]) -> str:
-    """ "loss 3.2145  eval 3.4567  omitted 40 %  1.23k tok/s", of what `record` holds."""
+    """ "loss 3.2145  eval 3.4567  heads 69 % channels 63 %  1.23k tok/s", of what `record` holds:
+    the shares are what is kept."""
     parts: list[str] = []
     for name, key in (("loss", "loss"), ("eval", "eval_loss")):
         if record.get(key) is not None:
             parts.append(f"{name} {record[key]:.4f}")
-    if record.get("omission_rate") is not None:
-        parts.append(f"omitted {record['omission_rate'] * 100:.3g} %")
+    if record.get("kept_heads") is not None:
+        heads, channels = percent(record["kept_heads"]), percent(record["kept_channels"])
+        parts.append(f"heads {heads} channels {channels}")
     if record.get("tokens_per_second") is not None:
         parts.append(f"{tqdm.format_sizeof(record['tokens_per_second'])} tok/s")
     return "  ".join(parts)

@@ -14,6 +14,7 @@ from sat_jax.data.prepare import Prepared, prepare
 from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sat_jax.errors import UserError
 from sat_jax.interop import Weights, locate
+from sat_jax.models.dot_product import refusals
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.params import initial, shapes
 from sat_jax.parallel.mesh import make_mesh
@@ -49,6 +50,7 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
     model, weights = starting_point(config)
     check_divisible(mesh, shapes(model))
     _check_rows(config, mesh)
+    _check_attention(config, model)
     if config.data.row_length > model.max_positions:
         raise UserError(
             f"data.row_length {config.data.row_length} exceeds the model's {model.max_positions}"
@@ -61,6 +63,8 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
         config.rates,
         config.sparsity.balance or config.mesh.tensor,
     )
+    if max(config.rates) > 0 and not controller.sparse:
+        log("sparsity: no layer omits anything at these rates; this is a dense run")
     tokenizer = load_tokenizer(config.data.tokenizer, _model_path(config), model.vocab_size)
     data = prepare(
         sources=config.data.sources,
@@ -94,6 +98,20 @@ def _placed(value: np.ndarray, sharding: Sharding) -> jax.Array:
 
 def _model_path(config: Config) -> Path | None:
     return None if config.model.path is None else locate(config.model.path)
+
+
+def _check_attention(config: Config, model: LlamaConfig) -> None:
+    if config.model.attention is None:
+        return
+    rows = config.train.rows_per_step // config.train.accumulate
+    heads = (model.n_kv_heads, model.query_heads, model.head_dim)
+    q = jax.ShapeDtypeStruct((rows, config.data.row_length, *heads), config.model.dtype)
+    reasons = refusals(q)
+    if reason := reasons[config.model.attention]:
+        accepted = ", ".join(name for name, reason in reasons.items() if reason is None)
+        raise UserError(
+            f"model.attention={config.model.attention}: {reason}; accepted here: {accepted}"
+        )
 
 
 def _check_rows(config: Config, mesh: Mesh) -> None:

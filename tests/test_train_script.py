@@ -1,0 +1,46 @@
+"""What `scripts.train` adds to a run: its row, and what to try next."""
+
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts.train import _next, parser
+from tests.conftest import ROOT, RunPython
+
+
+def test_the_next_commands_keep_the_settings_and_can_be_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    workdir = tmp_path / "my run"
+    given = parser().parse_args(["--config=experiments/tiny.py", f"--workdir={workdir}"])
+    overrides = ["data.sources=a b.txt", "sparsity.rate=0.3"]
+    generate, own, sweep = _next(given, overrides, ["a b.txt"], str(workdir / "huggingface"))
+    python, *words = shlex.split(generate)
+    assert Path(shutil.which(python) or "").samefile(sys.executable)
+    assert words[:4] == ["-m", "scripts.generate", "--model", str(workdir / "huggingface")]
+    assert "--config.model.path=DIR" in own
+    words = shlex.split(sweep)
+    assert "--config.data.sources=a b.txt" in words
+    assert "--config.sparsity.rate=$r" in words and "--config.sparsity.rate=0.3" not in words
+    assert f"--workdir={workdir}-$r;" in words
+
+
+@pytest.mark.slow
+def test_a_row_is_recorded_once(tmp_path: Path, run_python: RunPython) -> None:
+    record = tmp_path / "rows.jsonl"
+    arguments = ["-m", "scripts.train", "--config=experiments/tiny.py:dense"]
+    arguments += [f"--workdir={tmp_path / 'run'}", "--config.train.steps=2"]
+    refused = run_python(*arguments, f"--record={tmp_path / 'none' / 'rows.jsonl'}")
+    assert refused.returncode == 2 and "cannot be written" in refused.stderr
+    assert not (tmp_path / "run").exists()
+    for _ in range(2):
+        done = run_python(*arguments, f"--record={record}")
+        assert done.returncode == 0, done.stderr
+    (line,) = record.read_text().splitlines()
+    row = json.loads(line)
+    assert (row["rate"], row["steps"]) == (0.0, 2)
