@@ -166,7 +166,7 @@ def test_maps_show_shares_layer_by_layer_on_one_whole_scale() -> None:
     heads, channels, *bars = kept_figure(HEADS, CHANNELS, head_unit="query head").axes
     assert_close(heads.images[0].get_array(), [[1, 0, 0.5], [1, 1, 1]], "float64", "forward")
     assert_close(channels.images[0].get_array(), CHANNELS.counts / 4, "float64", "forward")
-    assert heads.get_title(loc="left") == "Heads, in 2 selections"
+    assert heads.get_title(loc="left") == "Heads, 2 selections"
     assert heads.get_xlabel() == "query head" and channels.get_xlabel() == "channel"
     assert heads.get_ylabel() == "layer" and len(bars) == 1
     assert heads.images[0].get_clim() == channels.images[0].get_clim() == (0, 1)

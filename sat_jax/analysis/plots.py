@@ -198,7 +198,7 @@ class Kept(NamedTuple):
         """In words, the most selections of a layer."""
         most = self.selections.max()
         plural = "" if most == 1 else "s"
-        return f"in {most} selection{plural}" if most else "never omitted"
+        return f"{most} selection{plural}" if most else "never omitted"
 
 
 def block_means(shares: Float[np.ndarray, "L N"], blocks: int) -> Float[np.ndarray, "L blocks"]:
