@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from sat_jax.data.tokenizer import load_tokenizer
 from sat_jax.errors import UserError
 from sat_jax.interop import load_model, locate, open_weights, save_model
 from sat_jax.interop.huggingface import Dtype, write_directory
@@ -385,6 +386,19 @@ def test_tokenizer_and_generation_files(tmp_path: Path) -> None:
     assert (generation["bos_token_id"], generation["eos_token_id"]) == (1, 2)
     modes = {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()}
     assert modes == {(source / "notes.txt").stat().st_mode & 0o777}
+
+
+def test_a_saved_model_is_usable_with_its_tokenizer(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    load_tokenizer("bytes").save(source)
+    model = load_model(GOLDEN / "llama_gqa")
+    save_model(model, out, tokenizer_files_from=source)
+    assert load_tokenizer("model", out).encode_batch(["né"]) == [[110, 195, 169]]
+    for nothing in (GOLDEN / "llama_gqa", source / "tokenizer.json", tmp_path / "missing.gguf"):
+        with pytest.raises(UserError, match=r"no directory with tokenizer files.*scripts\.convert"):
+            save_model(model, tmp_path / "refused", tokenizer_files_from=nothing)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
 def test_a_model_inside_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Pictures: what is drawn is what was given, and what is written is a PNG of the stated size."""
+"""Pictures: what is drawn is what was given; written are a PNG of the stated size and a PDF."""
 
 import struct
 from pathlib import Path
@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 
 from sat_jax.analysis.plots import (
+    Kept,
     block_means,
     kept_figure,
     loss_figure,
@@ -33,8 +34,9 @@ RUNGS: list[dict[str, Any]] = [
      "tokens_per_second": speed, "bound": bound}
     for rate, timed, speed, bound in [(0.4, 3, 140.0, 1.5), (0.2, 2, 9.0, 1.2), (0.0, 4, 100.0, 1)]
 ]  # fmt: skip
-HEADS = np.array([[4, 0, 2], [1, 3, 4]])
-CHANNELS = np.array([[4, 4, 0, 1], [2, 2, 3, 4]])
+# Of the heads of the first layer two selections omitted some, of those of the second none.
+HEADS = Kept(np.array([[2, 0, 1], [0, 0, 0]]), np.array([2, 0]))
+CHANNELS = Kept(np.array([[4, 4, 0, 1], [2, 2, 3, 4]]), np.array([4, 4]))
 
 
 def png_size(path: Path) -> tuple[int, int]:
@@ -55,20 +57,28 @@ def labels(axes: Axes) -> list[str]:
 
 def test_files_have_the_stated_size(tmp_path: Path) -> None:
     folder = tmp_path / "new"
-    deep = np.ones((60, 3), int)
+    deep = Kept(np.ones((60, 3), int), np.ones(60, int))
     written = [
         plot_loss(METRICS, folder / "loss.png"),
         plot_speed(RUNGS, folder / "speed.png"),
-        plot_kept(HEADS, CHANNELS, 4, folder / "kept.png"),
-        plot_kept(deep, deep, 1, folder / "deep.png"),
+        plot_kept(HEADS, CHANNELS, folder / "kept.png"),
+        plot_kept(deep, deep, folder / "deep.png"),
     ]
     assert [path.name for path in written] == ["loss.png", "speed.png", "kept.png", "deep.png"]
     assert [png_size(path) for path in written] == [*[(1200, 675)] * 3, (1200, 1305)]
 
 
+def test_a_pdf_with_its_fonts_lies_beside_the_png(tmp_path: Path) -> None:
+    for path in plot_speed(RUNGS, tmp_path / "a.png"), plot_kept(HEADS, CHANNELS, tmp_path / "b"):
+        pdf = path.with_suffix(".pdf").read_bytes()
+        assert pdf.startswith(b"%PDF") and b"/FontFile2" in pdf and b"/Type3" not in pdf
+
+
 def test_the_same_data_gives_the_same_bytes(tmp_path: Path) -> None:
-    first, second = (plot_speed(RUNGS, tmp_path / name).read_bytes() for name in "ab")
-    assert first == second
+    paths = [plot_speed(RUNGS, tmp_path / f"{name}.png") for name in "ab"]
+    for ending in (".png", ".pdf"):
+        first, second = (path.with_suffix(ending).read_bytes() for path in paths)
+        assert first == second and b"CreationDate" not in first
 
 
 def test_no_global_state_changes(tmp_path: Path) -> None:
@@ -95,17 +105,25 @@ def test_omission_rate_is_that_of_the_tokens_before() -> None:
     assert not inside((201, 0.01)) and not inside((399, 0.01))
 
 
-def test_many_losses_get_their_running_mean() -> None:
+@pytest.mark.parametrize(("steps", "window"), [(15, 0), (16, 5), (200, 5), (400, 11)])
+def test_noisy_losses_get_their_centred_mean(steps: int, window: int) -> None:
     rows = [
-        {"step": i, "tokens": 10 * i, "loss": float(i % 2), "omission_rate": 0.0}
-        for i in range(1, 121)
+        {"step": i, "tokens": 10 * i, "loss": float(i % 5), "omission_rate": 0.0}
+        for i in range(1, steps + 1)
     ]
     axes = loss_figure(rows).axes[0]
-    assert len(points(axes, 0)) == 120
-    means = points(axes, 1)
-    assert len(means) == 119 and means[0] == (15, 0.5) and {y for _, y in means} == {0.5}
+    assert points(axes, 0) == [(10 * i, i % 5) for i in range(1, steps + 1)]  # all of them
+    assert axes.get_ylim()[0] < 0 and axes.get_ylim()[1] > 4
     legend = axes.get_legend()
-    assert legend is not None and "mean of 2 records" in legend.get_texts()[0].get_text()
+    assert legend is not None
+    if not window:
+        assert len(axes.lines) == 2 and len(legend.get_texts()) == 3
+        return
+    means = points(axes, 1)
+    assert len(means) == steps - window + 1
+    assert_close(means[0], (5 * (window + 1), sum(i % 5 for i in range(1, window + 1)) / window),
+                 "float64", "forward")  # fmt: skip
+    assert f"mean over {window} records" in legend.get_texts()[1].get_text()
 
 
 def test_a_run_of_no_steps_still_draws(tmp_path: Path) -> None:
@@ -119,34 +137,50 @@ def test_bars_are_medians_and_lines_are_bounds() -> None:
     assert [bar.get_height() for bar in axes.patches] == [140.0, 0.0, 100.0]
     (limits,) = [c for c in axes.collections if isinstance(c, LineCollection)]
     assert_close([s[0, 1] for s in limits.get_segments()], [150, 120, 100], "float64", "forward")
-    assert labels(axes) == ["140\n1.40×", "under 3\ntimed steps", "100\n1.00×"]
+    assert labels(axes) == ["140\n1.40×", "not timed:\nunder 3 steps", "100\n1.00×"]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["40 %", "20 %", "dense"]
     assert axes.get_ylim()[1] > 150
 
 
+def test_no_line_cuts_through_a_number() -> None:
+    rungs = [{**RUNGS[0], "tokens_per_second": speed, "bound": bound}
+             for speed, bound in [(900.0, 10.0), (980.0, 9.5), (120.0, 1.3)]]  # fmt: skip
+    figure = speed_figure([*rungs, RUNGS[2]])
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    (limits,) = [c for c in axes.collections if isinstance(c, LineCollection)]
+    highest = max(
+        *(bar.get_window_extent().y1 for bar in axes.patches), limits.get_window_extent().y1
+    )
+    assert min(text.get_window_extent().y0 for text in axes.texts) > highest
+
+
 def test_without_a_measured_dense_rung_there_is_no_bound() -> None:
-    axes = speed_figure(RUNGS[:2]).axes[0]
+    figure = speed_figure(RUNGS[:2])
+    (axes,) = figure.axes
     assert labels(axes)[0] == "140"
-    assert not axes.collections and axes.get_legend() is None
+    assert not axes.collections and not figure.legends
 
 
-def test_maps_show_shares_layer_by_layer() -> None:
-    heads, channels, *bars = kept_figure(HEADS, CHANNELS, 4, head_unit="query head").axes
-    assert_close(heads.images[0].get_array(), HEADS / 4, "float64", "forward")
-    assert_close(channels.images[0].get_array(), CHANNELS / 4, "float64", "forward")
+def test_maps_show_shares_layer_by_layer_on_one_whole_scale() -> None:
+    heads, channels, *bars = kept_figure(HEADS, CHANNELS, head_unit="query head").axes
+    assert_close(heads.images[0].get_array(), [[1, 0, 0.5], [1, 1, 1]], "float64", "forward")
+    assert_close(channels.images[0].get_array(), CHANNELS.counts / 4, "float64", "forward")
+    assert heads.get_title(loc="left") == "Heads, 2 selections"
     assert heads.get_xlabel() == "query head" and channels.get_xlabel() == "channel"
-    assert heads.get_ylabel() == "layer" and len(bars) == 2
-    assert heads.images[0].get_clim() == (0, 1)
+    assert heads.get_ylabel() == "layer" and len(bars) == 1
+    assert heads.images[0].get_clim() == channels.images[0].get_clim() == (0, 1)
 
 
-def test_a_map_without_contrast_has_the_whole_scale() -> None:
-    heads = kept_figure(np.full((2, 3), 4), CHANNELS, 4).axes[0]
-    assert heads.images[0].get_clim() == (0, 1)
+def test_heads_that_were_never_omitted_are_said_to_be() -> None:
+    heads = kept_figure(Kept(np.zeros((2, 3), int), np.zeros(2, int)), CHANNELS).axes[0]
+    assert heads.get_title(loc="left") == "Heads, never omitted"
+    assert_close(heads.images[0].get_array(), np.ones((2, 3)), "float64", "exact")
 
 
 def test_many_channels_are_averaged_in_blocks() -> None:
-    counts = np.arange(2 * 200).reshape(2, 200)
-    channels = kept_figure(np.ones((2, 1), int), counts, 400).axes[1]
+    counts = Kept(np.arange(2 * 200).reshape(2, 200), np.array([400, 400]))
+    channels = kept_figure(HEADS, counts).axes[1]
     assert channels.get_xlabel() == "block of 3 channels"
     shown = channels.images[0].get_array()
     assert shown is not None and shown.shape == (2, 67)
@@ -154,14 +188,13 @@ def test_many_channels_are_averaged_in_blocks() -> None:
 
 
 def test_block_means_where_the_last_block_is_shorter() -> None:
-    means = block_means(np.array([[1, 3, 5, 7, 100]]), 3)
+    means = block_means(np.array([[1.0, 3, 5, 7, 100]]), 3)
     assert_close(means, [[2, 6, 100]], "float64", "forward")
 
 
 def test_counts_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ValueError, match="refreshes must be at least 1, got 0"):
-        kept_figure(HEADS, CHANNELS, 0)
-    with pytest.raises(ValueError, match=r"channel_counts must lie in 0\.\.4"):
-        kept_figure(HEADS, CHANNELS + 1, 4)
+    for counts in (CHANNELS.counts + 1, CHANNELS.counts - 1):
+        with pytest.raises(ValueError, match=r"counts must lie in 0\.\.selections"):
+            kept_figure(HEADS, Kept(counts, CHANNELS.selections))
     with pytest.raises(ValueError, match="2 layers of heads, 1 of channels"):
-        kept_figure(HEADS, CHANNELS[:1], 4)
+        kept_figure(HEADS, Kept(CHANNELS.counts[:1], CHANNELS.selections[:1]))

@@ -163,13 +163,16 @@ def test_wall_time_is_split_without_a_remainder(unbroken: Finished) -> None:
 
 
 def test_kept_neurons_are_counted(unbroken: Finished) -> None:
-    """Selections before steps 0, 2, 4 of one group of two and 64 channels, 6 and 8 of 96."""
+    """Selections before steps 0, 2, 4 of one group of two and 64 channels, 6 and 8 of 96 channels
+    and no heads."""
     assert unbroken.summary["selections"] == unbroken.summary["probes"] == 5
-    kept = find(unbroken.path / "checkpoints").read(["kept/heads", "kept/channels"])
-    per_layer = kept["kept/channels"].sum(axis=1)
-    assert per_layer.tolist() == [3 * 64 + 2 * 96] * 2
-    assert kept["kept/channels"].max() <= 5
-    assert kept["kept/heads"].sum(axis=(1, 2)).tolist() == [3 * 2 + 2 * 4] * 2
+    names = [f"kept/{name}" for name in ("heads", "of_heads", "channels", "of_channels")]
+    kept = find(unbroken.path / "checkpoints").read(names)
+    heads, of_heads, channels, of_channels = (kept[name] for name in names)
+    assert (of_heads.tolist(), of_channels.tolist()) == ([3, 3], [5, 5])
+    assert channels.sum(axis=1).tolist() == [3 * 64 + 2 * 96] * 2
+    assert channels.max() <= 5 and heads.max() <= 3
+    assert heads.sum(axis=(1, 2)).tolist() == [3 * 2] * 2  # a group has two query heads
 
 
 def test_pictures_are_drawn(unbroken: Finished) -> None:
@@ -177,6 +180,7 @@ def test_pictures_are_drawn(unbroken: Finished) -> None:
     assert {figure.name for figure in figures} == {"loss.png", "speed.png", "kept.png"}
     for figure in figures:
         assert figure.read_bytes().startswith(b"\x89PNG")
+        assert figure.with_suffix(".pdf").exists()
 
 
 def test_the_exported_model_has_the_loss_of_the_run(unbroken: Finished) -> None:

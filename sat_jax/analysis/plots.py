@@ -1,21 +1,23 @@
 """Pictures of a run: loss over tokens, speed of each rung, what was kept.
 
-Plain data in, PNG out (1200 × 675 pixels, or taller for deep models). Figures are built without
-pyplot, so that no global state of matplotlib changes. Colours are Okabe and Ito's, which
-colour-blind readers can tell apart; the heat maps use cividis for the same reason.
+Plain data in; out a PNG (1200 × 675 pixels, or taller for deep models) and, for print, a PDF beside
+it. Figures are built without pyplot, so that no global state of matplotlib changes. Colours are
+Okabe and Ito's, which colour-blind readers can tell apart; the heat maps use cividis for the same
+reason.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from sat_jax.analysis.tables import MINIMUM_STEPS, dense_speed, is_dense, is_measured
@@ -26,7 +28,8 @@ _DPI = 150
 _SIZE = (8.0, 4.5)  # inches: 1200 × 675 pixels
 _MAX_BLOCKS = 96  # columns of the channel map that stay wider than a few pixels
 _FEW_BARS = 7  # that leave room for labels in full size
-_MANY_LOSSES = 60  # records beyond which single points only hide each other
+_SMOOTHED_LOSSES = 16  # records from which a mean over a few of them says more than each
+_MANY_LOSSES = 60  # records beyond which markers only hide each other
 _FONT = 10
 
 
@@ -47,9 +50,13 @@ def _tidy(axes: Axes, *, title: str, x: str, y: str) -> None:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Writes the PNG; the same figure gives the same bytes. Returns `path`."""
+    """Writes the PNG and a PDF of the same stem; the same figure gives the same bytes. Returns
+    `path`, the PNG's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", metadata={"Software": None})
+    # As TrueType: publishers refuse matplotlib's default, Type 3.
+    with matplotlib.rc_context({"pdf.fonttype": 42}):
+        figure.savefig(path.with_suffix(".pdf"), format="pdf", metadata={"CreationDate": None})
     return path
 
 
@@ -59,7 +66,8 @@ def loss_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     `rows` are those of `metrics.jsonl`, in order: `step`, `tokens` (trained on so far) and, each
     where it was measured, `loss` (under masks) and `eval_loss` (dense), both in nats a token, and
     `omission_rate` (0 to 1), at which the tokens up to this row were trained. A row without
-    `tokens` is placed between its neighbours by its step. Many losses get their running mean.
+    `tokens` is placed between its neighbours by its step. From 16 losses on, their centred running
+    mean is drawn over them.
     """
     placed = [row for row in rows if "tokens" in row]
 
@@ -90,19 +98,21 @@ def loss_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     rate_axes.spines["right"].set_visible(True)
 
     tokens, losses = series("loss")
-    window = len(losses) // _MANY_LOSSES
-    label = "training loss, under masks"
-    if window > 1:
-        axes.plot(tokens, losses, color=BLUE, linewidth=0.6, alpha=0.25)
-        means = np.convolve(losses, np.full(window, 1 / window), mode="valid")
-        middles = np.convolve(tokens, np.full(window, 1 / window), mode="valid")
-        (trained,) = axes.plot(middles, means, color=BLUE, linewidth=1.6)
-        label += f", mean of {window} records"
-    else:
-        marker = "o" if len(losses) <= _MANY_LOSSES else ""
-        (trained,) = axes.plot(
-            tokens, losses, color=BLUE, linewidth=1.4, marker=marker, markersize=3, clip_on=False
+    smoothed = len(losses) >= _SMOOTHED_LOSSES
+    marker = "o" if len(losses) <= _MANY_LOSSES else ""
+    trained = axes.plot(
+        tokens, losses, color=BLUE, marker=marker, markersize=3, clip_on=False,
+        linewidth=0.7 if smoothed else 1.4, alpha=0.4 if smoothed else 1,
+    )  # fmt: skip
+    names = ["training loss, under masks"]
+    if smoothed:
+        window = max(5, len(losses) // 40) | 1  # odd, so that a mean has a middle
+        middles, means = (
+            np.convolve(values, np.full(window, 1 / window), mode="valid")
+            for values in (tokens, losses)
         )
+        trained += axes.plot(middles, means, color=BLUE, linewidth=2)
+        names.append(f"its mean over {window} records, centred")
     (held_out,) = axes.plot(
         *series("eval_loss"), color=ORANGE, linewidth=2, marker="D", markersize=5, clip_on=False
     )
@@ -110,8 +120,8 @@ def loss_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.margins(y=0.08)
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.legend(
-        [trained, held_out, shading],
-        [label, "held-out loss, dense model", "omission rate (right)"],
+        [*trained, held_out, shading],
+        [*names, "held-out loss, dense model", "omission rate (right)"],
         loc="upper right", fontsize=_FONT - 1, frameon=True, framealpha=0.9, edgecolor="none",
     )  # fmt: skip
     return figure
@@ -138,29 +148,29 @@ def speed_figure(rungs: Sequence[Mapping[str, Any]]) -> Figure:
     if dense:
         ends = [place - 0.4 for place in places], [place + 0.4 for place in places]
         limits = axes.hlines(bounds, *ends, color=ORANGE, linewidth=2.2)
-        axes.legend(
-            [measured, limits],
+        figure.legend(
+            [measured[0], limits],
             [
                 "measured, and ratio to the dense rung",
                 "bound: dense speed × dense FLOPs ÷ FLOPs of the rung",
             ],
-            loc="upper right", fontsize=_FONT - 1, frameon=False,
+            loc="outside lower center", ncols=2, fontsize=_FONT - 1, frameon=False,
         )  # fmt: skip
+    # In one row above all bars and bounds, so that no line cuts through a number.
     size = _FONT if len(rungs) <= _FEW_BARS else _FONT - 2
-    for place, rung, speed in zip(places, rungs, speeds, strict=True):
-        if not speed:
-            note = f"under {MINIMUM_STEPS}\ntimed steps"
-            axes.text(place, 0, note, ha="center", va="bottom", fontsize=size, color=INK)
-            continue
-        text = f"{speed:,.0f}" + (f"\n{speed / dense:.2f}×" if dense else "")
+    for place, speed in zip(places, speeds, strict=True):
+        if speed:
+            text = f"{speed:,.0f}" + (f"\n{speed / dense:.2f}×" if dense else "")
+        else:
+            text = f"not timed:\nunder {MINIMUM_STEPS} steps"
         axes.text(
-            place, speed * 0.97, text, ha="center", va="top", fontsize=size, linespacing=1.4,
-            color=INK if is_dense(rung) else "white",
+            place, 0.99, text, transform=axes.get_xaxis_transform(), ha="center", va="top",
+            fontsize=size, linespacing=1.4, color=INK,
         )  # fmt: skip
     axes.set_xticks(places, [_rung_name(rung) for rung in rungs])
     spare = max(0, 4 - len(rungs)) / 2  # a lone bar is not blown up
     axes.set_xlim(-0.7 - spare, len(rungs) - 0.3 + spare)
-    axes.set_ylim(0, 1.22 * max([*speeds, *bounds], default=0) or 1)
+    axes.set_ylim(0, 1.25 * max([*speeds, *bounds], default=0) or 1)
     axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     return figure
@@ -170,71 +180,79 @@ def _rung_name(rung: Mapping[str, Any]) -> str:
     return "dense" if is_dense(rung) else f"{100 * rung['omission_rate']:.3g} %"
 
 
-def block_means(counts: Int[np.ndarray, "L N"], blocks: int) -> Float[np.ndarray, "L blocks"]:
+class Kept(NamedTuple):
+    """How often each neuron was kept, `[L, N]`, in the selections that omitted any in its layer,
+    `[L]`."""
+
+    counts: Int[np.ndarray, "L N"]
+    selections: Int[np.ndarray, " L"]
+
+    def shares(self) -> Float[np.ndarray, "L N"]:
+        """0 to 1; a layer from which nothing was ever omitted kept all of it."""
+        counts, selections = self.counts, self.selections[:, None]
+        if (counts < 0).any() or (counts > selections).any():
+            raise ValueError("counts must lie in 0..selections")
+        return np.where(selections == 0, 1.0, counts / np.maximum(selections, 1))
+
+    def times(self) -> str:
+        """In words, the most selections of a layer."""
+        most = self.selections.max()
+        plural = "" if most == 1 else "s"
+        return f"{most} selection{plural}" if most else "never omitted"
+
+
+def block_means(shares: Float[np.ndarray, "L N"], blocks: int) -> Float[np.ndarray, "L blocks"]:
     """Means over contiguous runs of ⌈N / blocks⌉ neurons (the last may be shorter)."""
-    neurons = counts.shape[1]
+    neurons = shares.shape[1]
     starts = np.arange(0, neurons, math.ceil(neurons / blocks))
     sizes = np.diff(np.append(starts, neurons))
-    return np.add.reduceat(counts.astype(np.float64), starts, axis=1) / sizes
+    return np.add.reduceat(shares, starts, axis=1) / sizes
 
 
-def kept_figure(
-    head_counts: Int[np.ndarray, "L H"],
-    channel_counts: Int[np.ndarray, "L F"],
-    refreshes: int,
-    *,
-    head_unit: str = "KV group",
-) -> Figure:
+def kept_figure(heads: Kept, channels: Kept, *, head_unit: str = "KV group") -> Figure:
     """How often each head (or KV group, as `head_unit` says) and each block of channels was kept.
 
-    `head_counts` and `channel_counts` say in how many of the `refreshes` selections a neuron was
-    kept. More than 96 channels are averaged over contiguous blocks. Each map has a scale of its
-    own, around the shares that occur in it.
+    More than 96 channels are averaged over contiguous blocks. Both maps have the scale 0 to 100 %.
 
     Raises:
-      ValueError: no refresh, a count outside 0..refreshes, or different numbers of layers.
+      ValueError: a count outside 0..selections, or different numbers of layers.
     """
-    if refreshes < 1:
-        raise ValueError(f"refreshes must be at least 1, got {refreshes}")
-    for name, counts in (("head_counts", head_counts), ("channel_counts", channel_counts)):
-        if counts.min() < 0 or counts.max() > refreshes:
-            raise ValueError(f"{name} must lie in 0..{refreshes}")
-    layers = head_counts.shape[0]
-    if channel_counts.shape[0] != layers:
-        raise ValueError(f"{layers} layers of heads, {channel_counts.shape[0]} of channels")
-
-    heads = head_counts / refreshes
-    channels = block_means(channel_counts, _MAX_BLOCKS) / refreshes
-    block = math.ceil(channel_counts.shape[1] / _MAX_BLOCKS)
+    layers = len(heads.counts)
+    if len(channels.counts) != layers:
+        raise ValueError(f"{layers} layers of heads, {len(channels.counts)} of channels")
+    block = math.ceil(channels.counts.shape[1] / _MAX_BLOCKS)
     noun = f"block of {block} channels" if block > 1 else "channel"
     figure = _figure(height=min(max(_SIZE[1], 0.12 * layers + 1.5), 12.0))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 2.4))
-    _map(figure, left, heads, title="Heads", x=head_unit)
-    _map(figure, right, channels, title="Channels", x=noun)
+    _map(left, heads.shares(), title=f"Heads, {heads.times()}", x=head_unit)
+    image = _map(
+        right,
+        block_means(channels.shares(), _MAX_BLOCKS),
+        title=f"Channels, {channels.times()}",
+        x=noun,
+    )
     left.set_ylabel("layer", fontsize=_FONT, color=INK)
-    selections = f"{refreshes} selections" if refreshes > 1 else "1 selection"
+    bar = figure.colorbar(image, ax=[left, right], pad=0.02, aspect=30)
+    bar.outline.set_visible(False)
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+    bar.ax.tick_params(labelsize=_FONT - 1, color=GREY, labelcolor=INK)
     figure.suptitle(
-        f"How often each neuron was kept, of {selections}",
+        "How often each neuron was kept, in the selections that omitted some",
         fontsize=_FONT + 2, color=INK, x=0.01, ha="left",
     )  # fmt: skip
     return figure
 
 
-def _map(
-    figure: Figure, axes: Axes, shares: Float[np.ndarray, "L N"], *, title: str, x: str
-) -> None:
-    lowest, highest = math.floor(10 * shares.min()) / 10, math.ceil(10 * shares.max()) / 10
-    scale = Normalize(lowest, highest) if lowest < highest else Normalize(0, 1)
-    image = axes.imshow(shares, aspect="auto", interpolation="nearest", cmap="cividis", norm=scale)
+def _map(axes: Axes, shares: Float[np.ndarray, "L N"], *, title: str, x: str) -> AxesImage:
+    image = axes.imshow(
+        shares, aspect="auto", interpolation="nearest", cmap="cividis", vmin=0, vmax=1
+    )
     _tidy(axes, title=title, x=x, y="")
     for spine in axes.spines.values():
         spine.set_visible(False)
     for axis, size in ((axes.xaxis, shares.shape[1]), (axes.yaxis, shares.shape[0])):
         axis.set_major_locator(MaxNLocator(min(8, size), integer=True, min_n_ticks=1))
-    bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=30)
-    bar.outline.set_visible(False)
-    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
-    bar.ax.tick_params(labelsize=_FONT - 1, color=GREY, labelcolor=INK)
+    return image
 
 
 def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
@@ -247,13 +265,6 @@ def plot_speed(rungs: Sequence[Mapping[str, Any]], path: Path) -> Path:
     return save(speed_figure(rungs), path)
 
 
-def plot_kept(
-    head_counts: Int[np.ndarray, "L H"],
-    channel_counts: Int[np.ndarray, "L F"],
-    refreshes: int,
-    path: Path,
-    *,
-    head_unit: str = "KV group",
-) -> Path:
+def plot_kept(heads: Kept, channels: Kept, path: Path, *, head_unit: str = "KV group") -> Path:
     """Writes `kept_figure(...)` to `path` and returns it."""
-    return save(kept_figure(head_counts, channel_counts, refreshes, head_unit=head_unit), path)
+    return save(kept_figure(heads, channels, head_unit=head_unit), path)

@@ -68,12 +68,17 @@ def save_model(
     dtype: Dtype = "float32",
     tokenizer_files_from: str | Path | None = None,
 ) -> None:
-    """Writes a Hugging Face directory (new or empty) that transformers 4 and 5 load."""
+    """Writes a Hugging Face directory (new or empty) that transformers 4 and 5 load.
+
+    The tokenizer is no part of a model: its files are copied from the Hugging Face directory
+    `tokenizer_files_from`. None writes none, and text needs one. `scripts.convert` makes such a
+    directory of a GGUF file.
+    """
     found = flat_params(model)
     huggingface.write_directory(
         Path(directory).expanduser(),
         model.config,
         found.__getitem__,
         dtype=dtype,
-        tokenizer_files_from=None if tokenizer_files_from is None else Path(tokenizer_files_from),
+        tokenizer_files_from=None if tokenizer_files_from is None else locate(tokenizer_files_from),
     )

@@ -133,7 +133,7 @@ def write_directory(
     """Writes a model so that transformers 4 and 5 load it; all of it or nothing.
 
     `read(path)` gives one stacked parameter and is called once for each. The directory must be new
-    or empty. Tokenizer files are copied from `tokenizer_files_from` where it has them.
+    or empty. Tokenizer files are copied from the directory `tokenizer_files_from`.
     """
     if dtype not in get_args(Dtype):
         raise UserError(
@@ -141,6 +141,13 @@ def write_directory(
         )
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise UserError(f"{directory}: exists and is not an empty directory; give a new one")
+    copied = [tokenizer_files_from / name for name in TOKENIZER_FILES if tokenizer_files_from]
+    copied = [file for file in copied if file.is_file()]
+    if tokenizer_files_from and not copied:
+        raise UserError(
+            f"{tokenizer_files_from}: no directory with tokenizer files; of a GGUF file,"
+            " scripts.convert writes one"
+        )
     raw = config_to_json(config, dtype)
     partial = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
@@ -149,10 +156,8 @@ def write_directory(
         tokens = {key: raw[key] for key in ("bos_token_id", "eos_token_id")}
         _write_json(partial / "generation_config.json", {"_from_model_config": True, **tokens})
         _write_tensors(partial, config, read, dtype, shard_bytes)
-        for name in TOKENIZER_FILES if tokenizer_files_from else ():
-            source = Path(tokenizer_files_from or "") / name
-            if source.is_file():
-                shutil.copyfile(source, partial / name)
+        for file in copied:
+            shutil.copyfile(file, partial / file.name)
         partial.rename(directory)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{directory}: cannot be written: {error}") from error

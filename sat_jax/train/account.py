@@ -19,16 +19,18 @@ if TYPE_CHECKING:
 class Account:
     """Counts that checkpoints keep, and the record of each step.
 
-    `kept` has, over all selections so far, how often each query head `[L, K, G]` and each channel
-    `[L, F]` was kept.
+    `kept` has how often each query head `[L, K, G]` and each channel `[L, F]` was kept, and of how
+    many selections, by layer: of those only that omitted some of the layer's heads or channels.
     """
 
     def __init__(self, controller: Controller):
         neurons = controller.neurons
-        heads = (neurons.layers, neurons.kv_groups, neurons.query_heads)
+        layers = neurons.layers
         self.kept: dict[str, Int[np.ndarray, ...]] = {
-            "heads": np.zeros(heads, np.int32),
-            "channels": np.zeros((neurons.layers, neurons.channels), np.int32),
+            "heads": np.zeros((layers, neurons.kv_groups, neurons.query_heads), np.int32),
+            "of_heads": np.zeros(layers, np.int32),
+            "channels": np.zeros((layers, neurons.channels), np.int32),
+            "of_channels": np.zeros(layers, np.int32),
         }
         self.selections = 0
         self.probes = 0
@@ -68,8 +70,10 @@ class Account:
         self.probes += probed
         for segment, mask in zip(rung.plan.segments, jax.device_get(masks), strict=True):
             layers = slice(segment.start, segment.stop)
-            _count(self.kept["heads"][layers], mask.heads)
-            _count(self.kept["channels"][layers], mask.channels)
+            for name, kept in (("heads", mask.heads), ("channels", mask.channels)):
+                if kept is not None:
+                    self.kept[f"of_{name}"][layers] += 1
+                    _count(self.kept[name][layers], kept)
 
     def step(
         self, rung: Rung, metrics: StepMetrics, seconds: float, task: "Task", steady: bool
@@ -113,11 +117,8 @@ def kept_shares(plan: Plan, neurons: Neurons) -> tuple[float, float]:
     return heads / all_heads, channels / (neurons.layers * neurons.channels)
 
 
-def _count(counts: Int[np.ndarray, "..."], kept: Int[np.ndarray, "..."] | None) -> None:
+def _count(counts: Int[np.ndarray, "..."], kept: Int[np.ndarray, "..."]) -> None:
     """Adds one for each kept neuron. A kept KV group keeps all its query heads."""
-    if kept is None:
-        counts += 1
-        return
     layer = np.arange(len(counts)).reshape((-1,) + (1,) * (kept.ndim - 1))
     if kept.ndim == 3:
         counts[layer, np.arange(counts.shape[1])[None, :, None], kept] += 1

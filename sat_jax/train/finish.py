@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sat_jax.analysis.flops import probe_flops, speedup_bound
-from sat_jax.analysis.plots import plot_kept, plot_loss, plot_speed
+from sat_jax.analysis.plots import Kept, plot_kept, plot_loss, plot_speed
 from sat_jax.interop.huggingface import write_directory
 from sat_jax.models.loss import perplexity_of
 from sat_jax.train.account import Account, kept_shares, step_flops
@@ -116,13 +116,13 @@ def _draw(
     ]
     if account.selections:
         by_group = task.config.sparsity.attention_unit == "kv_group"
-        heads = account.kept["heads"]
+        kept = account.kept
+        heads = kept["heads"]
         heads = heads.max(axis=2) if by_group else heads.reshape(len(heads), -1)
         figures.append(
             plot_kept(
-                np.asarray(heads),
-                account.kept["channels"],
-                account.selections,
+                Kept(heads, kept["of_heads"]),
+                Kept(kept["channels"], kept["of_channels"]),
                 folder / "kept.png",
                 head_unit="KV group" if by_group else "query head",
             )

@@ -1,0 +1,273 @@
+"""The parts of `scripts.benchmark` that train: steps, peer and moves.
+
+Nothing of the data pipeline is imported, so that a machine with little more than jax can run them.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sat_jax.analysis.flops import speedup_bound
+from sat_jax.config import OptimizerConfig
+from sat_jax.data.batch import Batch
+from sat_jax.models.llama import Compute
+from sat_jax.models.llama_config import LlamaConfig
+from sat_jax.models.params import abstract
+from sat_jax.models.params import shapes as whole_shapes
+from sat_jax.sparsity.masks import Masks, SegmentMasks, choose
+from sat_jax.sparsity.plan import Neurons, Plan, make_plan
+from sat_jax.sparsity.statistics import Statistics
+from sat_jax.train.account import kept_shares
+from sat_jax.train.optimizer import learning_rate, make_optimizer
+from sat_jax.train.state import compact_state, expand_state, new_state
+from sat_jax.train.step import StepSettings, make_probe, make_step
+
+RATES = (0.2, 0.4, 0.5, 0.6)
+
+
+class Cost(NamedTuple):
+    """Seconds of one step: wall clock, and processor time of the whole process."""
+
+    wall: float
+    cpu: float
+
+
+Variant = Callable[[], Cost]
+
+
+def steps(model: LlamaConfig, given: Any) -> list[dict[str, Any]]:
+    """The SAT step at every rate against the dense step, beside the FLOP bound; and masking."""
+    neurons = _neurons(model)
+    plans = {"dense": make_plan(neurons, 0, 0)}
+    plans |= {f"gather {rate}": make_plan(neurons, rate, rate) for rate in RATES}
+    plans |= {f"mask {rate}": make_plan(neurons, rate, rate) for rate in (0.5,)}
+    variants = {
+        name: _training_step(model, plan, given, masked=name.startswith("mask"))
+        for name, plan in plans.items()
+    }
+    costs = _take_turns(variants, given.turns)
+    rows = []
+    for name, plan in plans.items():
+        heads, channels = kept_shares(plan, neurons)
+        execution, _, rate = name.partition(" ")
+        wall, cpu = (_ratio(costs["dense"], costs[name], field) for field in ("wall", "cpu"))
+        bound = speedup_bound(model, given.row_length, plan.segments, given.remat)
+        rows.append(
+            {
+                "execution": execution,
+                "rate": float(rate or 0),
+                "kept_heads": heads,
+                "kept_channels": channels,
+                **_medians(costs[name]),
+                "speedup_wall": wall,
+                "speedup_cpu": cpu,
+                "bound": bound,
+                "share_of_bound": wall / bound,
+            }
+        )
+    return rows
+
+
+def peer(model: LlamaConfig, given: Any) -> list[dict[str, Any]]:
+    """Our dense step against transformers' (torch, sdpa attention) on the same shapes."""
+    shape = json.dumps(
+        {
+            "vocab_size": model.vocab_size,
+            "hidden_size": model.d_model,
+            "num_hidden_layers": model.n_layers,
+            "num_attention_heads": model.n_heads,
+            "num_key_value_heads": model.n_kv_heads,
+            "head_dim": model.head_dim,
+            "intermediate_size": model.d_ff,
+            "tie_word_embeddings": model.tie_embeddings,
+            "max_position_embeddings": model.max_positions,
+        }
+    )
+    command = [sys.executable, "-m", "scripts.benchmark_peer", shape]
+    command += [str(given.rows), str(given.row_length), given.dtype]
+    # Its threads must sleep, not spin, while the other side takes its turn.
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        stdin, stdout = process.stdin, process.stdout
+
+        def transformers() -> Cost:
+            stdin.write("step\n")
+            stdin.flush()
+            return Cost(*json.loads(stdout.readline()))
+
+        dense = _training_step(model, make_plan(_neurons(model), 0, 0), given)
+        costs = _take_turns({"sat_jax": dense, "transformers": transformers}, given.turns)
+        stdin.close()
+    return [
+        {
+            "library": name,
+            **_medians(costs[name]),
+            "speed_against_transformers_wall": _ratio(costs["transformers"], costs[name], "wall"),
+            "speed_against_transformers_cpu": _ratio(costs["transformers"], costs[name], "cpu"),
+        }
+        for name in costs
+    ]
+
+
+def moves(model: LlamaConfig, given: Any) -> list[dict[str, Any]]:
+    """What a refresh costs (probe, selection, compact, expand) against a SAT step, at r = 0.4."""
+    neurons = _neurons(model)
+    plan = make_plan(neurons, 0.4, 0.4)
+    graph, _ = abstract(model, compute=_compute(given))
+    optimizer = make_optimizer(OptimizerConfig(), 1)
+    state = jax.jit(lambda p: new_state(p, optimizer))(_random(whole_shapes(model)))
+    batch = _batch(model, given)
+    empty = Statistics(
+        jnp.zeros(()),
+        heads=jnp.zeros((model.n_layers, model.n_kv_heads, model.query_heads, model.query_heads)),
+        channels=jnp.zeros((model.n_layers, model.d_ff)),
+    )
+    probe = jax.jit(make_probe(graph, ("outputs",), 0.0, 1024))
+    select = jax.jit(
+        lambda params, stats: choose(
+            params,
+            stats,
+            plan,
+            neurons,
+            metric="output",
+            selection="topk",
+            key=jax.random.key(0),
+        )
+    )
+    stats = probe(state.params, empty, batch)
+    masks = select(state.params, stats)
+    compacting = jax.jit(lambda whole, masks: compact_state(whole, masks, plan))
+    expanding = jax.jit(lambda s, r, m: expand_state(s, r, m, plan), donate_argnums=(1,))
+    small = compacting(state, masks)[0]
+    costs = _take_turns(
+        {
+            "step": _training_step(model, plan, given),
+            "probe": _timed(lambda: probe(state.params, empty, batch)),
+            "select": _timed(lambda: select(state.params, stats)),
+            "compact": _timed(lambda: compacting(state, masks)),
+            "expand": _timed(lambda: expanding(small, compacting(state, masks)[1], masks)),
+        },
+        given.turns,
+    )
+    return [
+        {"move": name, "rate": 0.4, **_medians(costs[name])}
+        | {"share_of_a_step": 1 / _ratio(costs["step"], costs[name], "wall")}
+        for name in costs
+    ]
+
+
+def _training_step(model: LlamaConfig, plan: Plan, given: Any, *, masked: bool = False) -> Variant:
+    """One optimizer step of what a plan trains, timed."""
+    config = OptimizerConfig()
+    graph, shapes = abstract(model, plan.segments, _compute(given), masked)
+    kept = {path for path in shapes if path.rpartition("/")[2].startswith("kept_")}
+    settings = StepSettings(
+        optimizer=make_optimizer(config, 1000),
+        schedule=learning_rate(config, 1000),
+        microbatches=1,
+        observe=(),
+        stats_decay=0.0,
+        freeze=True,
+    )
+    params = _random({path: shape for path, shape in shapes.items() if path not in kept})
+    state = jax.jit(lambda p: new_state(p, settings.optimizer))(params)
+    stats = Statistics(jnp.zeros(()))
+    masks = _first_masks(model, plan) if masked else ()
+    batch = _batch(model, given)
+    compiled = (
+        jax.jit(make_step(graph, settings), donate_argnums=0)
+        .lower(state, stats, masks, batch)
+        .compile()
+    )
+
+    def step() -> Any:
+        nonlocal state
+        state, _, metrics = compiled(state, stats, masks, batch)
+        return metrics
+
+    return _timed(step)
+
+
+def _first_masks(model: LlamaConfig, plan: Plan) -> Masks:
+    """Masks that keep the first neurons."""
+
+    def first(layers: int, kept: int, total: int) -> jax.Array | None:
+        indices = jnp.broadcast_to(jnp.arange(kept, dtype=jnp.int32), (layers, kept))
+        return None if kept == total else indices
+
+    return tuple(
+        SegmentMasks(
+            first(s.layers, s.kv_groups, model.n_kv_heads), first(s.layers, s.channels, model.d_ff)
+        )
+        for s in plan.segments
+    )
+
+
+def _timed(work: Callable[[], Any]) -> Variant:
+    def timed() -> Cost:
+        wall, cpu = time.perf_counter(), time.process_time()
+        jax.block_until_ready(work())
+        return Cost(time.perf_counter() - wall, time.process_time() - cpu)
+
+    return timed
+
+
+def _take_turns(variants: Mapping[str, Variant], turns: int) -> dict[str, list[Cost]]:
+    """One step of each variant in turn, `turns` times, after one turn that is not counted."""
+    costs: dict[str, list[Cost]] = {name: [] for name in variants}
+    for turn in range(turns + 1):
+        for name, variant in variants.items():
+            cost = variant()
+            if turn:
+                costs[name].append(cost)
+        print(f"turn {turn}/{turns}", file=sys.stderr, flush=True)
+    return costs
+
+
+def _ratio(numerators: list[Cost], denominators: list[Cost], field: str) -> float:
+    """Median over the turns of one variant's seconds by the other's."""
+    pairs = zip(numerators, denominators, strict=True)
+    return statistics.median(getattr(a, field) / getattr(b, field) for a, b in pairs)
+
+
+def _medians(costs: list[Cost]) -> dict[str, float]:
+    return {
+        "wall_seconds": statistics.median(cost.wall for cost in costs),
+        "cpu_seconds": statistics.median(cost.cpu for cost in costs),
+    }
+
+
+def _compute(given: Any) -> Compute:
+    return Compute(dtype=given.dtype, remat=given.remat)
+
+
+def _neurons(model: LlamaConfig) -> Neurons:
+    return Neurons(model.n_layers, model.n_kv_heads, model.query_heads, model.d_ff)
+
+
+def _batch(model: LlamaConfig, given: Any) -> Batch:
+    shape = (given.rows, given.row_length)
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, shape, dtype=np.int32)
+    positions = np.broadcast_to(np.arange(given.row_length, dtype=np.int32), shape)
+    ones = np.ones(shape, np.int32)
+    return jax.device_put(Batch(tokens, tokens, ones, positions, ones.astype(bool)))
+
+
+def _random(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return {
+        path: 0.02 * jax.random.normal(key, shape.shape)
+        for key, (path, shape) in zip(keys, shapes.items(), strict=True)
+    }
