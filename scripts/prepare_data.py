@@ -65,7 +65,8 @@ def parser() -> Parser:
         type=float,
         default=0.05,
         metavar="SHARE",
-        help="share of the documents to evaluate on, or from 1 on how many; default 0.05",
+        help="share of the documents to evaluate on (of a single one: its end), or from 1 on how"
+        " many; default 0.05",
     )
     add("--max-tokens", type=int, metavar="N", help="cap on the tokens of both splits together")
     add("--text-field", default="text", metavar="NAME", help="of JSON lines; default text")

@@ -123,7 +123,7 @@ def test_held_out_by_count_and_its_limits(tmp_path: Path) -> None:
     for value in (10, 0.99):
         assert "leaves none of 10 documents" in reason(lambda v=value: made(folder, held_out=v))
     for value in (0, -0.1, 1.5, float("nan"), float("inf")):
-        assert f"data.held_out={value}" in reason(lambda v=value: made(folder, held_out=v))
+        assert f"held-out {value};" in reason(lambda v=value: made(folder, held_out=v))
     same = write(tmp_path / "same", ["same"] * 5)
     assert "copies of one text" in reason(lambda: made(same))
 
@@ -181,6 +181,26 @@ def test_a_cap_below_one_document(tmp_path: Path) -> None:
     assert sorted(tokens.values()) == [4, 5]
     assert "data.max_tokens=3" in reason(lambda: made(folder, max_tokens=3))
     assert "data.row_length=0" in reason(lambda: made(folder, row_length=0))
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "cut"), [(None, (84, 84, 105)), (50, (40, 84, 94)), (10**6, (84, 84, 105))]
+)
+def test_of_one_document_the_end_is_held_out(
+    tmp_path: Path, max_tokens: int | None, cut: tuple[int, int, int]
+) -> None:
+    text = "".join(map(str, range(100)))[:104]  # 105 tokens with the eos
+    (tmp_path / "one.txt").write_text(text)
+    lines: list[str] = []
+    prepared = made(tmp_path / "one.txt", row_length=128, max_tokens=max_tokens, log=lines.append)
+    train_end, start, end = cut
+    (trained,), (held_out,) = (documents_in(prepared, name) for name in ("train", "held_out"))
+    assert (trained, held_out) == (text[:train_end], text[start:end])
+    splits = prepared.info.splits
+    assert splits["train"].text_bytes == len(trained)
+    assert splits["held_out"].text_bytes == len(held_out)
+    assert prepared.info.documents == 1
+    assert lines[0] == (f"data: one document; held out are {end - start} tokens of its last 20.0%")
 
 
 def rows_of(prepared: Prepared, split: str) -> list[bytes]:
@@ -312,7 +332,8 @@ def test_nothing_to_learn_from_is_refused(tmp_path: Path) -> None:
     (tmp_path / "in" / "a.txt").write_text("")
     assert "no documents left: all 3" in reason(lambda: made(tmp_path / "in"))
     (tmp_path / "in" / "b.txt").write_text("b")
-    assert "leaves none of 1 documents" in reason(lambda: made(tmp_path / "in"))
+    assert "no document of the train split has two" in reason(lambda: made(tmp_path / "in"))
+    assert "leaves none of 1 doc" in reason(lambda: made(tmp_path / "in", held_out=1))
     (tmp_path / "in" / "c.txt").write_text("c")
     info = made(tmp_path / "in").info
     assert (info.documents, info.empty_documents, info.files) == (2, 3, 4)
@@ -372,6 +393,5 @@ def test_damage_is_noticed(tmp_path: Path, harm: str) -> None:
 
 
 def test_the_shares_of_a_cap() -> None:
-    held_out = np.arange(100) < 5
-    assert budgets(held_out, 1000) == {"train": 950, "held_out": 50}
-    assert budgets(held_out, 10) == {"train": 8, "held_out": 2}
+    assert budgets(0.05, 1000) == {"train": 950, "held_out": 50}
+    assert budgets(0.05, 10) == {"train": 8, "held_out": 2}

@@ -23,7 +23,7 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from sat_jax.cache import cache_dir
-from sat_jax.data.corpus import Tokens, read_index, tokenize
+from sat_jax.data.corpus import Tokens, read_index, split_end, tokenize
 from sat_jax.data.packing import Pieces, assign_rows, cut
 from sat_jax.data.progress import bar
 from sat_jax.data.sources import Source, resolve_sources
@@ -33,6 +33,7 @@ from sat_jax.data.splits import (
     budgets,
     check_held_out,
     choose_held_out,
+    holds_out_end,
     sampling_order,
 )
 from sat_jax.data.tokenizer import Tokenizer
@@ -176,9 +177,11 @@ def prepare(
         raise UserError(f"{error.filename or root}: {error.strerror or error}") from error
     prepared = load_prepared(path)
     if log is not None:
-        rows = ", ".join(
-            f"{split.rows} {name} rows" for name, split in prepared.info.splits.items()
-        )
+        splits = prepared.info.splits
+        if prepared.info.documents == 1:
+            count = splits[HELD_OUT].tokens
+            log(f"data: one document; held out are {count:,} tokens of its last {held_out:.1%}")
+        rows = ", ".join(f"{split.rows} {name} rows" for name, split in splits.items())
         log(f"data: {done}, {rows} of {row_length} tokens in {path}")
     return prepared
 
@@ -261,18 +264,24 @@ def _write(
     index = read_index(sources, text_field, progress)
     chosen = choose_held_out(index, held_out)
     orders = {TRAIN: sampling_order(index, ~chosen), HELD_OUT: sampling_order(index, chosen)}
-    limits = None if max_tokens is None else budgets(chosen, max_tokens)
+    end = holds_out_end(index, held_out)
+    share = held_out if end else float(chosen.mean())
+    limits = None if max_tokens is None else budgets(share, max_tokens)
     file = folder / "tokens"
     tokens = tokenize(sources, text_field, index, orders, limits, tokenizer, file, progress)
+    byte_sizes = index.sizes
+    if end:
+        tokens, byte_sizes = split_end(tokens, int(index.sizes[0]), share, tokenizer)
+        orders = {TRAIN: np.array([0]), HELD_OUT: np.array([1])}
     splits, rows = {}, {}
     for split, order in orders.items():
         taken, sizes = _cap(tokens.sizes[order], None if limits is None else limits[split])
         order = order[:taken]
-        text_bytes = int(index.sizes[order].sum())
+        text_bytes = int(byte_sizes[order].sum())
         if sizes[-1] < tokens.sizes[order[-1]]:  # cut: count what is left of its text
             start = tokens.starts[order[-1]]
             text = tokenizer.decode(tokens.flat[start : start + sizes[-1]].tolist())
-            text_bytes += len(text.encode()) - int(index.sizes[order[-1]])
+            text_bytes += len(text.encode()) - int(byte_sizes[order[-1]])
         pieces = cut(tokens.starts[order], sizes, row_length)
         if not len(pieces.lengths):
             raise UserError(f"no document of the {split} split has two tokens")
