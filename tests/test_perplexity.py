@@ -197,7 +197,14 @@ def test_prepared_data_is_what_training_reads(tmp_path: Path) -> None:
     assert seen == sum(file.stat().st_size for file in tmp_path.glob("*.txt"))
     with pytest.raises(UserError, match="tokenizer of 256 ids, but the model has 255"):
         prepared_data(prepared.path, "train", 255, 2)
-    with pytest.raises(UserError, match="no prepared data"):
+    # The folder that was asked for holds the one that was made.
+    assert prepared_data(tmp_path / "out", "train", 256, 2).text_bytes > 0
+    other = tmp_path / "out" / "other"
+    other.mkdir()
+    (other / "info.json").write_text("{}")
+    with pytest.raises(UserError, match=f"one of {prepared.path.name}, other"):
+        prepared_data(tmp_path / "out", "train", 256, 2)
+    with pytest.raises(UserError, match=r"no prepared data: it has no info\.json$"):
         prepared_data(tmp_path, "train", 256, 2)
 
 
@@ -242,7 +249,7 @@ def test_script_prints_a_table_and_writes_json(
         (["--text", "nowhere"], "nowhere: no such file or folder"),
         (["--text", "x", "--split", "train"], "--split says nothing to --text"),
         (["--prepared", "x", "--max-bytes", "3"], "--max-bytes says nothing to --prepared"),
-        (["--prepared", "nowhere"], "nowhere: no prepared data"),
+        (["--prepared", "nowhere"], "nowhere: there is no such folder"),
         (["--text", "x", "--rows", "0"], "--rows 0"),
         (["--text", "x", "--json", "nowhere/x.json"], "there is no folder nowhere"),
     ],

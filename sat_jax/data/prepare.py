@@ -42,6 +42,7 @@ from sat_jax.errors import UserError
 FORMAT = 1  # of what is written; another one is another fingerprint
 ROWS = "packed_rows/1.0.0"  # where TFDS puts the dataset of `PackedRows`
 _INFO = "info.json"
+_UNFINISHED = ".unfinished"
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,11 @@ def prepare(
 
 
 def load_prepared(path: Path) -> Prepared:
-    """What `prepare` left in `path`. Raises `UserError` where that is something else."""
+    """What `prepare` left in `path`, or in the only such folder in it (its `root`).
+
+    Raises `UserError` where that is something else.
+    """
+    path = _prepared_folder(path)
     try:
         content = json.loads((path / _INFO).read_text())
         splits = {name: SplitInfo(**split) for name, split in content.pop("splits").items()}
@@ -196,6 +201,21 @@ def load_prepared(path: Path) -> Prepared:
         raise UserError(
             f"{path}: no prepared data of this version; delete it to prepare it again: {error}"
         ) from error
+
+
+def _prepared_folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise UserError(f"{path}: there is no such folder of prepared data")
+    if (path / _INFO).is_file():
+        return path
+    found = sorted(file.parent for file in path.glob(f"*/{_INFO}"))
+    found = [folder for folder in found if folder.suffix != _UNFINISHED]
+    if not found:
+        raise UserError(f"{path}: no prepared data: it has no {_INFO}")
+    if len(found) > 1:
+        names = ", ".join(folder.name for folder in found)
+        raise UserError(f"{path}: holds more than one preparation; accepted: one of {names}")
+    return found[0]
 
 
 def _fingerprint(settings: dict[str, Any], sources: Sequence[Source], root: Path) -> str:
@@ -239,7 +259,7 @@ def _locked(file: Path, log: Callable[[str], None] | None) -> Iterator[None]:
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A fresh folder that becomes `path` if the block succeeds, and is removed otherwise."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished = path.with_name(path.name + _UNFINISHED)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     try:
