@@ -130,10 +130,9 @@ def _data(given: argparse.Namespace, subject: "Subject", texts: list[str]) -> "D
 
     config = subject.weights.config
     if given.prepared:
-        return prepared_data(
-            given.prepared, given.split or "held_out", config.vocab_size, given.rows
-        )
+        return prepared_data(given.prepared, given.split or "held_out", config, given.rows)
     length = min(LENGTH, config.max_positions) if given.length is None else given.length
+    config.check_length("--length", length)
     stride = length if given.stride is None else given.stride
     return text_data(texts, subject.tokenizer(given.tokenizer), length, stride, given.rows)
 
