@@ -4,7 +4,8 @@
   python -m scripts.prepare_data --sources books/ notes.jsonl.gz --model-path DIRECTORY
 
 Training prepares what it needs by itself, with these settings as `data.*`; to run this first is
-useful where the machine that trains should not spend its time on it.
+useful where the machine that trains should not spend its time on it. Training looks only in the
+cache, $SAT_JAX_CACHE (default ~/.cache/sat_jax): what --out puts elsewhere is for evaluate and you.
 """
 
 import argparse
@@ -70,7 +71,12 @@ def parser() -> Parser:
     )
     add("--max-tokens", type=int, metavar="N", help="cap on the tokens of both splits together")
     add("--text-field", default="text", metavar="NAME", help="of JSON lines; default text")
-    add("--out", type=Path, metavar="DIR", help="where to put it; default the cache")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where to put it; default the cache, which train looks in",
+    )
     return made
 
 

@@ -359,9 +359,14 @@ def test_a_source_that_changes_under_the_reader_is_noticed(
     assert reason(lambda: made(folder)).endswith("a.jsonl: changed while it was being read")
 
 
-def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_what_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write(tmp_path / "in", some(30))
     (tmp_path / "file").write_text("")
+    for cache in (tmp_path / "file", "/proc/x", "~no_such_user/x"):
+        monkeypatch.setenv("SAT_JAX_CACHE", str(cache))
+        message = reason(lambda: made(folder, root=None))
+        assert message.startswith(f"cache folder {cache}: cannot be used: ")
+        assert message.endswith("$SAT_JAX_CACHE names it")
     assert str(tmp_path / "file") in reason(lambda: made(folder, root=tmp_path / "file"))
 
 
