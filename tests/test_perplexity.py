@@ -266,10 +266,20 @@ def test_script_prints_a_table_and_writes_json(
             "--length 129 exceeds the model's 128 positions",
         ),
         (["--text", "x", "--json", "nowhere/x.json"], "there is no folder nowhere"),
+        (["--text", "x", "--json", "."], r"--json \.: is a folder; accepted: a file"),
+        (["nowhere", "--text", __file__, "--tokenizer", "bytes"], "nowhere: no such path"),
+        (["--text", __file__, "--tokenizer", "bytes", "--stride", "0"], "stride 0"),
     ],
 )
 def test_script_refuses(
     monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
+    monkeypatch.setattr(script, "_figures", None)  # all this is known before the work
     with pytest.raises(UserError, match=message):
         command(monkeypatch, *arguments)
+
+
+def test_the_speed_leaves_out_the_first_batch() -> None:
+    assert script._speed([(100.0, 7), (101.0, 10), (102.0, 20)]) == 15
+    assert script._speed([(100.0, 7)]) is None
+    assert script._cell(None).strip() == "-"
