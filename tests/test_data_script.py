@@ -62,7 +62,7 @@ def test_the_script(tmp_path: Path, run_python: RunPython) -> None:
         (["--tokenizer", "bytes", "--text-field", "body"], "no field 'body'"),
         (["--tokenizer", "bytes", "--max-tokens", "1"], "max_tokens=1"),
         (["--model-path", "none"], "there is no none"),
-        ([], "model.path"),
+        ([], "and none is named"),
     ],
 )
 def test_the_script_passes_its_arguments_on(
