@@ -8,31 +8,15 @@ useful where the machine that trains should not spend its time on it. Training l
 cache, $SAT_JAX_CACHE (default ~/.cache/sat_jax): what --out puts elsewhere is for evaluate and you.
 """
 
-import argparse
 from pathlib import Path
-from typing import NoReturn
 
-from sat_jax.cli import run
+from sat_jax.cli import Parser, run
 from sat_jax.errors import UserError
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaint is one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists what is accepted")
 
 
 def parser() -> Parser:
     """What the command line takes."""
-    head, _, rest = (__doc__ or "").partition("\n")
-    made = Parser(
-        "prepare_data",
-        description=head,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    made = Parser("prepare_data", __doc__)
     add = made.add_argument
     add(
         "--sources",
@@ -88,6 +72,8 @@ def main() -> None:
     from sat_jax.data.tokenizer import load_tokenizer
     from sat_jax.interop import locate
 
+    if given.vocab_size is not None and given.vocab_size < 1:
+        raise UserError(f"--vocab-size {given.vocab_size}; accepted: 1 or more")
     model = locate(given.model_path) if given.model_path else None
     tokenizer = load_tokenizer(given.tokenizer, model, given.vocab_size)
     prepared = prepare(

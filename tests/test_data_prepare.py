@@ -179,8 +179,8 @@ def test_a_cap_below_one_document(tmp_path: Path) -> None:
     folder = write(tmp_path / "in", ["x" * 100, "y" * 100])
     tokens = {name: split.tokens for name, split in made(folder, max_tokens=9).info.splits.items()}
     assert sorted(tokens.values()) == [4, 5]
-    assert "data.max_tokens=3" in reason(lambda: made(folder, max_tokens=3))
-    assert "data.row_length=0" in reason(lambda: made(folder, row_length=0))
+    assert "max tokens 3" in reason(lambda: made(folder, max_tokens=3))
+    assert "row length 1;" in reason(lambda: made(folder, row_length=1))
 
 
 @pytest.mark.parametrize(

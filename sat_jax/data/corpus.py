@@ -43,7 +43,7 @@ def read_index(sources: Sequence[Source], text_field: str, progress: bool) -> In
                 shown.update()
             first.append(len(sizes))
     if not sizes:
-        raise UserError(f"no documents left: all {empty} in data.sources are empty")
+        raise UserError(f"no documents left: all {empty} in the sources are empty")
     return Index(
         keys=np.frombuffer(keys, np.uint64),
         sizes=np.array(sizes, np.int64),

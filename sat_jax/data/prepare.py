@@ -126,9 +126,9 @@ def prepare(
     cache). `log` gets a line of what was done; without it there are no progress bars either.
     Raises `UserError` for bad input and for a tokenizer with more ids than `model_vocab_size`.
     """
-    for name, value, least in (("row_length", row_length, 1), ("max_tokens", max_tokens, 4)):
+    for name, value, least in (("row length", row_length, 2), ("max tokens", max_tokens, 4)):
         if value is not None and value < least:
-            raise UserError(f"data.{name}={value}; accepted: a whole number from {least} on")
+            raise UserError(f"{name} {value}; accepted: a whole number from {least} on")
     check_held_out(held_out)
     if model_vocab_size is not None:
         tokenizer.check_fits(model_vocab_size)

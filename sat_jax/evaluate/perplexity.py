@@ -112,7 +112,7 @@ def read_text(
     The last document is cut after a whole character. Raises `UserError` for bad input.
     """
     if max_bytes is not None and max_bytes < 1:
-        raise UserError(f"max_bytes {max_bytes}; accepted: 1 or more")
+        raise UserError(f"max bytes {max_bytes}; accepted: 1 or more")
     texts: list[str] = []
     taken = 0
     for source in resolve_sources(sources):
