@@ -167,9 +167,9 @@ def test_gguf_that_cannot_be_rebuilt_is_refused_by_name(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "c.gguf", backend, "smollm", merges=["zz zz"])
     assert "merges" in reason(lambda: load_tokenizer("model", path))
     (tmp_path / "d.gguf").write_bytes(b"GGUF")
-    assert "not a GGUF file" in reason(lambda: load_tokenizer("model", tmp_path / "d.gguf"))
+    assert "cannot be read as GGUF" in reason(lambda: load_tokenizer("model", tmp_path / "d.gguf"))
     (tmp_path / "e.gguf").write_bytes(b"something else, and long enough for a header")
-    assert "not a GGUF file" in reason(lambda: load_tokenizer("model", tmp_path / "e.gguf"))
+    assert "cannot be read as GGUF" in reason(lambda: load_tokenizer("model", tmp_path / "e.gguf"))
 
 
 def test_huggingface_folder(tmp_path: Path) -> None:

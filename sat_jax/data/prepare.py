@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -37,7 +37,7 @@ from sat_jax.data.splits import (
     sampling_order,
 )
 from sat_jax.data.tokenizer import Tokenizer
-from sat_jax.errors import UserError
+from sat_jax.errors import UserError, why_no_folder
 
 FORMAT = 1  # of what is written; another one is another fingerprint
 ROWS = "packed_rows/1.0.0"  # where TFDS puts the dataset of `PackedRows`
@@ -175,7 +175,7 @@ def prepare(
                     )
                     (unfinished / _INFO).write_text(json.dumps(asdict(info), indent=2) + "\n")
     except OSError as error:
-        raise UserError(f"{error.filename or root}: {error.strerror or error}") from error
+        raise UserError(f"{error.filename or root}: {why_no_folder(error)}") from error
     prepared = load_prepared(path)
     if log is not None:
         splits = prepared.info.splits
@@ -246,14 +246,29 @@ def _digest(content: Any) -> str:
 
 @contextlib.contextmanager
 def _locked(file: Path, log: Callable[[str], None] | None) -> Iterator[None]:
-    with file.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if log is not None:
-                log("data: another process is preparing the same; waiting for it")
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+    """Holds `file` during the block, and removes it: nothing is left of what was refused."""
+    while True:
+        with file.open("w") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if log is not None:
+                    log("data: another process is preparing the same; waiting for it")
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            # What was waited for has been removed by its holder, and the next process makes anew.
+            if _is_at(stream, file):
+                try:
+                    yield
+                finally:
+                    file.unlink()
+                return
+
+
+def _is_at(stream: IO[str], file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), file.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager

@@ -268,12 +268,9 @@ _CONTROL, _USER_DEFINED = 3, 4  # GGUF token types
 
 
 def _from_gguf(path: Path) -> Tokenizer:
-    from gguf import GGUFReader  # maps the whole file and its arrays; only where there is one
+    from sat_jax.interop.gguf import open_reader  # only where there is one: it needs the models
 
-    try:
-        reader = GGUFReader(path)
-    except (OSError, ValueError, IndexError) as error:
-        raise UserError(f"{path}: not a GGUF file: {error}") from error
+    reader = open_reader(path)
 
     def metadata(key: str, default: Any = None) -> Any:
         entry = reader.get_field(f"tokenizer.{key}")
