@@ -51,7 +51,12 @@ def parser() -> Parser:
         help="files, folders or globs of text, Markdown or JSON-lines, also .gz or .zst;"
         " package:NAME[/path or glob]; tfds:FOLDER[:split]",
     )
-    what.add_argument("--prepared", type=Path, metavar="DIR", help="what prepare_data has made")
+    what.add_argument(
+        "--prepared",
+        type=Path,
+        metavar="DIR",
+        help="what prepare_data made: its --out, or a folder in it",
+    )
     add(
         "--tokenizer",
         help="of --text: model (the one beside the weights), bytes, or a tokenizer.json or its"
