@@ -3,7 +3,8 @@
     python -m scripts.train --config=experiments/metamath.py --config.data.sources=PATH \
         --workdir=runs/metamath
 
-PATH is a text or JSON-lines file of theorems; experiments/README.md says where anyone gets it.
+PATH is a text file of theorems (its end is held out) or a JSON-lines file (whole theorems are);
+experiments/README.md says where anyone gets it.
 """
 
 from ml_collections import ConfigDict

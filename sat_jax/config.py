@@ -67,7 +67,10 @@ class DataConfig:
     tokenizer: str = key("model", "'model', a path to a tokenizer.json, or 'bytes'")
     row_length: int = key(1024, "tokens a row", low=2)
     held_out: float = key(
-        0.05, "documents kept for evaluation: a share below 1, a count from 1 on", low=0.0
+        0.05,
+        "documents kept for evaluation: a share below 1, a count from 1 on; of a single document a"
+        " share of it, its end",
+        low=0.0,
     )
     max_tokens: int | None = key(None, "tokens prepared at most; None takes everything", low=4)
     text_field: str = key("text", "the field of JSON-lines (or of a TFDS dataset) that holds text")

@@ -7,6 +7,7 @@
 Nothing needs to be converted before training: model.path takes every one of these but a run.
 """
 
+import sys
 from pathlib import Path
 
 from sat_jax.cli import Parser, run
@@ -43,7 +44,7 @@ def main() -> None:
     """Reads, writes, and says what was written."""
     given = parser().parse_args()
     # Only now: --help and a misspelt option answer at once.
-    from sat_jax.data.tokenizer import load_tokenizer
+    from sat_jax.data.tokenizer import NoTokenizer, load_tokenizer
     from sat_jax.interop import locate, open_weights
     from sat_jax.interop.huggingface import write_directory
     from sat_jax.models.params import shapes
@@ -60,16 +61,17 @@ def main() -> None:
         raise UserError(f"--step is for the work directory of a run, and {place} is none")
     else:
         weights = open_weights(place)
-    note = "with its tokenizer"
     try:
         tokenizer = load_tokenizer(named, owner, weights.config.vocab_size)
-    except UserError as error:
-        tokenizer, note = None, f"without a tokenizer ({error})"
+    except NoTokenizer as error:
+        tokenizer = None
+        print(f"note: {error}", file=sys.stderr)
     write_directory(given.out, weights.config, weights.read, dtype=given.dtype)
     if tokenizer is not None:
         tokenizer.save(given.out)
     count = sum(leaf.size for leaf in shapes(weights.config).values())
-    print(f"{given.out}: {count:,} parameters in {given.dtype}, {note}")
+    beside = "without a" if tokenizer is None else "with its"
+    print(f"{given.out}: {count:,} parameters in {given.dtype}, {beside} tokenizer")
 
 
 if __name__ == "__main__":

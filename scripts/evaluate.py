@@ -9,6 +9,7 @@ token but a document's first is predicted once, in the first window that reaches
 below the length windows overlap, and every token has at least length - stride tokens of context
 where the document has them. Prepared data is read as training reads it: in its rows, and the token
 that ends a document is predicted too. Per byte means per byte of the documents' UTF-8.
+Tokens per second are those after the first batch, which waits for the compilation.
 """
 
 import argparse
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from sat_jax.data.batch import Batch
     from sat_jax.evaluate.perplexity import Data
     from sat_jax.evaluate.subject import Subject
+    from sat_jax.models.llama import Llama
 
 LENGTH = 1024
 
@@ -49,7 +51,12 @@ def parser() -> Parser:
         help="files, folders or globs of text, Markdown or JSON-lines, also .gz or .zst;"
         " package:NAME[/path or glob]; tfds:FOLDER[:split]",
     )
-    what.add_argument("--prepared", type=Path, metavar="DIR", help="what prepare_data has made")
+    what.add_argument(
+        "--prepared",
+        type=Path,
+        metavar="DIR",
+        help="what prepare_data made: its --out, or a folder in it",
+    )
     add(
         "--tokenizer",
         help="of --text: model (the one beside the weights), bytes, or a tokenizer.json or its"
@@ -71,16 +78,19 @@ def main() -> None:
     given = parser().parse_args()
     _check(given)
     from sat_jax.evaluate.perplexity import read_text
+    from sat_jax.evaluate.subject import open_subject
 
+    # All of them before the first is evaluated: what is wrong with the last is known at once.
+    subjects = [open_subject(name) for name in given.model]
     texts = read_text(given.text, given.text_field or "text", given.max_bytes) if given.text else []
+    data = [_data(given, subject, texts) for subject in subjects]
     width = max(map(len, ["model", *given.model]))
     records = []
-    for name in given.model:
-        figures = _figures(given, name, texts)
+    for name, subject, its_data in zip(given.model, subjects, data, strict=True):
+        figures = _figures(subject.model(given.dtype), its_data)
         if not records:
             print(f"{'model':<{width}}", *(f"{column:>17}" for column in figures))
-        cells = (f"{n:>17,}" if isinstance(n, int) else f"{n:>17,.4f}" for n in figures.values())
-        print(f"{name:<{width}}", *cells, flush=True)
+        print(f"{name:<{width}}", *map(_cell, figures.values()), flush=True)
         records.append({"model": name, **figures})
     if given.json is not None:
         settings = {key: value for key, value in vars(given).items() if value is not None}
@@ -91,16 +101,12 @@ def main() -> None:
             raise UserError(f"{given.json}: cannot be written: {error.strerror}") from error
 
 
-def _figures(given: argparse.Namespace, name: str, texts: list[str]) -> dict[str, float]:
+def _figures(model: "Llama", data: "Data") -> dict[str, float | None]:
     """What is printed of one model."""
     from sat_jax.evaluate.perplexity import perplexity
-    from sat_jax.evaluate.subject import open_subject
 
-    subject = open_subject(name)
-    data = _data(given, subject, texts)
-    model = subject.model(given.dtype)
-    began = time.perf_counter()
-    score = perplexity(model, _shown(data))
+    scored: list[tuple[float, int]] = []
+    score = perplexity(model, _shown(data, scored))
     return {
         "tokens": score.tokens,
         "bytes": data.text_bytes,
@@ -108,8 +114,20 @@ def _figures(given: argparse.Namespace, name: str, texts: list[str]) -> dict[str
         "perplexity": score.per(score.tokens),
         "byte_perplexity": score.per(data.text_bytes),
         "bits_per_byte": score.bits_per(data.text_bytes),
-        "tokens_per_second": score.tokens / (time.perf_counter() - began),
+        "tokens_per_second": _speed(scored),
     }
+
+
+def _cell(figure: float | None) -> str:
+    if figure is None:
+        return f"{'-':>17}"
+    return f"{figure:>17,}" if isinstance(figure, int) else f"{figure:>17,.4f}"
+
+
+def _speed(scored: list[tuple[float, int]]) -> float | None:
+    """Tokens/s from when each batch was done; the first, which is compiled for, is left out."""
+    tokens = sum(count for _, count in scored[1:])
+    return tokens / (scored[-1][0] - scored[0][0]) if tokens else None
 
 
 def _check(given: argparse.Namespace) -> None:
@@ -123,6 +141,8 @@ def _check(given: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} says nothing to {way}")
     if given.json is not None and not given.json.parent.is_dir():
         raise UserError(f"{given.json}: there is no folder {given.json.parent}")
+    if given.json is not None and given.json.is_dir():
+        raise UserError(f"--json {given.json}: is a folder; accepted: a file")
 
 
 def _data(given: argparse.Namespace, subject: "Subject", texts: list[str]) -> "Data":
@@ -130,16 +150,15 @@ def _data(given: argparse.Namespace, subject: "Subject", texts: list[str]) -> "D
 
     config = subject.weights.config
     if given.prepared:
-        return prepared_data(
-            given.prepared, given.split or "held_out", config.vocab_size, given.rows
-        )
+        return prepared_data(given.prepared, given.split or "held_out", config, given.rows)
     length = min(LENGTH, config.max_positions) if given.length is None else given.length
+    config.check_length("--length", length)
     stride = length if given.stride is None else given.stride
     return text_data(texts, subject.tokenizer(given.tokenizer), length, stride, given.rows)
 
 
-def _shown(data: "Data") -> Iterator["Batch"]:
-    """The batches, with a bar on stderr that counts predicted tokens."""
+def _shown(data: "Data", scored: list[tuple[float, int]]) -> Iterator["Batch"]:
+    """The batches, with a bar on stderr; when each was done, and its tokens, go to `scored`."""
     from tqdm import tqdm
 
     with tqdm(
@@ -147,7 +166,8 @@ def _shown(data: "Data") -> Iterator["Batch"]:
     ) as bar:
         for batch in data.batches:
             yield batch
-            bar.update(int(batch.loss_mask.sum()))
+            scored.append((time.perf_counter(), int(batch.loss_mask.sum())))
+            bar.update(scored[-1][1])
 
 
 if __name__ == "__main__":

@@ -68,6 +68,10 @@ def parser() -> Parser:
 def main() -> None:
     """Loads, then prints token by token."""
     given = parser().parse_args()
+    try:
+        given.prompt.encode()
+    except UnicodeEncodeError as error:  # bytes of the command line that are no text
+        raise UserError(f"--prompt is not UTF-8 at character {error.start}") from error
     from sat_jax.evaluate.generate import Sampling, stream
     from sat_jax.evaluate.subject import open_subject
     from sat_jax.evaluate.text import TextStream, render_chat

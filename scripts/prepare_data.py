@@ -4,34 +4,19 @@
   python -m scripts.prepare_data --sources books/ notes.jsonl.gz --model-path DIRECTORY
 
 Training prepares what it needs by itself, with these settings as `data.*`; to run this first is
-useful where the machine that trains should not spend its time on it.
+useful where the machine that trains should not spend its time on it. Training looks only in the
+cache, $SAT_JAX_CACHE (default ~/.cache/sat_jax): what --out puts elsewhere is for evaluate and you.
 """
 
-import argparse
 from pathlib import Path
-from typing import NoReturn
 
-from sat_jax.cli import run
+from sat_jax.cli import Parser, run
 from sat_jax.errors import UserError
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaint is one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists what is accepted")
 
 
 def parser() -> Parser:
     """What the command line takes."""
-    head, _, rest = (__doc__ or "").partition("\n")
-    made = Parser(
-        "prepare_data",
-        description=head,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    made = Parser("prepare_data", __doc__)
     add = made.add_argument
     add(
         "--sources",
@@ -65,11 +50,17 @@ def parser() -> Parser:
         type=float,
         default=0.05,
         metavar="SHARE",
-        help="share of the documents to evaluate on, or from 1 on how many; default 0.05",
+        help="share of the documents to evaluate on (of a single one: its end), or from 1 on how"
+        " many; default 0.05",
     )
     add("--max-tokens", type=int, metavar="N", help="cap on the tokens of both splits together")
     add("--text-field", default="text", metavar="NAME", help="of JSON lines; default text")
-    add("--out", type=Path, metavar="DIR", help="where to put it; default the cache")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where to put it; default the cache, which train looks in",
+    )
     return made
 
 
@@ -81,6 +72,8 @@ def main() -> None:
     from sat_jax.data.tokenizer import load_tokenizer
     from sat_jax.interop import locate
 
+    if given.vocab_size is not None and given.vocab_size < 1:
+        raise UserError(f"--vocab-size {given.vocab_size}; accepted: 1 or more")
     model = locate(given.model_path) if given.model_path else None
     tokenizer = load_tokenizer(given.tokenizer, model, given.vocab_size)
     prepared = prepare(

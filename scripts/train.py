@@ -4,7 +4,8 @@
   python -m scripts.train --config=experiments/quickstart.py --workdir=runs/mine \\
       --config.sparsity.rate=0.5 --config.model.path=DIR --config.data.sources=a.txt,b.jsonl
 
-Any setting below is given as --config.NAME=VALUE and wins over the experiment file's.
+Any setting below is given as --config.NAME=VALUE and wins over the experiment file's. Prepared data
+and compiled programs are kept in $SAT_JAX_CACHE (default ~/.cache/sat_jax).
 """
 
 import shlex

@@ -1,6 +1,8 @@
 """scripts/convert.py: every source becomes a Hugging Face directory, and misuse is one line."""
 
+import io
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -49,10 +51,13 @@ def finished_run(tmp_path: Path) -> Path:
     return directory
 
 
-def test_a_gguf_file(convert: Convert, tmp_path: Path) -> None:
+def test_a_gguf_file(convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noted = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", noted)
     file = write(tmp_path / "model.gguf", golden_tensors("llama_gqa"), METADATA)
     printed = convert(file, "--out", tmp_path / "out")
-    assert "165,312 parameters in float32, without a tokenizer (" in printed
+    assert printed.endswith("165,312 parameters in float32, without a tokenizer\n")
+    assert noted.getvalue().startswith(f"note: {file}: its tokenizer is None")
     original, written = open_weights(GOLDEN / "llama_gqa"), open_weights(tmp_path / "out")
     assert written.config == original.config
     for path in original.paths:
@@ -77,6 +82,14 @@ def test_a_run(
     for path, value in expected.items():
         assert_close(written.read(path), value, "float32", "exact")
     assert load_tokenizer("model", tmp_path / "out").encode_batch(["né"]) == [[110, 195, 169]]
+
+
+def test_a_damaged_tokenizer_is_no_missing_one(convert: Convert, tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "qwen3", tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text('{"version": ')
+    with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer\.json"):
+        convert(tmp_path / "model", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_misuse_is_a_user_error(finished_run: Path, convert: Convert, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_held_out_by_count_and_its_limits(tmp_path: Path) -> None:
     for value in (10, 0.99):
         assert "leaves none of 10 documents" in reason(lambda v=value: made(folder, held_out=v))
     for value in (0, -0.1, 1.5, float("nan"), float("inf")):
-        assert f"data.held_out={value}" in reason(lambda v=value: made(folder, held_out=v))
+        assert f"held-out {value};" in reason(lambda v=value: made(folder, held_out=v))
     same = write(tmp_path / "same", ["same"] * 5)
     assert "copies of one text" in reason(lambda: made(same))
 
@@ -179,8 +179,28 @@ def test_a_cap_below_one_document(tmp_path: Path) -> None:
     folder = write(tmp_path / "in", ["x" * 100, "y" * 100])
     tokens = {name: split.tokens for name, split in made(folder, max_tokens=9).info.splits.items()}
     assert sorted(tokens.values()) == [4, 5]
-    assert "data.max_tokens=3" in reason(lambda: made(folder, max_tokens=3))
-    assert "data.row_length=0" in reason(lambda: made(folder, row_length=0))
+    assert "max tokens 3" in reason(lambda: made(folder, max_tokens=3))
+    assert "row length 1;" in reason(lambda: made(folder, row_length=1))
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "cut"), [(None, (84, 84, 105)), (50, (40, 84, 94)), (10**6, (84, 84, 105))]
+)
+def test_of_one_document_the_end_is_held_out(
+    tmp_path: Path, max_tokens: int | None, cut: tuple[int, int, int]
+) -> None:
+    text = "".join(map(str, range(100)))[:104]  # 105 tokens with the eos
+    (tmp_path / "one.txt").write_text(text)
+    lines: list[str] = []
+    prepared = made(tmp_path / "one.txt", row_length=128, max_tokens=max_tokens, log=lines.append)
+    train_end, start, end = cut
+    (trained,), (held_out,) = (documents_in(prepared, name) for name in ("train", "held_out"))
+    assert (trained, held_out) == (text[:train_end], text[start:end])
+    splits = prepared.info.splits
+    assert splits["train"].text_bytes == len(trained)
+    assert splits["held_out"].text_bytes == len(held_out)
+    assert prepared.info.documents == 1
+    assert lines[0] == (f"data: one document; held out are {end - start} tokens of its last 20.0%")
 
 
 def rows_of(prepared: Prepared, split: str) -> list[bytes]:
@@ -273,7 +293,7 @@ def test_a_failed_preparation_leaves_nothing(tmp_path: Path) -> None:
     with (folder / "a.jsonl").open("a") as file:
         file.write("\n{")
     assert "line 31" in reason(lambda: made(folder))
-    assert not [path for path in (tmp_path / "prepared").iterdir() if path.is_dir()]
+    assert not list((tmp_path / "prepared").iterdir())
 
 
 def test_two_at_once_prepare_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +332,8 @@ def test_nothing_to_learn_from_is_refused(tmp_path: Path) -> None:
     (tmp_path / "in" / "a.txt").write_text("")
     assert "no documents left: all 3" in reason(lambda: made(tmp_path / "in"))
     (tmp_path / "in" / "b.txt").write_text("b")
-    assert "leaves none of 1 documents" in reason(lambda: made(tmp_path / "in"))
+    assert "no document of the train split has two" in reason(lambda: made(tmp_path / "in"))
+    assert "leaves none of 1 doc" in reason(lambda: made(tmp_path / "in", held_out=1))
     (tmp_path / "in" / "c.txt").write_text("c")
     info = made(tmp_path / "in").info
     assert (info.documents, info.empty_documents, info.files) == (2, 3, 4)
@@ -338,10 +359,16 @@ def test_a_source_that_changes_under_the_reader_is_noticed(
     assert reason(lambda: made(folder)).endswith("a.jsonl: changed while it was being read")
 
 
-def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_what_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write(tmp_path / "in", some(30))
     (tmp_path / "file").write_text("")
-    assert str(tmp_path / "file") in reason(lambda: made(folder, root=tmp_path / "file"))
+    for cache in (tmp_path / "file", "/proc/x", "~no_such_user/x"):
+        monkeypatch.setenv("SAT_JAX_CACHE", str(cache))
+        message = reason(lambda: made(folder, root=None))
+        assert message.startswith(f"cache folder {cache}: cannot be used: ")
+        assert message.endswith("$SAT_JAX_CACHE names it")
+    message = reason(lambda: made(folder, root=tmp_path / "file"))
+    assert message == f"{tmp_path / 'file'}: is a file, not a folder"
 
 
 @pytest.mark.parametrize("harm", ["flipped", "truncated", "missing", "fewer", "info"])
@@ -372,6 +399,5 @@ def test_damage_is_noticed(tmp_path: Path, harm: str) -> None:
 
 
 def test_the_shares_of_a_cap() -> None:
-    held_out = np.arange(100) < 5
-    assert budgets(held_out, 1000) == {"train": 950, "held_out": 50}
-    assert budgets(held_out, 10) == {"train": 8, "held_out": 2}
+    assert budgets(0.05, 1000) == {"train": 950, "held_out": 50}
+    assert budgets(0.05, 10) == {"train": 8, "held_out": 2}

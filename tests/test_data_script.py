@@ -60,9 +60,11 @@ def test_the_script(tmp_path: Path, run_python: RunPython) -> None:
         (["--tokenizer", "bytes", "--vocab-size", "200"], "ids up to 255"),
         (["--tokenizer", "bytes", "--held-out", "40"], "leaves none"),
         (["--tokenizer", "bytes", "--text-field", "body"], "no field 'body'"),
-        (["--tokenizer", "bytes", "--max-tokens", "1"], "max_tokens=1"),
+        (["--tokenizer", "bytes", "--max-tokens", "1"], "max tokens 1;"),
+        (["--tokenizer", "bytes", "--row-length", "1"], "row length 1;"),
+        (["--tokenizer", "bytes", "--vocab-size", "-5"], "--vocab-size -5; accepted: 1 or more"),
         (["--model-path", "none"], "there is no none"),
-        ([], "model.path"),
+        ([], "and none is named"),
     ],
 )
 def test_the_script_passes_its_arguments_on(

@@ -167,9 +167,9 @@ def test_gguf_that_cannot_be_rebuilt_is_refused_by_name(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "c.gguf", backend, "smollm", merges=["zz zz"])
     assert "merges" in reason(lambda: load_tokenizer("model", path))
     (tmp_path / "d.gguf").write_bytes(b"GGUF")
-    assert "not a GGUF file" in reason(lambda: load_tokenizer("model", tmp_path / "d.gguf"))
+    assert "cannot be read as GGUF" in reason(lambda: load_tokenizer("model", tmp_path / "d.gguf"))
     (tmp_path / "e.gguf").write_bytes(b"something else, and long enough for a header")
-    assert "not a GGUF file" in reason(lambda: load_tokenizer("model", tmp_path / "e.gguf"))
+    assert "cannot be read as GGUF" in reason(lambda: load_tokenizer("model", tmp_path / "e.gguf"))
 
 
 def test_huggingface_folder(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_a_saved_truncation_and_padding_do_not_cut_documents(tmp_path: Path) -> 
 
 
 def test_what_cannot_be_loaded_names_its_file(tmp_path: Path) -> None:
-    assert "model.path names no model" in reason(lambda: load_tokenizer("model"))
+    assert "and none is named" in reason(lambda: load_tokenizer("model"))
     missing = tmp_path / "none"
     assert f"there is no {missing}" in reason(lambda: load_tokenizer(str(missing)))
     assert f"{tmp_path / 'tokenizer.json'}" in reason(lambda: load_tokenizer("model", tmp_path))
@@ -244,6 +244,11 @@ def test_what_cannot_be_loaded_names_its_file(tmp_path: Path) -> None:
     assert message.startswith(f"{tmp_path / 'tokenizer.json'}: not a tokenizer.json")
     folder = write_folder(tmp_path / "a", trained("smollm"), tokenizer_config={"eos_token": "</s>"})
     assert "eos_token '</s>'" in reason(lambda: load_tokenizer(str(folder)))
+    for wrong in (5, ["</s>"], {"content": 5}):
+        write_folder(tmp_path / "a", trained("smollm"), tokenizer_config={"eos_token": wrong})
+        assert f"{folder}: eos_token is " in reason(lambda: load_tokenizer(str(folder)))
+    write_folder(tmp_path / "b", trained("smollm"), config={"eos_token_id": ["5"]})
+    assert "eos_token_id is ['5']" in reason(lambda: load_tokenizer(str(tmp_path / "b")))
     for content, problem in (("{", "not JSON"), ("[]", "not a JSON object")):
         (folder / "tokenizer_config.json").write_text(content)
         assert f"tokenizer_config.json: {problem}" in reason(lambda: load_tokenizer(str(folder)))

@@ -312,12 +312,12 @@ def test_truncated_files(size: int, file: Path) -> None:
     """Cut inside the header, the metadata, the list of tensors or the tensors themselves."""
     content = file.read_bytes()
     file.write_bytes(content[:size])
-    with pytest.raises(UserError, match=r"model\.gguf: cannot be read as GGUF"):
+    with pytest.raises(UserError, match=r"model\.gguf: cannot be read as GGUF: truncated"):
         open_weights(file)
 
 
 def test_files_that_are_not_gguf(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n" * 10)
-    with pytest.raises(UserError, match="cannot be read as GGUF"):
+    with pytest.raises(UserError, match="cannot be read as GGUF: a Git LFS pointer"):
         open_weights(file)

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -130,6 +131,13 @@ def test_text_counts_tokens_and_bytes() -> None:
     assert sum(int(batch.loss_mask.sum()) for batch in data.batches) == data.tokens
 
 
+def test_rows_are_no_longer_than_the_longest_document_needs() -> None:
+    documents = [list(range(66)), [1, 2, 3]]
+    (batch,) = windows(documents, 20_000, 20_000, 1)
+    assert batch.tokens.shape == (1, 128)
+    assert batch.loss_mask.sum() == 67
+
+
 @pytest.mark.parametrize(
     ("length", "stride", "rows", "message"),
     [
@@ -141,7 +149,7 @@ def test_text_counts_tokens_and_bytes() -> None:
 )
 def test_windows_that_make_no_sense(length: int, stride: int, rows: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        next(windows([[1, 2]], length, stride, rows))
+        windows([[1, 2]], length, stride, rows)  # at once, not with the first batch
 
 
 def test_nothing_to_predict() -> None:
@@ -175,9 +183,9 @@ def test_prepared_data_is_what_training_reads(tmp_path: Path) -> None:
         held_out=0.3,
         root=tmp_path / "out",
     )
-    seen = 0
+    seen, config = 0, golden().config
     for split, info in prepared.info.splits.items():
-        data = prepared_data(prepared.path, split, 256, 2)
+        data = prepared_data(prepared.path, split, config, 2)
         score = perplexity(golden(), data.batches)
         assert score.tokens == data.tokens == info.targets
         assert data.text_bytes == info.text_bytes
@@ -196,9 +204,18 @@ def test_prepared_data_is_what_training_reads(tmp_path: Path) -> None:
             )
     assert seen == sum(file.stat().st_size for file in tmp_path.glob("*.txt"))
     with pytest.raises(UserError, match="tokenizer of 256 ids, but the model has 255"):
-        prepared_data(prepared.path, "train", 255, 2)
-    with pytest.raises(UserError, match="no prepared data"):
-        prepared_data(tmp_path, "train", 256, 2)
+        prepared_data(prepared.path, "train", replace(config, vocab_size=255), 2)
+    with pytest.raises(UserError, match="the row length 16 exceeds the model's 15 positions"):
+        prepared_data(prepared.path, "train", replace(config, max_positions=15), 2)
+    # The folder that was asked for holds the one that was made.
+    assert prepared_data(tmp_path / "out", "train", config, 2).text_bytes > 0
+    other = tmp_path / "out" / "other"
+    other.mkdir()
+    (other / "info.json").write_text("{}")
+    with pytest.raises(UserError, match=f"one of {prepared.path.name}, other"):
+        prepared_data(tmp_path / "out", "train", config, 2)
+    with pytest.raises(UserError, match=r"no prepared data: it has no info\.json$"):
+        prepared_data(tmp_path, "train", config, 2)
 
 
 # --- The script ------------------------------------------------------------------------------
@@ -242,13 +259,27 @@ def test_script_prints_a_table_and_writes_json(
         (["--text", "nowhere"], "nowhere: no such file or folder"),
         (["--text", "x", "--split", "train"], "--split says nothing to --text"),
         (["--prepared", "x", "--max-bytes", "3"], "--max-bytes says nothing to --prepared"),
-        (["--prepared", "nowhere"], "nowhere: no prepared data"),
+        (["--prepared", "nowhere"], "nowhere: there is no such folder"),
         (["--text", "x", "--rows", "0"], "--rows 0"),
+        (
+            ["--text", __file__, "--tokenizer", "bytes", "--length", "129"],
+            "--length 129 exceeds the model's 128 positions",
+        ),
         (["--text", "x", "--json", "nowhere/x.json"], "there is no folder nowhere"),
+        (["--text", "x", "--json", "."], r"--json \.: is a folder; accepted: a file"),
+        (["nowhere", "--text", __file__, "--tokenizer", "bytes"], "nowhere: no such path"),
+        (["--text", __file__, "--tokenizer", "bytes", "--stride", "0"], "stride 0"),
     ],
 )
 def test_script_refuses(
     monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
+    monkeypatch.setattr(script, "_figures", None)  # all this is known before the work
     with pytest.raises(UserError, match=message):
         command(monkeypatch, *arguments)
+
+
+def test_the_speed_leaves_out_the_first_batch() -> None:
+    assert script._speed([(100.0, 7), (101.0, 10), (102.0, 20)]) == 15
+    assert script._speed([(100.0, 7)]) is None
+    assert script._cell(None).strip() == "-"

@@ -89,11 +89,13 @@ def test_a_copy_without_its_lock_is_recognised(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("place", ["file", "file/below"])
-def test_a_path_that_cannot_be_a_folder_is_one_line(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize(
+    ("place", "why"), [("file", "is a file, not a folder"), ("file/below", "Not a directory")]
+)
+def test_a_path_that_cannot_be_a_folder_is_one_line(tmp_path: Path, place: str, why: str) -> None:
     (tmp_path / "file").write_text("")
     path = tmp_path / place
-    with pytest.raises(UserError, match=f"work directory {path}: "), WorkDir(path).lock():
+    with pytest.raises(UserError, match=f"work directory {path}: {why}"), WorkDir(path).lock():
         pass
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Int, Int32
 
 from sat_jax.data.progress import bar
 from sat_jax.data.sources import Source, read_documents
-from sat_jax.data.splits import Index, document_key
+from sat_jax.data.splits import Index, budgets, document_key
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 
@@ -43,7 +43,7 @@ def read_index(sources: Sequence[Source], text_field: str, progress: bool) -> In
                 shown.update()
             first.append(len(sizes))
     if not sizes:
-        raise UserError(f"no documents left: all {empty} in data.sources are empty")
+        raise UserError(f"no documents left: all {empty} in the sources are empty")
     return Index(
         keys=np.frombuffer(keys, np.uint64),
         sizes=np.array(sizes, np.int64),
@@ -57,14 +57,14 @@ def tokenize(
     text_field: str,
     index: Index,
     orders: Mapping[str, Int[np.ndarray, " chosen"]],
-    budgets: Mapping[str, int] | None,
+    limits: Mapping[str, int] | None,
     tokenizer: Tokenizer,
     file: Path,
     progress: bool,
 ) -> Tokens:
-    """Tokenizes documents into `file`: of each split's order as many as fill its budget, or all.
+    """Tokenizes documents into `file`: of each split's order as many as fill its limit, or all.
 
-    Only about as much text as the budgets need is tokenized, guessed first and then measured.
+    Only about as much text as the limits need is tokenized, guessed first and then measured.
     """
     starts, sizes = np.zeros_like(index.sizes), np.zeros_like(index.sizes)
     done = dict.fromkeys(orders, 0)
@@ -74,8 +74,8 @@ def tokenize(
             wanted = []
             for split, order in orders.items():
                 ahead = order[done[split] :]
-                if budgets is not None:
-                    missing = budgets[split] - sizes[order[: done[split]]].sum()
+                if limits is not None:
+                    missing = limits[split] - sizes[order[: done[split]]].sum()
                     enough = np.searchsorted(np.cumsum(index.sizes[ahead]), missing * ratio) + 1
                     ahead = ahead[: enough if missing > 0 else 0]
                 wanted.append(ahead)
@@ -97,6 +97,20 @@ def tokenize(
     if not end:
         raise UserError("the tokenizer makes no tokens of these documents")
     return Tokens(np.memmap(file, np.int32, mode="r"), starts, sizes)
+
+
+def split_end(
+    tokens: Tokens, text_bytes: int, share: float, tokenizer: Tokenizer
+) -> tuple[Tokens, Int[np.ndarray, " 2"]]:
+    """The one document of `tokens` as two, the second its last `share`; and the bytes of both."""
+    (total,) = tokens.sizes
+    sizes = np.array(list(budgets(share, int(total)).values()))
+    end = tokens.flat[sizes[0] :].tolist()
+    if end[-1] == tokenizer.eos_id:
+        end.pop()
+    held_out = min(len(tokenizer.decode(end).encode()), text_bytes)
+    starts = np.array([0, sizes[0]])
+    return Tokens(tokens.flat, starts, sizes), np.array([text_bytes - held_out, held_out])
 
 
 def _read(

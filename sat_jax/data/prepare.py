@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -23,7 +23,7 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from sat_jax.cache import cache_dir
-from sat_jax.data.corpus import Tokens, read_index, tokenize
+from sat_jax.data.corpus import Tokens, read_index, split_end, tokenize
 from sat_jax.data.packing import Pieces, assign_rows, cut
 from sat_jax.data.progress import bar
 from sat_jax.data.sources import Source, resolve_sources
@@ -33,14 +33,16 @@ from sat_jax.data.splits import (
     budgets,
     check_held_out,
     choose_held_out,
+    holds_out_end,
     sampling_order,
 )
 from sat_jax.data.tokenizer import Tokenizer
-from sat_jax.errors import UserError
+from sat_jax.errors import UserError, why_no_folder
 
 FORMAT = 1  # of what is written; another one is another fingerprint
 ROWS = "packed_rows/1.0.0"  # where TFDS puts the dataset of `PackedRows`
 _INFO = "info.json"
+_UNFINISHED = ".unfinished"
 
 
 @dataclass(frozen=True)
@@ -124,9 +126,9 @@ def prepare(
     cache). `log` gets a line of what was done; without it there are no progress bars either.
     Raises `UserError` for bad input and for a tokenizer with more ids than `model_vocab_size`.
     """
-    for name, value, least in (("row_length", row_length, 1), ("max_tokens", max_tokens, 4)):
+    for name, value, least in (("row length", row_length, 2), ("max tokens", max_tokens, 4)):
         if value is not None and value < least:
-            raise UserError(f"data.{name}={value}; accepted: a whole number from {least} on")
+            raise UserError(f"{name} {value}; accepted: a whole number from {least} on")
     check_held_out(held_out)
     if model_vocab_size is not None:
         tokenizer.check_fits(model_vocab_size)
@@ -173,18 +175,24 @@ def prepare(
                     )
                     (unfinished / _INFO).write_text(json.dumps(asdict(info), indent=2) + "\n")
     except OSError as error:
-        raise UserError(f"{error.filename or root}: {error.strerror or error}") from error
+        raise UserError(f"{error.filename or root}: {why_no_folder(error)}") from error
     prepared = load_prepared(path)
     if log is not None:
-        rows = ", ".join(
-            f"{split.rows} {name} rows" for name, split in prepared.info.splits.items()
-        )
+        splits = prepared.info.splits
+        if prepared.info.documents == 1:
+            count = splits[HELD_OUT].tokens
+            log(f"data: one document; held out are {count:,} tokens of its last {held_out:.1%}")
+        rows = ", ".join(f"{split.rows} {name} rows" for name, split in splits.items())
         log(f"data: {done}, {rows} of {row_length} tokens in {path}")
     return prepared
 
 
 def load_prepared(path: Path) -> Prepared:
-    """What `prepare` left in `path`. Raises `UserError` where that is something else."""
+    """What `prepare` left in `path`, or in the only such folder in it (its `root`).
+
+    Raises `UserError` where that is something else.
+    """
+    path = _prepared_folder(path)
     try:
         content = json.loads((path / _INFO).read_text())
         splits = {name: SplitInfo(**split) for name, split in content.pop("splits").items()}
@@ -193,6 +201,21 @@ def load_prepared(path: Path) -> Prepared:
         raise UserError(
             f"{path}: no prepared data of this version; delete it to prepare it again: {error}"
         ) from error
+
+
+def _prepared_folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise UserError(f"{path}: there is no such folder of prepared data")
+    if (path / _INFO).is_file():
+        return path
+    found = sorted(file.parent for file in path.glob(f"*/{_INFO}"))
+    found = [folder for folder in found if folder.suffix != _UNFINISHED]
+    if not found:
+        raise UserError(f"{path}: no prepared data: it has no {_INFO}")
+    if len(found) > 1:
+        names = ", ".join(folder.name for folder in found)
+        raise UserError(f"{path}: holds more than one preparation; accepted: one of {names}")
+    return found[0]
 
 
 def _fingerprint(settings: dict[str, Any], sources: Sequence[Source], root: Path) -> str:
@@ -223,20 +246,35 @@ def _digest(content: Any) -> str:
 
 @contextlib.contextmanager
 def _locked(file: Path, log: Callable[[str], None] | None) -> Iterator[None]:
-    with file.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if log is not None:
-                log("data: another process is preparing the same; waiting for it")
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+    """Holds `file` during the block, and removes it: nothing is left of what was refused."""
+    while True:
+        with file.open("w") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if log is not None:
+                    log("data: another process is preparing the same; waiting for it")
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            # What was waited for has been removed by its holder, and the next process makes anew.
+            if _is_at(stream, file):
+                try:
+                    yield
+                finally:
+                    file.unlink()
+                return
+
+
+def _is_at(stream: IO[str], file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), file.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A fresh folder that becomes `path` if the block succeeds, and is removed otherwise."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished = path.with_name(path.name + _UNFINISHED)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     try:
@@ -261,18 +299,24 @@ def _write(
     index = read_index(sources, text_field, progress)
     chosen = choose_held_out(index, held_out)
     orders = {TRAIN: sampling_order(index, ~chosen), HELD_OUT: sampling_order(index, chosen)}
-    limits = None if max_tokens is None else budgets(chosen, max_tokens)
+    end = holds_out_end(index, held_out)
+    share = held_out if end else float(chosen.mean())
+    limits = None if max_tokens is None else budgets(share, max_tokens)
     file = folder / "tokens"
     tokens = tokenize(sources, text_field, index, orders, limits, tokenizer, file, progress)
+    byte_sizes = index.sizes
+    if end:
+        tokens, byte_sizes = split_end(tokens, int(index.sizes[0]), share, tokenizer)
+        orders = {TRAIN: np.array([0]), HELD_OUT: np.array([1])}
     splits, rows = {}, {}
     for split, order in orders.items():
         taken, sizes = _cap(tokens.sizes[order], None if limits is None else limits[split])
         order = order[:taken]
-        text_bytes = int(index.sizes[order].sum())
+        text_bytes = int(byte_sizes[order].sum())
         if sizes[-1] < tokens.sizes[order[-1]]:  # cut: count what is left of its text
             start = tokens.starts[order[-1]]
             text = tokenizer.decode(tokens.flat[start : start + sizes[-1]].tolist())
-            text_bytes += len(text.encode()) - int(index.sizes[order[-1]])
+            text_bytes += len(text.encode()) - int(byte_sizes[order[-1]])
         pieces = cut(tokens.starts[order], sizes, row_length)
         if not len(pieces.lengths):
             raise UserError(f"no document of the {split} split has two tokens")

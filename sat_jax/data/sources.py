@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple, NoReturn, cast
+from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn, cast
 
 import tensorflow_datasets as tfds
 import zstandard
@@ -34,6 +34,7 @@ JSON_LINES = (".jsonl", ".ndjson")
 COMPRESSED = (".gz", ".zst")
 ACCEPTED = "a file, a folder, a glob, package:NAME[/path or glob], tfds:FOLDER[:split]"
 CHUNK = 1 << 16  # bytes
+_A_LINE = "accepted: one JSON object a line, no array and no object over several lines"
 
 
 class Document(NamedTuple):
@@ -86,7 +87,7 @@ def resolve_sources(sources: str | Sequence[str]) -> list[Source]:
         for source in _resolve(part):
             found.setdefault((source.path.resolve(), source.split), source)
     if not found:
-        raise UserError(f"data.sources is empty; accepted: {ACCEPTED}, several with commas between")
+        raise UserError(f"no sources; accepted: {ACCEPTED}, several with commas between")
     return list(found.values())
 
 
@@ -135,7 +136,7 @@ def _resolve(part: str) -> list[Source]:
         return [_file(path, named=True)]
     if path.is_dir():
         files = sorted(_walk(path))
-        wanted = "looked for text by its suffix"
+        wanted = f"looked for text by its suffix ({' '.join((*TEXT, *JSON_LINES))})"
     elif glob.has_magic(part):
         files = sorted(file for file in map(Path, glob.glob(pattern, recursive=True)))
         files = [file for file in files if file.is_file()]
@@ -143,7 +144,7 @@ def _resolve(part: str) -> list[Source]:
     else:
         raise UserError(f"{part}: no such file or folder; accepted: {ACCEPTED}")
     if not files:
-        raise UserError(f"{part}: no documents here; {wanted} ({' '.join((*TEXT, *JSON_LINES))})")
+        raise UserError(f"{part}: no documents here; {wanted}")
     return [_file(file, named=False) for file in files]
 
 
@@ -274,22 +275,28 @@ def _read_json_lines(path: Path, field: str) -> Iterator[Document]:
             start += len(data)
 
 
+def _json_kind(value: Any) -> str:
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a truth value"}
+    return "null" if value is None else names.get(type(value), "a number")
+
+
 def _text_field(line: str, field: str, origin: str) -> str:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{origin}: not JSON at character {error.pos}: {error.msg}") from error
+        raise UserError(
+            f"{origin}: not JSON at character {error.pos}: {error.msg}; {_A_LINE}"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{origin}: JSON that cannot be read: {error}") from error
     if not isinstance(record, dict):
-        kind = type(record).__name__
-        raise UserError(f"{origin}: a JSON {kind}; accepted: an object with the field {field!r}")
+        raise UserError(f"{origin}: {_json_kind(record)} without the field {field!r}; {_A_LINE}")
     if field not in record:
         has = ", ".join(list(record)[:10]) or "no fields"
-        raise UserError(f"{origin}: no field {field!r} (it has {has}); data.text_field names it")
+        raise UserError(f"{origin}: no field {field!r} (it has {has}); name the one with the text")
     text = record[field]
     if not isinstance(text, str):
-        raise UserError(f"{origin}: field {field!r} is a {type(text).__name__}, not a string")
+        raise UserError(f"{origin}: field {field!r} is {_json_kind(text)}, not a string")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -313,7 +320,7 @@ def _read_tfds(source: Source, field: str) -> Iterator[Document]:
     if field not in info.features:
         has = ", ".join(sorted(info.features))
         raise UserError(
-            f"{source.path}: no feature {field!r} (it has {has}); data.text_field names it"
+            f"{source.path}: no feature {field!r} (it has {has}); name the one with the text"
         )
     try:
         records = builder.as_data_source(source.split)

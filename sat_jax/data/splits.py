@@ -3,7 +3,7 @@
 Both follow from a hash of each document's content: the lowest ones are held out, and a cap takes
 the lowest of each side. Neither the order of the sources nor any seed has a part in it, equal
 documents always fall on the same side, and what a capped preparation holds out is held out of the
-full one too.
+full one too. Of a corpus of one document a share is held out by tokens: those at its end.
 """
 
 import hashlib
@@ -35,26 +35,34 @@ def check_held_out(held_out: float) -> None:
     """Raises `UserError` unless `held_out` is a fraction or a whole number of documents."""
     if not held_out > 0 or (held_out >= 1 and held_out % 1 != 0):
         raise UserError(
-            f"data.held_out={held_out}; accepted: a fraction between 0 and 1, or from 1 on a whole"
+            f"held-out {held_out}; accepted: a share between 0 and 1, or from 1 on a whole"
             " number of documents"
         )
+
+
+def holds_out_end(index: Index, held_out: float) -> bool:
+    """Whether there is one document only, so that a share of it is held out: its end."""
+    return len(index.keys) == 1 and held_out < 1
 
 
 def choose_held_out(index: Index, held_out: float) -> Bool[np.ndarray, " documents"]:
     """Which documents are held out: a fraction of them below 1, that many from 1 on.
 
-    At least one is, and every copy of it. Raises `UserError` where none would be left to train on.
+    At least one is, and every copy of it, but for `holds_out_end`: then none is. Raises `UserError`
+    where none would be left to train on.
     """
     keys, count = index.keys, len(index.keys)
+    if holds_out_end(index, held_out):
+        return np.zeros(1, bool)
     wanted = max(1, round(held_out * count)) if held_out < 1 else int(held_out)
     if wanted >= count:
         raise UserError(
-            f"data.held_out={held_out} leaves none of {count} documents to train on; a text file is"
-            " one document, a line of JSON is one"
+            f"held-out {held_out} leaves none of {count} documents to train on; a text file is one"
+            " document, a line of JSON is one; accepted for a single one: a share below 1"
         )
     chosen = keys <= np.sort(keys)[wanted - 1]
     if chosen.all():
-        raise UserError(f"data.held_out={held_out} leaves nothing to train on: copies of one text")
+        raise UserError(f"held-out {held_out} leaves nothing to train on: copies of one text")
     return chosen
 
 
@@ -66,7 +74,7 @@ def sampling_order(
     return numbers[np.argsort(index.keys[numbers], kind="stable")]
 
 
-def budgets(held_out: Bool[np.ndarray, " documents"], max_tokens: int) -> dict[str, int]:
-    """The tokens that each split may take: `max_tokens`, shared as the documents are."""
-    share = max(2, round(max_tokens * float(held_out.mean())))
-    return {TRAIN: max_tokens - share, HELD_OUT: share}
+def budgets(share: float, tokens: int) -> dict[str, int]:
+    """`tokens`, of which `share` are for the held-out split: two at least, which make a pair."""
+    held_out = min(max(2, round(tokens * share)), tokens)
+    return {TRAIN: tokens - held_out, HELD_OUT: held_out}

@@ -23,6 +23,10 @@ ACCEPTED = "accepted: model, bytes, or the path of a tokenizer.json or its folde
 _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
+class NoTokenizer(UserError):
+    """There is no tokenizer in this place, or none of a kind that is read here."""
+
+
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
     """A tokenizer with the special tokens that documents are framed with."""
@@ -65,7 +69,7 @@ class Tokenizer:
         """Raises `UserError` where this tokenizer has ids that the model has no row for."""
         if self.vocab_size > model_vocab_size:
             raise UserError(
-                f"data.tokenizer={self.name} has ids up to {self.vocab_size - 1}, but the model's"
+                f"tokenizer {self.name} has ids up to {self.vocab_size - 1}, but the model's"
                 f" vocabulary ends at {model_vocab_size - 1}: they do not belong together"
             )
 
@@ -99,14 +103,17 @@ def load_tokenizer(
     `model` is the one of `model_path`, a Hugging Face directory or a GGUF file; `bytes` has the
     ids 0 to 255 and, where the model has room, the eos 256; anything else is the path of a
     tokenizer.json or of its folder.
-    Raises `UserError` where it does not fit `model_vocab_size`.
+    Raises `NoTokenizer` where there is none, and any other `UserError` where it is damaged or does
+    not fit `model_vocab_size`.
     """
     if spec == "bytes":
         tokenizer = _byte_tokenizer(with_eos=model_vocab_size is None or model_vocab_size > 256)
     elif spec != "model":
         tokenizer = _from_huggingface(Path(spec).expanduser())
     elif model_path is None:
-        raise UserError(f"data.tokenizer=model, but model.path names no model; {ACCEPTED}")
+        raise NoTokenizer(
+            f"tokenizer 'model' is a pretrained model's, and none is named; {ACCEPTED}"
+        )
     elif Path(model_path).is_file():
         tokenizer = _from_gguf(Path(model_path))
     else:
@@ -162,7 +169,7 @@ def _byte_tokenizer(with_eos: bool) -> Tokenizer:
 def _from_huggingface(path: Path) -> Tokenizer:
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"data.tokenizer: there is no {file}; {ACCEPTED}")
+        raise NoTokenizer(f"tokenizer: there is no {file}; {ACCEPTED}")
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare ones, without the path
@@ -206,7 +213,12 @@ def _special(
         token = token.get("content")
     if token is None:
         ids = config.get(f"{which}_token_id")
-        return ids[0] if isinstance(ids, list) else ids
+        number = next(iter(ids), None) if isinstance(ids, list) else ids
+        if number is not None and type(number) is not int:
+            raise UserError(f"{file.parent}: {which}_token_id is {ids!r}; accepted: whole numbers")
+        return number
+    if not isinstance(token, str):
+        raise UserError(f"{file.parent}: {which}_token is {token!r}; accepted: a string")
     found = backend.token_to_id(token)
     if found is None:
         raise UserError(f"{file}: the {which}_token {token!r} of its folder is not in it")
@@ -256,12 +268,9 @@ _CONTROL, _USER_DEFINED = 3, 4  # GGUF token types
 
 
 def _from_gguf(path: Path) -> Tokenizer:
-    from gguf import GGUFReader  # maps the whole file and its arrays; only where there is one
+    from sat_jax.interop.gguf import open_reader  # only where there is one: it needs the models
 
-    try:
-        reader = GGUFReader(path)
-    except (OSError, ValueError, IndexError) as error:
-        raise UserError(f"{path}: not a GGUF file: {error}") from error
+    reader = open_reader(path)
 
     def metadata(key: str, default: Any = None) -> Any:
         entry = reader.get_field(f"tokenizer.{key}")
@@ -269,9 +278,9 @@ def _from_gguf(path: Path) -> Tokenizer:
 
     model, pre = metadata("ggml.model"), metadata("ggml.pre")
     if model != "gpt2" or pre not in _SPLITS:
-        raise UserError(
+        raise NoTokenizer(
             f"{path}: its tokenizer is {model!r} with pre-tokenizer {pre!r}; accepted: 'gpt2' with"
-            f" {', '.join(_SPLITS)}; or name the model's tokenizer.json in data.tokenizer"
+            f" {', '.join(_SPLITS)}; or name the model's tokenizer.json"
         )
     split: _Split = _SPLITS[pre]
     tokens, merges = metadata("ggml.tokens", []), metadata("ggml.merges", [])

@@ -47,11 +47,11 @@ class Sampling:
                 f"temperature {self.temperature}; accepted: 0 (greedy), or from 1e-6 on"
             )
         if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k {self.top_k}; accepted: 1 or more")
+            raise UserError(f"top-k {self.top_k}; accepted: 1 or more")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p {self.top_p}; accepted: above 0, up to 1")
+            raise UserError(f"top-p {self.top_p}; accepted: above 0, up to 1")
         if self.temperature == 0 and (self.top_k is not None or self.top_p < 1):
-            raise UserError("top_k and top_p need a temperature above 0; at 0 nothing is drawn")
+            raise UserError("top-k and top-p need a temperature above 0; at 0 nothing is drawn")
 
 
 GREEDY = Sampling()
@@ -239,7 +239,7 @@ def _rounded(length: int) -> int:
 
 def _check(config: LlamaConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens {max_new_tokens}; accepted: 1 or more")
+        raise UserError(f"{max_new_tokens} new tokens; accepted: 1 or more")
     if not prompts:
         raise UserError("no prompt; accepted: one or more lists of token ids")
     for number, prompt in enumerate(prompts):

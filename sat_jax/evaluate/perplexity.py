@@ -23,7 +23,10 @@ from sat_jax.data.sources import read_documents, resolve_sources
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 from sat_jax.models.llama import Llama
+from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.loss import perplexity_of
+
+_ROUND = 64  # rows shorter than asked for are a multiple: not every text compiles anew
 
 
 class Score(NamedTuple):
@@ -83,17 +86,19 @@ def text_data(
     )
 
 
-def prepared_data(path: Path, split: str, vocab_size: int, rows: int) -> Data:
+def prepared_data(path: Path, split: str, config: LlamaConfig, rows: int) -> Data:
     """A split of prepared data, in its rows, `rows` at a time; the ends of documents are predicted.
 
-    Raises `UserError` where `path` is something else, or has ids beyond the model's `vocab_size`.
+    Raises `UserError` where `path` is something else, or has ids or rows that the model of `config`
+    does not reach.
     """
     prepared = load_prepared(path)
-    if prepared.info.vocab_size > vocab_size:
+    if prepared.info.vocab_size > config.vocab_size:
         raise UserError(
             f"{path}: prepared with a tokenizer of {prepared.info.vocab_size} ids, but the model"
-            f" has {vocab_size}: they do not belong together"
+            f" has {config.vocab_size}: they do not belong together"
         )
+    config.check_length(f"{path}: the row length", prepared.info.row_length)
     batches = in_order(open_split(prepared, split), rows)
     info = prepared.info.splits[split]
     return Data(batches, info.targets, info.text_bytes)
@@ -107,7 +112,7 @@ def read_text(
     The last document is cut after a whole character. Raises `UserError` for bad input.
     """
     if max_bytes is not None and max_bytes < 1:
-        raise UserError(f"max_bytes {max_bytes}; accepted: 1 or more")
+        raise UserError(f"max bytes {max_bytes}; accepted: 1 or more")
     texts: list[str] = []
     taken = 0
     for source in resolve_sources(sources):
@@ -131,7 +136,8 @@ def windows(
     `length` tokens, each `stride` further: the first predicts all it can, every other only what no
     window before it has, so that with stride < length each of those has length - stride tokens or
     more of context. With stride = length windows do not overlap. Windows share rows as segments of
-    their own. Raises `UserError` for lengths that make no sense.
+    their own; rows are shorter where no document needs their length. Raises `UserError` for lengths
+    that make no sense.
     """
     if not 1 <= stride <= length:
         raise UserError(f"length {length} and stride {stride}; accepted: 1 ≤ stride ≤ length")
@@ -146,11 +152,14 @@ def windows(
             pieces.append(document[start : min(start + length, inputs) + 1])
             known.append(length - stride if start else 0)
     lengths = np.array([len(piece) - 1 for piece in pieces], np.int64)
-    of_row = assign_rows(lengths, length)
+    width = min(length, -(-int(lengths.max(initial=0)) // _ROUND) * _ROUND)
+    of_row = assign_rows(lengths, width)
     order = np.argsort(of_row, kind="stable")
     members = np.split(order, np.flatnonzero(np.diff(of_row[order])) + 1) if pieces else []
-    for start in range(0, len(members), rows):
-        yield _batch(members[start : start + rows], pieces, known, lengths, length, rows)
+    return (
+        _batch(members[start : start + rows], pieces, known, lengths, width, rows)
+        for start in range(0, len(members), rows)
+    )
 
 
 def _batch(

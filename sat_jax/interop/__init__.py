@@ -52,7 +52,10 @@ def open_weights(path: str | Path) -> Weights:
     if place.suffix == ".gguf":
         return gguf.open_file(place)
     problem = "neither a directory nor a .gguf file" if place.exists() else "no such path"
-    raise UserError(f"{place}: {problem}; expected a Hugging Face directory or a GGUF file")
+    raise UserError(
+        f"{place}: {problem}; expected a local Hugging Face directory or GGUF file: nothing is"
+        " downloaded here"
+    )
 
 
 def load_model(path: str | Path, dtype: Literal["float32", "bfloat16"] = "float32") -> Llama:

@@ -14,7 +14,13 @@ from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 
 from sat_jax.errors import UserError
-from sat_jax.interop.weights import Weights, check_tensors, stacked_reader
+from sat_jax.interop.weights import (
+    LFS_POINTER,
+    Weights,
+    check_tensors,
+    is_lfs_pointer,
+    stacked_reader,
+)
 from sat_jax.models.llama_config import Family, LlamaConfig
 from sat_jax.models.rope import RopeConfig, inverse_frequencies
 
@@ -67,14 +73,24 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+def open_reader(path: Path) -> GGUFReader:
+    """The file's keys and tensors, memory-mapped. Raises `UserError` where it cannot be read."""
+    try:
+        return GGUFReader(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        # The library's own words for a file that ends early are about arrays.
+        why = f"truncated, damaged or of another kind: {error}"
+        why = LFS_POINTER if is_lfs_pointer(path) else why
+        raise UserError(f"{path}: cannot be read as GGUF: {why}") from error
+
+
 def open_file(path: Path) -> Weights:
     """The model in a GGUF file, memory-mapped; a tensor is dequantised when it is asked for."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    try:
-        reader = GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError, OverflowError) as error:
-        raise UserError(f"{path}: cannot be read as GGUF: {error}") from error
+    reader = open_reader(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}
     metadata = _Metadata(reader, str(path))

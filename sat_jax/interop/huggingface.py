@@ -16,9 +16,11 @@ from safetensors.numpy import save_file
 from sat_jax.errors import UserError
 from sat_jax.interop.huggingface_config import config_from_json, config_to_json, read_json
 from sat_jax.interop.weights import (
+    LFS_POINTER,
     Row,
     Weights,
     check_tensors,
+    is_lfs_pointer,
     stacked_reader,
     stored_tensors,
 )
@@ -81,7 +83,9 @@ class _Tensors:
                     self.shapes[name] = tuple(piece.get_shape())
                     self._files[name] = (path, handle)
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: cannot be read as safetensors: {error}") from error
+                pointer = isinstance(error, SafetensorError) and is_lfs_pointer(path)
+                why = LFS_POINTER if pointer else error
+                raise UserError(f"{path}: cannot be read as safetensors: {why}") from error
 
     def fetch(self, name: str) -> np.ndarray:
         """One tensor, in the dtype it is stored in."""

@@ -7,6 +7,7 @@ how it turns into ours.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -117,6 +118,16 @@ def stored_tensors(
                 yield template.format(layer=layer), row, layer, stored
         else:
             yield template, row, None, stored
+
+
+LFS_POINTER = "a Git LFS pointer, whose content was not downloaded"
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether the file only says where Git LFS would get its content from."""
+    head = b"version https://git-lfs"
+    with path.open("rb") as file:
+        return file.read(len(head)) == head
 
 
 def check_tensors(

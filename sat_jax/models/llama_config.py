@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from sat_jax.errors import UserError
 from sat_jax.models.rope import RopeConfig
 from sat_jax.sparsity.plan import Segment
 
@@ -37,6 +38,11 @@ class LlamaConfig:
     def query_heads(self) -> int:
         """Query heads in each KV group, G."""
         return self.n_heads // self.n_kv_heads
+
+    def check_length(self, name: str, length: int) -> None:
+        """Raises `UserError` where a row of `length`, which is called `name`, is too long."""
+        if length > self.max_positions:
+            raise UserError(f"{name} {length} exceeds the model's {self.max_positions} positions")
 
     @property
     def dense(self) -> Segment:

@@ -51,11 +51,7 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
     check_divisible(mesh, shapes(model))
     _check_rows(config, mesh)
     _check_attention(config, model)
-    if config.data.row_length > model.max_positions:
-        raise UserError(
-            f"data.row_length {config.data.row_length} exceeds the model's {model.max_positions}"
-            " positions"
-        )
+    model.check_length("data.row_length", config.data.row_length)
     controller = make_controller(
         config.sparsity,
         Neurons(model.n_layers, model.n_kv_heads, model.query_heads, model.d_ff),
