@@ -66,7 +66,13 @@ def train(config: Config, directory: Path, log: Callable[[str], None]) -> dict[s
                 with Run(task, workdir, clock, tell) as run:
                     run.run()
             except jax.errors.JaxRuntimeError as error:
-                raise _out_of_memory(error) from error
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                raise UserError(
+                    f"out of device memory: {str(error).splitlines()[0]}; what needs less: a larger"
+                    " train.accumulate or fewer train.rows_per_step, model.remat=full,"
+                    " model.dtype=bfloat16, a larger mesh.fsdp over more devices"
+                ) from error
         summary = workdir.finished()
         assert summary is not None
         return summary
@@ -79,17 +85,6 @@ def _claim(workdir: WorkDir, config: Config, held: ExitStack) -> _Found:
     if workdir.finished() is not None:
         return _Found.FINISHED
     return _Found.INTERRUPTED if existed else _Found.NOTHING
-
-
-def _out_of_memory(error: Exception) -> Exception:
-    """What to do about it, if that is what the error is."""
-    if "RESOURCE_EXHAUSTED" not in str(error):
-        return error
-    return UserError(
-        f"out of device memory: {str(error).splitlines()[0]}; what needs less: a larger"
-        " train.accumulate or fewer train.rows_per_step, model.remat=full, model.dtype=bfloat16, a"
-        " larger mesh.fsdp over more devices"
-    )
 
 
 def _say_nothing(line: str) -> None:
