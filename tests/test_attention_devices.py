@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sat_jax.models import attention_cudnn, dot_product
+from sat_jax.models import attention_cudnn
 from sat_jax.models.dot_product import dot_product_attention
+from sat_jax.models.layers import GROUP_AXES
 from sat_jax.parallel.rules import BATCH, parameter_spec
 from tests.test_attention import AMPERE, HOPPER, on
 
@@ -97,10 +98,9 @@ def test_no_gradient_of_the_bias_is_computed(monkeypatch: pytest.MonkeyPatch) ->
 # Meshes
 
 
-def test_axes_are_those_of_the_parameters_and_batches() -> None:
-    assert P(dot_product._ROW_AXES) == BATCH
+def test_axes_are_those_of_the_parameters() -> None:
     for leaf in ("query", "key", "value"):
-        assert parameter_spec(f"layers/attention/{leaf}", 4)[1] == dot_product._GROUP_AXES[0]
+        assert parameter_spec(f"layers/attention/{leaf}", 4)[1] == GROUP_AXES[0]
 
 
 ON_EIGHT_DEVICES = """
