@@ -13,7 +13,7 @@ from sat_jax.errors import UserError
 from sat_jax.models.dot_product import Implementation
 from sat_jax.models.llama import Remat
 from sat_jax.models.presets import PRESETS
-from sat_jax.sparsity.importance import METRICS
+from sat_jax.sparsity.importance import METRICS, Aggregate
 
 
 def key(
@@ -120,8 +120,14 @@ class SparsityConfig:
     rate_attention: float | None = key(None, "r0 of heads; None: rate", low=0.0, high=1.0)
     rate_mlp: float | None = key(None, "r0 of MLP channels; None: rate", low=0.0, high=1.0)
     metric: str = key("output", "what makes a neuron important", choices=METRICS)
+    aggregate: Aggregate = key(
+        "sum", "over a neuron's columns, then its matrices, where a metric scores columns"
+    )
     selection: Literal["topk", "sample"] = key(
         "topk", "the most important, or drawn without replacement in proportion to importance"
+    )
+    temperature: float = key(
+        1.0, "drawn in proportion to importance to the power 1 / temperature", low=0.01
     )
     schedule: Literal["ladder", "constant", "linear", "cosine", "cubic", "s2d"] = key(
         "ladder", "omission rate over steps"
@@ -213,6 +219,17 @@ class Config:
             raise UserError(
                 "optimizer.moments 'decay' updates omitted neurons, which gather execution does not"
                 " hold; accepted: moments 'freeze', or sparsity.execution 'mask'"
+            )
+        if sparse.aggregate != "sum" and not METRICS[sparse.metric].by_column:
+            columns = ", ".join(name for name, metric in METRICS.items() if metric.by_column)
+            raise UserError(
+                f"sparsity.aggregate {sparse.aggregate!r} is for metrics that score columns"
+                f" ({columns}), not {sparse.metric!r}"
+            )
+        if sparse.temperature != 1 and sparse.selection != "sample":
+            raise UserError(
+                f"sparsity.temperature {sparse.temperature} is for sparsity.selection 'sample',"
+                f" not {sparse.selection!r}"
             )
         if sparse.balance is not None and sparse.balance % self.mesh.tensor:
             raise UserError(

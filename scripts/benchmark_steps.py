@@ -23,7 +23,7 @@ from sat_jax.models.llama import Compute
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.params import abstract
 from sat_jax.models.params import shapes as whole_shapes
-from sat_jax.sparsity.masks import Masks, SegmentMasks, choose
+from sat_jax.sparsity.masks import Criteria, Masks, SegmentMasks, choose
 from sat_jax.sparsity.plan import Neurons, Plan, make_plan
 from sat_jax.sparsity.statistics import Statistics
 from sat_jax.train.account import kept_shares
@@ -136,15 +136,7 @@ def moves(model: LlamaConfig, given: Any) -> list[dict[str, Any]]:
     )
     probe = jax.jit(make_probe(graph, ("outputs",), 0.0, 1024))
     select = jax.jit(
-        lambda params, stats: choose(
-            params,
-            stats,
-            plan,
-            neurons,
-            metric="output",
-            selection="topk",
-            key=jax.random.key(0),
-        )
+        lambda params, stats: choose(params, stats, plan, neurons, Criteria(), jax.random.key(0))
     )
     stats = probe(state.params, empty, batch)
     masks = select(state.params, stats)

@@ -115,7 +115,8 @@ def valid(key: Key) -> st.SearchStrategy[Any]:
 # What they may be depends on other settings.
 DEPENDENT = {
     *("model.preset", "train.accumulate", "optimizer.warmup_steps", "optimizer.moments"),
-    *("sparsity.split", "sparsity.rungs", "mesh.data", "mesh.tensor"),
+    *("sparsity.split", "sparsity.rungs", "sparsity.aggregate", "sparsity.temperature"),
+    *("mesh.data", "mesh.tensor"),
 }
 VALID = {path: valid(key) for path, key in KEYS.items() if path not in DEPENDENT}
 
@@ -133,7 +134,9 @@ def test_every_config_survives_the_way_there_and_back(values: dict[str, Any]) ->
 
 
 def other(key: Key) -> Any:
-    """A valid value that is not the default."""
+    """A valid value that is neither the default nor in `BASE`."""
+    if key.path in DEFAULTS:
+        return DEFAULTS[key.path]
     if literals(key):
         return next(name for name in literals(key) if name != key.default)
     if kind(key) is float:
@@ -146,14 +149,20 @@ def other(key: Key) -> Any:
 
 
 # With these every single change below is accepted.
-BASE = {"train.rows_per_step": 12, "sparsity.execution": "mask"}
+BASE = {
+    "train.rows_per_step": 12,
+    "sparsity.execution": "mask",
+    "sparsity.metric": "wanda",
+    "sparsity.selection": "sample",
+}
+DEFAULTS = {path: KEYS[path].default for path in BASE if path.startswith("sparsity.")}
 
 
 def test_the_fingerprint_names_every_setting() -> None:
     base = from_config_dict(nested(BASE))
     prints = {fingerprint(base)}
     for path, key in KEYS.items():
-        value = "gather" if path == "sparsity.execution" else other(key)
+        value = other(key)
         changed = from_config_dict(nested(BASE | {path: value}))
         assert value_of(changed, path) == value != value_of(base, path)
         prints.add(fingerprint(changed))
@@ -294,6 +303,15 @@ def test_misspelt_groups_and_keys_like_no_other() -> None:
             {"optimizer__moments": "decay"},
             "optimizer.moments 'decay' updates omitted neurons, which gather execution does not"
             " hold; accepted: moments 'freeze', or sparsity.execution 'mask'",
+        ),
+        (
+            {"sparsity__aggregate": "max"},
+            "sparsity.aggregate 'max' is for metrics that score columns (magnitude, wanda, maxip),"
+            " not 'output'",
+        ),
+        (
+            {"sparsity__temperature": 0.5},
+            "sparsity.temperature 0.5 is for sparsity.selection 'sample', not 'topk'",
         ),
         (
             {"mesh__tensor": 4, "sparsity__balance": 6},

@@ -10,7 +10,7 @@ import pytest
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.params import abstract, bind, numbered
 from sat_jax.sparsity.importance import METRICS, channel_evidence, head_evidence
-from sat_jax.sparsity.masks import Masks, choose
+from sat_jax.sparsity.masks import Criteria, Masks, choose
 from sat_jax.sparsity.plan import AttentionUnit, Plan, make_plan
 from sat_jax.sparsity.statistics import InputSums, Statistics
 from tests.small_models import CONFIGS, batch, neurons, random_params
@@ -42,10 +42,11 @@ def statistics(config: LlamaConfig, seed: int = 0) -> Statistics:
     )
 
 
-def chosen(plan: Plan, params: dict[str, Any], stats: Statistics, **rest: Any) -> Masks:
-    given = {"metric": "output", "selection": "topk", "key": KEY} | rest
+def chosen(
+    plan: Plan, params: dict[str, Any], stats: Statistics, key: Any = KEY, **criteria: Any
+) -> Masks:
     params = {path: jnp.asarray(value) for path, value in params.items()}
-    return choose(params, stats, plan, neurons(CONFIG), **given)
+    return choose(params, stats, plan, neurons(CONFIG), Criteria(**criteria), key)
 
 
 def plan_of(unit: AttentionUnit = "kv_group", **rest: Any) -> Plan:

@@ -112,19 +112,21 @@ def test_selection_is_jitted_with_a_static_count() -> None:
         )
 
 
-def draws(scores: list[float], keep: int, times: int) -> np.ndarray:
+def draws(scores: list[float], keep: int, times: int, **rest: Any) -> np.ndarray:
     keys = jax.random.split(jax.random.key(7), times)
-    one = functools.partial(select, jnp.asarray(scores), keep, selection="sample")
+    one = functools.partial(select, jnp.asarray(scores), keep, selection="sample", **rest)
     return np.asarray(jax.jit(jax.vmap(lambda key: one(key=key)))(keys))
 
 
-def test_sampling_one_is_in_proportion_to_the_scores() -> None:
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_sampling_one_is_in_proportion_to_a_power_of_the_scores(temperature: float) -> None:
     scores = np.asarray([4.0, 0.0, 1.0, 2.0, 1.0])
-    counts = np.bincount(draws(scores.tolist(), 1, 8000)[:, 0], minlength=5)
-    expected = 8000 * scores / scores.sum()
+    drawn = draws(scores.tolist(), 1, 8000, temperature=temperature)
+    counts = np.bincount(drawn[:, 0], minlength=5)
+    share = scores ** (1 / temperature) / (scores ** (1 / temperature)).sum()
     assert counts[1] == 0
     # Five standard deviations of a binomial count; the seed is fixed.
-    assert (np.abs(counts - expected) <= 5 * np.sqrt(expected * (1 - scores / 8))).all()
+    assert (np.abs(counts - 8000 * share) <= 5 * np.sqrt(8000 * share * (1 - share))).all()
 
 
 def test_sampling_two_is_without_replacement() -> None:

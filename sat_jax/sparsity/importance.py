@@ -1,15 +1,13 @@
 """Statistics and weights → one score a neuron.
 
-A metric is a function of a few lines over one module's `Evidence`, and one entry in `METRICS`.
-Scores are added over a neuron's columns and over its matrices. Sources: Wanda (arXiv:2306.11695)
-for `wanda`, the SAT paper (arXiv:2406.01392) for the choice of `uniform`, `magnitude`, `wanda` and
-`maxip`; `output` measures what a neuron really adds to the residual stream.
+A metric is a function of a few lines over one module's `Evidence`, and one entry in `METRICS`. One
+that scores columns aggregates over a neuron's columns and then over its matrices. Sources: Wanda
+(arXiv:2306.11695) for `wanda`, the SAT paper (arXiv:2406.01392) for the choice of `uniform`,
+`magnitude`, `wanda` and `maxip`; `output` measures what a neuron adds to the residual stream.
 """
 
-import functools
-import operator
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +17,14 @@ from sat_jax.sparsity.plan import AttentionUnit
 from sat_jax.sparsity.statistics import InputSums, Observable, Statistics
 
 Scores = Float[Array, "L N"]
+Aggregate = Literal["sum", "mean", "l2", "max"]
+
+AGGREGATES: Mapping[Aggregate, Callable[..., Array]] = {
+    "sum": jnp.sum,
+    "mean": jnp.mean,
+    "l2": jnp.linalg.norm,
+    "max": jnp.max,
+}
 
 
 class Evidence(NamedTuple):
@@ -35,13 +41,20 @@ class Evidence(NamedTuple):
     mean: Float[Array, "L D"] | None
     energy: Scores | None
     key: PRNGKeyArray
+    aggregate: Aggregate = "sum"
+
+    def total(self, columns: Iterable[Float[Array, "L N C"]]) -> Scores:
+        """One score a neuron from those of its columns, `[L, N, C]` for each of its matrices."""
+        reduce = AGGREGATES[self.aggregate]
+        return reduce(jnp.stack([reduce(c, axis=-1) for c in columns], axis=-1), axis=-1)
 
 
 class Metric(NamedTuple):
-    """A score and what must be observed for it."""
+    """A score, what must be observed for it, and whether it scores columns, one by one."""
 
     score: Callable[[Evidence], Scores]
     needs: tuple[Observable, ...] = ()
+    by_column: bool = False
 
 
 def uniform(e: Evidence) -> Scores:
@@ -51,21 +64,17 @@ def uniform(e: Evidence) -> Scores:
 
 def magnitude(e: Evidence) -> Scores:
     """‖W_:j‖₂, over all matrices."""
-    return _total(jnp.sqrt(jnp.square(w).sum(-1)).sum(-1) for w in e.reads + e.writes)
+    return e.total(jnp.linalg.norm(w, axis=-1) for w in e.reads + e.writes)
 
 
 def wanda(e: Evidence) -> Scores:
     """Σ_i |W_ij| · rms(x_i)."""
-    return _total(jnp.einsum("LNCD,LD->LN", jnp.abs(w), e.rms) for w in e.reads)
+    return e.total(jnp.einsum("LNCD,LD->LNC", jnp.abs(w), e.rms) for w in e.reads)
 
 
 def maxip(e: Evidence) -> Scores:
     """|Σ_i W_ij · mean(x_i)|."""
-    return _total(jnp.abs(jnp.einsum("LNCD,LD->LNC", w, e.mean)).sum(-1) for w in e.reads)
-
-
-def _total(scores: Iterable[Scores]) -> Scores:
-    return functools.reduce(operator.add, scores)
+    return e.total(jnp.abs(jnp.einsum("LNCD,LD->LNC", w, e.mean)) for w in e.reads)
 
 
 def output(e: Evidence) -> Scores:
@@ -76,15 +85,19 @@ def output(e: Evidence) -> Scores:
 
 METRICS: Mapping[str, Metric] = {
     "uniform": Metric(uniform),
-    "magnitude": Metric(magnitude),
-    "wanda": Metric(wanda, needs=("inputs",)),
-    "maxip": Metric(maxip, needs=("inputs",)),
+    "magnitude": Metric(magnitude, by_column=True),
+    "wanda": Metric(wanda, needs=("inputs",), by_column=True),
+    "maxip": Metric(maxip, needs=("inputs",), by_column=True),
     "output": Metric(output, needs=("outputs",)),
 }
 
 
 def head_evidence(
-    params: Mapping[str, Array], stats: Statistics, unit: AttentionUnit, key: PRNGKeyArray
+    params: Mapping[str, Array],
+    stats: Statistics,
+    unit: AttentionUnit,
+    key: PRNGKeyArray,
+    aggregate: Aggregate = "sum",
 ) -> Evidence:
     """KV groups `[L, K]`, or query heads `[L, K · G]`, of a whole model.
 
@@ -101,16 +114,21 @@ def head_evidence(
         diagonal = jnp.diagonal(stats.heads, axis1=-2, axis2=-1).reshape(layers, -1)
         energy = stats.heads.sum((-2, -1)) if unit == "kv_group" else diagonal
     writes = (output.reshape(layers, n, c, width),)
-    return _evidence(tuple(reads), writes, stats.attention, energy, stats.count, key)
+    return _evidence(tuple(reads), writes, stats.attention, energy, stats.count, key, aggregate)
 
 
-def channel_evidence(params: Mapping[str, Array], stats: Statistics, key: PRNGKeyArray) -> Evidence:
+def channel_evidence(
+    params: Mapping[str, Array],
+    stats: Statistics,
+    key: PRNGKeyArray,
+    aggregate: Aggregate = "sum",
+) -> Evidence:
     """Channels `[L, F]` of a whole model."""
     gate, up, down = (params[f"layers/mlp/{name}"][:, :, None] for name in ("gate", "up", "down"))
     energy = None
     if stats.channels is not None:
         energy = stats.channels * jnp.square(down).sum((-2, -1))
-    return _evidence((gate, up), (down,), stats.mlp, energy, stats.count, key)
+    return _evidence((gate, up), (down,), stats.mlp, energy, stats.count, key, aggregate)
 
 
 def _evidence(
@@ -120,10 +138,11 @@ def _evidence(
     energy: Array | None,
     count: Array,
     key: PRNGKeyArray,
+    aggregate: Aggregate,
 ) -> Evidence:
     rms = mean = None
     if inputs is not None:
         rms, mean = jnp.sqrt(inputs.square / count), inputs.linear / count
     # Rounding can leave the energy of a head that adds nothing a little below zero.
     energy = None if energy is None else jnp.maximum(energy, 0) / count
-    return Evidence(reads, writes, rms, mean, energy, key)
+    return Evidence(reads, writes, rms, mean, energy, key, aggregate)

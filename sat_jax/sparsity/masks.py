@@ -6,10 +6,19 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from sat_jax.sparsity.importance import METRICS, channel_evidence, head_evidence
+from sat_jax.sparsity.importance import METRICS, Aggregate, channel_evidence, head_evidence
 from sat_jax.sparsity.plan import AttentionUnit, Neurons, Plan, Segment
 from sat_jax.sparsity.selection import Selection, select
 from sat_jax.sparsity.statistics import Statistics
+
+
+class Criteria(NamedTuple):
+    """How neurons are judged and chosen: names and numbers of `SparsityConfig`."""
+
+    metric: str = "output"
+    aggregate: Aggregate = "sum"
+    selection: Selection = "topk"
+    temperature: float = 1.0
 
 
 class SegmentMasks(NamedTuple):
@@ -31,23 +40,21 @@ def choose(
     stats: Statistics,
     plan: Plan,
     neurons: Neurons,
-    *,
-    metric: str,
-    selection: Selection,
+    criteria: Criteria,
     key: PRNGKeyArray,
 ) -> Masks:
     """The masks of a plan for a whole model: all neurons of a layer are scored, the best kept."""
+    metric, aggregate, selection, temperature = criteria
     masks = []
     for segment in plan.segments:
         head_key, channel_key = jax.random.split(jax.random.fold_in(key, segment.start))
         heads = channels = None
         if not neurons.heads_whole(segment):
-            heads = _choose_heads(
-                params, stats, plan, segment, neurons, metric, selection, head_key
-            )
+            heads = _choose_heads(params, stats, plan, segment, neurons, criteria, head_key)
         if not neurons.channels_whole(segment):
             score_key, draw_key = jax.random.split(channel_key)
-            scores = METRICS[metric].score(channel_evidence(params, stats, score_key))
+            evidence = channel_evidence(params, stats, score_key, aggregate)
+            scores = METRICS[metric].score(evidence)
             channels = select(
                 scores[segment.start : segment.stop],
                 segment.channels,
@@ -55,6 +62,7 @@ def choose(
                 key=draw_key,
                 balance=plan.balance,
                 block=plan.block,
+                temperature=temperature,
             )
         masks.append(SegmentMasks(heads, channels))
     return tuple(masks)
@@ -66,18 +74,25 @@ def _choose_heads(
     plan: Plan,
     segment: Segment,
     neurons: Neurons,
-    metric: str,
-    selection: Selection,
+    criteria: Criteria,
     key: PRNGKeyArray,
 ) -> Int[Array, "L *K kept"]:
+    metric, aggregate, selection, temperature = criteria
     score_key, draw_key = jax.random.split(key)
     by_group = segment.query_heads == neurons.query_heads
     unit: AttentionUnit = "kv_group" if by_group else "query_head"
-    scores = METRICS[metric].score(head_evidence(params, stats, unit, score_key))
-    scores = scores[segment.start : segment.stop]
+    evidence = head_evidence(params, stats, unit, score_key, aggregate)
+    scores = METRICS[metric].score(evidence)[segment.start : segment.stop]
     if by_group:
         keep, balance = segment.kv_groups, plan.balance
     else:
         scores = scores.reshape(segment.layers, neurons.kv_groups, neurons.query_heads)
         keep, balance = segment.query_heads, 1
-    return select(scores, keep, selection=selection, key=draw_key, balance=balance)
+    return select(
+        scores,
+        keep,
+        selection=selection,
+        key=draw_key,
+        balance=balance,
+        temperature=temperature,
+    )

@@ -17,13 +17,14 @@ def select(
     key: PRNGKeyArray | None = None,
     balance: int = 1,
     block: int = 1,
+    temperature: float = 1.0,
 ) -> Int[Array, "*lead keep"]:
     """Indices of the `keep` neurons chosen along the last axis: int32, sorted, unique.
 
     `keep / balance` are chosen in each of `balance` contiguous parts, in aligned runs of `block`
     whose scores are added. `topk` takes the highest scores, the lower index at a tie; `sample`
-    draws without replacement with probability in proportion to the score (Gumbel top-k, needs
-    `key`). A run with a NaN score counts as the lowest. N and `keep` are multiples of
+    draws without replacement with probability in proportion to score^(1 / temperature) (Gumbel
+    top-k, needs `key`). A run with a NaN score counts as the lowest. N and `keep` are multiples of
     `balance · block`.
     """
     total = scores.shape[-1]
@@ -36,7 +37,8 @@ def select(
     if selection == "sample":
         if key is None:
             raise ValueError("selection 'sample' needs a key")
-        runs = jnp.log(jnp.maximum(runs, 0)) + jax.random.gumbel(key, runs.shape)
+        drawn = jax.random.gumbel(key, runs.shape)
+        runs = jnp.log(jnp.maximum(runs, 0)) / temperature + drawn
     _, chosen = jax.lax.top_k(runs, keep // unit)
     chosen = jnp.sort(chosen, axis=-1)
     chosen = chosen + jnp.expand_dims(

@@ -23,7 +23,7 @@ from sat_jax.models.params import abstract, shapes
 from sat_jax.parallel.rules import BATCH, tree_shardings
 from sat_jax.sparsity.controller import Controller
 from sat_jax.sparsity.importance import METRICS
-from sat_jax.sparsity.masks import Masks, SegmentMasks, choose
+from sat_jax.sparsity.masks import Criteria, Masks, SegmentMasks, choose
 from sat_jax.sparsity.plan import Plan
 from sat_jax.sparsity.statistics import InputSums, Statistics
 from sat_jax.train.optimizer import learning_rate, make_optimizer
@@ -243,8 +243,7 @@ class Programs:
                 stats,
                 plan,
                 self._neurons,
-                metric=sparse.metric,
-                selection=sparse.selection,
+                Criteria(sparse.metric, sparse.aggregate, sparse.selection, sparse.temperature),
                 key=jax.random.fold_in(key, whole.step),
             )
 
