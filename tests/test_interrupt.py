@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from sat_jax.config import Config
 from sat_jax.config_values import load
 from sat_jax.errors import UserError
+from sat_jax.train.interrupt import Interrupt
 from sat_jax.train.loop import train
 from sat_jax.train.metrics import read_metrics
 from sat_jax.train.programs import Programs
@@ -45,6 +47,16 @@ def settings(**changes: Any) -> Config:
 @pytest.fixture(autouse=True)
 def in_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)  # the texts are the project's own
+
+
+@pytest.fixture(autouse=True)
+def default_signals() -> Iterator[None]:
+    """Whatever started the tests may have them ignored."""
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def losses(path: Path) -> list[float]:
@@ -79,6 +91,15 @@ def test_a_stopped_run_goes_on_where_it_was(
     assert losses(tmp_path / "stopped") == losses(tmp_path / "unbroken")
     assert len(losses(tmp_path / "stopped")) == 6
     assert summary["eval_loss"] == unbroken["eval_loss"]
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+        assert not interrupt.asked(1)
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 def test_a_second_interrupt_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,8 @@ from sat_jax.parallel.processes import together
 class Interrupt:
     """While this is open, the first SIGINT or SIGTERM only asks; a second one stops at once.
 
-    Of one process in its main thread: elsewhere signals do what they always do. Of several
-    processes, a SIGTERM to any of them asks all, by jax's own preemption service.
+    Of one process in its main thread, and of signals that are not ignored: elsewhere they do what
+    they always do. Of several processes, a SIGTERM to any of them asks all, by jax's own preemption service.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,8 @@ class Interrupt:
     def __enter__(self) -> Self:
         if not together() and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
+                if signal.getsignal(number) != signal.SIG_IGN:  # as in the background of a shell
+                    self._before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *_: object) -> None:
