@@ -14,7 +14,8 @@ class Interrupt:
     """While this is open, the first SIGINT or SIGTERM only asks; a second one stops at once.
 
     Of one process in its main thread, and of signals that are not ignored: elsewhere they do what
-    they always do. Of several processes, a SIGTERM to any of them asks all, by jax's own preemption service.
+    they always do. Of several processes, a SIGTERM to any of them asks all, by jax's own preemption
+    service.
     """
 
     def __init__(self) -> None:
