@@ -13,7 +13,7 @@ _SMOOTHING = 0.3  # of the seconds a step; tqdm's own default
 
 
 class Progress:
-    """Shows steps done, loss, omission rate, tokens/s and time left of a run of `total` steps.
+    """Shows steps done, losses, what is kept, tokens/s and time left of a run of `total` steps.
 
     Without a terminal it prints a line for the first record, the last one, each new rung, each
     evaluation, and otherwise every `every` seconds.
