@@ -149,7 +149,9 @@ def moves(model: LlamaConfig, given: Any) -> list[dict[str, Any]]:
             "probe": _timed(lambda: probe(state.params, empty, batch)),
             "select": _timed(lambda: select(state.params, stats)),
             "compact": _timed(lambda: compacting(state, masks)),
-            "expand": _timed(lambda: expanding(small, compacting(state, masks)[1], masks)),
+            "compact and expand": _timed(
+                lambda: expanding(small, compacting(state, masks)[1], masks)
+            ),
         },
         given.turns,
     )

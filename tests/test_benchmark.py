@@ -61,7 +61,13 @@ def test_rows_are_appended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     few = ("--model", "tiny", "--rows", 1, "--row-length", 32, "--turns", 1)
     call(monkeypatch, "--only", "moves", "--results", results, *few)
     rows = [json.loads(line) for line in results.read_text().splitlines()]
-    assert [row["move"] for row in rows] == ["step", "probe", "select", "compact", "expand"]
+    assert [row["move"] for row in rows] == [
+        "step",
+        "probe",
+        "select",
+        "compact",
+        "compact and expand",
+    ]
     assert rows[0]["share_of_a_step"] == 1
     assert {(row["benchmark"], row["model"], row["row_length"]) for row in rows} == {
         ("moves", "tiny", 32)
