@@ -13,7 +13,10 @@ from sat_jax.errors import UserError
 from sat_jax.models.dot_product import Implementation
 from sat_jax.models.llama import Remat
 from sat_jax.models.presets import PRESETS
+from sat_jax.sparsity.controller import overall
 from sat_jax.sparsity.importance import METRICS, Aggregate
+from sat_jax.sparsity.plan import LayerRates
+from sat_jax.sparsity.schedule import Schedule
 
 
 def key(
@@ -129,12 +132,21 @@ class SparsityConfig:
     temperature: float = key(
         1.0, "drawn in proportion to importance to the power 1 / temperature", low=0.01
     )
-    schedule: Literal["ladder", "constant", "linear", "cosine", "cubic", "s2d"] = key(
-        "ladder", "omission rate over steps"
+    schedule: Schedule = key(
+        "ladder", "omission rate over steps; auto: a ladder that steps down early at a stall"
     )
     rungs: int = key(4, "stairs from r0 down to dense", low=1)
+    dense_start: float = key(
+        0.0, "share of the steps trained densely before the first at r0", low=0.0, high=1.0
+    )
     split: float = key(
-        0.5, "share of the steps spent at r0 before the first stair", low=0.0, high=1.0
+        0.5, "share of the steps that are over when the first stair begins", low=0.0, high=1.0
+    )
+    patience: int = key(
+        1, "held-out evaluations without progress after which auto steps down", low=1
+    )
+    min_gain: float = key(
+        0.005, "share by which the held-out loss falls where auto sees progress", low=0.0, high=0.99
     )
     refresh_every: int = key(10, "steps between new selections", low=1)
     probe_tokens: int = key(1024, "tokens of the batch that a refresh observes", low=1)
@@ -147,6 +159,12 @@ class SparsityConfig:
         " same in multi-head attention",
     )
     dense_layers: tuple[int, ...] = key((), "layers that keep everything; -1 is the last")
+    layer_rates_attention: tuple[float, ...] = key(
+        (), "r0 of heads layer by layer, in place of rate_attention", low=0.0, high=1.0
+    )
+    layer_rates_mlp: tuple[float, ...] = key(
+        (), "r0 of MLP channels layer by layer, in place of rate_mlp", low=0.0, high=1.0
+    )
     max_segments: int = key(4, "runs of layers with equal counts at most", low=1)
     block: int = key(1, "channels are chosen in aligned runs of this many", low=1)
     balance: int | None = key(
@@ -236,9 +254,44 @@ class Config:
                 f"sparsity.balance is {sparse.balance}; accepted: multiples of mesh.tensor"
                 f" {self.mesh.tensor}, or None"
             )
+        for module in ("attention", "mlp"):
+            if getattr(sparse, f"layer_rates_{module}") and (
+                getattr(sparse, f"rate_{module}") is not None
+            ):
+                raise UserError(
+                    f"sparsity.rate_{module} and sparsity.layer_rates_{module} are both given;"
+                    " accepted: one of them"
+                )
+        if sparse.rate and sparse.layer_rates_attention and sparse.layer_rates_mlp:
+            raise UserError(
+                f"sparsity.rate {sparse.rate} says nothing beside the rates of all layers;"
+                " accepted: 0"
+            )
         if max(self.rates) == 0:
             return
-        if sparse.schedule in ("ladder", "s2d") and sparse.split == 1.0:
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        sparse = self.sparsity
+        if sparse.schedule == "auto":
+            if not self.train.eval_every:
+                raise UserError(
+                    "sparsity.schedule 'auto' follows the held-out loss, and train.eval_every is 0;"
+                    " accepted: 1 or more"
+                )
+        elif (sparse.patience, sparse.min_gain) != (1, 0.005):
+            raise UserError(
+                "sparsity.patience and sparsity.min_gain are for sparsity.schedule 'auto', not"
+                f" {sparse.schedule!r}"
+            )
+        if sparse.dense_start == 1.0 or (
+            sparse.schedule in ("ladder", "auto", "s2d") and sparse.dense_start > sparse.split
+        ):
+            raise UserError(
+                f"sparsity.dense_start {sparse.dense_start} leaves no step at r0; accepted: up to"
+                " sparsity.split, and below 1"
+            )
+        if sparse.schedule in ("ladder", "auto", "s2d") and sparse.split == 1.0:
             raise UserError(
                 f"sparsity.split 1.0 leaves the {sparse.schedule} no dense step; accepted: below 1"
             )
@@ -249,9 +302,15 @@ class Config:
             )
 
     @property
-    def rates(self) -> tuple[float, float]:
-        """Omission rates r0 of (attention, MLP)."""
+    def layer_rates(self) -> tuple[LayerRates, LayerRates]:
+        """Omission rates r0 of (attention, MLP): one for all layers, or one for each."""
         sparse = self.sparsity
         attention = sparse.rate if sparse.rate_attention is None else sparse.rate_attention
         mlp = sparse.rate if sparse.rate_mlp is None else sparse.rate_mlp
-        return attention, mlp
+        return sparse.layer_rates_attention or attention, sparse.layer_rates_mlp or mlp
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """The same as one rate each, the mean over layers."""
+        attention, mlp = self.layer_rates
+        return overall(attention), overall(mlp)

@@ -160,9 +160,11 @@ def _find(path: str) -> Key:
 
 def _near(path: str) -> str:
     """The settings most like `path`, by the whole path and by its last part."""
-    close = difflib.get_close_matches(path, _known(), n=3, cutoff=0.6)
     last = path.rsplit(".", 1)[-1]
     tails = {name.rsplit(".", 1)[-1]: name for name in _known()}
+    # A key in the wrong group first.
+    close = [tails[last]] if last in tails else []
+    close += difflib.get_close_matches(path, _known(), n=3, cutoff=0.6)
     close += [tails[tail] for tail in difflib.get_close_matches(last, tails, n=3, cutoff=0.7)]
     unique = list(dict.fromkeys(close))[:3]
     return f"near: {', '.join(unique)}" if unique else "--help lists all settings"
@@ -223,9 +225,12 @@ def _convert(value: Any, option: Any) -> Any:
 
 
 def _accepted(value: Any, key: Key) -> bool:
-    """Whether a value of the right type is one of the names, or within the bounds."""
+    """Whether a value of the right type, or each of its parts, is one of the names, or within the
+    bounds."""
     if isinstance(value, str) and key.choices:
         return value in key.choices
+    if isinstance(value, tuple):
+        return all(_accepted(part, key) for part in value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return True
     low, high = key.low, key.high

@@ -104,7 +104,9 @@ def valid(key: Key) -> st.SearchStrategy[Any]:
     elif kind(key) is float:
         values = st.floats(key.low, key.high or 1e300, allow_nan=False, allow_infinity=False)
     elif kind(key) is tuple:
-        item = st.integers(-9, 9) if "int" in key.accepts else st.text(max_size=5)
+        numbers = {"int": st.integers(-9, 9), "float": st.floats(0, 1)}
+        named = next((number for number in numbers if number in key.accepts), None)
+        item: Any = numbers[named] if named else st.text(max_size=5)
         values = st.lists(item, max_size=3).map(tuple)
     else:
         values = st.text(max_size=8)
@@ -116,6 +118,8 @@ def valid(key: Key) -> st.SearchStrategy[Any]:
 DEPENDENT = {
     *("model.preset", "train.accumulate", "optimizer.warmup_steps", "optimizer.moments"),
     *("sparsity.split", "sparsity.rungs", "sparsity.aggregate", "sparsity.temperature"),
+    *("sparsity.schedule", "sparsity.dense_start", "sparsity.patience", "sparsity.min_gain"),
+    *("sparsity.layer_rates_attention", "sparsity.layer_rates_mlp"),
     *("mesh.data", "mesh.tensor"),
 }
 VALID = {path: valid(key) for path, key in KEYS.items() if path not in DEPENDENT}
@@ -144,7 +148,9 @@ def other(key: Key) -> Any:
     if kind(key) is int:
         return max(key.default or 0, int(key.low or 0)) + 2
     if kind(key) is tuple:
-        return (1,) if "int" in key.accepts else ("other",)
+        return next(
+            (v for n, v in {"int": (1,), "float": (1.0,)}.items() if n in key.accepts), ("other",)
+        )
     return not key.default if kind(key) is bool else "other"
 
 
@@ -336,6 +342,38 @@ def test_misspelt_groups_and_keys_like_no_other() -> None:
                 "sparsity__schedule": "cosine",
             },
             "sparsity.rungs 1 leaves the cosine schedule no dense step; accepted: 2 or more",
+        ),
+        (
+            {"sparsity__rate": 0.1, "sparsity__schedule": "auto"},
+            "sparsity.schedule 'auto' follows the held-out loss, and train.eval_every is 0;"
+            " accepted: 1 or more",
+        ),
+        (
+            {"sparsity__rate": 0.1, "sparsity__patience": 2},
+            "sparsity.patience and sparsity.min_gain are for sparsity.schedule 'auto', not"
+            " 'ladder'",
+        ),
+        (
+            {"sparsity__rate": 0.1, "sparsity__dense_start": 0.6},
+            "sparsity.dense_start 0.6 leaves no step at r0; accepted: up to sparsity.split, and"
+            " below 1",
+        ),
+        (
+            {"sparsity__rate_mlp": 0.1, "sparsity__layer_rates_mlp": (0.1,)},
+            "sparsity.rate_mlp and sparsity.layer_rates_mlp are both given; accepted: one of them",
+        ),
+        (
+            {
+                "sparsity__rate": 0.1,
+                "sparsity__layer_rates_attention": (0.1,),
+                "sparsity__layer_rates_mlp": (0.1,),
+            },
+            "sparsity.rate 0.1 says nothing beside the rates of all layers; accepted: 0",
+        ),
+        (
+            {"sparsity__layer_rates_mlp": (0.1, 1.1)},
+            "sparsity.layer_rates_mlp is (0.1, 1.1); accepted: floats separated by commas >= 0,"
+            " <= 1",
         ),
         ({"sparsity": 3}, "sparsity is 3; accepted: a group of settings"),
     ],

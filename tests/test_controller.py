@@ -1,5 +1,6 @@
 """Controllers: which rungs a run has, what they say of themselves, and when neurons are chosen."""
 
+import json
 from typing import Any
 
 from sat_jax.config import SparsityConfig
@@ -50,3 +51,59 @@ def test_neurons_are_chosen_as_a_sparse_rung_starts_and_every_few_steps_in_it() 
     chosen = [step for step in range(16) if made.refreshes(step)]
     assert [rung.start for rung in made.rungs] == [0, 8, 12]
     assert chosen == [0, 3, 6, 8, 11]
+
+
+def test_the_rate_of_a_rung_is_the_mean_of_its_layers() -> None:
+    made = make_controller(SparsityConfig(rungs=1), NEURONS, 4, (0.0, (0.25, 0.75)), balance=1)
+    assert [(rung.start, rung.stop, rung.rate) for rung in made.rungs] == [(0, 2, 0.5), (2, 4, 0)]
+    assert [segment.channels for segment in made.rungs[0].plan.segments] == [6, 2]
+
+
+def auto(**changes: Any) -> Controller:
+    return controller((0.0, 0.5), rungs=2, schedule="auto", min_gain=0.1, **changes)
+
+
+def evaluated(made: Controller, losses: dict[int, float]) -> list[int]:
+    """The steps after which the next rung began early."""
+    return [step for step, loss in losses.items() if made.evaluated(step, loss)]
+
+
+def borders(made: Controller) -> list[tuple[int, int]]:
+    return [(rung.start, rung.stop) for rung in made.rungs]
+
+
+def test_auto_steps_down_when_the_held_out_loss_stalls() -> None:
+    made = auto()
+    assert borders(made) == [(0, 8), (8, 12), (12, 16)]
+    # A tenth lower is progress, less is none; a new rung starts with the next evaluation.
+    assert evaluated(made, {0: 9.0, 2: 5.0, 4: 4.4, 6: 4.0}) == [6]
+    assert borders(made) == [(0, 6), (6, 12), (12, 16)]
+    assert evaluated(made, {8: 4.0, 10: 3.9, 14: 3.9, 16: 3.9}) == [10]
+    assert borders(made) == [(0, 6), (6, 10), (10, 16)]
+
+
+def test_auto_begins_no_rung_later_than_a_ladder() -> None:
+    made = auto()
+    assert evaluated(made, {2: 5.0, 8: 5.0, 12: 4.9}) == []
+    assert borders(made) == [(0, 8), (8, 12), (12, 16)]
+
+
+def test_patience_counts_evaluations_in_a_row() -> None:
+    losses = {1: 5.0, 2: 5.0, 3: 4.0, 4: 4.0, 5: 4.0, 6: 4.0}
+    assert evaluated(auto(patience=2), losses) == [5]
+    assert evaluated(auto(patience=3), losses) == [6]
+    assert evaluated(controller((0.0, 0.5), rungs=2), losses) == []
+
+
+def test_auto_goes_on_where_it_was() -> None:
+    losses = {1: 5.0, 2: 5.0, 3: 5.0, 4: 5.0, 5: 5.0, 6: 5.0}
+    whole, first = auto(patience=2), auto(patience=2)
+    evaluated(whole, losses)
+    for cut in range(7):
+        first = auto(patience=2)
+        evaluated(first, {step: loss for step, loss in losses.items() if step <= cut})
+        second = auto(patience=2)
+        second.restore(json.loads(json.dumps(first.to_json())))
+        evaluated(second, {step: loss for step, loss in losses.items() if step > cut})
+        assert second.rungs == whole.rungs
+        assert second.to_json() == whole.to_json()

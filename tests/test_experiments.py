@@ -25,7 +25,7 @@ config = load(sys.argv[1], [f"model.preset={sys.argv[2]}"])
 model = preset(sys.argv[2])
 neurons = Neurons(model.n_layers, model.n_kv_heads, model.query_heads, model.d_ff)
 controller = make_controller(
-    config.sparsity, neurons, config.train.steps, config.rates, config.mesh.tensor
+    config.sparsity, neurons, config.train.steps, config.layer_rates, config.mesh.tensor
 )
 programs = Programs(config, model, make_mesh(config.mesh), controller)
 first, last = controller.rungs[0].plan, controller.rungs[-1].plan

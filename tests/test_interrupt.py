@@ -63,11 +63,27 @@ def losses(path: Path) -> list[float]:
     return [r["loss"] for r in read_metrics(path / "metrics.jsonl") if "loss" in r]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+AUTO = {
+    "train__eval_every": 2,
+    "sparsity__schedule": "auto",
+    "sparsity__min_gain": 0.9,
+    "sparsity__split": 0.9,
+}
+
+
+@pytest.mark.parametrize(
+    ("number", "changes", "sparse_steps"), [(signal.SIGINT, {}, 3), (signal.SIGTERM, AUTO, 4)]
+)
 def test_a_stopped_run_goes_on_where_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    changes: dict[str, Any],
+    sparse_steps: int,
 ) -> None:
-    """In the middle of the third step, between two refreshes, with no checkpoint due."""
+    """In the middle of the third step, between two refreshes, with no checkpoint due. With `auto`
+    the loss after two steps is the one that the loss after four, behind the stop, stalls at: the
+    sparse rung ends a step before the fifth, where it has to."""
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     plain, steps = Working.step, 0
 
@@ -82,12 +98,13 @@ def test_a_stopped_run_goes_on_where_it_was(
     with monkeypatch.context() as patch:
         patch.setattr(Working, "step", step)
         with pytest.raises(KeyboardInterrupt):
-            train(settings(), tmp_path / "stopped", said.append)
+            train(settings(**changes), tmp_path / "stopped", said.append)
     assert said[-1] == "stopped and saved after step 3; the same command continues"
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
-    summary = train(settings(), tmp_path / "stopped", said.append)
+    summary = train(settings(**changes), tmp_path / "stopped", said.append)
     assert "restored after step 3" in said
-    unbroken = train(settings(), tmp_path / "unbroken", said.append)
+    unbroken = train(settings(**changes), tmp_path / "unbroken", said.append)
+    assert [rung["steps"] for rung in summary["rungs"]] == [sparse_steps, 6 - sparse_steps]
     assert losses(tmp_path / "stopped") == losses(tmp_path / "unbroken")
     assert len(losses(tmp_path / "stopped")) == 6
     assert summary["eval_loss"] == unbroken["eval_loss"]

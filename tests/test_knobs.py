@@ -49,7 +49,9 @@ def config_with(changes: dict[str, Any]) -> Config:
 def controller_of(config: Config) -> Controller:
     neurons = Neurons(MODEL.n_layers, MODEL.n_kv_heads, MODEL.query_heads, MODEL.d_ff)
     balance = config.sparsity.balance or config.mesh.tensor
-    return make_controller(config.sparsity, neurons, config.train.steps, config.rates, balance)
+    return make_controller(
+        config.sparsity, neurons, config.train.steps, config.layer_rates, balance
+    )
 
 
 def programs_of(config: Config) -> Programs:
@@ -136,6 +138,9 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "sparsity.schedule": ("constant", rungs, {}),
     "sparsity.rungs": (1, rungs, {}),
     "sparsity.split": (0.25, rungs, {}),
+    "sparsity.dense_start": (0.25, rungs, {}),
+    "sparsity.layer_rates_attention": ((0.5, 0.0), rungs, {}),
+    "sparsity.layer_rates_mlp": ((0.5, 0.0), rungs, {}),
     "sparsity.refresh_every": (2, refreshes, {}),
     "sparsity.probe_tokens": (4, probe, {}),
     "sparsity.stats_decay": (0.5, probe, {}),
@@ -163,6 +168,8 @@ ELSEWHERE = {
     "train.eval_every": "test_run.py",
     "train.eval_rows": "test_run.py",
     "sparsity.max_segments": "test_plan.py",
+    "sparsity.patience": "test_controller.py",
+    "sparsity.min_gain": "test_controller.py",
     "checkpoint.every": "test_run.py",
     "checkpoint.keep": "test_run.py",
     "checkpoint.keep_every": "test_run.py",

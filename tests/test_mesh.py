@@ -40,7 +40,7 @@ model = LlamaConfig(
 devices = jax.devices()[: mesh_sizes["data"] * mesh_sizes["fsdp"] * mesh_sizes["tensor"]]
 mesh = make_mesh(config.mesh, devices)
 neurons = Neurons(model.n_layers, model.n_kv_heads, model.query_heads, model.d_ff)
-controller = make_controller(config.sparsity, neurons, steps, config.rates, 2)
+controller = make_controller(config.sparsity, neurons, steps, config.layer_rates, 2)
 programs = Programs(config, model, mesh, controller)
 place = lambda tree: jax.tree.map(lambda leaf: leaf.sharding, tree)
 # The same values on every mesh: made on one device, then spread.

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sat_jax.errors import UserError
-from sat_jax.sparsity.plan import Neurons, Plan, Segment, kept_count, make_plan
+from sat_jax.sparsity.plan import LayerRates, Neurons, Plan, Segment, kept_count, make_plan
 
 NEURONS = Neurons(layers=6, kv_groups=4, query_heads=3, channels=96)
 RATES = st.integers(0, 64).map(lambda k: k / 64)  # exact in binary, so that ties are real ties
 
 
-def plan(attention: float = 0.5, mlp: float = 0.25, **rest: Any) -> Plan:
+def plan(attention: LayerRates = 0.5, mlp: LayerRates = 0.25, **rest: Any) -> Plan:
     return make_plan(NEURONS, attention, mlp, **rest)
 
 
@@ -119,6 +119,19 @@ def test_dense_layers_cut_segments() -> None:
     assert plan(dense_layers=tuple(range(6))).segments == (Segment(0, 6, *whole),)
 
 
+def test_each_layer_may_have_rates_of_its_own() -> None:
+    made = plan((0.0, 0.0, 0.5, 0.5, 0.5, 0.5), (0.25, 0.25, 0.25, 0.25, 0.25, 0.5))
+    assert made.segments == (
+        Segment(0, 2, 4, 3, 72),
+        Segment(2, 5, 2, 3, 72),
+        Segment(5, 6, 2, 3, 48),
+    )
+    assert plan(0.5, (0.25,) * 6) == plan()
+    # Rates that need no other counts need no segment; a dense layer is dense whatever its rate.
+    assert plan(0.0, (0.25, 0.25, 0.2501, 0.25, 0.25, 0.25)) == plan(0.0)
+    assert plan(mlp=(0.9, *(0.25,) * 5), dense_layers=(0,)) == plan(dense_layers=(0,))
+
+
 @given(st.sets(st.integers(-6, 5)), RATES, RATES)
 def test_segments_cover_every_layer_once(dense: set[int], attention: float, mlp: float) -> None:
     made = plan(attention, mlp, dense_layers=tuple(dense), max_segments=6)
@@ -163,8 +176,12 @@ def test_equal_plans_are_one_key() -> None:
         ({"dense_layers": (-7,)}, "sparsity.dense_layers has -7; accepted: -6 to 5"),
         (
             {"dense_layers": (0, 2, 4)},
-            "sparsity.dense_layers cuts the layers into 6 segments; accepted: up to"
-            " sparsity.max_segments = 4",
+            "sparsity: dense_layers and the rates of the layers cut them into 6 segments; accepted:"
+            " up to sparsity.max_segments = 4",
+        ),
+        (
+            {"mlp": (0.5,) * 5},
+            "sparsity: 5 rates of layers were given; accepted: one for each of the 6",
         ),
     ],
 )

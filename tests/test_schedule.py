@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from sat_jax.sparsity.schedule import Schedule, stairs
 from tests.tolerances import assert_close
 
-DENSE_AT_LAST: tuple[Schedule, ...] = ("ladder", "linear", "cosine", "cubic", "s2d")
+DENSE_AT_LAST: tuple[Schedule, ...] = ("ladder", "auto", "linear", "cosine", "cubic", "s2d")
 
 
-def table(schedule: Schedule, steps: int, rungs: int, split: float = 0.5) -> list[tuple]:
-    return [tuple(stair) for stair in stairs(schedule, steps, rungs, split)]
+def table(
+    schedule: Schedule, steps: int, rungs: int, split: float = 0.5, dense_start: float = 0.0
+) -> list[tuple]:
+    return [tuple(stair) for stair in stairs(schedule, steps, rungs, split, dense_start)]
 
 
 def test_ladder_by_hand() -> None:
@@ -34,6 +36,19 @@ def test_a_ladder_too_short_for_its_rungs_still_ends_dense() -> None:
     assert table("ladder", 2, 4) == [(0, 1, 1.0), (1, 2, 0.0)]
     assert table("ladder", 10, 4, split=0.99) == [(0, 9, 1.0), (9, 10, 0.0)]
     assert table("ladder", 1, 4) == [(0, 1, 0.0)]
+
+
+def test_a_dense_start_comes_before_all_schedules() -> None:
+    dense = (0, 2, 0.0)
+    assert table("ladder", 10, 2, 0.6, 0.2) == [dense, (2, 6, 1.0), (6, 8, 0.5), (8, 10, 0.0)]
+    assert table("ladder", 10, 1, 0.2, 0.2) == [dense, (2, 10, 0.0)]
+    assert table("constant", 10, 4, 0.5, 0.2) == [dense, (2, 10, 1.0)]
+    assert table("s2d", 10, 4, 0.5, 0.2) == [dense, (2, 5, 1.0), (5, 10, 0.0)]
+    assert table("linear", 10, 2, 0.5, 0.2) == [dense, (2, 6, 1.0), (6, 10, 0.0)]
+
+
+def test_auto_is_a_ladder_until_it_sees_a_loss() -> None:
+    assert table("auto", 16, 4) == table("ladder", 16, 4)
 
 
 def test_constant_never_changes() -> None:

@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from sat_jax.errors import UserError
 
 AttentionUnit = Literal["kv_group", "query_head"]
+LayerRates = float | Sequence[float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,9 @@ class Neurons:
 
 def kept_count(total: int, rate: float, unit: int = 1) -> int:
     """Neurons kept of `total` at omission rate `rate`: the nearest multiple of `unit`, at least one
-    unit; halves round up."""
+    unit; halves round up. At rate 0 all, whatever the unit."""
+    if rate == 0:
+        return total
     # Rates are decimals: 1 - 0.9 of 15 is 1.5, though binary fractions make it a little less.
     units = round((1 - rate) * total / unit, 9)
     return max(unit, unit * math.floor(units + 0.5))
@@ -75,8 +78,8 @@ def kept_count(total: int, rate: float, unit: int = 1) -> int:
 
 def make_plan(
     neurons: Neurons,
-    rate_attention: float,
-    rate_mlp: float,
+    rate_attention: LayerRates,
+    rate_mlp: LayerRates,
     *,
     attention_unit: AttentionUnit = "kv_group",
     dense_layers: tuple[int, ...] = (),
@@ -84,34 +87,50 @@ def make_plan(
     block: int = 1,
     balance: int = 1,
 ) -> Plan:
-    """The counts that come nearest to the asked rates.
+    """The counts that come nearest to the asked rates, one for all layers or one for each.
 
     Where a group has one query head (multi-head attention) the two attention units are the same,
     and chosen as groups are. `dense_layers` keep everything (negative numbers count from the end).
     Raises `UserError` for neurons that are chosen and that `block` and `balance` do not divide, a
     layer that does not exist, and more than `max_segments` runs of layers.
     """
-    groups, heads, channels = neurons.kv_groups, neurons.query_heads, neurons.channels
-    by_group = attention_unit == "kv_group" or heads == 1
-    if rate_attention and by_group:
-        _check_divides("sparsity.balance", balance, "KV groups", groups)
-        groups = kept_count(groups, rate_attention, balance)
-    elif rate_attention:
-        heads = kept_count(heads, rate_attention)
-    if rate_mlp:
-        _check_divides("sparsity.block × sparsity.balance", block * balance, "channels", channels)
-        channels = kept_count(channels, rate_mlp, block * balance)
-
+    by_group = attention_unit == "kv_group" or neurons.query_heads == 1
     dense = _layer_numbers(dense_layers, neurons.layers)
-    whole = (neurons.kv_groups, neurons.query_heads, neurons.channels)
-    counts = [whole if i in dense else (groups, heads, channels) for i in range(neurons.layers)]
+    heads, channels = (
+        [0.0 if layer in dense else rate for layer, rate in enumerate(rates)]
+        for rates in (_by_layer(rate_attention, neurons), _by_layer(rate_mlp, neurons))
+    )
+    if any(heads) and by_group:
+        _check_divides("sparsity.balance", balance, "KV groups", neurons.kv_groups)
+    if any(channels):
+        unit = block * balance
+        _check_divides("sparsity.block × sparsity.balance", unit, "channels", neurons.channels)
+    counts = [
+        (
+            kept_count(neurons.kv_groups, h if by_group else 0.0, balance),
+            kept_count(neurons.query_heads, 0.0 if by_group else h),
+            kept_count(neurons.channels, c, block * balance),
+        )
+        for h, c in zip(heads, channels, strict=True)
+    ]
     segments = tuple(Segment(start, stop, *counts[start]) for start, stop in _runs(counts))
     if len(segments) > max_segments:
         raise UserError(
-            f"sparsity.dense_layers cuts the layers into {len(segments)} segments; accepted: up to"
-            f" sparsity.max_segments = {max_segments}"
+            f"sparsity: dense_layers and the rates of the layers cut them into {len(segments)}"
+            f" segments; accepted: up to sparsity.max_segments = {max_segments}"
         )
     return Plan(segments, balance, block)
+
+
+def _by_layer(rates: LayerRates, neurons: Neurons) -> Sequence[float]:
+    if isinstance(rates, Sequence):
+        if len(rates) != neurons.layers:
+            raise UserError(
+                f"sparsity: {len(rates)} rates of layers were given; accepted: one for each of the"
+                f" {neurons.layers}"
+            )
+        return rates
+    return [rates] * neurons.layers
 
 
 def _check_divides(name: str, unit: int, what: str, total: int) -> None:

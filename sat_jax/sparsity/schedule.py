@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-Schedule = Literal["ladder", "constant", "linear", "cosine", "cubic", "s2d"]
+Schedule = Literal["ladder", "auto", "constant", "linear", "cosine", "cubic", "s2d"]
 
 
 class Stair(NamedTuple):
@@ -26,31 +26,37 @@ _DECLINE: dict[str, Callable[[float], float]] = {
 }
 
 
-def stairs(schedule: Schedule, steps: int, rungs: int, split: float) -> tuple[Stair, ...]:
+def stairs(
+    schedule: Schedule, steps: int, rungs: int, split: float, dense_start: float = 0.0
+) -> tuple[Stair, ...]:
     """The stairs of a run, without the empty ones. Where steps do not divide evenly, later stairs
     are the longer ones.
 
-    - `ladder`: r0 for `split · steps`, then `rungs` equal stairs, stair k at (1 - k / rungs) r0:
-      the last one is dense and has at least one step.
+    The first `dense_start · steps` are dense; then
+
+    - `ladder`: r0 up to step `split · steps`, then `rungs` equal stairs, stair k at
+      (1 - k / rungs) r0: the last one is dense and has at least one step.
+    - `auto`: the same, as the latest that each stair begins.
     - `constant`: r0 throughout.
-    - `linear`, `cosine`, `cubic`: the whole run in `rungs` equal stairs, stair k at the curve's
-      value at k / (rungs - 1), so that the first is at r0 and the last dense (two rungs or more).
-    - `s2d`: r0 for `split · steps`, then dense, at least for one step.
+    - `linear`, `cosine`, `cubic`: all steps in `rungs` equal stairs, stair k at the curve's value
+      at k / (rungs - 1), so that the first is at r0 and the last dense (two rungs or more).
+    - `s2d`: r0 up to step `split · steps`, then dense, at least for one step.
     """
-    first = min(round(split * steps), steps - 1)
+    begin = round(dense_start * steps)
+    first = max(begin, min(round(split * steps), steps - 1))
     match schedule:
         case "constant":
-            edges, scales = [0, steps], [1.0]
+            edges, scales = [begin, steps], [1.0]
         case "s2d":
-            edges, scales = [0, first, steps], [1.0, 0.0]
-        case "ladder":
+            edges, scales = [begin, first, steps], [1.0, 0.0]
+        case "ladder" | "auto":
             rest = _edges(first, steps, rungs)
-            edges, scales = [0, *rest], [1.0] + [1 - k / rungs for k in range(1, rungs + 1)]
+            edges, scales = [begin, *rest], [1.0] + [1 - k / rungs for k in range(1, rungs + 1)]
         case _:
             curve = _DECLINE[schedule]
-            edges = _edges(0, steps, rungs)
+            edges = _edges(begin, steps, rungs)
             scales = [curve(k / max(rungs - 1, 1)) for k in range(rungs)]
-    rows = zip(edges, edges[1:], scales, strict=False)
+    rows = zip([0, *edges[:-1]], edges, [0.0, *scales], strict=True)
     return tuple(Stair(start, stop, scale) for start, stop, scale in rows if start < stop)
 
 

@@ -81,7 +81,10 @@ def train(config: Config, directory: Path, log: Callable[[str], None]) -> dict[s
 def _claim(workdir: WorkDir, config: Config, held: ExitStack) -> _Found:
     """Locks the work directory for as long as `held` is open, and compares settings."""
     held.enter_context(workdir.lock())
-    existed = workdir.compare(to_dict(config), {key.path for key in keys() if key.free})
+    free = {key.path for key in keys() if key.free}
+    if config.sparsity.schedule == "auto":
+        free.remove("train.eval_every")  # evaluations decide when rungs end
+    existed = workdir.compare(to_dict(config), free)
     if workdir.finished() is not None:
         return _Found.FINISHED
     return _Found.INTERRUPTED if existed else _Found.NOTHING
@@ -276,7 +279,11 @@ class Run:
             self._working.leave()
         self._rung = None  # entered anew by the next step, with the same neurons or others
         if evaluate:
-            self._record(done, {"eval_loss": self._held_out_loss()})
+            loss = self._held_out_loss()
+            self._record(done, {"eval_loss": loss})
+            if self._task.controller.evaluated(done, loss):
+                rate = self._task.controller.rung_at(done).rate
+                self._log(f"after step {done}: the held-out loss stalls; omission rate {rate:.3g}")
         if save:
             self._save(done)
         if stop and not last:
@@ -318,6 +325,7 @@ class Run:
             meta = {
                 "data": self._task.data.info.fingerprint,
                 "account": self._account.to_json(),
+                "controller": self._task.controller.to_json(),
                 "seconds": self._clock.seconds(),
             }
             self._checkpoints.save(done, state, meta)
@@ -333,6 +341,7 @@ class Run:
                         f"{self._workdir.path}: the texts in data.sources are not those this run"
                         " was started with"
                     )
+                controller.restore(newest.meta["controller"])
                 plan = controller.rung_at(newest.step - 1).plan
                 target = {
                     **programs.state._asdict(),

@@ -56,7 +56,7 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
         config.sparsity,
         Neurons(model.n_layers, model.n_kv_heads, model.query_heads, model.d_ff),
         config.train.steps,
-        config.rates,
+        config.layer_rates,
         config.sparsity.balance or config.mesh.tensor,
     )
     if max(config.rates) > 0 and not controller.sparse:
