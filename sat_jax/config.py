@@ -170,6 +170,9 @@ class SparsityConfig:
     balance: int | None = key(
         None, "equal parts that keep equally many neurons; None: mesh.tensor", low=1
     )
+    rescale: bool = key(
+        False, "what is kept of N neurons is multiplied by N / kept, to make up for the omitted"
+    )
     execution: Literal["gather", "mask"] = key(
         "gather", "train the compacted model, or compute everything and multiply by 0/1"
     )

@@ -74,6 +74,11 @@ def batch(config: LlamaConfig) -> Rows:
     return Rows(*map(jnp.asarray, arrays))
 
 
+def nothing_omitted(plan: Plan) -> Masks:
+    """Masks that only cut the layers into the plan's segments."""
+    return tuple(SegmentMasks(None, None) for _ in plan.segments)
+
+
 def random_masks(config: LlamaConfig, plan: Plan, seed: int = 3, always: bool = False) -> Masks:
     """Kept neurons of a plan, balanced as it says; `always`: also where everything is kept."""
     whole, rng = neurons(config), np.random.default_rng(seed)

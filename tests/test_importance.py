@@ -18,7 +18,7 @@ from sat_jax.models.params import abstract, bind, numbered
 from sat_jax.models.rope import rotary_tables
 from sat_jax.sparsity.importance import METRICS, channel_evidence, head_evidence
 from sat_jax.sparsity.plan import Segment
-from sat_jax.sparsity.statistics import InputSums, Statistics, accumulate
+from sat_jax.sparsity.statistics import Gates, InputSums, Statistics, accumulate
 from tests.small_models import CONFIGS, batch, random_params
 from tests.tolerances import assert_close
 
@@ -46,6 +46,7 @@ STATS = Statistics(
     mlp=InputSums(jnp.asarray([[4.0, 36.0]]), jnp.asarray([[0.0, 12.0]])),
     heads=jnp.asarray([[[[36.0, -8.0], [-8.0, 4.0]], [[16.0, 10.0], [10.0, 9.0]]]]),
     channels=jnp.asarray([[36.0, 4.0]]),
+    gradients=Gates(jnp.asarray([[[8.0, -12.0], [2.0, 6.0]]]), jnp.asarray([[-20.0, 4.0]])),
 )
 
 
@@ -56,6 +57,8 @@ def only(stats: Statistics, metric: str) -> Statistics:
         stats = stats._replace(attention=None, mlp=None)
     if "outputs" not in needs:
         stats = stats._replace(heads=None, channels=None)
+    if "gradients" not in needs:
+        stats = stats._replace(gradients=None)
     return stats
 
 
@@ -66,6 +69,7 @@ def only(stats: Statistics, metric: str) -> Statistics:
         ("wanda", [10 + 1 + 3 + 4, 2 + 6 + 2 + 3]),
         ("maxip", [2 + 1 + 1 + 4, 2 + 6 + 2 + 3]),
         ("output", [(24 / 4) ** 0.5, (45 / 4) ** 0.5]),
+        ("taylor", [4 / 4, 8 / 4]),  # a gate on a group is one on each of its heads
     ],
 )
 def test_kv_groups_by_hand(metric: str, expected: list[float]) -> None:
@@ -80,6 +84,7 @@ def test_kv_groups_by_hand(metric: str, expected: list[float]) -> None:
         ("wanda", [10, 1, 2, 6]),
         ("maxip", [2, 1, 2, 6]),
         ("output", [3, 1, 2, 1.5]),
+        ("taylor", [8 / 4, 12 / 4, 2 / 4, 6 / 4]),
     ],
 )
 def test_query_heads_by_hand(metric: str, expected: list[float]) -> None:
@@ -93,6 +98,7 @@ def test_query_heads_by_hand(metric: str, expected: list[float]) -> None:
         ("magnitude", [5 + 2 + 10, 1 + 2 + 1]),
         ("wanda", [15 + 6, 1 + 2]),
         ("maxip", [12 + 6, 0]),
+        ("taylor", [20 / 4, 4 / 4]),
         ("output", [30, 1]),  # rms activations 3 and 1, rows of `down` of norm 10 and 1
     ],
 )

@@ -14,7 +14,14 @@ from sat_jax.models.params import abstract, bind, numbered
 from sat_jax.sparsity.masks import Masks, SegmentMasks
 from sat_jax.sparsity.neurons import compact, expand, keep_only, mask_values
 from sat_jax.sparsity.plan import Plan, make_plan
-from tests.small_models import CONFIGS, batch, neurons, random_masks, random_params
+from tests.small_models import (
+    CONFIGS,
+    batch,
+    neurons,
+    nothing_omitted,
+    random_masks,
+    random_params,
+)
 from tests.tolerances import assert_close
 
 
@@ -41,10 +48,6 @@ def logits_and_gradients(graph: Any, params: dict[str, Any], masks: dict[str, An
 
 def run(graph: Any, params: dict[str, Any], masks: dict[str, Any]) -> Result:
     return Result(*jax.tree.map(np.asarray, logits_and_gradients(graph, params, masks)))
-
-
-def nothing_omitted(plan: Plan) -> Masks:
-    return tuple(SegmentMasks(None, None) for _ in plan.segments)
 
 
 @functools.cache

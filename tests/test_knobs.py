@@ -148,6 +148,7 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "sparsity.dense_layers": ((0,), rungs, {}),
     "sparsity.block": (2, selection, {}),
     "sparsity.balance": (2, selection, {}),
+    "sparsity.rescale": (True, step, {}),
     "sparsity.execution": ("mask", step, {}),
     "mesh.data": (3, refused, {}),
     "mesh.fsdp": (2, refused, {}),

@@ -12,7 +12,8 @@ from sat_jax.models.params import abstract, bind, numbered
 from sat_jax.sparsity.importance import METRICS, channel_evidence, head_evidence
 from sat_jax.sparsity.masks import Criteria, Masks, choose
 from sat_jax.sparsity.plan import AttentionUnit, Plan, make_plan
-from sat_jax.sparsity.statistics import InputSums, Statistics
+from sat_jax.sparsity.statistics import Gates, InputSums, Statistics
+from sat_jax.train.step import observed
 from tests.small_models import CONFIGS, batch, neurons, random_params
 
 CONFIG = CONFIGS["bias"]
@@ -39,6 +40,10 @@ def statistics(config: LlamaConfig, seed: int = 0) -> Statistics:
         *sums,
         jnp.asarray(pairs @ pairs.swapaxes(-1, -2)),
         jnp.asarray(rng.random((layers, config.d_ff))),
+        Gates(
+            jnp.asarray(rng.normal(size=(layers, groups, heads))),
+            jnp.asarray(rng.normal(size=(layers, config.d_ff))),
+        ),
     )
 
 
@@ -134,19 +139,15 @@ def test_shuffled_neurons_are_chosen_alike(metric: str, unit: AttentionUnit) -> 
                 value = value[:, :, heads]
         shuffled[path] = value
 
-    rows = batch(CONFIG)
     graph, _ = abstract(CONFIG)
 
     @jax.jit
-    def observed(params: dict[str, Any]) -> Statistics:
-        model = bind(graph, numbered(params))
-        return model.hidden(
-            rows.tokens, rows.segment_ids, rows.positions, observe=("inputs", "outputs")
-        )[1]
+    def seen(params: dict[str, Any]) -> Statistics:
+        return observed(bind(graph, numbered(params)), batch(CONFIG), METRICS[metric].needs)
 
     plan = plan_of(unit)
-    (plain,) = chosen(plan, params, observed(params), metric=metric)
-    (mixed,) = chosen(plan, shuffled, observed(shuffled), metric=metric)
+    (plain,) = chosen(plan, params, seen(params), metric=metric)
+    (mixed,) = chosen(plan, shuffled, seen(shuffled), metric=metric)
     np.testing.assert_array_equal(np.sort(channels[mixed.channels]), plain.channels)
     if unit == "kv_group":
         np.testing.assert_array_equal(np.sort(groups[mixed.heads]), plain.heads)

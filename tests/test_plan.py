@@ -132,6 +132,12 @@ def test_each_layer_may_have_rates_of_its_own() -> None:
     assert plan(mlp=(0.9, *(0.25,) * 5), dense_layers=(0,)) == plan(dense_layers=(0,))
 
 
+def test_only_what_omits_something_is_rescaled() -> None:
+    made = plan(dense_layers=(0,), rescale=True)
+    assert [segment.rescale for segment in made.segments] == [False, True]
+    assert plan(0.0, 0.001, rescale=True) == plan(0.0, 0.0)
+
+
 @given(st.sets(st.integers(-6, 5)), RATES, RATES)
 def test_segments_cover_every_layer_once(dense: set[int], attention: float, mlp: float) -> None:
     made = plan(attention, mlp, dense_layers=tuple(dense), max_segments=6)

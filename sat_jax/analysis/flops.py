@@ -111,9 +111,15 @@ def training_flops(
     return TrainingFlops(forward, backward, again)
 
 
-def probe_flops(config: LlamaConfig, row_length: int) -> float:
-    """Operations a token of a probe: a dense forward pass without logits."""
-    return forward_flops(config, row_length).neurons
+def probe_flops(config: LlamaConfig, row_length: int, gradients: bool = False) -> float:
+    """Operations a token of a probe: a dense forward pass without logits. With `gradients`, one
+    with the loss and its gradient, and a backward pass to activations but not to weights: half of
+    a whole one, with the attention scores computed again."""
+    forward = forward_flops(config, row_length)
+    if not gradients:
+        return forward.neurons
+    scores = forward.attention_scores
+    return forward.total + (forward.total - scores) + 2 * scores + scores / 2
 
 
 def speedup_bound(

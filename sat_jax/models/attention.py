@@ -58,6 +58,9 @@ class Attention(nnx.Module):
         self.key_norm = nnx.Param(jnp.ones((layers, size))) if norm else None
         self.kept_heads = None if kept is None else Mask(kept)
         self.norm_eps = config.norm_eps
+        self.scale = 1.0
+        if segment.rescale:
+            self.scale = config.n_heads / (segment.kv_groups * segment.query_heads)
 
     def project(
         self, x_BTD: Float[Array, "B T D"], rows: Rows
@@ -90,7 +93,7 @@ class Attention(nnx.Module):
 
     def combine(self, o_BTKGE: Float[Array, "B T K G E"]) -> Float[Array, "B T D"]:
         """What the heads add to the residual stream."""
-        return jnp.einsum("BTKGE,KGED->BTD", o_BTKGE, self.output[...])
+        return self.scale * jnp.einsum("BTKGE,KGED->BTD", o_BTKGE, self.output[...])
 
 
 def _with_bias(x: Array, bias: nnx.Param | None) -> Array:

@@ -17,7 +17,7 @@ from sat_jax.models.loss import chunked_cross_entropy
 from sat_jax.models.mlp import MLP
 from sat_jax.models.rope import rotary_tables
 from sat_jax.sparsity.plan import Segment
-from sat_jax.sparsity.statistics import InputSums, Observable, Statistics
+from sat_jax.sparsity.statistics import Gates, InputSums, Observable, Statistics
 
 Remat = Literal["none", "dots", "full"]
 
@@ -62,6 +62,7 @@ class Block(nnx.Module):
         rows: Rows,
         implementation: Implementation | None = None,
         observe: Collection[Observable] = (),
+        gates: Gates | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
         """One layer (the L axis taken away): new residual stream and what was observed."""
         seen: dict[str, Any] = {}
@@ -69,6 +70,8 @@ class Block(nnx.Module):
 
         normed = rms_norm(x_BTD, self.attention_norm[...], self.norm_eps)
         o_BTKGE = self.attention.mix(normed, rows, implementation)
+        if gates is not None:
+            o_BTKGE *= gates.heads[None, None, :, :, None].astype(o_BTKGE.dtype)
         x_BTD = x_BTD + self.attention.combine(o_BTKGE)
         if "inputs" in observe:
             seen["attention"] = _input_sums(normed, weight_BT)
@@ -77,6 +80,8 @@ class Block(nnx.Module):
 
         normed = rms_norm(x_BTD, self.mlp_norm[...], self.norm_eps)
         a_BTF = self.mlp.activate(normed)
+        if gates is not None:
+            a_BTF *= gates.channels[None, None].astype(a_BTF.dtype)
         x_BTD = x_BTD + self.mlp.combine(a_BTF)
         if "inputs" in observe:
             seen["mlp"] = _input_sums(normed, weight_BT)
@@ -150,8 +155,13 @@ class Llama(nnx.Module):
         segment_ids: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         observe: Collection[Observable] = (),
+        gates: Gates | None = None,
     ) -> tuple[Float[Array, "B T D"], Statistics]:
-        """The normed residual stream after the last layer, and what was asked to be observed."""
+        """The normed residual stream after the last layer, and what was asked to be observed.
+
+        `gates` multiply the neurons' outputs, of a whole model only.
+        """
+        assert gates is None or len(self.layers) == 1, "gates are for a whole model"
         config, compute = self.config, self.compute
         rows = Rows(segment_ids, *rotary_tables(config.rope, config.head_dim, positions))
         x_BTD = cast(jnp.take(self.embed[...], tokens, axis=0), compute.dtype)
@@ -159,13 +169,15 @@ class Llama(nnx.Module):
         for block in self.layers:
             graph, stacked = nnx.split(block)
 
-            def layer(x: Array, one: nnx.State, graph: Any = graph) -> tuple[Array, Any]:
-                block = nnx.merge(graph, cast(one, compute.dtype))
-                return block(x, rows, compute.attention, observe)
+            def layer(
+                x: Array, one: tuple[nnx.State, Gates | None], graph: Any = graph
+            ) -> tuple[Array, Any]:
+                block = nnx.merge(graph, cast(one[0], compute.dtype))
+                return block(x, rows, compute.attention, observe, one[1])
 
             policy = _POLICIES[compute.remat]
             body = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-            x_BTD, observed = jax.lax.scan(body, x_BTD, stacked)
+            x_BTD, observed = jax.lax.scan(body, x_BTD, (stacked, gates))
             seen.append(observed)
         observed = jax.tree.map(lambda *parts: jnp.concatenate(parts), *seen)
         count = jnp.sum(segment_ids > 0).astype(jnp.float32)
@@ -180,9 +192,10 @@ class Llama(nnx.Module):
         positions: Int[Array, "B T"],
         loss_mask: Bool[Array, "B T"],
         observe: Collection[Observable] = (),
+        gates: Gates | None = None,
     ) -> tuple[Float[Array, ""], Statistics]:
         """Sum over the masked-in tokens of the next-token cross-entropy (natural logarithm)."""
-        x_BTD, seen = self.hidden(tokens, segment_ids, positions, observe)
+        x_BTD, seen = self.hidden(tokens, segment_ids, positions, observe, gates)
         total = chunked_cross_entropy(
             x_BTD, self.head(), targets, loss_mask, self.compute.loss_chunk
         )

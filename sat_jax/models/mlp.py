@@ -28,6 +28,7 @@ class MLP(nnx.Module):
         self.down = nnx.Param(normal(rngs, shape, 0.02 / (2 * config.n_layers) ** 0.5))
         kept = jnp.broadcast_to(jnp.arange(segment.channels, dtype=jnp.int32), kept_shape)
         self.kept_channels = Mask(kept) if masked else None
+        self.scale = config.d_ff / segment.channels if segment.rescale else 1.0
 
     def activate(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         """Each channel's activation silu(x·gate)·(x·up) of one layer (the L axis taken away)."""
@@ -41,4 +42,4 @@ class MLP(nnx.Module):
 
     def combine(self, a_BTF: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
         """What the channels add to the residual stream."""
-        return jnp.einsum("BTF,FD->BTD", a_BTF, self.down[...])
+        return self.scale * jnp.einsum("BTF,FD->BTD", a_BTF, self.down[...])

@@ -133,6 +133,7 @@ def make_controller(
             max_segments=config.max_segments,
             block=config.block,
             balance=balance,
+            rescale=config.rescale,
         )
         if rungs and rungs[-1].plan == plan:
             rungs[-1] = dataclasses.replace(rungs[-1], stop=stair.stop)

@@ -32,7 +32,8 @@ class Evidence(NamedTuple):
 
     `reads` and `writes` are the matrices `[L, N, C, D]` that take from and add to the residual
     stream; `rms` and `mean` `[L, D]` describe the module's input over tokens; `energy` `[L, N]` is
-    the mean square norm of what each neuron added. None where not observed.
+    the mean square norm of what each neuron added, `gradient` `[L, N]` the mean over tokens of
+    ⟨a, ∂L/∂a⟩ of its output a. None where not observed.
     """
 
     reads: tuple[Float[Array, "L N C D"], ...]
@@ -40,6 +41,7 @@ class Evidence(NamedTuple):
     rms: Float[Array, "L D"] | None
     mean: Float[Array, "L D"] | None
     energy: Scores | None
+    gradient: Scores | None
     key: PRNGKeyArray
     aggregate: Aggregate = "sum"
 
@@ -83,12 +85,19 @@ def output(e: Evidence) -> Scores:
     return jnp.sqrt(e.energy)
 
 
+def taylor(e: Evidence) -> Scores:
+    """|Σ ⟨a_j, ∂L/∂a_j⟩|: how much the loss changes, to first order, where the neuron is gone."""
+    assert e.gradient is not None
+    return jnp.abs(e.gradient)
+
+
 METRICS: Mapping[str, Metric] = {
     "uniform": Metric(uniform),
     "magnitude": Metric(magnitude, by_column=True),
     "wanda": Metric(wanda, needs=("inputs",), by_column=True),
     "maxip": Metric(maxip, needs=("inputs",), by_column=True),
     "output": Metric(output, needs=("outputs",)),
+    "taylor": Metric(taylor, needs=("gradients",)),
 }
 
 
@@ -109,12 +118,15 @@ def head_evidence(
     reads = [query.reshape(layers, n, c, width)]
     if unit == "kv_group":
         reads += [params["layers/attention/key"], params["layers/attention/value"]]
-    energy = None
+    energy = gradient = None
     if stats.heads is not None:
         diagonal = jnp.diagonal(stats.heads, axis1=-2, axis2=-1).reshape(layers, -1)
         energy = stats.heads.sum((-2, -1)) if unit == "kv_group" else diagonal
+    if stats.gradients is not None:
+        gradient = stats.gradients.heads.reshape(layers, n, -1).sum(-1)
     writes = (output.reshape(layers, n, c, width),)
-    return _evidence(tuple(reads), writes, stats.attention, energy, stats.count, key, aggregate)
+    weights = (tuple(reads), writes)
+    return _evidence(*weights, stats.attention, energy, gradient, stats.count, key, aggregate)
 
 
 def channel_evidence(
@@ -128,7 +140,9 @@ def channel_evidence(
     energy = None
     if stats.channels is not None:
         energy = stats.channels * jnp.square(down).sum((-2, -1))
-    return _evidence((gate, up), (down,), stats.mlp, energy, stats.count, key, aggregate)
+    gradient = None if stats.gradients is None else stats.gradients.channels
+    weights = ((gate, up), (down,))
+    return _evidence(*weights, stats.mlp, energy, gradient, stats.count, key, aggregate)
 
 
 def _evidence(
@@ -136,6 +150,7 @@ def _evidence(
     writes: tuple[Array, ...],
     inputs: InputSums | None,
     energy: Array | None,
+    gradient: Array | None,
     count: Array,
     key: PRNGKeyArray,
     aggregate: Aggregate,
@@ -145,4 +160,5 @@ def _evidence(
         rms, mean = jnp.sqrt(inputs.square / count), inputs.linear / count
     # Rounding can leave the energy of a head that adds nothing a little below zero.
     energy = None if energy is None else jnp.maximum(energy, 0) / count
-    return Evidence(reads, writes, rms, mean, energy, key, aggregate)
+    gradient = None if gradient is None else gradient / count
+    return Evidence(reads, writes, rms, mean, energy, gradient, key, aggregate)

@@ -17,7 +17,7 @@ class Segment:
 
     Of the layer's KV groups `kv_groups` are kept, of the query heads in each kept group
     `query_heads`, of the MLP channels `channels`. The counts are what is computed, not what was
-    asked for.
+    asked for. `rescale`: what is kept of N neurons is multiplied by N / kept.
     """
 
     start: int
@@ -25,6 +25,7 @@ class Segment:
     kv_groups: int
     query_heads: int
     channels: int
+    rescale: bool = False
 
     @property
     def layers(self) -> int:
@@ -86,6 +87,7 @@ def make_plan(
     max_segments: int = 4,
     block: int = 1,
     balance: int = 1,
+    rescale: bool = False,
 ) -> Plan:
     """The counts that come nearest to the asked rates, one for all layers or one for each.
 
@@ -113,7 +115,11 @@ def make_plan(
         )
         for h, c in zip(heads, channels, strict=True)
     ]
-    segments = tuple(Segment(start, stop, *counts[start]) for start, stop in _runs(counts))
+    whole = (neurons.kv_groups, neurons.query_heads, neurons.channels)
+    segments = tuple(
+        Segment(start, stop, *counts[start], rescale=rescale and counts[start] != whole)
+        for start, stop in _runs(counts)
+    )
     if len(segments) > max_segments:
         raise UserError(
             f"sparsity: dense_layers and the rates of the layers cut them into {len(segments)}"

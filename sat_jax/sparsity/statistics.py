@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import jax
 from jaxtyping import Array, Float
 
-Observable = Literal["inputs", "outputs"]
+Observable = Literal["inputs", "outputs", "gradients"]
 
 
 class InputSums(NamedTuple):
@@ -15,12 +15,20 @@ class InputSums(NamedTuple):
     linear: Float[Array, "L D"]
 
 
+class Gates(NamedTuple):
+    """A factor for every neuron's output: of query heads `[L, K, G]`, of channels `[L, F]`."""
+
+    heads: Float[Array, "L K G"]
+    channels: Float[Array, "L F"]
+
+
 class Statistics(NamedTuple):
     """Token-weighted float32 sums over `count` non-padding tokens; None where not observed.
 
     `attention` and `mlp` are the modules' inputs. `heads` `[L, K, G, G]` holds, for each KV group,
     Σ⟨o_g W_o,g , o_h W_o,h⟩ of every pair of its query heads; `channels` `[L, F]` is Σa² of each
-    channel's activation.
+    channel's activation. `gradients` is Σ⟨a, ∂L/∂a⟩ of each neuron's output a: the gradient of the
+    loss L with respect to a unit gate on it.
     """
 
     count: Float[Array, ""]  # type: ignore[assignment]  # hides the method of tuples
@@ -28,6 +36,7 @@ class Statistics(NamedTuple):
     mlp: InputSums | None = None
     heads: Float[Array, "L K G G"] | None = None
     channels: Float[Array, "L F"] | None = None
+    gradients: Gates | None = None
 
 
 def accumulate(running: Statistics, new: Statistics, decay: float) -> Statistics:

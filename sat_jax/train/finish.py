@@ -12,6 +12,7 @@ from sat_jax.analysis.flops import probe_flops, speedup_bound
 from sat_jax.analysis.plots import Kept, plot_kept, plot_loss, plot_speed
 from sat_jax.interop.huggingface import write_directory
 from sat_jax.models.loss import perplexity_of
+from sat_jax.sparsity.importance import METRICS
 from sat_jax.train.account import Account, kept_shares, step_flops
 from sat_jax.train.metrics import MetricsLog, read_metrics
 from sat_jax.train.setup import Task
@@ -95,7 +96,8 @@ def _flops(task: Task, account: Account) -> tuple[float, float]:
     """Training FLOPs spent, probes included, and what the same tokens cost densely."""
     config, length = task.config, task.config.data.row_length
     seen = probed(config.train.rows_per_step, length, config.sparsity.probe_tokens)
-    spent = account.probes * math.prod(seen) * probe_flops(task.model, seen[1])
+    gradients = "gradients" in METRICS[config.sparsity.metric].needs
+    spent = account.probes * math.prod(seen) * probe_flops(task.model, seen[1], gradients)
     for rung, tokens in zip(task.controller.rungs, account.rung_tokens, strict=True):
         spent += tokens * step_flops(task, rung)
     return spent, account.tokens * step_flops(task)

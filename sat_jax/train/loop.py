@@ -236,9 +236,9 @@ class Run:
         self._rung = rung
 
     def _probe_for(self, step: int) -> Any:
-        """The probe, where this refresh needs one: outputs are seen by probes alone, inputs with
-        every step, except before the first."""
-        if self._probing is None or (step > 0 and "outputs" not in self._programs.observe):
+        """The probe, where this refresh needs one: inputs are seen with every step, except before
+        the first, all else by probes alone."""
+        if self._probing is None or (step > 0 and set(self._programs.observe) <= {"inputs"}):
             return None
         return self._probing.result()
 

@@ -25,7 +25,7 @@ from sat_jax.sparsity.controller import Controller
 from sat_jax.sparsity.importance import METRICS
 from sat_jax.sparsity.masks import Criteria, Masks, SegmentMasks, choose
 from sat_jax.sparsity.plan import Plan
-from sat_jax.sparsity.statistics import InputSums, Statistics
+from sat_jax.sparsity.statistics import Gates, InputSums, Statistics
 from sat_jax.train.optimizer import learning_rate, make_optimizer
 from sat_jax.train.state import Resting, TrainState, compact_state, expand_state, new_state
 from sat_jax.train.step import StepMetrics, StepSettings, make_evaluation, make_probe, make_step
@@ -148,6 +148,10 @@ class Programs:
             stats = stats._replace(
                 heads=jnp.zeros(pairs), channels=jnp.zeros((model.n_layers, model.d_ff))
             )
+        if "gradients" in self.observe:
+            heads = (model.n_layers, model.n_kv_heads, model.query_heads)
+            gates = Gates(jnp.zeros(heads), jnp.zeros((model.n_layers, model.d_ff)))
+            stats = stats._replace(gradients=gates)
         return stats
 
     def _placed(self, tree: Any) -> Any:
