@@ -154,6 +154,13 @@ def test_a_probe_computes_no_logits() -> None:
     assert probe_flops(GQA, LENGTH) == dense.total - dense.head
 
 
+def test_a_probe_of_gradients_leaves_out_those_of_weights() -> None:
+    step = training_flops(GQA, LENGTH).total
+    dense = forward_flops(GQA, LENGTH)
+    weights = dense.attention_projections + dense.mlp + dense.head
+    assert probe_flops(GQA, LENGTH, gradients=True) == step - weights
+
+
 # Wide enough that what is not a matrix product (norms, rotations, softmax, SiLU: some 20 operations
 # a channel against 2 · 1024) stays under 1 %; XLA's counts lie 0.2 % and 0.4 % above ours.
 WIDE = LlamaConfig(

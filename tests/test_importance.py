@@ -55,7 +55,7 @@ def only(stats: Statistics, metric: str) -> Statistics:
     needs = METRICS[metric].needs
     if "inputs" not in needs:
         stats = stats._replace(attention=None, mlp=None)
-    if "outputs" not in needs:
+    if not {"outputs", "predicted"} & set(needs):
         stats = stats._replace(heads=None, channels=None)
     if "gradients" not in needs:
         stats = stats._replace(gradients=None)

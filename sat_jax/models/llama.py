@@ -14,6 +14,7 @@ from sat_jax.models.dot_product import Implementation
 from sat_jax.models.layers import normal, rms_norm
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.loss import chunked_cross_entropy
+from sat_jax.models.low_rank import predicted_channels, predicted_values
 from sat_jax.models.mlp import MLP
 from sat_jax.models.rope import rotary_tables
 from sat_jax.sparsity.plan import Segment
@@ -77,6 +78,9 @@ class Block(nnx.Module):
             seen["attention"] = _input_sums(normed, weight_BT)
         if "outputs" in observe:
             seen["heads"] = output_energy(o_BTKGE, self.attention.output[...], weight_BT)
+        if "predicted" in observe:
+            value_BTKGE = predicted_values(normed, self.attention.value[...], o_BTKGE.shape[3])
+            seen["heads"] = output_energy(value_BTKGE, self.attention.output[...], weight_BT)
 
         normed = rms_norm(x_BTD, self.mlp_norm[...], self.norm_eps)
         a_BTF = self.mlp.activate(normed)
@@ -86,10 +90,15 @@ class Block(nnx.Module):
         if "inputs" in observe:
             seen["mlp"] = _input_sums(normed, weight_BT)
         if "outputs" in observe:
-            seen["channels"] = jnp.einsum(
-                "BTF,BT->F", jnp.square(a_BTF.astype(jnp.float32)), weight_BT
-            )
+            seen["channels"] = _squares(a_BTF, weight_BT)
+        if "predicted" in observe:
+            a_BTF = predicted_channels(normed, self.mlp.gate[...], self.mlp.up[...])
+            seen["channels"] = _squares(a_BTF, weight_BT)
         return x_BTD, seen
+
+
+def _squares(a_BTF: Float[Array, "B T F"], weight_BT: Float[Array, "B T"]) -> Float[Array, " F"]:
+    return jnp.einsum("BTF,BT->F", jnp.square(a_BTF.astype(jnp.float32)), weight_BT)
 
 
 def _input_sums(x_BTD: Float[Array, "B T D"], weight_BT: Float[Array, "B T"]) -> InputSums:

@@ -3,7 +3,9 @@
 A metric is a function of a few lines over one module's `Evidence`, and one entry in `METRICS`. One
 that scores columns aggregates over a neuron's columns and then over its matrices. Sources: Wanda
 (arXiv:2306.11695) for `wanda`, the SAT paper (arXiv:2406.01392) for the choice of `uniform`,
-`magnitude`, `wanda` and `maxip`; `output` measures what a neuron adds to the residual stream.
+`magnitude`, `wanda` and `maxip`; `output` measures what a neuron adds to the residual stream, `svd`
+predicts it (after SparseLoRA, arXiv:2506.16500), `taylor` is what a neuron's absence would cost to
+first order (Molchanov et al., arXiv:1611.06440).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -80,7 +82,10 @@ def maxip(e: Evidence) -> Scores:
 
 
 def output(e: Evidence) -> Scores:
-    """‖a_j‖₂ · ‖W_out,j‖₂ of a channel, ‖o_h W_o,h‖₂ of a head or group: an rms over tokens."""
+    """‖a_j‖₂ · ‖W_out,j‖₂ of a channel, ‖o_h W_o,h‖₂ of a head or group: an rms over tokens.
+
+    `svd` is the same of outputs predicted by weights of low rank (see `models.low_rank`).
+    """
     assert e.energy is not None
     return jnp.sqrt(e.energy)
 
@@ -97,6 +102,7 @@ METRICS: Mapping[str, Metric] = {
     "wanda": Metric(wanda, needs=("inputs",), by_column=True),
     "maxip": Metric(maxip, needs=("inputs",), by_column=True),
     "output": Metric(output, needs=("outputs",)),
+    "svd": Metric(output, needs=("predicted",)),
     "taylor": Metric(taylor, needs=("gradients",)),
 }
 

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import jax
 from jaxtyping import Array, Float
 
-Observable = Literal["inputs", "outputs", "gradients"]
+Observable = Literal["inputs", "outputs", "predicted", "gradients"]
 
 
 class InputSums(NamedTuple):
@@ -27,7 +27,8 @@ class Statistics(NamedTuple):
 
     `attention` and `mlp` are the modules' inputs. `heads` `[L, K, G, G]` holds, for each KV group,
     Σ⟨o_g W_o,g , o_h W_o,h⟩ of every pair of its query heads; `channels` `[L, F]` is Σa² of each
-    channel's activation. `gradients` is Σ⟨a, ∂L/∂a⟩ of each neuron's output a: the gradient of the
+    channel's activation: of the real outputs, or of those that weights of low rank predict
+    (`predicted`). `gradients` is Σ⟨a, ∂L/∂a⟩ of each neuron's output a: the gradient of the
     loss L with respect to a unit gate on it.
     """
 

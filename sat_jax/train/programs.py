@@ -143,7 +143,7 @@ class Programs:
         if "inputs" in self.observe:
             sums = InputSums(*[jnp.zeros((model.n_layers, model.d_model))] * 2)
             stats = stats._replace(attention=sums, mlp=sums)
-        if "outputs" in self.observe:
+        if {"outputs", "predicted"} & set(self.observe):
             pairs = (model.n_layers, model.n_kv_heads, model.query_heads, model.query_heads)
             stats = stats._replace(
                 heads=jnp.zeros(pairs), channels=jnp.zeros((model.n_layers, model.d_ff))
