@@ -150,6 +150,9 @@ class SparsityConfig:
     )
     refresh_every: int = key(10, "steps between new selections", low=1)
     probe_tokens: int = key(1024, "tokens of the batch that a refresh observes", low=1)
+    probe_sampling: Literal["first", "random"] = key(
+        "first", "which of the batch's tokens: the first rows, or windows of random ones"
+    )
     stats_decay: float = key(
         0.9, "weight of older observations at each new one", low=0.0, high=0.9999
     )

@@ -28,8 +28,9 @@ from sat_jax.sparsity.plan import Neurons, Plan, make_plan
 from sat_jax.sparsity.statistics import Statistics
 from sat_jax.train.account import kept_shares
 from sat_jax.train.optimizer import learning_rate, make_optimizer
+from sat_jax.train.probe import ProbeSettings, make_probe
 from sat_jax.train.state import compact_state, expand_state, new_state
-from sat_jax.train.step import StepSettings, make_probe, make_step
+from sat_jax.train.step import StepSettings, make_step
 
 RATES = (0.2, 0.4, 0.5, 0.6)
 
@@ -134,11 +135,11 @@ def moves(model: LlamaConfig, given: Any) -> list[dict[str, Any]]:
         heads=jnp.zeros((model.n_layers, model.n_kv_heads, model.query_heads, model.query_heads)),
         channels=jnp.zeros((model.n_layers, model.d_ff)),
     )
-    probe = jax.jit(make_probe(graph, ("outputs",), 0.0, 1024))
+    probe = jax.jit(make_probe(graph, ProbeSettings(("outputs",), 0.0, 1024)))
     select = jax.jit(
         lambda params, stats: choose(params, stats, plan, neurons, Criteria(), jax.random.key(0))
     )
-    stats = probe(state.params, empty, batch)
+    stats = probe(state.params, empty, batch, state.step)
     masks = select(state.params, stats)
     compacting = jax.jit(lambda whole, masks: compact_state(whole, masks, plan))
     expanding = jax.jit(lambda s, r, m: expand_state(s, r, m, plan), donate_argnums=(1,))
@@ -146,7 +147,7 @@ def moves(model: LlamaConfig, given: Any) -> list[dict[str, Any]]:
     costs = _take_turns(
         {
             "step": _training_step(model, plan, given),
-            "probe": _timed(lambda: probe(state.params, empty, batch)),
+            "probe": _timed(lambda: probe(state.params, empty, batch, state.step)),
             "select": _timed(lambda: select(state.params, stats)),
             "compact": _timed(lambda: compacting(state, masks)),
             "compact and expand": _timed(

@@ -12,7 +12,7 @@ from sat_jax.models.params import abstract, bind, numbered
 from sat_jax.sparsity.neurons import compact, mask_values
 from sat_jax.sparsity.plan import make_plan
 from sat_jax.sparsity.statistics import Gates, Statistics
-from sat_jax.train.step import make_probe
+from sat_jax.train.probe import ProbeSettings, make_probe
 from tests.small_models import (
     CONFIGS,
     batch,
@@ -53,8 +53,10 @@ def test_a_probe_of_gradients_is_weight_times_gradient(name: str) -> None:
     params = {path: jnp.asarray(value) for path, value in random_params(config).items()}
     gradient = jax.grad(lambda p: loss(config, p))(params)
     nothing = jax.tree.map(jnp.zeros_like, ones(config))
-    probe = make_probe(abstract(config)[0], ("gradients",), 0.5, batch(config).tokens.size)
-    stats = probe(params, Statistics(jnp.asarray(4.0), gradients=nothing), batch(config))
+    settings = ProbeSettings(("gradients",), decay=0.5, tokens=batch(config).tokens.size)
+    probe = make_probe(abstract(config)[0], settings)
+    before = Statistics(jnp.asarray(4.0), gradients=nothing)
+    stats = probe(params, before, batch(config), jnp.asarray(0))
     assert stats.count == 2 + 19  # tokens that are no padding, and half of those before
     told = {path: params[path] * gradient[path] for path in params}
     heads = told["layers/attention/output"].sum((-2, -1))

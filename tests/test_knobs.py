@@ -143,6 +143,7 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "sparsity.layer_rates_mlp": ((0.5, 0.0), rungs, {}),
     "sparsity.refresh_every": (2, refreshes, {}),
     "sparsity.probe_tokens": (4, probe, {}),
+    "sparsity.probe_sampling": ("random", probe, {}),
     "sparsity.stats_decay": (0.5, probe, {}),
     "sparsity.attention_unit": ("query_head", rungs, {}),
     "sparsity.dense_layers": ((0,), rungs, {}),

@@ -9,7 +9,7 @@ import numpy as np
 from sat_jax.models.low_rank import RANK, low_rank
 from sat_jax.models.params import abstract, bind, numbered
 from sat_jax.sparsity.statistics import Statistics
-from sat_jax.train.step import observed
+from sat_jax.train.probe import observed
 from tests.small_models import CONFIGS, batch, random_params
 from tests.tolerances import assert_close
 

@@ -13,7 +13,7 @@ from sat_jax.sparsity.importance import METRICS, channel_evidence, head_evidence
 from sat_jax.sparsity.masks import Criteria, Masks, choose
 from sat_jax.sparsity.plan import AttentionUnit, Plan, make_plan
 from sat_jax.sparsity.statistics import Gates, InputSums, Statistics
-from sat_jax.train.step import observed
+from sat_jax.train.probe import observed
 from tests.small_models import CONFIGS, batch, neurons, random_params
 
 CONFIG = CONFIGS["bias"]

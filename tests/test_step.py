@@ -23,9 +23,7 @@ from sat_jax.train.step import (
     StepMetrics,
     StepSettings,
     make_evaluation,
-    make_probe,
     make_step,
-    probed,
 )
 from tests.small_models import CONFIGS, Rows, neurons, random_masks, random_params
 from tests.tolerances import assert_close
@@ -290,25 +288,5 @@ def test_input_statistics_are_running_sums() -> None:
     ]
     expected = jax.tree.map(lambda first, second: STATS_DECAY * first + second, *seen)
     assert float(stats.count) == 1.5 * TOKENS
-    for a, b in zip(jax.tree.leaves(stats), jax.tree.leaves(expected), strict=True):
-        assert_close(a, b, "float32", "forward")
-
-
-@pytest.mark.parametrize(
-    ("tokens", "part"),
-    [(1, (1, 1)), (7, (1, 7)), (8, (1, 8)), (15, (1, 8)), (16, (2, 8)), (32, (4, 8)), (99, (4, 8))],
-)
-def test_a_probe_sees_at_most_so_many_tokens(tokens: int, part: tuple[int, int]) -> None:
-    assert probed(4, 8, tokens) == part
-
-
-def test_a_probe_is_a_dense_pass_over_the_first_tokens() -> None:
-    params = start().params
-    probe = jax.jit(make_probe(abstract(CONFIG)[0], ("outputs",), 0.5, 17))
-    part = jax.tree.map(lambda x: x[:2], rows(0))
-    seen = hidden(params, part, ("outputs",))
-    stats = probe(params, jax.tree.map(jnp.ones_like, seen), rows(0))
-    assert float(stats.count) == 0.5 + 15
-    expected = jax.tree.map(lambda new: 0.5 + new, seen)
     for a, b in zip(jax.tree.leaves(stats), jax.tree.leaves(expected), strict=True):
         assert_close(a, b, "float32", "forward")

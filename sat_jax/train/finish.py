@@ -15,8 +15,8 @@ from sat_jax.models.loss import perplexity_of
 from sat_jax.sparsity.importance import METRICS
 from sat_jax.train.account import Account, kept_shares, step_flops
 from sat_jax.train.metrics import MetricsLog, read_metrics
+from sat_jax.train.probe import probed
 from sat_jax.train.setup import Task
-from sat_jax.train.step import probed
 from sat_jax.train.summary import Clock, write_summary
 from sat_jax.train.workdir import WorkDir
 

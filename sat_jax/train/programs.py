@@ -27,8 +27,9 @@ from sat_jax.sparsity.masks import Criteria, Masks, SegmentMasks, choose
 from sat_jax.sparsity.plan import Plan
 from sat_jax.sparsity.statistics import Gates, InputSums, Statistics
 from sat_jax.train.optimizer import learning_rate, make_optimizer
+from sat_jax.train.probe import ProbeSettings, make_probe
 from sat_jax.train.state import Resting, TrainState, compact_state, expand_state, new_state
-from sat_jax.train.step import StepMetrics, StepSettings, make_evaluation, make_probe, make_step
+from sat_jax.train.step import StepMetrics, StepSettings, make_evaluation, make_step
 
 Compiled = Callable[..., Any]
 
@@ -115,14 +116,19 @@ class Programs:
         return self.submit(make_evaluation(graph), self.state.params, self.batch(rows))
 
     def probe(self) -> "Future[Compiled]":
-        """`probe(params, stats, batch)`: the whole model on a step's first tokens."""
-        config = self._config
+        """`probe(params, stats, batch, step)`: the whole model on some of a step's tokens."""
+        config, sparse = self._config, self._config.sparsity
         graph, _ = abstract(self._model, compute=self._compute)
-        probe = make_probe(
-            graph, self.observe, config.sparsity.stats_decay, config.sparsity.probe_tokens
+        settings = ProbeSettings(
+            self.observe,
+            sparse.stats_decay,
+            sparse.probe_tokens,
+            sparse.probe_sampling,
+            config.seed,
         )
         batch = self.batch(config.train.rows_per_step)
-        return self.submit(probe, self.state.params, self.stats, batch)
+        state = self.state
+        return self.submit(make_probe(graph, settings), state.params, self.stats, batch, state.step)
 
     def batch(self, rows: int) -> Batch:
         """Shapes of a batch of `rows` rows, split over the mesh."""

@@ -1,6 +1,6 @@
-"""One optimizer step, one probe, one evaluation: pure functions of arrays, to be jitted."""
+"""One optimizer step, one evaluation: pure functions of arrays, to be jitted."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from sat_jax.models.llama import Llama
 from sat_jax.models.params import bind, numbered
 from sat_jax.sparsity.masks import Masks
 from sat_jax.sparsity.neurons import mask_values
-from sat_jax.sparsity.statistics import Gates, Observable, Statistics, accumulate
+from sat_jax.sparsity.statistics import Observable, Statistics, accumulate
 from sat_jax.train.optimizer import Schedule
 from sat_jax.train.state import TrainState, freeze_omitted
 
@@ -97,47 +97,6 @@ def _over_microbatches(
     )
     ((total, seen), grads), _ = jax.lax.scan(add, zeros, microbatches)
     return total, seen, grads
-
-
-def make_probe(
-    graph: nnx.GraphDef[Llama], observe: tuple[Observable, ...], decay: float, tokens: int
-) -> Callable[[dict[str, Array], Statistics, Batch], Statistics]:
-    """`probe(params, stats, batch)`: running statistics after a dense forward pass of the whole
-    model over at most `tokens` tokens: the first rows of the batch, or the beginnings of its first
-    row. Where `gradients` are observed, a backward pass to the neurons' outputs follows."""
-
-    def probe(params: dict[str, Array], stats: Statistics, batch: Batch) -> Statistics:
-        rows, length = probed(batch.tokens.shape[0], batch.tokens.shape[1], tokens)
-        part = jax.tree.map(lambda x: x[:rows, :length], batch)
-        model = bind(graph, numbered(params))
-        return accumulate(stats, observed(model, part, observe), decay)
-
-    return probe
-
-
-def observed(model: Llama, batch: Batch, observe: Collection[Observable]) -> Statistics:
-    """What is asked for, of a whole model on a batch: a forward pass, and for `gradients` those of
-    the summed loss with respect to a unit gate on every neuron."""
-    forward = tuple(kind for kind in observe if kind != "gradients")
-    if len(forward) == len(observe):
-        return model.hidden(batch.tokens, batch.segment_ids, batch.positions, forward)[1]
-    config = model.config
-    gates = Gates(
-        jnp.ones((config.n_layers, config.n_kv_heads, config.query_heads)),
-        jnp.ones((config.n_layers, config.d_ff)),
-    )
-
-    def loss(gates: Gates) -> tuple[Array, Statistics]:
-        return model.loss(*batch, observe=forward, gates=gates)
-
-    gradients, seen = jax.grad(loss, has_aux=True)(gates)
-    return seen._replace(gradients=gradients)
-
-
-def probed(rows: int, length: int, tokens: int) -> tuple[int, int]:
-    """Rows and positions that a probe of at most `tokens` tokens sees of a batch."""
-    length = min(length, tokens)
-    return min(rows, tokens // length), length
 
 
 def make_evaluation(

@@ -45,7 +45,7 @@ class Working:
     def choose(self, programs: RungPrograms, probe: Compiled | None, batch: Batch) -> None:
         """Chooses new masks for a rung; with `probe`, observes the whole model on `batch` first."""
         if probe is not None:
-            self.stats = probe(self.whole.params, self.stats, batch)
+            self.stats = probe(self.whole.params, self.stats, batch, self.whole.step)
         self.masks = programs.select(self.whole, self.stats)
 
     def step(self, batch: Batch) -> StepMetrics:

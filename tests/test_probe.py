@@ -1,0 +1,67 @@
+"""Probes: which tokens they see, and that they see them as a dense pass does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sat_jax.models.params import abstract, bind, numbered
+from sat_jax.sparsity.statistics import Statistics
+from sat_jax.train.probe import ProbeSettings, _windows, make_probe, observed, probed
+from tests.small_models import CONFIGS, Rows, batch, random_params
+from tests.tolerances import assert_close
+
+CONFIG = CONFIGS["gqa"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "part"),
+    [(1, (1, 1)), (7, (1, 7)), (8, (1, 8)), (15, (1, 8)), (16, (2, 8)), (32, (4, 8)), (99, (4, 8))],
+)
+def test_a_probe_sees_at_most_so_many_tokens(tokens: int, part: tuple[int, int]) -> None:
+    assert probed(4, 8, tokens) == part
+
+
+def expected(part: Rows) -> Statistics:
+    """Half of the ones before, and what a dense pass over the part sees."""
+    model = bind(abstract(CONFIG)[0], numbered(random_params(CONFIG)))
+    return jax.tree.map(lambda new: 0.5 + new, observed(model, part, ("outputs",)))
+
+
+def test_a_probe_is_a_dense_pass_over_the_first_tokens() -> None:
+    rows = batch(CONFIG)
+    length = rows.tokens.shape[1]
+    told = expected(jax.tree.map(lambda x: x[:1], rows))
+    settings = ProbeSettings(("outputs",), decay=0.5, tokens=length + 1)
+    probe = jax.jit(make_probe(abstract(CONFIG)[0], settings))
+    stats = probe(random_params(CONFIG), jax.tree.map(jnp.ones_like, told), rows, jnp.asarray(0))
+    for a, b in zip(jax.tree.leaves(stats), jax.tree.leaves(told), strict=True):
+        assert_close(a, b, "float32", "forward")
+
+
+def test_or_over_windows_of_random_rows() -> None:
+    numbers = jnp.arange(5 * 8).reshape(5, 8)
+    rows = Rows(numbers, numbers, numbers, numbers, numbers)
+    starts, firsts = set(), set()
+    for seed in range(40):
+        windows = _windows(rows, 2, 6, jax.random.key(seed))
+        tokens = np.asarray(windows.tokens)
+        assert tokens.shape == (2, 6)
+        assert (np.diff(tokens, axis=1) == 1).all()
+        row, start = tokens[:, 0] // 8, tokens[:, 0] % 8
+        assert (row == tokens[:, -1] // 8).all() and row[0] != row[1]
+        starts |= set(start.tolist())
+        firsts |= set(row.tolist())
+        assert all((x == windows.tokens).all() for x in windows)
+    assert (starts, firsts) == ({0, 1, 2}, {0, 1, 2, 3, 4})
+
+
+def test_every_step_draws_its_own() -> None:
+    rows = batch(CONFIG)
+    settings = ProbeSettings(("outputs",), decay=0.0, tokens=4, sampling="random")
+    probe = jax.jit(make_probe(abstract(CONFIG)[0], settings))
+    before = jax.tree.map(jnp.ones_like, expected(rows))
+    seen = [probe(random_params(CONFIG), before, rows, jnp.asarray(s)) for s in (0, 0, 1, 2, 3)]
+    sums = [float(stats.channels.sum()) for stats in seen]
+    assert sums[0] == sums[1]
+    assert len(set(sums)) > 2
