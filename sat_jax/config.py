@@ -168,6 +168,9 @@ class SparsityConfig:
     layer_rates_mlp: tuple[float, ...] = key(
         (), "r0 of MLP channels layer by layer, in place of rate_mlp", low=0.0, high=1.0
     )
+    budget: str | None = key(
+        None, "a file of scripts.calibrate, by which the rates are spread over layers; None: evenly"
+    )
     max_segments: int = key(4, "runs of layers with equal counts at most", low=1)
     block: int = key(1, "channels are chosen in aligned runs of this many", low=1)
     balance: int | None = key(
@@ -268,6 +271,12 @@ class Config:
                     f"sparsity.rate_{module} and sparsity.layer_rates_{module} are both given;"
                     " accepted: one of them"
                 )
+        by_hand = sparse.layer_rates_attention or sparse.layer_rates_mlp or sparse.dense_layers
+        if sparse.budget is not None and by_hand:
+            raise UserError(
+                "sparsity.budget spreads the rates over all layers; accepted beside it: no"
+                " layer_rates_attention, layer_rates_mlp or dense_layers"
+            )
         if sparse.rate and sparse.layer_rates_attention and sparse.layer_rates_mlp:
             raise UserError(
                 f"sparsity.rate {sparse.rate} says nothing beside the rates of all layers;"

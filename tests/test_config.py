@@ -119,7 +119,7 @@ DEPENDENT = {
     *("model.preset", "train.accumulate", "optimizer.warmup_steps", "optimizer.moments"),
     *("sparsity.split", "sparsity.rungs", "sparsity.aggregate", "sparsity.temperature"),
     *("sparsity.schedule", "sparsity.dense_start", "sparsity.patience", "sparsity.min_gain"),
-    *("sparsity.layer_rates_attention", "sparsity.layer_rates_mlp"),
+    *("sparsity.layer_rates_attention", "sparsity.layer_rates_mlp", "sparsity.dense_layers"),
     *("mesh.data", "mesh.tensor"),
 }
 VALID = {path: valid(key) for path, key in KEYS.items() if path not in DEPENDENT}
@@ -369,6 +369,11 @@ def test_misspelt_groups_and_keys_like_no_other() -> None:
                 "sparsity__layer_rates_mlp": (0.1,),
             },
             "sparsity.rate 0.1 says nothing beside the rates of all layers; accepted: 0",
+        ),
+        (
+            {"sparsity__budget": "budget.json", "sparsity__dense_layers": (0,)},
+            "sparsity.budget spreads the rates over all layers; accepted beside it: no"
+            " layer_rates_attention, layer_rates_mlp or dense_layers",
         ),
         (
             {"sparsity__layer_rates_mlp": (0.1, 1.1)},

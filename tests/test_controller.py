@@ -3,7 +3,10 @@
 import json
 from typing import Any
 
+import pytest
+
 from sat_jax.config import SparsityConfig
+from sat_jax.errors import UserError
 from sat_jax.sparsity.controller import Controller, make_controller
 from sat_jax.sparsity.plan import Neurons
 
@@ -107,3 +110,9 @@ def test_auto_goes_on_where_it_was() -> None:
         evaluated(second, {step: loss for step, loss in losses.items() if step > cut})
         assert second.rungs == whole.rungs
         assert second.to_json() == whole.to_json()
+
+
+def test_other_plans_are_another_run() -> None:
+    known = controller((0.0, 0.5), rungs=2).to_json()
+    with pytest.raises(UserError, match=r"^sparsity.budget: the file gives other rates"):
+        controller((0.0, (0.25, 0.75)), rungs=2).restore(known)

@@ -170,6 +170,7 @@ ELSEWHERE = {
     "train.eval_every": "test_run.py",
     "train.eval_rows": "test_run.py",
     "sparsity.max_segments": "test_plan.py",
+    "sparsity.budget": "test_calibrate.py",
     "sparsity.patience": "test_controller.py",
     "sparsity.min_gain": "test_controller.py",
     "checkpoint.every": "test_run.py",

@@ -1,11 +1,13 @@
 """Plain Python between steps: which rung a step belongs to, and when neurons are chosen anew."""
 
 import dataclasses
+import hashlib
 import math
 import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from sat_jax.errors import UserError
 from sat_jax.sparsity.plan import LayerRates, Neurons, Plan, make_plan
 from sat_jax.sparsity.schedule import stairs
 
@@ -96,15 +98,25 @@ class Controller:
         """What `evaluated` has learnt and decided, for a checkpoint."""
         best = None if math.isinf(self._best) else self._best
         starts = [rung.start for rung in self.rungs]
-        return {"starts": starts, "best": best, "waited": self._waited}
+        return {"plans": self._plans(), "starts": starts, "best": best, "waited": self._waited}
 
     def restore(self, known: dict[str, Any]) -> None:
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`. Raises `UserError` where the plans are others."""
+        if known["plans"] != self._plans():
+            raise UserError(
+                "sparsity.budget: the file gives other rates than when this run was started; give"
+                " the old one or another work directory"
+            )
         for number, start in enumerate(known["starts"]):
             if number:
                 self._begin(number, start)
         self._best = math.inf if known["best"] is None else known["best"]
         self._waited = known["waited"]
+
+    def _plans(self) -> str:
+        """A name for what all rungs keep."""
+        plans = repr([rung.plan for rung in self.rungs])
+        return hashlib.sha256(plans.encode()).hexdigest()[:20]
 
     def _begin(self, number: int, step: int) -> None:
         rungs = list(self.rungs)

@@ -68,7 +68,11 @@ class Account:
         """Counts one selection."""
         self.selections += 1
         self.probes += probed
-        for segment, mask in zip(rung.plan.segments, jax.device_get(masks), strict=True):
+        self.count(rung.plan, masks)
+
+    def count(self, plan: Plan, masks: Masks) -> None:
+        """Counts what one selection kept."""
+        for segment, mask in zip(plan.segments, jax.device_get(masks), strict=True):
             layers = slice(segment.start, segment.stop)
             for name, kept in (("heads", mask.heads), ("channels", mask.channels)):
                 if kept is not None:

@@ -20,8 +20,10 @@ from sat_jax.models.params import initial, shapes
 from sat_jax.parallel.mesh import make_mesh
 from sat_jax.parallel.processes import check_joined
 from sat_jax.parallel.rules import check_divisible, tree_shardings
+from sat_jax.sparsity.budget import allocate
+from sat_jax.sparsity.budget import load as load_budget
 from sat_jax.sparsity.controller import Controller, make_controller
-from sat_jax.sparsity.plan import Neurons
+from sat_jax.sparsity.plan import LayerRates, Neurons
 from sat_jax.train.trained import starting_point
 
 
@@ -52,11 +54,12 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
     _check_rows(config, mesh)
     _check_attention(config, model)
     model.check_length("data.row_length", config.data.row_length)
+    neurons = Neurons(model.n_layers, model.n_kv_heads, model.query_heads, model.d_ff)
     controller = make_controller(
         config.sparsity,
-        Neurons(model.n_layers, model.n_kv_heads, model.query_heads, model.d_ff),
+        neurons,
         config.train.steps,
-        config.layer_rates,
+        _layer_rates(config, neurons),
         config.sparsity.balance or config.mesh.tensor,
     )
     if max(config.rates) > 0 and not controller.sparse:
@@ -90,6 +93,14 @@ def initial_params(task: Task) -> dict[str, jax.Array]:
 
 def _placed(value: np.ndarray, sharding: Sharding) -> jax.Array:
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def _layer_rates(config: Config, neurons: Neurons) -> tuple[LayerRates, LayerRates]:
+    sparse = config.sparsity
+    if sparse.budget is None:
+        return config.layer_rates
+    sensitivity = load_budget(Path(sparse.budget).expanduser(), neurons.layers)
+    return allocate(sensitivity, *config.rates, sparse.max_segments)
 
 
 def _model_path(config: Config) -> Path | None:

@@ -1,0 +1,142 @@
+"""Spreading one omission rate over layers that suffer differently from it.
+
+A calibration (`train.calibrate`) measures by how much the loss rises where one block of layers
+alone omits neurons. To first approximation the rises of several blocks add up and each grows with
+the square of the block's rate, so that the best rates for a mean over layers have a closed form.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from sat_jax.errors import UserError
+
+_HIGHEST = 0.9  # no layer omits more: far from the rate of a calibration its law does not hold
+# A block whose loss did not rise, or fell, is taken to be a little sensitive: noise is not worth
+# more.
+_LEAST_SHARE = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Sensitivity:
+    """What a calibration measured of a model of `layers` layers.
+
+    The loss a token, in nats, rises by `attention[b]` where the heads of block b, the layers
+    `[borders[b], borders[b + 1])`, are omitted at the realised rate `rate_attention`, and by
+    `mlp[b]` for channels at `rate_mlp`.
+    """
+
+    borders: tuple[int, ...]
+    rate_attention: float
+    rate_mlp: float
+    attention: tuple[float, ...]
+    mlp: tuple[float, ...]
+
+    @property
+    def layers(self) -> int:
+        return self.borders[-1]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Layers of each block."""
+        return [stop - start for start, stop in itertools.pairwise(self.borders)]
+
+
+def save(sensitivity: Sensitivity, path: Path) -> None:
+    """Writes a calibration as JSON, for `sparsity.budget`."""
+    try:
+        path.write_text(json.dumps(dataclasses.asdict(sensitivity), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def load(path: Path, layers: int) -> Sensitivity:
+    """Reads a calibration. Raises `UserError` where it is none, or one of another model."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        lists = {name: tuple(v) for name, v in content.items() if isinstance(v, list)}
+        found = Sensitivity(**content | lists)
+        sound = 0 < found.rate_attention <= 1 and 0 < found.rate_mlp <= 1
+        counts = {len(found.attention), len(found.mlp), len(found.sizes)}
+        sound &= len(counts) == 1 and found.borders[0] == 0 and min(found.sizes) > 0
+        sound &= bool(np.isfinite([*found.attention, *found.mlp]).all())
+    except (OSError, ValueError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"sparsity.budget {path}: no calibration: {error}") from error
+    if not sound:
+        raise UserError(
+            f"sparsity.budget {path}: its blocks, rates and losses do not fit together; make it"
+            " anew with scripts.calibrate"
+        )
+    if found.layers != layers:
+        raise UserError(
+            f"sparsity.budget {path}: a calibration of {found.layers} layers, and the model has"
+            f" {layers}"
+        )
+    return found
+
+
+def allocate(
+    sensitivity: Sensitivity, attention: float, mlp: float, max_segments: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The rate of every layer's heads and channels, with the means `attention` and `mlp`, in at
+    most `max_segments` runs of layers with equal rates: those that let the loss rise least.
+
+    With S_i the sum of a run's rises, each over the square of its rate, and n_i its layers, the
+    rates ρ_i ∝ n_i / S_i minimise Σ S_i ρ_i² at a given Σ n_i ρ_i; none is above 0.9.
+    """
+    rises = [
+        _curvature(sensitivity.attention, sensitivity.rate_attention),
+        _curvature(sensitivity.mlp, sensitivity.rate_mlp),
+    ]
+    best: tuple[float, list[Float[np.ndarray, " layers"]]] | None = None
+    sizes = np.array(sensitivity.sizes)
+    for runs in _partitions(len(sizes), max_segments):
+        counts = np.add.reduceat(sizes, runs)
+        total, rates = 0.0, []
+        for rise, rate in zip(rises, (attention, mlp), strict=True):
+            curvature = np.add.reduceat(rise, runs)
+            found = _rates(counts, curvature, rate)
+            total += float((curvature * found**2).sum())
+            rates.append(np.repeat(found, counts))
+        # A cut that gains nothing is not made.
+        if best is None or total < best[0] * (1 - 1e-9):
+            best = total, rates
+    assert best is not None
+    by_layer = [tuple(float(round(rate, 6)) for rate in rates) for rates in best[1]]
+    return by_layer[0], by_layer[1]
+
+
+def _curvature(rises: Sequence[float], rate: float) -> Float[np.ndarray, " blocks"]:
+    rise = np.maximum(np.array(rises), 0) / rate**2
+    return np.maximum(rise, _LEAST_SHARE * rise.mean()) + 1e-12
+
+
+def _partitions(blocks: int, runs: int) -> Iterator[list[int]]:
+    """The first block of each run, for every way to cut `blocks` into up to `runs` runs, those of
+    fewer runs first."""
+    for cuts in range(min(runs, blocks)):
+        for borders in itertools.combinations(range(1, blocks), cuts):
+            yield [0, *borders]
+
+
+def _rates(counts: np.ndarray, curvature: np.ndarray, mean: float) -> Float[np.ndarray, " runs"]:
+    """The best rates with this mean over layers. What would be above the highest stays there, and
+    the others take over the rest."""
+    highest = max(_HIGHEST, mean)
+    rates = np.zeros(len(counts))
+    free = np.ones(len(counts), bool)
+    while free.any():
+        left = mean * counts.sum() - (counts * rates)[~free].sum()
+        weight = counts / curvature
+        rates[free] = weight[free] * left / (counts * weight)[free].sum()
+        over = free & (rates > highest)
+        if not over.any():
+            break
+        rates[over] = highest
+        free &= ~over
+    return rates
