@@ -97,8 +97,8 @@ def _flops(task: Task, account: Account) -> tuple[float, float]:
     seen = probed(config.train.rows_per_step, length, config.sparsity.probe_tokens)
     spent = account.probes * math.prod(seen) * probe_flops(task.model, seen[1])
     for rung, tokens in zip(task.controller.rungs, account.rung_tokens, strict=True):
-        spent += tokens * step_flops(task, rung)
-    return spent, account.tokens * step_flops(task)
+        spent += tokens * step_flops(config, task.model, rung)
+    return spent, account.tokens * step_flops(config, task.model)
 
 
 def _draw(
