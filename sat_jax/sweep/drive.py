@@ -87,6 +87,8 @@ class _Drive:
 
     def run(self) -> None:
         waiting = self._settled()
+        total, done = len(self.watched), len(self.watched) - len(waiting)
+        self.board.say(f"{total} runs in {self.folder.path}, {done} of them finished before")
         self._running: dict[str, Submitted] = {}
         waiting = self._attach(waiting)
         try:

@@ -2,6 +2,7 @@
 an array of jobs. Every job is `Job`: the ordinary run, in a process of its own."""
 
 import dataclasses
+import logging
 import os
 import re
 import shutil
@@ -44,8 +45,10 @@ class Job:
     platform: str | None = None
 
     def __call__(self) -> str | None:
-        """Trains. Returns None, or the line that says why it failed, which ends the log."""
+        """Trains. Returns None, or the line that says why it failed, which ends the log. A run that
+        was stopped ends the process."""
         _write_to(self.log)
+        logging.getLogger("submitit").setLevel(logging.WARNING)
         for name, value in self.environment.items():
             os.environ.pop(name, None)
             if value is not None:
@@ -57,7 +60,7 @@ class Job:
                 train(self.config, self.directory, _log)
             except KeyboardInterrupt:
                 stops.requeue()
-                raise
+                sys.exit(130)
             except UserError as error:
                 return _last_line(str(error))
             except Exception as error:
