@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import submitit
 
 from sat_jax.analysis.rows import read
 from sat_jax.config_values import experiment, experiment_sweep, load
@@ -15,7 +16,7 @@ from sat_jax.sweep.axes import combine, cross, listed, parse_axes, read_runs, sh
 from sat_jax.sweep.board import make_board
 from sat_jax.sweep.drive import SweepDir
 from sat_jax.sweep.estimate import Speed, cost_of, dry_run, probes_of, speed_of
-from sat_jax.sweep.launch import Local, Slurm, slurm_options
+from sat_jax.sweep.launch import Job, Local, Slurm, slurm_options
 from sat_jax.sweep.report import mean_and_error, report
 from sat_jax.sweep.runs import Run, make_runs, prepare_all
 from sat_jax.sweep.watch import State
@@ -296,6 +297,35 @@ def test_options_of_a_launcher_are_checked(tmp_path: Path, monkeypatch: pytest.M
         Slurm(tmp_path, {"time": 5})
     with pytest.raises(UserError, match="--gpus 0,1,2 are not shared evenly by --workers 2"):
         Local(tmp_path, 2, [0, 1, 2])
+
+
+class Held:
+    """A job that has not ended, in place of submitit's."""
+
+    def __init__(self, job: Job):
+        self.job = job
+
+    def done(self) -> bool:
+        return False
+
+
+def test_each_worker_has_its_own_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submitit.LocalExecutor, "submit", lambda _, job: Held(job))
+    (run,) = runs_of("sparsity.rate=0.5")
+    job = Job(run.config, tmp_path / "run", tmp_path / "log")
+    shared = Local(tmp_path, 2, [4, 5, 6, 7])
+    assert shared.room() == 2
+    first, second = (held.job for held in shared.submit([job, job]))  # type: ignore[attr-defined]
+    assert shared.room() == 0
+    assert first.environment == {"CUDA_VISIBLE_DEVICES": "4,5"} and first.platform == "cuda"
+    assert second.environment == {"CUDA_VISIBLE_DEVICES": "6,7"}
+    for given in ("3", None):  # as this process has it: submitit would hide all of them
+        if given is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        (only,) = (held.job for held in Local(tmp_path).submit([job]))  # type: ignore[attr-defined]
+        assert only.environment == {"CUDA_VISIBLE_DEVICES": given} and only.platform is None
 
 
 def test_invalid_runs_start_nothing(tmp_path: Path, run_python: RunPython) -> None:

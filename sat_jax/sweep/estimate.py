@@ -78,7 +78,7 @@ def speed_of(
     source = (
         f"the benchmark's dense step of {row['model']} in {row['dtype']} on"
         f" {row['device']['kind']}; other machines, models and shapes"
-        " differ"
+        " differ, and compiling and evaluating come on top"
     )
     return Speed(flops * row["rows"] * row["row_length"] / row["wall_seconds"], source)
 
