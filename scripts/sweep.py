@@ -44,7 +44,9 @@ def parser() -> Parser:
     add("--flops-per-second", type=float, metavar="X", help="speed to reckon the time with")
     add("--skip-invalid", action="store_true", help="leave out runs that cannot be")
     add("--launcher", choices=("local", "slurm"), default="local", help="default: local")
-    add("--workers", type=int, metavar="N", help="runs at a time; default: 1, on Slurm its limit")
+    add("--workers", type=int, metavar="N",
+        help="runs at a time; default: 1, on Slurm its limit. Runs that share a device slow each"
+        " other, unevenly: then no speed-up means much")  # fmt: skip
     add("--gpus", metavar="I,J,...", help="local: CUDA devices, shared evenly by the workers")
     add("--slurm", action="append", default=[], metavar="NAME=VALUE,...",
         help="options of sbatch; time=MINUTES has to be one")  # fmt: skip

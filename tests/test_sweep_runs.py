@@ -125,14 +125,16 @@ def test_slurm_runs_an_array_and_a_job_out_of_time_is_queued_again(
         assert f"#SBATCH {line}\n" in script
 
     jobs = {job: run for run, job in read_json(directory / "jobs.json").items()}
-    wait_for(lambda: len(read_metrics(directory / jobs["77_0"] / "metrics.jsonl")) > 2)
+    # Before its first step: it stops once it listens.
+    log = directory / "logs" / f"{jobs['77_0']}.log"
+    wait_for(lambda: log.exists() and "data:" in log.read_text())
     os.kill(int((state / "0.pid").read_text()), signal.SIGUSR2)
     done = sweep(directory, *arguments)
     assert done.returncode == 0, done.stderr
     assert (state / "0.requeued").exists()
     assert len(done.stdout.splitlines()) == 3
     logs = [path.read_text() for path in (directory / "logs").glob("*.log")]
-    assert sorted("restored after step" in log for log in logs) == [False, True]
+    assert sorted("restored after step " in log for log in logs) == [False, True]
     assert len(list((directory / "logs" / "slurm").glob("*_submission.sh"))) == 1
     for path in directory.glob("*/metrics.jsonl"):
         assert [r["step"] for r in read_metrics(path)] == list(range(601))

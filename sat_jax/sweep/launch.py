@@ -81,10 +81,12 @@ class _Stops:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self._limit = signal.Signals[f"SIG{submitit.JobEnvironment.USR_SIG}"]
         self._submitit: Any = signal.signal(self._limit, self._near_the_limit)
+        signal.signal(signal.SIGALRM, self._pass_on)
         self._asked = False
         return self
 
     def __exit__(self, *_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(self._limit, self._submitit)
 
     def requeue(self) -> None:
@@ -93,11 +95,17 @@ class _Stops:
             self._submitit(self._limit, None)
 
     def _near_the_limit(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
         self._asked = True
-        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # not between steps: nothing to save
-            self.requeue()
-        os.kill(os.getpid(), signal.SIGTERM)
+        self._pass_on(number, frame)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        """Stops the run once it listens: not before its first step, nor while it saves already,
+        where SIGTERM would end it at once."""
+        del number, frame
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Launcher(Protocol):
