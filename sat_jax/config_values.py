@@ -85,18 +85,63 @@ def from_config_dict(values: Mapping[str, Any] | ConfigDict) -> Config:
 
 def load(spec: str, overrides: Sequence[str] = ()) -> Config:
     """Settings from `FILE.py` or `FILE.py:VARIANT`, then overrides `a.b=value` in order."""
+    return build(experiment(spec), parse_overrides(overrides))
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Values by path, of texts `a.b=value`; the last one of a path counts."""
     changes = {}
     for text in overrides:
         path, separator, value = text.partition("=")
-        known = _find(path)
+        known = find(path, "--config.")
         if not separator:
             raise UserError(f"--config.{path} has no value; write --config.{path}=VALUE")
         changes[path] = _parse(value, known)
-    return _build(Config, _experiment(spec), "", changes)
+    return changes
 
 
-def _experiment(spec: str) -> dict[str, Any]:
+def parse(path: str, text: str) -> Any:
+    """The value that `text` gives the setting `path`: of its type, and one that it accepts."""
+    key = find(path)
+    return _check(_parse(text, key), key)
+
+
+def build(values: Mapping[str, Any], changes: Mapping[str, Any]) -> Config:
+    """The frozen settings: nested `values`, with `changes` by path in the place of theirs."""
+    for path in changes:
+        find(path)
+    return _build(Config, values, "", changes)
+
+
+def without_free(config: Config) -> Config:
+    """`config` with the keys on which no result depends at their defaults."""
+    for known in keys():
+        group, _, name = known.path.partition(".")
+        if known.free and name:
+            part = dataclasses.replace(getattr(config, group), **{name: known.default})
+            config = dataclasses.replace(config, **{group: part})
+    return config
+
+
+def experiment(spec: str) -> dict[str, Any]:
     """What `get_config()` or `get_config(VARIANT)` of an experiment file gives."""
+    config = _call(spec, "get_config")
+    name = spec.partition(":")[0]
+    if config is _NO:
+        raise UserError(f"--config: {name} has no get_config()")
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config: get_config() of {name} gives {config!r}, not a ConfigDict")
+    return dict(config.to_dict())
+
+
+def experiment_sweep(spec: str) -> Any:
+    """What `get_sweep()` or `get_sweep(VARIANT)` of an experiment file gives; None without one."""
+    found = _call(spec, "get_sweep")
+    return None if found is _NO else found
+
+
+def _call(spec: str, function: str) -> Any:
+    """What `function` of an experiment file gives for the variant, or `_NO` where it has none."""
     name, _, variant = spec.partition(":")
     path = Path(name)
     if not path.is_file():
@@ -107,23 +152,21 @@ def _experiment(spec: str) -> dict[str, Any]:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-        get_config = getattr(module, "get_config", None)
-        if get_config is None:
-            raise UserError(f"--config: {name} has no get_config()")
-        if variant and not inspect.signature(get_config).parameters:
+        called = getattr(module, function, None)
+        if called is None:
+            return _NO
+        varied = bool(inspect.signature(called).parameters)
+        if variant and not varied and function == "get_config":
             raise UserError(f"--config: {name} has no variants, so none is called {variant}")
-        config = get_config(variant) if variant else get_config()
+        return called(variant) if variant and varied else called()
     except UserError:
         raise
     except Exception as error:
         if isinstance(error, KeyError) and error.args == (variant,):
             raise UserError(
-                f"--config: {name} has no variant {variant!r}. {inspect.getdoc(get_config) or ''}"
+                f"--config: {name} has no variant {variant!r}. {inspect.getdoc(called) or ''}"
             ) from error
         raise UserError(f"--config: {spec}{_place(error, path)}: {_told(error)}") from error
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"--config: get_config() of {name} gives {config!r}, not a ConfigDict")
-    return dict(config.to_dict())
 
 
 def _place(error: Exception, path: Path) -> str:
@@ -152,10 +195,11 @@ def _known() -> Mapping[str, Key]:
     return {key.path: key for key in keys()}
 
 
-def _find(path: str) -> Key:
+def find(path: str, prefix: str = "") -> Key:
+    """The setting `path`. Raises `UserError`, with `prefix` and near names, where there is none."""
     if path in _known():
         return _known()[path]
-    raise UserError(f"--config.{path} is no setting; {_near(path)}")
+    raise UserError(f"{prefix}{path} is no setting; {_near(path)}")
 
 
 def _near(path: str) -> str:

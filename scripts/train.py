@@ -74,6 +74,8 @@ def _next(
     given: Any, overrides: list[str], sources: Sequence[str], export: str | None
 ) -> list[str]:
     """What to try after this run."""
+    from sat_jax.config_values import experiment_sweep
+
     made = []
     if export is not None:
         prompt = "def " if any(source.endswith(".py") for source in sources) else "The "
@@ -81,9 +83,11 @@ def _next(
     own = ["--config.model.path=DIR", "--config.data.sources=TEXT", "--workdir=runs/mine"]
     made.append(_command("train", "--config=experiments/tinyllama_cpt.py", *own))
     same = [f"{_PREFIX}{o}" for o in overrides if not o.startswith("sparsity.rate=")]
-    again = _command("train", f"--config={given.config}", *same)
-    rates = f"{_PREFIX}sparsity.rate=$r {shlex.quote(f'--workdir={given.workdir}')}-$r"
-    made.append(f"for r in 0.2 0.4 0.6; do {again} {rates}; done")
+    rates = ["--axis", "sparsity.rate=0,0.2,0.4,0.6"]
+    if experiment_sweep(given.config) is not None:
+        rates = []  # the experiment says itself what to vary
+    where = f"--workdir={given.workdir}-rates"
+    made.append(_command("sweep", f"--config={given.config}", *same, *rates, where))
     return made
 
 

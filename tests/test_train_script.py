@@ -13,7 +13,7 @@ from tests.conftest import ROOT, RunPython
 
 
 def test_the_next_commands_keep_the_settings_and_can_be_typed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_python: RunPython
 ) -> None:
     monkeypatch.chdir(ROOT)
     workdir = tmp_path / "my run"
@@ -26,8 +26,9 @@ def test_the_next_commands_keep_the_settings_and_can_be_typed(
     assert "--config.model.path=DIR" in own
     words = shlex.split(sweep)
     assert "--config.data.sources=a b.txt" in words
-    assert "--config.sparsity.rate=$r" in words and "--config.sparsity.rate=0.3" not in words
-    assert f"--workdir={workdir}-$r;" in words
+    assert "--config.sparsity.rate=0.3" not in words and f"--workdir={workdir}-rates" in words
+    done = run_python(*words[1:], "--dry-run")
+    assert done.returncode == 0 and "4 runs, 4 to do" in done.stdout, done.stderr
 
 
 @pytest.mark.slow

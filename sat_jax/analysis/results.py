@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sat_jax.analysis.rows import append, latest, read
-from sat_jax.config import Config, ExportConfig, SparsityConfig
-from sat_jax.config_values import fingerprint, keys
+from sat_jax.analysis.rows import ORIGIN, append, latest, read
+from sat_jax.config import Config, SparsityConfig
+from sat_jax.config_values import fingerprint, without_free
 
 _KEPT = (
     "steps",
@@ -27,26 +27,27 @@ _KEPT = (
 )
 
 
+def dense_version(config: Config) -> Config:
+    """The same run without sparsity, and without what matters only with it."""
+    optimizer = dataclasses.replace(config.optimizer, moments="freeze")
+    return dataclasses.replace(config, sparsity=SparsityConfig(), optimizer=optimizer)
+
+
 def dense_twin(config: Config) -> str:
     """A name for everything of a run but its sparsity and what no result depends on: runs that
     share it differ in sparsity alone."""
-    twin = dataclasses.replace(config, sparsity=SparsityConfig(), export=ExportConfig())
-    for key in keys():
-        group, _, name = key.path.partition(".")
-        if key.free and name:
-            part = dataclasses.replace(getattr(twin, group), **{name: key.default})
-            twin = dataclasses.replace(twin, **{group: part})
-    return fingerprint(twin)
+    return fingerprint(without_free(dense_version(config)))
 
 
 def record_run(file: Path, experiment: str, config: Config, summary: Mapping[str, Any]) -> None:
-    """Appends a finished run to `file` as one row, unless it is there."""
+    """Appends a finished run to `file` as one row, unless it is there; it comes from where the run
+    was, which may be another machine than this."""
     row = {name: summary[name] for name in _KEPT}
     names = {"experiment": experiment, "twin": dense_twin(config), "rate": max(config.rates)}
     row |= names | {"sparsity": dataclasses.asdict(config.sparsity)}
     row = json.loads(json.dumps(row))  # tuples become lists
     if not file.exists() or latest(read(file), **row) is None:
-        append(file, [row])
+        append(file, [row], {name: summary[name] for name in ORIGIN})
 
 
 def dense_reference(file: Path, config: Config, data: str) -> float | None:

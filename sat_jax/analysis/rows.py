@@ -11,6 +11,7 @@ from sat_jax.errors import UserError
 from sat_jax.provenance import environment
 
 Row = dict[str, Any]
+ORIGIN = ("versions", "device", "commit")  # keys of `environment()`
 
 
 def read(path: Path) -> list[Row]:
@@ -42,8 +43,11 @@ def check(path: Path) -> None:
         )
 
 
-def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Adds rows, each with the date (UTC), commit, device and versions.
+def append(
+    path: Path, rows: Sequence[Mapping[str, Any]], where: Mapping[str, Any] | None = None
+) -> None:
+    """Adds rows, each with the date (UTC) and what `where` says under `ORIGIN`: commit, device and
+    versions, by default those of this process.
 
     Raises `UserError` if the file cannot be written or holds something else than rows,
     `ValueError` for a row that names its origin itself or holds a value that is not finite.
@@ -51,7 +55,7 @@ def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     check(path)
     origin = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **environment(),
+        **(environment() if where is None else where),
     }
     for row in rows:
         if clash := sorted(row.keys() & origin.keys()):

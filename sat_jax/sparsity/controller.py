@@ -52,7 +52,7 @@ class Controller:
         min_gain: float = 0.0,
     ):
         self.rungs, self.neurons = tuple(rungs), neurons
-        self._refresh_every = refresh_every
+        self.refresh_every = refresh_every
         self._patience, self._min_gain = patience, min_gain
         self._best, self._waited = math.inf, 0
 
@@ -75,7 +75,7 @@ class Controller:
         rung = self.rung_at(step)
         if self.neurons.is_dense(rung.plan):
             return False
-        return (step - rung.start) % self._refresh_every == 0
+        return (step - rung.start) % self.refresh_every == 0
 
     def evaluated(self, step: int, loss: float) -> bool:
         """Takes note of the held-out loss after `step` steps; whether the next rung begins now,

@@ -60,6 +60,11 @@ class Metric(NamedTuple):
     needs: tuple[Observable, ...] = ()
     by_column: bool = False
 
+    @property
+    def probes(self) -> bool:
+        """Whether every refresh needs a probe: inputs alone are seen with every step."""
+        return not set(self.needs) <= {"inputs"}
+
 
 def uniform(e: Evidence) -> Scores:
     """Random, new at every draw."""

@@ -6,10 +6,14 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from sat_jax.analysis.flops import training_flops
+from sat_jax.analysis.flops import probe_flops, training_flops
+from sat_jax.config import Config
+from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.sparsity.controller import Controller, Rung
+from sat_jax.sparsity.importance import METRICS
 from sat_jax.sparsity.masks import Masks
 from sat_jax.sparsity.plan import Neurons, Plan
+from sat_jax.train.probe import probed
 from sat_jax.train.step import StepMetrics
 
 if TYPE_CHECKING:
@@ -100,17 +104,26 @@ class Account:
             "seconds": seconds,
             "steady": steady,
             "tokens_per_second": tokens / seconds,
-            "flops_per_second": step_flops(task, rung) * tokens / seconds,
+            "flops_per_second": step_flops(task.config, task.model, rung) * tokens / seconds,
         }
 
 
-def step_flops(task: "Task", rung: Rung | None = None) -> float:
+def step_flops(config: Config, model: LlamaConfig, rung: Rung | None = None) -> float:
     """Training FLOPs a token on a rung, recomputation included; None: densely. Mask execution
     computes everything on every rung."""
-    config, segments = task.config, None
+    segments = None
     if rung is not None and config.sparsity.execution != "mask":
         segments = rung.plan.segments
-    return training_flops(task.model, config.data.row_length, segments, config.model.remat).total
+    return training_flops(model, config.data.row_length, segments, config.model.remat).total
+
+
+def flops_of_probe(config: Config, model: LlamaConfig) -> float:
+    """FLOPs of one probe."""
+    rows, length = probed(
+        config.train.rows_per_step, config.data.row_length, config.sparsity.probe_tokens
+    )
+    gradients = "gradients" in METRICS[config.sparsity.metric].needs
+    return rows * length * probe_flops(model, length, gradients)
 
 
 def kept_shares(plan: Plan, neurons: Neurons) -> tuple[float, float]:

@@ -1,6 +1,5 @@
 """The end of a run: pictures, the exported model, and `summary.json`."""
 
-import math
 import shutil
 import statistics
 from collections.abc import Callable
@@ -8,14 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from sat_jax.analysis.flops import probe_flops, speedup_bound
+from sat_jax.analysis.flops import speedup_bound
 from sat_jax.analysis.plots import Kept, plot_kept, plot_loss, plot_speed
 from sat_jax.interop.huggingface import write_directory
 from sat_jax.models.loss import perplexity_of
-from sat_jax.sparsity.importance import METRICS
-from sat_jax.train.account import Account, kept_shares, step_flops
+from sat_jax.train.account import Account, flops_of_probe, kept_shares, step_flops
 from sat_jax.train.metrics import MetricsLog, read_metrics
-from sat_jax.train.probe import probed
 from sat_jax.train.setup import Task
 from sat_jax.train.summary import Clock, write_summary
 from sat_jax.train.workdir import WorkDir
@@ -94,13 +91,11 @@ def rung_summaries(
 
 def _flops(task: Task, account: Account) -> tuple[float, float]:
     """Training FLOPs spent, probes included, and what the same tokens cost densely."""
-    config, length = task.config, task.config.data.row_length
-    seen = probed(config.train.rows_per_step, length, config.sparsity.probe_tokens)
-    gradients = "gradients" in METRICS[config.sparsity.metric].needs
-    spent = account.probes * math.prod(seen) * probe_flops(task.model, seen[1], gradients)
+    config = task.config
+    spent = account.probes * flops_of_probe(config, task.model)
     for rung, tokens in zip(task.controller.rungs, account.rung_tokens, strict=True):
-        spent += tokens * step_flops(task, rung)
-    return spent, account.tokens * step_flops(task)
+        spent += tokens * step_flops(config, task.model, rung)
+    return spent, account.tokens * step_flops(config, task.model)
 
 
 def _draw(

@@ -19,6 +19,7 @@ from sat_jax.errors import UserError
 from sat_jax.parallel.mesh import row_share
 from sat_jax.parallel.processes import decide, is_primary, on_host
 from sat_jax.sparsity.controller import Rung
+from sat_jax.sparsity.importance import METRICS
 from sat_jax.train.account import Account
 from sat_jax.train.checkpoint import Checkpoints
 from sat_jax.train.finish import finish
@@ -238,7 +239,8 @@ class Run:
     def _probe_for(self, step: int) -> Any:
         """The probe, where this refresh needs one: inputs are seen with every step, except before
         the first, all else by probes alone."""
-        if self._probing is None or (step > 0 and set(self._programs.observe) <= {"inputs"}):
+        metric = METRICS[self._config.sparsity.metric]
+        if self._probing is None or (step > 0 and not metric.probes):
             return None
         return self._probing.result()
 

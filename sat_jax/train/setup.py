@@ -54,16 +54,29 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
     _check_rows(config, mesh)
     _check_attention(config, model)
     model.check_length("data.row_length", config.data.row_length)
+    controller = controller_of(config, model)
+    if max(config.rates) > 0 and not controller.sparse:
+        log("sparsity: no layer omits anything at these rates; this is a dense run")
+    tokenizer, data = prepared_data(config, model, log)
+    return Task(config, model, weights, tokenizer, data, mesh, controller)
+
+
+def controller_of(config: Config, model: LlamaConfig) -> Controller:
+    """The rungs of a run, from its settings and its model's shape."""
     neurons = Neurons(model.n_layers, model.n_kv_heads, model.query_heads, model.d_ff)
-    controller = make_controller(
+    return make_controller(
         config.sparsity,
         neurons,
         config.train.steps,
         _layer_rates(config, neurons),
         config.sparsity.balance or config.mesh.tensor,
     )
-    if max(config.rates) > 0 and not controller.sparse:
-        log("sparsity: no layer omits anything at these rates; this is a dense run")
+
+
+def prepared_data(
+    config: Config, model: LlamaConfig, log: Callable[[str], None]
+) -> tuple[Tokenizer, Prepared]:
+    """The run's tokenizer, and its data, prepared if they are not yet. Starts no device."""
     tokenizer = load_tokenizer(config.data.tokenizer, _model_path(config), model.vocab_size)
     data = prepare(
         sources=config.data.sources,
@@ -75,7 +88,7 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
         model_vocab_size=model.vocab_size,
         log=log,
     )
-    return Task(config, model, weights, tokenizer, data, mesh, controller)
+    return tokenizer, data
 
 
 def initial_params(task: Task) -> dict[str, jax.Array]:

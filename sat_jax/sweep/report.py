@@ -1,0 +1,80 @@
+"""The table at the end of a sweep: a row a setting, over its seeds."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from sat_jax.analysis.tables import (
+    dense_speed,
+    fixed_width,
+    is_dense,
+    is_measured,
+    whole_run_speedup,
+)
+from sat_jax.sweep.axes import short_names, told
+from sat_jax.sweep.runs import Run
+
+Summary: TypeAlias = Mapping[str, Any]
+
+
+def report(ended: Sequence[tuple[Run, Summary]]) -> str:
+    """Of runs that have finished: held-out perplexity after, its distance from the dense run of the
+    same seed where that is one of them, and speed-ups over a run's own dense rung; each the mean
+    over the seeds ± its standard error, where there are two or more."""
+    dense = {run.twin: summary["perplexity_after"] for run, summary in ended if run.dense}
+    groups: dict[str, list[tuple[Run, Summary]]] = {}
+    for run, summary in ended:
+        groups.setdefault(run.group, []).append((run, summary))
+    short = short_names(path for run, _ in ended for path in run.settings if path != "seed")
+    rows = []
+    for members in groups.values():
+        settings = {k: v for k, v in members[0][0].settings.items() if k != "seed"}
+
+        def over(what: Callable[[Run, Summary], float | None], text: str) -> str:
+            return mean_and_error([what(*one) for one in members], text)  # noqa: B023  # used here
+
+        rows.append(
+            [
+                told(settings, short) or "as given",
+                str(len(members)),
+                over(lambda _, summary: summary["perplexity_after"], "{:.3f}"),
+                over(lambda run, summary: _gap(summary, None if run.dense else dense.get(run.twin)),
+                     "{:+.1f} %"),
+                over(lambda _, summary: _first_rung(summary["rungs"]), "{:.2f}x"),
+                over(lambda _, summary: _whole(summary["rungs"]), "{:.2f}x"),
+            ]
+        )  # fmt: skip
+    header = ("settings", "seeds", "perplexity", "from dense", "first rung", "whole run")
+    align = ("left", *("right",) * 5)
+    return fixed_width(header, rows, align)  # type: ignore[arg-type]
+
+
+def mean_and_error(values: Sequence[float | None], text: str) -> str:
+    """`1.234 ± 0.005`, each as `text` formats it; the error of a mean of one is not known, and a
+    missing value makes the mean `-`."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values) or not known:
+        return "-"
+    mean = text.format(statistics.mean(known))
+    if len(known) == 1:
+        return mean
+    error = statistics.stdev(known) / len(known) ** 0.5
+    return f"{mean} ± {text.replace('+', '').format(error)}"
+
+
+def _gap(summary: Summary, dense: float | None) -> float | None:
+    """Per cent."""
+    after = summary["perplexity_after"]
+    return None if dense is None or after is None else 100 * (after / dense - 1)
+
+
+def _first_rung(rungs: Sequence[Mapping[str, Any]]) -> float | None:
+    reference = dense_speed(rungs)
+    if reference is None or is_dense(rungs[0]) or not is_measured(rungs[0]):
+        return None
+    speed: float = rungs[0]["tokens_per_second"]
+    return speed / reference
+
+
+def _whole(rungs: Sequence[Mapping[str, Any]]) -> float | None:
+    return None if is_dense(rungs[0]) else whole_run_speedup(rungs)

@@ -1,0 +1,350 @@
+"""Sweeps up to their start: axes, lists, names, what cannot be, costs, and what is shown."""
+
+import io
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import submitit
+
+from sat_jax.analysis.rows import read
+from sat_jax.config_values import experiment, experiment_sweep, load
+from sat_jax.errors import UserError
+from sat_jax.sweep.axes import combine, cross, listed, parse_axes, read_runs, short_names, told
+from sat_jax.sweep.board import make_board
+from sat_jax.sweep.drive import SweepDir
+from sat_jax.sweep.estimate import Speed, cost_of, dry_run, probes_of, speed_of
+from sat_jax.sweep.launch import Job, Local, Slurm, slurm_options
+from sat_jax.sweep.report import mean_and_error, report
+from sat_jax.sweep.runs import Run, make_runs, prepare_all
+from sat_jax.sweep.watch import State
+from sat_jax.train.files import write_json
+from tests.conftest import ROOT, RunPython
+
+TINY = str(ROOT / "experiments/tiny.py")
+
+
+def runs_of(*axes: str, fixed: dict[str, Any] | None = None) -> list[Run]:
+    runs, refused = make_runs(experiment(TINY), fixed or {}, cross([{}], parse_axes(axes)))
+    assert not refused
+    return runs
+
+
+@pytest.fixture(autouse=True)
+def in_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def test_axes_are_typed_and_semicolons_separate_lists() -> None:
+    axes = parse_axes(
+        ["sparsity.rate=0,0.5", "sparsity.dense_layers=;0,1;0", "sparsity.rate_mlp=None,0.5"]
+    )
+    assert axes == {
+        "sparsity.rate": [0.0, 0.5],
+        "sparsity.dense_layers": [(), (0, 1), (0,)],
+        "sparsity.rate_mlp": [None, 0.5],
+    }
+    assert all(type(rate) is float for rate in axes["sparsity.rate"])
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["sparsity.dense_layers=0,1"], r"is a list with commas itself; .*'sparsity.dense_layers="),
+        (["sparsity.rat=0.1"], r"--axis sparsity\.rat is no setting; near: sparsity\.rate"),
+        (["sparsity.rate=0.1,1.5"], r"sparsity\.rate is 1\.5; accepted: float >= 0, <= 1"),
+        (["sparsity.rate"], r"has no values"),
+        (["sparsity.rate=0.1,0.10"], r"has a value twice"),
+        (["seed=1", "seed=2"], r"--axis seed is given twice"),
+    ],
+)
+def test_a_wrong_axis_is_refused(texts: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_axes(texts)
+
+
+def test_lists_axes_and_seeds_are_crossed() -> None:
+    listing = listed([{"sparsity.rate": 0.2}, {"sparsity.rate": 0.4}], "here")
+    fixed, points = combine(["train.steps=5"], {"sparsity.metric": ["uniform"]}, listing, 2)
+    assert fixed == {"train.steps": 5}
+    assert [tuple(point.values()) for point in points] == [
+        (0.2, "uniform", 0), (0.2, "uniform", 1), (0.4, "uniform", 0), (0.4, "uniform", 1),
+    ]  # fmt: skip
+    assert listed({"seed": [0, 1], "train.steps": [5]}, "here") == [
+        {"seed": 0, "train.steps": 5},
+        {"seed": 1, "train.steps": 5},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "axes", "listing", "seeds", "message"),
+    [
+        ([], {}, None, None, "nothing to sweep over"),
+        ([], {"seed": [1]}, None, 2, "seed is given by --seeds and by --axis"),
+        (["seed=3"], {"seed": [1]}, None, None, "seed varies over the sweep, and --config.seed"),
+        ([], {"seed": [1]}, [{"seed": 2}], None, "seed is in the list of runs and an axis"),
+        ([], {"train.log_every": [1, 2]}, None, None, "train.log_every changes no result"),
+    ],
+)
+def test_a_setting_has_one_source(
+    overrides: list[str], axes: Any, listing: Any, seeds: int | None, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        combine(overrides, axes, listing, seeds)
+
+
+def test_runs_come_from_files(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"seed": 1}\n\n{"sparsity.dense_layers": [0, 1]}\n')
+    assert listed(read_runs(tmp_path / "a.jsonl"), "a") == [
+        {"seed": 1}, {"sparsity.dense_layers": [0, 1]},
+    ]  # fmt: skip
+    (tmp_path / "b.json").write_text("[")
+    for file in (tmp_path / "b.json", tmp_path / "none.json"):
+        with pytest.raises(UserError, match=f"--runs {file} cannot be read"):
+            read_runs(file)
+    for wrong in (3, [], [{"seed": 1}, 4], [{"sead": 1}], {"seed": 1}, {"seed": []}):
+        with pytest.raises(UserError, match=r"^x"):
+            listed(wrong, "x")
+
+
+def test_an_experiment_gives_its_sweep(tmp_path: Path) -> None:
+    assert experiment_sweep(TINY) is None
+    file = tmp_path / "table.py"
+    file.write_text(
+        "def get_sweep(scale='small'):\n    return [{'seed': {'small': 1, 'full': 2}[scale]}]\n"
+    )
+    assert experiment_sweep(str(file)) == [{"seed": 1}]
+    assert experiment_sweep(f"{file}:full") == [{"seed": 2}]
+    with pytest.raises(UserError, match="has no variant 'huge'"):
+        experiment_sweep(f"{file}:huge")
+
+
+def test_a_name_is_what_results_depend_on() -> None:
+    one, other = runs_of("sparsity.rate=0.25,0.5")
+    (same,) = runs_of("sparsity.rate=0.5", fixed={"train.log_every": 3, "checkpoint.keep": 5})
+    assert other.name == same.name != one.name
+    first, second = runs_of("seed=0,1")
+    assert first.name != second.name and first.group == second.group
+
+
+def test_dense_runs_that_differ_in_sparsity_are_one() -> None:
+    runs = runs_of("sparsity.rate=0,0.5", "sparsity.metric=uniform,wanda", "seed=0,1")
+    assert [told(run.settings, {"sparsity.rate": "rate"}) for run in runs if run.dense] == [
+        "rate=0.0 seed=0", "rate=0.0 seed=1",
+    ]  # fmt: skip
+    assert len(runs) == 6
+    assert {run.twin for run in runs if run.settings["seed"] == 0} == {runs[0].twin}
+
+
+def test_the_twin_of_a_run_with_decay_is_a_dense_run() -> None:
+    """`decay` needs mask execution, which a run without sparsity does not have."""
+    fixed = {"sparsity.execution": "mask"}
+    decay, freeze = runs_of("optimizer.moments=decay,freeze", fixed=fixed)
+    assert decay.twin == freeze.twin == runs_of("sparsity.rate=0")[0].twin
+
+
+def test_all_that_cannot_be_is_told_at_once() -> None:
+    axes = parse_axes(["optimizer.moments=decay,freeze", "sparsity.dense_layers=0;7"])
+    runs, refused = make_runs(experiment(TINY), {}, cross([{}], axes))
+    assert len(runs) == 1
+    assert [one.settings["optimizer.moments"] for one in refused] == ["decay", "decay", "freeze"]
+    assert "gather execution" in refused[0].reason and "7" in refused[2].reason
+    good, bad = prepare_all(runs_of("data.sources=README.md,CHANGELOG.md;none.md"), print)
+    assert [one.config.data.sources for one in good] == [("README.md", "CHANGELOG.md")]
+    assert "none.md" in bad[0].reason
+
+
+def test_costs_are_counted_from_shapes() -> None:
+    dense, uniform, wanda, output = runs_of(
+        "sparsity.rate=0,0.5", "sparsity.metric=uniform,wanda,output"
+    )
+    assert [probes_of(run) for run in (dense, uniform, wanda, output)] == [0, 0, 1, 5]
+    costs = [cost_of(run) for run in (dense, uniform, wanda, output)]
+    assert costs[0].spent == costs[0].dense == costs[1].dense > costs[3].spent
+    assert costs[1].spent < costs[2].spent < costs[3].spent
+    # The quickstart's committed row: full rows are the most that its packed ones can be.
+    row = read(ROOT / "experiments/results/runs.jsonl")[-1]
+    fixed = {"model.path": None, "model.preset": "smollm2-135m"}
+    ((quick,), _) = make_runs(experiment(str(ROOT / "experiments/quickstart.py")), fixed, [{}])
+    assert probes_of(quick) == row["probes"]
+    assert row["spent_flops"] <= cost_of(quick).spent < 1.03 * row["spent_flops"]
+
+
+def test_a_dry_run_tells_runs_costs_and_where_the_time_is_from(tmp_path: Path) -> None:
+    runs = runs_of("sparsity.rate=0,0.5")
+    shown = dry_run(runs, [runs[0].name], Speed(1e9, "a test"))
+    assert shown.splitlines()[2].split() == [
+        runs[0].name, "rate=0.0", "7.38", "GFLOP", "7.38", "GFLOP", "1.00x", "finished",
+    ]  # fmt: skip
+    assert "5.7 s" in shown.splitlines()[3]
+    assert "2 runs, 1 to do: at most 5.72 GFLOP, 5.7 s one after another" in shown
+    assert shown.endswith("at 1.00 GFLOP/s, from a test")
+    assert dry_run(runs, [], None).endswith("give --flops-per-second")
+    measured = speed_of([{"spent_flops": 6e9, "seconds": {"total": 3.0}}], runs, tmp_path)
+    assert measured == Speed(2e9, "1 finished of this sweep")
+    committed = speed_of([], runs, ROOT / "experiments/results/benchmark.jsonl")
+    assert committed is not None and "smollm2-135m in float32" in committed.source
+    assert speed_of([], runs, tmp_path / "none.jsonl") is None
+
+
+def summary(after: float, rate: float) -> dict[str, Any]:
+    parts = [(rate, 150.0), (0.0, 100.0)] if rate else [(0.0, 100.0)]
+    rungs = [
+        {"kept_heads": 1 - r, "kept_channels": 1 - r, "tokens": 100, "steps_timed": 5,
+         "tokens_per_second": speed}
+        for r, speed in parts
+    ]  # fmt: skip
+    return {"perplexity_after": after, "rungs": rungs}
+
+
+def test_the_last_table_has_means_over_seeds() -> None:
+    runs = runs_of("sparsity.rate=0,0.5", "seed=0,1")
+    after = [10.0, 20.0, 11.0, 24.0]
+    ended = [
+        (run, summary(value, run.config.sparsity.rate))
+        for run, value in zip(runs, after, strict=True)
+    ]
+    lines = report(ended).splitlines()
+    assert lines[2].split() == ["rate=0.0", "2", "15.000", "±", "5.000", "-", "-", "-"]
+    assert lines[3].split("  ")[-3:] == ["+15.0 % ± 5.0 %", "1.50x ± 0.00x", "1.20x ± 0.00x"]
+    assert report(ended[2:3]).splitlines()[2].split() == [
+        "rate=0.5", "1", "11.000", "-", "1.50x", "1.20x",
+    ]  # fmt: skip
+    assert mean_and_error([1.0, None], "{}") == mean_and_error([], "{}") == "-"
+
+
+def test_short_names_stay_apart() -> None:
+    assert short_names(["a.rate", "b.rate", "b.name"]) == {
+        "a.rate": "a.rate", "b.rate": "b.rate", "b.name": "name",
+    }  # fmt: skip
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_shown_on_a_terminal_and_elsewhere(tmp_path: Path) -> None:
+    folder = SweepDir(tmp_path)
+    one, other = [folder.watched(run) for run in runs_of("sparsity.rate=0.25,0.5")]
+    one.workdir.path.mkdir()
+    record = {"step": 6, "loss": 3.5, "tokens_per_second": 1234.0, "seconds": 0.5}
+    one.workdir.metrics.write_text(json.dumps({"step": 0, "eval_loss": 5.5}) + "\n")
+    assert one.look()
+    with one.workdir.metrics.open("a") as file:
+        file.write(json.dumps(record) + "\n" + '{"step": 7, "lo')  # not whole yet
+    assert one.look() and not one.look() and not other.look()
+    assert (one.step, one.seconds_left) == (6, 9.0)
+    one.state, other.state, other.error = State.RUNNING, State.FAILED, "no text"
+    lines, terminal = io.StringIO(), Terminal()
+    with make_board([one, other], lines, every=0.0) as board:
+        board.changed(other)
+        board.refresh()
+    with make_board([one, other], terminal) as board:
+        board.changed(other)
+    assert lines.getvalue().splitlines() == [
+        f"[1/2] {other.run.name}  rate=0.5  failed: no text (log: {other.log})",
+        f"{one.run.name}  rate=0.25  step 6/24  loss 3.5000  eval 5.5000  1.23k tok/s  left 9.0 s",
+    ]
+    for part in ("1 running, 1 failed", "6/24", "3.5000", "1.23k", "9.0 s", "failed: no text"):
+        assert part in terminal.getvalue()
+    one.workdir.metrics.write_text(json.dumps(record | {"step": 2}) + "\n")
+    assert one.look() and one.step == 2  # a resumed run dropped what came after
+
+
+def test_the_folder_remembers_what_was_asked(tmp_path: Path) -> None:
+    folder = SweepDir(tmp_path / "sweep")
+    first, second = runs_of("sparsity.rate=0.25,0.5")
+    with ExitStack() as stack:
+        folder.hold(stack)
+        for command, runs in ((["a"], [first]), (["b"], [second]), (["a"], [first])):
+            folder.asked({"command": command}, runs)
+        with pytest.raises(UserError, match="is in use by process"):
+            SweepDir(tmp_path / "sweep").hold(stack)
+    asked = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert asked["runs"] == {
+        first.name: {"sparsity.rate": 0.25},
+        second.name: {"sparsity.rate": 0.5},
+    }
+    assert len(asked["commands"]) == 2
+    done = folder.watched(first).workdir
+    done.path.mkdir()
+    write_json(done.summary, {})
+    assert folder.watched(first).state is State.FINISHED
+    assert folder.watched(second).state is State.WAITING
+    write_json(tmp_path / "config.json", {})
+    with pytest.raises(UserError, match="holds a run; a sweep needs"), ExitStack() as stack:
+        SweepDir(tmp_path).hold(stack)
+
+
+def test_options_of_a_launcher_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = slurm_options(["time=60,partition=a,nodelist=x,y", "setup=module load cuda, gcc"])
+    assert options == {
+        "time": 60, "partition": "a", "nodelist": "x,y", "setup": ["module load cuda, gcc"],
+    }  # fmt: skip
+    for wrong in (["time"], ["partition=a"], ["time=1:00"], ["time=5,nodes=2"], ["time=5,time=6"]):
+        with pytest.raises(UserError, match="--slurm "):
+            slurm_options(wrong)
+    for name in ("sbatch", "srun"):
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"--slurm: Unavailable parameter\(s\): \['tyme'\]"):
+        Slurm(tmp_path, {"time": 5, "tyme": 5})
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="no sbatch on PATH"):
+        Slurm(tmp_path, {"time": 5})
+    with pytest.raises(UserError, match="--gpus 0,1,2 are not shared evenly by --workers 2"):
+        Local(tmp_path, 2, [0, 1, 2])
+
+
+class Held:
+    """A job that has not ended, in place of submitit's."""
+
+    def __init__(self, job: Job):
+        self.job = job
+
+    def done(self) -> bool:
+        return False
+
+
+def test_each_worker_has_its_own_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submitit.LocalExecutor, "submit", lambda _, job: Held(job))
+    (run,) = runs_of("sparsity.rate=0.5")
+    job = Job(run.config, tmp_path / "run", tmp_path / "log")
+    shared = Local(tmp_path, 2, [4, 5, 6, 7])
+    assert shared.room() == 2
+    first, second = (held.job for held in shared.submit([job, job]))  # type: ignore[attr-defined]
+    assert shared.room() == 0
+    assert first.environment == {"CUDA_VISIBLE_DEVICES": "4,5"} and first.platform == "cuda"
+    assert second.environment == {"CUDA_VISIBLE_DEVICES": "6,7"}
+    for given in ("3", None):  # as this process has it: submitit would hide all of them
+        if given is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        (only,) = (held.job for held in Local(tmp_path).submit([job]))  # type: ignore[attr-defined]
+        assert only.environment == {"CUDA_VISIBLE_DEVICES": given} and only.platform is None
+
+
+def test_invalid_runs_start_nothing(tmp_path: Path, run_python: RunPython) -> None:
+    command = (
+        "-m", "scripts.sweep", "--config=experiments/tiny.py", f"--workdir={tmp_path / 'sweep'}",
+        "--axis", "optimizer.moments=freeze,decay", "--seeds", "2",
+    )  # fmt: skip
+    done = run_python(*command)
+    assert done.returncode == 2 and not (tmp_path / "sweep").exists()
+    *invalid, last = done.stderr.splitlines()
+    assert [line.partition(": optimizer.moments '")[0] for line in invalid] == [
+        "invalid: optimizer.moments=decay seed=0", "invalid: optimizer.moments=decay seed=1",
+    ]  # fmt: skip
+    assert last.startswith("error: 2 runs are invalid, nothing was started; --skip-invalid")
+    done = run_python(*command, "--skip-invalid", "--dry-run")
+    assert done.returncode == 0 and "2 runs, 2 to do" in done.stdout
+
+
+def test_settings_of_a_file_win_over_nothing_else() -> None:
+    """A run of a sweep is what scripts.train makes of the same settings."""
+    (run,) = runs_of("sparsity.rate=0.25", fixed={"train.steps": 5})
+    assert run.config == load(TINY, ["sparsity.rate=0.25", "train.steps=5"])
