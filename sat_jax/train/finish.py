@@ -1,5 +1,6 @@
 """The end of a run: pictures, the exported model, and `summary.json`."""
 
+import dataclasses
 import math
 import shutil
 import statistics
@@ -57,7 +58,9 @@ def finish(
             "probes": account.probes,
             "compile_seconds": account.compile_seconds,
             "first_step_seconds": account.first_step_seconds,
+            "loss_tokens": account.loss_tokens,
             "data": task.data.info.fingerprint,
+            "prepared": dataclasses.asdict(task.data.info),
             "figures": figures,
             "export": export,
         },

@@ -10,6 +10,8 @@ from jax.sharding import Mesh, Sharding
 
 from sat_jax.cache import cache_dir
 from sat_jax.config import Config
+from sat_jax.data.conversations import trained_with
+from sat_jax.data.form import Form
 from sat_jax.data.prepare import Prepared, prepare
 from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sat_jax.errors import UserError
@@ -61,6 +63,7 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
     )
     if max(config.rates) > 0 and not controller.sparse:
         log("sparsity: no layer omits anything at these rates; this is a dense run")
+    form = Form.of(config.data)
     tokenizer = load_tokenizer(config.data.tokenizer, _model_path(config), model.vocab_size)
     data = prepare(
         sources=config.data.sources,
@@ -68,10 +71,11 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
         row_length=config.data.row_length,
         held_out=config.data.held_out,
         max_tokens=config.data.max_tokens,
-        text_field=config.data.text_field,
+        form=form,
         model_vocab_size=model.vocab_size,
         log=log,
     )
+    tokenizer = trained_with(tokenizer, form)
     return Task(config, model, weights, tokenizer, data, mesh, controller)
 
 
