@@ -21,6 +21,7 @@ from sat_jax.config_values import (
     load,
     to_dict,
 )
+from sat_jax.data.form import Form
 from sat_jax.errors import UserError
 from sat_jax.models.presets import PRESETS
 from sat_jax.sparsity.importance import METRICS
@@ -117,6 +118,7 @@ DEPENDENT = {
     *("model.preset", "train.accumulate", "optimizer.warmup_steps", "optimizer.moments"),
     *("sparsity.split", "sparsity.rungs", "sparsity.aggregate", "sparsity.temperature"),
     *("mesh.data", "mesh.tensor"),
+    *(f"data.{field.name}" for field in dataclasses.fields(Form)),
 }
 VALID = {path: valid(key) for path, key in KEYS.items() if path not in DEPENDENT}
 
@@ -155,6 +157,16 @@ BASE = {
     "sparsity.metric": "wanda",
     "sparsity.selection": "sample",
 }
+NEEDS = {
+    **{
+        f"data.{name}_field": {"data.format": "prompt_completion"}
+        for name in ("prompt", "completion")
+    },
+    **{
+        f"data.{name}": {"data.format": "messages"}
+        for name in ("chat_template", "system", "loss_on", "too_long")
+    },
+}
 DEFAULTS = {path: KEYS[path].default for path in BASE if path.startswith("sparsity.")}
 
 
@@ -163,7 +175,7 @@ def test_the_fingerprint_names_every_setting() -> None:
     prints = {fingerprint(base)}
     for path, key in KEYS.items():
         value = other(key)
-        changed = from_config_dict(nested(BASE | {path: value}))
+        changed = from_config_dict(nested(BASE | NEEDS.get(path, {}) | {path: value}))
         assert value_of(changed, path) == value != value_of(base, path)
         prints.add(fingerprint(changed))
     assert len(prints) == len(KEYS) + 1
