@@ -54,6 +54,8 @@ def test_white_space_at_the_end_of_an_answer_is_part_of_it(tmp_path: Path) -> No
     assert tokenizer.decode(code.ids) == "q again\n\n"
     assert code.answers == [(1, len(code.ids))]
     assert code.text_bytes == len(" again\n\n")
+    (alone,) = reader.encode([Document('[["user", ""], ["assistant", "xy"]]', "x")])
+    assert alone.answers == [(1, 2)]  # nothing predicts a first token
 
 
 @pytest.mark.parametrize(
