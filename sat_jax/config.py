@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, Literal
 
+from sat_jax.data.chat_templates import TEMPLATES
+from sat_jax.data.form import Form, Format, LossOn, TooLong
 from sat_jax.errors import UserError
 from sat_jax.models.dot_product import Implementation
 from sat_jax.models.llama import Remat
@@ -76,7 +78,27 @@ class DataConfig:
         low=0.0,
     )
     max_tokens: int | None = key(None, "tokens prepared at most; None takes everything", low=4)
+    format: Format = key(
+        "text",
+        "what is learnt: every token of texts, or the answers in JSON lines of messages"
+        " (role, content), ShareGPT's conversations (from, value), Alpaca's instruction, input and"
+        " output, or a prompt and its completion",
+    )
     text_field: str = key("text", "the field of JSON-lines (or of a TFDS dataset) that holds text")
+    prompt_field: str = key("prompt", "of prompt_completion: the field that holds the prompt")
+    completion_field: str = key("completion", "of prompt_completion: the field of the answer")
+    chat_template: str = key(
+        "model",
+        f"what writes an example as text: the model's own (model), {', '.join(TEMPLATES)}, or the"
+        " path of a .jinja file",
+    )
+    system: str | None = key(None, "the system prompt of examples that have none")
+    loss_on: LossOn = key("all", "answers that are learnt: all of an example, or its last")
+    too_long: TooLong = key(
+        "drop",
+        "an example longer than a row, which is never split: dropped, cut at its end, or refused;"
+        " the first two are counted",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +241,7 @@ class Config:
 
     def __post_init__(self) -> None:
         self._check_model()
+        Form.of(self.data)  # refuses a setting that says nothing to the format
         self._check_steps()
         self._check_sparsity()
 

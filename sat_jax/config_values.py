@@ -72,10 +72,26 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), allow_nan=False))
 
 
-def fingerprint(config: Config) -> str:
-    """12 hexadecimal digits that name these settings."""
-    text = json.dumps(to_dict(config), sort_keys=True)
+def changed(config: Config) -> dict[str, Any]:
+    """Dotted key → value of every setting that is not at its default, as JSON gives it back."""
+    values = {}
+    for known in keys():
+        value = functools.reduce(getattr, known.path.split("."), config)
+        if value != known.default:
+            values[known.path] = list(value) if isinstance(value, tuple) else value
+    return values
+
+
+def name_of(values: Mapping[str, Any]) -> str:
+    """12 hexadecimal digits that name some settings."""
+    text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def fingerprint(config: Config) -> str:
+    """A name for these settings. It stays what it is where settings are added later, since what is
+    at its default has no part in it."""
+    return name_of(changed(config))
 
 
 def from_config_dict(values: Mapping[str, Any] | ConfigDict) -> Config:

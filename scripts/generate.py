@@ -72,9 +72,10 @@ def main() -> None:
         given.prompt.encode()
     except UnicodeEncodeError as error:  # bytes of the command line that are no text
         raise UserError(f"--prompt is not UTF-8 at character {error.start}") from error
+    from sat_jax.data.chat import render_chat
     from sat_jax.evaluate.generate import Sampling, stream
     from sat_jax.evaluate.subject import open_subject
-    from sat_jax.evaluate.text import TextStream, render_chat
+    from sat_jax.evaluate.text import TextStream
 
     sampling = Sampling(given.temperature, given.top_k, given.top_p)
     subject = open_subject(given.model)
@@ -85,13 +86,8 @@ def main() -> None:
             raise UserError(
                 f"{given.model}: no chat template; without --chat the prompt is continued"
             )
-        named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-        special = {
-            name: tokenizer.backend.id_to_token(number)
-            for name, number in named.items()
-            if number is not None
-        }
-        text = render_chat(tokenizer.chat_template, [{"role": "user", "content": text}], special)
+        asked = [{"role": "user", "content": text}]
+        text = render_chat(tokenizer.chat_template, asked, tokenizer.special_tokens)
     (prompt,) = tokenizer.encode_batch([text])
     if not prompt:
         raise UserError("--prompt is empty, and this tokenizer has no token to begin with")

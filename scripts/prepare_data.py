@@ -2,6 +2,7 @@
 
   python -m scripts.prepare_data --sources 'package:sympy/**/*.py' --tokenizer bytes
   python -m scripts.prepare_data --sources books/ notes.jsonl.gz --model-path DIRECTORY
+  python -m scripts.prepare_data --sources chats.jsonl --format messages --model-path DIRECTORY
 
 Training prepares what it needs by itself, with these settings as `data.*`; to run this first is
 useful where the machine that trains should not spend its time on it. Training looks only in the
@@ -54,7 +55,29 @@ def parser() -> Parser:
         " many; default 0.05",
     )
     add("--max-tokens", type=int, metavar="N", help="cap on the tokens of both splits together")
+    add(
+        "--format",
+        default="text",
+        help="text (default), or examples whose answers are learnt: messages, sharegpt, alpaca,"
+        " prompt_completion",
+    )
     add("--text-field", default="text", metavar="NAME", help="of JSON lines; default text")
+    add("--prompt-field", default="prompt", metavar="NAME", help="of prompt_completion")
+    add("--completion-field", default="completion", metavar="NAME", help="of prompt_completion")
+    add(
+        "--chat-template",
+        default="model",
+        metavar="NAME",
+        help="of examples: model (default) or chatml, llama2, zephyr, alpaca, plain, a .jinja",
+    )
+    add("--system", metavar="TEXT", help="the system prompt of examples that have none")
+    add("--loss-on", default="all", metavar="WHICH", help="all answers (default), or the last")
+    add(
+        "--too-long",
+        default="drop",
+        metavar="WAY",
+        help="an example longer than a row: drop (default), cut_end or refuse",
+    )
     add(
         "--out",
         type=Path,
@@ -68,6 +91,7 @@ def main() -> None:
     """Prepares, then prints what there is now."""
     given = parser().parse_args()
     # Only now: --help and a misspelt option answer at once.
+    from sat_jax.data.form import Form
     from sat_jax.data.prepare import prepare
     from sat_jax.data.tokenizer import load_tokenizer
     from sat_jax.interop import locate
@@ -82,7 +106,7 @@ def main() -> None:
         row_length=given.row_length,
         held_out=given.held_out,
         max_tokens=given.max_tokens,
-        text_field=given.text_field,
+        form=Form.of(given),
         root=given.out,
         log=print,
     )
@@ -92,10 +116,14 @@ def main() -> None:
     for name, split in info.splits.items():
         counts = "".join(f"{getattr(split, column):>16,}" for column in columns)
         print(f"{name:>16}{counts}{split.useful_share:>16.1%}")
+    left_out = sum(info.left_out.values())
+    if info.form["format"] != "text":
+        print(f"{info.files} files, {info.documents} examples, {left_out} without an answer")
+        return
     eos = "no" if tokenizer.eos_id is None else f"eos {tokenizer.eos_id}"
     bos = f"bos {tokenizer.bos_id}" if tokenizer.adds_bos else "no bos"
     print(
-        f"{info.files} files, {info.documents} documents with text, {info.empty_documents} empty;"
+        f"{info.files} files, {info.documents} documents with text, {left_out} empty;"
         f" tokenizer of {info.vocab_size} ids, {bos} and {eos} to each document"
     )
 

@@ -11,11 +11,13 @@ and compiled programs are kept in $SAT_JAX_CACHE (default ~/.cache/sat_jax).
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sat_jax.cli import Parser, run
+
+if TYPE_CHECKING:
+    from sat_jax.config import DataConfig
 
 _PREFIX = "--config."
 _RESULTS = Path(__file__).resolve().parents[1] / "experiments" / "results" / "runs.jsonl"
@@ -65,21 +67,23 @@ def main() -> None:
     reference = dense_reference(_RESULTS, config, summary["data"])
     shown = {
         "perplexity_dense": reference,
-        "next_commands": _next(given, overrides, config.data.sources, summary["export"]),
+        "next_commands": _next(given, overrides, config.data, summary["export"]),
     }
     print(end_of_run(summary | shown))
 
 
-def _next(
-    given: Any, overrides: list[str], sources: Sequence[str], export: str | None
-) -> list[str]:
+def _next(given: Any, overrides: list[str], data: "DataConfig", export: str | None) -> list[str]:
     """What to try after this run."""
     from sat_jax.config_values import experiment_sweep
 
     made = []
     if export is not None:
-        prompt = "def " if any(source.endswith(".py") for source in sources) else "The "
-        made.append(_command("generate", "--model", export, "--prompt", prompt))
+        prompt = ["The "]
+        if data.format != "text":
+            prompt = ["What is 6 times 7?", "--chat"]
+        elif any(source.endswith(".py") for source in data.sources):
+            prompt = ["def "]
+        made.append(_command("generate", "--model", export, "--prompt", *prompt))
     own = ["--config.model.path=DIR", "--config.data.sources=TEXT", "--workdir=runs/mine"]
     made.append(_command("train", "--config=experiments/tinyllama_cpt.py", *own))
     same = [f"{_PREFIX}{o}" for o in overrides if not o.startswith("sparsity.rate=")]

@@ -21,6 +21,7 @@ from sat_jax.config_values import (
     load,
     to_dict,
 )
+from sat_jax.data.form import Form
 from sat_jax.errors import UserError
 from sat_jax.models.presets import PRESETS
 from sat_jax.sparsity.importance import METRICS
@@ -121,6 +122,7 @@ DEPENDENT = {
     *("sparsity.schedule", "sparsity.dense_start", "sparsity.patience", "sparsity.min_gain"),
     *("sparsity.layer_rates_attention", "sparsity.layer_rates_mlp", "sparsity.dense_layers"),
     *("mesh.data", "mesh.tensor"),
+    *(f"data.{field.name}" for field in dataclasses.fields(Form)),
 }
 VALID = {path: valid(key) for path, key in KEYS.items() if path not in DEPENDENT}
 
@@ -161,6 +163,16 @@ BASE = {
     "sparsity.metric": "wanda",
     "sparsity.selection": "sample",
 }
+NEEDS = {
+    **{
+        f"data.{name}_field": {"data.format": "prompt_completion"}
+        for name in ("prompt", "completion")
+    },
+    **{
+        f"data.{name}": {"data.format": "messages"}
+        for name in ("chat_template", "system", "loss_on", "too_long")
+    },
+}
 DEFAULTS = {path: KEYS[path].default for path in BASE if path.startswith("sparsity.")}
 
 
@@ -169,7 +181,7 @@ def test_the_fingerprint_names_every_setting() -> None:
     prints = {fingerprint(base)}
     for path, key in KEYS.items():
         value = other(key)
-        changed = from_config_dict(nested(BASE | {path: value}))
+        changed = from_config_dict(nested(BASE | NEEDS.get(path, {}) | {path: value}))
         assert value_of(changed, path) == value != value_of(base, path)
         prints.add(fingerprint(changed))
     assert len(prints) == len(KEYS) + 1

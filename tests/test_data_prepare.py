@@ -16,6 +16,7 @@ import pytest
 from sat_jax.data import corpus
 from sat_jax.data import prepare as prepare_module
 from sat_jax.data.batches import in_order, open_split
+from sat_jax.data.form import Form
 from sat_jax.data.prepare import Prepared, load_prepared, prepare
 from sat_jax.data.splits import budgets
 from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -73,7 +74,7 @@ def test_documents_arrive_whole_in_one_split_each(tmp_path: Path) -> None:
     documents = some(60)
     with_empty = [text for pair in zip(documents, [" ", ""] * 30, strict=True) for text in pair]
     prepared = made(write(tmp_path / "in", with_empty), row_length=80)
-    assert (prepared.info.documents, prepared.info.empty_documents) == (60, 60)
+    assert (prepared.info.documents, prepared.info.left_out) == (60, {"empty": 60})
     train, held_out = (documents_in(prepared, split) for split in ("train", "held_out"))
     assert sorted(train + held_out) == sorted(documents)
     assert len(held_out) == 12
@@ -230,7 +231,7 @@ def test_every_setting_has_a_preparation_of_its_own(tmp_path: Path) -> None:
     small = load_tokenizer("bytes", model_vocab_size=256)
     changes: list[dict[str, object]] = [
         *({}, {"row_length": 17}, {"held_out": 0.3}, {"max_tokens": 100}),
-        *({"text_field": "body"}, {"tokenizer": small}),
+        *({"form": Form(text_field="body")}, {"tokenizer": small}),
     ]
     names = {made(folder, **change).info.fingerprint for change in changes}
     assert len(names) == len(changes)
@@ -264,12 +265,12 @@ import sys, time
 from pathlib import Path
 from sat_jax.data import prepare
 from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
-write = prepare._write_tfds
-def stop(*arguments):
-    write(*arguments)
+write = prepare.write_tfds
+def stop(*arguments, **more):
+    write(*arguments, **more)
     print("written", flush=True)
     time.sleep(100)
-prepare._write_tfds = stop
+prepare.write_tfds = stop
 prepare.prepare(sources={str(folder)!r}, tokenizer=load_tokenizer("bytes"), row_length=16,
                 held_out=0.2, root=Path({str(tmp_path / "prepared")!r}))
 """
@@ -330,13 +331,13 @@ def test_two_at_once_prepare_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_nothing_to_learn_from_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "in", ["", " "])
     (tmp_path / "in" / "a.txt").write_text("")
-    assert "no documents left: all 3" in reason(lambda: made(tmp_path / "in"))
+    assert "no documents left in the sources: 3 empty" in reason(lambda: made(tmp_path / "in"))
     (tmp_path / "in" / "b.txt").write_text("b")
     assert "no document of the train split has two" in reason(lambda: made(tmp_path / "in"))
     assert "leaves none of 1 doc" in reason(lambda: made(tmp_path / "in", held_out=1))
     (tmp_path / "in" / "c.txt").write_text("c")
     info = made(tmp_path / "in").info
-    assert (info.documents, info.empty_documents, info.files) == (2, 3, 4)
+    assert (info.documents, info.left_out, info.files) == (2, {"empty": 3}, 4)
     without_eos = load_tokenizer("bytes", model_vocab_size=256)
     message = reason(lambda: made(tmp_path / "in", tokenizer=without_eos))
     assert "no document of the train split has two tokens" in message

@@ -47,7 +47,7 @@ def test_text_and_json_lines_plain_or_compressed(tmp_path: Path, suffix: str) ->
     a, b, c = read(tmp_path)
     assert a == Document("line\r\nünïcode 日本\n", str(tmp_path / f"a.md{suffix}"))
     assert (b.text, c.text) == ("one\nline", "zwei")
-    assert c.origin == f"{tmp_path / f'b.jsonl{suffix}'}, line 3"
+    assert c.origin == f"{tmp_path / f'b.jsonl{suffix}'}, line 3 (byte 32)"
 
 
 def test_zstandard_frames_in_a_row_and_large(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_broken_compression_names_the_place(
     [
         ('{"text": "a"', "not JSON at character 12"),
         ("{", "accepted: one JSON object a line, no array and no object over several lines"),
-        ("[1]", "an array without the field 'text'; accepted: one JSON object a line"),
+        ("[1]", "an array, not an object; accepted: one JSON object a line"),
         (
             '{"id": 1, "body": "b"}',
             "no field 'text' (it has id, body); name the one with the text",

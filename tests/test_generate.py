@@ -15,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sat_jax.config import Config, DataConfig
+from sat_jax.data.chat import render_chat
 from sat_jax.data.tokenizer import load_tokenizer
 from sat_jax.errors import UserError
 from sat_jax.evaluate import generate as module
 from sat_jax.evaluate import subject
 from sat_jax.evaluate.generate import GREEDY, Sampling, generate, stream
-from sat_jax.evaluate.text import TextStream, render_chat
+from sat_jax.evaluate.text import TextStream
 from sat_jax.interop import load_model, open_weights
 from sat_jax.models.cache import empty_cache, extend, for_decoding
 from sat_jax.models.llama import Llama

@@ -46,7 +46,15 @@ BASE = {
     "sparsity.probe_tokens": 64,
     "checkpoint.every": 5,
 }
-BITWISE = ("loss", "eval_loss", "grad_norm", "tokens", "learning_rate", "kept_channels")
+BITWISE = (
+    "loss",
+    "eval_loss",
+    "grad_norm",
+    "tokens",
+    "loss_tokens",
+    "learning_rate",
+    "kept_channels",
+)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +145,7 @@ def test_records_and_summary_hold_what_others_rely_on(unbroken: Finished) -> Non
     first, last = unbroken.records[0], unbroken.records[-1]
     assert (first["step"], first["tokens"]) == (0, 0)
     promised = "step loss eval_loss tokens learning_rate omission_rate kept_heads kept_channels"
-    promised += " tokens_per_second flops_per_second grad_norm"
+    promised += " loss_tokens tokens_per_second flops_per_second grad_norm"
     assert set(promised.split()) <= last.keys()
 
     summary = json.loads((unbroken.path / "summary.json").read_text())
@@ -147,6 +155,7 @@ def test_records_and_summary_hold_what_others_rely_on(unbroken: Finished) -> Non
     assert summary["loss"] == last["loss"]
     assert summary["eval_loss"] == last["eval_loss"]
     assert summary["tokens"] == last["tokens"] == sum(r["tokens"] for r in summary["rungs"])
+    assert summary["loss_tokens"] == last["loss_tokens"] == last["tokens"]  # of text
     assert summary["perplexity_before"] == math.exp(first["eval_loss"])
     assert 0.5 * summary["dense_flops"] < summary["spent_flops"] < summary["dense_flops"]
     assert json.loads((unbroken.path / "config.json").read_text())["train"]["steps"] == STEPS
@@ -276,7 +285,7 @@ def test_a_killed_run_is_continued_by_the_same_command_bit_by_bit(
         for name in ("step", *BITWISE):
             assert record.get(name) == expected.get(name), (record["step"], name)
     summary = json.loads((path / "summary.json").read_text())
-    for name in ("loss", "eval_loss", "tokens", "selections", "probes", "spent_flops", "data"):
+    for name in ("loss", "eval_loss", "tokens", "loss_tokens", "probes", "spent_flops", "data"):
         assert summary[name] == unbroken.summary[name], name
     whole = [find(run / "checkpoints") for run in (path, unbroken.path)]
     names = [name for name in whole[0].leaves if not name.startswith("meta")]

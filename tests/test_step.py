@@ -242,6 +242,30 @@ def test_padding_changes_nothing() -> None:
     equal(one_step(other), one_step(batch))
 
 
+def test_only_answers_are_learnt_and_every_token_counts() -> None:
+    batch = rows(0)
+    answers = np.asarray(batch.loss_mask & (batch.positions >= 3))
+    count = int(answers.sum())
+    assert 0 < count < TOKENS
+    learnt = batch._replace(loss_mask=jnp.asarray(answers))
+    _, _, metrics = one_step(learnt)
+    assert (float(metrics.tokens), float(metrics.loss_tokens)) == (TOKENS, count)
+    total, tokens = jax.jit(make_evaluation(abstract(CONFIG)[0]))(start().params, learnt)
+    assert float(tokens) == count
+    assert_close(metrics.loss, total / count, "float32", "forward")
+    # What is not learnt is no target: another one there changes nothing.
+    targets = jnp.where(answers, batch.targets, (batch.targets + 1) % CONFIG.vocab_size)
+    equal(one_step(learnt._replace(targets=targets)), one_step(learnt))
+
+
+def test_a_step_without_an_answer_is_finite() -> None:
+    batch = rows(0)
+    state, _, metrics = one_step(batch._replace(loss_mask=jnp.zeros_like(batch.loss_mask)))
+    assert (float(metrics.loss), float(metrics.grad_norm)) == (0, 0)
+    assert (float(metrics.tokens), float(metrics.loss_tokens)) == (TOKENS, 0)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
 def test_metrics_are_of_the_batch_before_the_update() -> None:
     state, _, metrics = one_step(rows(0))
     evaluate = jax.jit(make_evaluation(abstract(CONFIG)[0]))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sat_jax.config import DataConfig
 from scripts.train import _next, parser
 from tests.conftest import ROOT, RunPython
 
@@ -19,10 +20,14 @@ def test_the_next_commands_keep_the_settings_and_can_be_typed(
     workdir = tmp_path / "my run"
     given = parser().parse_args(["--config=experiments/tiny.py", f"--workdir={workdir}"])
     overrides = ["data.sources=a b.txt", "sparsity.rate=0.3"]
-    generate, own, sweep = _next(given, overrides, ["a b.txt"], str(workdir / "huggingface"))
+    data = DataConfig(sources=("a b.txt",))
+    generate, own, sweep = _next(given, overrides, data, str(workdir / "huggingface"))
     python, *words = shlex.split(generate)
     assert Path(shutil.which(python) or "").samefile(sys.executable)
     assert words[:4] == ["-m", "scripts.generate", "--model", str(workdir / "huggingface")]
+    assert "--chat" not in words
+    chat, *_ = _next(given, overrides, DataConfig(format="messages"), "x")
+    assert chat.endswith(" --chat")
     assert "--config.model.path=DIR" in own
     words = shlex.split(sweep)
     assert "--config.data.sources=a b.txt" in words

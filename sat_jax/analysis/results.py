@@ -8,7 +8,7 @@ from typing import Any
 
 from sat_jax.analysis.rows import ORIGIN, append, latest, read
 from sat_jax.config import Config, SparsityConfig
-from sat_jax.config_values import fingerprint, without_free
+from sat_jax.config_values import changed, name_of, without_free
 
 _KEPT = (
     "steps",
@@ -36,7 +36,9 @@ def dense_version(config: Config) -> Config:
 def dense_twin(config: Config) -> str:
     """A name for everything of a run but its sparsity and what no result depends on: runs that
     share it differ in sparsity alone."""
-    return fingerprint(without_free(dense_version(config)))
+    values = changed(without_free(dense_version(config)))
+    # Prepared data has a name of its own, of its content; where it lies says nothing.
+    return name_of({key: value for key, value in values.items() if key != "data.sources"})
 
 
 def record_run(file: Path, experiment: str, config: Config, summary: Mapping[str, Any]) -> None:
@@ -44,10 +46,20 @@ def record_run(file: Path, experiment: str, config: Config, summary: Mapping[str
     was, which may be another machine than this."""
     row = {name: summary[name] for name in _KEPT}
     names = {"experiment": experiment, "twin": dense_twin(config), "rate": max(config.rates)}
-    row |= names | {"sparsity": dataclasses.asdict(config.sparsity)}
+    settings = changed(dataclasses.replace(without_free(config), sparsity=SparsityConfig()))
+    settings = {key: _without_place(value) for key, value in settings.items()}
+    row |= names | {"settings": settings, "sparsity": dataclasses.asdict(config.sparsity)}
+    row["sparsity"]["budget"] = _without_place(config.sparsity.budget)
     row = json.loads(json.dumps(row))  # tuples become lists
     if not file.exists() or latest(read(file), **row) is None:
         append(file, [row], {name: summary[name] for name in ORIGIN})
+
+
+def _without_place(value: Any) -> Any:
+    """Of absolute paths only the last part: rows speak of no machine."""
+    if isinstance(value, list):
+        return [_without_place(part) for part in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def dense_reference(file: Path, config: Config, data: str) -> float | None:

@@ -17,17 +17,23 @@ import tensorflow_datasets as tfds
 from jaxtyping import Int
 
 from sat_jax.data.batch import Batch
-from sat_jax.data.prepare import ROWS, Prepared
+from sat_jax.data.packed_rows import ROWS
+from sat_jax.data.prepare import Prepared
 from sat_jax.errors import UserError
 
 T = TypeVar("T")
 
 
 class Row(NamedTuple):
-    """A row as it is stored: the tokens of its pieces one after the other, lengths[p] + 1 each."""
+    """A row as it is stored: the tokens of its pieces one after the other, lengths[p] + 1 each.
+
+    Of examples, `answers` has the runs of slots that bear loss: first and one past, in pairs. None:
+    all that are no padding.
+    """
 
     tokens: Int[np.ndarray, " stored"]
     lengths: Int[np.ndarray, " pieces"]
+    answers: Int[np.ndarray, " twice_runs"] | None = None
 
 
 BLANK = Row(np.zeros(0, np.int32), np.zeros(0, np.int32))
@@ -138,12 +144,18 @@ def unpack(rows: Sequence[Row], row_length: int) -> Batch:
         array[slots] = values
         return array.reshape(len(rows), row_length)
 
+    loss_mask = spread(True, np.bool_)
+    for number, stored in enumerate(rows):
+        if stored.answers is not None:
+            loss_mask[number] = False
+            for run in stored.answers.reshape(-1, 2):
+                loss_mask[number, slice(*run)] = True
     return Batch(
         tokens=spread(tokens[taken], np.int32),
         targets=spread(tokens[taken + 1], np.int32),
         segment_ids=spread(numbers, np.int32),
         positions=spread(positions, np.int32),
-        loss_mask=spread(True, np.bool_),
+        loss_mask=loss_mask,
     )
 
 

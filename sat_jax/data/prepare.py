@@ -7,55 +7,55 @@ under a lock, and renamed when it is whole: an interrupted preparation is never 
 import contextlib
 import fcntl
 import hashlib
-import io
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import tensorflow_datasets as tfds
-from jaxtyping import Int
-from tqdm import tqdm
 
 from sat_jax.cache import cache_dir
-from sat_jax.data.corpus import Tokens, read_index, split_end, tokenize
-from sat_jax.data.packing import Pieces, assign_rows, cut
+from sat_jax.data.conversations import Conversations
+from sat_jax.data.corpus import Reader, Texts, read_index, split_end, tokenize
+from sat_jax.data.form import Form
+from sat_jax.data.packed_rows import counted, learnt_targets, rows_of, write_tfds
+from sat_jax.data.packing import assign_rows, cut
 from sat_jax.data.progress import bar
 from sat_jax.data.sources import Source, resolve_sources
 from sat_jax.data.splits import (
     HELD_OUT,
     TRAIN,
+    Index,
     budgets,
     check_held_out,
     choose_held_out,
     holds_out_end,
     sampling_order,
 )
+from sat_jax.data.taken import take, take_whole
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError, why_no_folder
 
-FORMAT = 1  # of what is written; another one is another fingerprint
-ROWS = "packed_rows/1.0.0"  # where TFDS puts the dataset of `PackedRows`
+FORMAT = 2  # of what is written; another one is another fingerprint
 _INFO = "info.json"
 _UNFINISHED = ".unfinished"
 
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """What one split holds."""
+    """What one split holds. Documents may be examples: conversations."""
 
     documents: int
-    text_bytes: int  # UTF-8 of those documents, for perplexity per byte
+    text_bytes: int  # UTF-8 of those documents (of examples their answers): perplexity per byte
     tokens: int  # bos and eos among them
-    targets: int  # tokens that are predicted: all but the first of each document
+    targets: int  # tokens that bear loss: all but the first of each document; of examples answers
     rows: int
-    long_documents: int  # longer than a row, and so cut into several
-    useful_share: float  # of the rows' slots
+    long_documents: int  # longer than a row: cut into several; examples are dropped or cut short
+    useful_share: float  # of the rows' slots, that are not padding
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,11 @@ class PreparedInfo:
     row_length: int
     held_out: float
     max_tokens: int | None
+    form: dict[str, Any]  # of the documents
     sources: list[str]
     files: int
-    documents: int  # with text, in all sources
-    empty_documents: int  # left out
+    documents: int  # with something to learn, in all sources
+    left_out: dict[str, int]  # documents, by why
     splits: dict[str, SplitInfo]
 
 
@@ -83,30 +84,6 @@ class Prepared:
     info: PreparedInfo
 
 
-class PackedRows(tfds.core.GeneratorBasedBuilder):
-    """Rows as `batches.unpack` reads them: the pieces' tokens, one after the other, and lengths."""
-
-    VERSION = tfds.core.Version("1.0.0")
-
-    def __init__(self, data_dir: Path, splits: Mapping[str, Iterator[dict[str, Any]]]):
-        self._splits = splits
-        super().__init__(data_dir=str(data_dir), file_format="array_record")
-
-    def _info(self) -> Any:
-        # As bytes: six times faster to read than the default list of varints.
-        ids = tfds.features.Tensor(shape=(None,), dtype=np.int32, encoding="bytes")
-        features = tfds.features.FeaturesDict({"tokens": ids, "lengths": ids})
-        return tfds.core.DatasetInfo(builder=self, features=features)
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        del dl_manager  # nothing is downloaded
-        return {split: self._generate_examples(rows) for split, rows in self._splits.items()}
-
-    def _generate_examples(self, rows: Iterator[dict[str, Any]]) -> Iterator[tuple[int, Any]]:
-        # TFDS stores the rows in the order of the hashed keys: shuffled, always in the same way.
-        yield from enumerate(rows)
-
-
 def prepare(
     *,
     sources: str | Sequence[str],
@@ -114,7 +91,7 @@ def prepare(
     row_length: int,
     held_out: float,
     max_tokens: int | None = None,
-    text_field: str = "text",
+    form: Form = Form(),
     model_vocab_size: int | None = None,
     root: Path | None = None,
     log: Callable[[str], None] | None = None,
@@ -122,7 +99,8 @@ def prepare(
     """Tokenizes and packs `sources`, or finds that this has been done: then it changes nothing.
 
     `sources` as in `resolve_sources`; `held_out` as in `choose_held_out`; `max_tokens` caps both
-    splits together and cuts the last document it takes. The result lies in `root` (default: the
+    splits together and cuts the last document it takes, but leaves out an example that it would
+    have to cut; `form` says what the documents are. The result lies in `root` (default: the
     cache). `log` gets a line of what was done; without it there are no progress bars either.
     Raises `UserError` for bad input and for a tokenizer with more ids than `model_vocab_size`.
     """
@@ -133,6 +111,11 @@ def prepare(
     if model_vocab_size is not None:
         tokenizer.check_fits(model_vocab_size)
     files = resolve_sources(sources)
+    reader: Reader = (
+        Texts(form.text_field, tokenizer)
+        if form.text
+        else Conversations(form, tokenizer, row_length)
+    )
     root = root or cache_dir("data")
     settings = {
         "format": FORMAT,
@@ -140,7 +123,7 @@ def prepare(
         "row_length": row_length,
         "held_out": float(held_out),
         "max_tokens": max_tokens,
-        "text_field": text_field,
+        "reader": reader.settings,
     }
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -150,14 +133,14 @@ def prepare(
             done = "already prepared" if path.exists() else "prepared"
             if done == "prepared":
                 with _replacing(path) as unfinished:
-                    splits, documents, empty = _write(
+                    splits, index = _write(
                         unfinished,
                         sources=files,
+                        reader=reader,
                         tokenizer=tokenizer,
                         row_length=row_length,
                         held_out=held_out,
                         max_tokens=max_tokens,
-                        text_field=text_field,
                         progress=log is not None,
                     )
                     info = PreparedInfo(
@@ -167,10 +150,11 @@ def prepare(
                         row_length=row_length,
                         held_out=held_out,
                         max_tokens=max_tokens,
+                        form=asdict(form),
                         sources=[sources] if isinstance(sources, str) else list(sources),
                         files=len(files),
-                        documents=documents,
-                        empty_documents=empty,
+                        documents=len(index.sizes),
+                        left_out=index.left_out,
                         splits=splits,
                     )
                     (unfinished / _INFO).write_text(json.dumps(asdict(info), indent=2) + "\n")
@@ -182,9 +166,24 @@ def prepare(
         if prepared.info.documents == 1:
             count = splits[HELD_OUT].tokens
             log(f"data: one document; held out are {count:,} tokens of its last {held_out:.1%}")
+        if not form.text:
+            log(f"data: {describe_examples(prepared.info)}")
         rows = ", ".join(f"{split.rows} {name} rows" for name, split in splits.items())
         log(f"data: {done}, {rows} of {row_length} tokens in {path}")
     return prepared
+
+
+def describe_examples(info: PreparedInfo) -> str:
+    """What was made of the examples, in one line."""
+    done = "dropped" if info.form["too_long"] == "drop" else "cut short"
+    counts = {f"longer than a row ({done})": sum(s.long_documents for s in info.splits.values())}
+    why = ", ".join(f"{count} {why}" for why, count in (info.left_out | counts).items() if count)
+    splits = [
+        f"{split.documents:,} {name} examples, loss on {split.targets:,} of {split.tokens:,} tokens"
+        f" in {split.useful_share:.0%} of the slots"
+        for name, split in info.splits.items()
+    ]
+    return "; ".join([*splits, f"not as they were: {why}" if why else "none left out"])
 
 
 def load_prepared(path: Path) -> Prepared:
@@ -288,96 +287,55 @@ def _write(
     folder: Path,
     *,
     sources: Sequence[Source],
+    reader: Reader,
     tokenizer: Tokenizer,
     row_length: int,
     held_out: float,
     max_tokens: int | None,
-    text_field: str,
     progress: bool,
-) -> tuple[dict[str, SplitInfo], int, int]:
-    """Writes the rows of both splits. Returns what they hold, all documents and the empty ones."""
-    index = read_index(sources, text_field, progress)
+) -> tuple[dict[str, SplitInfo], Index]:
+    """Writes the rows of both splits. Returns what they hold, and what is known of all sources."""
+    index = read_index(sources, reader, progress)
     chosen = choose_held_out(index, held_out)
     orders = {TRAIN: sampling_order(index, ~chosen), HELD_OUT: sampling_order(index, chosen)}
     end = holds_out_end(index, held_out)
     share = held_out if end else float(chosen.mean())
     limits = None if max_tokens is None else budgets(share, max_tokens)
     file = folder / "tokens"
-    tokens = tokenize(sources, text_field, index, orders, limits, tokenizer, file, progress)
-    byte_sizes = index.sizes
+    tokens = tokenize(sources, reader, index, orders, limits, file, progress)
     if end:
-        tokens, byte_sizes = split_end(tokens, int(index.sizes[0]), share, tokenizer)
+        tokens = split_end(tokens, share, tokenizer)
         orders = {TRAIN: np.array([0]), HELD_OUT: np.array([1])}
     splits, rows = {}, {}
     for split, order in orders.items():
-        taken, sizes = _cap(tokens.sizes[order], None if limits is None else limits[split])
-        order = order[:taken]
-        text_bytes = int(byte_sizes[order].sum())
-        if sizes[-1] < tokens.sizes[order[-1]]:  # cut: count what is left of its text
-            start = tokens.starts[order[-1]]
-            text = tokenizer.decode(tokens.flat[start : start + sizes[-1]].tolist())
-            text_bytes += len(text.encode()) - int(byte_sizes[order[-1]])
-        pieces = cut(tokens.starts[order], sizes, row_length)
+        limit = None if limits is None else limits[split]
+        if index.whole:
+            taken = take_whole(tokens, order, limit, row_length)
+        else:
+            taken = take(tokens, order, limit, row_length, tokenizer)
+        pieces = cut(tokens.starts[taken.order], taken.sizes, row_length)
         if not len(pieces.lengths):
-            raise UserError(f"no document of the {split} split has two tokens")
+            raise UserError(
+                f"no example of the {split} split fits data.row_length {row_length}"
+                f" and data.max_tokens {max_tokens}"
+                if index.whole
+                else f"no document of the {split} split has two tokens"
+            )
         row_of_piece = assign_rows(pieces.lengths, row_length)
-        targets, count = int(pieces.lengths.sum()), int(row_of_piece.max()) + 1
+        slots, count = int(pieces.lengths.sum()), int(row_of_piece.max()) + 1
         splits[split] = SplitInfo(
-            documents=taken,
-            text_bytes=text_bytes,
-            tokens=int(sizes.sum()),
-            targets=targets,
+            documents=len(taken.order),
+            text_bytes=taken.text_bytes,
+            tokens=int(taken.sizes.sum()),
+            targets=learnt_targets(tokens, pieces),
             rows=count,
-            long_documents=int((sizes - 1 > row_length).sum()),
-            useful_share=targets / (count * row_length),
+            long_documents=taken.long_documents,
+            useful_share=slots / (count * row_length),
         )
-        rows[split] = _rows(tokens, pieces, row_of_piece)
+        rows[split] = rows_of(tokens, pieces, row_of_piece)
     total = sum(split.rows for split in splits.values())
     with bar("writing", " rows", progress, total) as shown:
-        _write_tfds(folder, {split: _counted(many, shown) for split, many in rows.items()})
+        shown_rows = {split: counted(many, shown) for split, many in rows.items()}
+        write_tfds(folder, shown_rows, answers=tokens.answers is not None)
     file.unlink()
-    return splits, len(index.sizes), index.empty
-
-
-def _cap(
-    sizes: Int[np.ndarray, " documents"], budget: int | None
-) -> tuple[int, Int[np.ndarray, " taken"]]:
-    """How many of the documents fill `budget`, and their sizes, the last one's cut to fit."""
-    if budget is None:
-        return len(sizes), sizes
-    ends = np.cumsum(sizes)
-    taken = min(
-        int(np.searchsorted(ends, budget)) + 1, int(np.flatnonzero(sizes).max(initial=0)) + 1
-    )
-    sizes = sizes[:taken].copy()
-    sizes[-1] -= max(0, ends[taken - 1] - budget)
-    return taken, sizes
-
-
-def _rows(
-    tokens: Tokens, pieces: Pieces, row_of_piece: Int[np.ndarray, " pieces"]
-) -> Iterator[dict[str, Any]]:
-    order = np.argsort(row_of_piece, kind="stable")
-    for members in np.split(order, np.flatnonzero(np.diff(row_of_piece[order])) + 1):
-        runs = zip(pieces.starts[members], pieces.lengths[members], strict=True)
-        yield {
-            "tokens": np.concatenate([tokens.flat[start : start + n + 1] for start, n in runs]),
-            "lengths": pieces.lengths[members].astype(np.int32),
-        }
-
-
-def _counted(rows: Iterator[dict[str, Any]], shown: tqdm) -> Iterator[dict[str, Any]]:
-    for row in rows:
-        yield row
-        shown.update()
-
-
-def _write_tfds(folder: Path, splits: Mapping[str, Iterator[dict[str, Any]]]) -> None:
-    # Its own messages go to stdout, and its bars know nothing of the whole.
-    tfds.display_progress_bar(False)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            PackedRows(folder, splits).download_and_prepare()
-        shutil.rmtree(folder / "downloads")  # which it makes even for nothing
-    finally:
-        tfds.display_progress_bar(True)
+    return splits, index

@@ -33,6 +33,7 @@ TEXT = (
 JSON_LINES = (".jsonl", ".ndjson")
 COMPRESSED = (".gz", ".zst")
 ACCEPTED = "a file, a folder, a glob, package:NAME[/path or glob], tfds:FOLDER[:split]"
+EMPTY = "empty"  # why a document of text is left out
 CHUNK = 1 << 16  # bytes
 _A_LINE = "accepted: one JSON object a line, no array and no object over several lines"
 
@@ -40,8 +41,9 @@ _A_LINE = "accepted: one JSON object a line, no array and no object over several
 class Document(NamedTuple):
     """One text, never split over documents again, and where it stands."""
 
-    text: str  # "" for an empty file or field: the caller counts and drops it
+    text: str  # "" for one that is left out
     origin: str
+    why: str = ""  # it is left out: the caller counts that
 
 
 @dataclass(frozen=True)
@@ -113,11 +115,10 @@ def read_documents(source: Source, text_field: str) -> Iterator[Document]:
         case "tfds":
             documents = _read_tfds(source, text_field)
     empty = True
-    for text, origin in documents:
+    for text, origin, _ in documents:
         # Nothing but white space is no text either.
-        document = Document(text if text.strip() else "", origin)
-        empty = empty and not document.text
-        yield document
+        empty = empty and not text.strip()
+        yield Document(text, origin) if text.strip() else Document("", origin, EMPTY)
     if empty and source.named:
         raise UserError(f"{source}: holds no text")
 
@@ -265,22 +266,48 @@ def _read_text(path: Path) -> Iterator[Document]:
 
 
 def _read_json_lines(path: Path, field: str) -> Iterator[Document]:
+    for record, origin in read_records(path):
+        if field not in record:
+            has = ", ".join(list(record)[:10]) or "no fields"
+            raise UserError(
+                f"{origin}: no field {field!r} (it has {has}); name the one with the text"
+            )
+        text = record[field]
+        if not isinstance(text, str):
+            raise UserError(f"{origin}: field {field!r} is {json_kind(text)}, not a string")
+        yield Document(check_text(text, field, origin), origin)
+
+
+def read_records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The objects of a file of JSON lines, and where each stands."""
     start = 0
     with _reading(path) as stream:
         for number, data in enumerate(stream, 1):
             origin = f"{path}, line {number}"
             line = _decode(data, origin, start)
+            origin += f" (byte {start})"
             if line.strip():
-                yield Document(_text_field(line, field, f"{origin} (byte {start})"), origin)
+                yield _record(line, origin), origin
             start += len(data)
 
 
-def _json_kind(value: Any) -> str:
+def json_kind(value: Any) -> str:
+    """What a value of JSON is, in words."""
     names = {dict: "an object", list: "an array", str: "a string", bool: "a truth value"}
     return "null" if value is None else names.get(type(value), "a number")
 
 
-def _text_field(line: str, field: str, origin: str) -> str:
+def check_text(text: str, field: str, origin: str) -> str:
+    """`text`, if it is Unicode: JSON can spell half a character. Raises `UserError` otherwise."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        at = f"character {error.start} of field {field!r}"
+        raise UserError(f"{origin}: half a surrogate pair at {at}") from error
+    return text
+
+
+def _record(line: str, origin: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -290,19 +317,8 @@ def _text_field(line: str, field: str, origin: str) -> str:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{origin}: JSON that cannot be read: {error}") from error
     if not isinstance(record, dict):
-        raise UserError(f"{origin}: {_json_kind(record)} without the field {field!r}; {_A_LINE}")
-    if field not in record:
-        has = ", ".join(list(record)[:10]) or "no fields"
-        raise UserError(f"{origin}: no field {field!r} (it has {has}); name the one with the text")
-    text = record[field]
-    if not isinstance(text, str):
-        raise UserError(f"{origin}: field {field!r} is {_json_kind(text)}, not a string")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        at = f"character {error.start} of field {field!r}"
-        raise UserError(f"{origin}: half a surrogate pair at {at}") from error
-    return text
+        raise UserError(f"{origin}: {json_kind(record)}, not an object; {_A_LINE}")
+    return record
 
 
 def _read_tfds(source: Source, field: str) -> Iterator[Document]:

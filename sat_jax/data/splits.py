@@ -23,7 +23,8 @@ class Index(NamedTuple):
     keys: UInt64[np.ndarray, " documents"]  # see `document_key`
     sizes: Int[np.ndarray, " documents"]  # bytes of UTF-8
     first: Int[np.ndarray, " sources_plus_1"]  # number of the first document of each source
-    empty: int  # documents without text, left out and not numbered
+    left_out: dict[str, int]  # documents that are not numbered, by why
+    whole: bool  # documents are never cut
 
 
 def document_key(text: bytes) -> bytes:
@@ -42,7 +43,7 @@ def check_held_out(held_out: float) -> None:
 
 def holds_out_end(index: Index, held_out: float) -> bool:
     """Whether there is one document only, so that a share of it is held out: its end."""
-    return len(index.keys) == 1 and held_out < 1
+    return len(index.keys) == 1 and held_out < 1 and not index.whole
 
 
 def choose_held_out(index: Index, held_out: float) -> Bool[np.ndarray, " documents"]:
@@ -56,10 +57,13 @@ def choose_held_out(index: Index, held_out: float) -> Bool[np.ndarray, " documen
         return np.zeros(1, bool)
     wanted = max(1, round(held_out * count)) if held_out < 1 else int(held_out)
     if wanted >= count:
-        raise UserError(
-            f"held-out {held_out} leaves none of {count} documents to train on; a text file is one"
-            " document, a line of JSON is one; accepted for a single one: a share below 1"
+        hint = (
+            ""
+            if index.whole
+            else "; a text file is one document, a line of JSON is one; accepted for a single one:"
+            " a share below 1"
         )
+        raise UserError(f"held-out {held_out} leaves none of {count} documents to train on{hint}")
     chosen = keys <= np.sort(keys)[wanted - 1]
     if chosen.all():
         raise UserError(f"held-out {held_out} leaves nothing to train on: copies of one text")

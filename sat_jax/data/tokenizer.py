@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from sat_jax.errors import UserError
+
+Offsets: TypeAlias = list[tuple[int, int]]  # of each token: its characters, first and one past
 
 ACCEPTED = "accepted: model, bytes, or the path of a tokenizer.json or its folder"
 
@@ -55,6 +57,30 @@ class Tokenizer:
         eos = [] if self.eos_id is None else [self.eos_id]
         return [ids + eos for ids in self.encode_batch(texts)]
 
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], Offsets]]:
+        """Ids of each text as it stands, and the characters of each: nothing is put in front or
+        behind. For text that a chat template has written."""
+        encodings = self._untrimmed.encode_batch(list(texts), add_special_tokens=False)
+        return [(code.ids, code.offsets) for code in encodings]
+
+    @cached_property
+    def _untrimmed(self) -> tokenizers.Tokenizer:
+        # Post-processors move no id here, but some take white space off the offsets.
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.post_processor = processors.ByteLevel(trim_offsets=False)
+        return backend
+
+    @cached_property
+    def special_tokens(self) -> dict[str, str]:
+        """`bos_token` and `eos_token`, spelled out, where there are such: for chat templates."""
+        named = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        spelled = {
+            name: self.backend.id_to_token(number)
+            for name, number in named.items()
+            if number is not None
+        }
+        return {name: token for name, token in spelled.items() if token is not None}
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens spelled out; bytes that are no UTF-8 become U+FFFD."""
         return self.backend.decode(list(ids), skip_special_tokens=False)
@@ -79,6 +105,10 @@ class Tokenizer:
             for name in ("tokenizer.json", *_SIDE_FILES):
                 if (self.folder / name).is_file():
                     shutil.copyfile(self.folder / name, directory / name)
+            own = _chat_template(self.folder, _read_json(self.folder / "tokenizer_config.json"))
+            if self.chat_template is not None and self.chat_template != own:
+                file = directory / "chat_template.jinja"  # which goes before any other
+                file.write_text(self.chat_template, encoding="utf-8")
             return
         self.backend.save(str(directory / "tokenizer.json"))
         settings: dict[str, Any] = {

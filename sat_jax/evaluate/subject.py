@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from sat_jax.data.conversations import trained_with
+from sat_jax.data.form import Form
 from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sat_jax.interop import Weights, locate, open_weights
 from sat_jax.models.llama import Compute, Llama
@@ -18,6 +20,7 @@ class Subject:
     weights: Weights
     tokenizer_name: str
     owner: Path | None  # whose tokenizer is meant by the name `model`
+    form: Form = Form()  # of the data that it was trained on
 
     def model(self, dtype: Literal["float32", "bfloat16"]) -> Llama:
         """The model, with float32 parameters, computing in `dtype`."""
@@ -26,7 +29,8 @@ class Subject:
     def tokenizer(self, name: str | None = None) -> Tokenizer:
         """Its tokenizer, or another one by `name` (see `load_tokenizer`)."""
         vocab_size = self.weights.config.vocab_size
-        return load_tokenizer(name or self.tokenizer_name, self.owner, vocab_size)
+        loaded = load_tokenizer(name or self.tokenizer_name, self.owner, vocab_size)
+        return trained_with(loaded, self.form)
 
 
 def open_subject(given: str) -> Subject:
@@ -40,4 +44,4 @@ def open_subject(given: str) -> Subject:
         return Subject(open_weights(place), "model", place)
     weights, config = open_run(place)
     owner = None if config.model.path is None else locate(config.model.path)
-    return Subject(weights, config.data.tokenizer, owner)
+    return Subject(weights, config.data.tokenizer, owner, Form.of(config.data))

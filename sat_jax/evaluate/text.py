@@ -1,14 +1,6 @@
-"""Between token ids and what a person reads: conversations in, text out as it comes."""
+"""From token ids to what a person reads, as it comes."""
 
-import datetime
-import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
-
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from sat_jax.errors import UserError
+from collections.abc import Callable, Sequence
 
 _UNFINISHED = "\ufffd"
 
@@ -44,45 +36,3 @@ class TextStream:
         if text:
             self._before, self._pending = self._pending, []
         return text
-
-
-def render_chat(
-    template: str,
-    messages: Sequence[Mapping[str, str]],
-    special_tokens: Mapping[str, str],
-) -> str:
-    """The prompt that asks a chat model for its answer to `messages` (each `role` and `content`).
-
-    `template` is a model's Jinja template and no friend of ours: it runs in a sandbox, with the
-    functions that transformers gives it. `special_tokens`: `bos_token` and `eos_token`. Raises
-    `UserError` where the template fails or refuses the messages.
-    """
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals.update(
-        raise_exception=_refuse, strftime_now=lambda form: datetime.datetime.now().strftime(form)
-    )
-    try:
-        return environment.from_string(template).render(
-            messages=messages,
-            add_generation_prompt=True,
-            tools=None,
-            documents=None,
-            **special_tokens,
-        )
-    except jinja2.TemplateError as error:
-        raise UserError(f"the model's chat template fails: {error}") from error
-    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-        kind = type(error).__name__
-        raise UserError(f"the model's chat template fails: {kind}: {error}") from error
-
-
-def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    # Jinja's own escapes HTML.
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)

@@ -1,4 +1,8 @@
-"""What a run has done so far: tokens by rung, probes, and how often each neuron was kept."""
+"""What a run has done so far: tokens by rung, probes, and how often each neuron was kept.
+
+Tokens are those that are no padding: speed and FLOPs are theirs. Of examples, only `loss_tokens` of
+them bear loss; of text, all do.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -41,13 +45,14 @@ class Account:
         # Of every start; most of it in the background.
         self.compile_seconds = 0.0
         self.rung_tokens = [0] * len(controller.rungs)
+        self.loss_tokens = 0
         # Wall time until the first step was done, of the start that did it.
         self.first_step_seconds: float | None = None
         self._controller = controller
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on."""
+        """Tokens trained on, those without loss among them."""
         return sum(self.rung_tokens)
 
     def to_json(self) -> dict[str, Any]:
@@ -56,6 +61,7 @@ class Account:
             "selections": self.selections,
             "probes": self.probes,
             "rung_tokens": self.rung_tokens,
+            "loss_tokens": self.loss_tokens,
             "first_step_seconds": self.first_step_seconds,
             "compile_seconds": self.compile_seconds,
         }
@@ -65,6 +71,7 @@ class Account:
         self.kept = {name: np.array(counts) for name, counts in kept.items()}
         self.selections, self.probes = rest["selections"], rest["probes"]
         self.rung_tokens = list(rest["rung_tokens"])
+        self.loss_tokens = rest["loss_tokens"]
         self.first_step_seconds = rest["first_step_seconds"]
         self.compile_seconds = rest["compile_seconds"]
 
@@ -90,10 +97,12 @@ class Account:
         tokens = int(metrics.tokens)
         number = self._controller.rungs.index(rung)
         self.rung_tokens[number] += tokens
+        self.loss_tokens += int(metrics.loss_tokens)
         heads, channels = kept_shares(rung.plan, self._controller.neurons)
         return {
             "loss": metrics.loss,
             "tokens": self.tokens,
+            "loss_tokens": self.loss_tokens,
             "learning_rate": metrics.learning_rate,
             "grad_norm": metrics.grad_norm,
             "omission_rate": rung.rate,

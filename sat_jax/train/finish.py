@@ -1,5 +1,6 @@
 """The end of a run: pictures, the exported model, and `summary.json`."""
 
+import dataclasses
 import shutil
 import statistics
 from collections.abc import Callable
@@ -55,7 +56,9 @@ def finish(
             "probes": account.probes,
             "compile_seconds": account.compile_seconds,
             "first_step_seconds": account.first_step_seconds,
+            "loss_tokens": account.loss_tokens,
             "data": task.data.info.fingerprint,
+            "prepared": dataclasses.asdict(task.data.info),
             "figures": figures,
             "export": export,
         },

@@ -151,7 +151,8 @@ class Run:
             log = MetricsLog(self._workdir, start, self._progress)
             self._metrics = stack.enter_context(log)
         if start == 0:
-            self._record(0, {"eval_loss": self._held_out_loss(), "tokens": 0})
+            none = {"tokens": 0, "loss_tokens": 0}
+            self._record(0, {"eval_loss": self._held_out_loss()} | none)
         with Interrupt() as interrupt:
             for step, batch in self._batches(start):
                 self._train(step, batch)
@@ -300,7 +301,7 @@ class Run:
         return self._config.train.rows_per_step // self._config.train.accumulate
 
     def _held_out_loss(self) -> float:
-        """Mean dense loss a token on the held-out rows."""
+        """Mean dense loss of the held-out rows, a token that bears loss."""
         total = tokens = 0.0
         with self._clock("compile"):
             evaluate = self._evaluation.result()

@@ -20,10 +20,14 @@ from sat_jax.train.state import TrainState, freeze_omitted
 
 
 class StepMetrics(NamedTuple):
-    """Of one step: mean loss a token (under masks), tokens in it, gradient norm before clipping."""
+    """Of one step: mean loss (under masks) a token that bears loss, gradient norm before clipping.
+
+    `tokens` are all that are no padding: what is computed. Of text all of them bear loss.
+    """
 
     loss: Float[Array, ""]
     tokens: Float[Array, ""]
+    loss_tokens: Float[Array, ""]
     grad_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
 
@@ -55,8 +59,9 @@ def make_step(
         total, seen, grads = _over_microbatches(
             jax.value_and_grad(loss, has_aux=True), state.params, batch, settings.microbatches
         )
-        tokens = jnp.sum(batch.loss_mask).astype(jnp.float32)
-        grads = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1), grads)
+        loss_tokens = jnp.sum(batch.loss_mask).astype(jnp.float32)
+        learnt = jnp.maximum(loss_tokens, 1)  # no answer, no loss
+        grads = jax.tree.map(lambda g: g / learnt, grads)
         updates, optimizer = settings.optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         after = TrainState(state.step + 1, params, optimizer)
@@ -65,8 +70,9 @@ def make_step(
         if settings.observe:
             stats = accumulate(stats, seen, settings.stats_decay)
         metrics = StepMetrics(
-            loss=total / jnp.maximum(tokens, 1),
-            tokens=tokens,
+            loss=total / learnt,
+            tokens=jnp.sum(batch.segment_ids > 0).astype(jnp.float32),
+            loss_tokens=loss_tokens,
             grad_norm=optax.tree.norm(grads),
             learning_rate=jnp.asarray(settings.schedule(state.step), jnp.float32),
         )
@@ -102,7 +108,7 @@ def _over_microbatches(
 def make_evaluation(
     graph: nnx.GraphDef[Llama],
 ) -> Callable[[dict[str, Array], Batch], tuple[Array, Array]]:
-    """`evaluate(params, batch)`: sum of the whole model's losses, and how many tokens."""
+    """`evaluate(params, batch)`: sum of the whole model's losses, and of how many tokens."""
 
     def evaluate(params: dict[str, Array], batch: Batch) -> tuple[Array, Array]:
         total, _ = bind(graph, numbered(params)).loss(*batch)

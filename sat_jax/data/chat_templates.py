@@ -1,0 +1,48 @@
+"""Chat templates by name, for models that ship none: Jinja, as `chat.py` renders it.
+
+All of them end an answer with a token of its own, so that a model learns to stop: chatml with
+`<|im_end|>`, the others with the tokenizer's eos. A bos stands where the tokenizer adds one.
+"""
+
+TEMPLATES = {
+    "chatml": (
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    ),
+    # Llama 2 writes the system prompt into the first instruction, and a bos before each.
+    "llama2": (
+        "{% if messages[0]['role'] == 'system' %}"
+        "{% set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}"
+        "{% set turns = messages[1:] %}"
+        "{% else %}{% set system, turns = '', messages %}{% endif %}"
+        "{% for message in turns %}{% if message['role'] == 'assistant' %}"
+        "{{ ' ' + message['content'] | trim + ' ' + eos_token }}"
+        "{% elif message['role'] == 'user' %}"
+        "{% set content = (system if loop.first else '') + message['content'] %}"
+        "{{ bos_token + '[INST] ' + content | trim + ' [/INST]' }}"
+        "{% else %}{{ raise_exception('no place for the role ' + message['role']) }}{% endif %}"
+        "{% endfor %}"
+    ),
+    "zephyr": (
+        "{{ bos_token }}{% for message in messages %}"
+        "{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+    ),
+    "alpaca": (
+        "{{ bos_token }}{% if messages[0]['role'] != 'system' %}"
+        "{{ 'Below is an instruction that describes a task. Write a response that appropriately"
+        " completes the request.\\n\\n' }}{% endif %}"
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+        "{{ '### Response:\\n' + message['content'] + eos_token + '\\n\\n' }}"
+        "{% elif message['role'] == 'user' %}"
+        "{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}"
+        "{% else %}{{ message['content'] + '\\n\\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
+    ),
+    "plain": (
+        "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
+        "{{ eos_token if message['role'] == 'assistant' else '\\n' }}{% endfor %}"
+    ),
+}

@@ -1,0 +1,174 @@
+"""Where the answers stand in what a chat template writes, and which tokens they are."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sat_jax.data.chat import Rendered, render_answers, render_chat
+from sat_jax.data.chat_templates import TEMPLATES
+from sat_jax.data.conversations import Conversations, chat_template, trained_with
+from sat_jax.data.form import Form
+from sat_jax.data.sources import Document
+from sat_jax.data.tokenizer import load_tokenizer
+from sat_jax.errors import UserError
+
+GOLDEN = Path(__file__).parent / "golden" / "chat"
+CASES = [json.loads(line) for line in (GOLDEN / "cases.jsonl").read_text().splitlines()]
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+ASKED = [{"role": "user", "content": "q"}, {"role": "assistant", "content": " a\n"}]
+TWICE = [*ASKED, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+def answers(template: str, messages: Sequence[Any], learnt: Sequence[int]) -> tuple[str, list[str]]:
+    text, runs = render_answers(template, messages, SPECIAL, learnt)
+    return text, [text[first:last] for first, last in runs]
+
+
+@pytest.mark.parametrize("form", ["template", "marked"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_ids_and_masks_are_those_of_transformers(case: Any, form: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.jinja"
+    file.write_text(case[form])
+    tokenizer = load_tokenizer(str(GOLDEN))
+    settings = Form("messages", chat_template=str(file))
+    turns = [(message["role"], message["content"]) for message in case["messages"]]
+    (code,) = Conversations(settings, tokenizer, 500).encode([Document(json.dumps(turns), "x")])
+    assert code.ids == case["ids"]
+    assert code.answers is not None
+    mask = [any(a <= i < b for a, b in code.answers) for i in range(len(code.ids))]
+    assert mask == list(map(bool, case["mask"]))
+
+
+def test_white_space_at_the_end_of_an_answer_is_part_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "x.jinja"  # no end of turn; this tokenizer takes white space off the offsets
+    file.write_text(
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    tokenizer = load_tokenizer(str(GOLDEN))
+    reader = Conversations(Form("messages", chat_template=str(file)), tokenizer, 500)
+    (code,) = reader.encode([Document('[["user", "q"], ["assistant", " again\\n\\n"]]', "x")])
+    assert tokenizer.decode(code.ids) == "q again\n\n"
+    assert code.answers == [(1, len(code.ids))]
+    assert code.text_bytes == len(" again\n\n")
+    (alone,) = reader.encode([Document('[["user", ""], ["assistant", "xy"]]', "x")])
+    assert alone.answers == [(1, 2)]  # nothing predicts a first token
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "learnt"),
+    [
+        (
+            "chatml",
+            "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n a\n<|im_end|>\n"
+            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n",
+            [" a\n<|im_end|>", "b<|im_end|>"],
+        ),
+        ("llama2", "<s>[INST] q [/INST] a </s><s>[INST] a [/INST] b </s>", [" a </s>", " b </s>"]),
+        (
+            "zephyr",
+            "<s><|user|>\nq</s>\n<|assistant|>\n a\n</s>\n<|user|>\na</s>\n<|assistant|>\nb</s>\n",
+            [" a\n</s>", "b</s>"],
+        ),
+        (
+            "alpaca",
+            "<s>Below is an instruction that describes a task. Write a response that appropriately"
+            " completes the request.\n\n### Instruction:\nq\n\n### Response:\n a\n</s>\n\n"
+            "### Instruction:\na\n\n### Response:\nb</s>\n\n",
+            [" a\n</s>", "b</s>"],
+        ),
+        ("plain", "<s>q\n a\n</s>a\nb</s>", [" a\n</s>", "b</s>"]),
+    ],
+)
+def test_built_in_templates(name: str, text: str, learnt: list[str]) -> None:
+    assert answers(TEMPLATES[name], TWICE, [1, 3]) == (text, learnt)
+    assert answers(TEMPLATES[name], TWICE, [3]) == (text, learnt[1:])
+    # What asks for an answer is what stands before it.
+    assert text.startswith(render_chat(TEMPLATES[name], TWICE[:3], SPECIAL) + learnt[1])
+    system = [{"role": "system", "content": "S!"}, *ASKED]
+    assert "S!" in answers(TEMPLATES[name], system, [2])[0]
+
+
+def test_what_a_template_puts_before_its_answer_is_learnt() -> None:
+    # As Qwen 3: the last answer thinks, earlier ones have thought.
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' and loop.last %}<think>"
+        "{% endif %}{{ m.content }}[end]\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    assert answers(template, ASKED, [1])[1] == ["<think> a\n[end]"]
+    assert answers(template, TWICE, [3])[1] == ["<think>b[end]"]
+    with pytest.raises(UserError, match=r"before answer 2 in another way.*data\.loss_on='last'"):
+        answers(template, TWICE, [1, 3])
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}",
+            "no generation prompt",
+        ),
+        ("{% for m in messages %}{{ m.content if m.role == 'user' }}{% endfor %}", "prompt|leaves"),
+        ("{% generation %}x{% endgeneration %}{{ messages[0].content }}", "marks 1 parts"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% generation %}", "chat template fails"),
+    ],
+)
+def test_no_mask_is_guessed(template: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        answers(template, TWICE, [1, 3])
+    assert "\n" not in str(caught.value)
+
+
+def test_marks_are_kept_out_of_texts_and_prompts() -> None:
+    template = (
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    )
+    assert render_chat(template, ASKED, {}) == "q a\n"
+    marked = [{"role": "user", "content": "\ufdd0"}, ASKED[1]]
+    with pytest.raises(UserError, match=r"U\+FDD0"):
+        answers(template, marked, [1])
+
+
+def test_the_date_is_fixed_for_what_is_prepared() -> None:
+    template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert answers(template, ASKED, [1])[0].startswith("26 Jul 2024")
+
+
+def test_a_template_is_named(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(GOLDEN))
+    assert chat_template("chatml", tokenizer) == TEMPLATES["chatml"]
+    assert chat_template("llama2", tokenizer) == TEMPLATES["llama2"]  # its tokenizer adds a bos
+    plain = load_tokenizer("bytes")
+    assert "bos_token" not in chat_template("zephyr", plain)
+    assert render_chat(chat_template("plain", plain), ASKED[:1], plain.special_tokens) == "q\n"
+    (tmp_path / "own.jinja").write_text("own")
+    assert chat_template(str(tmp_path / "own.jinja"), plain) == "own"
+    for name, problem in (
+        ("model", "tokenizer bytes has no chat template; accepted: model, chatml"),
+        ("chatml", "which is no token of this tokenizer; accepted: llama2, zephyr"),
+        ("chatlm", "No such file"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            chat_template(name, plain)
+    with pytest.raises(UserError, match="needs an eos"):
+        chat_template("plain", load_tokenizer("bytes", model_vocab_size=256))
+
+
+def test_the_model_that_is_written_has_the_template_it_learnt(tmp_path: Path) -> None:
+    for name in (str(GOLDEN), "bytes"):
+        tokenizer = load_tokenizer(name)
+        assert trained_with(tokenizer, Form()) is tokenizer
+        folder = tmp_path / Path(name).name
+        folder.mkdir()
+        trained_with(tokenizer, Form("alpaca", chat_template="zephyr")).save(folder)
+        template = load_tokenizer(str(folder)).chat_template
+        assert template == chat_template("zephyr", tokenizer)
+
+
+def test_rendered_is_what_it_says() -> None:
+    assert render_answers("{{ messages[0].content }}", ASKED, {}, []) == Rendered("q", [])
