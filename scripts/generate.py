@@ -73,25 +73,16 @@ def main() -> None:
     except UnicodeEncodeError as error:  # bytes of the command line that are no text
         raise UserError(f"--prompt is not UTF-8 at character {error.start}") from error
     from sat_jax.evaluate.generate import Sampling, stream
+    from sat_jax.evaluate.prompts import chat_prompt
     from sat_jax.evaluate.subject import open_subject
-    from sat_jax.evaluate.text import TextStream, render_chat
+    from sat_jax.evaluate.text import TextStream
 
     sampling = Sampling(given.temperature, given.top_k, given.top_p)
     subject = open_subject(given.model)
     tokenizer = subject.tokenizer(given.tokenizer)
     text = given.prompt
     if given.chat:
-        if tokenizer.chat_template is None:
-            raise UserError(
-                f"{given.model}: no chat template; without --chat the prompt is continued"
-            )
-        named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-        special = {
-            name: tokenizer.backend.id_to_token(number)
-            for name, number in named.items()
-            if number is not None
-        }
-        text = render_chat(tokenizer.chat_template, [{"role": "user", "content": text}], special)
+        text = chat_prompt(tokenizer, [{"role": "user", "content": text}])
     (prompt,) = tokenizer.encode_batch([text])
     if not prompt:
         raise UserError("--prompt is empty, and this tokenizer has no token to begin with")

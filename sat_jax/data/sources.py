@@ -44,6 +44,14 @@ class Document(NamedTuple):
     origin: str
 
 
+class Record(NamedTuple):
+    """One JSON object, and where it stands: by line, and by line and byte."""
+
+    fields: dict[str, Any]
+    origin: str
+    place: str
+
+
 @dataclass(frozen=True)
 class Source:
     """One file of documents, or one split of a prepared TFDS dataset."""
@@ -107,7 +115,7 @@ def read_documents(source: Source, text_field: str) -> Iterator[Document]:
     """The documents of one source: a text file is one, a line of JSON one, a TFDS example one."""
     match source.kind:
         case "text":
-            documents = _read_text(source.path)
+            documents = iter([Document(read_text_file(source.path), str(source.path))])
         case "json_lines":
             documents = _read_json_lines(source.path, text_field)
         case "tfds":
@@ -258,20 +266,29 @@ def _decode(data: bytes, origin: str | Path, start: int) -> str:
         ) from error
 
 
-def _read_text(path: Path) -> Iterator[Document]:
+def read_text_file(path: Path) -> str:
+    """All of a file, decompressed."""
     with _reading(path) as stream:
         data = stream.read()
-    yield Document(_decode(data, path, 0), str(path))
+    return _decode(data, path, 0)
 
 
 def _read_json_lines(path: Path, field: str) -> Iterator[Document]:
+    for record in read_records(path):
+        text = string_field(record.fields, field, record.place)
+        yield Document(text, record.origin)
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The objects of a file of JSON lines; blank lines are left out."""
     start = 0
     with _reading(path) as stream:
         for number, data in enumerate(stream, 1):
             origin = f"{path}, line {number}"
             line = _decode(data, origin, start)
             if line.strip():
-                yield Document(_text_field(line, field, f"{origin} (byte {start})"), origin)
+                place = f"{origin} (byte {start})"
+                yield Record(_record(line, place), origin, place)
             start += len(data)
 
 
@@ -280,7 +297,7 @@ def _json_kind(value: Any) -> str:
     return "null" if value is None else names.get(type(value), "a number")
 
 
-def _text_field(line: str, field: str, origin: str) -> str:
+def _record(line: str, origin: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -290,7 +307,12 @@ def _text_field(line: str, field: str, origin: str) -> str:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{origin}: JSON that cannot be read: {error}") from error
     if not isinstance(record, dict):
-        raise UserError(f"{origin}: {_json_kind(record)} without the field {field!r}; {_A_LINE}")
+        raise UserError(f"{origin}: {_json_kind(record)}; {_A_LINE}")
+    return record
+
+
+def string_field(record: dict[str, Any], field: str, origin: str) -> str:
+    """The text in a field of a record. Raises `UserError` where there is none."""
     if field not in record:
         has = ", ".join(list(record)[:10]) or "no fields"
         raise UserError(f"{origin}: no field {field!r} (it has {has}); name the one with the text")

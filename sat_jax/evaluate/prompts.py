@@ -1,0 +1,86 @@
+"""From a question to the text that a model continues: by a template, or as a conversation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from sat_jax.data.tokenizer import Tokenizer
+from sat_jax.errors import UserError
+from sat_jax.evaluate.text import render_chat
+
+QUESTION = "{question}"
+PLAIN = f"Question: {QUESTION}\nAnswer:"
+CHAT = QUESTION
+
+
+class Shot(NamedTuple):
+    """An example that is shown in front of the question."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """How questions are put.
+
+    Plain: `template` with the question in it, the shots and their answers in front of it, an empty
+    line between each; a space and then the answer follow. With `chat`, every shot is a turn of the
+    user and one of the assistant, the question is the last turn, and the answer follows directly.
+    `template` None is `PLAIN`, or `CHAT`.
+    """
+
+    template: str | None = None
+    chat: bool = False
+    shots: Sequence[Shot] = ()
+
+    def __post_init__(self) -> None:
+        if self.template is not None and QUESTION not in self.template:
+            raise UserError(f"prompt {self.template!r}: {QUESTION} is not in it")
+
+    @property
+    def joint(self) -> str:
+        """What stands between a prompt and an answer to it."""
+        return "" if self.chat else " "
+
+    @property
+    def end(self) -> str | None:
+        """How the text begins that a plain prompt's continuation goes on with: the next question.
+
+        None where it begins with the question itself, or where a turn has an end of its own.
+        """
+        return None if self.chat else self._template.partition(QUESTION)[0].strip() or None
+
+    def prompt(self, tokenizer: Tokenizer, question: str) -> str:
+        """The text that asks `question`."""
+        shots = [(self._ask(shot.question), shot.answer) for shot in self.shots]
+        if not self.chat:
+            shown = [f"{asked}{self.joint}{answer}\n\n" for asked, answer in shots]
+            return "".join(shown) + self._ask(question)
+        messages = []
+        for asked, answer in shots:
+            messages.append({"role": "user", "content": asked})
+            messages.append({"role": "assistant", "content": answer})
+        return chat_prompt(tokenizer, [*messages, {"role": "user", "content": self._ask(question)}])
+
+    @property
+    def _template(self) -> str:
+        return self.template or (CHAT if self.chat else PLAIN)
+
+    def _ask(self, question: str) -> str:
+        return self._template.replace(QUESTION, question)
+
+
+def chat_prompt(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> str:
+    """`messages` in the chat template of the model. Raises `UserError` where it has none."""
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"tokenizer {tokenizer.name}: no chat template; without chat the text is continued"
+        )
+    named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    special = {
+        name: token
+        for name, number in named.items()
+        if number is not None and (token := tokenizer.backend.id_to_token(number)) is not None
+    }
+    return render_chat(tokenizer.chat_template, messages, special)
