@@ -1,4 +1,4 @@
-"""Exact match: the model writes an answer, a rule takes the result out of it, and it is compared."""
+"""Exact match: a model writes an answer, a rule takes the result out of it, and it is compared."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ RULES = {
 
 
 class Rule:
-    """Takes the result out of an answer: the last match of a pattern, of its group where it has one.
+    """Takes the result out of an answer: the last match of a pattern, or of the group in it.
 
     By name: `number` is the last number, `hashes` the number behind the last `####` (GSM8K's form),
     `text` the whole text; anything else is a regular expression.
@@ -42,10 +42,8 @@ class Rule:
 
     def __call__(self, text: str) -> str | None:
         """The result, normalised; None where there is none."""
-        found = None
-        for found in self._pattern.finditer(text):
-            pass
-        return None if found is None else normalised(found[self._pattern.groups] or "")
+        found = list(self._pattern.finditer(text))
+        return normalised(found[-1][self._pattern.groups] or "") if found else None
 
 
 def normalised(result: str) -> str:
@@ -56,67 +54,69 @@ def normalised(result: str) -> str:
 def same(one: str | None, other: str | None) -> bool:
     """Whether two normalised results are equal: as texts, or as numbers (18 and 18.0). None is not
     equal to anything."""
-    if one is None or other is None:
-        return False
+    if one is None or other is None or one == other:
+        return one is not None and one == other
     try:
         return Decimal(one) == Decimal(other)
     except InvalidOperation:
-        return one == other
+        return False
 
 
-class Answered(NamedTuple):
-    """A question, what the model wrote, and what was taken out of both answers."""
+class Asked(NamedTuple):
+    """A question as it is put to a model, as text and as ids, and the result it should have."""
 
     question: str
     prompt: str
-    completion: Completion
+    ids: Sequence[int]
     expected: str
+
+
+def ask(
+    tokenizer: Tokenizer, problems: Sequence[Shot], prompting: Prompting, rule: Rule
+) -> list[Asked]:
+    """Every problem as it is put. Raises `UserError` where the rule finds no result to expect."""
+    prompts = [prompting.prompt(tokenizer, problem.question) for problem in problems]
+    asked = []
+    for problem, prompt, ids in zip(
+        problems, prompts, tokenizer.encode_batch(prompts), strict=True
+    ):
+        expected = rule(problem.answer)
+        if expected is None:
+            raise UserError(
+                f"nothing to extract from the answer {problem.answer[-60:]!r}; accepted rules:"
+                f" {', '.join(RULES)}, or a regular expression that matches"
+            )
+        asked.append(Asked(problem.question, prompt, ids, expected))
+    return asked
+
+
+class Answered(NamedTuple):
+    """What a model wrote, and the result that was found in it."""
+
+    asked: Asked
+    completion: Completion
     found: str | None
 
     @property
     def right(self) -> bool:
-        return same(self.found, self.expected)
-
-
-def expected_results(problems: Sequence[Shot], rule: Rule) -> list[str]:
-    """What the rule takes out of the given answers. Raises `UserError` where it finds nothing."""
-    results = []
-    for number, problem in enumerate(problems):
-        result = rule(problem.answer)
-        if result is None:
-            raise UserError(
-                f"question {number}: nothing to extract in its answer {problem.answer[-60:]!r};"
-                f" accepted rules: {', '.join(RULES)}, or a regular expression"
-            )
-        results.append(result)
-    return results
+        return same(self.found, self.asked.expected)
 
 
 def answer(
     model: Llama,
     tokenizer: Tokenizer,
-    problems: Sequence[Shot],
-    prompting: Prompting,
+    asked: Sequence[Asked],
     rule: Rule,
     max_new_tokens: int,
     rows: int,
+    *,
+    stops: Sequence[str] = (),
     done: Callable[[int], object] = lambda _: None,
 ) -> list[Answered]:
-    """The model's answers, greedy. A plain prompt's ends where the model goes on to a next question.
-
-    Raises `UserError` for a question that leaves no room for `max_new_tokens`.
-    """
-    expected = expected_results(problems, rule)
-    prompts = [prompting.prompt(tokenizer, problem.question) for problem in problems]
-    stops = [] if prompting.end is None else [f"\n{prompting.end}"]
-    ids = tokenizer.encode_batch(prompts)
-    completions = complete(model, tokenizer, ids, max_new_tokens, rows, stops=stops, done=done)
-    return [
-        Answered(problem.question, prompt, completion, result, rule(completion.text))
-        for problem, prompt, completion, result in zip(
-            problems, prompts, completions, expected, strict=True
-        )
-    ]
+    """The model's answers, greedy; `stops` and `done` are those of `complete`."""
+    prompts = [one.ids for one in asked]
+    made = complete(model, tokenizer, prompts, max_new_tokens, rows, stops=stops, done=done)
+    return [Answered(one, text, rule(text.text)) for one, text in zip(asked, made, strict=True)]
 
 
 class Marks(NamedTuple):

@@ -32,10 +32,10 @@ def complete(
     """The completion of every prompt, `rows` at once, prompts of like length together.
 
     One ends before the model's end-of-text token, before the first of `stops` in it, or after
-    `max_new_tokens`; `tokens` counts what was kept of what was generated, to a stop text's last
-    token. All batches have `rows` rows, the last one repeats a prompt: no batch size of its own is
-    compiled. `done` hears of every batch how many tokens were made. Raises `UserError` for prompts
-    that the model cannot take.
+    `max_new_tokens`; `tokens` counts what was made, some of it behind a stop text. All batches have
+    `rows` rows, the last one repeats a prompt: no batch size of its own is compiled. `done` hears
+    of every batch how many tokens were made. Raises `UserError` for prompts that the model cannot
+    take.
     """
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     found: dict[int, Completion] = {}
@@ -80,10 +80,5 @@ def _completion(
 ) -> Completion:
     text = tokenizer.decode(ids)
     ends = [text.index(stop) for stop in stops if stop in text]
-    return Completion(
-        text[: min(ends)] if ends else text, len(ids), _cut(ids, max_new_tokens, ends)
-    )
-
-
-def _cut(ids: Sequence[int], max_new_tokens: int, ends: Sequence[int]) -> bool:
-    return not ends and len(ids) >= max_new_tokens
+    cut = not ends and len(ids) >= max_new_tokens
+    return Completion(text[: min(ends)] if ends else text, len(ids), cut)

@@ -13,6 +13,7 @@ from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 from sat_jax.evaluate.rows import pack, row_width
 from sat_jax.models.llama import Llama
+from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.loss import token_scores
 
 _WIDTH = 256  # short pairs share rows of this many slots
@@ -23,6 +24,11 @@ class Pair(NamedTuple):
 
     context: Sequence[int]
     continuation: Sequence[int]
+
+    @property
+    def length(self) -> int:
+        """Tokens that the model reads: all but the last, which is only predicted."""
+        return len(self.context) + len(self.continuation) - 1
 
 
 class Likelihood(NamedTuple):
@@ -62,6 +68,12 @@ def first_token(tokenizer: Tokenizer) -> int:
     return first
 
 
+def check_pairs(config: LlamaConfig, pairs: Sequence[Pair]) -> None:
+    """Raises `UserError` for a pair that the model of `config` has no positions for."""
+    longest = max((pair.length for pair in pairs), default=0)
+    config.check_length("a prompt and what follows it: the length", longest)
+
+
 def likelihoods(
     model: Llama,
     pairs: Sequence[Pair],
@@ -76,9 +88,9 @@ def likelihoods(
     positions for.
     """
     pieces = [[*context, *continuation] for context, continuation in pairs]
-    longest = max((len(piece) - 1 for piece in pieces), default=0)
-    model.config.check_length("a prompt with its continuation: the length", max(longest, 1))
-    most = max(longest, model.config.max_positions)
+    check_pairs(model.config, pairs)
+    most = model.config.max_positions
+    longest = max((pair.length for pair in pairs), default=0)
     width = max(row_width(longest, most), min(_WIDTH, most))
     graph, params = nnx.split(model)
     log_p, greedy = np.zeros(len(pairs)), np.ones(len(pairs), np.bool_)

@@ -44,12 +44,13 @@ class Prompting:
         return "" if self.chat else " "
 
     @property
-    def end(self) -> str | None:
-        """How the text begins that a plain prompt's continuation goes on with: the next question.
+    def stops(self) -> list[str]:
+        """Where an answer is over though the model goes on: plain, at the next question.
 
-        None where it begins with the question itself, or where a turn has an end of its own.
+        Not where a template begins with the question itself; a turn has an end of its own.
         """
-        return None if self.chat else self._template.partition(QUESTION)[0].strip() or None
+        start = self.asks.partition(QUESTION)[0].strip()
+        return [] if self.chat or not start else [f"\n{start}"]
 
     def prompt(self, tokenizer: Tokenizer, question: str) -> str:
         """The text that asks `question`."""
@@ -64,11 +65,12 @@ class Prompting:
         return chat_prompt(tokenizer, [*messages, {"role": "user", "content": self._ask(question)}])
 
     @property
-    def _template(self) -> str:
+    def asks(self) -> str:
+        """The template that is used."""
         return self.template or (CHAT if self.chat else PLAIN)
 
     def _ask(self, question: str) -> str:
-        return self._template.replace(QUESTION, question)
+        return self.asks.replace(QUESTION, question)
 
 
 def chat_prompt(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> str:
