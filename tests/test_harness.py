@@ -15,9 +15,9 @@ pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 from sat_jax.data.tokenizer import load_tokenizer
 from sat_jax.errors import UserError
 from sat_jax.evaluate.choices import choose, encode_choices
-from sat_jax.evaluate.generate import generate
+from sat_jax.evaluate.complete import complete
 from sat_jax.evaluate.harness import Harness
-from sat_jax.evaluate.likelihood import encode_pairs, likelihoods
+from sat_jax.evaluate.likelihood import Pair, encode_pairs, likelihoods
 from sat_jax.evaluate.prompts import Prompting
 from sat_jax.evaluate.questions import read_choices
 from sat_jax.interop import load_model
@@ -62,24 +62,24 @@ def test_rolling_predicts_every_token_once() -> None:
         ([0, *ids[start:first]] if not start else ids[start:first], ids[first:last])
         for start, first, last in ends
     ]
-    from sat_jax.evaluate.likelihood import Pair
-
     expected = sum(one.log_p for one in likelihoods(golden(), [Pair(*pair) for pair in pairs], 1))
     assert_close(found, expected, "float32", "forward")
 
 
 def test_generate_until() -> None:
     harness = Harness(golden(), load_tokenizer("bytes", None, 256), rows=2)
-    whole = BYTES.decode(generate(golden(), [list(b"Once")], 40)[0])
+    prompts = [list(b"Once"), list(b"x" * 60 + b"Once")]
+    whole, after = complete(golden(), BYTES, prompts, 64, 2)
+    stop = whole.text[5:7]
     asked = [
-        ("Once", {"until": [], "max_gen_toks": 40}),
-        ("Once", {"until": [whole[5:7]], "max_gen_toks": 40, "do_sample": False}),
-        ("x" * 300 + "Once", {"until": [], "max_gen_toks": 124, "temperature": 0.0}),
+        ("Once", {"until": [], "max_gen_toks": 64}),
+        ("Once", {"until": [stop], "max_gen_toks": 64, "do_sample": False}),
+        # The 64 tokens that the model still has positions for.
+        ("x" * 300 + "Once", {"until": [], "max_gen_toks": 64, "temperature": 0.0}),
     ]
     first, second, third = harness.generate_until(requests(*asked))
-    assert first == whole
-    assert second == whole[: whole.index(whole[5:7])]
-    assert third == BYTES.decode(generate(golden(), [list(b"Once")], 124)[0])
+    assert (first, third) == (whole.text, after.text)
+    assert second == first[: first.index(stop)]
     with pytest.raises(UserError, match="generate with num_beams"):
         harness.generate_until(requests(("x", {"num_beams": 3})))
     with pytest.raises(UserError, match="leave no room"):
@@ -151,9 +151,13 @@ def test_a_task_gives_what_we_give(monkeypatch: pytest.MonkeyPatch, folder: Path
 
 
 def test_what_is_not_there(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    # The harness's own tasks are thousands of files, which take seconds to index.
+    from lm_eval.tasks import TaskManager
+
+    few = functools.partial(TaskManager, include_defaults=False)
+    monkeypatch.setattr("sat_jax.evaluate.harness.TaskManager", few)
     for arguments, message in [
         (["other", "--include-path", str(folder)], "no task other in lm-evaluation-harness or in"),
-        (["small"], "no task small in lm-evaluation-harness$"),
         (["small", "--include-path", "nowhere"], "nowhere: there is no such folder"),
         (["small", "--prompt", "x"], "--prompt says nothing to --lm-eval"),
     ]:

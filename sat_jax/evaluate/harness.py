@@ -171,8 +171,13 @@ def find_tasks(tasks: Sequence[str], include_path: Path | None = None) -> TaskMa
 
     Raises `UserError` for a task that is not known.
     """
-    if include_path is not None and not include_path.is_dir():
-        raise UserError(f"{include_path}: there is no such folder")
+    if include_path is not None:
+        if not include_path.is_dir():
+            raise UserError(f"{include_path}: there is no such folder")
+        # To index the harness's thousands of files takes seconds; a group may still need them.
+        alone = TaskManager(include_path=str(include_path), include_defaults=False)
+        if set(tasks) <= set(alone.all_tasks) - set(alone.all_groups):
+            return alone
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
