@@ -97,6 +97,7 @@ def test_a_completion_ends_before_a_stop_text() -> None:
     assert short.text == whole.text[: whole.text.index(stop)]
     assert not short.cut
     assert short.tokens == 32  # nothing is made once all rows have stopped
+    assert not complete(golden(), BYTES, [prompt], 32, 1, stops=[stop])[0].cut
 
 
 def test_fields_of_questions(tmp_path: Path) -> None:

@@ -42,9 +42,11 @@ def requests(*arguments: tuple[Any, ...]) -> list[Any]:
 
 def test_likelihoods() -> None:
     harness = Harness(golden(), load_tokenizer("bytes", None, 256), rows=2)
-    texts = [("Once upon", " a time"), ("x" * 200, "yz")]
+    texts = [("Once upon", " a time"), ("x" * 200 + "once upon", "yz")]
     short, long = harness.loglikelihood(requests(*texts))
-    pairs = encode_pairs(BYTES, [texts[0], ("x" * 127, "yz")])  # 128 positions: the end of the x
+    pairs = encode_pairs(
+        BYTES, [texts[0], (("x" * 200 + "once upon")[-127:], "yz")]
+    )  # 128 positions
     for found, expected in zip((short, long), likelihoods(golden(), pairs, 2), strict=True):
         assert_close(found[0], expected.log_p, "float32", "forward")
         assert found[1] == expected.greedy
