@@ -257,7 +257,7 @@ def test_script_prints_a_table_and_writes_json(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "one of the arguments --text --prepared is required"),
+        ([], "one of the arguments --text --prepared .* is required"),
         (["--text", "nowhere"], "nowhere: no such file or folder"),
         (["--text", "x", "--split", "train"], "--split says nothing to --text"),
         (["--prepared", "x", "--max-bytes", "3"], "--max-bytes says nothing to --prepared"),
