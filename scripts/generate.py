@@ -72,8 +72,8 @@ def main() -> None:
         given.prompt.encode()
     except UnicodeEncodeError as error:  # bytes of the command line that are no text
         raise UserError(f"--prompt is not UTF-8 at character {error.start}") from error
-    from sat_jax.data.chat import render_chat
     from sat_jax.evaluate.generate import Sampling, stream
+    from sat_jax.evaluate.prompts import chat_prompt
     from sat_jax.evaluate.subject import open_subject
     from sat_jax.evaluate.text import TextStream
 
@@ -82,12 +82,7 @@ def main() -> None:
     tokenizer = subject.tokenizer(given.tokenizer)
     text = given.prompt
     if given.chat:
-        if tokenizer.chat_template is None:
-            raise UserError(
-                f"{given.model}: no chat template; without --chat the prompt is continued"
-            )
-        asked = [{"role": "user", "content": text}]
-        text = render_chat(tokenizer.chat_template, asked, tokenizer.special_tokens)
+        text = chat_prompt(tokenizer, [{"role": "user", "content": text}])
     (prompt,) = tokenizer.encode_batch([text])
     if not prompt:
         raise UserError("--prompt is empty, and this tokenizer has no token to begin with")

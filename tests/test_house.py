@@ -170,11 +170,11 @@ def test_requirements_are_what_is_imported() -> None:
     ]
     listed = required((ROOT / "requirements.txt").read_text().splitlines())
     allowed = {
-        "sat_jax": listed,
+        "sat_jax": listed | required(extras["eval"]),
         "kernels": listed,
         "experiments": listed,
         "scripts": listed | required(extras["bench"]),
-        "tests": listed | required(extras["bench"]) | required(extras["test"]),
+        "tests": listed.union(*(required(extras[extra]) for extra in ("bench", "eval", "test"))),
     }
     providers = packages_distributions()
     used: set[str] = set()

@@ -29,6 +29,7 @@ from sat_jax.evaluate.perplexity import (
 from sat_jax.interop import load_model
 from sat_jax.models.llama import Llama
 from scripts import evaluate as script
+from scripts.evaluate_ways import Meter
 from tests.tolerances import assert_close
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -238,6 +239,7 @@ def test_script_prints_a_table_and_writes_json(
     )
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["settings"]["stride"] == 5
+    assert (content["models"][0]["length"], content["models"][0]["stride"]) == (16, 5)
     first, second = content["models"]
     assert Path(second["model"]).name == "llama_gqa_sharded"
     assert first["nll"] == second["nll"]  # the same weights
@@ -255,7 +257,7 @@ def test_script_prints_a_table_and_writes_json(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "one of the arguments --text --prepared is required"),
+        ([], "one of the arguments --text --prepared .* is required"),
         (["--text", "nowhere"], "nowhere: no such file or folder"),
         (["--text", "x", "--split", "train"], "--split says nothing to --text"),
         (["--prepared", "x", "--max-bytes", "3"], "--max-bytes says nothing to --prepared"),
@@ -274,12 +276,16 @@ def test_script_prints_a_table_and_writes_json(
 def test_script_refuses(
     monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
-    monkeypatch.setattr(script, "_figures", None)  # all this is known before the work
+    monkeypatch.setattr(
+        "scripts.evaluate_ways._perplexity", None
+    )  # all this is known before the work
     with pytest.raises(UserError, match=message):
         command(monkeypatch, *arguments)
 
 
 def test_the_speed_leaves_out_the_first_batch() -> None:
-    assert script._speed([(100.0, 7), (101.0, 10), (102.0, 20)]) == 15
-    assert script._speed([(100.0, 7)]) is None
-    assert script._cell(None).strip() == "-"
+    meter = Meter(37)
+    assert meter.speed() is None
+    meter.counted += [(100.0, 7), (101.0, 10), (102.0, 20)]
+    assert meter.speed() == 15
+    assert script._cell(None) == "-"

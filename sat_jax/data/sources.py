@@ -109,7 +109,7 @@ def read_documents(source: Source, text_field: str) -> Iterator[Document]:
     """The documents of one source: a text file is one, a line of JSON one, a TFDS example one."""
     match source.kind:
         case "text":
-            documents = _read_text(source.path)
+            documents = iter([Document(read_text_file(source.path), str(source.path))])
         case "json_lines":
             documents = _read_json_lines(source.path, text_field)
         case "tfds":
@@ -259,27 +259,20 @@ def _decode(data: bytes, origin: str | Path, start: int) -> str:
         ) from error
 
 
-def _read_text(path: Path) -> Iterator[Document]:
+def read_text_file(path: Path) -> str:
+    """All of a file, decompressed."""
     with _reading(path) as stream:
         data = stream.read()
-    yield Document(_decode(data, path, 0), str(path))
+    return _decode(data, path, 0)
 
 
 def _read_json_lines(path: Path, field: str) -> Iterator[Document]:
     for record, origin in read_records(path):
-        if field not in record:
-            has = ", ".join(list(record)[:10]) or "no fields"
-            raise UserError(
-                f"{origin}: no field {field!r} (it has {has}); name the one with the text"
-            )
-        text = record[field]
-        if not isinstance(text, str):
-            raise UserError(f"{origin}: field {field!r} is {json_kind(text)}, not a string")
-        yield Document(check_text(text, field, origin), origin)
+        yield Document(string_field(record, field, origin), origin)
 
 
 def read_records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """The objects of a file of JSON lines, and where each stands."""
+    """The objects of a file of JSON lines, and where each stands; blank lines are left out."""
     start = 0
     with _reading(path) as stream:
         for number, data in enumerate(stream, 1):
@@ -319,6 +312,17 @@ def _record(line: str, origin: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UserError(f"{origin}: {json_kind(record)}, not an object; {_A_LINE}")
     return record
+
+
+def string_field(record: dict[str, Any], field: str, origin: str) -> str:
+    """The text in a field of a record. Raises `UserError` where there is none."""
+    if field not in record:
+        has = ", ".join(list(record)[:10]) or "no fields"
+        raise UserError(f"{origin}: no field {field!r} (it has {has}); name the one with the text")
+    text = record[field]
+    if not isinstance(text, str):
+        raise UserError(f"{origin}: field {field!r} is {json_kind(text)}, not a string")
+    return check_text(text, field, origin)
 
 
 def _read_tfds(source: Source, field: str) -> Iterator[Document]:

@@ -99,7 +99,7 @@ def stream(
 
     A row that has ended adds empty lists.
     """
-    _check(model.config, prompts, max_new_tokens)
+    check_prompts(model.config, prompts, max_new_tokens)
     if not 0 <= seed < 1 << 32:
         raise UserError(f"seed {seed}; accepted: 0 to {(1 << 32) - 1}")
     if every < 1:
@@ -237,7 +237,10 @@ def _rounded(length: int) -> int:
     return -(-max(length, 1) // unit) * unit
 
 
-def _check(config: LlamaConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def check_prompts(
+    config: LlamaConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> None:
+    """Raises `UserError` for prompts that the model of `config` cannot take."""
     if max_new_tokens < 1:
         raise UserError(f"{max_new_tokens} new tokens; accepted: 1 or more")
     if not prompts:

@@ -11,22 +11,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from sat_jax.data.batch import Batch
-from sat_jax.data.batches import BLANK, Row, in_order, open_split, unpack
-from sat_jax.data.packing import assign_rows
+from sat_jax.data.batches import in_order, open_split
 from sat_jax.data.prepare import load_prepared
 from sat_jax.data.sources import read_documents, resolve_sources
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
+from sat_jax.evaluate.rows import pack, row_width
 from sat_jax.models.llama import Llama
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.loss import perplexity_of
-
-_ROUND = 64  # rows shorter than asked for are a multiple: not every text compiles anew
 
 
 class Score(NamedTuple):
@@ -67,11 +64,14 @@ def _nll(graph: nnx.GraphDef[Llama], params: nnx.State, batch: Any) -> Float[Arr
 
 
 class Data(NamedTuple):
-    """What is evaluated: its batches, the tokens they predict, and the bytes of all its text."""
+    """What is evaluated: its batches, the tokens they predict, the bytes of all its text, and how
+    it is read: in windows of `length` tokens, each `stride` further on."""
 
     batches: Iterator[Batch]
     tokens: int
     text_bytes: int
+    length: int
+    stride: int
 
 
 def text_data(
@@ -83,6 +83,8 @@ def text_data(
         windows(documents, length, stride, rows),
         sum(max(len(document) - 1, 0) for document in documents),
         sum(len(text.encode()) for text in texts),
+        length,
+        stride,
     )
 
 
@@ -101,7 +103,8 @@ def prepared_data(path: Path, split: str, config: LlamaConfig, rows: int) -> Dat
     config.check_length(f"{path}: the row length", prepared.info.row_length)
     batches = in_order(open_split(prepared, split), rows)
     info = prepared.info.splits[split]
-    return Data(batches, info.targets, info.text_bytes)
+    row_length = prepared.info.row_length  # pieces of a document do not overlap
+    return Data(batches, info.targets, info.text_bytes, row_length, row_length)
 
 
 def read_text(
@@ -151,35 +154,6 @@ def windows(
         for start in range(0, max(inputs - length, 0) + stride, stride) if inputs > 0 else ():
             pieces.append(document[start : min(start + length, inputs) + 1])
             known.append(length - stride if start else 0)
-    lengths = np.array([len(piece) - 1 for piece in pieces], np.int64)
-    width = min(length, -(-int(lengths.max(initial=0)) // _ROUND) * _ROUND)
-    of_row = assign_rows(lengths, width)
-    order = np.argsort(of_row, kind="stable")
-    members = np.split(order, np.flatnonzero(np.diff(of_row[order])) + 1) if pieces else []
-    return (
-        _batch(members[start : start + rows], pieces, known, lengths, width, rows)
-        for start in range(0, len(members), rows)
-    )
-
-
-def _batch(
-    members: Sequence[np.ndarray],
-    pieces: Sequence[Sequence[int]],
-    known: Sequence[int],
-    lengths: np.ndarray,
-    length: int,
-    rows: int,
-) -> Batch:
-    stored = [
-        Row(
-            np.concatenate([pieces[piece] for piece in row]).astype(np.int32),
-            lengths[row].astype(np.int32),
-        )
-        for row in members
-    ]
-    batch = unpack(stored + [BLANK] * (rows - len(stored)), length)
-    skipped = np.zeros((rows, 1 + max(len(row) for row in members)), np.int32)
-    for index, row in enumerate(members):
-        skipped[index, 1 : 1 + len(row)] = [known[piece] for piece in row]
-    new = batch.positions >= np.take_along_axis(skipped, batch.segment_ids, axis=1)
-    return batch._replace(loss_mask=batch.loss_mask & new)
+    longest = max((len(piece) - 1 for piece in pieces), default=0)
+    packed = pack(pieces, known, row_width(longest, length), rows)
+    return (batch for batch, _ in packed)

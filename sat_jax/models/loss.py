@@ -34,14 +34,45 @@ def chunked_cross_entropy(
     return total.sum()
 
 
-def _chunk_loss(
-    head_VD: Array, h_BCD: Array, targets_BC: Array, mask_BC: Array
-) -> tuple[Float[Array, " B"], Float[Array, "B C V"], Float[Array, "B C"]]:
+def _chunk_logits(
+    head_VD: Array, h_BCD: Array, targets_BC: Array
+) -> tuple[Float[Array, "B C V"], Float[Array, "B C"], Float[Array, "B C"]]:
+    """All logits, the logarithm of their sum of exponentials, and the targets' logits."""
     logits_BCV = jnp.einsum("BCD,VD->BCV", h_BCD, head_VD, preferred_element_type=jnp.float32)
     log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
     target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+    return logits_BCV, log_z_BC, target_BC
+
+
+def _chunk_loss(
+    head_VD: Array, h_BCD: Array, targets_BC: Array, mask_BC: Array
+) -> tuple[Float[Array, " B"], Float[Array, "B C V"], Float[Array, "B C"]]:
+    logits_BCV, log_z_BC, target_BC = _chunk_logits(head_VD, h_BCD, targets_BC)
     loss_B = jnp.sum(jnp.where(mask_BC, log_z_BC - target_BC, 0.0), axis=-1)
     return loss_B, logits_BCV, log_z_BC
+
+
+def token_scores(
+    hidden_BTD: Float[Array, "B T D"],
+    head_VD: Float[Array, "V D"],
+    targets_BT: Int[Array, "B T"],
+    chunk: int,
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """log p(target) at every position, and whether the target is what greedy decoding takes.
+
+    Float32, natural logarithm; in chunks, as `chunked_cross_entropy`.
+    """
+
+    def body(_: None, xs: tuple[Array, ...]) -> tuple[None, tuple[Array, Array]]:
+        h_BCD, targets_BC = xs
+        logits_BCV, log_z_BC, target_BC = _chunk_logits(head_VD, h_BCD, targets_BC)
+        greedy_BC = jnp.argmax(logits_BCV, axis=-1) == targets_BC
+        return None, (target_BC - log_z_BC, greedy_BC)
+
+    _, scores = jax.lax.scan(body, None, _split(chunk, hidden_BTD, targets_BT))
+    batch, length = targets_BT.shape
+    log_p_BT, greedy_BT = (jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length] for x in scores)
+    return log_p_BT, greedy_BT
 
 
 def _split(chunk: int, *arrays_BT: Array) -> tuple[Array, ...]:

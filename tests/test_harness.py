@@ -1,0 +1,167 @@
+"""lm-evaluation-harness drives our models: a task of its own, without a network."""
+
+import functools
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+
+from sat_jax.data.tokenizer import load_tokenizer
+from sat_jax.errors import UserError
+from sat_jax.evaluate.choices import choose, encode_choices
+from sat_jax.evaluate.complete import complete
+from sat_jax.evaluate.harness import Harness
+from sat_jax.evaluate.likelihood import Pair, encode_pairs, likelihoods
+from sat_jax.evaluate.prompts import Prompting
+from sat_jax.evaluate.questions import read_choices
+from sat_jax.interop import load_model
+from sat_jax.models.llama import Llama
+from scripts import evaluate as script
+from tests.tolerances import assert_close
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of the harness are not ours to mend
+
+GOLDEN = Path(__file__).parent / "golden"
+BYTES = load_tokenizer("bytes")  # with the eos 256, which only stands in front
+
+
+@functools.cache
+def golden() -> Llama:
+    return load_model(GOLDEN / "llama_gqa")
+
+
+def requests(*arguments: tuple[Any, ...]) -> list[Any]:
+    return [SimpleNamespace(args=one) for one in arguments]
+
+
+def test_likelihoods() -> None:
+    harness = Harness(golden(), load_tokenizer("bytes", None, 256), rows=2)
+    texts = [("Once upon", " a time"), ("x" * 200 + "once upon", "yz")]
+    short, long = harness.loglikelihood(requests(*texts))
+    pairs = encode_pairs(
+        BYTES, [texts[0], (("x" * 200 + "once upon")[-127:], "yz")]
+    )  # 128 positions
+    for found, expected in zip((short, long), likelihoods(golden(), pairs, 2), strict=True):
+        assert_close(found[0], expected.log_p, "float32", "forward")
+        assert found[1] == expected.greedy
+    with pytest.raises(UserError, match="a continuation of 129 tokens"):
+        harness.loglikelihood(requests(("x", "y" * 129)))
+
+
+def test_rolling_predicts_every_token_once() -> None:
+    tokenizer = load_tokenizer("bytes", None, 256)
+    object.__setattr__(tokenizer, "eos_id", 0)
+    ids = list(b"it is a truth " * 20)  # 280: windows of 128 and 128, and the last 24
+    ends = [(0, 0, 128), (127, 128, 256), (151, 256, 280)]
+    (found,) = Harness(golden(), tokenizer).loglikelihood_rolling(requests((bytes(ids).decode(),)))
+    pairs = [
+        ([0, *ids[start:first]] if not start else ids[start:first], ids[first:last])
+        for start, first, last in ends
+    ]
+    expected = sum(one.log_p for one in likelihoods(golden(), [Pair(*pair) for pair in pairs], 1))
+    assert_close(found, expected, "float32", "forward")
+
+
+def test_generate_until() -> None:
+    harness = Harness(golden(), load_tokenizer("bytes", None, 256), rows=2)
+    prompts = [list(b"Once"), list(b"x" * 60 + b"Once")]
+    whole, after = complete(golden(), BYTES, prompts, 64, 2)
+    stop = whole.text[5:7]
+    asked = [
+        ("Once", {"until": [], "max_gen_toks": 64}),
+        ("Once", {"until": [stop], "max_gen_toks": 64, "do_sample": False}),
+        # The 64 tokens that the model still has positions for.
+        ("x" * 300 + "Once", {"until": [], "max_gen_toks": 64, "temperature": 0.0}),
+    ]
+    first, second, third = harness.generate_until(requests(*asked))
+    assert (first, third) == (whole.text, after.text)
+    assert second == first[: first.index(stop)]
+    with pytest.raises(UserError, match="generate with num_beams"):
+        harness.generate_until(requests(("x", {"num_beams": 3})))
+    with pytest.raises(UserError, match="leave no room"):
+        harness.generate_until(requests(("x", {"max_gen_toks": 128})))
+
+
+def test_chat_templates() -> None:
+    tokenizer = load_tokenizer("bytes", None, 256)
+    object.__setattr__(tokenizer, "chat_template", "{{ messages[0].content }}!")
+    harness = Harness(golden(), tokenizer)
+    assert harness.apply_chat_template([{"role": "user", "content": "x"}]) == "x!"
+    assert harness.chat_template(True) == tokenizer.chat_template
+    assert harness.tokenizer_name.startswith("bytes-")
+    with pytest.raises(UserError, match="begins the model's turn"):
+        harness.apply_chat_template([], add_generation_prompt=False)
+
+
+TASK = """
+task: small
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "Question: {{question}}\\nAnswer:"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list:
+  - metric: acc
+  - metric: acc_bytes
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("HF_HOME", "HF_DATASETS_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path / "cache"))
+    records = [
+        {"question": f"{n} + 1?", "choices": ["one", str(n + 1), "eleven"], "answer": n % 3}
+        for n in range(6)
+    ]
+    data = tmp_path / "q.jsonl"
+    data.write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "small.yaml").write_text(TASK.replace("DATA", str(data)))
+    return tmp_path
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
+    given = ("--model", GOLDEN / "llama_gqa", "--tokenizer", "bytes", *arguments)
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, given)])
+    script.main()
+
+
+def test_a_task_gives_what_we_give(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    command(
+        monkeypatch,
+        *("--lm-eval", "small", "--include-path", folder, "--json", folder / "out.json"),
+    )
+    found = json.loads((folder / "out.json").read_text())["models"]
+    questions = read_choices(str(folder / "q.jsonl"), None, None)
+    pairs = encode_choices(load_tokenizer("bytes", None, 256), Prompting(), questions)
+    ours = choose(golden(), questions, pairs, 4)
+    expected = {"acc": ours.accuracy, "acc_bytes": ours.per_byte}
+    assert {one["metric"] for one in found} >= set(expected)
+    for one in found:
+        if one["metric"] in expected:
+            assert one["task"] == "small"
+            assert one["value"] == expected[one["metric"]].value
+            assert math.isclose(one["stderr"], expected[one["metric"]].error)
+
+
+def test_what_is_not_there(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    # The harness's own tasks are thousands of files, which take seconds to index.
+    from lm_eval.tasks import TaskManager
+
+    few = functools.partial(TaskManager, include_defaults=False)
+    monkeypatch.setattr("sat_jax.evaluate.harness.TaskManager", few)
+    for arguments, message in [
+        (["other", "--include-path", str(folder)], "no task other in lm-evaluation-harness or in"),
+        (["small", "--include-path", "nowhere"], "nowhere: there is no such folder"),
+        (["small", "--prompt", "x"], "--prompt says nothing to --lm-eval"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            command(monkeypatch, "--lm-eval", *arguments)
