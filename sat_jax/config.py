@@ -201,6 +201,9 @@ class SparsityConfig:
     rescale: bool = key(
         False, "what is kept of N neurons is multiplied by N / kept, to make up for the omitted"
     )
+    dense_tokens: bool = key(
+        False, "tokens that bear loss, of an answer, use all MLP channels; heads are omitted still"
+    )
     execution: Literal["gather", "mask"] = key(
         "gather", "train the compacted model, or compute everything and multiply by 0/1"
     )
@@ -307,7 +310,23 @@ class Config:
             )
         if max(self.rates) == 0:
             return
+        self._check_dense_tokens()
         self._check_schedule()
+
+    def _check_dense_tokens(self) -> None:
+        sparse = self.sparsity
+        if not sparse.dense_tokens:
+            return
+        if self.data.format == "text":
+            raise UserError(
+                "sparsity.dense_tokens sets apart the tokens that bear loss, and of data.format"
+                " 'text' all do; accepted: a format of examples, or False"
+            )
+        if self.rates[1] == 0 or sparse.rescale:
+            raise UserError(
+                "sparsity.dense_tokens needs omitted channels, and sparsity.rescale has no meaning"
+                " for them; accepted: an omission rate of channels, and rescale False"
+            )
 
     def _check_schedule(self) -> None:
         sparse = self.sparsity

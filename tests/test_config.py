@@ -119,7 +119,13 @@ def valid(key: Key) -> st.SearchStrategy[Any]:
 DEPENDENT = {
     *("model.preset", "train.accumulate", "optimizer.warmup_steps", "optimizer.moments"),
     *("sparsity.split", "sparsity.rungs", "sparsity.aggregate", "sparsity.temperature"),
-    *("sparsity.schedule", "sparsity.dense_start", "sparsity.patience", "sparsity.min_gain"),
+    *(
+        "sparsity.dense_tokens",
+        "sparsity.schedule",
+        "sparsity.dense_start",
+        "sparsity.patience",
+        "sparsity.min_gain",
+    ),
     *("sparsity.layer_rates_attention", "sparsity.layer_rates_mlp", "sparsity.dense_layers"),
     *("mesh.data", "mesh.tensor"),
     *(f"data.{field.name}" for field in dataclasses.fields(Form)),
@@ -381,6 +387,20 @@ def test_misspelt_groups_and_keys_like_no_other() -> None:
                 "sparsity__layer_rates_mlp": (0.1,),
             },
             "sparsity.rate 0.1 says nothing beside the rates of all layers; accepted: 0",
+        ),
+        (
+            {"sparsity__rate": 0.1, "sparsity__dense_tokens": True},
+            "sparsity.dense_tokens sets apart the tokens that bear loss, and of data.format 'text'"
+            " all do; accepted: a format of examples, or False",
+        ),
+        (
+            {
+                "data__format": "messages",
+                "sparsity__rate_attention": 0.1,
+                "sparsity__dense_tokens": True,
+            },
+            "sparsity.dense_tokens needs omitted channels, and sparsity.rescale has no meaning for"
+            " them; accepted: an omission rate of channels, and rescale False",
         ),
         (
             {"sparsity__budget": "budget.json", "sparsity__dense_layers": (0,)},

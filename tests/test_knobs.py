@@ -49,9 +49,9 @@ def config_with(changes: dict[str, Any]) -> Config:
 def controller_of(config: Config) -> Controller:
     neurons = Neurons(MODEL.n_layers, MODEL.n_kv_heads, MODEL.query_heads, MODEL.d_ff)
     balance = config.sparsity.balance or config.mesh.tensor
-    return make_controller(
-        config.sparsity, neurons, config.train.steps, config.layer_rates, balance
-    )
+    slots = 4 if config.sparsity.dense_tokens else 0
+    steps, rates = config.train.steps, config.layer_rates
+    return make_controller(config.sparsity, neurons, steps, rates, balance, slots)
 
 
 def programs_of(config: Config) -> Programs:
@@ -150,6 +150,7 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "sparsity.block": (2, selection, {}),
     "sparsity.balance": (2, selection, {}),
     "sparsity.rescale": (True, step, {}),
+    "sparsity.dense_tokens": (True, step, {"data.format": "messages"}),
     "sparsity.execution": ("mask", step, {}),
     "mesh.data": (3, refused, {}),
     "mesh.fsdp": (2, refused, {}),

@@ -71,13 +71,13 @@ def rows_of(
         yield row
 
 
-def learnt_targets(tokens: Tokens, pieces: Pieces) -> int:
-    """How many targets of the pieces bear loss."""
+def learnt_targets(tokens: Tokens, pieces: Pieces) -> Int[np.ndarray, " pieces"]:
+    """How many targets of each piece bear loss."""
     if tokens.answers is None:
-        return int(pieces.lengths.sum())
+        return pieces.lengths
     first, last = _answers_in(tokens.answers, pieces.starts, pieces.lengths)
     ends = np.concatenate([[0], np.cumsum(tokens.answers[:, 1] - tokens.answers[:, 0])])
-    return int((ends[last] - ends[first]).sum())
+    return ends[last] - ends[first]
 
 
 def _answers_in(

@@ -40,7 +40,7 @@ from sat_jax.data.taken import take, take_whole
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError, why_no_folder
 
-FORMAT = 2  # of what is written; another one is another fingerprint
+FORMAT = 3  # of what is written; another one is another fingerprint
 _INFO = "info.json"
 _UNFINISHED = ".unfinished"
 
@@ -54,6 +54,7 @@ class SplitInfo:
     tokens: int  # bos and eos among them
     targets: int  # tokens that bear loss: all but the first of each document; of examples answers
     rows: int
+    row_targets: int  # targets of the row that has the most
     long_documents: int  # longer than a row: cut into several; examples are dropped or cut short
     useful_share: float  # of the rows' slots, that are not padding
 
@@ -323,12 +324,14 @@ def _write(
             )
         row_of_piece = assign_rows(pieces.lengths, row_length)
         slots, count = int(pieces.lengths.sum()), int(row_of_piece.max()) + 1
+        learnt = learnt_targets(tokens, pieces)
         splits[split] = SplitInfo(
             documents=len(taken.order),
             text_bytes=taken.text_bytes,
             tokens=int(taken.sizes.sum()),
-            targets=learnt_targets(tokens, pieces),
+            targets=int(learnt.sum()),
             rows=count,
+            row_targets=int(np.bincount(row_of_piece, weights=learnt).max()),
             long_documents=taken.long_documents,
             useful_share=slots / (count * row_length),
         )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sat_jax.models.dot_product import Implementation, dot_product_attention
 from sat_jax.models.layers import Mask, indicator, normal, rms_norm
@@ -18,14 +18,18 @@ from sat_jax.sparsity.plan import Segment
 
 
 class Rows(NamedTuple):
-    """What a layer needs to know of the batch: documents and rotary angles.
+    """What a layer needs to know of the batch: documents, rotary angles, and what is learnt.
 
-    `segment_ids` int32 `[B, T]` (0 is padding); `cos` and `sin` float32 `[B, T, E/2]`.
+    `segment_ids` int32 `[B, T]` (0 is padding); `cos` and `sin` float32 `[B, T, E/2]`. Where tokens
+    that bear loss use the channels that others omit: `learnt` says which they are, `slots` where
+    in a row, with other places behind them up to C.
     """
 
     segment_ids: Int[Array, "B T"]
     cos: Float[Array, "B T half"]
     sin: Float[Array, "B T half"]
+    learnt: Bool[Array, "B T"] | None = None
+    slots: Int[Array, "B C"] | None = None
 
 
 class Attention(nnx.Module):

@@ -55,6 +55,9 @@ class Block(nnx.Module):
         self.attention = Attention(config, segment, masked=masked, rngs=rngs)
         self.mlp_norm = nnx.Param(jnp.ones((segment.layers, config.d_model)))
         self.mlp = MLP(config, segment, masked=masked, rngs=rngs)
+        rest = dataclasses.replace(segment, channels=config.d_ff - segment.channels)
+        apart = segment.dense_tokens and not masked
+        self.omitted = MLP(config, rest, rngs=rngs) if apart else None
         self.norm_eps = config.norm_eps
 
     def __call__(
@@ -83,10 +86,12 @@ class Block(nnx.Module):
             seen["heads"] = output_energy(value_BTKGE, self.attention.output[...], weight_BT)
 
         normed = rms_norm(x_BTD, self.mlp_norm[...], self.norm_eps)
-        a_BTF = self.mlp.activate(normed)
+        a_BTF = self.mlp.activate(normed, rows.learnt)
         if gates is not None:
             a_BTF *= gates.channels[None, None].astype(a_BTF.dtype)
         x_BTD = x_BTD + self.mlp.combine(a_BTF)
+        if self.omitted is not None:
+            x_BTD = _add_omitted(x_BTD, normed, self.omitted, rows)
         if "inputs" in observe:
             seen["mlp"] = _input_sums(normed, weight_BT)
         if "outputs" in observe:
@@ -95,6 +100,20 @@ class Block(nnx.Module):
             a_BTF = predicted_channels(normed, self.mlp.gate[...], self.mlp.up[...])
             seen["channels"] = _squares(a_BTF, weight_BT)
         return x_BTD, seen
+
+
+def _add_omitted(
+    x_BTD: Float[Array, "B T D"], normed: Float[Array, "B T D"], omitted: MLP, rows: Rows
+) -> Float[Array, "B T D"]:
+    """The stream with what the omitted channels add at the tokens that bear loss."""
+    assert rows.learnt is not None and rows.slots is not None
+    at_BC1 = rows.slots[..., None]
+    added_BCD = omitted.combine(omitted.activate(jnp.take_along_axis(normed, at_BC1, axis=1)))
+    learnt_BC = jnp.take_along_axis(rows.learnt, rows.slots, axis=1)
+    row_B1 = jnp.arange(len(x_BTD))[:, None]
+    return x_BTD.at[row_B1, rows.slots].add(
+        jnp.where(learnt_BC[..., None], added_BCD, 0), unique_indices=True
+    )
 
 
 def _squares(a_BTF: Float[Array, "B T F"], weight_BT: Float[Array, "B T"]) -> Float[Array, " F"]:
@@ -133,6 +152,9 @@ class Llama(nnx.Module):
                 for segment in segments or (config.dense,)
             ]
         )
+        self.dense_tokens = max(
+            (segment.dense_tokens for segment in segments or (config.dense,)), default=0
+        )
         self.final_norm = nnx.Param(jnp.ones(config.d_model))
         head_shape = (config.vocab_size, config.d_model)
         tied = config.tie_embeddings
@@ -165,14 +187,21 @@ class Llama(nnx.Module):
         positions: Int[Array, "B T"],
         observe: Collection[Observable] = (),
         gates: Gates | None = None,
+        learnt: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Statistics]:
         """The normed residual stream after the last layer, and what was asked to be observed.
 
-        `gates` multiply the neurons' outputs, of a whole model only.
+        `gates` multiply the neurons' outputs, of a whole model only. `learnt`: the tokens that bear
+        loss, for segments in which these use all channels; no more in a row than those allow.
         """
         assert gates is None or len(self.layers) == 1, "gates are for a whole model"
         config, compute = self.config, self.compute
         rows = Rows(segment_ids, *rotary_tables(config.rope, config.head_dim, positions))
+        if self.dense_tokens:
+            assert learnt is not None, "which tokens bear loss?"
+            # Those that bear loss first, in their order.
+            slots = jnp.argsort(~learnt, axis=1, stable=True)[:, : self.dense_tokens]
+            rows = rows._replace(learnt=learnt, slots=slots)
         x_BTD = cast(jnp.take(self.embed[...], tokens, axis=0), compute.dtype)
         seen = []
         for block in self.layers:
@@ -204,7 +233,7 @@ class Llama(nnx.Module):
         gates: Gates | None = None,
     ) -> tuple[Float[Array, ""], Statistics]:
         """Sum over the masked-in tokens of the next-token cross-entropy (natural logarithm)."""
-        x_BTD, seen = self.hidden(tokens, segment_ids, positions, observe, gates)
+        x_BTD, seen = self.hidden(tokens, segment_ids, positions, observe, gates, loss_mask)
         total = chunked_cross_entropy(
             x_BTD, self.head(), targets, loss_mask, self.compute.loss_chunk
         )

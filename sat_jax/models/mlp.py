@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from sat_jax.models.layers import Mask, indicator, normal
 from sat_jax.models.llama_config import LlamaConfig
@@ -30,15 +30,22 @@ class MLP(nnx.Module):
         self.kept_channels = Mask(kept) if masked else None
         self.scale = config.d_ff / segment.channels if segment.rescale else 1.0
 
-    def activate(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
-        """Each channel's activation silu(x·gate)·(x·up) of one layer (the L axis taken away)."""
+    def activate(
+        self, x_BTD: Float[Array, "B T D"], whole_BT: Bool[Array, "B T"] | None = None
+    ) -> Float[Array, "B T F"]:
+        """Each channel's activation silu(x·gate)·(x·up) of one layer (the L axis taken away).
+
+        `whole_BT`: tokens for which mask execution omits nothing.
+        """
         gate_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, self.gate[...])
         up_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, self.up[...])
         a_BTF = jax.nn.silu(gate_BTF) * up_BTF
         if self.kept_channels is None:
             return a_BTF
-        keep_F = indicator(self.kept_channels[...], a_BTF.shape[-1], a_BTF.dtype)
-        return a_BTF * keep_F[None, None]
+        keep_BTF = indicator(self.kept_channels[...], a_BTF.shape[-1], a_BTF.dtype)[None, None]
+        if whole_BT is not None:
+            keep_BTF = jnp.where(whole_BT[..., None], 1, keep_BTF)
+        return a_BTF * keep_BTF
 
     def combine(self, a_BTF: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
         """What the channels add to the residual stream."""

@@ -61,6 +61,11 @@ class Controller:
         """Whether any rung omits anything."""
         return not all(self.neurons.is_dense(rung.plan) for rung in self.rungs)
 
+    @property
+    def dense_tokens(self) -> int:
+        """How many tokens of a row may use all channels."""
+        return max(s.dense_tokens for rung in self.rungs for s in rung.plan.segments)
+
     def number_at(self, step: int) -> int:
         """Which rung, from 0, trains step `step` (from 0)."""
         return next(n for n, rung in enumerate(self.rungs) if rung.start <= step < rung.stop)
@@ -131,8 +136,12 @@ def make_controller(
     steps: int,
     rates: tuple[LayerRates, LayerRates],
     balance: int,
+    dense_tokens: int = 0,
 ) -> Controller:
-    """The rungs of a run at r0 `rates` (attention, MLP); rungs with equal counts are one."""
+    """The rungs of a run at r0 `rates` (attention, MLP); rungs with equal counts are one.
+
+    `dense_tokens`: how many tokens of a row may use all channels.
+    """
     rungs: list[Rung] = []
     for stair in stairs(config.schedule, steps, config.rungs, config.split, config.dense_start):
         attention, mlp = (_scaled(rate, stair.scale) for rate in rates)
@@ -146,6 +155,7 @@ def make_controller(
             block=config.block,
             balance=balance,
             rescale=config.rescale,
+            dense_tokens=dense_tokens,
         )
         if rungs and rungs[-1].plan == plan:
             rungs[-1] = dataclasses.replace(rungs[-1], stop=stair.stop)

@@ -3,7 +3,8 @@
 Between two refreshes the kept neurons form a smaller dense model. `compact` gathers it out of a
 whole tree (parameters, moments or update counts: anything keyed by parameter path), `expand` writes
 it back, bit for bit. A whole tree stacks all layers (`layers/mlp/gate`), a compact one numbers its
-segments (`layers/0/mlp/gate`). What no segment gathers is moved, not copied.
+segments (`layers/0/mlp/gate`). What no segment gathers is moved, not copied. In a segment with
+dense tokens the omitted channels are a second, smaller MLP (`layers/0/omitted/gate`).
 """
 
 from collections.abc import Mapping
@@ -45,6 +46,9 @@ def compact(
         for number, (segment, indices) in enumerate(zip(plan.segments, kept, strict=True)):
             part = value if len(masks) == 1 else value[segment.start : segment.stop]
             if indices is not None:
+                if _splits(path, segment):
+                    others = _others(indices, value.shape[1])
+                    small[_omitted_path(path, number)] = _take(part, others, plan)
                 part = _take(part, indices, plan)
             small[_segment_path(path, number)] = part
         if any(indices is not None for indices in kept):
@@ -60,11 +64,11 @@ def expand(
     for path, value in small.items():
         if not path.startswith("layers/"):
             whole[path] = value
-        elif path.startswith("layers/0/"):
+        elif path.startswith("layers/0/") and not path.startswith("layers/0/omitted/"):
             name = f"layers/{path.removeprefix('layers/0/')}"
             parts = [small[_segment_path(name, number)] for number in range(len(masks))]
             whole[name] = (
-                _write_back(name, parts, resting[name], masks, plan)
+                _write_back(name, small, resting[name], masks, plan)
                 if name in resting
                 else parts[0]
                 if len(parts) == 1
@@ -73,19 +77,39 @@ def expand(
     return whole
 
 
-def _write_back(path: str, parts: list[Array], whole: Array, masks: Masks, plan: Plan) -> Array:
+def _write_back(
+    path: str, small: Mapping[str, Array], whole: Array, masks: Masks, plan: Plan
+) -> Array:
     """`whole` with every segment's part in its place.
 
     What was gathered is written last and straight into `whole`: so XLA does it in place, where a
     slice of `whole` or a later update would be one more copy of it.
     """
-    pieces = zip(plan.segments, (_kept(path, mask) for mask in masks), parts, strict=True)
-    for segment, indices, part in sorted(pieces, key=lambda piece: piece[1] is not None):
+    kept = [_kept(path, mask) for mask in masks]
+    for number in sorted(range(len(masks)), key=lambda number: kept[number] is not None):
+        segment, indices = plan.segments[number], kept[number]
+        part = small[_segment_path(path, number)]
         if indices is None:
             whole = jax.lax.dynamic_update_slice_in_dim(whole, part, segment.start, axis=0)
-        else:
-            whole = _put(whole, part, indices, segment, plan)
+            continue
+        if _splits(path, segment):
+            others = _others(indices, whole.shape[1])
+            whole = _put(whole, small[_omitted_path(path, number)], others, segment, plan)
+        whole = _put(whole, part, indices, segment, plan)
     return whole
+
+
+def _splits(path: str, segment: Segment) -> bool:
+    """Whether what is omitted of this parameter is trained as well."""
+    return segment.dense_tokens > 0 and _leaf(path) in _CHANNEL_LEAVES
+
+
+def _others(kept: Int[Array, "L kept"], total: int) -> Int[Array, "L omitted"]:
+    """The indices that are not kept, sorted. As many of each of the plan's parts as are omitted."""
+    keep = jnp.zeros((len(kept), total), bool)
+    keep = jnp.put_along_axis(keep, kept, True, axis=1, inplace=False)
+    # False first, in their order.
+    return jnp.argsort(keep, axis=1, stable=True)[:, : total - kept.shape[1]].astype(kept.dtype)
 
 
 def mask_values(masks: Masks) -> dict[str, Array]:
@@ -121,6 +145,10 @@ def _leaf(path: str) -> str:
 
 def _segment_path(path: str, number: int) -> str:
     return f"layers/{number}/{path.removeprefix('layers/')}"
+
+
+def _omitted_path(path: str, number: int) -> str:
+    return f"layers/{number}/omitted/{_leaf(path)}"
 
 
 def _kept(path: str, mask: SegmentMasks) -> Int[Array, "L *K kept"] | None:

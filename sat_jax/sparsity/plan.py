@@ -17,7 +17,8 @@ class Segment:
 
     Of the layer's KV groups `kv_groups` are kept, of the query heads in each kept group
     `query_heads`, of the MLP channels `channels`. The counts are what is computed, not what was
-    asked for. `rescale`: what is kept of N neurons is multiplied by N / kept.
+    asked for. `rescale`: what is kept of N neurons is multiplied by N / kept. `dense_tokens`: so
+    many tokens of a row, those that bear loss, use the omitted channels too; 0: none.
     """
 
     start: int
@@ -26,6 +27,7 @@ class Segment:
     query_heads: int
     channels: int
     rescale: bool = False
+    dense_tokens: int = 0
 
     @property
     def layers(self) -> int:
@@ -88,6 +90,7 @@ def make_plan(
     block: int = 1,
     balance: int = 1,
     rescale: bool = False,
+    dense_tokens: int = 0,
 ) -> Plan:
     """The counts that come nearest to the asked rates, one for all layers or one for each.
 
@@ -117,7 +120,13 @@ def make_plan(
     ]
     whole = (neurons.kv_groups, neurons.query_heads, neurons.channels)
     segments = tuple(
-        Segment(start, stop, *counts[start], rescale=rescale and counts[start] != whole)
+        Segment(
+            start,
+            stop,
+            *counts[start],
+            rescale=rescale and counts[start] != whole,
+            dense_tokens=dense_tokens if counts[start][2] < neurons.channels else 0,
+        )
         for start, stop in _runs(counts)
     )
     if len(segments) > max_segments:

@@ -203,7 +203,7 @@ class Programs:
         """The plan's training step, lowered and not compiled."""
         masked = self._masked
         graph, _ = abstract(self._model, plan.segments, self._compute, masked)
-        train = make_step(graph, self._step_settings())
+        train = make_step(graph, self._step_settings(plan))
 
         def step(
             working: TrainState, stats: Statistics, masks: Masks, batch: Batch
@@ -259,7 +259,7 @@ class Programs:
 
         return select
 
-    def _step_settings(self) -> StepSettings:
+    def _step_settings(self, plan: Plan) -> StepSettings:
         config = self._config
         return StepSettings(
             optimizer=self.optimizer,
@@ -268,6 +268,7 @@ class Programs:
             observe=tuple(kind for kind in self.observe if kind == "inputs"),
             stats_decay=config.sparsity.stats_decay,
             freeze=config.optimizer.moments == "freeze",
+            freeze_channels=not any(segment.dense_tokens for segment in plan.segments),
         )
 
 

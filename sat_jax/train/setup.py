@@ -28,6 +28,8 @@ from sat_jax.sparsity.controller import Controller, make_controller
 from sat_jax.sparsity.plan import LayerRates, Neurons
 from sat_jax.train.trained import starting_point
 
+_ROUND = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -60,11 +62,17 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
     if max(config.rates) > 0 and not controller.sparse:
         log("sparsity: no layer omits anything at these rates; this is a dense run")
     tokenizer, data = prepared_data(config, model, log)
+    if config.sparsity.dense_tokens:
+        controller = controller_of(config, model, data.info.splits["train"].row_targets)
     return Task(config, model, weights, tokenizer, data, mesh, controller)
 
 
-def controller_of(config: Config, model: LlamaConfig) -> Controller:
-    """The rungs of a run, from its settings and its model's shape."""
+def controller_of(config: Config, model: LlamaConfig, row_targets: int | None = None) -> Controller:
+    """The rungs of a run, from its settings and its model's shape.
+
+    `row_targets`: tokens that bear loss in the row that has the most, which matters to dense
+    tokens; None: not known yet, as many as a row has.
+    """
     neurons = Neurons(model.n_layers, model.n_kv_heads, model.query_heads, model.d_ff)
     return make_controller(
         config.sparsity,
@@ -72,7 +80,14 @@ def controller_of(config: Config, model: LlamaConfig) -> Controller:
         config.train.steps,
         _layer_rates(config, neurons),
         config.sparsity.balance or config.mesh.tensor,
+        _capacity(config, row_targets) if config.sparsity.dense_tokens else 0,
     )
+
+
+def _capacity(config: Config, row_targets: int | None) -> int:
+    """Slots for the dense tokens of a row. Rounded up, so that not every text compiles anew."""
+    length = config.data.row_length
+    return length if row_targets is None else min(length, -(-row_targets // _ROUND) * _ROUND)
 
 
 def prepared_data(

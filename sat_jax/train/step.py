@@ -33,7 +33,8 @@ class StepMetrics(NamedTuple):
 
 
 class StepSettings(NamedTuple):
-    """What a step is made of besides arrays. `freeze`: in mask execution, omitted neurons stay."""
+    """What a step is made of besides arrays. `freeze`: in mask execution, omitted neurons stay;
+    `freeze_channels`: channels too, which with dense tokens are all trained."""
 
     optimizer: optax.GradientTransformation
     schedule: Schedule
@@ -41,6 +42,7 @@ class StepSettings(NamedTuple):
     observe: tuple[Observable, ...]
     stats_decay: float
     freeze: bool
+    freeze_channels: bool = True
 
 
 def make_step(
@@ -66,6 +68,8 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         after = TrainState(state.step + 1, params, optimizer)
         if settings.freeze and masks:
+            if not settings.freeze_channels:
+                masks = tuple(mask._replace(channels=None) for mask in masks)
             after = freeze_omitted(after, state, masks)
         if settings.observe:
             stats = accumulate(stats, seen, settings.stats_decay)
