@@ -297,6 +297,7 @@ def test_a_run_learns_the_answers(tmp_path: Path) -> None:
         "data.chat_template": "zephyr",
         "data.held_out": 0.1,
         "train.steps": 6,
+        "sparsity.dense_tokens": True,
     }
     config = load(str(ROOT / "experiments/tiny.py"), [f"{k}={v}" for k, v in settings.items()])
     summary = train(config, tmp_path / "run", lambda _: None)

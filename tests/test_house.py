@@ -83,7 +83,8 @@ def required(lines: list[str]) -> set[str]:
 
 
 def documents() -> list[Path]:
-    return [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "experiments").glob("*.md"))]
+    folders = [ROOT, ROOT / "experiments", ROOT / "docs"]
+    return [path for folder in folders for path in sorted(folder.glob("*.md"))]
 
 
 def texts() -> Iterator[tuple[Path, str]]:
