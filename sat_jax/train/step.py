@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from sat_jax.data.batch import Batch
 from sat_jax.models.llama import Llama
 from sat_jax.models.params import bind, numbered
-from sat_jax.sparsity.masks import Masks
+from sat_jax.sparsity.masks import Masks, selection_key
 from sat_jax.sparsity.neurons import mask_values
 from sat_jax.sparsity.statistics import Observable, Statistics, accumulate
 from sat_jax.train.optimizer import Schedule
@@ -22,7 +22,8 @@ from sat_jax.train.state import TrainState, freeze_omitted
 class StepMetrics(NamedTuple):
     """Of one step: mean loss (under masks) a token that bears loss, gradient norm before clipping.
 
-    `tokens` are all that are no padding: what is computed. Of text all of them bear loss.
+    `tokens` are all that are no padding: what is computed. Of text all of them bear loss. `kept` is
+    what the layers of a live model chose.
     """
 
     loss: Float[Array, ""]
@@ -30,10 +31,12 @@ class StepMetrics(NamedTuple):
     loss_tokens: Float[Array, ""]
     grad_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
+    kept: Masks = ()
 
 
 class StepSettings(NamedTuple):
-    """What a step is made of besides arrays. `freeze`: in mask execution, omitted neurons stay."""
+    """What a step is made of besides arrays. `freeze`: where the state is whole, omitted neurons
+    stay. `seed`: of what a live model draws; None: the model is not live."""
 
     optimizer: optax.GradientTransformation
     schedule: Schedule
@@ -41,20 +44,24 @@ class StepSettings(NamedTuple):
     observe: tuple[Observable, ...]
     stats_decay: float
     freeze: bool
+    seed: int | None = None
 
 
 def make_step(
     graph: nnx.GraphDef[Llama], settings: StepSettings
 ) -> Callable[..., tuple[TrainState, Statistics, StepMetrics]]:
     """`step(state, stats, masks, batch)`: the state, running statistics and metrics after one
-    update. `masks` is empty for a compacted or whole model and given in mask execution."""
+    update. `masks` is empty for a compacted, whole or live model and given in mask execution."""
 
     def step(
         state: TrainState, stats: Statistics, masks: Masks, batch: Batch
     ) -> tuple[TrainState, Statistics, StepMetrics]:
+        seed = settings.seed
+        key = None if seed is None else selection_key(seed, state.step)
+
         def loss(params: dict[str, Array], part: Batch) -> tuple[Array, Statistics]:
             model = bind(graph, params | mask_values(masks))
-            return model.loss(*part, observe=settings.observe)
+            return model.loss(*part, observe=settings.observe, key=key)
 
         total, seen, grads = _over_microbatches(
             jax.value_and_grad(loss, has_aux=True), state.params, batch, settings.microbatches
@@ -65,8 +72,9 @@ def make_step(
         updates, optimizer = settings.optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         after = TrainState(state.step + 1, params, optimizer)
-        if settings.freeze and masks:
-            after = freeze_omitted(after, state, masks)
+        kept = seen.kept or ()
+        if settings.freeze and (masks or kept):
+            after = freeze_omitted(after, state, masks or kept)
         if settings.observe:
             stats = accumulate(stats, seen, settings.stats_decay)
         metrics = StepMetrics(
@@ -75,6 +83,7 @@ def make_step(
             loss_tokens=loss_tokens,
             grad_norm=optax.tree.norm(grads),
             learning_rate=jnp.asarray(settings.schedule(state.step), jnp.float32),
+            kept=kept,
         )
         return after, stats, metrics
 
