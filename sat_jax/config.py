@@ -322,7 +322,7 @@ class Config:
         if not METRICS[sparse.metric].foresees:
             accepted = ", ".join(name for name, metric in METRICS.items() if metric.foresees)
             raise UserError(
-                f"sparsity.refresh_every 0 selects before neurons give the outputs that"
+                "sparsity.refresh_every 0 selects before neurons give the outputs that"
                 f" sparsity.metric {sparse.metric!r} needs; accepted: the metrics {accepted}, or"
                 " refresh_every 1 or more"
             )
@@ -337,7 +337,7 @@ class Config:
             if getattr(sparse, name) != default:
                 raise UserError(
                     f"sparsity.{name} {getattr(sparse, name)!r} says nothing where"
-                    f" sparsity.refresh_every 0 looks at no batch but the one at hand; accepted:"
+                    " sparsity.refresh_every is 0 and each layer sees the whole batch; accepted:"
                     f" {default!r}"
                 )
 
