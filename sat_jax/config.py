@@ -170,7 +170,12 @@ class SparsityConfig:
     min_gain: float = key(
         0.005, "share by which the held-out loss falls where auto sees progress", low=0.0, high=0.99
     )
-    refresh_every: int = key(10, "steps between new selections", low=1)
+    refresh_every: int = key(
+        10,
+        "steps between new selections; 0: every layer selects from each batch as it comes, by a"
+        " metric that needs no outputs",
+        low=0,
+    )
     probe_tokens: int = key(1024, "tokens of the batch that a refresh observes", low=1)
     probe_sampling: Literal["first", "random"] = key(
         "first", "which of the batch's tokens: the first rows, or windows of random ones"
@@ -312,6 +317,33 @@ class Config:
             return
         self._check_dense_tokens()
         self._check_schedule()
+        if sparse.refresh_every == 0:
+            self._check_live()
+
+    def _check_live(self) -> None:
+        """Layers that select from the batch at hand see inputs only, once a step."""
+        sparse = self.sparsity
+        if not METRICS[sparse.metric].foresees:
+            accepted = ", ".join(name for name, metric in METRICS.items() if metric.foresees)
+            raise UserError(
+                "sparsity.refresh_every 0 selects before neurons give the outputs that"
+                f" sparsity.metric {sparse.metric!r} needs; accepted: the metrics {accepted}, or"
+                " refresh_every 1 or more"
+            )
+        if self.train.accumulate > 1:
+            raise UserError(
+                "sparsity.refresh_every 0 selects from each batch, and the microbatches of"
+                f" train.accumulate {self.train.accumulate} share one selection; accepted:"
+                " train.accumulate 1, or refresh_every 1 or more"
+            )
+        for name in ("probe_tokens", "probe_sampling", "stats_decay", "dense_tokens"):
+            default = getattr(SparsityConfig, name)
+            if getattr(sparse, name) != default:
+                raise UserError(
+                    f"sparsity.{name} {getattr(sparse, name)!r} has no place where"
+                    " sparsity.refresh_every is 0 and each layer sees the whole batch; accepted:"
+                    f" {default!r}"
+                )
 
     def _check_dense_tokens(self) -> None:
         sparse = self.sparsity

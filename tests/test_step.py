@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from sat_jax.config import OptimizerConfig
+from sat_jax.models.live import Live
 from sat_jax.models.params import abstract, bind, numbered, whole
-from sat_jax.sparsity.masks import Masks, SegmentMasks
+from sat_jax.sparsity.masks import Criteria, Masks, SegmentMasks
 from sat_jax.sparsity.neurons import keep_only
 from sat_jax.sparsity.plan import Plan, Segment, make_plan
 from sat_jax.sparsity.statistics import InputSums, Statistics
@@ -42,17 +43,25 @@ leave = jax.jit(expand_state, static_argnames="plan")
 
 
 @functools.cache
-def compiled(segments: tuple[Segment, ...], masked: bool, freeze: bool, microbatches: int) -> Step:
+def compiled(
+    segments: tuple[Segment, ...],
+    masked: bool,
+    freeze: bool,
+    microbatches: int,
+    live: Live | None = None,
+) -> Step:
     """The step of one execution, jitted; compiled once for all tests."""
     settings = StepSettings(
         optimizer=make_optimizer(OPTIMIZER, STEPS),
         schedule=learning_rate(OPTIMIZER, STEPS),
         microbatches=microbatches,
-        observe=("inputs",),
+        observe=() if live else ("inputs",),
         stats_decay=STATS_DECAY,
         freeze=freeze,
+        seed=3 if live else None,
     )
-    return jax.jit(make_step(abstract(CONFIG, segments, masked=masked)[0], settings))
+    graph, _ = abstract(CONFIG, segments, masked=masked, live=live)
+    return jax.jit(make_step(graph, settings))
 
 
 def rows(number: int) -> Rows:
@@ -194,6 +203,20 @@ def test_frozen_neurons_do_not_move_by_one_bit(masked: bool) -> None:
     for paths in changes(before, after, FIRST).values():
         for path, moved in paths.items():
             assert moved == (True, False), path
+
+
+@pytest.mark.parametrize("masked", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_what_a_step_itself_omits_does_not_move_by_one_bit(masked: bool) -> None:
+    """And every step draws anew."""
+    step = compiled(SPARSE.segments, masked, True, 1, Live(Criteria("uniform"), 2))
+    begin, resting = enter(plain(1), cut_only(SPARSE), plan=SPARSE)
+    end, _, metrics = step(begin, no_statistics(), (), rows(1))
+    after = leave(end, resting, cut_only(SPARSE), plan=SPARSE)
+    for paths in changes(plain(1), after, metrics.kept).values():
+        for path, moved in paths.items():
+            assert moved == (True, False), path
+    _, _, again = step(end, no_statistics(), (), rows(1))
+    assert not np.array_equal(metrics.kept[0].channels, again.kept[0].channels)
 
 
 def test_decaying_neurons_move() -> None:

@@ -161,6 +161,9 @@ def test_costs_are_counted_from_shapes() -> None:
         "sparsity.rate=0,0.5", "sparsity.metric=uniform,wanda,output"
     )
     assert [probes_of(run) for run in (dense, uniform, wanda, output)] == [0, 0, 1, 5]
+    in_layers = {"sparsity.refresh_every": 0, "sparsity.probe_tokens": 1024}
+    (live,) = runs_of("sparsity.metric=wanda", fixed=in_layers)
+    assert (probes_of(live), cost_of(live).spent) == (0, cost_of(uniform).spent)
     costs = [cost_of(run) for run in (dense, uniform, wanda, output)]
     assert costs[0].spent == costs[0].dense == costs[1].dense > costs[3].spent
     assert costs[1].spent < costs[2].spent < costs[3].spent

@@ -2,7 +2,7 @@
 
 Counted are matrix products, two operations a multiply-add. Left out, all of them O(D) a token or
 less: norms, rotary embedding, softmax, activations, embedding look-up, loss, input statistics, the
-optimizer, and the scoring of neurons at a refresh.
+optimizer, and the scoring of neurons, at a refresh or inside a layer.
 
 Attention is counted for the causal half: query t of a row of T tokens meets t keys, (T + 1) / 2 on
 average. A row that packs several documents needs less and is counted the same, as throughput

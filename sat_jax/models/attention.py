@@ -37,16 +37,23 @@ class Attention(nnx.Module):
 
     `query` and `output` are `[L, K, G, E, D]`, `key` and `value` `[L, K, E, D]`, with K kept KV
     groups of G kept query heads. In mask execution K and G stay whole and `kept_heads` holds the
-    kept indices: `[L, kept]` groups, or `[L, K, kept]` query heads within each group.
+    kept indices: `[L, kept]` groups, or `[L, K, kept]` query heads within each group. `live`: they
+    stay whole, and what is kept is chosen later (see `models.live`).
     """
 
     def __init__(
-        self, config: LlamaConfig, segment: Segment, *, masked: bool = False, rngs: nnx.Rngs
+        self,
+        config: LlamaConfig,
+        segment: Segment,
+        *,
+        masked: bool = False,
+        live: bool = False,
+        rngs: nnx.Rngs,
     ):
         layers, groups, heads = segment.layers, segment.kv_groups, segment.query_heads
         kept = None
-        if masked:
-            kept = _first_heads(config, segment)
+        if masked or live:
+            kept = None if live else _first_heads(config, segment)
             groups, heads = config.n_kv_heads, config.query_heads
         width, size = config.d_model, config.head_dim
         out_scale = 0.02 / (2 * config.n_layers) ** 0.5

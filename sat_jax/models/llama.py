@@ -7,18 +7,20 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sat_jax.models.attention import Attention, Rows, output_energy
 from sat_jax.models.dot_product import Implementation
 from sat_jax.models.layers import normal, rms_norm
+from sat_jax.models.live import Live, layer_choices, saving_kept
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.loss import chunked_cross_entropy
-from sat_jax.models.low_rank import predicted_channels, predicted_values
 from sat_jax.models.mlp import MLP
+from sat_jax.models.observe import attention_input, channel_squares, mlp_input
 from sat_jax.models.rope import rotary_tables
+from sat_jax.sparsity.masks import SegmentMasks
 from sat_jax.sparsity.plan import Segment
-from sat_jax.sparsity.statistics import Gates, InputSums, Observable, Statistics
+from sat_jax.sparsity.statistics import Gates, Observable, Statistics
 
 Remat = Literal["none", "dots", "full"]
 
@@ -49,16 +51,24 @@ class Block(nnx.Module):
     """The layers of one segment; every parameter has the layers in front, `[L, ...]`."""
 
     def __init__(
-        self, config: LlamaConfig, segment: Segment, *, masked: bool = False, rngs: nnx.Rngs
+        self,
+        config: LlamaConfig,
+        segment: Segment,
+        *,
+        masked: bool = False,
+        live: Live | None = None,
+        rngs: nnx.Rngs,
     ):
+        kind: Any = {"masked": masked, "live": live is not None, "rngs": rngs}
         self.attention_norm = nnx.Param(jnp.ones((segment.layers, config.d_model)))
-        self.attention = Attention(config, segment, masked=masked, rngs=rngs)
+        self.attention = Attention(config, segment, **kind)
         self.mlp_norm = nnx.Param(jnp.ones((segment.layers, config.d_model)))
-        self.mlp = MLP(config, segment, masked=masked, rngs=rngs)
+        self.mlp = MLP(config, segment, **kind)
         rest = dataclasses.replace(segment, channels=config.d_ff - segment.channels)
         apart = segment.dense_tokens and not masked
         self.omitted = MLP(config, rest, rngs=rngs) if apart else None
         self.norm_eps = config.norm_eps
+        self.choose_heads, self.choose_channels = layer_choices(live, config, segment, masked)
 
     def __call__(
         self,
@@ -67,39 +77,40 @@ class Block(nnx.Module):
         implementation: Implementation | None = None,
         observe: Collection[Observable] = (),
         gates: Gates | None = None,
+        key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
-        """One layer (the L axis taken away): new residual stream and what was observed."""
+        """One layer (the L axis taken away): new residual stream and what was observed; `kept` is
+        what the layer chose itself."""
         seen: dict[str, Any] = {}
         weight_BT = (rows.segment_ids > 0).astype(jnp.float32)
+        attention, mlp, kept = self.attention, self.mlp, SegmentMasks(None, None)
 
         normed = rms_norm(x_BTD, self.attention_norm[...], self.norm_eps)
-        o_BTKGE = self.attention.mix(normed, rows, implementation)
+        if self.choose_heads is not None:
+            attention, heads = self.choose_heads(attention, normed, weight_BT, key)
+            kept = kept._replace(heads=heads)
+        o_BTKGE = attention.mix(normed, rows, implementation)
         if gates is not None:
             o_BTKGE *= gates.heads[None, None, :, :, None].astype(o_BTKGE.dtype)
-        x_BTD = x_BTD + self.attention.combine(o_BTKGE)
-        if "inputs" in observe:
-            seen["attention"] = _input_sums(normed, weight_BT)
+        x_BTD = x_BTD + attention.combine(o_BTKGE)
+        seen |= attention_input(observe, self.attention, normed, weight_BT)
         if "outputs" in observe:
-            seen["heads"] = output_energy(o_BTKGE, self.attention.output[...], weight_BT)
-        if "predicted" in observe:
-            value_BTKGE = predicted_values(normed, self.attention.value[...], o_BTKGE.shape[3])
-            seen["heads"] = output_energy(value_BTKGE, self.attention.output[...], weight_BT)
+            seen["heads"] = output_energy(o_BTKGE, attention.output[...], weight_BT)
 
         normed = rms_norm(x_BTD, self.mlp_norm[...], self.norm_eps)
-        a_BTF = self.mlp.activate(normed, rows.learnt)
+        if self.choose_channels is not None:
+            mlp, channels = self.choose_channels(mlp, normed, weight_BT, key)
+            kept = kept._replace(channels=channels)
+        a_BTF = mlp.activate(normed, rows.learnt)
         if gates is not None:
             a_BTF *= gates.channels[None, None].astype(a_BTF.dtype)
-        x_BTD = x_BTD + self.mlp.combine(a_BTF)
+        x_BTD = x_BTD + mlp.combine(a_BTF)
         if self.omitted is not None:
             x_BTD = _add_omitted(x_BTD, normed, self.omitted, rows)
-        if "inputs" in observe:
-            seen["mlp"] = _input_sums(normed, weight_BT)
+        seen |= mlp_input(observe, self.mlp, normed, weight_BT)
         if "outputs" in observe:
-            seen["channels"] = _squares(a_BTF, weight_BT)
-        if "predicted" in observe:
-            a_BTF = predicted_channels(normed, self.mlp.gate[...], self.mlp.up[...])
-            seen["channels"] = _squares(a_BTF, weight_BT)
-        return x_BTD, seen
+            seen["channels"] = channel_squares(a_BTF, weight_BT)
+        return x_BTD, seen | {"kept": kept}
 
 
 def _add_omitted(
@@ -116,22 +127,12 @@ def _add_omitted(
     )
 
 
-def _squares(a_BTF: Float[Array, "B T F"], weight_BT: Float[Array, "B T"]) -> Float[Array, " F"]:
-    return jnp.einsum("BTF,BT->F", jnp.square(a_BTF.astype(jnp.float32)), weight_BT)
-
-
-def _input_sums(x_BTD: Float[Array, "B T D"], weight_BT: Float[Array, "B T"]) -> InputSums:
-    x = x_BTD.astype(jnp.float32)
-    return InputSums(
-        jnp.einsum("BTD,BT->D", x * x, weight_BT), jnp.einsum("BTD,BT->D", x, weight_BT)
-    )
-
-
 class Llama(nnx.Module):
     """Parameters by segment: one segment for a whole model, several for a sparse one.
 
     A segment that keeps less than everything has smaller matrices, or, if `masked`, whole matrices
-    and the kept indices beside them: the same function, computed without saving anything.
+    and the kept indices beside them: the same function, computed without saving anything. With
+    `live` its matrices are whole, and each layer chooses what it keeps from the batch at hand.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class Llama(nnx.Module):
         compute: Compute = Compute(),
         *,
         masked: bool = False,
+        live: Live | None = None,
         rngs: nnx.Rngs,
     ):
         self.config = config
@@ -148,7 +150,7 @@ class Llama(nnx.Module):
         self.embed = nnx.Param(normal(rngs, (config.vocab_size, config.d_model), 0.02))
         self.layers = nnx.List(
             [
-                Block(config, segment, masked=masked, rngs=rngs)
+                Block(config, segment, masked=masked, live=live, rngs=rngs)
                 for segment in segments or (config.dense,)
             ]
         )
@@ -188,11 +190,13 @@ class Llama(nnx.Module):
         observe: Collection[Observable] = (),
         gates: Gates | None = None,
         learnt: Bool[Array, "B T"] | None = None,
+        key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], Statistics]:
         """The normed residual stream after the last layer, and what was asked to be observed.
 
         `gates` multiply the neurons' outputs, of a whole model only. `learnt`: the tokens that bear
-        loss, for segments in which these use all channels; no more in a row than those allow.
+        loss, for segments in which these use all channels; no more in a row than those allow. A
+        live model needs a `key`.
         """
         assert gates is None or len(self.layers) == 1, "gates are for a whole model"
         config, compute = self.config, self.compute
@@ -203,24 +207,27 @@ class Llama(nnx.Module):
             slots = jnp.argsort(~learnt, axis=1, stable=True)[:, : self.dense_tokens]
             rows = rows._replace(learnt=learnt, slots=slots)
         x_BTD = cast(jnp.take(self.embed[...], tokens, axis=0), compute.dtype)
-        seen = []
+        seen, kept, first = [], [], 0
+        keys = None if key is None else jax.random.split(key, config.n_layers)
         for block in self.layers:
             graph, stacked = nnx.split(block)
 
-            def layer(
-                x: Array, one: tuple[nnx.State, Gates | None], graph: Any = graph
-            ) -> tuple[Array, Any]:
+            def layer(x: Array, one: tuple[nnx.State, Any], graph: Any = graph) -> Any:
                 block = nnx.merge(graph, cast(one[0], compute.dtype))
-                return block(x, rows, compute.attention, observe, one[1])
+                return block(x, rows, compute.attention, observe, *one[1:])
 
-            policy = _POLICIES[compute.remat]
+            policy = saving_kept(_POLICIES[compute.remat])
             body = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-            x_BTD, observed = jax.lax.scan(body, x_BTD, (stacked, gates))
+            first, start = first + len(block.mlp_norm[...]), first
+            own = None if keys is None else keys[start:first]
+            x_BTD, observed = jax.lax.scan(body, x_BTD, (stacked, gates, own))
+            kept.append(observed.pop("kept"))
             seen.append(observed)
         observed = jax.tree.map(lambda *parts: jnp.concatenate(parts), *seen)
         count = jnp.sum(segment_ids > 0).astype(jnp.float32)
         x_BTD = rms_norm(x_BTD, self.final_norm[...], config.norm_eps)
-        return x_BTD, Statistics(count=count, **observed)
+        chosen = tuple(kept) if jax.tree.leaves(kept) else None
+        return x_BTD, Statistics(count=count, kept=chosen, **observed)
 
     def loss(
         self,
@@ -231,9 +238,10 @@ class Llama(nnx.Module):
         loss_mask: Bool[Array, "B T"],
         observe: Collection[Observable] = (),
         gates: Gates | None = None,
+        key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, ""], Statistics]:
         """Sum over the masked-in tokens of the next-token cross-entropy (natural logarithm)."""
-        x_BTD, seen = self.hidden(tokens, segment_ids, positions, observe, gates, loss_mask)
+        x_BTD, seen = self.hidden(tokens, segment_ids, positions, observe, gates, loss_mask, key)
         total = chunked_cross_entropy(
             x_BTD, self.head(), targets, loss_mask, self.compute.loss_chunk
         )

@@ -14,15 +14,26 @@ class MLP(nnx.Module):
     """MLP weights of the layers of one segment: `gate`, `up` and `down` are `[L, F, D]`.
 
     F is the number of kept channels; in mask execution F stays whole and `kept_channels`
-    `[L, kept]` holds the kept indices.
+    `[L, kept]` holds the kept indices. `live`: F stays whole, and what is kept is chosen later (see
+    `models.live`).
     """
 
     def __init__(
-        self, config: LlamaConfig, segment: Segment, *, masked: bool = False, rngs: nnx.Rngs
+        self,
+        config: LlamaConfig,
+        segment: Segment,
+        *,
+        masked: bool = False,
+        live: bool = False,
+        rngs: nnx.Rngs,
     ):
-        masked = masked and segment.channels < config.d_ff
+        masked = masked and not live and segment.channels < config.d_ff
         kept_shape = (segment.layers, segment.channels)
-        shape = (segment.layers, config.d_ff if masked else segment.channels, config.d_model)
+        shape = (
+            segment.layers,
+            config.d_ff if masked or live else segment.channels,
+            config.d_model,
+        )
         self.gate = nnx.Param(normal(rngs, shape, 0.02))
         self.up = nnx.Param(normal(rngs, shape, 0.02))
         self.down = nnx.Param(normal(rngs, shape, 0.02 / (2 * config.n_layers) ** 0.5))

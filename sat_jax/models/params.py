@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from sat_jax.models.live import Live
 from sat_jax.models.llama import Compute, Llama
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.sparsity.plan import Segment
@@ -27,10 +28,11 @@ def abstract(
     segments: tuple[Segment, ...] | None = None,
     compute: Compute = Compute(),
     masked: bool = False,
+    live: Live | None = None,
 ) -> tuple[nnx.GraphDef[Llama], Flat]:
     """The model without its values: graph definition, and shapes by path (segments numbered)."""
     model = nnx.eval_shape(
-        lambda: Llama(config, segments, compute, masked=masked, rngs=nnx.Rngs(0))
+        lambda: Llama(config, segments, compute, masked=masked, live=live, rngs=nnx.Rngs(0))
     )
     graph, state = nnx.split(model)
     return graph, _flatten(state)

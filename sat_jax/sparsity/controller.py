@@ -41,6 +41,7 @@ class Controller:
 
     With the schedule `auto` a rung ends early: as soon as `patience` evaluations one after the
     other have not brought the held-out loss down by the share `min_gain` (see `evaluated`).
+    `refresh_every` 0: no neurons are chosen between steps, but in each layer, from each batch.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Controller:
         """Whether neurons are chosen before step `step`: at the start of a sparse rung and every
         `refresh_every` steps in it."""
         rung = self.rung_at(step)
-        if self.neurons.is_dense(rung.plan):
+        if self.refresh_every == 0 or self.neurons.is_dense(rung.plan):
             return False
         return (step - rung.start) % self.refresh_every == 0
 

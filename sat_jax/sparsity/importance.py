@@ -65,6 +65,11 @@ class Metric(NamedTuple):
         """Whether every refresh needs a probe: inputs alone are seen with every step."""
         return not set(self.needs) <= {"inputs"}
 
+    @property
+    def foresees(self) -> bool:
+        """Whether a module's input tells all that is needed, before its neurons have run."""
+        return set(self.needs) <= {"inputs", "predicted"}
+
 
 def uniform(e: Evidence) -> Scores:
     """Random, new at every draw."""

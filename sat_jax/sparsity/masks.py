@@ -34,6 +34,14 @@ class SegmentMasks(NamedTuple):
 
 Masks = tuple[SegmentMasks, ...]
 
+_SELECTION = 1  # the purpose of a random key: what it is folded with after the seed
+
+
+def selection_key(seed: int, step: Int[Array, ""]) -> PRNGKeyArray:
+    """The key of what is drawn for one step, traced or not."""
+    key = jax.random.fold_in(jax.random.key(seed), _SELECTION)
+    return jax.random.fold_in(key, step)
+
 
 def choose(
     params: Mapping[str, Array],

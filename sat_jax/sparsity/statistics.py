@@ -1,9 +1,12 @@
 """What is observed of a forward pass, and how it is averaged over steps."""
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax
 from jaxtyping import Array, Float
+
+if TYPE_CHECKING:
+    from sat_jax.sparsity.masks import Masks
 
 Observable = Literal["inputs", "outputs", "predicted", "gradients"]
 
@@ -29,7 +32,8 @@ class Statistics(NamedTuple):
     Σ⟨o_g W_o,g , o_h W_o,h⟩ of every pair of its query heads; `channels` `[L, F]` is Σa² of each
     channel's activation: of the real outputs, or of those that weights of low rank predict
     (`predicted`). `gradients` is Σ⟨a, ∂L/∂a⟩ of each neuron's output a: the gradient of the
-    loss L with respect to a unit gate on it.
+    loss L with respect to a unit gate on it. `kept` is no sum: what the layers of a live model
+    chose to keep for this batch.
     """
 
     count: Float[Array, ""]  # type: ignore[assignment]  # hides the method of tuples
@@ -38,6 +42,7 @@ class Statistics(NamedTuple):
     heads: Float[Array, "L K G G"] | None = None
     channels: Float[Array, "L F"] | None = None
     gradients: Gates | None = None
+    kept: "Masks | None" = None
 
 
 def accumulate(running: Statistics, new: Statistics, decay: float) -> Statistics:

@@ -45,9 +45,10 @@ def cost_of(run: Run) -> Cost:
 
 
 def probes_of(run: Run) -> int:
-    """How many refreshes look with a probe: all of them, or the first alone at inputs."""
+    """How many refreshes look with a probe: all of them, or the first alone at inputs. Layers that
+    choose for themselves need none."""
     controller, metric = run.controller, METRICS[run.config.sparsity.metric]
-    if not controller.sparse or not metric.needs:
+    if not controller.sparse or not metric.needs or controller.refresh_every == 0:
         return 0
     if not metric.probes:
         return 1

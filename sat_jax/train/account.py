@@ -93,7 +93,10 @@ class Account:
     def step(
         self, rung: Rung, metrics: StepMetrics, seconds: float, task: "Task", steady: bool
     ) -> dict[str, Any]:
-        """Counts a step's tokens and gives its record for `metrics.jsonl`."""
+        """Counts a step's tokens and what its layers chose; its record for `metrics.jsonl`."""
+        if metrics.kept:
+            self.selections += 1
+            self.count(rung.plan, metrics.kept)
         tokens = int(metrics.tokens)
         number = self._controller.rungs.index(rung)
         self.rung_tokens[number] += tokens

@@ -242,7 +242,7 @@ class Run:
                 working.choose(programs, probe, batch)
                 assert working.masks is not None
                 self._account.chosen(rung, working.masks, probed=probe is not None)
-            elif controller.neurons.is_dense(rung.plan):
+            elif controller.refresh_every == 0 or controller.neurons.is_dense(rung.plan):
                 working.masks = programs.select(working.whole, working.stats)
             working.enter(programs)
             working.wait()

@@ -17,13 +17,14 @@ from jax.sharding import Mesh, NamedSharding
 
 from sat_jax.config import Config
 from sat_jax.data.batch import Batch
+from sat_jax.models.live import Live
 from sat_jax.models.llama import Compute
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.params import abstract, shapes
 from sat_jax.parallel.rules import BATCH, tree_shardings
 from sat_jax.sparsity.controller import Controller
 from sat_jax.sparsity.importance import METRICS
-from sat_jax.sparsity.masks import Criteria, Masks, SegmentMasks, choose
+from sat_jax.sparsity.masks import Criteria, Masks, SegmentMasks, choose, selection_key
 from sat_jax.sparsity.plan import Plan
 from sat_jax.sparsity.statistics import Gates, InputSums, Statistics
 from sat_jax.train.optimizer import learning_rate, make_optimizer
@@ -32,8 +33,6 @@ from sat_jax.train.state import Resting, TrainState, compact_state, expand_state
 from sat_jax.train.step import StepMetrics, StepSettings, make_evaluation, make_step
 
 Compiled = Callable[..., Any]
-
-_SELECTION = 1  # the purpose of a random key: what it is folded with after the seed
 
 
 class RungPrograms(NamedTuple):
@@ -65,7 +64,9 @@ class Programs:
         self._compute = Compute(
             settings.dtype, settings.remat, settings.loss_chunk, settings.attention
         )
-        self.observe = METRICS[config.sparsity.metric].needs if controller.sparse else ()
+        # Where layers choose for themselves, nothing is observed beside what they see.
+        observes = controller.sparse and not self._live
+        self.observe = METRICS[config.sparsity.metric].needs if observes else ()
         self.optimizer = make_optimizer(config.optimizer, config.train.steps)
         self.state = self._placed(
             jax.eval_shape(lambda p: new_state(p, self.optimizer), shapes(model))
@@ -201,14 +202,14 @@ class Programs:
 
     def lower_step(self, plan: Plan) -> jax.stages.Lowered:
         """The plan's training step, lowered and not compiled."""
-        masked = self._masked
-        graph, _ = abstract(self._model, plan.segments, self._compute, masked)
+        live = Live(self._criteria, plan.balance, plan.block) if self._live else None
+        graph, _ = abstract(self._model, plan.segments, self._compute, self._masked, live)
         train = make_step(graph, self._step_settings(plan))
 
         def step(
             working: TrainState, stats: Statistics, masks: Masks, batch: Batch
         ) -> tuple[TrainState, Statistics, StepMetrics]:
-            return train(working, stats, masks if masked else (), batch)
+            return train(working, stats, masks if self._masked and not live else (), batch)
 
         masks = self.masks(plan)
         working, _ = self._placed(jax.eval_shape(self._enter(plan), self.state, masks))
@@ -231,6 +232,16 @@ class Programs:
     def _masked(self) -> bool:
         return self._config.sparsity.execution == "mask"
 
+    @property
+    def _live(self) -> bool:
+        """Whether each layer chooses neurons from each batch: no masks between steps."""
+        return self._config.sparsity.refresh_every == 0
+
+    @property
+    def _criteria(self) -> Criteria:
+        sparse = self._config.sparsity
+        return Criteria(sparse.metric, sparse.aggregate, sparse.selection, sparse.temperature)
+
     def _enter(self, plan: Plan) -> Callable[[TrainState, Masks], tuple[TrainState, Resting]]:
         def enter(whole: TrainState, masks: Masks) -> tuple[TrainState, Resting]:
             return compact_state(whole, _cut_only(plan) if self._masked else masks, plan)
@@ -244,18 +255,11 @@ class Programs:
         return leave
 
     def _select(self, plan: Plan) -> Callable[[TrainState, Statistics], Masks]:
-        sparse, seed = self._config.sparsity, self._config.seed
-
         def select(whole: TrainState, stats: Statistics) -> Masks:
-            key = jax.random.fold_in(jax.random.key(seed), _SELECTION)
-            return choose(
-                whole.params,
-                stats,
-                plan,
-                self._neurons,
-                Criteria(sparse.metric, sparse.aggregate, sparse.selection, sparse.temperature),
-                key=jax.random.fold_in(key, whole.step),
-            )
+            if self._live:
+                return _cut_only(plan)
+            key = selection_key(self._config.seed, whole.step)
+            return choose(whole.params, stats, plan, self._neurons, self._criteria, key)
 
         return select
 
@@ -269,6 +273,7 @@ class Programs:
             stats_decay=config.sparsity.stats_decay,
             freeze=config.optimizer.moments == "freeze",
             freeze_channels=not any(segment.dense_tokens for segment in plan.segments),
+            seed=config.seed if self._live else None,
         )
 
 
@@ -281,5 +286,6 @@ def compiler_options(platform: str, config: Config) -> dict[str, str | bool]:
 
 
 def _cut_only(plan: Plan) -> Masks:
-    """What mask execution does to the state: layers are cut into segments, nothing is gathered."""
+    """What mask execution and live layers do to the state: it is cut into segments, nothing is
+    gathered."""
     return tuple(SegmentMasks(None, None) for _ in plan.segments)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from sat_jax.data.batch import Batch
 from sat_jax.models.llama import Llama
 from sat_jax.models.params import bind, numbered
-from sat_jax.sparsity.masks import Masks
+from sat_jax.sparsity.masks import Masks, selection_key
 from sat_jax.sparsity.neurons import mask_values
 from sat_jax.sparsity.statistics import Observable, Statistics, accumulate
 from sat_jax.train.optimizer import Schedule
@@ -22,7 +22,8 @@ from sat_jax.train.state import TrainState, freeze_omitted
 class StepMetrics(NamedTuple):
     """Of one step: mean loss (under masks) a token that bears loss, gradient norm before clipping.
 
-    `tokens` are all that are no padding: what is computed. Of text all of them bear loss.
+    `tokens` are all that are no padding: what is computed. Of text all of them bear loss. `kept` is
+    what the layers of a live model chose.
     """
 
     loss: Float[Array, ""]
@@ -30,11 +31,13 @@ class StepMetrics(NamedTuple):
     loss_tokens: Float[Array, ""]
     grad_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
+    kept: Masks = ()
 
 
 class StepSettings(NamedTuple):
-    """What a step is made of besides arrays. `freeze`: in mask execution, omitted neurons stay;
-    `freeze_channels`: channels too, which with dense tokens are all trained."""
+    """What a step is made of besides arrays. `freeze`: where the state is whole, omitted neurons
+    stay; `freeze_channels`: channels too, which with dense tokens are all trained. `seed`: of what
+    a live model draws; None: the model is not live."""
 
     optimizer: optax.GradientTransformation
     schedule: Schedule
@@ -43,20 +46,24 @@ class StepSettings(NamedTuple):
     stats_decay: float
     freeze: bool
     freeze_channels: bool = True
+    seed: int | None = None
 
 
 def make_step(
     graph: nnx.GraphDef[Llama], settings: StepSettings
 ) -> Callable[..., tuple[TrainState, Statistics, StepMetrics]]:
     """`step(state, stats, masks, batch)`: the state, running statistics and metrics after one
-    update. `masks` is empty for a compacted or whole model and given in mask execution."""
+    update. `masks` is empty for a compacted, whole or live model and given in mask execution."""
 
     def step(
         state: TrainState, stats: Statistics, masks: Masks, batch: Batch
     ) -> tuple[TrainState, Statistics, StepMetrics]:
+        seed = settings.seed
+        key = None if seed is None else selection_key(seed, state.step)
+
         def loss(params: dict[str, Array], part: Batch) -> tuple[Array, Statistics]:
             model = bind(graph, params | mask_values(masks))
-            return model.loss(*part, observe=settings.observe)
+            return model.loss(*part, observe=settings.observe, key=key)
 
         total, seen, grads = _over_microbatches(
             jax.value_and_grad(loss, has_aux=True), state.params, batch, settings.microbatches
@@ -67,10 +74,12 @@ def make_step(
         updates, optimizer = settings.optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         after = TrainState(state.step + 1, params, optimizer)
-        if settings.freeze and masks:
+        chosen = seen.kept or ()
+        frozen = masks or chosen
+        if settings.freeze and frozen:
             if not settings.freeze_channels:
-                masks = tuple(mask._replace(channels=None) for mask in masks)
-            after = freeze_omitted(after, state, masks)
+                frozen = tuple(mask._replace(channels=None) for mask in frozen)
+            after = freeze_omitted(after, state, frozen)
         if settings.observe:
             stats = accumulate(stats, seen, settings.stats_decay)
         metrics = StepMetrics(
@@ -79,6 +88,7 @@ def make_step(
             loss_tokens=loss_tokens,
             grad_norm=optax.tree.norm(grads),
             learning_rate=jnp.asarray(settings.schedule(state.step), jnp.float32),
+            kept=chosen,
         )
         return after, stats, metrics
 

@@ -1,0 +1,125 @@
+"""Settings that exclude each other, and those that only look as if they did."""
+
+from typing import Any
+
+import pytest
+
+from tests.test_config import built, refusal
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model__preset": None}, "model: give a preset by name or a path to pretrained weights"),
+        ({"mesh__data": 0}, "mesh.data is 0; accepted: 1 or more, or -1 for all devices left"),
+        (
+            {"train__rows_per_step": 6, "train__accumulate": 4},
+            "train.rows_per_step 6 is not a multiple of train.accumulate 4",
+        ),
+        (
+            {"train__steps": 5, "optimizer__warmup_steps": 6},
+            "optimizer.warmup_steps 6 is more than train.steps 5",
+        ),
+        (
+            {"optimizer__moments": "decay"},
+            "optimizer.moments 'decay' updates omitted neurons, which gather execution does not"
+            " hold; accepted: moments 'freeze', or sparsity.execution 'mask'",
+        ),
+        (
+            {"sparsity__aggregate": "max"},
+            "sparsity.aggregate 'max' is for metrics that score columns (magnitude, wanda, maxip),"
+            " not 'output'",
+        ),
+        (
+            {"sparsity__temperature": 0.5},
+            "sparsity.temperature 0.5 is for sparsity.selection 'sample', not 'topk'",
+        ),
+        (
+            {"mesh__tensor": 4, "sparsity__balance": 6},
+            "sparsity.balance is 6; accepted: multiples of mesh.tensor 4, or None",
+        ),
+        (
+            {"sparsity__rate": 0.1, "sparsity__split": 1.0},
+            "sparsity.split 1.0 leaves the ladder no dense step; accepted: below 1",
+        ),
+        (
+            {
+                "sparsity__rate_mlp": 0.1,
+                "sparsity__split": 1.0,
+                "sparsity__schedule": "s2d",
+            },
+            "sparsity.split 1.0 leaves the s2d no dense step; accepted: below 1",
+        ),
+        (
+            {
+                "sparsity__rate_attention": 0.1,
+                "sparsity__rungs": 1,
+                "sparsity__schedule": "cosine",
+            },
+            "sparsity.rungs 1 leaves the cosine schedule no dense step; accepted: 2 or more",
+        ),
+        (
+            {"sparsity__rate": 0.1, "sparsity__schedule": "auto"},
+            "sparsity.schedule 'auto' follows the held-out loss, and train.eval_every is 0;"
+            " accepted: 1 or more",
+        ),
+        (
+            {"sparsity__rate": 0.1, "sparsity__patience": 2},
+            "sparsity.patience and sparsity.min_gain are for sparsity.schedule 'auto', not"
+            " 'ladder'",
+        ),
+        (
+            {"sparsity__rate": 0.1, "sparsity__dense_start": 0.6},
+            "sparsity.dense_start 0.6 leaves no step at r0; accepted: up to sparsity.split, and"
+            " below 1",
+        ),
+        (
+            {"sparsity__rate_mlp": 0.1, "sparsity__layer_rates_mlp": (0.1,)},
+            "sparsity.rate_mlp and sparsity.layer_rates_mlp are both given; accepted: one of them",
+        ),
+        (
+            {
+                "sparsity__rate": 0.1,
+                "sparsity__layer_rates_attention": (0.1,),
+                "sparsity__layer_rates_mlp": (0.1,),
+            },
+            "sparsity.rate 0.1 says nothing beside the rates of all layers; accepted: 0",
+        ),
+        (
+            {"sparsity__rate": 0.1, "sparsity__dense_tokens": True},
+            "sparsity.dense_tokens sets apart the tokens that bear loss, and of data.format 'text'"
+            " all do; accepted: a format of examples, or False",
+        ),
+        (
+            {
+                "data__format": "messages",
+                "sparsity__rate_attention": 0.1,
+                "sparsity__dense_tokens": True,
+            },
+            "sparsity.dense_tokens needs omitted channels, and sparsity.rescale has no meaning for"
+            " them; accepted: an omission rate of channels, and rescale False",
+        ),
+        (
+            {"sparsity__budget": "budget.json", "sparsity__dense_layers": (0,)},
+            "sparsity.budget spreads the rates over all layers; accepted beside it: no"
+            " layer_rates_attention, layer_rates_mlp or dense_layers",
+        ),
+        (
+            {"sparsity__layer_rates_mlp": (0.1, 1.1)},
+            "sparsity.layer_rates_mlp is (0.1, 1.1); accepted: floats separated by commas >= 0,"
+            " <= 1",
+        ),
+        ({"sparsity": 3}, "sparsity is 3; accepted: a group of settings"),
+    ],
+)
+def test_settings_that_do_not_fit_together(values: dict[str, Any], message: str) -> None:
+    assert refusal(lambda: built(**values)) == message
+
+
+def test_settings_that_only_look_as_if_they_did_not_fit() -> None:
+    assert built(sparsity__split=1.0).sparsity.rate == 0
+    assert built(sparsity__rate=0.5, sparsity__split=1.0, sparsity__schedule="constant")
+    assert built(sparsity__rate=0.5, sparsity__rungs=1)
+    assert built(mesh__tensor=2, sparsity__balance=4)
+    assert built(model__preset=None, model__path="somewhere")
+    assert built(optimizer__moments="decay", sparsity__execution="mask")
