@@ -79,5 +79,4 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> str
         raise UserError(
             f"tokenizer {tokenizer.name}: no chat template; without chat the text is continued"
         )
-    named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     return render_chat(tokenizer.chat_template, messages, tokenizer.special_tokens)
