@@ -53,7 +53,9 @@ def row_of(
     its `metrics.jsonl`, of which the row keeps a thinned curve."""
     row = {name: summary[name] for name in _KEPT}
     names = {"experiment": experiment, "twin": dense_twin(config), "rate": max(config.rates)}
-    settings = changed(dataclasses.replace(without_free(config), sparsity=SparsityConfig()))
+    settings = changed(without_free(dense_version(config)))
+    if config.optimizer.moments != dense_version(config).optimizer.moments:
+        settings["optimizer.moments"] = config.optimizer.moments
     settings = {key: _without_place(value) for key, value in settings.items()}
     row |= names | {"settings": settings, "sparsity": dataclasses.asdict(config.sparsity)}
     row["sparsity"]["budget"] = _without_place(config.sparsity.budget)

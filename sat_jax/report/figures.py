@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, PercentFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from sat_jax.analysis.means import Estimate, estimate
 from sat_jax.analysis.plots import INK, new_figure, tidy
@@ -119,6 +119,7 @@ def _losses(group: Group, variants: Sequence[Variant], against: str) -> Figure:
             )  # fmt: skip
             first = False
     axes.xaxis.set_major_formatter(EngFormatter(unit, sep=" "))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     _legend(figure, len(variants), "held-out, dense model (thin: training, under masks)")
     return figure
 
