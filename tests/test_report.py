@@ -101,9 +101,9 @@ def test_numbers_of_the_quality_table(tmp_path: Path) -> None:
         "rate", "seeds", "held-out perplexity before", "after", "from dense", "FLOPs", "whole run",
     )  # fmt: skip
     assert rates.texts == [
-        ["dense", "2", "20.000 ± 0.000", "15.000 ± 5.000", "-", "100 %", "-"],
+        ["dense", "2", "20.000", "15.000 ± 5.000", "-", "100 %", "-"],
         ["0.2", "1", "20.000", "10.500", "+5.0 %", "80 %", "2.00×†"],
-        ["0.4", "2", "20.000 ± 0.000", "17.500 ± 6.500", "+15.0 % ± 5.0 %", "80 %",
+        ["0.4", "2", "20.000", "17.500 ± 6.500", "+15.0 % ± 5.0 %", "80 %",
          "2.25× ± 0.25×"],
     ]  # fmt: skip
     assert rates.notes == ["† The runs that this is made of are of several commits."]
@@ -182,8 +182,11 @@ def test_runs_are_compared_by_what_differs(tmp_path: Path) -> None:
     }
     crossed = [r for r in records if not r.dense][:2]
     assert compared(crossed) == {"rates": [(0.2,), (0.4,)]}
-    named = table(records, "modules").texts
-    assert [row[0] for row in named] == ["dense", "0.4", "0"]
+    assert [row[0] for row in table(records, "modules").texts] == ["dense", "0.4", "0"]
+    efficiency = table(records, "efficiency")
+    assert efficiency.header[:3] == ("rate", "settings", "seeds")
+    assert [row[1] for row in efficiency.texts][:4] == ["", "", "", "metric wanda"]
+    assert efficiency.texts[-1][:2] == ["0.6", "dense layers 0, block 2"]
 
 
 def test_a_newer_run_stands_for_an_older_one(tmp_path: Path) -> None:
@@ -226,7 +229,7 @@ def test_a_curve_ends_at_what_the_run_cost() -> None:
     assert (curve["eval_seconds"], curve["eval_loss"]) == ([0.0, 20.0], [3.0, None])
     many = [{**RECORDS[1], "step": n, "tokens": 100 * n, "loss": n} for n in range(1, 241)]
     curve = curve_of(many, summary_of(10.0, 18.0, SPARSE))
-    assert curve["loss"][0] == 5.5 and len(curve["loss"]) == 24
+    assert curve["loss"][0] == 8.0 and len(curve["loss"]) == 16
 
 
 def test_the_front_is_what_nothing_beats_in_both() -> None:
@@ -286,7 +289,7 @@ def test_the_page_needs_nothing_else_and_has_every_number(tmp_path: Path) -> Non
             for line in (out / "tables.md").read_text().splitlines()
         ]
     latex = (out / "tables.tex").read_text()
-    assert r"0.4 & 2 & 20.000 $\pm$ 0.000 & 17.500 $\pm$ 6.500 & +15.0 \% $\pm$ 5.0 \% &" in latex
+    assert r"0.4 & 2 & 20.000 & 17.500 $\pm$ 6.500 & +15.0 \% $\pm$ 5.0 \% &" in latex
     header, *lines = csv.reader((out / "efficiency.csv").read_text().splitlines())
     line = dict(zip(header, lines[1], strict=True))
     names = ("whole run", "whole run error", "first rung bound", "whole run bound")

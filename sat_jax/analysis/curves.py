@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-POINTS = 24  # of a curve, at most: what a small picture can show
+POINTS = 16  # of a curve, at most: what a small picture can show
 TRAINING = ("data", "step", "refresh", "checkpoint")
 
 
@@ -20,7 +20,7 @@ def training_seconds(seconds: Mapping[str, float]) -> float:
 def curve_of(
     records: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
 ) -> dict[str, list[float | None]]:
-    """At most 24 points of each loss, five digits each; None where one is not finite.
+    """At most 16 points of each loss, five digits each; None where one is not finite.
 
     `tokens`, `flops` and `seconds` are sums up to the point, `rate` is the omission rate there and
     `loss` the mean training loss (under masks) of the steps since the point before; `eval_*` are

@@ -1,5 +1,6 @@
 """Which comparison a run belongs to, told by the settings in which runs differ, never by names."""
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -75,6 +76,27 @@ def varied(variants: Sequence[Variant], first: Iterable[str] = ()) -> tuple[str,
     """The settings in which some differ, in the order of the settings but `first` before others."""
     order = [*first, *(key for key in SPARSE if key not in first)]
     return tuple(key for key in order if len({one.settings[key] for one in variants}) > 1)
+
+
+def told(group: Group) -> dict[int, dict[str, Any]]:
+    """By the identity of each sparse variant of a group: its rate where the rates vary, and the
+    settings in which it is not as most of them are."""
+    keys = varied(group.sparse, RATES.keys) or RATES.keys
+    usual = {key: _usual(key, group.sparse) for key in keys}
+    return {
+        id(one): {
+            key: one.settings[key]
+            for key in keys
+            if key in RATES.keys or one.settings[key] != usual[key]
+        }
+        for one in group.sparse
+    }
+
+
+def _usual(key: str, variants: Sequence[Variant]) -> Any:
+    """The most frequent value; of several the default, or the first."""
+    counts = collections.Counter(one.settings[key] for one in variants)
+    return max(counts, key=lambda value: (counts[value], value == SPARSE[key]))
 
 
 def _families(axis: Axis, variants: Iterable[Variant]) -> list[list[Variant]]:

@@ -3,27 +3,26 @@
 import base64
 import dataclasses
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from sat_jax.analysis.means import Estimate, estimate
-from sat_jax.analysis.plots import INK, new_figure, tidy
-from sat_jax.report.axes import varied
+from sat_jax.analysis.plots import GREY, INK, new_figure, tidy
+from sat_jax.report.axes import slices, told, varied
 from sat_jax.report.groups import Group, Variant, whole_run
-from sat_jax.report.tables import ESTIMATED, caption_of, shown
+from sat_jax.report.tables import ESTIMATED, caption_of, named, shown
 
 # Okabe and Ito's, which colour-blind readers can tell apart; the dense run is black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A7A00")
 _MARKERS = "osD^vP*X<>"
 _FONT = 10
-_LABELS = 12  # names of points beside which there is room for no more
+_MANY = 9  # lines or names beyond which a picture is a tangle
 
 _SIZE = {"width": 5.2, "height": 3.9}  # inches; read at the width of a telephone too
 
@@ -38,20 +37,25 @@ AGAINST = {
 @dataclasses.dataclass(frozen=True)
 class Picture:
     """An image as a data URI, under a heading; `words` say what it shows, for those who do not see
-    it too."""
+    it too. A wide one needs the room of two."""
 
     heading: str
     words: str
     uri: str
+    wide: bool = False
 
 
 def pictures_of(group: Group) -> list[Picture]:
     """Each only where runs for it exist."""
     made: list[tuple[str, str, Figure]] = []  # heading, words, figure
-    about = caption_of(group, group.sparse, _keys(group))
-    variants = [one for one in group.variants if any(run.row.get("curve") for run in one.runs)]
+    about = caption_of(group, group.sparse, varied(group.sparse))
+    few = _drawn(group)
+    some = (
+        "" if len(few) == len(group.variants) else f"{len(few)} of {len(group.variants)} settings."
+    )
+    variants = [one for one in few if any(run.row.get("curve") for run in one.runs)]
     for against in AGAINST if variants else ():
-        made.append((LOSS, "", _losses(group, variants, against)))
+        made.append((LOSS, some, _losses(group, variants, against)))
     if (points := _points(group)) and any(not one.dense for one, *_ in points):
         words = (
             "Down and right is better. The line joins what no other run beats in both; bars are"
@@ -78,13 +82,14 @@ def label(group: Group, variant: Variant) -> str:
     """What tells a variant from the others of its group."""
     if variant.dense:
         return "dense"
-    return ", ".join(
-        f"{key.replace('_', ' ')} {shown(variant.settings[key])}" for key in _keys(group)
-    )
+    return named(told(group)[id(variant)])
 
 
-def _keys(group: Group) -> Sequence[str]:
-    return varied(group.sparse, ("rate",)) or ("rate",)
+def _drawn(group: Group) -> list[Variant]:
+    """All variants; of many the dense one and those of the first table."""
+    if len(group.variants) <= _MANY:
+        return list(group.variants)
+    return [*([group.dense] if group.dense else []), *slices(group)[0].variants][:_MANY]
 
 
 def _styles(group: Group) -> dict[int, dict[str, Any]]:
@@ -120,7 +125,7 @@ def _losses(group: Group, variants: Sequence[Variant], against: str) -> Figure:
             first = False
     axes.xaxis.set_major_formatter(EngFormatter(unit, sep=" "))
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    _legend(figure, len(variants), "held-out, dense model (thin: training, under masks)")
+    _legend(figure, "held-out, dense model (thin: training, under masks)")
     return figure
 
 
@@ -167,16 +172,20 @@ def _pareto(group: Group, points: Sequence[_Point]) -> Figure:
         alpha=0.5, zorder=1,
     )  # fmt: skip
     styles = _styles(group)
-    for one, speed, gap, estimated in points:
+    others = False
+    for number, (one, speed, gap, estimated) in enumerate(points):
         style = styles[id(one)]
-        mark = f"{ESTIMATED} " if estimated else ""
+        name = f"{ESTIMATED} {label(group, one)}" if estimated else label(group, one)
+        if len(points) > _MANY and number not in joined:
+            style = {"color": GREY, "marker": "o"}
+            name, others = "_" if others else "others", True
         axes.errorbar(
             speed.mean, gap.mean, xerr=speed.error, yerr=gap.error, fmt=style["marker"],
-            color=style["color"], markersize=7, elinewidth=1, capsize=3,
-            label=f"{mark}{label(group, one)}",
+            color=style["color"], markersize=7, elinewidth=1, capsize=3, label=name,
+            zorder=3 if number in joined else 2,
         )  # fmt: skip
     axes.margins(0.1)
-    _legend(figure, len(points), None)
+    _legend(figure)
     return figure
 
 
@@ -190,7 +199,7 @@ def _rates(group: Group) -> Figure:
         rungs = one.runs[0].row["rungs"]
         shape = tuple((rung["steps"], rung["omission_rate"]) for rung in rungs)
         together.setdefault(shape, []).append(one)
-    for number, (shape, variants) in enumerate(together.items()):
+    for number, (shape, variants) in enumerate([*together.items()][:_MANY]):
         ends = np.cumsum([0, *(steps for steps, _ in shape)])
         rates = [rate for _, rate in shape]
         axes.plot(
@@ -199,30 +208,24 @@ def _rates(group: Group) -> Figure:
         )  # fmt: skip
     axes.set_ylim(0, None)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
-    _legend(figure, len(together), None)
+    _legend(figure)
     return figure
 
 
 def _shared(variants: Sequence[Variant]) -> str:
     """What makes the rate of these what it is."""
     settings = variants[0].settings
-    return f"{settings['schedule']} from {shown(settings['rate'])}"
+    start = f", {shown(settings['dense_start'])} dense first" if settings["dense_start"] else ""
+    return f"{settings['schedule']} from {shown(settings['rate'])}{start}"
 
 
-def _legend(figure: Figure, many: int, title: str | None) -> None:
+def _legend(figure: Figure, title: str | None = None) -> None:
     """Below the picture, so that it hides nothing, in as many columns as names have room."""
-    found: list[tuple[Any, str]] = []
-    get: Callable[[], tuple[list[Any], list[str]]]
-    axes: Axes = figure.axes[0]
-    get = axes.get_legend_handles_labels
-    found = list(zip(*get(), strict=True))
-    if many > _LABELS:
-        found = found[:_LABELS]
-        title = f"{title + '; ' if title else ''}the first {_LABELS} of {many}"
+    handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(
-        [handle for handle, _ in found], [name for _, name in found], title=title,
-        loc="outside lower center", ncols=1 if max(len(name) for _, name in found) > 26 else 2,
-        fontsize=_FONT - 1, title_fontsize=_FONT - 1, frameon=False,
+        handles, names, title=title, loc="outside lower center",
+        ncols=1 if max(map(len, names)) > 26 else 2, fontsize=_FONT - 1,
+        title_fontsize=_FONT - 1, frameon=False,
     )  # fmt: skip
 
 
@@ -234,7 +237,7 @@ def _kept(group: Group) -> list[Picture]:
         file = None if place is None else place / "figures" / "kept.png"
         if file is not None and file.is_file():
             words = f"{label(group, one)}; seed {one.runs[0].seed}"
-            pictures.append(Picture("Kept neurons", words, _uri("png", file.read_bytes())))
+            pictures.append(Picture("Kept neurons", words, _uri("png", file.read_bytes()), True))
     return pictures
 
 

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from sat_jax.analysis.means import estimate, mean_and_error
 from sat_jax.analysis.tables import Align, percent, quantity
-from sat_jax.config import ModelConfig
-from sat_jax.report.axes import AXES, RATES, Slice, slices
+from sat_jax.config import ModelConfig, OptimizerConfig
+from sat_jax.report.axes import AXES, RATES, Slice, slices, told, varied
 from sat_jax.report.groups import (
     Group,
     Variant,
@@ -17,7 +17,7 @@ from sat_jax.report.groups import (
     whole_bound,
     whole_run,
 )
-from sat_jax.report.records import SPARSE, Record
+from sat_jax.report.records import SPARSE, Record, Settings
 
 COMMITS, DEVICES, ESTIMATED = "†", "‡", "≈"
 NOTES = {
@@ -84,7 +84,7 @@ def _quality(group: Group, one: Slice) -> Table:
         (
             *_settings(variant, keys),
             _count(variant),
-            _mean(variant.over(lambda run: run.row["perplexity_before"]), "{:.3f}"),
+            _before(variant),
             _mean(variant.over(lambda run: run.row["perplexity_after"]), "{:.3f}"),
             _mean(variant.gaps(), "{:+.1f} %"),
             _plain(variant.over(_spent_share), "{:.0f} %"),
@@ -103,13 +103,17 @@ def _quality(group: Group, one: Slice) -> Table:
 
 def _efficiency(group: Group) -> Table:
     """Speed, time, memory and FLOPs; both speed-ups, each beside its bound."""
-    keys = _told(group)
+    keys = varied(group.sparse)
+    settings = told(group)
+    others = any(one.keys() - set(RATES.keys) for one in settings.values())
     rows = []
     for variant in group.variants:
         dense = variant.dense
+        rest = {k: v for k, v in settings.get(id(variant), {}).items() if k not in RATES.keys}
         rows.append(
             (
-                *_settings(variant, keys),
+                *_settings(variant, RATES.keys),
+                *([Cell(named(rest))] if others else []),
                 _count(variant),
                 _marked(_mean(variant.over(first_speed), "{:,.0f}"), variant.runs),
                 _marked(_mean(variant.over(lambda run: run.seconds), "{:,.1f} s"), variant.runs),
@@ -122,22 +126,16 @@ def _efficiency(group: Group) -> Table:
                 Cell("-") if dense else _plain(variant.over(whole_bound), "{:.2f}×"),
             )
         )
-    names = [key.replace("_", " ") for key in keys]
+    names = [*RATES.keys, *(["settings"] if others else [])]
     header = (
         *names, "seeds", "tokens/s", "time", "memory", "FLOPs", "of dense",
         "first rung", "bound", "whole run", "bound",
     )  # fmt: skip
-    caption = caption_of(group, group.sparse, keys)
+    caption = caption_of(group, group.sparse, (*RATES.keys, *keys))
     return Table("efficiency", "Efficiency", caption, header, _align(len(names), 10), tuple(rows))
 
 
-def _told(group: Group) -> tuple[str, ...]:
-    """The settings that tell the variants of a group apart."""
-    keys = {key for one in slices(group) for key in one.varied}
-    return tuple(key for key in SPARSE if key in keys) or ("rate",)
-
-
-def caption_of(group: Group, variants: Sequence[Variant], told: Sequence[str]) -> str:
+def caption_of(group: Group, variants: Sequence[Variant], varied: Sequence[str]) -> str:
     """What all runs of a table have in common, so far as it is no default."""
     run = group.runs[0]
     settings = run.settings
@@ -148,17 +146,20 @@ def caption_of(group: Group, variants: Sequence[Variant], told: Sequence[str]) -
     parts.append(f"{run.row['steps']:,} steps, {tokens:,.0f} tokens")
     if run.fine_tuned and "loss_tokens" in run.row:
         parts.append(f"{percent(run.row['loss_tokens'] / run.row['tokens'])} of them learnt")
-    if "optimizer.learning_rate" in settings:
-        parts.append(f"learning rate {settings['optimizer.learning_rate']:g}")
+    if known:
+        rate = settings.get("optimizer.learning_rate", OptimizerConfig().learning_rate)
+        parts.append(f"learning rate {rate:g}")
     shared = variants[0].settings if variants else {}
-    parts += [
-        f"{key.replace('_', ' ')} {shown(value)}"
-        for key, value in shared.items()
-        if key not in told and value != SPARSE[key]
-    ]
+    common = {k: v for k, v in shared.items() if k not in varied and v != SPARSE[k]}
+    parts += [named(common)] if common else []
     parts.append(f"data {run.row['data'][:8]}")
     parts.append(" and ".join(dict.fromkeys(one.device for one in group.runs)))
     return "; ".join(parts)
+
+
+def named(settings: Settings) -> str:
+    """Settings for people: `rate 0.4, dense layers 0,1`."""
+    return ", ".join(f"{key.replace('_', ' ')} {shown(value)}" for key, value in settings.items())
 
 
 def shown(value: Any) -> str:
@@ -190,6 +191,12 @@ def _mean(values: Sequence[float | None], text: str) -> Cell:
     if found is None:
         return Cell("-")
     return Cell(mean_and_error(values, text), found.mean, found.error)
+
+
+def _before(variant: Variant) -> Cell:
+    """Without an error where all seeds start from the same model."""
+    values = variant.over(lambda run: run.row["perplexity_before"])
+    return (_plain if len(set(values)) == 1 else _mean)(values, "{:.3f}")
 
 
 def _plain(values: Sequence[float | None], text: str) -> Cell:
