@@ -41,7 +41,7 @@ _NAMED = (
     Axis("moments", "Moments of omitted neurons", ("moments", "execution")),
 )
 _LEFT = tuple(key for key in SPARSE if not any(key in axis.keys for axis in _NAMED))
-AXES = (*_NAMED, Axis("layers", "Layers, blocks and rescaling", _LEFT))
+AXES = (*_NAMED, Axis("others", "Other settings of sparsity", _LEFT))
 
 
 @dataclasses.dataclass(frozen=True)
