@@ -3,7 +3,7 @@ PYTHON_IN_VENV := .venv/bin/python
 QUICKSTART := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-real bench lint setup clean
+.PHONY: help quickstart test test-real bench tables lint setup clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,10 @@ test-real:  ## tests on the quickstart model's real weights, against torch and t
 bench:  ## measure speed against the dense step and against transformers
 	@scripts/setup.sh base bench quickstart
 	$(PYTHON_IN_VENV) -m scripts.benchmark
+
+tables:  ## make the documents' tables anew from the committed rows
+	@scripts/setup.sh base
+	$(PYTHON_IN_VENV) -m scripts.tables
 
 lint:  ## formatter, linter and types, as before a commit
 	@scripts/setup.sh test

@@ -130,10 +130,12 @@ def build(values: Mapping[str, Any], changes: Mapping[str, Any]) -> Config:
 
 
 def without_free(config: Config) -> Config:
-    """`config` with the keys on which no result depends at their defaults."""
+    """`config` with the keys on which no result depends at their defaults. The schedule `auto`
+    follows the evaluations: there one depends on when they are."""
+    follows = {"train.eval_every"} if config.sparsity.schedule == "auto" else set()
     for known in keys():
         group, _, name = known.path.partition(".")
-        if known.free and name:
+        if known.free and name and known.path not in follows:
             part = dataclasses.replace(getattr(config, group), **{name: known.default})
             config = dataclasses.replace(config, **{group: part})
     return config

@@ -66,6 +66,7 @@ def main() -> None:
     from sat_jax.sweep.report import report
     from sat_jax.sweep.runs import prepare_all
     from sat_jax.sweep.watch import State
+    from sat_jax.train.metrics import read_metrics
 
     runs = _runs(given, overrides)
     folder = SweepDir(given.workdir)
@@ -79,7 +80,8 @@ def main() -> None:
     def finished(one: Any, summary: dict[str, Any]) -> None:
         ended.append((one, summary))
         if given.record is not None:
-            record_run(given.record, given.config, one.config, summary)
+            records = read_metrics(folder.watched(one).workdir.metrics)
+            record_run(given.record, given.config, one.config, summary, records)
 
     with ExitStack() as stack:
         folder.hold(stack)

@@ -54,6 +54,8 @@ def main() -> None:
     from sat_jax.analysis.tables import end_of_run
     from sat_jax.parallel.processes import is_primary, join
     from sat_jax.train.loop import train
+    from sat_jax.train.metrics import read_metrics
+    from sat_jax.train.workdir import WorkDir
 
     if given.record is not None:
         check(given.record)
@@ -63,7 +65,8 @@ def main() -> None:
     if not is_primary():
         return
     if given.record is not None:
-        record_run(given.record, given.config, config, summary)
+        records = read_metrics(WorkDir(given.workdir).metrics)
+        record_run(given.record, given.config, config, summary, records)
     reference = dense_reference(_RESULTS, config, summary["data"])
     shown = {
         "perplexity_dense": reference,

@@ -5,16 +5,29 @@ from pathlib import Path
 
 import pytest
 
-from sat_jax.config_values import load
+from sat_jax.config_values import experiment, experiment_sweep, load
+from sat_jax.sweep.axes import combine, listed
+from sat_jax.sweep.runs import make_runs
 from tests.conftest import ROOT, RunPython
 
-FILES = sorted(path for path in (ROOT / "experiments").glob("*.py") if path.name != "__init__.py")
+TABLES = sorted((ROOT / "experiments").glob("table_*.py"))
+OTHERS = (ROOT / "experiments" / "__init__.py", ROOT / "experiments" / "scales.py")
+FILES = sorted({*(ROOT / "experiments").glob("*.py")} - {*TABLES, *OTHERS})
+SCALES = {
+    "smoke": "smollm2-135m",
+    "small": "smollm2-135m",
+    "paper": "tinyllama-1.1b",
+    "paper-7b": "llama-2-7b",
+    "paper-13b": "llama-2-13b",
+}
 OWN_MODEL = {"tinyllama_cpt": "tinyllama-1.1b", "llama2_7b_cpt": "llama-2-7b"}
 
 LOWER = """
 import json, sys
 import jax
-from sat_jax.config_values import load
+from sat_jax.config_values import experiment, experiment_sweep, load
+from sat_jax.sweep.axes import combine, listed
+from sat_jax.sweep.runs import make_runs
 from sat_jax.models.presets import preset
 from sat_jax.parallel.mesh import make_mesh
 from sat_jax.sparsity.controller import make_controller
@@ -48,6 +61,19 @@ def test_settings_are_valid(file: Path, variant: str) -> None:
     needs_model = [f"model.preset={OWN_MODEL[file.stem]}"] if file.stem in OWN_MODEL else []
     config = load(f"{file}:{variant}", needs_model)
     assert (config.sparsity.rate > 0) == (variant == "sat")
+
+
+@pytest.mark.parametrize("file", TABLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("scale", SCALES)
+def test_sweeps_of_the_tables_are_valid(file: Path, scale: str) -> None:
+    """Every run of every scale can be, each once, and each seed has its dense twin."""
+    spec = f"{file}:{scale}"
+    fixed, asked = combine([], {}, listed(experiment_sweep(spec), spec), None)
+    shape = {"model.path": None, "model.preset": SCALES[scale], "data.tokenizer": "bytes"}
+    runs, refused = make_runs(experiment(spec), {**fixed, **shape}, asked)
+    assert not refused and len(runs) == len(asked) > 4
+    assert {run.twin for run in runs} == {run.twin for run in runs if run.dense}
+    assert f"--config=experiments/{file.name}" in file.read_text()
 
 
 @pytest.mark.slow

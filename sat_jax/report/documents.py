@@ -1,0 +1,102 @@
+"""Tables in documents, made from committed rows.
+
+    <!-- table: FILE.KIND [FIELD=START ...] -->
+    what stands here is replaced
+    <!-- /table -->
+
+FILE is a file of rows, `experiments/results/FILE.jsonl`; KIND is a table of `sat_jax.report.tables`
+(rates, metrics, ..., efficiency), or `steps` of the benchmark's rows. Only rows count whose FIELD
+(twin, data, commit, ...) starts with START.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sat_jax.analysis.rows import latest, read
+from sat_jax.analysis.tables import markdown, percent
+from sat_jax.errors import UserError
+from sat_jax.report.groups import make_groups
+from sat_jax.report.records import Record, newest, record_of
+from sat_jax.report.tables import tables_of
+
+RESULTS = Path("experiments") / "results"
+_OPEN = re.compile(r"<!-- table: (\S+)((?: \w+=\S+)*) -->\n")
+_CLOSE = "<!-- /table -->"
+
+
+def documents(root: Path) -> list[Path]:
+    """Where tables may be marked."""
+    return [root / "README.md", root / "experiments" / "README.md", *sorted(root.glob("docs/*.md"))]
+
+
+def outdated(root: Path) -> dict[Path, str]:
+    """The documents that are not what the rows make of them, with what they should be.
+
+    Raises `UserError`, naming document and mark, for a table that cannot be made.
+    """
+    texts = {path: path.read_text(encoding="utf-8") for path in documents(root)}
+    made = {path: filled(text, root / RESULTS, str(path)) for path, text in texts.items()}
+    return {path: text for path, text in made.items() if text != texts[path]}
+
+
+def filled(text: str, results: Path, origin: str) -> str:
+    """`text` with every marked table made anew from the rows in `results`."""
+    parts, place = [], 0
+    while mark := _OPEN.search(text, place):
+        end = text.find(_CLOSE, mark.end())
+        following = _OPEN.search(text, mark.end())
+        if end < 0 or (following and following.start() < end):
+            raise UserError(f"{origin}: {mark.group().strip()} is not closed by {_CLOSE}")
+        fields = dict(field.split("=", 1) for field in mark.group(2).split())
+        try:
+            table = _table(results, mark.group(1), fields)
+        except UserError as error:
+            raise UserError(f"{origin}: {mark.group().strip()}: {error}") from error
+        parts += [text[place : mark.end()], f"\n{table}\n\n"]
+        place = end
+    return "".join([*parts, text[place:]])
+
+
+def _table(results: Path, name: str, fields: Mapping[str, str]) -> str:
+    stem, _, kind = name.rpartition(".")
+    rows = [
+        row
+        for row in read(results / f"{stem}.jsonl")
+        if all(str(row.get(field, "")).startswith(start) for field, start in fields.items())
+    ]
+    if kind == "steps":
+        return _steps([row for row in rows if row.get("benchmark") == "steps"])
+    runs = newest(record_of(row, None, stem) for row in rows if "twin" in row)
+    tables = tables_of(make_groups(runs))
+    found = [table for table in tables if table.name == kind]
+    if not found:
+        there = ", ".join(dict.fromkeys(table.name for table in tables)) or "none"
+        raise UserError(f"no rows for {kind}; there are rows for: {there}")
+    parts = []
+    for table in found:
+        parts.append(markdown(table.header, table.texts, table.align))
+        parts.append(" ".join([f"{table.caption}.", *table.notes]))
+    return "\n\n".join(parts)
+
+
+def _steps(rows: Sequence[dict[str, Any]]) -> str:
+    """The benchmark's last measurement of steps, each variant beside the dense step."""
+    dense = latest(rows, execution="dense")
+    if dense is None:
+        raise UserError("no dense step among the rows")
+    together = [row for row in rows if row["date"] == dense["date"]]
+    body = []
+    for row in together:
+        name = "dense" if row["execution"] == "dense" else f"r = {row['rate']:g}"
+        if row["execution"] == "mask":
+            name += ", as multiplications by 0 and 1"
+        numbers = [f"{row['wall_seconds']:.1f} s", f"{row['speedup_wall']:.2f}×"]
+        kept = [percent(row["kept_heads"]), percent(row["kept_channels"])]
+        body.append([name, *kept, *numbers, f"{row['bound']:.2f}×"])
+    header = ("one step", "heads kept", "channels kept", "time", "speed-up", "FLOP bound")
+    table = markdown(header, body, ("left", "right", "right", "right", "right", "right"))
+    tokens = dense["rows"] * dense["row_length"]
+    device = Record(dense).device
+    return f"{table}\n\n{dense['model']}; {tokens:,} tokens; {dense['dtype']}; {device}."

@@ -1,0 +1,245 @@
+"""Pictures of a group of runs: losses, quality against speed-up, rate over time, what was kept."""
+
+import base64
+import dataclasses
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+
+from sat_jax.analysis.means import Estimate, estimate
+from sat_jax.analysis.plots import GREY, INK, new_figure, tidy
+from sat_jax.report.axes import slices, told, varied
+from sat_jax.report.groups import Group, Variant, whole_run
+from sat_jax.report.tables import ESTIMATED, caption_of, named, shown
+
+# Okabe and Ito's, which colour-blind readers can tell apart; the dense run is black.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A7A00")
+_MARKERS = "osD^vP*X<>"
+_FONT = 10
+_MANY = 9  # lines or names beyond which a picture is a tangle
+
+_SIZE = {"width": 5.2, "height": 3.9}  # inches; read at the width of a telephone too
+
+LOSS = "Loss against tokens, FLOPs and time"
+AGAINST = {
+    "tokens": ("tokens trained on", ""),
+    "flops": ("FLOPs spent, probes in", "FLOP"),
+    "seconds": ("time of training, compiling and evaluating apart", "s"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """An image as a data URI, under a heading; `words` say what it shows, for those who do not see
+    it too. A wide one needs the room of two."""
+
+    heading: str
+    words: str
+    uri: str
+    wide: bool = False
+
+
+def pictures_of(group: Group) -> list[Picture]:
+    """Each only where runs for it exist."""
+    made: list[tuple[str, str, Figure]] = []  # heading, words, figure
+    about = caption_of(group, group.sparse, varied(group.sparse))
+    few = _drawn(group)
+    some = (
+        "" if len(few) == len(group.variants) else f"{len(few)} of {len(group.variants)} settings."
+    )
+    variants = [one for one in few if any(run.row.get("curve") for run in one.runs)]
+    for against in AGAINST if variants else ():
+        made.append((LOSS, some, _losses(group, variants, against)))
+    if (points := _points(group)) and any(not one.dense for one, *_ in points):
+        words = (
+            "Down and right is better. The line joins what no other run beats in both; bars are"
+            " standard errors over the seeds."
+        )
+        if any(estimated for *_, estimated in points):
+            words += f" {ESTIMATED}: estimated from the run's own dense rung."
+        made.append(("Quality against speed-up", words, _pareto(group, points)))
+    if group.sparse:
+        made.append(("Omission rate over a run", "", _rates(group)))
+    pictures = [Picture(t, f"{words} {about}".strip(), svg(figure)) for t, words, figure in made]
+    return [*pictures, *_kept(group)]
+
+
+def svg(figure: Figure) -> str:
+    """The figure as a data URI; the same figure gives the same text."""
+    file = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "sat_jax"}):
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return _uri("svg+xml", file.getvalue())
+
+
+def label(group: Group, variant: Variant) -> str:
+    """What tells a variant from the others of its group."""
+    if variant.dense:
+        return "dense"
+    return named(told(group)[id(variant)])
+
+
+def _drawn(group: Group) -> list[Variant]:
+    """All variants; of many the dense one and those of the first table."""
+    if len(group.variants) <= _MANY:
+        return list(group.variants)
+    return [*([group.dense] if group.dense else []), *slices(group)[0].variants][:_MANY]
+
+
+def _styles(group: Group) -> dict[int, dict[str, Any]]:
+    """Colour and marker of each variant, by its identity."""
+    styles: dict[int, dict[str, Any]] = {}
+    for number, one in enumerate(group.sparse):
+        marker = _MARKERS[number // len(COLOURS) % len(_MARKERS)]
+        styles[id(one)] = {"color": COLOURS[number % len(COLOURS)], "marker": marker}
+    if group.dense:
+        styles[id(group.dense)] = {"color": "black", "marker": "o"}
+    return styles
+
+
+def _losses(group: Group, variants: Sequence[Variant], against: str) -> Figure:
+    """Training losses thin, held-out ones thick; a line a run, a colour a variant."""
+    figure = new_figure(**_SIZE)
+    axes = figure.add_subplot()
+    name, unit = AGAINST[against]
+    tidy(axes, title="", x=name, y="loss [nats per token]")
+    styles = _styles(group)
+    for one in variants:
+        style = styles[id(one)]
+        first = True
+        for curve in filter(None, (run.row.get("curve") for run in one.runs)):
+            axes.plot(
+                _floats(curve[against]), _floats(curve["loss"]), color=style["color"],
+                linewidth=0.9, alpha=0.45,
+            )  # fmt: skip
+            axes.plot(
+                _floats(curve[f"eval_{against}"]), _floats(curve["eval_loss"]), **style,
+                linewidth=2, markersize=5, label=label(group, one) if first else None,
+            )  # fmt: skip
+            first = False
+    axes.xaxis.set_major_formatter(EngFormatter(unit, sep=" "))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    _legend(figure, "held-out, dense model (thin: training, under masks)")
+    return figure
+
+
+def _floats(values: Sequence[float | None]) -> np.ndarray:
+    return np.array([np.nan if value is None else value for value in values], float)
+
+
+_Point = tuple[Variant, Estimate, Estimate, bool]
+
+
+def _points(group: Group) -> list[_Point]:
+    """(variant, whole-run speed-up, per cent from dense, whether estimated), the dense run at its
+    own place by definition."""
+    points = []
+    for one in group.sparse:
+        speeds = whole_run(one)
+        speed, gap = estimate(speeds.values), estimate(one.gaps())
+        if speed is not None and gap is not None:
+            points.append((one, speed, gap, speeds.estimated))
+    if group.dense and points:
+        points.append((group.dense, Estimate(1.0, None), Estimate(0.0, None), False))
+    return points
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Which of (speed-up, distance from dense) no other one beats in both, fastest last."""
+    order = sorted(range(len(points)), key=lambda i: (-points[i][0], points[i][1]))
+    best, kept = float("inf"), []
+    for index in order:
+        if points[index][1] < best:
+            best = points[index][1]
+            kept.append(index)
+    return kept[::-1]
+
+
+def _pareto(group: Group, points: Sequence[_Point]) -> Figure:
+    figure = new_figure(**_SIZE)
+    axes = figure.add_subplot()
+    tidy(axes, title="", x="speed-up of the whole run", y="perplexity from dense [%]")
+    places = [(speed.mean, gap.mean) for _, speed, gap, _ in points]
+    joined = front(places)
+    axes.plot(
+        [places[i][0] for i in joined], [places[i][1] for i in joined], color=INK, linewidth=1,
+        alpha=0.5, zorder=1,
+    )  # fmt: skip
+    styles = _styles(group)
+    others = False
+    for number, (one, speed, gap, estimated) in enumerate(points):
+        style = styles[id(one)]
+        name = f"{ESTIMATED} {label(group, one)}" if estimated else label(group, one)
+        if len(points) > _MANY and number not in joined:
+            style = {"color": GREY, "marker": "o"}
+            name, others = "_" if others else "others", True
+        axes.errorbar(
+            speed.mean, gap.mean, xerr=speed.error, yerr=gap.error, fmt=style["marker"],
+            color=style["color"], markersize=7, elinewidth=1, capsize=3, label=name,
+            zorder=3 if number in joined else 2,
+        )  # fmt: skip
+    axes.margins(0.1)
+    _legend(figure)
+    return figure
+
+
+def _rates(group: Group) -> Figure:
+    """The omission rate asked for, over the share of the steps."""
+    figure = new_figure(**_SIZE)
+    axes = figure.add_subplot()
+    tidy(axes, title="", x="steps", y="omission rate")
+    together: dict[tuple[tuple[int, float], ...], list[Variant]] = {}
+    for one in group.sparse:
+        rungs = one.runs[0].row["rungs"]
+        shape = tuple((rung["steps"], rung["omission_rate"]) for rung in rungs)
+        together.setdefault(shape, []).append(one)
+    for number, (shape, variants) in enumerate([*together.items()][:_MANY]):
+        ends = np.cumsum([0, *(steps for steps, _ in shape)])
+        rates = [rate for _, rate in shape]
+        axes.plot(
+            ends, [*rates, rates[-1]], drawstyle="steps-post", linewidth=2, alpha=0.8,
+            color=COLOURS[number % len(COLOURS)], label=_shared(variants),
+        )  # fmt: skip
+    axes.set_ylim(0, None)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+    _legend(figure)
+    return figure
+
+
+def _shared(variants: Sequence[Variant]) -> str:
+    """What makes the rate of these what it is."""
+    settings = variants[0].settings
+    start = f", {shown(settings['dense_start'])} dense first" if settings["dense_start"] else ""
+    return f"{settings['schedule']} from {shown(settings['rate'])}{start}"
+
+
+def _legend(figure: Figure, title: str | None = None) -> None:
+    """Below the picture, so that it hides nothing, in as many columns as names have room."""
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, names, title=title, loc="outside lower center",
+        ncols=1 if max(map(len, names)) > 26 else 2, fontsize=_FONT - 1,
+        title_fontsize=_FONT - 1, frameon=False,
+    )  # fmt: skip
+
+
+def _kept(group: Group) -> list[Picture]:
+    """The maps that runs drew when they ended, of the first seed of each variant."""
+    pictures = []
+    for one in group.sparse:
+        place: Path | None = one.runs[0].place
+        file = None if place is None else place / "figures" / "kept.png"
+        if file is not None and file.is_file():
+            words = f"{label(group, one)}; seed {one.runs[0].seed}"
+            pictures.append(Picture("Kept neurons", words, _uri("png", file.read_bytes()), True))
+    return pictures
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,109 @@
+"""A run as a report sees it, whether it comes from a work directory or from a committed row."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from sat_jax.analysis.curves import training_seconds
+from sat_jax.analysis.rows import ORIGIN
+from sat_jax.config import OptimizerConfig, SparsityConfig
+from sat_jax.config_values import name_of
+from sat_jax.errors import UserError
+
+Settings: TypeAlias = Mapping[str, Any]
+
+SPARSE = {"moments": OptimizerConfig().moments, **dataclasses.asdict(SparsityConfig())}
+"""What runs of one comparison differ in besides their seed, at its defaults."""
+
+_NEEDED = (
+    *("experiment", "twin", "rate", "sparsity", "steps", "tokens", "perplexity_before"),
+    *("perplexity_after", "spent_flops", "dense_flops", "rungs", "seconds", "peak_memory", "data"),
+    *("date", *ORIGIN),
+)
+_APART = ("seed", "optimizer.moments", "data.sources")  # no part of what runs have in common
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One finished run. `row` is what `scripts.train --record` writes; `place` is its work
+    directory, where that is at hand."""
+
+    row: Mapping[str, Any]
+    place: Path | None = None
+
+    @property
+    def dense(self) -> bool:
+        """Whether no sparsity was asked for."""
+        return bool(self.row["rate"] == 0)
+
+    @property
+    def settings(self) -> Settings:
+        """What is not at its default, but for sparsity. Rows that were written before these were
+        kept have none."""
+        settings: Settings = self.row.get("settings", {})
+        return settings
+
+    @property
+    def seed(self) -> int:
+        return int(self.settings.get("seed", 0))
+
+    @property
+    def sparse(self) -> dict[str, Any]:
+        """Every setting of sparsity, and the optimizer's `moments`; of a dense run none."""
+        if self.dense:
+            return {}
+        moments = self.settings.get("optimizer.moments", SPARSE["moments"])
+        values = {**SPARSE, **self.row["sparsity"], "moments": moments}
+        return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+
+    @property
+    def base(self) -> str:
+        """A name for all but sparsity and seed: runs that share it can be compared. A row without
+        settings has its seed in it."""
+        if "settings" not in self.row:
+            return f"{self.row['twin']} {self.row['data']}"
+        common = {k: v for k, v in self.settings.items() if k not in _APART}
+        return f"{name_of(common)} {self.row['data']}"
+
+    @property
+    def fine_tuned(self) -> bool:
+        """Whether only answers bore loss."""
+        return self.settings.get("data.format", "text") != "text"
+
+    @property
+    def seconds(self) -> float:
+        """Of training: compiling and evaluating are apart."""
+        return training_seconds(self.row["seconds"])
+
+    @property
+    def device(self) -> str:
+        """In words: `2 × NVIDIA H200`, `AMD EPYC, 2 cores`."""
+        device = self.row["device"]
+        many = f"{device['count']} × " if device["count"] > 1 else ""
+        cores = f", {device['host_cpus']} cores" if device["platform"] == "cpu" else ""
+        return f"{many}{device['kind']}{cores}"
+
+    @property
+    def commit(self) -> str:
+        """The first ten digits; `-dirty` where files differed from it."""
+        digits, dirty, _ = (self.row["commit"] or "unknown").partition("-dirty")
+        return f"{digits[:10]}{dirty}"
+
+
+def record_of(row: Mapping[str, Any], place: Path | None = None, origin: str = "") -> Record:
+    """Raises `UserError`, naming `origin`, for a row that is no run's."""
+    if missing := [name for name in _NEEDED if name not in row]:
+        raise UserError(f"{origin}: a run's row has {', '.join(missing)} too")
+    return Record(row, place)
+
+
+def newest(records: Iterable[Record]) -> list[Record]:
+    """Of runs with the same settings and data the one of the latest date, in order of first
+    appearance."""
+    latest: dict[str, Record] = {}
+    for record in records:
+        name = name_of({"base": record.base, "seed": record.seed, **record.sparse})
+        if name not in latest or latest[name].row["date"] <= record.row["date"]:
+            latest[name] = record
+    return list(latest.values())
