@@ -46,29 +46,34 @@ Variant = Callable[[], Cost]
 
 
 def steps(model: LlamaConfig, given: Any) -> list[dict[str, Any]]:
-    """The SAT step at every rate against the dense step, beside the FLOP bound; and masking."""
-    neurons = _neurons(model)
-    plans = {"dense": make_plan(neurons, 0, 0)}
-    plans |= {f"gather {rate}": make_plan(neurons, rate, rate) for rate in RATES}
-    plans |= {f"mask {rate}": make_plan(neurons, rate, rate) for rate in (0.5,)}
+    """The SAT step at every rate against the dense step, beside the FLOP bound; masking; and half
+    of the tokens with all channels."""
+    neurons, half = _neurons(model), given.row_length // 2
+    wanted = [("dense", 0.0, 0), *(("gather", rate, 0) for rate in RATES)]
+    wanted += [("mask", 0.5, 0), ("gather", 0.5, half)]
+    plans = {
+        (execution, rate, slots): make_plan(neurons, rate, rate, dense_tokens=slots)
+        for execution, rate, slots in wanted
+    }
     variants = {
-        name: _training_step(model, plan, given, masked=name.startswith("mask"))
-        for name, plan in plans.items()
+        key: _training_step(model, plan, given, masked=key[0] == "mask")
+        for key, plan in plans.items()
     }
     costs = _take_turns(variants, given.turns)
     rows = []
-    for name, plan in plans.items():
+    for key, plan in plans.items():
         heads, channels = kept_shares(plan, neurons)
-        execution, _, rate = name.partition(" ")
-        wall, cpu = (_ratio(costs["dense"], costs[name], field) for field in ("wall", "cpu"))
+        execution, rate, slots = key
+        wall, cpu = (_ratio(costs[wanted[0]], costs[key], field) for field in ("wall", "cpu"))
         bound = speedup_bound(model, given.row_length, plan.segments, given.remat)
         rows.append(
             {
                 "execution": execution,
-                "rate": float(rate or 0),
+                "rate": rate,
+                "dense_tokens": slots / given.row_length,
                 "kept_heads": heads,
                 "kept_channels": channels,
-                **_medians(costs[name]),
+                **_medians(costs[key]),
                 "speedup_wall": wall,
                 "speedup_cpu": cpu,
                 "bound": bound,
@@ -181,6 +186,9 @@ def _training_step(model: LlamaConfig, plan: Plan, given: Any, *, masked: bool =
     stats = Statistics(jnp.zeros(()))
     masks = _first_masks(model, plan) if masked else ()
     batch = _batch(model, given)
+    slots = max(segment.dense_tokens for segment in plan.segments)
+    if slots:
+        batch = batch._replace(loss_mask=batch.positions < slots)
     compiled = (
         jax.jit(make_step(graph, settings), donate_argnums=0)
         .lower(state, stats, masks, batch)
@@ -219,9 +227,9 @@ def _timed(work: Callable[[], Any]) -> Variant:
     return timed
 
 
-def _take_turns(variants: Mapping[str, Variant], turns: int) -> dict[str, list[Cost]]:
+def _take_turns(variants: Mapping[Any, Variant], turns: int) -> dict[Any, list[Cost]]:
     """One step of each variant in turn, `turns` times, after one turn that is not counted."""
-    costs: dict[str, list[Cost]] = {name: [] for name in variants}
+    costs: dict[Any, list[Cost]] = {name: [] for name in variants}
     for turn in range(turns + 1):
         for name, variant in variants.items():
             cost = variant()

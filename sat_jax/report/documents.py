@@ -92,6 +92,8 @@ def _steps(rows: Sequence[dict[str, Any]]) -> str:
         name = "dense" if row["execution"] == "dense" else f"r = {row['rate']:g}"
         if row["execution"] == "mask":
             name += ", as multiplications by 0 and 1"
+        if row.get("dense_tokens"):
+            name += f", {percent(row['dense_tokens'])} of the tokens with all channels"
         numbers = [f"{row['wall_seconds']:.1f} s", f"{row['speedup_wall']:.2f}×"]
         kept = [percent(row["kept_heads"]), percent(row["kept_channels"])]
         body.append([name, *kept, *numbers, f"{row['bound']:.2f}×"])
