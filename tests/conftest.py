@@ -1,6 +1,7 @@
 """Strict runtime for every test, here and in the processes that tests start."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -50,3 +51,13 @@ def run_python() -> RunPython:
         )
 
     return run
+
+
+@pytest.fixture
+def default_signals() -> Iterator[None]:
+    """Here and in the processes that the test starts, whatever started the tests had ignored."""
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

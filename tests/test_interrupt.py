@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from sat_jax.train.programs import Programs
 from sat_jax.train.working import Working
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("default_signals")]
 
 SETTINGS: dict[str, Any] = {
     "data.row_length": 32,
@@ -47,16 +46,6 @@ def settings(**changes: Any) -> Config:
 @pytest.fixture(autouse=True)
 def in_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)  # the texts are the project's own
-
-
-@pytest.fixture(autouse=True)
-def default_signals() -> Iterator[None]:
-    """Whatever started the tests may have them ignored."""
-    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def losses(path: Path) -> list[float]:

@@ -62,7 +62,7 @@ for step in range(steps):
     batch = jax.device_put(batch, place(programs.batch(rows)))
     rung = programs.rung(controller.rung_at(step).plan)
     if controller.refreshes(step):
-        stats = probe(state.params, stats, batch)
+        stats = probe(state.params, stats, batch, state.step)
     masks = rung.select(state, stats)
     working, resting = rung.enter(state, masks)
     for name, moment in working.optimizer[1].mu.items():

@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +18,7 @@ from sat_jax.train.files import read_json
 from sat_jax.train.metrics import read_metrics
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("default_signals")]
 
 SETTINGS = (
     "data.row_length=32", "train.rows_per_step=4", "train.eval_every=0", "train.eval_rows=8",
@@ -37,6 +39,15 @@ def sweep(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@contextmanager
+def started(directory: Path, *arguments: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """The command, in the middle of its work."""
+    with subprocess.Popen(
+        command(directory, *arguments), cwd=ROOT, stderr=subprocess.PIPE, text=True, **options
+    ) as process:
+        yield process
+
+
 def wait_for(done: Callable[[], bool]) -> None:
     until = time.monotonic() + 300
     while not done():
@@ -46,9 +57,10 @@ def wait_for(done: Callable[[], bool]) -> None:
 
 def test_a_failing_run_stops_no_other_and_what_is_finished_is_skipped(tmp_path: Path) -> None:
     rates = ("--axis", "optimizer.learning_rate=1e-3,1e30,2e-3", "--config.train.steps=6")
+    own = "--config.data.row_length=33"  # rows that no other test has prepared
     rows = f"--record={tmp_path / 'rows.jsonl'}"
     directory = tmp_path / "sweep"
-    done = sweep(directory, *rates, "--workers=2", rows)
+    done = sweep(directory, *rates, own, "--workers=2", rows)
     assert done.returncode == 2
     *_, told, last = done.stderr.splitlines()
     assert last == "error: 1 of 3 runs failed; the same command tries again"
@@ -63,9 +75,8 @@ def test_a_failing_run_stops_no_other_and_what_is_finished_is_skipped(tmp_path: 
     assert log[-1].startswith("error: ") and log[-1].removeprefix("error: ") in told
     assert len(read(tmp_path / "rows.jsonl")) == 2
 
-    done = sweep(
-        directory, "--axis", "optimizer.learning_rate=1e-3,2e-3", "--config.train.steps=6", rows
-    )
+    fewer = ("--axis", "optimizer.learning_rate=1e-3,2e-3", "--config.train.steps=6")
+    done = sweep(directory, *fewer, own, rows)
     assert done.returncode == 0, done.stderr
     assert "2 runs in " in done.stderr and ", 2 of them finished before" in done.stderr
     assert {path.parent.name: path.stat() for path in directory.glob("*/summary.json")} == finished
@@ -74,10 +85,7 @@ def test_a_failing_run_stops_no_other_and_what_is_finished_is_skipped(tmp_path: 
 
 def test_ctrl_c_stops_and_saves_and_the_same_command_continues(tmp_path: Path) -> None:
     arguments = ("--seeds=1", "--config.train.steps=600")
-    with subprocess.Popen(
-        command(tmp_path, *arguments), cwd=ROOT, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    ) as process:  # fmt: skip
+    with started(tmp_path, *arguments, start_new_session=True) as process:
         wait_for(lambda: any(len(read_metrics(m)) > 2 for m in tmp_path.glob("*/metrics.jsonl")))
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all processes of it
         said = process.communicate(timeout=300)[1]
@@ -109,13 +117,13 @@ def test_slurm_runs_an_array_and_a_job_out_of_time_is_queued_again(
     monkeypatch.setenv("FAKE_SLURM", str(state))
     directory = tmp_path / "sweep"
     arguments = (
-        "--seeds=2", "--config.train.steps=600", "--launcher=slurm", "--workers=2",
+        "--seeds=2", "--launcher=slurm", "--workers=2",
+        # Long enough to be at work when its time is up.
+        "--config.train.steps=4000", "--config.train.log_every=10",
         "--slurm", "time=60,partition=long,gpus_per_node=1",
     )  # fmt: skip
     # The first command hands over and goes; a second one finds its jobs and does not submit again.
-    with subprocess.Popen(
-        command(directory, *arguments), cwd=ROOT, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with started(directory, *arguments) as process:
         wait_for(lambda: len(list(state.glob("*.pid"))) == 2)
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=300)[1]
@@ -137,4 +145,4 @@ def test_slurm_runs_an_array_and_a_job_out_of_time_is_queued_again(
     assert sorted("restored after step " in log for log in logs) == [False, True]
     assert len(list((directory / "logs" / "slurm").glob("*_submission.sh"))) == 1
     for path in directory.glob("*/metrics.jsonl"):
-        assert [r["step"] for r in read_metrics(path)] == list(range(601))
+        assert [r["step"] for r in read_metrics(path)] == list(range(0, 4001, 10))
