@@ -121,10 +121,11 @@ def _add_omitted(
     at_BC1 = rows.slots[..., None]
     added_BCD = omitted.combine(omitted.activate(jnp.take_along_axis(normed, at_BC1, axis=1)))
     learnt_BC = jnp.take_along_axis(rows.learnt, rows.slots, axis=1)
-    row_B1 = jnp.arange(len(x_BTD))[:, None]
-    return x_BTD.at[row_B1, rows.slots].add(
-        jnp.where(learnt_BC[..., None], added_BCD, 0), unique_indices=True
-    )
+    added_BCD = jnp.where(learnt_BC[..., None], added_BCD, 0)
+    # Row by row, so that on a mesh no row leaves its device.
+    add = jax.vmap(lambda x_TD, at, more: x_TD.at[at].add(more, unique_indices=True))
+    out: Array = add(x_BTD, rows.slots, added_BCD)
+    return out
 
 
 class Llama(nnx.Module):
