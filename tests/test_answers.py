@@ -1,8 +1,6 @@
 """Exact match: what is taken out of an answer, when two are equal, and where answers end."""
 
-import functools
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,17 +12,9 @@ from sat_jax.evaluate.complete import Completion, complete
 from sat_jax.evaluate.generate import generate
 from sat_jax.evaluate.prompts import Shot
 from sat_jax.evaluate.questions import read_answers
-from sat_jax.interop import load_model
-from sat_jax.models.llama import Llama
-from scripts import evaluate as script
+from tests.golden_model import golden, run_evaluate
 
-GOLDEN = Path(__file__).parent / "golden"
 BYTES = load_tokenizer("bytes", None, 256)
-
-
-@functools.cache
-def golden() -> Llama:
-    return load_model(GOLDEN / "llama_gqa")
 
 
 @pytest.mark.parametrize(
@@ -115,9 +105,7 @@ def test_fields_of_questions(tmp_path: Path) -> None:
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
-    given = ("--model", GOLDEN / "llama_gqa", "--tokenizer", "bytes", *arguments)
-    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, given)])
-    script.main()
+    run_evaluate(monkeypatch, "--tokenizer", "bytes", *arguments)
 
 
 @pytest.fixture

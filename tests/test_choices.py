@@ -1,16 +1,11 @@
 """Multiple choice: log-likelihoods by hand, what is earned with them, and the files' forms."""
 
-import functools
 import json
 import math
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from sat_jax.data.tokenizer import load_tokenizer
 from sat_jax.errors import UserError
@@ -18,35 +13,14 @@ from sat_jax.evaluate.choices import encode_choices, grade, mean
 from sat_jax.evaluate.likelihood import Pair, encode_pairs, likelihoods
 from sat_jax.evaluate.prompts import PLAIN, Prompting, Shot
 from sat_jax.evaluate.questions import Choices, read_choices
-from sat_jax.interop import load_model
-from sat_jax.models.llama import Llama
-from scripts import evaluate as script
+from tests.golden_model import golden, logits_of, run_evaluate
 from tests.tolerances import assert_close
-
-GOLDEN = Path(__file__).parent / "golden"
-
-
-@functools.cache
-def golden() -> Llama:
-    return load_model(GOLDEN / "llama_gqa")
-
-
-@functools.partial(jax.jit, static_argnames="graph")
-def _logits(graph, params, tokens, segment_ids):
-    return nnx.merge(graph, params)(tokens, segment_ids)
-
-
-def logits_of(ids: Sequence[int]) -> np.ndarray:
-    row = np.zeros((1, 129), np.int32)
-    row[0, : len(ids)] = ids
-    segment_ids = (np.arange(129) < len(ids)).astype(np.int32)[None]
-    return np.asarray(_logits(*nnx.split(golden()), row, segment_ids))[0, : len(ids)]
 
 
 def by_hand(pair: Pair) -> tuple[float, bool]:
     """log p of the continuation, and whether it is greedy, from the logits of a row of its own."""
     ids = [*pair.context, *pair.continuation]
-    logits = logits_of(ids).astype(np.float64)
+    logits = logits_of(ids, 129).astype(np.float64)
     log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     places = range(len(pair.context) - 1, len(ids) - 1)
     greedy = all(logits[place].argmax() == ids[place + 1] for place in places)
@@ -59,7 +33,7 @@ def test_likelihoods_are_those_of_the_logits_in_any_company() -> None:
     pairs = [Pair(*(rng.integers(0, 256, size).tolist() for size in pair)) for pair in sizes]
     expected = [by_hand(pair) for pair in pairs]
     # The one that is greedy: what the model itself would have written.
-    best = int(logits_of(pairs[1].context)[-1].argmax())
+    best = int(logits_of(pairs[1].context, 129)[-1].argmax())
     pairs.append(Pair(pairs[1].context, [best]))
     expected.append(by_hand(pairs[-1]))
     for rows in (1, 3):
@@ -197,9 +171,7 @@ def test_bad_choices(record: dict, message: str, tmp_path: Path) -> None:
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
-    given = ("--model", GOLDEN / "llama_gqa", "--tokenizer", "bytes", *arguments)
-    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, given)])
-    script.main()
+    run_evaluate(monkeypatch, "--tokenizer", "bytes", *arguments)
 
 
 @pytest.fixture

@@ -3,15 +3,12 @@
 import functools
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,33 +23,18 @@ from sat_jax.evaluate.perplexity import (
     text_data,
     windows,
 )
-from sat_jax.interop import load_model
-from sat_jax.models.llama import Llama
 from scripts import evaluate as script
 from scripts.evaluate_ways import Meter
+from tests.golden_model import GOLDEN, golden, logits_of, run_evaluate
 from tests.tolerances import assert_close
 
-GOLDEN = Path(__file__).parent / "golden"
 TEXTS = ["It is a truth universally acknowledged,", "that", "a single man in possession of é€"]
-
-
-@functools.cache
-def golden() -> Llama:
-    return load_model(GOLDEN / "llama_gqa")
-
-
-@functools.partial(jax.jit, static_argnames="graph")
-def _logits(graph, params, tokens, segment_ids):
-    return nnx.merge(graph, params)(tokens, segment_ids)
 
 
 @functools.cache
 def log_probabilities(tokens: tuple[int, ...]) -> np.ndarray:
     """log p of every token after the first, each from all before it, float64."""
-    row = np.zeros((1, 64), np.int32)
-    row[0, : len(tokens)] = tokens
-    logits = _logits(*nnx.split(golden()), row, (np.arange(64) < len(tokens)).astype(int)[None])
-    logits = np.asarray(logits)[0].astype(np.float64)
+    logits = logits_of(tokens, 64).astype(np.float64)
     logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     return logits[np.arange(len(tokens) - 1), tokens[1:]]
 
@@ -222,17 +204,11 @@ def test_prepared_data_is_what_training_reads(tmp_path: Path) -> None:
 # --- The script ------------------------------------------------------------------------------
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
-    model = ("--model", GOLDEN / "llama_gqa")
-    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, (*model, *arguments))])
-    script.main()
-
-
 def test_script_prints_a_table_and_writes_json(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "x.txt").write_text(TEXTS[0])
-    command(
+    run_evaluate(
         monkeypatch,
         *(GOLDEN / "llama_gqa_sharded", "--text", tmp_path / "x.txt", "--tokenizer", "bytes"),
         *("--length", "16", "--stride", "5", "--rows", "2", "--json", tmp_path / "out.json"),
@@ -280,7 +256,7 @@ def test_script_refuses(
         "scripts.evaluate_ways._perplexity", None
     )  # all this is known before the work
     with pytest.raises(UserError, match=message):
-        command(monkeypatch, *arguments)
+        run_evaluate(monkeypatch, *arguments)
 
 
 def test_the_speed_leaves_out_the_first_batch() -> None:

@@ -10,7 +10,7 @@ import pytest
 import submitit
 
 from sat_jax.analysis.means import mean_and_error
-from sat_jax.analysis.rows import read
+from sat_jax.analysis.rows import latest, read
 from sat_jax.config_values import experiment, experiment_sweep, load
 from sat_jax.errors import UserError
 from sat_jax.sweep.axes import combine, cross, listed, parse_axes, read_runs, short_names, told
@@ -169,7 +169,9 @@ def test_costs_are_counted_from_shapes() -> None:
     assert costs[0].spent == costs[0].dense == costs[1].dense > costs[3].spent
     assert costs[1].spent < costs[2].spent < costs[3].spent
     # The quickstart's committed row: full rows are the most that its packed ones can be.
-    row = read(ROOT / "experiments/results/runs.jsonl")[-1]
+    rows = read(ROOT / "experiments/results/runs.jsonl")
+    row = latest(rows, experiment="experiments/quickstart.py")
+    assert row is not None
     fixed = {"model.path": None, "model.preset": "smollm2-135m"}
     ((quick,), _) = make_runs(experiment(str(ROOT / "experiments/quickstart.py")), fixed, [{}])
     assert probes_of(quick) == row["probes"]

@@ -26,6 +26,13 @@ def _line(cells: Sequence[str], widths: Sequence[int], align: Sequence[Align], g
     return gap.join(padded)
 
 
+def sides(left: int, right: int) -> tuple[Align, ...]:
+    """So many columns to the left, and so many after them to the right."""
+    first: tuple[Align, ...] = ("left",)
+    rest: tuple[Align, ...] = ("right",)
+    return first * left + rest * right
+
+
 def fixed_width(
     header: Sequence[str], rows: Sequence[Sequence[str]], align: Sequence[Align]
 ) -> str:

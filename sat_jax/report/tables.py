@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from sat_jax.analysis.means import estimate, mean_and_error
-from sat_jax.analysis.tables import Align, percent, quantity
+from sat_jax.analysis.tables import Align, percent, quantity, sides
 from sat_jax.config import ModelConfig, OptimizerConfig
 from sat_jax.report.axes import AXES, RATES, Slice, slices, told, varied
 from sat_jax.report.groups import (
@@ -98,7 +98,7 @@ def _quality(group: Group, one: Slice) -> Table:
     if tuned and one.axis is RATES:
         name, title = "sft", "Supervised fine-tuning"
     caption = caption_of(group, one.variants, keys)
-    return Table(name, title, caption, header, _align(len(names), 6), tuple(rows))
+    return Table(name, title, caption, header, sides(len(names), 6), tuple(rows))
 
 
 def _efficiency(group: Group) -> Table:
@@ -132,7 +132,7 @@ def _efficiency(group: Group) -> Table:
         "first rung", "bound", "whole run", "bound",
     )  # fmt: skip
     caption = caption_of(group, group.sparse, (*RATES.keys, *keys))
-    return Table("efficiency", "Efficiency", caption, header, _align(len(names), 10), tuple(rows))
+    return Table("efficiency", "Efficiency", caption, header, sides(len(names), 10), tuple(rows))
 
 
 def caption_of(group: Group, variants: Sequence[Variant], varied: Sequence[str]) -> str:
@@ -239,8 +239,3 @@ def _marked(cell: Cell, runs: Sequence[Record]) -> Cell:
     marks = COMMITS if len({run.commit for run in runs}) > 1 else ""
     marks += DEVICES if len({run.device for run in runs}) > 1 else ""
     return cell._replace(text=cell.text + marks) if cell.value is not None else cell
-
-
-def _align(left: int, right: int) -> tuple[Align, ...]:
-    sides: list[Align] = ["left"] * left
-    return (*sides, *["right"] * right)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from typing import Any
 
 from sat_jax.analysis.flops import training_flops
 from sat_jax.analysis.rows import latest, read
-from sat_jax.analysis.tables import duration, fixed_width, quantity
+from sat_jax.analysis.tables import duration, fixed_width, quantity, sides
 from sat_jax.models.presets import preset
 from sat_jax.sparsity.importance import METRICS
 from sat_jax.sweep.axes import short_names, told
@@ -101,8 +101,7 @@ def dry_run(runs: Sequence[Run], finished: Sequence[str], speed: Speed | None) -
             ]
         )
     header = ("run", "settings", "dense", "spent", "bound", "time")
-    align = ("left", "left", "right", "right", "right", "right")
-    table = fixed_width(header, body, align)  # type: ignore[arg-type]
+    table = fixed_width(header, body, sides(2, 4))
     todo = sum(costs[run.name].spent for run in runs if run.name not in finished)
     lines = [
         f"{len(runs)} runs, {len(runs) - len(finished)} to do: at most {quantity(todo, 'FLOP')},"

@@ -8,6 +8,7 @@ from sat_jax.analysis.tables import (
     first_rung_speedup,
     fixed_width,
     is_dense,
+    sides,
     whole_run_speedup,
 )
 from sat_jax.sweep.axes import short_names, told
@@ -44,8 +45,7 @@ def report(ended: Sequence[tuple[Run, Summary]]) -> str:
             ]
         )  # fmt: skip
     header = ("settings", "seeds", "perplexity", "from dense", "first rung", "whole run")
-    align = ("left", *("right",) * 5)
-    return fixed_width(header, rows, align)  # type: ignore[arg-type]
+    return fixed_width(header, rows, sides(1, 5))
 
 
 def _gap(summary: Summary, dense: float | None) -> float | None:

@@ -1,0 +1,41 @@
+"""The golden Llama that evaluations are tested on, and `scripts.evaluate` on it."""
+
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from sat_jax.interop import load_model
+from sat_jax.models.llama import Llama
+from scripts import evaluate
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@functools.cache
+def golden() -> Llama:
+    return load_model(GOLDEN / "llama_gqa")
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _logits(graph, params, tokens, segment_ids):
+    return nnx.merge(graph, params)(tokens, segment_ids)
+
+
+def logits_of(ids: Sequence[int], width: int) -> np.ndarray:
+    """Of one document, `[len(ids), V]`, in a row of `width`: compiled once for each width."""
+    row = np.zeros((1, width), np.int32)
+    row[0, : len(ids)] = ids
+    segment_ids = (np.arange(width) < len(ids)).astype(np.int32)[None]
+    return np.asarray(_logits(*nnx.split(golden()), row, segment_ids))[0, : len(ids)]
+
+
+def run_evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
+    given = ("--model", GOLDEN / "llama_gqa", *arguments)
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, given)])
+    evaluate.main()
