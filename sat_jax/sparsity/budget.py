@@ -20,6 +20,7 @@ _HIGHEST = 0.9  # no layer omits more: far from the rate of a calibration its la
 # A block whose loss did not rise, or fell, is taken to be a little sensitive: noise is not worth
 # more.
 _LEAST_SHARE = 0.02
+_RESOLUTION = 1e-7  # nats a token: float32 losses tell no smaller rise from none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +113,8 @@ def allocate(
 
 
 def _curvature(rises: Sequence[float], rate: float) -> Float[np.ndarray, " blocks"]:
-    rise = np.maximum(np.array(rises), 0) / rate**2
-    return np.maximum(rise, _LEAST_SHARE * rise.mean()) + 1e-12
+    rise = np.maximum(np.array(rises), 0)
+    return np.maximum(rise, max(_LEAST_SHARE * rise.mean(), _RESOLUTION)) / rate**2
 
 
 def _partitions(blocks: int, runs: int) -> Iterator[list[int]]:
