@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # Before anything imports jax, and inherited by child processes.
@@ -16,6 +17,12 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")  # a plugin may have imported jax earlier
+
+# The same examples each time, on however slow a machine: a change is judged by what it changes.
+# `pytest --hypothesis-profile=search` looks for new ones.
+hypothesis.settings.register_profile("search", deadline=None)
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -164,7 +164,7 @@ def small_blocks() -> Iterator[Callable]:
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None, phases=[Phase.generate])  # small enough to read as it is
+@settings(max_examples=40, phases=[Phase.generate])  # small enough to read as it is
 def test_blocks_of_any_row(small_blocks: Callable, data: st.DataObject) -> None:
     length = data.draw(st.sampled_from([1, 20]), "length")
     heads = data.draw(st.sampled_from([(1, 1, 4), (2, 3, 2)]), "heads")

@@ -133,7 +133,7 @@ DEPENDENT = {
 VALID = {path: valid(key) for path, key in KEYS.items() if path not in DEPENDENT}
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.fixed_dictionaries({}, optional=VALID))
 def test_every_config_survives_the_way_there_and_back(values: dict[str, Any]) -> None:
     config = from_config_dict(nested(values))

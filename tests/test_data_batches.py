@@ -47,7 +47,7 @@ def joined(parts: Sequence[Batch]) -> Batch:
     return Batch(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 20), st.integers(1, 8), st.integers(0, 2**31 - 1))
 def test_every_epoch_takes_every_row_once(size: int, rows_per_step: int, seed: int) -> None:
     get = batches(numbered(size), rows_per_step, seed)

@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import numpy as np
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sat_jax.data.batch import Batch
@@ -29,7 +29,6 @@ def pack(sizes: list[int], row_length: int) -> tuple[Batch, np.ndarray]:
     return unpack(stored or [BLANK], row_length), flat
 
 
-@settings(deadline=None)
 @given(documents_strategy, length_strategy)
 @example([1], 1)
 @example([13, 2, 1, 0, 24, 12], 12)
@@ -46,7 +45,6 @@ def test_every_pair_of_every_document_once(sizes: list[int], row_length: int) ->
     assert sorted(pairs) == expected  # tokens are numbered along the documents
 
 
-@settings(deadline=None)
 @given(documents_strategy, length_strategy)
 def test_segments_are_runs_of_one_document(sizes: list[int], row_length: int) -> None:
     batch, _ = pack(sizes, row_length)
@@ -64,7 +62,6 @@ def test_segments_are_runs_of_one_document(sizes: list[int], row_length: int) ->
                 assert positions[slot] == 0
 
 
-@settings(deadline=None)
 @given(documents_strategy, length_strategy)
 def test_only_documents_longer_than_a_row_are_cut(sizes: list[int], row_length: int) -> None:
     pieces = cut(np.cumsum(sizes) - np.array(sizes), np.array(sizes), row_length)
@@ -77,7 +74,6 @@ def test_only_documents_longer_than_a_row_are_cut(sizes: list[int], row_length: 
     assert pieces.lengths.tolist() == expected
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 12), max_size=60))
 def test_rows_hold_what_fits_and_are_tight(lengths: list[int]) -> None:
     rows = assign_rows(np.array(lengths, np.int64), 12)

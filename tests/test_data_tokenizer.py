@@ -109,7 +109,7 @@ def test_bytes() -> None:
     assert "ids up to 255" in reason(lambda: load_tokenizer("bytes", model_vocab_size=255))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text(st.characters(codec="utf-8")))
 def test_bytes_round_trip(text: str) -> None:
     tokenizer = load_tokenizer("bytes")

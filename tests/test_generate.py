@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sat_jax.config import Config, DataConfig
@@ -266,7 +266,6 @@ def test_a_sparse_model_is_refused(masked: bool) -> None:
 # --- Text ------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.text(max_size=12), st.lists(st.integers(1, 4), max_size=40))
 def test_streamed_bytes_are_whole_characters(text: str, sizes: list[int]) -> None:
     tokenizer = load_tokenizer("bytes", None, 256)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sat_jax.data.prepare import prepare
@@ -49,7 +49,6 @@ def by_hand(document: Sequence[int], length: int, stride: int) -> float:
     return total
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 20), min_size=1, max_size=5),
     st.integers(1, 9),

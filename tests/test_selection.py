@@ -60,7 +60,7 @@ def test_leading_axes_are_selected_apart() -> None:
 SHAPES = ((5, 2, 1, 1), (12, 0, 2, 1), (12, 12, 2, 2), (12, 6, 3, 1), (16, 8, 1, 4), (16, 8, 2, 2))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.sampled_from(SHAPES), st.sampled_from(["topk", "sample"]), st.integers(0, 2**31))
 def test_kept_indices_are_sorted_unique_aligned_and_balanced(
     shape: tuple[int, int, int, int], selection: Selection, seed: int
@@ -94,7 +94,7 @@ def test_kept_indices_are_sorted_unique_aligned_and_balanced(
                 assert lowest >= part_sums[~part_mask].max(initial=-np.inf)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.permutations(range(9)), st.sampled_from([0, 1, 4, 9]), st.integers(0, 2**31))
 def test_shuffled_neurons_are_selected_alike(order: list[int], keep: int, seed: int) -> None:
     scores = np.random.default_rng(seed).permutation(9).astype(np.float32)
