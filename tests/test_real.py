@@ -156,3 +156,34 @@ def test_the_tokenizer_of_a_written_directory(
     save_model(model, tmp_path / "out", dtype="bfloat16")
     tokenizer.save(tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT)["input_ids"] == ids[0].tolist()
+
+
+def test_the_harness_measures_the_same_through_transformers(
+    model: Llama, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """lm-evaluation-harness with our adapter, and with its own `hf` model on what we write."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from sat_jax.evaluate.harness import Harness
+
+    save_model(model, tmp_path / "out")
+    tokenizer.save(tmp_path / "out")
+    ours = Harness(model, tokenizer, rows=2)
+    theirs = HFLM(str(tmp_path / "out"), device="cpu", dtype="float32", batch_size=2)
+
+    def asked(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
+        return [Instance(kind, {}, one, n) for n, one in enumerate(arguments)]
+
+    start, end = TEXT.rsplit(" ", 4)[0], TEXT.split("to distress")[1]
+    pairs = asked("loglikelihood", (start, " a very early period."), ("1 + 1 =", " 2"), ("", end))
+    for found, expected in zip(ours.loglikelihood(pairs), theirs.loglikelihood(pairs), strict=True):
+        assert_close(found[0], expected[0], "float32", "forward")
+        assert found[1] == expected[1]
+    texts = asked("loglikelihood_rolling", (TEXT,), (end,))
+    assert_close(
+        ours.loglikelihood_rolling(texts), theirs.loglikelihood_rolling(texts), "float32", "forward"
+    )
+    settings = {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}
+    prompts = asked("generate_until", ("The capital of France is", settings), (start, settings))
+    assert ours.generate_until(prompts) == theirs.generate_until(prompts)
