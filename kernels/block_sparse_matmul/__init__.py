@@ -1,0 +1,22 @@
+"""Block-sparse matrix products: see `api`."""
+
+from kernels.block_sparse_matmul.api import (
+    column_matmul,
+    row_matmul,
+    sampled_matmul,
+    swiglu,
+)
+from kernels.block_sparse_matmul.backends import explain
+from kernels.block_sparse_matmul.patterns import BlockMask, KeptRows, Pattern, kept_rows
+
+__all__ = [
+    "BlockMask",
+    "KeptRows",
+    "Pattern",
+    "column_matmul",
+    "explain",
+    "kept_rows",
+    "row_matmul",
+    "sampled_matmul",
+    "swiglu",
+]

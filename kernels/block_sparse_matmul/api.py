@@ -1,0 +1,154 @@
+"""Products with matrices of which some blocks take part: differentiable, on any platform.
+
+    pattern = kept_rows(ids, block=128)         # rows of blocks of w [F, D]
+    h = swiglu(x, gate, up, pattern)            # [T, D] → [T, kept]
+    y = row_matmul(h, down, pattern)            # [T, kept] → [T, D]
+
+    pattern = BlockMask.of(kept, block=128)     # any blocks of a matrix [N, D]
+    y = column_matmul(x, blocks, pattern)       # [T, D] → [T, N], blocks [nonzero, 128, 128]
+
+Leading axes of the activations are free. Sums are float32, results have the dtype of the first
+operand. `implementation`: `xla`, `pallas_tpu`; a named one never gives way to another, None is the
+best there is for the platform and the shapes (`explain`). Wrong shapes, dtypes and blocks are a
+`ValueError` or `TypeError` before anything runs; wrong ids only under `jax_enable_checks`.
+"""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kernels.block_sparse_matmul import vjp
+from kernels.block_sparse_matmul.backends import choose
+from kernels.block_sparse_matmul.patterns import BlockMask, KeptRows, Pattern, check_ids
+
+
+def column_matmul(
+    x: Float[Array, "*B D"], w: Array, pattern: Pattern, *, implementation: str | None = None
+) -> Float[Array, "*B N"]:
+    """x · Wᵀ: of each row of W that takes part its product with x.
+
+    `w` is `[F, D]` and N the kept rows, or `[nonzero, block, block]` and N all rows.
+    """
+    rows, columns = _sizes("w", w, pattern)
+    _check("x", x, columns, w.dtype)
+    if _nothing(x, pattern):
+        return jnp.zeros((*x.shape[:-1], rows), x.dtype)
+    backend = choose(implementation, x.dtype, columns, pattern.block)
+    return _leading(vjp.column(backend, _flat(x), w, pattern), x)
+
+
+def row_matmul(
+    x: Float[Array, "*B N"], w: Array, pattern: Pattern, *, implementation: str | None = None
+) -> Float[Array, "*B D"]:
+    """x · W over the rows of W that take part; shapes as in `column_matmul`, the other way."""
+    rows, columns = _sizes("w", w, pattern)
+    _check("x", x, rows, w.dtype)
+    if _nothing(x, pattern):
+        return jnp.zeros((*x.shape[:-1], columns), x.dtype)
+    backend = choose(implementation, x.dtype, columns, pattern.block)
+    return _leading(vjp.row(backend, (_flat(x),), (w,), pattern), x)
+
+
+def sampled_matmul(
+    a: Float[Array, "*B N"],
+    c: Float[Array, "*B D"],
+    pattern: Pattern,
+    *,
+    into: Float[Array, "F D"] | None = None,
+    implementation: str | None = None,
+) -> Array:
+    """aᵀ · c where the pattern has blocks, which is the gradient of both products' weights.
+
+    Of a `BlockMask` `[nonzero, block, block]`. Of kept rows these rows alone, `[N, D]`, or, with
+    `into`, that matrix with its kept rows replaced, in place where its buffer is given up.
+    """
+    if a.shape[:-1] != c.shape[:-1]:
+        raise ValueError(f"c: {list(c.shape)}, expected the leading axes of a, {list(a.shape)}")
+    if isinstance(pattern, BlockMask):
+        rows, columns = (count * pattern.block for count in pattern.shape)
+        if into is not None:
+            raise ValueError("into: a BlockMask stores no other blocks; accepted with kept rows")
+    else:
+        rows, columns = pattern.kept, c.shape[-1]
+        if into is not None and _sizes("into", into, pattern)[1] != columns:
+            raise ValueError(f"into: {list(into.shape)}, expected [F, {columns}]")
+    _check("a", a, rows, c.dtype)
+    _check("c", c, columns, a.dtype)
+    if _nothing(a, pattern):
+        return _no_product(a, c, pattern, into)
+    backend = choose(implementation, a.dtype, columns, pattern.block)
+    return vjp.sampled(backend, _flat(a), _flat(c), pattern, into)
+
+
+def swiglu(
+    x: Float[Array, "*B D"],
+    gate: Array,
+    up: Array,
+    pattern: Pattern,
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "*B N"]:
+    """silu(x · Gᵀ) · (x · Uᵀ), fused: neither product is written to memory, forward or backward.
+
+    The backward pass computes both once more. Shapes as in `column_matmul`.
+    """
+    rows, columns = _sizes("gate", gate, pattern)
+    if up.shape != gate.shape or up.dtype != gate.dtype:
+        raise ValueError(
+            f"up: {up.dtype}{list(up.shape)}, expected as gate, {gate.dtype}{list(gate.shape)}"
+        )
+    _check("x", x, columns, gate.dtype)
+    if _nothing(x, pattern):
+        return jnp.zeros((*x.shape[:-1], rows), x.dtype)
+    backend = choose(implementation, x.dtype, columns, pattern.block)
+    return _leading(vjp.swiglu(backend, _flat(x), gate, up, pattern), x)
+
+
+def _sizes(name: str, w: Array, pattern: Pattern) -> tuple[int, int]:
+    """Rows and columns of the matrix that takes part."""
+    block = pattern.block
+    if isinstance(pattern, BlockMask):
+        if w.shape != (pattern.nonzero, block, block):
+            expected = [pattern.nonzero, block, block]
+            raise ValueError(f"{name}: shape {list(w.shape)}, expected {expected}")
+        return pattern.shape[0] * block, pattern.shape[1] * block
+    if w.ndim != 2 or w.shape[0] % block:
+        raise ValueError(
+            f"{name}: shape {list(w.shape)}, expected [F, D], F a multiple of the block {block}"
+        )
+    if pattern.kept > w.shape[0]:
+        raise ValueError(
+            f"ids: {pattern.ids.shape[0]} of {block} rows, and {name} has {w.shape[0]} rows"
+        )
+    check_ids(pattern, w.shape[0] // block)
+    return pattern.kept, w.shape[1]
+
+
+def _check(name: str, x: Array, width: int, dtype: jnp.dtype) -> None:
+    if x.ndim < 1 or x.shape[-1] != width:
+        raise ValueError(f"{name}: shape {list(x.shape)}, expected [..., {width}]")
+    if x.dtype != dtype or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{name}: {x.dtype}, and what it is multiplied with is {dtype}; one float")
+
+
+def _nothing(x: Array, pattern: Pattern) -> bool:
+    blocks = pattern.ids.shape[0] if isinstance(pattern, KeptRows) else pattern.nonzero
+    return not blocks or not math.prod(x.shape)
+
+
+def _no_product(a: Array, c: Array, pattern: Pattern, into: Array | None) -> Array:
+    if isinstance(pattern, BlockMask):
+        return jnp.zeros((pattern.nonzero, pattern.block, pattern.block), a.dtype)
+    if into is None or not pattern.kept:
+        return jnp.zeros((pattern.kept, c.shape[-1]), a.dtype) if into is None else into
+    blocks = into.reshape(-1, pattern.block, into.shape[1])
+    return blocks.at[pattern.ids].set(0).reshape(into.shape)
+
+
+def _flat(x: Float[Array, "*B N"]) -> Float[Array, "T N"]:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _leading(y: Float[Array, "T N"], x: Float[Array, "*B M"]) -> Float[Array, "*B N"]:
+    return y.reshape(*x.shape[:-1], y.shape[-1])

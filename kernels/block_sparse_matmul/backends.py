@@ -1,0 +1,66 @@
+"""The implementations by name, what each can take, and which is chosen where none is named."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from kernels.block_sparse_matmul import pallas_gpu, pallas_tpu, xla
+from kernels.block_sparse_matmul.patterns import Pattern
+from kernels.block_sparse_matmul.tiled import Tiled
+
+
+class Backend(Protocol):
+    """What `reference` defines, of operands that fit together and are not empty; `row` sums over
+    pairs, and `swiglu_gradients` are those of x · Gᵀ and x · Uᵀ."""
+
+    def column(self, x: Array, w: Array, pattern: Pattern) -> Array: ...
+
+    def row(self, xs: Sequence[Array], ws: Sequence[Array], pattern: Pattern) -> Array: ...
+
+    def sampled(self, a: Array, c: Array, pattern: Pattern, into: Array | None) -> Array: ...
+
+    def swiglu(self, x: Array, gate: Array, up: Array, pattern: Pattern) -> Array: ...
+
+    def swiglu_gradients(
+        self, x: Array, gate: Array, up: Array, dh: Array, pattern: Pattern
+    ) -> tuple[Array, Array]: ...
+
+    def refusal(self, dtype: jnp.dtype, width: int, block: int) -> str | None:
+        """Why a matrix of `width` columns in blocks of `block` cannot be; None: it can."""
+        ...
+
+
+BACKENDS: dict[str, Backend] = {
+    "xla": xla,
+    "pallas_tpu": Tiled(pallas_tpu, pallas_tpu.refusal),
+    "pallas_gpu": Tiled(pallas_gpu, pallas_gpu.refusal),
+}
+# By platform, the best first; what is not named here runs by XLA.
+_ORDER: dict[str, tuple[str, ...]] = {"tpu": ("pallas_tpu", "xla")}
+
+
+def explain(dtype: jnp.dtype, width: int, block: int) -> tuple[str, dict[str, str]]:
+    """The implementation that is chosen where none is named, and why no better one is."""
+    platform = jax.default_backend()
+    reasons: dict[str, str] = {}
+    for name in _ORDER.get(platform, ("xla",)):
+        reason = BACKENDS[name].refusal(dtype, width, block)
+        if reason is None:
+            return name, reasons
+        reasons[name] = reason
+    raise ValueError("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+
+
+def choose(implementation: str | None, dtype: jnp.dtype, width: int, block: int) -> str:
+    """The name of an implementation that can do it. Raises `ValueError` where the named one
+    cannot."""
+    if implementation is None:
+        return explain(dtype, width, block)[0]
+    if implementation not in BACKENDS:
+        raise ValueError(f"implementation: {implementation!r}, accepted {', '.join(BACKENDS)}")
+    if reason := BACKENDS[implementation].refusal(dtype, width, block):
+        raise ValueError(f"implementation {implementation}: {reason}")
+    return implementation

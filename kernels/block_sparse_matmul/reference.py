@@ -1,0 +1,63 @@
+"""What the operations mean: the sparse matrix is made dense, and multiplied.
+
+Every backend is tested against these functions. Sums and activations are float32 and are rounded
+once, to the dtype of the first operand.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kernels.block_sparse_matmul.patterns import BlockMask, KeptRows, Pattern
+
+
+def column(x: Float[Array, "T D"], w: Array, pattern: Pattern) -> Float[Array, "T N"]:
+    """x · Wᵀ."""
+    return _product(x, dense(w, pattern).T).astype(x.dtype)
+
+
+def row(x: Float[Array, "T N"], w: Array, pattern: Pattern) -> Float[Array, "T D"]:
+    """x · W."""
+    return _product(x, dense(w, pattern)).astype(x.dtype)
+
+
+def sampled(
+    a: Float[Array, "T N"], c: Float[Array, "T D"], pattern: Pattern, into: Array | None = None
+) -> Array:
+    """aᵀ · c, where the pattern has blocks."""
+    product = _product(a.T, c).astype(a.dtype)
+    if isinstance(pattern, KeptRows):
+        return product if into is None else into.at[_rows(pattern)].set(product.astype(into.dtype))
+    (rows, columns), block = pattern.shape, pattern.block
+    blocks = product.reshape(rows, block, columns, block).swapaxes(1, 2)
+    return blocks[pattern.rows, pattern.columns]
+
+
+def swiglu(x: Float[Array, "T D"], gate: Array, up: Array, pattern: Pattern) -> Float[Array, "T N"]:
+    """silu(x · Gᵀ) · (x · Uᵀ)."""
+    g, u = (_product(x, dense(w, pattern).T) for w in (gate, up))
+    return (jax.nn.silu(g) * u).astype(x.dtype)
+
+
+def dense(w: Array, pattern: Pattern) -> Float[Array, "N D"]:
+    """The matrix as it takes part in products: its kept rows, or all of it with zeros."""
+    if isinstance(pattern, KeptRows):
+        return w[_rows(pattern)]
+    return scatter(w, pattern)
+
+
+def scatter(w: Float[Array, "nonzero b b"], mask: BlockMask) -> Float[Array, "R C"]:
+    """The dense matrix of stored blocks."""
+    (rows, columns), block = mask.shape, mask.block
+    blocks = jnp.zeros((rows, columns, block, block), w.dtype)
+    blocks = blocks.at[mask.rows, mask.columns].set(w)
+    return blocks.swapaxes(1, 2).reshape(rows * block, columns * block)
+
+
+def _rows(pattern: KeptRows) -> Array:
+    inside = jnp.arange(pattern.block, dtype=jnp.int32)
+    return (pattern.ids[:, None] * pattern.block + inside[None]).reshape(-1)
+
+
+def _product(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32, precision="highest")

@@ -1,0 +1,190 @@
+"""The operations as walks over products of tiles: what the Pallas backends have in common.
+
+A backend brings two loops, `contract` and `sample`; which tiles they multiply, and where results
+go, is data made here from the pattern.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels.block_sparse_matmul import xla
+from kernels.block_sparse_matmul.patterns import BlockMask, KeptRows, Pattern, Walk
+
+
+class Steps(NamedTuple):
+    """Products of two tiles, those of one result in a row: int32 `[n]` each.
+
+    `result` and `factor` count tiles along the last axis, `row` and `column` tiles of the weights.
+    A step that is not `live` adds nothing.
+    """
+
+    result: Int[Array, " n"]
+    factor: Int[Array, " n"]
+    row: Int[Array, " n"]
+    column: Int[Array, " n"]
+    live: Int[Array, " n"]
+
+
+class Product(NamedTuple):
+    """Σ over steps of x[:, factor] · w[row, column], of each pair of `xs` and `ws`.
+
+    One of `xs` serves all `ws`. `transposed`: tiles of w are `[result, factor]`, not `[factor,
+    result]`. `summed`: the pairs are added up. `finish` makes the results (`outputs` of them,
+    `width` columns each) of the float32 sums and of the tiles of `extras`, which are shaped as the
+    results. `factor` and `result` are sizes of tiles.
+    """
+
+    xs: Sequence[Float[Array, "T M"]]
+    ws: Sequence[Float[Array, "A B"]]
+    steps: Steps
+    factor: int
+    result: int
+    width: int
+    transposed: bool
+    summed: bool = False
+    extras: Sequence[Float[Array, "T N"]] = ()
+    outputs: int = 1
+    finish: Callable[..., tuple[Array, ...]] = lambda total: (total,)
+
+    @property
+    def sums(self) -> int:
+        """How many sums a result is made of."""
+        return 1 if self.summed else len(self.ws)
+
+
+def finer(product: Product, factor: int) -> Product:
+    """The same product in more steps, over tiles of `factor` elements at most."""
+    if product.factor <= factor:
+        return product
+    parts = product.factor // factor
+    size = product.steps.result.shape[0] * parts
+
+    def repeat(counter: Int[Array, " n"]) -> Int[Array, " np"]:
+        return jnp.repeat(counter, parts, total_repeat_length=size)
+
+    steps = Steps(*map(repeat, product.steps))
+    part = jnp.arange(size, dtype=jnp.int32) % parts
+    along = "column" if product.transposed else "row"
+    cut = {name: getattr(steps, name) * parts + part for name in ("factor", along)}
+    return product._replace(factor=factor, steps=steps._replace(**cut))
+
+
+class Loops(Protocol):
+    """A backend. Tiles are of an axis that no pattern cuts into blocks, of that many elements, one
+    that is summed over and one of a result; 0: there is none that would do."""
+
+    def factor_tile(self, size: int, dtype: jnp.dtype) -> int: ...
+
+    def result_tile(self, size: int, dtype: jnp.dtype) -> int: ...
+
+    def contract(self, product: Product) -> tuple[Float[Array, "T N"], ...]: ...
+
+    def sample(
+        self, a: Float[Array, "T N"], c: Float[Array, "T D"], mask: BlockMask
+    ) -> Float[Array, "nonzero b b"]: ...
+
+
+def largest_tile(size: int, unit: int, limit: int) -> int:
+    """The largest divisor of an axis that is a multiple of `unit` and not above `limit`, or 0."""
+    return max((n for n in range(unit, limit + 1, unit) if size % n == 0), default=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiled:
+    """The operations by one backend's loops. See `backends.Backend`."""
+
+    loops: Loops
+    refusal: Callable[[jnp.dtype, int, int], str | None]
+
+    def column(self, x: Array, w: Array, pattern: Pattern) -> Array:
+        """x · Wᵀ."""
+        (y,) = self.loops.contract(self._column(x, (w,), pattern))
+        return y
+
+    def row(self, xs: Sequence[Array], ws: Sequence[Array], pattern: Pattern) -> Array:
+        """Σ of x · W over pairs."""
+        if isinstance(pattern, KeptRows):
+            width = ws[0].shape[1]
+            tile = self.loops.result_tile(width, xs[0].dtype)
+            steps = _over_kept_rows(pattern, width // tile)
+            product = Product(xs, ws, steps, pattern.block, tile, width, transposed=False)
+        else:
+            product = _stored(xs, ws, pattern.by_column, pattern.shape[1], pattern.block)
+        (y,) = self.loops.contract(product._replace(summed=True))
+        return y
+
+    def sampled(self, a: Array, c: Array, pattern: Pattern, into: Array | None) -> Array:
+        """aᵀ · c. Of kept rows it is a dense product, in which nothing sparse is left."""
+        if isinstance(pattern, BlockMask):
+            return self.loops.sample(a, c, pattern)
+        return xla.sampled(a, c, pattern, into)
+
+    def swiglu(self, x: Array, gate: Array, up: Array, pattern: Pattern) -> Array:
+        """silu(x · Gᵀ) · (x · Uᵀ)."""
+        product = self._column(x, (gate, up), pattern)
+        (h,) = self.loops.contract(product._replace(finish=_activate))
+        return h
+
+    def swiglu_gradients(
+        self, x: Array, gate: Array, up: Array, dh: Array, pattern: Pattern
+    ) -> tuple[Array, Array]:
+        """The gradients of x · Gᵀ and x · Uᵀ, which are computed once more."""
+        product = self._column(x, (gate, up), pattern)
+        product = product._replace(finish=_activate_gradients, extras=(dh,), outputs=2)
+        dg, du = self.loops.contract(product)
+        return dg, du
+
+    def _column(self, x: Array, ws: Sequence[Array], pattern: Pattern) -> Product:
+        if isinstance(pattern, BlockMask):
+            product = _stored((x,), ws, pattern.by_row, pattern.shape[0], pattern.block)
+            return product._replace(transposed=True)
+        width = ws[0].shape[1]
+        tile = self.loops.factor_tile(width, x.dtype)
+        steps = _along_kept_rows(pattern, width // tile)
+        return Product((x,), ws, steps, tile, pattern.block, pattern.kept, transposed=True)
+
+
+def _activate(g: Array, u: Array) -> tuple[Array]:
+    return (g * _sigmoid(g) * u,)
+
+
+def _activate_gradients(g: Array, u: Array, dh: Array) -> tuple[Array, Array]:
+    s = _sigmoid(g)
+    return dh * u * s * (1 + g * (1 - s)), dh * g * s
+
+
+def _sigmoid(x: Array) -> Array:
+    return 1 / (1 + jnp.exp(-x))
+
+
+def _along_kept_rows(pattern: KeptRows, parts: int) -> Steps:
+    """Each kept block is a result, summed over `parts` tiles along its rows."""
+    kept = pattern.ids.shape[0]
+    result, factor = _grid(kept, parts)
+    ids = jnp.repeat(pattern.ids, parts, total_repeat_length=kept * parts)
+    return Steps(result, factor, ids, factor, jnp.ones_like(result))
+
+
+def _over_kept_rows(pattern: KeptRows, parts: int) -> Steps:
+    """`parts` results along the rows, each summed over all kept blocks."""
+    result, factor = _grid(parts, pattern.ids.shape[0])
+    return Steps(result, factor, jnp.tile(pattern.ids, parts), result, jnp.ones_like(result))
+
+
+def _grid(outer: int, inner: int) -> tuple[Int[Array, " n"], Int[Array, " n"]]:
+    """All pairs of two counters, the second running faster."""
+    place = jnp.arange(outer * inner, dtype=jnp.int32)
+    return place // inner, place % inner
+
+
+def _stored(
+    xs: Sequence[Array], ws: Sequence[Array], walk: Walk, results: int, block: int
+) -> Product:
+    """Blocks that are stored one below the other."""
+    steps = Steps(walk.result, walk.factor, walk.slot, jnp.zeros_like(walk.slot), walk.live)
+    flat = [w.reshape(-1, block) for w in ws]
+    return Product(xs, flat, steps, block, block, results * block, transposed=False)

@@ -1,0 +1,76 @@
+"""The operations by gathering the kept blocks and multiplying densely: any platform, any size.
+
+Of kept rows this is a smaller dense product and a copy of the kept weights. Other patterns are made
+dense, zeros included: the baseline that a kernel has to beat.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from kernels.block_sparse_matmul.patterns import KeptRows, Pattern
+from kernels.block_sparse_matmul.reference import scatter
+
+_SORTED: dict[str, Any] = {"indices_are_sorted": True, "unique_indices": True}
+
+
+def column(x: Array, w: Array, pattern: Pattern) -> Array:
+    """x · Wᵀ."""
+    return jnp.matmul(x, _dense(w, pattern).T)
+
+
+def row(xs: Sequence[Array], ws: Sequence[Array], pattern: Pattern) -> Array:
+    """Σ of x · W over pairs."""
+    products = [jnp.matmul(x, _dense(w, pattern)) for x, w in zip(xs, ws, strict=True)]
+    return sum(products[1:], products[0])
+
+
+def sampled(a: Array, c: Array, pattern: Pattern, into: Array | None) -> Array:
+    """aᵀ · c where the pattern has blocks."""
+    product = jnp.matmul(a.T, c)
+    if isinstance(pattern, KeptRows):
+        if into is None:
+            return product
+        blocks = product.reshape(-1, pattern.block, c.shape[1]).astype(into.dtype)
+        whole = into.reshape(-1, pattern.block, c.shape[1])
+        return whole.at[pattern.ids].set(blocks, **_SORTED).reshape(into.shape)
+    (rows, columns), block = pattern.shape, pattern.block
+    blocks = product.reshape(rows, block, columns, block).swapaxes(1, 2)
+    return blocks[pattern.rows, pattern.columns]
+
+
+def swiglu(x: Array, gate: Array, up: Array, pattern: Pattern) -> Array:
+    """silu(x · Gᵀ) · (x · Uᵀ)."""
+    g, u = (_wide_column(x, w, pattern) for w in (gate, up))
+    return (jax.nn.silu(g) * u).astype(x.dtype)
+
+
+def swiglu_gradients(
+    x: Array, gate: Array, up: Array, dh: Array, pattern: Pattern
+) -> tuple[Array, Array]:
+    """The gradients of x · Gᵀ and x · Uᵀ."""
+    g, u = (_wide_column(x, w, pattern) for w in (gate, up))
+    _, back = jax.vjp(lambda g, u: jax.nn.silu(g) * u, g, u)
+    dg, du = back(dh.astype(jnp.float32))
+    return dg.astype(x.dtype), du.astype(x.dtype)
+
+
+def refusal(_dtype: jnp.dtype, _width: int, _block: int) -> str | None:
+    """None: it takes everything."""
+    return None
+
+
+def _wide_column(x: Array, w: Array, pattern: Pattern) -> Array:
+    """x · Wᵀ in float32."""
+    return jnp.matmul(x, _dense(w, pattern).T, preferred_element_type=jnp.float32)
+
+
+def _dense(w: Array, pattern: Pattern) -> Array:
+    if not isinstance(pattern, KeptRows):
+        return scatter(w, pattern)
+    blocks = w.reshape(-1, pattern.block, w.shape[1])
+    kept = blocks.at[pattern.ids].get(mode="promise_in_bounds", **_SORTED)
+    return kept.reshape(-1, w.shape[1])

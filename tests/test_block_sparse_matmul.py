@@ -1,0 +1,280 @@
+"""Block-sparse products: every backend against the reference, forward and backward."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.block_sparse_matmul import (
+    BlockMask,
+    Pattern,
+    column_matmul,
+    explain,
+    kept_rows,
+    reference,
+    row_matmul,
+    sampled_matmul,
+    swiglu,
+)
+from tests.tolerances import assert_close
+
+BLOCK = 128
+MASKS = {
+    "some": [[1, 0, 1], [0, 0, 0], [0, 1, 0], [1, 1, 0]],  # an empty row
+    "diagonal": [[1, 0], [0, 1]],
+    "a row": [[0, 0], [1, 1], [0, 0]],
+    "a column": [[0, 1, 0], [0, 1, 0]],  # empty columns
+    "one block": [[0, 0], [0, 1]],
+    "all": [[1, 1], [1, 1]],
+    "none": [[0, 0], [0, 0]],
+}
+PATTERNS: dict[str, Callable[[], Pattern]] = {
+    "kept rows": lambda: kept_rows(jnp.array([0, 2, 3]), BLOCK),
+    "all rows": lambda: kept_rows(jnp.arange(4), BLOCK),
+    "no rows": lambda: kept_rows(jnp.array([], jnp.int32), BLOCK),
+} | {
+    f"mask: {name}": lambda kept=kept: BlockMask.of(np.array(kept), BLOCK)  # type: ignore[misc]
+    for name, kept in MASKS.items()
+}
+ROWS = 4 * BLOCK  # of the matrix whose rows are kept
+
+
+REPRESENTATIVE = ["kept rows", "mask: some"]
+# Each with what defines it and which operands it takes.
+OPERATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], str]] = {
+    "column": (column_matmul, reference.column, "xw"),
+    "row": (row_matmul, reference.row, "hw"),
+    "sampled": (sampled_matmul, reference.sampled, "hx"),
+    "swiglu": (swiglu, reference.swiglu, "xwv"),
+}
+
+
+@pytest.fixture
+def made_up_gpu() -> Iterator[None]:
+    """Kernels for a GPU are interpreted, as if on one with two multiprocessors."""
+    from jax._src.pallas.mosaic_gpu.interpret import params
+
+    device = jax.sharding.AbstractDevice("NVIDIA H200", num_cores=2, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    interpret = params.force_gpu_interpret_mode(params.InterpretGPUParams())
+    with jax.sharding.use_abstract_mesh(mesh), interpret:
+        yield
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def operands(pattern: Pattern, tokens: int, width: int) -> dict[str, jax.Array]:
+    """x [T, D], h [T, N], and the weights w and v of one pattern."""
+    if isinstance(pattern, BlockMask):
+        rows, columns = (count * BLOCK for count in pattern.shape)
+        weights = (pattern.nonzero, BLOCK, BLOCK)
+    else:
+        rows, columns, weights = pattern.kept, width, (ROWS, width)
+    return {
+        "x": normal(0, tokens, columns),
+        "h": normal(1, tokens, rows),
+        "w": normal(2, *weights) / 8,
+        "v": normal(3, *weights) / 8,
+    }
+
+
+def check(
+    name: str, backend: str, dtype: str, pattern: Pattern, given: dict[str, jax.Array]
+) -> None:
+    """Values and gradients by a random cotangent, beside the reference's with float32 operands of
+    the same values."""
+    function, definition, taken = OPERATIONS[name]
+    operands = [given[key].astype(dtype) for key in taken]
+    wide = [operand.astype(jnp.float32) for operand in operands]
+
+    def call(*operands: jax.Array) -> jax.Array:
+        return function(*operands, pattern, implementation=backend)
+
+    def pull(call: Callable[..., jax.Array], operands: list[jax.Array]) -> list[jax.Array]:
+        found, back = jax.vjp(call, *operands)
+        return [found, *back(normal(9, *found.shape).astype(dtype).astype(found.dtype))]
+
+    expected = pull(lambda *operands: definition(*operands, pattern), wide)
+    for found, desired in zip(pull(jax.jit(call), operands), expected, strict=True):
+        assert found.dtype == dtype
+        assert_close(found.astype(jnp.float32), desired, dtype, "product")
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("backend", ["xla", "pallas_tpu"])
+def test_values_and_gradients(backend: str, name: str, pattern: str) -> None:
+    made = PATTERNS[pattern]()
+    check(name, backend, "float32", made, operands(made, tokens=40, width=256))
+
+
+@pytest.mark.parametrize("pattern", REPRESENTATIVE)
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("backend", ["xla", "pallas_tpu"])
+def test_bfloat16(backend: str, name: str, pattern: str) -> None:
+    made = PATTERNS[pattern]()
+    check(name, backend, "bfloat16", made, operands(made, tokens=40, width=256))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="this jax cannot interpret for GPUs")
+@pytest.mark.usefixtures("made_up_gpu")
+def test_gpu(name: str, pattern: str) -> None:
+    made = PATTERNS[pattern]()
+    check(name, "pallas_gpu", "bfloat16", made, operands(made, tokens=40, width=192))
+
+
+@pytest.mark.parametrize("ids", [[0, 2, 3], []])
+@pytest.mark.parametrize("backend", ["xla", "pallas_tpu"])
+def test_products_into_a_matrix(backend: str, ids: list[int]) -> None:
+    pattern = kept_rows(jnp.array(ids, jnp.int32), BLOCK)
+    given = operands(pattern, tokens=40, width=256)
+
+    def into(h: jax.Array, x: jax.Array, w: jax.Array) -> jax.Array:
+        return sampled_matmul(h, x, pattern, into=w, implementation=backend)
+
+    found, back = jax.vjp(into, given["h"], given["x"], given["w"])
+    expected, expected_back = jax.vjp(
+        lambda h, x, w: reference.sampled(h, x, pattern, w), given["h"], given["x"], given["w"]
+    )
+    assert_close(found, expected, "float32", "product")
+    ds = normal(9, *found.shape)
+    for gradient, desired in zip(back(ds), expected_back(ds), strict=True):
+        assert_close(gradient, desired, "float32", "product")
+
+
+@given(
+    st.integers(0, 70),
+    st.sampled_from([128, 192, 256, 320]),
+    st.sets(st.integers(0, 3)),
+    st.sampled_from(list(OPERATIONS)),
+)
+@settings(max_examples=8)
+def test_any_shape(tokens: int, width: int, ids: set[int], name: str) -> None:
+    pattern = kept_rows(jnp.array(sorted(ids), jnp.int32), BLOCK)
+    check(name, "pallas_tpu", "float32", pattern, operands(pattern, tokens, width))
+
+
+def test_a_gradient_can_be_differentiated() -> None:
+    pattern = kept_rows(jnp.array([1, 2]), BLOCK)
+    given = operands(pattern, tokens=16, width=128)
+
+    def curvature(product: Callable[..., jax.Array]) -> jax.Array:
+        def loss(x: jax.Array, w: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.sin(product(x, w, pattern)))
+
+        return jax.grad(lambda x: jnp.sum(jax.grad(loss, 1)(x, given["w"]) ** 2))(given["x"])
+
+    for backend in ("xla", "pallas_tpu"):
+        by = functools.partial(column_matmul, implementation=backend)
+        assert_close(curvature(by), curvature(reference.column), "float32", "product")
+
+
+@pytest.mark.parametrize(("platform", "backend"), [("tpu", "pallas_tpu"), ("cuda", "pallas_gpu")])
+@pytest.mark.parametrize(("width", "neurons"), [(4096, 11008), (5120, 13824)])
+def test_kernels_lower_at_llama_2_sizes(
+    platform: str, backend: str, width: int, neurons: int
+) -> None:
+    """The forward and backward pass of an MLP of which half is kept, and of a matrix with a
+    quarter of its blocks."""
+    half = jax.ShapeDtypeStruct((neurons // BLOCK // 2,), jnp.int32)
+    w = jax.ShapeDtypeStruct((neurons, width), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((4096, width), jnp.bfloat16)
+
+    def mlp(weights: tuple[jax.Array, ...], x: jax.Array, ids: jax.Array) -> jax.Array:
+        pattern = kept_rows(ids, BLOCK)
+        h = swiglu(x, weights[0], weights[1], pattern, implementation=backend)
+        return row_matmul(h, weights[2], pattern, implementation=backend).sum()
+
+    gradients = jax.jit(jax.grad(mlp, (0, 1)))
+    text = gradients.trace((w, w, w), x, half).lower(lowering_platforms=(platform,)).as_text()
+    calls = "tpu_custom_call" if platform == "tpu" else "mosaic_gpu"
+    assert text.count(f"@{calls}") == 4  # swiglu, down's input, their gradients and x's
+
+    quarter = np.arange(neurons // BLOCK * width // BLOCK).reshape(-1, width // BLOCK) % 4 == 0
+    mask = BlockMask.of(quarter, BLOCK)
+    blocks = jax.ShapeDtypeStruct((mask.nonzero, BLOCK, BLOCK), jnp.bfloat16)
+
+    def loss(blocks: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.sin(column_matmul(x, blocks, mask, implementation=backend)).sum()
+
+    lowered = jax.jit(jax.grad(loss, (0, 1))).trace(blocks, x)
+    text = lowered.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count(f"@{calls}") == 3
+
+
+KEPT = kept_rows(jnp.array([0, 2]), BLOCK)
+MASK = BlockMask.of(np.eye(2), BLOCK)
+X, W, BLOCKS = jnp.zeros((4, 256)), jnp.zeros((512, 256)), jnp.zeros((2, BLOCK, BLOCK))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: column_matmul(X[:, :9], W, KEPT), r"x: shape \[4, 9\], expected \[..., 256\]"),
+        (lambda: row_matmul(X[:, :9], W, KEPT), r"x: shape \[4, 9\], expected \[..., 256\]"),
+        (lambda: column_matmul(X, W[:500], KEPT), r"w: shape \[500, 256\], expected \[F, D\], F a"),
+        (lambda: column_matmul(X, W[:128], KEPT), "ids: 2 of 128 rows, and w has 128 rows"),
+        (lambda: column_matmul(X, W, MASK), r"w: shape \[512, 256\], expected \[2, 128, 128\]"),
+        (lambda: column_matmul(X[:, :128], BLOCKS, MASK), r"expected \[..., 256\]"),
+        (lambda: column_matmul(X.astype("bfloat16"), W, KEPT), "x: bfloat16, and what .* float32"),
+        (lambda: column_matmul(X.astype(int), W.astype(int), KEPT), "one float"),
+        (lambda: swiglu(X, W, W[:256], KEPT), r"up: float32\[256, 256\], expected as gate"),
+        (lambda: sampled_matmul(X, X[:3], KEPT), "c: .*, expected the leading axes of a"),
+        (lambda: sampled_matmul(X, X, KEPT, into=W[:, :9]), r"into: \[512, 9\], expected \[F, 256"),
+        (lambda: sampled_matmul(X, X, MASK, into=W), "into: a BlockMask stores no other blocks"),
+        (lambda: kept_rows(jnp.zeros((2, 2), int), 128), r"ids: int32\[2, 2\], expected a list"),
+        (lambda: kept_rows(jnp.zeros(2), 128), r"ids: float32\[2\], expected a list of integers"),
+        (lambda: kept_rows(jnp.array([0]), 12), "block: 12, expected a multiple of 8"),
+        (lambda: BlockMask.of(np.zeros((0, 3)), 128), r"kept: shape \(0, 3\), expected"),
+        (
+            lambda: column_matmul(X, W, KEPT, implementation="triton"),
+            "implementation: 'triton', accepted xla, pallas_tpu, pallas_gpu",
+        ),
+        (
+            lambda: column_matmul(X, W, KEPT, implementation="pallas_gpu"),
+            "implementation pallas_gpu: float32 operands, accepted bfloat16 and float16",
+        ),
+        (
+            lambda: column_matmul(X, W, kept_rows(jnp.array([0]), 64), implementation="pallas_tpu"),
+            "implementation pallas_tpu: blocks of 64, accepted multiples of 128",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()
+
+
+@pytest.mark.parametrize("ids", [[2, 1], [1, 1], [-1, 2], [2, 4]])
+def test_wrong_ids_are_found_where_checks_are_on(ids: list[int]) -> None:
+    message = "expected sorted, unique, from 0 to 3"
+    with jax.enable_checks(True):
+        with pytest.raises(ValueError, match=message):
+            column_matmul(X, W, kept_rows(jnp.array(ids), BLOCK))
+        with pytest.raises(Exception, match=message):
+            call = jax.jit(lambda ids: column_matmul(X, W, kept_rows(ids, BLOCK)))
+            jax.block_until_ready(call(jnp.array(ids)))
+            jax.effects_barrier()
+
+
+def test_the_choice_is_explained() -> None:
+    assert explain(jnp.dtype("float32"), 256, BLOCK) == ("xla", {})
+
+
+def test_leading_axes_are_free() -> None:
+    x = normal(0, 2, 3, 256)
+    found = column_matmul(x, W + 1, KEPT)
+    assert_close(
+        found.reshape(6, -1), column_matmul(x.reshape(6, -1), W + 1, KEPT), "float32", "exact"
+    )
+    assert found.shape == (2, 3, 256)
