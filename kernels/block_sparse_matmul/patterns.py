@@ -78,12 +78,11 @@ class BlockMask:
         _check_block(block)
         rows, columns = np.nonzero(kept)
         slots = np.arange(len(rows))
-        order = np.lexsort((rows, columns))
         return cls(
             rows=jnp.asarray(rows, jnp.int32),
             columns=jnp.asarray(columns, jnp.int32),
             by_row=_walk(rows, columns, slots, kept.shape[0]),
-            by_column=_walk(columns[order], rows[order], slots[order], kept.shape[1]),
+            by_column=_walk(columns, rows, slots, kept.shape[1]),
             shape=(kept.shape[0], kept.shape[1]),
             block=block,
         )
