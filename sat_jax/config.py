@@ -9,12 +9,14 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, Literal
 
+from sat_jax.config_checks import check_sparsity
 from sat_jax.data.chat_templates import TEMPLATES
 from sat_jax.data.form import Form, Format, LossOn, TooLong
 from sat_jax.errors import UserError
 from sat_jax.models.dot_product import Implementation
 from sat_jax.models.llama import Remat
 from sat_jax.models.presets import PRESETS
+from sat_jax.ops import Implementation as Kernels
 from sat_jax.sparsity.controller import overall
 from sat_jax.sparsity.importance import METRICS, Aggregate
 from sat_jax.sparsity.plan import LayerRates
@@ -59,6 +61,9 @@ class ModelConfig:
     loss_chunk: int = key(512, "positions of each row whose logits exist at once", low=1)
     attention: Implementation | None = key(
         None, "attention backend; None chooses by platform and dtype"
+    )
+    kernels: Kernels | None = key(
+        None, "block-sparse kernels of sparsity.execution 'kernel'; None chooses by platform"
     )
 
 
@@ -129,8 +134,8 @@ class OptimizerConfig:
     clip_norm: float | None = key(1.0, "global gradient norm clipped to; None: never", low=0.0)
     moments: Literal["freeze", "decay"] = key(
         "freeze",
-        "omitted neurons: untouched (freeze), or updated with zero gradient (decay; needs mask"
-        " execution)",
+        "omitted neurons: untouched (freeze), or updated with zero gradient (decay; not in"
+        " gather execution)",
     )
     bias_correction: Literal["neuron", "global"] = key(
         "neuron", "Adam's step count: each neuron's own updates, or the run's steps"
@@ -209,8 +214,10 @@ class SparsityConfig:
     dense_tokens: bool = key(
         False, "tokens that bear loss, of an answer, use all MLP channels; heads are omitted still"
     )
-    execution: Literal["gather", "mask"] = key(
-        "gather", "train the compacted model, or compute everything and multiply by 0/1"
+    execution: Literal["gather", "mask", "kernel"] = key(
+        "gather",
+        "train the compacted model, compute everything and multiply by 0/1, or leave all weights"
+        " where they are and compute with the kept blocks (kernel)",
     )
 
 
@@ -251,7 +258,7 @@ class Config:
         self._check_model()
         Form.of(self.data)  # refuses a setting that says nothing to the format
         self._check_steps()
-        self._check_sparsity()
+        check_sparsity(self)
 
     def _check_model(self) -> None:
         if self.model.preset is None and self.model.path is None:
@@ -269,125 +276,6 @@ class Config:
             raise UserError(
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} is more than train.steps"
                 f" {self.train.steps}"
-            )
-
-    def _check_sparsity(self) -> None:
-        sparse = self.sparsity
-        if self.optimizer.moments == "decay" and sparse.execution != "mask":
-            raise UserError(
-                "optimizer.moments 'decay' updates omitted neurons, which gather execution does not"
-                " hold; accepted: moments 'freeze', or sparsity.execution 'mask'"
-            )
-        if sparse.aggregate != "sum" and not METRICS[sparse.metric].by_column:
-            columns = ", ".join(name for name, metric in METRICS.items() if metric.by_column)
-            raise UserError(
-                f"sparsity.aggregate {sparse.aggregate!r} is for metrics that score columns"
-                f" ({columns}), not {sparse.metric!r}"
-            )
-        if sparse.temperature != 1 and sparse.selection != "sample":
-            raise UserError(
-                f"sparsity.temperature {sparse.temperature} is for sparsity.selection 'sample',"
-                f" not {sparse.selection!r}"
-            )
-        if sparse.balance is not None and sparse.balance % self.mesh.tensor:
-            raise UserError(
-                f"sparsity.balance is {sparse.balance}; accepted: multiples of mesh.tensor"
-                f" {self.mesh.tensor}, or None"
-            )
-        for module in ("attention", "mlp"):
-            if getattr(sparse, f"layer_rates_{module}") and (
-                getattr(sparse, f"rate_{module}") is not None
-            ):
-                raise UserError(
-                    f"sparsity.rate_{module} and sparsity.layer_rates_{module} are both given;"
-                    " accepted: one of them"
-                )
-        by_hand = sparse.layer_rates_attention or sparse.layer_rates_mlp or sparse.dense_layers
-        if sparse.budget is not None and by_hand:
-            raise UserError(
-                "sparsity.budget spreads the rates over all layers; accepted beside it: no"
-                " layer_rates_attention, layer_rates_mlp or dense_layers"
-            )
-        if sparse.rate and sparse.layer_rates_attention and sparse.layer_rates_mlp:
-            raise UserError(
-                f"sparsity.rate {sparse.rate} says nothing beside the rates of all layers;"
-                " accepted: 0"
-            )
-        if max(self.rates) == 0:
-            return
-        self._check_dense_tokens()
-        self._check_schedule()
-        if sparse.refresh_every == 0:
-            self._check_live()
-
-    def _check_live(self) -> None:
-        """Layers that select from the batch at hand see inputs only, once a step."""
-        sparse = self.sparsity
-        if not METRICS[sparse.metric].foresees:
-            accepted = ", ".join(name for name, metric in METRICS.items() if metric.foresees)
-            raise UserError(
-                "sparsity.refresh_every 0 selects before neurons give the outputs that"
-                f" sparsity.metric {sparse.metric!r} needs; accepted: the metrics {accepted}, or"
-                " refresh_every 1 or more"
-            )
-        if self.train.accumulate > 1:
-            raise UserError(
-                "sparsity.refresh_every 0 selects from each batch, and the microbatches of"
-                f" train.accumulate {self.train.accumulate} share one selection; accepted:"
-                " train.accumulate 1, or refresh_every 1 or more"
-            )
-        for name in ("probe_tokens", "probe_sampling", "stats_decay", "dense_tokens"):
-            default = getattr(SparsityConfig, name)
-            if getattr(sparse, name) != default:
-                raise UserError(
-                    f"sparsity.{name} {getattr(sparse, name)!r} has no place where"
-                    " sparsity.refresh_every is 0 and each layer sees the whole batch; accepted:"
-                    f" {default!r}"
-                )
-
-    def _check_dense_tokens(self) -> None:
-        sparse = self.sparsity
-        if not sparse.dense_tokens:
-            return
-        if self.data.format == "text":
-            raise UserError(
-                "sparsity.dense_tokens sets apart the tokens that bear loss, and of data.format"
-                " 'text' all do; accepted: a format of examples, or False"
-            )
-        if self.rates[1] == 0 or sparse.rescale:
-            raise UserError(
-                "sparsity.dense_tokens needs omitted channels, and sparsity.rescale has no meaning"
-                " for them; accepted: an omission rate of channels, and rescale False"
-            )
-
-    def _check_schedule(self) -> None:
-        sparse = self.sparsity
-        if sparse.schedule == "auto":
-            if not self.train.eval_every:
-                raise UserError(
-                    "sparsity.schedule 'auto' follows the held-out loss, and train.eval_every is 0;"
-                    " accepted: 1 or more"
-                )
-        elif (sparse.patience, sparse.min_gain) != (1, 0.005):
-            raise UserError(
-                "sparsity.patience and sparsity.min_gain are for sparsity.schedule 'auto', not"
-                f" {sparse.schedule!r}"
-            )
-        if sparse.dense_start == 1.0 or (
-            sparse.schedule in ("ladder", "auto", "s2d") and sparse.dense_start > sparse.split
-        ):
-            raise UserError(
-                f"sparsity.dense_start {sparse.dense_start} leaves no step at r0; accepted: up to"
-                " sparsity.split, and below 1"
-            )
-        if sparse.schedule in ("ladder", "auto", "s2d") and sparse.split == 1.0:
-            raise UserError(
-                f"sparsity.split 1.0 leaves the {sparse.schedule} no dense step; accepted: below 1"
-            )
-        if sparse.schedule in ("linear", "cosine", "cubic") and sparse.rungs == 1:
-            raise UserError(
-                f"sparsity.rungs 1 leaves the {sparse.schedule} schedule no dense step; accepted:"
-                " 2 or more"
             )
 
     @property

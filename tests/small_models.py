@@ -101,6 +101,8 @@ def random_masks(config: LlamaConfig, plan: Plan, seed: int = 3, always: bool = 
         elif always or not whole.heads_whole(segment):
             heads = kept((segment.layers,), whole.kv_groups, segment.kv_groups, plan.balance)
         if always or not whole.channels_whole(segment):
-            channels = kept((segment.layers,), whole.channels, segment.channels, plan.balance)
+            blocks = whole.channels // plan.block, segment.channels // plan.block
+            runs = kept((segment.layers,), *blocks, plan.balance)[..., None] * plan.block
+            channels = (runs + jnp.arange(plan.block)[None, None]).reshape(segment.layers, -1)
         masks.append(SegmentMasks(heads, channels))
     return tuple(masks)

@@ -127,7 +127,7 @@ DEPENDENT = {
         "sparsity.min_gain",
     ),
     *("sparsity.layer_rates_attention", "sparsity.layer_rates_mlp", "sparsity.dense_layers"),
-    *("mesh.data", "mesh.tensor"),
+    *("mesh.data", "mesh.tensor", "sparsity.execution", "model.kernels"),
     *(f"data.{field.name}" for field in dataclasses.fields(Form)),
 }
 VALID = {path: valid(key) for path, key in KEYS.items() if path not in DEPENDENT}
@@ -170,6 +170,7 @@ BASE = {
     "sparsity.selection": "sample",
 }
 NEEDS = {
+    "model.kernels": {"sparsity.execution": "kernel", "sparsity.block": 64},
     **{
         f"data.{name}_field": {"data.format": "prompt_completion"}
         for name in ("prompt", "completion")

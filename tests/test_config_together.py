@@ -23,7 +23,16 @@ from tests.test_config import built, refusal
         (
             {"optimizer__moments": "decay"},
             "optimizer.moments 'decay' updates omitted neurons, which gather execution does not"
-            " hold; accepted: moments 'freeze', or sparsity.execution 'mask'",
+            " hold; accepted: moments 'freeze', or sparsity.execution 'mask' or 'kernel'",
+        ),
+        (
+            {"model__kernels": "xla"},
+            "model.kernels 'xla' is for sparsity.execution 'kernel', not 'gather'",
+        ),
+        (
+            {"sparsity__execution": "kernel", "sparsity__block": 96},
+            "sparsity.execution 'kernel' with sparsity.block 96 and dense_tokens False; accepted:"
+            " multiples of 64 (128 on TPU), and False",
         ),
         (
             {"sparsity__aggregate": "max"},

@@ -21,6 +21,7 @@ from sat_jax.models.llama import Compute, Remat
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.params import abstract, bind
 from sat_jax.models.presets import PRESETS
+from sat_jax.ops import BlockSparse
 from sat_jax.sparsity.plan import Segment
 from tests.small_models import CONFIGS
 from tests.tolerances import assert_close
@@ -52,8 +53,11 @@ class Traced:
         remat: Remat,
         rows: int,
         length: int,
+        kernels: BlockSparse | None = None,
     ):
-        self.graph, self.values = abstract(config, segments, Compute(remat=remat))
+        compute = Compute(remat=remat, kernels=kernels)
+        masked = kernels is not None
+        self.graph, self.values = abstract(config, segments, compute, masked)
         self.tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
         self.mask = jax.ShapeDtypeStruct((rows, length), jnp.bool_)
 
@@ -68,7 +72,10 @@ class Traced:
 
     @property
     def step(self) -> tuple[Any, ...]:
-        gradient = jax.value_and_grad(lambda v, *batch: bind(self.graph, v).loss(*batch)[0])
+        def loss(v: dict[str, Any], *batch: Any) -> Any:
+            return bind(self.graph, v).loss(*batch)[0]
+
+        gradient = jax.value_and_grad(loss, allow_int=True)  # kept indices
         return gradient, self.values, *[self.tokens] * 4, self.mask
 
 
@@ -138,6 +145,14 @@ def test_forward_counts_every_matrix_product(plan: str) -> None:
 def test_training_counts_every_matrix_product(plan: str, remat: Remat) -> None:
     model = Traced(GQA, PLANS[plan], remat, ROWS, LENGTH)
     expected = whole_block(training_flops(GQA, LENGTH, PLANS[plan], remat).all)
+    assert matrix_product_flops(*model.step) == ROWS * LENGTH * expected.total
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("plan", ["query heads", "channels"])
+def test_kernels_compute_gate_and_up_once_more(plan: str, remat: Remat) -> None:
+    model = Traced(GQA, PLANS[plan], remat, ROWS, LENGTH, BlockSparse(8, "xla"))
+    expected = whole_block(training_flops(GQA, LENGTH, PLANS[plan], remat, kernels=True).all)
     assert matrix_product_flops(*model.step) == ROWS * LENGTH * expected.total
 
 

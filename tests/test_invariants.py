@@ -1,5 +1,6 @@
-"""What must always hold of the three executions of one model: plain, gathered and masked."""
+"""What must always hold of the executions of one model: plain, gathered, masked, by kernels."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import pytest
 from sat_jax.models.llama import Compute
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.params import abstract, bind, numbered
+from sat_jax.ops import BlockSparse
 from sat_jax.sparsity.masks import Masks, SegmentMasks
 from sat_jax.sparsity.neurons import compact, expand, keep_only, mask_values
 from sat_jax.sparsity.plan import Plan, make_plan
@@ -169,6 +171,32 @@ def test_mask_and_gather_agree_and_the_omitted_get_no_gradient(case: str) -> Non
         zeros = {path: jnp.zeros_like(g) for path, g in by_mask.gradients.items()}
         for path, gradient in keep_only(zeros, by_mask.gradients, masks).items():
             assert not np.any(gradient), path
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "kernels"),
+    [
+        ("gqa", "kv_group", BlockSparse(128, "pallas_tpu")),
+        ("bias", "query_head", BlockSparse(64, "xla")),
+        pytest.param("norm", "kv_group", BlockSparse(64), marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_and_mask_agree(name: str, unit: Any, kernels: BlockSparse) -> None:
+    """In gradients of the omitted (zero) too, one layer being dense."""
+    config = dataclasses.replace(CONFIGS[name], d_ff=512)
+    plan = make_plan(
+        *(neurons(config), 0.5, 0.5),
+        attention_unit=unit,
+        block=kernels.block,
+        dense_layers=(1,),
+        rescale=True,
+    )
+    masks = random_masks(config, plan)
+    by_kernel = masked(config, plan, masks, Compute(kernels=kernels))
+    by_mask = masked(config, plan, masks)
+    assert_close(by_kernel.logits, by_mask.logits, "float32", "forward")
+    for path, gradient in by_mask.gradients.items():
+        assert_close(by_kernel.gradients[path], gradient, "float32", "backward")
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ trained. A new key without an entry fails. Keys of the data, the loop and the en
 asserted where those are tested; `ELSEWHERE` says where.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable
@@ -46,16 +47,16 @@ def config_with(changes: dict[str, Any]) -> Config:
     return from_config_dict(nested)
 
 
-def controller_of(config: Config) -> Controller:
-    neurons = Neurons(MODEL.n_layers, MODEL.n_kv_heads, MODEL.query_heads, MODEL.d_ff)
+def controller_of(config: Config, model: LlamaConfig = MODEL) -> Controller:
+    neurons = Neurons(model.n_layers, model.n_kv_heads, model.query_heads, model.d_ff)
     balance = config.sparsity.balance or config.mesh.tensor
     slots = 4 if config.sparsity.dense_tokens else 0
     steps, rates = config.train.steps, config.layer_rates
     return make_controller(config.sparsity, neurons, steps, rates, balance, slots)
 
 
-def programs_of(config: Config) -> Programs:
-    return Programs(config, MODEL, make_mesh(config.mesh), controller_of(config))
+def programs_of(config: Config, model: LlamaConfig = MODEL) -> Programs:
+    return Programs(config, model, make_mesh(config.mesh), controller_of(config, model))
 
 
 def rungs(config: Config) -> Any:
@@ -67,11 +68,19 @@ def refreshes(config: Config) -> list[bool]:
     return [controller.refreshes(step) for step in range(config.train.steps)]
 
 
-def step(config: Config) -> str:
-    programs = programs_of(config)
-    text = programs.lower_step(controller_of(config).rungs[0].plan).as_text()
+def step(config: Config, model: LlamaConfig = MODEL) -> str:
+    programs = programs_of(config, model)
+    text = programs.lower_step(controller_of(config, model).rungs[0].plan).as_text()
     programs.close()
     return text
+
+
+KERNELS = {"sparsity.execution": "kernel", "sparsity.block": 128}
+
+
+def kernel_step(config: Config) -> str:
+    """Of channels that make two blocks."""
+    return step(config, dataclasses.replace(MODEL, d_ff=256))
 
 
 def selection(config: Config) -> str:
@@ -152,6 +161,7 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "sparsity.rescale": (True, step, {}),
     "sparsity.dense_tokens": (True, step, {"data.format": "messages"}),
     "sparsity.execution": ("mask", step, {}),
+    "model.kernels": ("pallas_tpu", kernel_step, KERNELS),
     "mesh.data": (3, refused, {}),
     "mesh.fsdp": (2, refused, {}),
     "mesh.tensor": (2, refused, {}),

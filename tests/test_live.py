@@ -1,5 +1,6 @@
 """Layers that choose for themselves: they keep what `choose` would, and compute as if told so."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from sat_jax.models.live import Live
 from sat_jax.models.llama import Compute, Remat
 from sat_jax.models.params import abstract, bind
+from sat_jax.ops import BlockSparse
 from sat_jax.sparsity.importance import METRICS
 from sat_jax.sparsity.masks import Criteria, choose
 from sat_jax.sparsity.neurons import compact, mask_values
@@ -100,6 +102,23 @@ def test_it_is_the_model_that_is_told_what_to_keep(
     (expected, _), reference = differentiated(
         told(name, plan), params, mask_values(stats.kept), None
     )
+    assert_close(loss, expected, "float32", "forward")
+    for path, gradient in reference.items():
+        assert_close(gradients[path], gradient, "float32", "backward")
+
+
+@SLOW
+def test_kernels_compute_what_a_layer_chooses() -> None:
+    config = dataclasses.replace(CONFIGS["gqa"], d_ff=256)
+    plan = make_plan(neurons(config), 0.5, 0.5, block=64)
+    params, _ = compact(random_params(config), nothing_omitted(plan), plan)
+    how = Live(Criteria("wanda"), plan.balance, plan.block)
+    results = []
+    for kernels in (None, BlockSparse(64, "xla")):
+        graph, _ = abstract(config, plan.segments, Compute(kernels=kernels), True, how)
+        (loss, _), gradients = differentiated(graph, params, {}, KEY)
+        results.append((loss, gradients))
+    (loss, gradients), (expected, reference) = results
     assert_close(loss, expected, "float32", "forward")
     for path, gradient in reference.items():
         assert_close(gradients[path], gradient, "float32", "backward")

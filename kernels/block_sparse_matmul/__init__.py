@@ -6,13 +6,14 @@ from kernels.block_sparse_matmul.api import (
     sampled_matmul,
     swiglu,
 )
-from kernels.block_sparse_matmul.backends import explain
+from kernels.block_sparse_matmul.backends import choose, explain
 from kernels.block_sparse_matmul.patterns import BlockMask, KeptRows, Pattern, kept_rows
 
 __all__ = [
     "BlockMask",
     "KeptRows",
     "Pattern",
+    "choose",
     "column_matmul",
     "explain",
     "kept_rows",

@@ -90,6 +90,7 @@ def training_flops(
     row_length: int,
     segments: Sequence[Segment] | None = None,
     remat: Remat = "none",
+    kernels: bool = False,
 ) -> TrainingFlops:
     """Operations a token of a training step; `segments` as in `forward_flops`.
 
@@ -97,7 +98,9 @@ def training_flops(
     gradient. Attention scores are always computed again there (Dao et al., arXiv:2205.14135). What
     `remat` adds: `dots` saves projections and MLP products but not attention, which runs again;
     `full` runs the layer again, all but the down projection, whose value no gradient needs. The
-    logits are never computed again: the loss forms its gradient in the forward pass.
+    logits are never computed again: the loss forms its gradient in the forward pass. `kernels`:
+    segments that omit channels compute gate and up once more than that, and `dots` saves nothing
+    of theirs.
     """
     forward = forward_flops(config, row_length, segments)
     backward = FlopCount(
@@ -111,6 +114,10 @@ def training_flops(
         again += FlopCount(0.0, forward.attention_scores, 0.0, 0.0)
     if remat == "full":
         again += FlopCount(forward.attention_projections, 0.0, forward.mlp * 2 / 3, 0.0)
+    if kernels:
+        sparse = [s for s in segments or () if s.channels < config.d_ff]
+        mlp = forward_flops(config, row_length, sparse).mlp if sparse else 0.0
+        again += FlopCount(0.0, 0.0, mlp * 2 / 3 * (2 if remat == "dots" else 1), 0.0)
     return TrainingFlops(forward, backward, again)
 
 

@@ -18,6 +18,7 @@ from sat_jax.models.loss import chunked_cross_entropy
 from sat_jax.models.mlp import MLP
 from sat_jax.models.observe import attention_input, channel_squares, mlp_input
 from sat_jax.models.rope import rotary_tables
+from sat_jax.ops import BlockSparse
 from sat_jax.sparsity.masks import SegmentMasks
 from sat_jax.sparsity.plan import Segment
 from sat_jax.sparsity.statistics import Gates, Observable, Statistics
@@ -31,13 +32,15 @@ class Compute:
 
     `remat`: what the backward pass finds saved: `none` everything, `dots` matmul outputs, `full`
     each layer's input only. `loss_chunk`: positions of each row whose logits exist at once.
-    `attention`: a backend by name, or None to choose by platform.
+    `attention`: a backend by name, or None to choose by platform. `kernels`: a masked model's
+    omitted neurons are left out, not multiplied by 0.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Remat = "none"
     loss_chunk: int = 512
     attention: Implementation | None = None
+    kernels: BlockSparse | None = None
 
 
 _POLICIES: dict[Remat, Callable[..., Any]] = {
@@ -57,13 +60,15 @@ class Block(nnx.Module):
         *,
         masked: bool = False,
         live: Live | None = None,
+        kernels: BlockSparse | None = None,
         rngs: nnx.Rngs,
     ):
         kind: Any = {"masked": masked, "live": live is not None, "rngs": rngs}
         self.attention_norm = nnx.Param(jnp.ones((segment.layers, config.d_model)))
         self.attention = Attention(config, segment, **kind)
         self.mlp_norm = nnx.Param(jnp.ones((segment.layers, config.d_model)))
-        self.mlp = MLP(config, segment, **kind)
+        self.mlp = MLP(config, segment, kernels=kernels, **kind)
+        self.gathers_heads = kernels is not None
         rest = dataclasses.replace(segment, channels=config.d_ff - segment.channels)
         apart = segment.dense_tokens and not masked
         self.omitted = MLP(config, rest, rngs=rngs) if apart else None
@@ -89,6 +94,8 @@ class Block(nnx.Module):
         if self.choose_heads is not None:
             attention, heads = self.choose_heads(attention, normed, weight_BT, key)
             kept = kept._replace(heads=heads)
+        if self.gathers_heads:
+            attention = attention.gathered()
         o_BTKGE = attention.mix(normed, rows, implementation)
         if gates is not None:
             o_BTKGE *= gates.heads[None, None, :, :, None].astype(o_BTKGE.dtype)
@@ -148,10 +155,11 @@ class Llama(nnx.Module):
     ):
         self.config = config
         self.compute = compute
+        kernels = compute.kernels if masked else None
         self.embed = nnx.Param(normal(rngs, (config.vocab_size, config.d_model), 0.02))
         self.layers = nnx.List(
             [
-                Block(config, segment, masked=masked, live=live, rngs=rngs)
+                Block(config, segment, masked=masked, live=live, kernels=kernels, rngs=rngs)
                 for segment in segments or (config.dense,)
             ]
         )

@@ -7,15 +7,16 @@ from jaxtyping import Array, Bool, Float
 
 from sat_jax.models.layers import Mask, indicator, normal
 from sat_jax.models.llama_config import LlamaConfig
+from sat_jax.ops import BlockSparse, kept_down, kept_swiglu
 from sat_jax.sparsity.plan import Segment
 
 
 class MLP(nnx.Module):
     """MLP weights of the layers of one segment: `gate`, `up` and `down` are `[L, F, D]`.
 
-    F is the number of kept channels; in mask execution F stays whole and `kept_channels`
+    F is the number of kept channels; in mask and kernel execution F stays whole and `kept_channels`
     `[L, kept]` holds the kept indices. `live`: F stays whole, and what is kept is chosen later (see
-    `models.live`).
+    `models.live`). `kernels`: the kept channels alone are computed, not all and multiplied by 0/1.
     """
 
     def __init__(
@@ -25,6 +26,7 @@ class MLP(nnx.Module):
         *,
         masked: bool = False,
         live: bool = False,
+        kernels: BlockSparse | None = None,
         rngs: nnx.Rngs,
     ):
         masked = masked and not live and segment.channels < config.d_ff
@@ -39,15 +41,20 @@ class MLP(nnx.Module):
         self.down = nnx.Param(normal(rngs, shape, 0.02 / (2 * config.n_layers) ** 0.5))
         kept = jnp.broadcast_to(jnp.arange(segment.channels, dtype=jnp.int32), kept_shape)
         self.kept_channels = Mask(kept) if masked else None
+        self.kernels = kernels
         self.scale = config.d_ff / segment.channels if segment.rescale else 1.0
 
     def activate(
         self, x_BTD: Float[Array, "B T D"], whole_BT: Bool[Array, "B T"] | None = None
     ) -> Float[Array, "B T F"]:
-        """Each channel's activation silu(x·gate)·(x·up) of one layer (the L axis taken away).
+        """Each channel's activation silu(x·gate)·(x·up) of one layer (the L axis taken away), in
+        kernel execution that of the kept ones.
 
         `whole_BT`: tokens for which mask execution omits nothing.
         """
+        if self.kernels is not None and self.kept_channels is not None:
+            kept = self.kept_channels[...]
+            return kept_swiglu(x_BTD, self.gate[...], self.up[...], kept, self.kernels)
         gate_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, self.gate[...])
         up_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, self.up[...])
         a_BTF = jax.nn.silu(gate_BTF) * up_BTF
@@ -60,4 +67,7 @@ class MLP(nnx.Module):
 
     def combine(self, a_BTF: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
         """What the channels add to the residual stream."""
+        if self.kernels is not None and self.kept_channels is not None:
+            kept = self.kept_channels[...]
+            return self.scale * kept_down(a_BTF, self.down[...], kept, self.kernels)
         return self.scale * jnp.einsum("BTF,FD->BTD", a_BTF, self.down[...])

@@ -123,10 +123,14 @@ class Account:
 def step_flops(config: Config, model: LlamaConfig, rung: Rung | None = None) -> float:
     """Training FLOPs a token on a rung, recomputation included; None: densely. Mask execution
     computes everything on every rung."""
-    segments = None
-    if rung is not None and config.sparsity.execution != "mask":
+    segments, execution = None, config.sparsity.execution
+    if rung is not None and execution != "mask":
         segments = rung.plan.segments
-    return training_flops(model, config.data.row_length, segments, config.model.remat).total
+    flops = training_flops(
+        *(model, config.data.row_length, segments, config.model.remat),
+        kernels=execution == "kernel",
+    )
+    return flops.total
 
 
 def flops_of_probe(config: Config, model: LlamaConfig) -> float:

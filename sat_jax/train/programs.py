@@ -17,10 +17,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from sat_jax.config import Config
 from sat_jax.data.batch import Batch
+from sat_jax.errors import UserError
 from sat_jax.models.live import Live
 from sat_jax.models.llama import Compute
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.params import abstract, shapes
+from sat_jax.ops import BlockSparse
 from sat_jax.parallel.rules import BATCH, tree_shardings
 from sat_jax.sparsity.controller import Controller
 from sat_jax.sparsity.importance import METRICS
@@ -62,7 +64,8 @@ class Programs:
         self._neurons = controller.neurons
         settings = config.model
         self._compute = Compute(
-            settings.dtype, settings.remat, settings.loss_chunk, settings.attention
+            *(settings.dtype, settings.remat, settings.loss_chunk, settings.attention),
+            kernels=self._kernels(config, model, mesh),
         )
         # Where layers choose for themselves, nothing is observed beside what they see.
         observes = controller.sparse and not self._live
@@ -230,7 +233,23 @@ class Programs:
 
     @property
     def _masked(self) -> bool:
-        return self._config.sparsity.execution == "mask"
+        """Whether steps train whole matrices and are told which neurons are kept."""
+        return self._config.sparsity.execution != "gather"
+
+    @staticmethod
+    def _kernels(config: Config, model: LlamaConfig, mesh: Mesh) -> BlockSparse | None:
+        """The kernels of kernel execution, refused where they cannot be."""
+        if config.sparsity.execution != "kernel" or not max(config.rates):
+            return None
+        kernels = BlockSparse(config.sparsity.block, config.model.kernels)
+        if mesh.size > 1:
+            raise UserError(
+                f"sparsity.execution 'kernel' on {mesh.size} devices; accepted: one, or 'gather'"
+            )
+        platform = mesh.devices.flat[0].platform
+        if reason := kernels.refusal(config.model.dtype, model.d_model, platform):
+            raise UserError(f"sparsity.execution 'kernel': {reason}")
+        return kernels
 
     @property
     def _live(self) -> bool:

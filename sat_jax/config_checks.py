@@ -1,0 +1,142 @@
+"""Settings of SAT that do not go together, refused by name before anything is read."""
+
+from typing import TYPE_CHECKING
+
+from sat_jax.errors import UserError
+from sat_jax.sparsity.importance import METRICS
+
+if TYPE_CHECKING:
+    from sat_jax.config import Config
+
+
+def check_sparsity(config: "Config") -> None:
+    """Raises `UserError` for the first pair of settings that do not go together."""
+    sparse = config.sparsity
+    if config.optimizer.moments == "decay" and sparse.execution == "gather":
+        raise UserError(
+            "optimizer.moments 'decay' updates omitted neurons, which gather execution does not"
+            " hold; accepted: moments 'freeze', or sparsity.execution 'mask' or 'kernel'"
+        )
+    if config.model.kernels is not None and sparse.execution != "kernel":
+        raise UserError(
+            f"model.kernels {config.model.kernels!r} is for sparsity.execution 'kernel', not"
+            f" {sparse.execution!r}"
+        )
+    if sparse.execution == "kernel" and (sparse.block % 64 or sparse.dense_tokens):
+        raise UserError(
+            f"sparsity.execution 'kernel' with sparsity.block {sparse.block} and dense_tokens"
+            f" {sparse.dense_tokens}; accepted: multiples of 64 (128 on TPU), and False"
+        )
+    if sparse.aggregate != "sum" and not METRICS[sparse.metric].by_column:
+        columns = ", ".join(name for name, metric in METRICS.items() if metric.by_column)
+        raise UserError(
+            f"sparsity.aggregate {sparse.aggregate!r} is for metrics that score columns"
+            f" ({columns}), not {sparse.metric!r}"
+        )
+    if sparse.temperature != 1 and sparse.selection != "sample":
+        raise UserError(
+            f"sparsity.temperature {sparse.temperature} is for sparsity.selection 'sample',"
+            f" not {sparse.selection!r}"
+        )
+    if sparse.balance is not None and sparse.balance % config.mesh.tensor:
+        raise UserError(
+            f"sparsity.balance is {sparse.balance}; accepted: multiples of mesh.tensor"
+            f" {config.mesh.tensor}, or None"
+        )
+    for module in ("attention", "mlp"):
+        if getattr(sparse, f"layer_rates_{module}") and (
+            getattr(sparse, f"rate_{module}") is not None
+        ):
+            raise UserError(
+                f"sparsity.rate_{module} and sparsity.layer_rates_{module} are both given;"
+                " accepted: one of them"
+            )
+    by_hand = sparse.layer_rates_attention or sparse.layer_rates_mlp or sparse.dense_layers
+    if sparse.budget is not None and by_hand:
+        raise UserError(
+            "sparsity.budget spreads the rates over all layers; accepted beside it: no"
+            " layer_rates_attention, layer_rates_mlp or dense_layers"
+        )
+    if sparse.rate and sparse.layer_rates_attention and sparse.layer_rates_mlp:
+        raise UserError(
+            f"sparsity.rate {sparse.rate} says nothing beside the rates of all layers; accepted: 0"
+        )
+    if max(config.rates) == 0:
+        return
+    _check_dense_tokens(config)
+    _check_schedule(config)
+    if sparse.refresh_every == 0:
+        _check_live(config)
+
+
+def _check_live(config: "Config") -> None:
+    """Layers that select from the batch at hand see inputs only, once a step."""
+    sparse = config.sparsity
+    if not METRICS[sparse.metric].foresees:
+        accepted = ", ".join(name for name, metric in METRICS.items() if metric.foresees)
+        raise UserError(
+            "sparsity.refresh_every 0 selects before neurons give the outputs that"
+            f" sparsity.metric {sparse.metric!r} needs; accepted: the metrics {accepted}, or"
+            " refresh_every 1 or more"
+        )
+    if config.train.accumulate > 1:
+        raise UserError(
+            "sparsity.refresh_every 0 selects from each batch, and the microbatches of"
+            f" train.accumulate {config.train.accumulate} share one selection; accepted:"
+            " train.accumulate 1, or refresh_every 1 or more"
+        )
+    for name in ("probe_tokens", "probe_sampling", "stats_decay", "dense_tokens"):
+        default = getattr(type(sparse), name)
+        if getattr(sparse, name) != default:
+            raise UserError(
+                f"sparsity.{name} {getattr(sparse, name)!r} has no place where"
+                " sparsity.refresh_every is 0 and each layer sees the whole batch; accepted:"
+                f" {default!r}"
+            )
+
+
+def _check_dense_tokens(config: "Config") -> None:
+    sparse = config.sparsity
+    if not sparse.dense_tokens:
+        return
+    if config.data.format == "text":
+        raise UserError(
+            "sparsity.dense_tokens sets apart the tokens that bear loss, and of data.format"
+            " 'text' all do; accepted: a format of examples, or False"
+        )
+    if config.rates[1] == 0 or sparse.rescale:
+        raise UserError(
+            "sparsity.dense_tokens needs omitted channels, and sparsity.rescale has no meaning"
+            " for them; accepted: an omission rate of channels, and rescale False"
+        )
+
+
+def _check_schedule(config: "Config") -> None:
+    sparse = config.sparsity
+    if sparse.schedule == "auto":
+        if not config.train.eval_every:
+            raise UserError(
+                "sparsity.schedule 'auto' follows the held-out loss, and train.eval_every is 0;"
+                " accepted: 1 or more"
+            )
+    elif (sparse.patience, sparse.min_gain) != (1, 0.005):
+        raise UserError(
+            "sparsity.patience and sparsity.min_gain are for sparsity.schedule 'auto', not"
+            f" {sparse.schedule!r}"
+        )
+    if sparse.dense_start == 1.0 or (
+        sparse.schedule in ("ladder", "auto", "s2d") and sparse.dense_start > sparse.split
+    ):
+        raise UserError(
+            f"sparsity.dense_start {sparse.dense_start} leaves no step at r0; accepted: up to"
+            " sparsity.split, and below 1"
+        )
+    if sparse.schedule in ("ladder", "auto", "s2d") and sparse.split == 1.0:
+        raise UserError(
+            f"sparsity.split 1.0 leaves the {sparse.schedule} no dense step; accepted: below 1"
+        )
+    if sparse.schedule in ("linear", "cosine", "cubic") and sparse.rungs == 1:
+        raise UserError(
+            f"sparsity.rungs 1 leaves the {sparse.schedule} schedule no dense step; accepted:"
+            " 2 or more"
+        )

@@ -1,0 +1,55 @@
+"""The door to `kernels/`: an MLP's products with the channels that are kept, whole matrices in."""
+
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels.block_sparse_matmul import KeptRows, choose, kept_rows, row_matmul, swiglu
+
+Implementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
+
+
+class BlockSparse(NamedTuple):
+    """Channels are kept in aligned runs of `block`; `implementation` computes with them, None: the
+    best there is here. Static under jit."""
+
+    block: int
+    implementation: Implementation | None = None
+
+    def refusal(self, dtype: str, width: int, platform: str) -> str | None:
+        """Why matrices `[F, width]` cannot be; None: they can. Kernels for TPU are interpreted
+        elsewhere, those for GPU are not."""
+        if self.implementation == "pallas_gpu" and platform != "gpu":
+            return f"implementation pallas_gpu on {platform}"
+        try:
+            choose(self.implementation, jnp.dtype(dtype), width, self.block)
+        except ValueError as error:
+            return str(error)
+        return None
+
+
+def kept_swiglu(
+    x: Float[Array, "*B D"],
+    gate: Float[Array, "F D"],
+    up: Float[Array, "F D"],
+    kept: Int[Array, " kept"],
+    how: BlockSparse,
+) -> Float[Array, "*B kept"]:
+    """silu(x · gate)·(x · up) of the kept channels alone."""
+    return swiglu(x, gate, up, _pattern(kept, how), implementation=how.implementation)
+
+
+def kept_down(
+    a: Float[Array, "*B kept"],
+    down: Float[Array, "F D"],
+    kept: Int[Array, " kept"],
+    how: BlockSparse,
+) -> Float[Array, "*B D"]:
+    """What the kept channels add to the residual stream."""
+    return row_matmul(a, down, _pattern(kept, how), implementation=how.implementation)
+
+
+def _pattern(kept: Int[Array, " kept"], how: BlockSparse) -> KeptRows:
+    """Kept channels come in whole blocks, whose ids say all."""
+    return kept_rows(kept[:: how.block] // how.block, how.block)
