@@ -3,7 +3,7 @@ PYTHON_IN_VENV := .venv/bin/python
 QUICKSTART := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-real bench tables lint setup clean
+.PHONY: help quickstart test test-real bench aot tables lint setup clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,10 @@ bench:  ## measure speed against the dense step and against transformers
 	@scripts/setup.sh base bench quickstart
 	$(PYTHON_IN_VENV) -m scripts.benchmark
 
+aot:  ## compile the kernels for TPUs and an H200 that are not there; needs ptxas of CUDA on PATH
+	@scripts/setup.sh aot
+	.venv-aot/bin/python -m kernels.aot
+
 tables:  ## make the documents' tables anew from the committed rows
 	@scripts/setup.sh base
 	$(PYTHON_IN_VENV) -m scripts.tables
@@ -35,6 +39,6 @@ lint:  ## formatter, linter and types, as before a commit
 setup:  ## only the set-up that the other targets do by themselves
 	@scripts/setup.sh base
 
-clean:  ## remove .venv and the tools' caches; runs/ stays
-	rm -rf .venv *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+clean:  ## remove .venv, .venv-aot and the tools' caches; runs/ stays
+	rm -rf .venv .venv-aot *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,7 @@
 """Block-sparse products: every backend against the reference, forward and backward."""
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from kernels.block_sparse_matmul import (
     sampled_matmul,
     swiglu,
 )
+from kernels.block_sparse_matmul.arg_specs import LLAMA_2, Spec, programs
 from tests.tolerances import assert_close
 
 BLOCK = 128
@@ -180,36 +182,18 @@ def test_a_gradient_can_be_differentiated() -> None:
 
 
 @pytest.mark.parametrize(("platform", "backend"), [("tpu", "pallas_tpu"), ("cuda", "pallas_gpu")])
-@pytest.mark.parametrize(("width", "neurons"), [(4096, 11008), (5120, 13824)])
-def test_kernels_lower_at_llama_2_sizes(
-    platform: str, backend: str, width: int, neurons: int
-) -> None:
-    """The forward and backward pass of an MLP of which half is kept, and of a matrix with a
-    quarter of its blocks."""
-    half = jax.ShapeDtypeStruct((neurons // BLOCK // 2,), jnp.int32)
-    w = jax.ShapeDtypeStruct((neurons, width), jnp.bfloat16)
-    x = jax.ShapeDtypeStruct((4096, width), jnp.bfloat16)
-
-    def mlp(weights: tuple[jax.Array, ...], x: jax.Array, ids: jax.Array) -> jax.Array:
-        pattern = kept_rows(ids, BLOCK)
-        h = swiglu(x, weights[0], weights[1], pattern, implementation=backend)
-        return row_matmul(h, weights[2], pattern, implementation=backend).sum()
-
-    gradients = jax.jit(jax.grad(mlp, (0, 1)))
-    text = gradients.trace((w, w, w), x, half).lower(lowering_platforms=(platform,)).as_text()
-    calls = "tpu_custom_call" if platform == "tpu" else "mosaic_gpu"
-    assert text.count(f"@{calls}") == 4  # swiglu, down's input, their gradients and x's
-
-    quarter = np.arange(neurons // BLOCK * width // BLOCK).reshape(-1, width // BLOCK) % 4 == 0
-    mask = BlockMask.of(quarter, BLOCK)
-    blocks = jax.ShapeDtypeStruct((mask.nonzero, BLOCK, BLOCK), jnp.bfloat16)
-
-    def loss(blocks: jax.Array, x: jax.Array) -> jax.Array:
-        return jnp.sin(column_matmul(x, blocks, mask, implementation=backend)).sum()
-
-    lowered = jax.jit(jax.grad(loss, (0, 1))).trace(blocks, x)
-    text = lowered.lower(lowering_platforms=(platform,)).as_text()
-    assert text.count(f"@{calls}") == 3
+@pytest.mark.parametrize("spec", LLAMA_2, ids=lambda spec: spec.model)
+def test_kernels_lower_at_llama_2_sizes(platform: str, backend: str, spec: Spec) -> None:
+    """Each program of as many kernels as it should be. Of an MLP: SwiGLU and down, and backward
+    down's input, the gradients of gate and up, and x's; those of weights are dense products."""
+    kernels = {"column": 1, "row": 1, "swiglu": 1, "mlp, both ways": 5}
+    kernels |= {"mask": 1, "mask, both ways": 3}
+    found = {}
+    for name, program in programs(spec, backend).items():
+        lowered = jax.jit(program.function).trace(*program.arguments)
+        text = lowered.lower(lowering_platforms=(platform,)).as_text()
+        found[name] = len(re.findall("custom_call @(tpu_custom_call|mosaic_gpu)", text))
+    assert found == kernels
 
 
 KEPT = kept_rows(jnp.array([0, 2]), BLOCK)

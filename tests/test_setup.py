@@ -164,6 +164,16 @@ def test_a_broken_environment_is_made_anew(setup: Setup, house: Path, tmp_path: 
     assert [call.split()[0] for call in setup("base").stdout.splitlines()] == ["venv", "pip"]
 
 
+def test_compilers_for_other_devices_live_apart(setup: Setup, house: Path, tmp_path: Path) -> None:
+    stand_in(tmp_path, "python3")
+    setup("base")
+    done = setup("aot", "test").stdout.splitlines()
+    assert [call.split()[0] for call in done] == ["venv", "pip", "pip"]
+    assert (house / ".venv-aot/ready-aot").exists()
+    assert not (house / ".venv/ready-aot").exists()
+    assert setup("aot", "test").stdout == ""
+
+
 def test_an_unknown_part_is_refused(setup: Setup, tmp_path: Path) -> None:
     stand_in(tmp_path, "python3")
     done = setup("everything")

@@ -1,0 +1,99 @@
+"""Products at the sizes that matter, by shape alone: to be lowered, compiled and measured."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.block_sparse_matmul.api import column_matmul, row_matmul, swiglu
+from kernels.block_sparse_matmul.patterns import BlockMask, kept_rows
+
+
+class Spec(NamedTuple):
+    """An MLP `[neurons, width]` of a model, bfloat16, of which the share `density` takes part."""
+
+    model: str
+    width: int
+    neurons: int
+    tokens: int = 4096
+    density: float = 0.5
+    block: int = 128
+
+    @property
+    def kept(self) -> int:
+        """Blocks of rows."""
+        return round(self.density * self.neurons / self.block)
+
+    def mask(self) -> BlockMask:
+        """A random pattern of this density."""
+        shape = self.neurons // self.block, self.width // self.block
+        order = np.random.default_rng(0).permutation(shape[0] * shape[1]).reshape(shape)
+        return BlockMask.of(order < self.density * order.size, self.block)
+
+
+LLAMA_2 = (Spec("llama-2-7b", 4096, 11_008), Spec("llama-2-13b", 5120, 13_824))
+
+
+class Program(NamedTuple):
+    """A function and shapes of its arguments; a gradient's are of all floats among them.
+
+    `flops` counts matrix products with what takes part, without what is computed again.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    flops: float
+
+
+def programs(spec: Spec, implementation: str | None) -> dict[str, Program]:
+    """Each product forward, and an MLP and a masked product forward and backward."""
+    by: Any = {"implementation": implementation}
+    mask, block = spec.mask(), spec.block
+    x, h = _floats(spec.tokens, spec.width), _floats(spec.tokens, spec.kept * block)
+    w, ids = _floats(spec.neurons, spec.width), jax.ShapeDtypeStruct((spec.kept,), jnp.int32)
+    blocks = _floats(mask.nonzero, block, block)
+    one = 2.0 * spec.tokens * spec.width * spec.kept * block
+    masked = 2.0 * spec.tokens * mask.nonzero * block**2
+
+    def mlp(x: Any, gate: Any, up: Any, down: Any, ids: Any) -> Any:
+        pattern = kept_rows(ids, block)
+        return row_matmul(swiglu(x, gate, up, pattern, **by), down, pattern, **by)
+
+    return {
+        "column": Program(
+            lambda x, w, ids: column_matmul(x, w, kept_rows(ids, block), **by), (x, w, ids), one
+        ),
+        "row": Program(
+            lambda h, w, ids: row_matmul(h, w, kept_rows(ids, block), **by), (h, w, ids), one
+        ),
+        "swiglu": Program(
+            lambda x, g, u, ids: swiglu(x, g, u, kept_rows(ids, block), **by),
+            (x, w, w, ids),
+            2 * one,
+        ),
+        "mlp, both ways": Program(
+            lambda *a: _pulled(lambda x, g, u, d: mlp(x, g, u, d, a[4]), *a[:4]),
+            (x, w, w, w, ids),
+            9 * one,
+        ),
+        "mask": Program(
+            lambda x, blocks: column_matmul(x, blocks, mask, **by), (x, blocks), masked
+        ),
+        "mask, both ways": Program(
+            lambda x, blocks: _pulled(lambda x, b: column_matmul(x, b, mask, **by), x, blocks),
+            (x, blocks),
+            3 * masked,
+        ),
+    }
+
+
+def _floats(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+
+def _pulled(function: Callable[..., Any], *arguments: Any) -> tuple[Any, ...]:
+    """The value, and gradients by a cotangent that depends on it, so that nothing is left out."""
+    value, back = jax.vjp(function, *arguments)
+    return (value, *back(jnp.sin(value)))
