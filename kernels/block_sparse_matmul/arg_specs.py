@@ -1,5 +1,6 @@
 """Products at the sizes that matter, by shape alone: to be lowered, compiled and measured."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ class Program(NamedTuple):
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     flops: float
+    block: int
 
 
 def programs(spec: Spec, implementation: str | None) -> dict[str, Program]:
@@ -63,29 +65,63 @@ def programs(spec: Spec, implementation: str | None) -> dict[str, Program]:
 
     return {
         "column": Program(
-            lambda x, w, ids: column_matmul(x, w, kept_rows(ids, block), **by), (x, w, ids), one
+            lambda x, w, ids: column_matmul(x, w, kept_rows(ids, block), **by),
+            (x, w, ids),
+            one,
+            block,
         ),
         "row": Program(
-            lambda h, w, ids: row_matmul(h, w, kept_rows(ids, block), **by), (h, w, ids), one
+            lambda h, w, ids: row_matmul(h, w, kept_rows(ids, block), **by), (h, w, ids), one, block
         ),
         "swiglu": Program(
             lambda x, g, u, ids: swiglu(x, g, u, kept_rows(ids, block), **by),
             (x, w, w, ids),
             2 * one,
+            block,
         ),
         "mlp, both ways": Program(
             lambda *a: _pulled(lambda x, g, u, d: mlp(x, g, u, d, a[4]), *a[:4]),
             (x, w, w, w, ids),
             9 * one,
+            block,
         ),
         "mask": Program(
-            lambda x, blocks: column_matmul(x, blocks, mask, **by), (x, blocks), masked
+            lambda x, blocks: column_matmul(x, blocks, mask, **by), (x, blocks), masked, block
         ),
         "mask, both ways": Program(
             lambda x, blocks: _pulled(lambda x, b: column_matmul(x, b, mask, **by), x, blocks),
             (x, blocks),
             3 * masked,
+            block,
         ),
+    }
+
+
+def dense(spec: Spec) -> dict[str, Program]:
+    """The same by name with whole matrices, as XLA multiplies them."""
+    x, h = _floats(spec.tokens, spec.width), _floats(spec.tokens, spec.neurons)
+    w = _floats(spec.neurons, spec.width)
+    one = 2.0 * spec.tokens * spec.width * spec.neurons
+
+    def activate(x: Any, gate: Any, up: Any) -> Any:
+        return jax.nn.silu(x @ gate.T) * (x @ up.T)
+
+    def mlp(x: Any, gate: Any, up: Any, down: Any) -> Any:
+        return activate(x, gate, up) @ down
+
+    def column(x: Any, w: Any) -> Any:
+        return x @ w.T
+
+    both = functools.partial(_pulled, column)
+    return {
+        "column": Program(column, (x, w), one, spec.block),
+        "row": Program(lambda h, w: h @ w, (h, w), one, spec.block),
+        "swiglu": Program(activate, (x, w, w), 2 * one, spec.block),
+        "mlp, both ways": Program(
+            functools.partial(_pulled, mlp), (x, w, w, w), 9 * one, spec.block
+        ),
+        "mask": Program(column, (x, w), one, spec.block),
+        "mask, both ways": Program(both, (x, w), 3 * one, spec.block),
     }
 
 
