@@ -17,12 +17,15 @@ from jaxtyping import Array, Float, Int
 from kernels.block_sparse_matmul.patterns import BlockMask
 from kernels.block_sparse_matmul.tiled import Product, finer, largest_tile
 
-# One warpgroup holds 128 × 128 float32 sums in its registers, or two of 64 × 128.
+# Two warpgroups compute, each for its own tokens, and a third one brings the tiles. One holds
+# 128 × 128 float32 sums in its registers, or two of 64 × 128.
+_WORKERS = 2
 _TALL = 128
 _FACTOR = 64
 _RESULT = 128
 _UNIT = 64
-_SHARED_BYTES = 160 * 1024  # for tiles on their way; results take up to 64 KiB of 227
+_CARRIER_REGISTERS = 40
+_SHARED_BYTES = 216 * 1024  # of the 227 KiB that a block of threads may have
 _MOST_STAGES = 4
 _SNAKE = 8  # tiles of tokens that are worked on side by side, so that L2 holds their x
 
@@ -52,22 +55,21 @@ def contract(product: Product) -> tuple[Float[Array, "T N"], ...]:
     """See `tiled.Product`."""
     product = finer(product, _FACTOR)
     tokens, dtype = product.xs[0].shape[0], product.xs[0].dtype
-    tall = _TALL // product.sums
-    results = product.width // product.result
+    tall = _TALL if len(product.ws) == 1 else _TALL // 2
     # Padding is of no consequence: each token's results are its own.
-    padded = -tokens % tall
+    padded = -tokens % (tall * _WORKERS)
     xs, extras = (
         [jnp.pad(part, ((0, padded), (0, 0))) if padded else part for part in parts]
         for parts in (product.xs, product.extras)
     )
-    rows = tokens + padded
     kernel = _kernel(
         functools.partial(_contract, product=product, tall=tall),
-        [jax.ShapeDtypeStruct((rows, product.width), dtype)] * product.outputs,
+        [jax.ShapeDtypeStruct((tokens + padded, product.width), dtype)] * product.outputs,
+        threads=_WORKERS + 1,
     )
     steps = product.steps
     # Steps that are not live are the only ones of their results.
-    starts, counts = _runs(steps.result, steps.live, results)
+    starts, counts = _runs(steps.result, steps.live, product.width // product.result)
     places = (starts, counts, steps.factor, steps.row, steps.column)
     found = kernel(*places, *xs, *product.ws, *extras)
     return tuple(y[:tokens] if padded else y for y in found)
@@ -78,77 +80,103 @@ def _contract(*refs: Any, product: Product, tall: int) -> None:
     xs, ws, extras, outputs = _split(
         refs[5:], [len(product.xs), len(product.ws), len(product.extras), product.outputs]
     )
-    dtype = xs[0].dtype
-    tile = (tall, product.result)
+    dtype, tile = xs[0].dtype, (tall, product.result)
+    x_tile = (tall * _WORKERS, product.factor)
     w_tile = (product.factor, product.result)
     if product.transposed:
         w_tile = w_tile[::-1]
-    stages = _stages([(tall, product.factor)] * len(xs) + [w_tile] * len(ws), dtype)
+    tiles = [x_tile] * len(xs) + [w_tile] * len(ws)
+    ends = len(extras) + len(outputs)
+    stages = _stages(tiles, [tile] * _WORKERS * ends, dtype)
+    shape = (outputs[0].shape[0] // x_tile[0], product.width // product.result)
 
-    @plgpu.nd_loop(
-        (outputs[0].shape[0] // tall * (product.width // product.result),), collective_axes="sm"
-    )
-    def _(loop: Any) -> None:
-        (place,) = loop.index
-        shape = (outputs[0].shape[0] // tall, product.width // product.result)
-        m, n = plgpu.planar_snake(place, shape, 0, min(_SNAKE, shape[0]))
-        start = starts[n]
-        x_spec = _spec((tall, product.factor), dtype, lambda s: (m, factors[start + s]))
+    def pipeline(m: Any, n: Any, step: Any = None, compute: Any = None) -> Any:
+        """Over the steps of one result, for one tile of tokens."""
+        start, count = starts[n], counts[n]
+        if product.even:
+            count = product.steps.result.shape[0] // shape[1]
+            start = n * count
+        x_spec = _spec(x_tile, dtype, lambda s: (m, factors[start + s]))
         w_spec = _spec(w_tile, dtype, lambda s: (rows[start + s], columns[start + s]))
+        return plgpu.emit_pipeline_warp_specialized(
+            step,
+            grid=(count,),
+            memory_registers=_CARRIER_REGISTERS,
+            in_specs=[x_spec] * len(xs) + [w_spec] * len(ws),
+            max_concurrent_steps=stages,
+            wg_axis="warpgroup",
+            num_compute_wgs=_WORKERS,
+            compute_context=compute,
+        )
 
-        def multiply(*sums: Any) -> tuple[Array, ...]:
-            def step(_: Any, *tiles: Any) -> None:
-                x_tiles, w_tiles = tiles[: len(xs)], tiles[len(xs) :]
-                for i, w in enumerate(w_tiles):
-                    w = w.transpose((1, 0)) if product.transposed else w
-                    plgpu.wgmma(sums[i % len(sums)], x_tiles[i % len(x_tiles)], w)
-                plgpu.wgmma_wait(len(w_tiles))  # those of the step before
+    def work(room: Any, loaded: Sequence[Any], stored: Sequence[Any], barriers: Any) -> None:
+        worker = jax.lax.axis_index("warpgroup")
+        mine = pl.ds(worker * tall, tall)
 
-            pipeline = plgpu.emit_pipeline(
-                step,
-                grid=(counts[n],),
-                in_specs=[x_spec] * len(xs) + [w_spec] * len(ws),
-                max_concurrent_steps=stages,
+        def step(_: Any, *given: Any) -> Any:
+            *tiles, sums = given
+            x_tiles, w_tiles = tiles[: len(xs)], tiles[len(xs) :]
+            for i, w in enumerate(w_tiles):
+                w = w.transpose((1, 0)) if product.transposed else w
+                plgpu.wgmma(sums[i % len(sums)], x_tiles[i % len(x_tiles)].at[mine], w)
+            plgpu.wgmma_wait(0)
+            return sums
+
+        @plgpu.nd_loop((shape[0] * shape[1],), collective_axes="sm")
+        def _(loop: Any) -> None:
+            m, n = plgpu.planar_snake(loop.index[0], shape, 0, min(_SNAKE, shape[0]))
+            here = (
+                pl.ds((m * _WORKERS + worker) * tall, tall),
+                pl.ds(n * product.result, product.result),
             )
-            pipeline(*xs, *ws)
-            return tuple(total[...] for total in sums)
 
-        totals = pl.run_scoped(multiply, *[plgpu.ACC(tile, jnp.float32)] * product.sums)
-        _finish(product, totals, extras, outputs, (m, n))
+            def compute(run: Any) -> None:
+                def sum_up(*sums: Any) -> None:
+                    run(sums)
+                    _finish(
+                        *(product, [total[...] for total in sums], barriers.at[worker]),
+                        *([ref.at[here] for ref in extras], [ref.at[worker] for ref in loaded]),
+                        *([ref.at[here] for ref in outputs], [ref.at[worker] for ref in stored]),
+                    )
+
+                pl.run_scoped(sum_up, *[plgpu.ACC(tile, jnp.float32)] * product.sums)
+
+            pipeline(m, n, step, compute)(*xs, *ws, allocations=room)
+
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    shared = plgpu.SMEM((_WORKERS, *tile), dtype, transforms=_transforms(tile, dtype))
+    pl.run_scoped(
+        work,
+        pipeline(0, 0).get_allocations(*xs, *ws),
+        [shared] * len(extras),
+        [shared] * len(outputs),
+        plgpu.Barrier(num_barriers=_WORKERS),
+        collective_axes="warpgroup",
+    )
 
 
 def _finish(
     product: Product,
     totals: Sequence[Array],
-    extras: Sequence[Any],
-    outputs: Sequence[Any],
-    place: tuple[Array, Array],
+    barrier: Any,
+    sources: Sequence[Any],
+    loaded: Sequence[Any],
+    targets: Sequence[Any],
+    stored: Sequence[Any],
 ) -> None:
-    """Makes the results of the sums and writes them."""
-    tall, wide = tile = totals[0].shape[0], product.result
-    m, n = place
-    here = (pl.ds(m * tall, tall), pl.ds(n * wide, wide))
-    dtype = outputs[0].dtype
-
-    def write(loaded: Sequence[Any], stored: Sequence[Any], barrier: Any) -> None:
-        for source, target in zip(extras, loaded, strict=True):
-            plgpu.copy_gmem_to_smem(source.at[here], target, barrier)
-            plgpu.barrier_wait(barrier)
-        tiles = (extra[...].astype(jnp.float32) for extra in loaded)
-        for values, target in zip(product.finish(*totals, *tiles), stored, strict=True):
-            target[...] = values.astype(dtype)
-        plgpu.commit_smem()
-        for source, target in zip(stored, outputs, strict=True):
-            plgpu.copy_smem_to_gmem(source, target.at[here])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-    shared = plgpu.SMEM(tile, dtype, transforms=_transforms(tile, dtype))
-    pl.run_scoped(
-        write,
-        [shared] * len(extras),
-        [shared] * len(outputs),
-        plgpu.Barrier(),
-    )
+    """Makes one worker's results of its sums and `sources`, and sends them on their way."""
+    for source, there in zip(sources, loaded, strict=True):
+        plgpu.copy_gmem_to_smem(source, there, barrier)
+        plgpu.barrier_wait(barrier)
+    tiles = (there[...].astype(jnp.float32) for there in loaded)
+    results = product.finish(*totals, *tiles)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # those of the tile before
+    for values, there in zip(results, stored, strict=True):
+        there[...] = values.astype(there.dtype)
+    plgpu.commit_smem()
+    for there, target in zip(stored, targets, strict=True):
+        plgpu.copy_smem_to_gmem(there, target)
 
 
 def sample(
@@ -168,7 +196,7 @@ def sample(
 
 def _sample(rows: Any, columns: Any, a: Any, c: Any, output: Any, *, block: int) -> None:
     tile, dtype = (block, block), a.dtype
-    stages = _stages([(_UNIT, block)] * 2, dtype)
+    stages = _stages([(_UNIT, block)] * 2, [tile], dtype)
 
     @plgpu.nd_loop((output.shape[0] // block,), collective_axes="sm")
     def _(loop: Any) -> None:
@@ -184,8 +212,8 @@ def _sample(rows: Any, columns: Any, a: Any, c: Any, output: Any, *, block: int)
                 step,
                 grid=(a.shape[0] // _UNIT,),
                 in_specs=[
-                    _spec((_UNIT, block), dtype, lambda t: (t, row)),
-                    _spec((_UNIT, block), dtype, lambda t: (t, column)),
+                    _spec((_UNIT, block), dtype, lambda t: (t, row), delay=1),
+                    _spec((_UNIT, block), dtype, lambda t: (t, column), delay=1),
                 ],
                 max_concurrent_steps=stages,
             )
@@ -211,13 +239,18 @@ def _runs(
     return starts, jax.ops.segment_sum(live, result, results, indices_are_sorted=True)
 
 
-def _kernel(body: Callable[..., None], out: Sequence[jax.ShapeDtypeStruct]) -> Callable[..., Any]:
+def _kernel(
+    body: Callable[..., None], out: Sequence[jax.ShapeDtypeStruct], threads: int = 1
+) -> Callable[..., Any]:
+    """By `threads` warpgroups on every multiprocessor."""
+    several: Any = {"num_threads": threads, "thread_name": "warpgroup"} if threads > 1 else {}
     return plgpu.kernel(
         body,
         out_type=list(out),
         grid=(_processors(),),
         grid_names=("sm",),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        **several,
     )
 
 
@@ -229,14 +262,19 @@ def _processors() -> int:
     return getattr(jax.devices()[0], "core_count", None) or 132
 
 
-def _stages(tiles: Sequence[tuple[int, int]], dtype: jnp.dtype) -> int:
-    step = sum(map(math.prod, tiles)) * jnp.dtype(dtype).itemsize
-    return max(2, min(_MOST_STAGES, _SHARED_BYTES // step))
+def _stages(
+    step: Sequence[tuple[int, int]], resting: Sequence[tuple[int, int]], dtype: jnp.dtype
+) -> int:
+    """For how many steps the tiles find room beside those that stay."""
+    sizes = [sum(map(math.prod, tiles)) * jnp.dtype(dtype).itemsize for tiles in (step, resting)]
+    return max(2, min(_MOST_STAGES, (_SHARED_BYTES - sizes[1]) // sizes[0]))
 
 
-def _spec(tile: tuple[int, int], dtype: jnp.dtype, place: Callable[..., Any]) -> plgpu.BlockSpec:
-    """A tile that is given up one step later: until then wgmma may read it."""
-    return plgpu.BlockSpec(tile, place, transforms=_transforms(tile, dtype), delay_release=1)
+def _spec(
+    tile: tuple[int, int], dtype: jnp.dtype, place: Callable[..., Any], delay: int = 0
+) -> plgpu.BlockSpec:
+    """A tile that is given up `delay` steps later, where wgmma may still read it."""
+    return plgpu.BlockSpec(tile, place, transforms=_transforms(tile, dtype), delay_release=delay)
 
 
 def _transforms(tile: tuple[int, int], dtype: jnp.dtype) -> tuple[Any, ...]:

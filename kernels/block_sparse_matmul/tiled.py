@@ -35,7 +35,8 @@ class Product(NamedTuple):
     One of `xs` serves all `ws`. `transposed`: tiles of w are `[result, factor]`, not `[factor,
     result]`. `summed`: the pairs are added up. `finish` makes the results (`outputs` of them,
     `width` columns each) of the float32 sums and of the tiles of `extras`, which are shaped as the
-    results. `factor` and `result` are sizes of tiles.
+    results. `factor` and `result` are sizes of tiles. `even`: each result has as many steps, all
+    live.
     """
 
     xs: Sequence[Float[Array, "T M"]]
@@ -45,6 +46,7 @@ class Product(NamedTuple):
     result: int
     width: int
     transposed: bool
+    even: bool
     summed: bool = False
     extras: Sequence[Float[Array, "T N"]] = ()
     outputs: int = 1
@@ -111,7 +113,7 @@ class Tiled:
             width = ws[0].shape[1]
             tile = self.loops.result_tile(width, xs[0].dtype)
             steps = _over_kept_rows(pattern, width // tile)
-            product = Product(xs, ws, steps, pattern.block, tile, width, transposed=False)
+            product = Product(xs, ws, steps, pattern.block, tile, width, False, even=True)
         else:
             product = _stored(xs, ws, pattern.by_column, pattern.shape[1], pattern.block)
         (y,) = self.loops.contract(product._replace(summed=True))
@@ -145,7 +147,7 @@ class Tiled:
         width = ws[0].shape[1]
         tile = self.loops.factor_tile(width, x.dtype)
         steps = _along_kept_rows(pattern, width // tile)
-        return Product((x,), ws, steps, tile, pattern.block, pattern.kept, transposed=True)
+        return Product((x,), ws, steps, tile, pattern.block, pattern.kept, True, even=True)
 
 
 def _activate(g: Array, u: Array) -> tuple[Array]:
@@ -187,4 +189,4 @@ def _stored(
     """Blocks that are stored one below the other."""
     steps = Steps(walk.result, walk.factor, walk.slot, jnp.zeros_like(walk.slot), walk.live)
     flat = [w.reshape(-1, block) for w in ws]
-    return Product(xs, flat, steps, block, block, results * block, transposed=False)
+    return Product(xs, flat, steps, block, block, results * block, False, even=False)
