@@ -73,7 +73,7 @@ def check(target: str) -> bool:
     try:
         topology = topologies.get_topology_desc(**description)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         print(f"error: {target}: its compiler cannot be loaded: {reason}", file=sys.stderr)
         return False
     mesh = Mesh(np.array(topology.devices[:1]), ("one",))
@@ -81,8 +81,8 @@ def check(target: str) -> bool:
     for spec in LLAMA_2:
         for name, program in programs(spec, implementation).items():
             said, failure = compiled(program, NamedSharding(mesh, PartitionSpec()))
-            if target == "h200" and "registers" not in said:
-                failure = failure or "the compiler said nothing of registers"
+            if target == "h200" and not failure and "registers" not in said:
+                failure = "the compiler said nothing of registers"
             print(f"{target}  {spec.model}  {name}: {failure or said}", flush=True)
             sound &= failure is None
     return sound
@@ -97,7 +97,7 @@ def compiled(program: Program, sharding: NamedSharding) -> tuple[str, str | None
         try:
             done = jax.jit(program.function).lower(*arguments).compile()
         except Exception as error:
-            return "", f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            return "", f"{type(error).__name__}: {error}".splitlines()[0]
     text = output[0]
     memory = done.memory_analysis()
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", text)]

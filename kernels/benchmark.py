@@ -6,9 +6,9 @@
 A row of FILE for every program of `arg_specs`, number of tokens, density and implementation
 (`dense` is the same without sparsity, by XLA): seconds are the median of --repeat calls on random
 data, FLOPs those of matrix products with what takes part. Rows that are there for this device are
-not measured again, so that a long measurement goes on where it ended; what cannot run has its
-`error`. With --minutes it ends early enough. A line a row is printed: the speed-up over dense, and
-beside it the bound, 1 / density.
+not measured again, so that a long measurement goes on where it ended (a kernel that has changed
+wants a new file); what cannot run has its `error`. With --minutes it ends early enough. A line a
+row is printed: the speed-up over dense, and beside it the bound, 1 / density.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,18 @@ def main() -> None:
     """Measures what is not measured yet."""
     given = _parser().parse_args()
     done = _known(given.out)
+    with given.out.open("a", encoding="utf-8") as file:
+        for row in _rows(given, done):
+            file.write(json.dumps(row | {"benchmark": "kernels", "commit": _commit()}) + "\n")
+            file.flush()
+            done[tuple(row[name] for name in _KEY)] = row
+            _report(row, done)
+
+
+def _rows(given: argparse.Namespace, done: Collection[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    """Those that are not there, one measured after the other."""
     started = time.monotonic()
-    platform = jax.default_backend()
-    for case in _cases(given, ("dense", "xla", _KERNELS[platform])):
+    for case in _cases(given, ("dense", "xla", _KERNELS[jax.default_backend()])):
         row = dict(zip(_KEY, (jax.devices()[0].device_kind, jax.__version__, *case), strict=True))
         if tuple(row.values()) in done:
             continue
@@ -48,11 +57,7 @@ def main() -> None:
         model, program, tokens, density, implementation = case
         spec = _MODELS[model]._replace(tokens=tokens, density=density)
         made = dense(spec) if implementation == "dense" else programs(spec, implementation)
-        row |= _measure(made[program], given.repeat)
-        done[tuple(row[name] for name in _KEY)] = row
-        _report(row, done)
-        with given.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row | {"benchmark": "kernels", "commit": _commit()}) + "\n")
+        yield row | _measure(made[program], given.repeat)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,11 +70,26 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, metavar="FILE", help="JSON lines, added to")
     add("--model", nargs="+", choices=_MODELS, default=[spec.model for spec in LLAMA_2])
     add("--program", nargs="+", choices=dense(LLAMA_2[0]), default=list(dense(LLAMA_2[0])))
-    add("--tokens", nargs="+", type=int, default=[1024, 4096, 16_384, 65_536])
-    add("--density", nargs="+", type=float, default=[0.125, 0.25, 0.5, 0.75, 1.0])
-    add("--repeat", type=int, default=20, help="timed calls")
+    add("--tokens", nargs="+", type=_count, default=[1024, 4096, 16_384, 65_536])
+    add("--density", nargs="+", type=_share, default=[0.125, 0.25, 0.5, 0.75, 1.0])
+    add("--repeat", type=_count, default=20, help="timed calls")
     add("--minutes", type=float, help="begin no measurement after so many")
     return parser
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}, accepted 1 and more")
+    return number
+
+
+def _share(text: str) -> float:
+    """Of the smallest model at least a block is kept."""
+    number = float(text)
+    if not 0.125 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text}, accepted 0.125 to 1")
+    return number
 
 
 def _cases(
@@ -93,7 +113,8 @@ def _measure(program: Program, repeat: int) -> dict[str, Any]:
             jax.block_until_ready(call(*arguments))
             seconds.append(time.perf_counter() - started)
     except Exception as error:
-        return {"flops": program.flops, "error": str(error).strip().splitlines()[0][:200]}
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return {"flops": program.flops, "error": reason[:200]}
     return {"flops": program.flops, "seconds": statistics.median(seconds), "repeat": repeat}
 
 
@@ -123,13 +144,15 @@ def _report(row: dict[str, Any], rows: dict[tuple[Any, ...], dict[str, Any]]) ->
 
 
 def _known(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """Rows by what was measured; a torn last line is none."""
+    """Rows by what was measured, without those that failed. A torn last line is cut off."""
     rows = {}
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                row = json.loads(line)
-                rows[tuple(row.get(name) for name in _KEY)] = row
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    for row in map(json.loads, whole.splitlines()):
+        if "seconds" in row:
+            rows[tuple(row[name] for name in _KEY)] = row
     return rows
 
 

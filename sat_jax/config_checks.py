@@ -25,7 +25,7 @@ def check_sparsity(config: "Config") -> None:
     if sparse.execution == "kernel" and (sparse.block % 64 or sparse.dense_tokens):
         raise UserError(
             f"sparsity.execution 'kernel' with sparsity.block {sparse.block} and dense_tokens"
-            f" {sparse.dense_tokens}; accepted: multiples of 64 (128 on TPU), and False"
+            f" {sparse.dense_tokens}; accepted: multiples of 64, and False"
         )
     if sparse.aggregate != "sum" and not METRICS[sparse.metric].by_column:
         columns = ", ".join(name for name, metric in METRICS.items() if metric.by_column)

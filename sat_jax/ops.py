@@ -1,6 +1,6 @@
 """The door to `kernels/`: an MLP's products with the channels that are kept, whole matrices in."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -17,13 +17,18 @@ class BlockSparse(NamedTuple):
     block: int
     implementation: Implementation | None = None
 
-    def refusal(self, dtype: str, width: int, platform: str) -> str | None:
-        """Why matrices `[F, width]` cannot be; None: they can. Kernels for TPU are interpreted
-        elsewhere, those for GPU are not."""
-        if self.implementation == "pallas_gpu" and platform != "gpu":
-            return f"implementation pallas_gpu on {platform}"
+    def refusal(self, dtype: str, width: int, device: Any) -> str | None:
+        """Why matrices `[F, width]` cannot be on a jax device; None: they can. On a CPU, kernels
+        for TPU are interpreted."""
+        platforms = {"pallas_tpu": ("tpu", "cpu"), "pallas_gpu": ("gpu",)}
+        accepted = platforms.get(self.implementation or "", (device.platform,))
+        if device.platform not in accepted:
+            return f"{self.implementation} on {device.platform}; accepted: {', '.join(accepted)}"
+        capability = getattr(device, "compute_capability", "9.0")
+        if self.implementation == "pallas_gpu" and capability != "9.0":
+            return f"pallas_gpu on compute capability {capability}; accepted: 9.0 (Hopper)"
         try:
-            choose(self.implementation, jnp.dtype(dtype), width, self.block)
+            choose(self.implementation, jnp.dtype(dtype), width, self.block, device.platform)
         except ValueError as error:
             return str(error)
         return None

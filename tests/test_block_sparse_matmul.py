@@ -76,8 +76,8 @@ def normal(seed: int, *shape: int) -> jax.Array:
 def operands(pattern: Pattern, tokens: int, width: int) -> dict[str, jax.Array]:
     """x [T, D], h [T, N], and the weights w and v of one pattern."""
     if isinstance(pattern, BlockMask):
-        rows, columns = (count * BLOCK for count in pattern.shape)
-        weights = (pattern.nonzero, BLOCK, BLOCK)
+        rows, columns = (count * pattern.block for count in pattern.shape)
+        weights = (pattern.nonzero, pattern.block, pattern.block)
     else:
         rows, columns, weights = pattern.kept, width, (ROWS, width)
     return {
@@ -133,6 +133,25 @@ def test_bfloat16(backend: str, name: str, pattern: str) -> None:
 def test_gpu(name: str, pattern: str) -> None:
     made = PATTERNS[pattern]()
     check(name, "pallas_gpu", "bfloat16", made, operands(made, tokens=40, width=192))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_several_tiles_of_every_axis(name: str) -> None:
+    """Two of tokens, two along the rows, and two of tokens where products are summed over them."""
+    pattern = kept_rows(jnp.array([0, 3]), BLOCK)
+    check(name, "pallas_tpu", "float32", pattern, operands(pattern, tokens=300, width=5120))
+    mask = PATTERNS["mask: some"]()
+    check(name, "pallas_tpu", "float32", mask, operands(mask, tokens=1100, width=0))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="this jax cannot interpret for GPUs")
+@pytest.mark.usefixtures("made_up_gpu")
+def test_several_tiles_on_gpu(name: str) -> None:
+    pattern = kept_rows(jnp.array([0, 3, 6]), 64)
+    check(name, "pallas_gpu", "bfloat16", pattern, operands(pattern, tokens=300, width=192))
+    mask = BlockMask.of(np.array(MASKS["some"]), 64)
+    check(name, "pallas_gpu", "bfloat16", mask, operands(mask, tokens=300, width=0))
 
 
 @pytest.mark.parametrize("ids", [[0, 2, 3], []])
@@ -219,6 +238,11 @@ X, W, BLOCKS = jnp.zeros((4, 256)), jnp.zeros((512, 256)), jnp.zeros((2, BLOCK, 
         (lambda: kept_rows(jnp.zeros((2, 2), int), 128), r"ids: int32\[2, 2\], expected a list"),
         (lambda: kept_rows(jnp.zeros(2), 128), r"ids: float32\[2\], expected a list of integers"),
         (lambda: kept_rows(jnp.array([0]), 12), "block: 12, expected a multiple of 8"),
+        (lambda: kept_rows(jnp.array([0]), "128"), "block: 128, expected a multiple of 8"),
+        (lambda: BlockMask.of(np.full((2, 2), 0.5), 128), "kept: other values than 0 and 1"),
+        (lambda: column_matmul(X, W, jnp.array([0])), "pattern: .*, expected of kept_rows or a"),
+        (lambda: sampled_matmul(X, X, KEPT, into=W.astype(int)), "into: int32, and a is float32"),
+        (lambda: sampled_matmul(X[0, 0], X[0, 0], KEPT), "c: .*, expected the leading axes"),
         (lambda: BlockMask.of(np.zeros((0, 3)), 128), r"kept: shape \(0, 3\), expected"),
         (
             lambda: column_matmul(X, W, KEPT, implementation="triton"),
@@ -230,7 +254,7 @@ X, W, BLOCKS = jnp.zeros((4, 256)), jnp.zeros((512, 256)), jnp.zeros((2, BLOCK, 
         ),
         (
             lambda: column_matmul(X, W, kept_rows(jnp.array([0]), 64), implementation="pallas_tpu"),
-            "implementation pallas_tpu: blocks of 64, accepted multiples of 128",
+            "implementation pallas_tpu: blocks of 64, accepted 128, 256 and 512",
         ),
     ],
 )
@@ -252,7 +276,26 @@ def test_wrong_ids_are_found_where_checks_are_on(ids: list[int]) -> None:
 
 
 def test_the_choice_is_explained() -> None:
-    assert explain(jnp.dtype("float32"), 256, BLOCK) == ("xla", {})
+    shape = (jnp.dtype("float32"), 256, BLOCK)
+    assert explain(*shape) == explain(*shape, "cpu") == ("xla", {})
+    assert explain(*shape, "tpu") == ("pallas_tpu", {})
+    name, reasons = explain(jnp.dtype("float32"), 256, 64, "tpu")
+    assert name == "xla" and "accepted 128, 256 and 512" in reasons["pallas_tpu"]
+    assert "accepted bfloat16" in explain(*shape, "gpu")[1]["pallas_gpu"]
+    name, reasons = explain(jnp.dtype("bfloat16"), 256, BLOCK, "gpu")
+    assert name == "xla" and "not timed" in reasons["pallas_gpu"]
+
+
+def test_they_can_be_mapped_and_scanned() -> None:
+    pattern, other = (kept_rows(jnp.array(ids), BLOCK) for ids in ([0, 2], [1, 3]))
+    x, w = normal(0, 16, 256), normal(1, 512, 256)
+    call = functools.partial(column_matmul, implementation="pallas_tpu")
+    both = jax.tree.map(lambda *ids: jnp.stack(ids), pattern, other)
+    expected = [call(x, w, one) for one in (pattern, other)]
+    mapped = jax.vmap(call, in_axes=(None, None, 0))(x, w, both)
+    _, scanned = jax.lax.scan(lambda _, one: (None, jax.checkpoint(call)(x, w, one)), None, both)
+    for found in (mapped, scanned):
+        assert_close(found, jnp.stack(expected), "float32", "product")
 
 
 def test_leading_axes_are_free() -> None:

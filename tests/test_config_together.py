@@ -32,7 +32,7 @@ from tests.test_config import built, refusal
         (
             {"sparsity__execution": "kernel", "sparsity__block": 96},
             "sparsity.execution 'kernel' with sparsity.block 96 and dense_tokens False; accepted:"
-            " multiples of 64 (128 on TPU), and False",
+            " multiples of 64, and False",
         ),
         (
             {"sparsity__aggregate": "max"},

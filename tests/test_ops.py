@@ -1,13 +1,15 @@
 """Kernel execution: where it is refused. That it agrees with the others: test_invariants.py."""
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import jax
 import pytest
 
+from kernels.block_sparse_matmul.backends import BACKENDS
 from sat_jax.errors import UserError
 from sat_jax.models.presets import preset
-from sat_jax.ops import BlockSparse
+from sat_jax.ops import BlockSparse, Implementation
 from sat_jax.train.programs import Programs
 from tests.test_config import built
 
@@ -15,21 +17,38 @@ from tests.test_config import built
 @pytest.mark.parametrize(
     ("kernels", "arguments", "reason"),
     [
+        (
+            BlockSparse(128, "pallas_tpu"),
+            ("float32", 576, "gpu"),
+            "pallas_tpu on gpu; accepted: tpu",
+        ),
+        (BlockSparse(1024, "pallas_tpu"), ("float32", 576, "tpu"), "blocks of 1024, accepted 128"),
         (BlockSparse(64), ("float32", 576, "cpu"), None),
         (BlockSparse(128, "pallas_tpu"), ("float32", 576, "cpu"), None),  # interpreted
-        (BlockSparse(64, "pallas_tpu"), ("bfloat16", 576, "tpu"), "blocks of 64, accepted mul"),
+        (BlockSparse(64, "pallas_tpu"), ("bfloat16", 576, "tpu"), "blocks of 64, accepted 128"),
         (BlockSparse(128, "pallas_gpu"), ("bfloat16", 576, "cpu"), "pallas_gpu on cpu"),
         (BlockSparse(128, "pallas_gpu"), ("bfloat16", 576, "gpu"), None),
         (BlockSparse(128, "pallas_gpu"), ("bfloat16", 520, "gpu"), "rows of 520, accepted mul"),
     ],
 )
 def test_what_kernels_take(kernels: BlockSparse, arguments: Any, reason: str | None) -> None:
-    found = kernels.refusal(*arguments)
+    *shape, platform = arguments
+    found = kernels.refusal(*shape, SimpleNamespace(platform=platform))
     assert found is None if reason is None else reason in str(found)
+
+
+def test_kernels_for_hopper_want_hopper() -> None:
+    ampere = SimpleNamespace(platform="gpu", compute_capability="8.0")
+    reason = BlockSparse(128, "pallas_gpu").refusal("bfloat16", 576, ampere)
+    assert reason == "pallas_gpu on compute capability 8.0; accepted: 9.0 (Hopper)"
+
+
+def test_the_names_are_those_of_the_kernels() -> None:
+    assert set(get_args(Implementation)) == set(BACKENDS)
 
 
 def test_kernels_run_on_one_device() -> None:
     config = built(sparsity__rate=0.5, sparsity__execution="kernel", sparsity__block=64)
     mesh: Any = jax.sharding.AbstractMesh((2,), ("data",))
-    with pytest.raises(UserError, match="'kernel' on 2 devices; accepted: one, or 'gather'"):
+    with pytest.raises(UserError, match="'kernel' on 2 devices; accepted: one, or another"):
         Programs._kernels(config, preset("tiny"), mesh)

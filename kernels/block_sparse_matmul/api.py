@@ -7,10 +7,13 @@
     pattern = BlockMask.of(kept, block=128)     # any blocks of a matrix [N, D]
     y = column_matmul(x, blocks, pattern)       # [T, D] → [T, N], blocks [nonzero, 128, 128]
 
-Leading axes of the activations are free. Sums are float32, results have the dtype of the first
-operand. `implementation`: `xla`, `pallas_tpu`; a named one never gives way to another, None is the
-best there is for the platform and the shapes (`explain`). Wrong shapes, dtypes and blocks are a
-`ValueError` or `TypeError` before anything runs; wrong ids only under `jax_enable_checks`.
+Leading axes of the activations are free. Sums are float32 (how exact products of float32 are, is
+jax's default for `xla`, the highest for the others), results have the dtype of the operands.
+`implementation`: `xla`, `pallas_tpu` (interpreted on other platforms) or `pallas_gpu` (Hopper); a
+named one never gives way to another. None is Pallas on TPU where it takes the shapes, and else XLA,
+on GPUs too until the kernels there are timed (`explain`). Wrong shapes, dtypes and blocks are a
+`ValueError` or `TypeError` before anything runs; wrong ids only under `jax_enable_checks`, and
+without it what they do is undefined.
 """
 
 import math
@@ -30,11 +33,12 @@ def column_matmul(
 
     `w` is `[F, D]` and N the kept rows, or `[nonzero, block, block]` and N all rows.
     """
+    x, w = jnp.asarray(x), jnp.asarray(w)
     rows, columns = _sizes("w", w, pattern)
     _check("x", x, columns, w.dtype)
+    backend = choose(implementation, x.dtype, columns, pattern.block)
     if _nothing(x, pattern):
         return jnp.zeros((*x.shape[:-1], rows), x.dtype)
-    backend = choose(implementation, x.dtype, columns, pattern.block)
     return _leading(vjp.column(backend, _flat(x), w, pattern), x)
 
 
@@ -42,11 +46,12 @@ def row_matmul(
     x: Float[Array, "*B N"], w: Array, pattern: Pattern, *, implementation: str | None = None
 ) -> Float[Array, "*B D"]:
     """x · W over the rows of W that take part; shapes as in `column_matmul`, the other way."""
+    x, w = jnp.asarray(x), jnp.asarray(w)
     rows, columns = _sizes("w", w, pattern)
     _check("x", x, rows, w.dtype)
+    backend = choose(implementation, x.dtype, columns, pattern.block)
     if _nothing(x, pattern):
         return jnp.zeros((*x.shape[:-1], columns), x.dtype)
-    backend = choose(implementation, x.dtype, columns, pattern.block)
     return _leading(vjp.row(backend, (_flat(x),), (w,), pattern), x)
 
 
@@ -63,7 +68,8 @@ def sampled_matmul(
     Of a `BlockMask` `[nonzero, block, block]`. Of kept rows these rows alone, `[N, D]`, or, with
     `into`, that matrix with its kept rows replaced, in place where its buffer is given up.
     """
-    if a.shape[:-1] != c.shape[:-1]:
+    a, c = jnp.asarray(a), jnp.asarray(c)
+    if a.shape[:-1] != c.shape[:-1] or not a.ndim or not c.ndim:
         raise ValueError(f"c: {list(c.shape)}, expected the leading axes of a, {list(a.shape)}")
     if isinstance(pattern, BlockMask):
         rows, columns = (count * pattern.block for count in pattern.shape)
@@ -73,11 +79,13 @@ def sampled_matmul(
         rows, columns = pattern.kept, c.shape[-1]
         if into is not None and _sizes("into", into, pattern)[1] != columns:
             raise ValueError(f"into: {list(into.shape)}, expected [F, {columns}]")
+        if into is not None and into.dtype != a.dtype:
+            raise TypeError(f"into: {into.dtype}, and a is {a.dtype}; one float")
     _check("a", a, rows, c.dtype)
     _check("c", c, columns, a.dtype)
+    backend = choose(implementation, a.dtype, columns, pattern.block)
     if _nothing(a, pattern):
         return _no_product(a, c, pattern, into)
-    backend = choose(implementation, a.dtype, columns, pattern.block)
     return vjp.sampled(backend, _flat(a), _flat(c), pattern, into)
 
 
@@ -89,24 +97,28 @@ def swiglu(
     *,
     implementation: str | None = None,
 ) -> Float[Array, "*B N"]:
-    """silu(x · Gᵀ) · (x · Uᵀ), fused: neither product is written to memory, forward or backward.
+    """silu(x · Gᵀ) · (x · Uᵀ). Shapes as in `column_matmul`.
 
-    The backward pass computes both once more. Shapes as in `column_matmul`.
+    The backward pass computes both products once more instead of keeping them; the Pallas backends
+    never write them to memory.
     """
+    x, gate, up = jnp.asarray(x), jnp.asarray(gate), jnp.asarray(up)
     rows, columns = _sizes("gate", gate, pattern)
     if up.shape != gate.shape or up.dtype != gate.dtype:
         raise ValueError(
             f"up: {up.dtype}{list(up.shape)}, expected as gate, {gate.dtype}{list(gate.shape)}"
         )
     _check("x", x, columns, gate.dtype)
+    backend = choose(implementation, x.dtype, columns, pattern.block)
     if _nothing(x, pattern):
         return jnp.zeros((*x.shape[:-1], rows), x.dtype)
-    backend = choose(implementation, x.dtype, columns, pattern.block)
     return _leading(vjp.swiglu(backend, _flat(x), gate, up, pattern), x)
 
 
 def _sizes(name: str, w: Array, pattern: Pattern) -> tuple[int, int]:
     """Rows and columns of the matrix that takes part."""
+    if not isinstance(pattern, KeptRows | BlockMask):
+        raise TypeError(f"pattern: {type(pattern).__name__}, expected of kept_rows or a BlockMask")
     block = pattern.block
     if isinstance(pattern, BlockMask):
         if w.shape != (pattern.nonzero, block, block):

@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from kernels.block_sparse_matmul.patterns import BlockMask
-from kernels.block_sparse_matmul.tiled import Product, finer, largest_tile
+from kernels.block_sparse_matmul.tiled import Product, Steps, finer, largest_tile, split
 
 # Two warpgroups compute, each for its own tokens, and a third one brings the tiles. One holds
 # 128 × 128 float32 sums in its registers, or two of 64 × 128.
@@ -55,6 +55,7 @@ def contract(product: Product) -> tuple[Float[Array, "T N"], ...]:
     """See `tiled.Product`."""
     product = finer(product, _FACTOR)
     tokens, dtype = product.xs[0].shape[0], product.xs[0].dtype
+    # Two sums share the registers; two pairs, the shared memory.
     tall = _TALL if len(product.ws) == 1 else _TALL // 2
     # Padding is of no consequence: each token's results are its own.
     padded = -tokens % (tall * _WORKERS)
@@ -69,16 +70,16 @@ def contract(product: Product) -> tuple[Float[Array, "T N"], ...]:
     )
     steps = product.steps
     # Steps that are not live are the only ones of their results.
-    starts, counts = _runs(steps.result, steps.live, product.width // product.result)
-    places = (starts, counts, steps.factor, steps.row, steps.column)
-    found = kernel(*places, *xs, *product.ws, *extras)
+    runs = () if product.even else _runs(steps, product.width // product.result)
+    found = kernel(*runs, steps.factor, steps.row, steps.column, *xs, *product.ws, *extras)
     return tuple(y[:tokens] if padded else y for y in found)
 
 
 def _contract(*refs: Any, product: Product, tall: int) -> None:
-    starts, counts, factors, rows, columns = refs[:5]
-    xs, ws, extras, outputs = _split(
-        refs[5:], [len(product.xs), len(product.ws), len(product.extras), product.outputs]
+    runs, (factors, rows, columns), xs, ws, extras, outputs = split(
+        refs,
+        *(0 if product.even else 2, 3),
+        *(len(product.xs), len(product.ws), len(product.extras), product.outputs),
     )
     dtype, tile = xs[0].dtype, (tall, product.result)
     x_tile = (tall * _WORKERS, product.factor)
@@ -92,10 +93,11 @@ def _contract(*refs: Any, product: Product, tall: int) -> None:
 
     def pipeline(m: Any, n: Any, step: Any = None, compute: Any = None) -> Any:
         """Over the steps of one result, for one tile of tokens."""
-        start, count = starts[n], counts[n]
         if product.even:
             count = product.steps.result.shape[0] // shape[1]
             start = n * count
+        else:
+            start, count = (run[n] for run in runs)
         x_spec = _spec(x_tile, dtype, lambda s: (m, factors[start + s]))
         w_spec = _spec(w_tile, dtype, lambda s: (rows[start + s], columns[start + s]))
         return plgpu.emit_pipeline_warp_specialized(
@@ -134,9 +136,13 @@ def _contract(*refs: Any, product: Product, tall: int) -> None:
                 def sum_up(*sums: Any) -> None:
                     run(sums)
                     _finish(
-                        *(product, [total[...] for total in sums], barriers.at[worker]),
-                        *([ref.at[here] for ref in extras], [ref.at[worker] for ref in loaded]),
-                        *([ref.at[here] for ref in outputs], [ref.at[worker] for ref in stored]),
+                        product,
+                        [total[...] for total in sums],
+                        barriers.at[worker],
+                        [ref.at[here] for ref in extras],
+                        [ref.at[worker] for ref in loaded],
+                        [ref.at[here] for ref in outputs],
+                        [ref.at[worker] for ref in stored],
                     )
 
                 pl.run_scoped(sum_up, *[plgpu.ACC(tile, jnp.float32)] * product.sums)
@@ -231,12 +237,12 @@ def _sample(rows: Any, columns: Any, a: Any, c: Any, output: Any, *, block: int)
         pl.run_scoped(write, plgpu.SMEM(tile, dtype, transforms=_transforms(tile, dtype)))
 
 
-def _runs(
-    result: Int[Array, " n"], live: Int[Array, " n"], results: int
-) -> tuple[Int[Array, " r"], Int[Array, " r"]]:
+def _runs(steps: Steps, results: int) -> tuple[Int[Array, " r"], Int[Array, " r"]]:
     """Of each result its first step and how many are live."""
-    starts = jnp.searchsorted(result, jnp.arange(results, dtype=jnp.int32)).astype(jnp.int32)
-    return starts, jax.ops.segment_sum(live, result, results, indices_are_sorted=True)
+    places = jnp.arange(results, dtype=jnp.int32)
+    starts = jnp.searchsorted(steps.result, places).astype(jnp.int32)
+    counts = jax.ops.segment_sum(steps.live, steps.result, results, indices_are_sorted=True)
+    return starts, counts
 
 
 def _kernel(
@@ -257,9 +263,8 @@ def _kernel(
 def _processors() -> int:
     """Streaming multiprocessors: of the mesh's device where one is set, else of the default one, or
     those of an H200."""
-    if device := jax.sharding.get_abstract_mesh().abstract_device:
-        return device.num_cores
-    return getattr(jax.devices()[0], "core_count", None) or 132
+    described = getattr(jax.sharding.get_abstract_mesh().abstract_device, "num_cores", None)
+    return described or getattr(jax.devices()[0], "core_count", None) or 132
 
 
 def _stages(
@@ -281,11 +286,3 @@ def _transforms(tile: tuple[int, int], dtype: jnp.dtype) -> tuple[Any, ...]:
     size = jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(tile[1] * size * 8)
     return plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
-
-
-def _split(refs: Sequence[Any], counts: Sequence[int]) -> list[Sequence[Any]]:
-    parts = []
-    for count in counts:
-        parts.append(refs[:count])
-        refs = refs[count:]
-    return parts

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from kernels.block_sparse_matmul.patterns import BlockMask
-from kernels.block_sparse_matmul.tiled import Product, Steps, largest_tile
+from kernels.block_sparse_matmul.tiled import Product, Steps, largest_tile, split
 
 # Bytes of a tile's row, so that at Llama's widths (4,096 and 5,120 bfloat16) one tile spans it: a
 # tile of x is then read once for all results. With 512 tokens (bfloat16) a step does 475 FLOPs for
@@ -30,8 +30,8 @@ def refusal(dtype: jnp.dtype, width: int, block: int) -> str | None:
     """See `backends.Backend`. The rules are the chip's; the interpreter keeps them too."""
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"{dtype} operands, accepted float32 and bfloat16"
-    if block % 128:
-        return f"blocks of {block}, accepted multiples of 128"
+    if block not in (128, 256, 512):
+        return f"blocks of {block}, accepted 128, 256 and 512"
     if not factor_tile(width, dtype):
         longest = _LONGEST // dtype.itemsize
         return f"rows of {width}, accepted multiples of 128, and up to {longest} anything"
@@ -74,9 +74,12 @@ def contract(product: Product) -> tuple[Float[Array, "T N"], ...]:
 
 
 def _contract(*refs: Any, product: Product) -> None:
-    steps, refs = Steps(*refs[: len(Steps._fields)]), refs[len(Steps._fields) :]
-    counts = [len(product.xs), len(product.ws), len(product.extras), product.outputs]
-    xs, ws, extras, outputs, sums = _split(refs, counts)
+    places, xs, ws, extras, outputs, sums = split(
+        refs,
+        len(Steps._fields),
+        *(len(product.xs), len(product.ws), len(product.extras), product.outputs, product.sums),
+    )
+    steps = Steps(*places)
     n, end = pl.program_id(1), pl.num_programs(1) - 1
     result = steps.result
 
@@ -185,11 +188,3 @@ def _call(
     return lambda *arguments: jax.lax.platform_dependent(
         *arguments, tpu=compiled, default=interpreted
     )
-
-
-def _split(refs: Sequence[Any], counts: Sequence[int]) -> list[Sequence[Any]]:
-    parts = []
-    for count in counts:
-        parts.append(refs[:count])
-        refs = refs[count:]
-    return [*parts, refs]

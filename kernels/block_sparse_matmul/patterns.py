@@ -72,9 +72,11 @@ class BlockMask:
     @classmethod
     def of(cls, kept: Bool[np.ndarray, "R C"], block: int) -> Self:
         """The pattern of a concrete 0/1 matrix, one entry a block."""
-        kept = np.asarray(kept, bool)
+        kept = np.asarray(kept)
         if kept.ndim != 2 or not kept.size:
             raise ValueError(f"kept: shape {kept.shape}, expected [block rows, block columns]")
+        if not np.isin(kept, (0, 1)).all():
+            raise ValueError("kept: other values than 0 and 1")
         _check_block(block)
         rows, columns = np.nonzero(kept)
         slots = np.arange(len(rows))
@@ -92,17 +94,13 @@ class BlockMask:
         """Stored blocks."""
         return self.rows.shape[-1]
 
-    @property
-    def density(self) -> float:
-        return self.nonzero / (self.shape[0] * self.shape[1])
-
 
 Pattern = KeptRows | BlockMask
 
 
 def kept_rows(ids: Int[Array, " k"], block: int) -> KeptRows:
     """Rows of blocks by their ids, which are sorted and unique: see `check_ids`."""
-    ids = jnp.asarray(ids)
+    ids = jnp.asarray(ids, None if jnp.size(ids) else jnp.int32)
     if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"ids: {ids.dtype}{list(ids.shape)}, expected a list of integers")
     _check_block(block)
@@ -112,7 +110,7 @@ def kept_rows(ids: Int[Array, " k"], block: int) -> KeptRows:
 def check_ids(pattern: KeptRows, blocks: int) -> None:
     """Under `jax_enable_checks`: the ids are sorted, unique and of `blocks` blocks, traced or not.
 
-    Without it nobody looks, as that would wait for the device; wrong ids then give wrong results.
+    Without it nobody looks, as that would wait for the device.
     """
     if jax.config.values["jax_enable_checks"]:
         check = functools.partial(_check_ids, blocks)
@@ -123,7 +121,7 @@ def check_ids(pattern: KeptRows, blocks: int) -> None:
 
 
 def _check_block(block: int) -> None:
-    if block < 8 or block % 8:
+    if not isinstance(block, int) or block < 8 or block % 8:
         raise ValueError(f"block: {block}, expected a multiple of 8")
 
 

@@ -5,8 +5,9 @@ go, is data made here from the pattern.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -58,6 +59,13 @@ class Product(NamedTuple):
         return 1 if self.summed else len(self.ws)
 
 
+def split(refs: Sequence[Any], *counts: int) -> list[Sequence[Any]]:
+    """The arguments of a kernel in groups of these sizes."""
+    ends = list(itertools.accumulate(counts))
+    assert ends[-1] == len(refs)
+    return [refs[end - count : end] for end, count in zip(ends, counts, strict=True)]
+
+
 def finer(product: Product, factor: int) -> Product:
     """The same product in more steps, over tiles of `factor` elements at most."""
     if product.factor <= factor:
@@ -83,6 +91,8 @@ class Loops(Protocol):
 
     def result_tile(self, size: int, dtype: jnp.dtype) -> int: ...
 
+    def refusal(self, dtype: jnp.dtype, width: int, block: int) -> str | None: ...
+
     def contract(self, product: Product) -> tuple[Float[Array, "T N"], ...]: ...
 
     def sample(
@@ -100,7 +110,10 @@ class Tiled:
     """The operations by one backend's loops. See `backends.Backend`."""
 
     loops: Loops
-    refusal: Callable[[jnp.dtype, int, int], str | None]
+
+    def refusal(self, dtype: jnp.dtype, width: int, block: int) -> str | None:
+        """Why the loops cannot; None: they can."""
+        return self.loops.refusal(dtype, width, block)
 
     def column(self, x: Array, w: Array, pattern: Pattern) -> Array:
         """x · Wᵀ."""
@@ -113,7 +126,9 @@ class Tiled:
             width = ws[0].shape[1]
             tile = self.loops.result_tile(width, xs[0].dtype)
             steps = _over_kept_rows(pattern, width // tile)
-            product = Product(xs, ws, steps, pattern.block, tile, width, False, even=True)
+            product = Product(
+                xs, ws, steps, pattern.block, tile, width, transposed=False, even=True
+            )
         else:
             product = _stored(xs, ws, pattern.by_column, pattern.shape[1], pattern.block)
         (y,) = self.loops.contract(product._replace(summed=True))
@@ -147,7 +162,9 @@ class Tiled:
         width = ws[0].shape[1]
         tile = self.loops.factor_tile(width, x.dtype)
         steps = _along_kept_rows(pattern, width // tile)
-        return Product((x,), ws, steps, tile, pattern.block, pattern.kept, True, even=True)
+        return Product(
+            (x,), ws, steps, tile, pattern.block, pattern.kept, transposed=True, even=True
+        )
 
 
 def _activate(g: Array, u: Array) -> tuple[Array]:
@@ -189,4 +206,4 @@ def _stored(
     """Blocks that are stored one below the other."""
     steps = Steps(walk.result, walk.factor, walk.slot, jnp.zeros_like(walk.slot), walk.live)
     flat = [w.reshape(-1, block) for w in ws]
-    return Product(xs, flat, steps, block, block, results * block, False, even=False)
+    return Product(xs, flat, steps, block, block, results * block, transposed=False, even=False)

@@ -1,4 +1,5 @@
-"""Gradients. Each is made of the operations themselves, so that they can be differentiated again.
+"""Gradients, in reverse mode. Each is made of the operations themselves, so that it can be
+differentiated again; that of SwiGLU is fused by the Pallas backends, and there it cannot.
 
 `backend` is the name of an implementation, `pattern` whatever the operations take; of its integers
 there is no gradient. The gradient of weights `[F, D]` of which some rows are kept is `[F, D]`, zero

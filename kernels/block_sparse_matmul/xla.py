@@ -24,8 +24,9 @@ def column(x: Array, w: Array, pattern: Pattern) -> Array:
 
 def row(xs: Sequence[Array], ws: Sequence[Array], pattern: Pattern) -> Array:
     """Σ of x · W over pairs."""
-    products = [jnp.matmul(x, _dense(w, pattern)) for x, w in zip(xs, ws, strict=True)]
-    return sum(products[1:], products[0])
+    wide: Any = {"preferred_element_type": jnp.float32}
+    products = [jnp.matmul(x, _dense(w, pattern), **wide) for x, w in zip(xs, ws, strict=True)]
+    return sum(products[1:], products[0]).astype(xs[0].dtype)
 
 
 def sampled(a: Array, c: Array, pattern: Pattern, into: Array | None) -> Array:

@@ -53,6 +53,7 @@ class MLP(nnx.Module):
         `whole_BT`: tokens for which mask execution omits nothing.
         """
         if self.kernels is not None and self.kept_channels is not None:
+            assert whole_BT is None, "kernels omit the same for all tokens"
             kept = self.kept_channels[...]
             return kept_swiglu(x_BTD, self.gate[...], self.up[...], kept, self.kernels)
         gate_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, self.gate[...])

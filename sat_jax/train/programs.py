@@ -244,10 +244,11 @@ class Programs:
         kernels = BlockSparse(config.sparsity.block, config.model.kernels)
         if mesh.size > 1:
             raise UserError(
-                f"sparsity.execution 'kernel' on {mesh.size} devices; accepted: one, or 'gather'"
+                f"sparsity.execution 'kernel' on {mesh.size} devices; accepted: one, or another"
+                " execution"
             )
-        platform = mesh.devices.flat[0].platform
-        if reason := kernels.refusal(config.model.dtype, model.d_model, platform):
+        device = mesh.devices.flat[0]
+        if reason := kernels.refusal(config.model.dtype, model.d_model, device):
             raise UserError(f"sparsity.execution 'kernel': {reason}")
         return kernels
 
