@@ -3,6 +3,7 @@
 Nothing of the data pipeline is imported, so that a machine with little more than jax can run them.
 """
 
+import dataclasses
 import json
 import os
 import statistics
@@ -23,6 +24,7 @@ from sat_jax.models.llama import Compute
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.params import abstract
 from sat_jax.models.params import shapes as whole_shapes
+from sat_jax.ops import BlockSparse
 from sat_jax.sparsity.masks import Criteria, Masks, SegmentMasks, choose
 from sat_jax.sparsity.plan import Neurons, Plan, make_plan
 from sat_jax.sparsity.statistics import Statistics
@@ -46,17 +48,20 @@ Variant = Callable[[], Cost]
 
 
 def steps(model: LlamaConfig, given: Any) -> list[dict[str, Any]]:
-    """The SAT step at every rate against the dense step, beside the FLOP bound; masking; and half
-    of the tokens with all channels."""
+    """The SAT step at every rate against the dense step, beside the FLOP bound; the other
+    executions; and half of the tokens with all channels."""
     neurons, half = _neurons(model), given.row_length // 2
     wanted = [("dense", 0.0, 0), *(("gather", rate, 0) for rate in RATES)]
-    wanted += [("mask", 0.5, 0), ("gather", 0.5, half)]
+    wanted += [("kernel", 0.5, 0), ("mask", 0.5, 0), ("gather", 0.5, half)]
+    blocks = {"kernel": 128 if model.d_ff > 128 else 64}
     plans = {
-        (execution, rate, slots): make_plan(neurons, rate, rate, dense_tokens=slots)
+        (execution, rate, slots): make_plan(
+            neurons, rate, rate, dense_tokens=slots, block=blocks.get(execution, 1)
+        )
         for execution, rate, slots in wanted
     }
     variants = {
-        key: _training_step(model, plan, given, masked=key[0] == "mask")
+        key: _training_step(model, plan, given, key[0] if key[1] else "gather")
         for key, plan in plans.items()
     }
     costs = _take_turns(variants, given.turns)
@@ -168,10 +173,15 @@ def moves(model: LlamaConfig, given: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _training_step(model: LlamaConfig, plan: Plan, given: Any, *, masked: bool = False) -> Variant:
+def _training_step(
+    model: LlamaConfig, plan: Plan, given: Any, execution: str = "gather"
+) -> Variant:
     """One optimizer step of what a plan trains, timed."""
-    config = OptimizerConfig()
-    graph, shapes = abstract(model, plan.segments, _compute(given), masked)
+    config, masked = OptimizerConfig(), execution != "gather"
+    compute = _compute(given)
+    if execution == "kernel":
+        compute = dataclasses.replace(compute, kernels=BlockSparse(plan.block))
+    graph, shapes = abstract(model, plan.segments, compute, masked)
     kept = {path for path in shapes if path.rpartition("/")[2].startswith("kept_")}
     settings = StepSettings(
         optimizer=make_optimizer(config, 1000),

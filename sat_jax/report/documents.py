@@ -90,8 +90,10 @@ def _steps(rows: Sequence[dict[str, Any]]) -> str:
     body = []
     for row in together:
         name = "dense" if row["execution"] == "dense" else f"r = {row['rate']:g}"
-        if row["execution"] == "mask":
-            name += ", as multiplications by 0 and 1"
+        name += {
+            "mask": ", as multiplications by 0 and 1",
+            "kernel": ", all weights in place, kept blocks of 128 channels",
+        }.get(row["execution"], "")
         if row.get("dense_tokens"):
             name += f", {percent(row['dense_tokens'])} of the tokens with all channels"
         numbers = [f"{row['wall_seconds']:.1f} s", f"{row['speedup_wall']:.2f}×"]
