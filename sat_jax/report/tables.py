@@ -147,8 +147,11 @@ def caption_of(group: Group, variants: Sequence[Variant], varied: Sequence[str])
     if run.fine_tuned and "loss_tokens" in run.row:
         parts.append(f"{percent(run.row['loss_tokens'] / run.row['tokens'])} of them learnt")
     if known:
-        rate = settings.get("optimizer.learning_rate", OptimizerConfig().learning_rate)
-        parts.append(f"learning rate {rate:g}")
+        rate, schedule = (
+            settings.get(f"optimizer.{key}", getattr(OptimizerConfig, key))
+            for key in ("learning_rate", "schedule")
+        )
+        parts.append(f"learning rate {rate:g}, {schedule}")
     shared = variants[0].settings if variants else {}
     common = {k: v for k, v in shared.items() if k not in varied and v != SPARSE[k]}
     parts += [named(common)] if common else []
