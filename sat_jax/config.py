@@ -124,9 +124,14 @@ class OptimizerConfig:
     name: Literal["adamw", "lion"] = key("adamw", "the update rule")
     learning_rate: float = key(1e-4, "peak learning rate", low=0.0)
     warmup_steps: int = key(0, "steps of linear warm-up, the last of them at the peak", low=0)
-    schedule: Literal["cosine", "linear", "constant"] = key("cosine", "after the warm-up")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = key(
+        "cosine", "after the warm-up; wsd: constant, then falling in a line over decay_share"
+    )
+    decay_share: float = key(
+        0.125, "of wsd: share of all steps, at the end, over which the rate falls", low=0.0, high=1
+    )
     final_scale: float = key(
-        0.1, "last learning rate as a share of the peak (cosine, linear)", low=0.0, high=1.0
+        0.1, "last learning rate as a share of the peak, unless constant", low=0.0, high=1.0
     )
     weight_decay: float = key(0.0, "decoupled, on matrices only", low=0.0)
     beta1: float = key(0.9, "decay of the first moment", low=0.0, high=0.9999)
@@ -276,6 +281,12 @@ class Config:
             raise UserError(
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} is more than train.steps"
                 f" {self.train.steps}"
+            )
+        share, usual = self.optimizer.decay_share, OptimizerConfig.decay_share
+        if self.optimizer.schedule != "wsd" and share != usual:
+            raise UserError(
+                f"optimizer.decay_share {share} is for optimizer.schedule 'wsd', not"
+                f" {self.optimizer.schedule!r}"
             )
 
     @property

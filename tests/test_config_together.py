@@ -21,6 +21,10 @@ from tests.test_config import built, refusal
             "optimizer.warmup_steps 6 is more than train.steps 5",
         ),
         (
+            {"optimizer__decay_share": 0.5},
+            "optimizer.decay_share 0.5 is for optimizer.schedule 'wsd', not 'cosine'",
+        ),
+        (
             {"optimizer__moments": "decay"},
             "optimizer.moments 'decay' updates omitted neurons, which gather execution does not"
             " hold; accepted: moments 'freeze', or sparsity.execution 'mask' or 'kernel'",

@@ -130,6 +130,7 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "optimizer.learning_rate": (3e-4, step, {}),
     "optimizer.warmup_steps": (3, step, {}),
     "optimizer.schedule": ("linear", step, {}),
+    "optimizer.decay_share": (0.5, step, {"optimizer.schedule": "wsd"}),
     "optimizer.final_scale": (0.2, step, {}),
     "optimizer.weight_decay": (0.2, step, {}),
     "optimizer.beta1": (0.8, step, {}),

@@ -176,20 +176,23 @@ RATES = {
     ("constant", 0): [1.0] * 8,
     ("constant", 2): [0.5, *[1.0] * 7],
     ("linear", 8): [(i + 1) / 8 for i in range(8)],  # nothing but warm-up
+    ("wsd", 0): [1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2],
+    ("wsd", 2): [0.5, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2],
+    ("wsd", 6): [*[(i + 1) / 6 for i in range(6)], 0.6, 0.2],  # less than decay_share is left
 }
 
 
 @pytest.mark.parametrize(("schedule", "warmup"), RATES)
 def test_learning_rates_by_hand(schedule: Any, warmup: int) -> None:
     config = OptimizerConfig(
-        learning_rate=1.0, schedule=schedule, warmup_steps=warmup, final_scale=0.2
+        learning_rate=1.0, schedule=schedule, warmup_steps=warmup, final_scale=0.2, decay_share=0.5
     )
     rate = learning_rate(config, 8)
     found = [float(rate(jnp.int32(step))) for step in range(8)]
     assert_close(found, RATES[schedule, warmup], "float32", "backward")
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
 def test_a_run_of_one_step_trains_at_the_peak(schedule: Any) -> None:
     for warmup in (0, 1):
         rate = learning_rate(adamw(schedule=schedule, warmup_steps=warmup), 1)

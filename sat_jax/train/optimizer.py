@@ -69,6 +69,10 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Schedule:
             after = optax.linear_schedule(peak, peak * config.final_scale, rest)
         case "constant":
             after = optax.constant_schedule(peak)
+        case "wsd":  # warm-up, stable, decay (arXiv:2404.06395)
+            falling = min(rest, max(1, round(config.decay_share * steps)))
+            fall = optax.linear_schedule(peak, peak * config.final_scale, falling)
+            after = optax.join_schedules([optax.constant_schedule(peak), fall], [rest - falling])
     if not top:
         return after
     ramp = optax.linear_schedule(peak / warmup, peak, top)
