@@ -118,6 +118,7 @@ def valid(key: Key) -> st.SearchStrategy[Any]:
 # What they may be depends on other settings.
 DEPENDENT = {
     *("model.preset", "train.accumulate", "optimizer.warmup_steps", "optimizer.moments"),
+    "optimizer.decay_share",
     *("sparsity.split", "sparsity.rungs", "sparsity.aggregate", "sparsity.temperature"),
     *(
         "sparsity.dense_tokens",
@@ -171,6 +172,7 @@ BASE = {
 }
 NEEDS = {
     "model.kernels": {"sparsity.execution": "kernel", "sparsity.block": 64},
+    "optimizer.decay_share": {"optimizer.schedule": "wsd"},
     **{
         f"data.{name}_field": {"data.format": "prompt_completion"}
         for name in ("prompt", "completion")
