@@ -136,11 +136,14 @@ class OptimizerConfig:
     weight_decay: float = key(0.0, "decoupled, on matrices only", low=0.0)
     beta1: float = key(0.9, "decay of the first moment", low=0.0, high=0.9999)
     beta2: float = key(0.95, "decay of the second moment", low=0.0, high=0.99999)
+    momentum_dtype: Literal["float32", "bfloat16"] = key(
+        "float32", "of the first moment as it is kept between steps"
+    )
     clip_norm: float | None = key(1.0, "global gradient norm clipped to; None: never", low=0.0)
     moments: Literal["freeze", "decay"] = key(
         "freeze",
-        "omitted neurons: untouched (freeze), or updated with zero gradient (decay; not in"
-        " gather execution)",
+        "omitted neurons: untouched (freeze), or updated with zero gradient (decay; in mask"
+        " execution only)",
     )
     bias_correction: Literal["neuron", "global"] = key(
         "neuron", "Adam's step count: each neuron's own updates, or the run's steps"

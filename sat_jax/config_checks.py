@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 def check_sparsity(config: "Config") -> None:
     """Raises `UserError` for the first pair of settings that do not go together."""
     sparse = config.sparsity
-    if config.optimizer.moments == "decay" and sparse.execution == "gather":
+    if config.optimizer.moments == "decay" and sparse.execution != "mask":
         raise UserError(
-            "optimizer.moments 'decay' updates omitted neurons, which gather execution does not"
-            " hold; accepted: moments 'freeze', or sparsity.execution 'mask' or 'kernel'"
+            f"optimizer.moments 'decay' updates omitted neurons, which {sparse.execution} execution"
+            " does not; accepted: moments 'freeze', or sparsity.execution 'mask'"
         )
     if config.model.kernels is not None and sparse.execution != "kernel":
         raise UserError(

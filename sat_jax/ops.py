@@ -34,25 +34,36 @@ class BlockSparse(NamedTuple):
         return None
 
 
+class InPlace(NamedTuple):
+    """A matrix that is computed with where it lies, and its kept rows once more: the gradient is
+    theirs."""
+
+    whole: Float[Array, "F D"]
+    rows: Float[Array, "kept D"]
+
+
 def kept_swiglu(
     x: Float[Array, "*B D"],
-    gate: Float[Array, "F D"],
-    up: Float[Array, "F D"],
+    gate: InPlace,
+    up: InPlace,
     kept: Int[Array, " kept"],
     how: BlockSparse,
 ) -> Float[Array, "*B kept"]:
     """silu(x · gate)·(x · up) of the kept channels alone."""
-    return swiglu(x, gate, up, _pattern(kept, how), implementation=how.implementation)
+    return swiglu(
+        x,
+        *(gate.whole, up.whole, _pattern(kept, how)),
+        rows=(gate.rows, up.rows),
+        implementation=how.implementation,
+    )
 
 
 def kept_down(
-    a: Float[Array, "*B kept"],
-    down: Float[Array, "F D"],
-    kept: Int[Array, " kept"],
-    how: BlockSparse,
+    a: Float[Array, "*B kept"], down: InPlace, kept: Int[Array, " kept"], how: BlockSparse
 ) -> Float[Array, "*B D"]:
     """What the kept channels add to the residual stream."""
-    return row_matmul(a, down, _pattern(kept, how), implementation=how.implementation)
+    pattern = _pattern(kept, how)
+    return row_matmul(a, down.whole, pattern, rows=down.rows, implementation=how.implementation)
 
 
 def _pattern(kept: Int[Array, " kept"], how: BlockSparse) -> KeptRows:

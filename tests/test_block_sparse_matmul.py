@@ -173,6 +173,40 @@ def test_products_into_a_matrix(backend: str, ids: list[int]) -> None:
         assert_close(gradient, desired, "float32", "product")
 
 
+@pytest.mark.parametrize("name", ["column", "row", "swiglu"])
+@pytest.mark.parametrize("backend", ["xla", "pallas_tpu"])
+def test_gradients_of_kept_rows_alone(backend: str, name: str) -> None:
+    """`rows` have the gradient that the matrices would have there, and their values are unused."""
+    function, definition, taken = OPERATIONS[name]
+    pattern = kept_rows(jnp.array([0, 2, 3]), BLOCK)
+    given = operands(pattern, tokens=40, width=256)
+    x, *ws = (given[key] for key in taken)
+    at = reference.dense(jnp.arange(ROWS)[:, None], pattern)[:, 0]
+
+    def call(x: jax.Array, ws: list[jax.Array], rows: list[jax.Array]) -> jax.Array:
+        own = tuple(rows) if name == "swiglu" else rows[0]
+        return function(x, *ws, pattern, rows=own, implementation=backend)
+
+    found, back = jax.vjp(jax.jit(call), x, ws, [jnp.full_like(w[at], jnp.nan) for w in ws])
+    expected, expected_back = jax.vjp(lambda x, ws: definition(x, *ws, pattern), x, ws)
+    assert_close(found, expected, "float32", "product")
+    dy = normal(9, *found.shape)
+    dx, dws, drows = back(dy)
+    expected_dx, expected_dws = expected_back(dy)
+    assert_close(dx, expected_dx, "float32", "product")
+    for dw, drow, desired in zip(dws, drows, expected_dws, strict=True):
+        assert not np.any(dw)
+        assert_close(drow, desired[at], "float32", "product")
+
+
+def test_gradients_of_kept_rows_are_the_last() -> None:
+    def loss(x: jax.Array, rows: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(column_matmul(x, W, KEPT, rows=rows)))
+
+    with pytest.raises(TypeError, match="rows: gradients of kept rows cannot be differentiated"):
+        jax.grad(lambda x: jnp.sum(jax.grad(loss, 1)(x, W[:256])))(X)
+
+
 @given(
     st.integers(0, 70),
     st.sampled_from([128, 192, 256, 320]),
@@ -235,6 +269,12 @@ X, W, BLOCKS = jnp.zeros((4, 256)), jnp.zeros((512, 256)), jnp.zeros((2, BLOCK, 
         (lambda: sampled_matmul(X, X[:3], KEPT), "c: .*, expected the leading axes of a"),
         (lambda: sampled_matmul(X, X, KEPT, into=W[:, :9]), r"into: \[512, 9\], expected \[F, 256"),
         (lambda: sampled_matmul(X, X, MASK, into=W), "into: a BlockMask stores no other blocks"),
+        (
+            lambda: column_matmul(X, W, KEPT, rows=W),
+            r"rows: float32\[512, 256\], expected the kept",
+        ),
+        (lambda: swiglu(X, W, W, KEPT, rows=(W[:256], W)), r"rows: .*, float32\[256, 256\]"),
+        (lambda: row_matmul(X, BLOCKS, MASK, rows=X), "rows: a BlockMask stores no other blocks"),
         (lambda: kept_rows(jnp.zeros((2, 2), int), 128), r"ids: int32\[2, 2\], expected a list"),
         (lambda: kept_rows(jnp.zeros(2), 128), r"ids: float32\[2\], expected a list of integers"),
         (lambda: kept_rows(jnp.array([0]), 12), "block: 12, expected a multiple of 8"),

@@ -26,8 +26,8 @@ from tests.test_config import built, refusal
         ),
         (
             {"optimizer__moments": "decay"},
-            "optimizer.moments 'decay' updates omitted neurons, which gather execution does not"
-            " hold; accepted: moments 'freeze', or sparsity.execution 'mask' or 'kernel'",
+            "optimizer.moments 'decay' updates omitted neurons, which gather execution does not;"
+            " accepted: moments 'freeze', or sparsity.execution 'mask'",
         ),
         (
             {"model__kernels": "xla"},

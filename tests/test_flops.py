@@ -56,8 +56,7 @@ class Traced:
         kernels: BlockSparse | None = None,
     ):
         compute = Compute(remat=remat, kernels=kernels)
-        masked = kernels is not None
-        self.graph, self.values = abstract(config, segments, compute, masked)
+        self.graph, self.values = abstract(config, segments, compute)
         self.tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
         self.mask = jax.ShapeDtypeStruct((rows, length), jnp.bool_)
 

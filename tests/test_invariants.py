@@ -14,7 +14,14 @@ from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.params import abstract, bind, numbered
 from sat_jax.ops import BlockSparse
 from sat_jax.sparsity.masks import Masks, SegmentMasks
-from sat_jax.sparsity.neurons import compact, expand, keep_only, mask_values
+from sat_jax.sparsity.neurons import (
+    compact,
+    expand,
+    in_place_values,
+    keep_only,
+    mask_values,
+    take_kept,
+)
 from sat_jax.sparsity.plan import Plan, make_plan
 from tests.small_models import (
     CONFIGS,
@@ -66,9 +73,26 @@ def gathered(config: LlamaConfig, plan: Plan, masks: Masks, compute: Compute = C
 
 def masked(config: LlamaConfig, plan: Plan, masks: Masks, compute: Compute = Compute()) -> Result:
     """Gradients by path of the whole parameters, cut into the plan's segments."""
-    cut, _ = compact(random_params(config), nothing_omitted(plan), plan)
     graph, _ = abstract(config, plan.segments, compute, masked=True)
-    return run(graph, cut, mask_values(masks))
+    return run(graph, cut(config, plan), mask_values(masks))
+
+
+def in_place(config: LlamaConfig, plan: Plan, masks: Masks, kernels: BlockSparse) -> Result:
+    """By kernels. Gradients by path of the kept rows, whose values are not used in an MLP."""
+    graph, _ = abstract(config, plan.segments, Compute(kernels=kernels))
+    whole = cut(config, plan)
+    kept = take_kept(whole, masks)
+    unused = {
+        path: jnp.full_like(rows, jnp.nan)
+        for path, rows in kept.items()
+        if "/mlp/" in path and rows.shape != whole[path].shape
+    }
+    assert len(unused) == 3 * sum(mask.channels is not None for mask in masks)
+    return run(graph, kept | unused, in_place_values(whole, masks))
+
+
+def cut(config: LlamaConfig, plan: Plan) -> dict[str, Any]:
+    return compact(random_params(config), nothing_omitted(plan), plan)[0]
 
 
 def equal(one: Result, other: Result) -> None:
@@ -181,8 +205,8 @@ def test_mask_and_gather_agree_and_the_omitted_get_no_gradient(case: str) -> Non
         pytest.param("norm", "kv_group", BlockSparse(64), marks=pytest.mark.slow),
     ],
 )
-def test_kernels_and_mask_agree(name: str, unit: Any, kernels: BlockSparse) -> None:
-    """In gradients of the omitted (zero) too, one layer being dense."""
+def test_kernels_and_gather_agree(name: str, unit: Any, kernels: BlockSparse) -> None:
+    """One layer being dense."""
     config = dataclasses.replace(CONFIGS[name], d_ff=512)
     plan = make_plan(
         *(neurons(config), 0.5, 0.5),
@@ -192,10 +216,11 @@ def test_kernels_and_mask_agree(name: str, unit: Any, kernels: BlockSparse) -> N
         rescale=True,
     )
     masks = random_masks(config, plan)
-    by_kernel = masked(config, plan, masks, Compute(kernels=kernels))
-    by_mask = masked(config, plan, masks)
-    assert_close(by_kernel.logits, by_mask.logits, "float32", "forward")
-    for path, gradient in by_mask.gradients.items():
+    by_kernel = in_place(config, plan, masks, kernels)
+    by_gather = gathered(config, plan, masks)
+    assert_close(by_kernel.logits, by_gather.logits, "float32", "forward")
+    assert by_kernel.gradients.keys() == by_gather.gradients.keys()
+    for path, gradient in by_gather.gradients.items():
         assert_close(by_kernel.gradients[path], gradient, "float32", "backward")
 
 

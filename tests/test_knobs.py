@@ -135,6 +135,7 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "optimizer.weight_decay": (0.2, step, {}),
     "optimizer.beta1": (0.8, step, {}),
     "optimizer.beta2": (0.9, step, {}),
+    "optimizer.momentum_dtype": ("bfloat16", step, {}),
     "optimizer.clip_norm": (0.5, step, {}),
     "optimizer.moments": ("decay", step, {"sparsity.execution": "mask"}),
     "optimizer.bias_correction": ("global", step, {}),

@@ -115,7 +115,7 @@ def test_kernels_compute_what_a_layer_chooses() -> None:
     how = Live(Criteria("wanda"), plan.balance, plan.block)
     results = []
     for kernels in (None, BlockSparse(64, "xla")):
-        graph, _ = abstract(config, plan.segments, Compute(kernels=kernels), True, how)
+        graph, _ = abstract(config, plan.segments, Compute(kernels=kernels), live=how)
         (loss, _), gradients = differentiated(graph, params, {}, KEY)
         results.append((loss, gradients))
     (loss, gradients), (expected, reference) = results

@@ -161,6 +161,25 @@ def test_lion_by_hand() -> None:
         assert_close(second[path], -0.1 * direction, "float32", "backward")
 
 
+@pytest.mark.parametrize(
+    "rule", [{}, {"bias_correction": "global"}, {"name": "lion", "beta2": 0.99}]
+)
+def test_the_first_moment_alone_is_kept_in_bfloat16(rule: Any) -> None:
+    """And moves as one in float32 does, but for what the rounding of it costs."""
+    params, grads = random_tree(0), [random_tree(seed) for seed in (1, 2)]
+    half = adamw(momentum_dtype="bfloat16", **rule)
+    state = make_optimizer(half, 9).init(params)
+    _, state = make_optimizer(half, 9).update(grads[0], state, params)
+    sizes = [leaf.dtype for leaf in jax.tree.leaves(state) if leaf.dtype != jnp.int32]
+    assert sizes.count(jnp.bfloat16) == len(SHAPES)
+    assert sizes.count(jnp.float32) == len(SHAPES) * ("name" not in rule)
+    expected = updates(adamw(**rule), grads, params)
+    for found, whole in zip(updates(half, grads, params), expected, strict=True):
+        for path in SHAPES:
+            assert found[path].dtype == jnp.float32
+            assert_close(found[path], whole[path], "bfloat16", "backward")
+
+
 def cosine(share: float) -> float:
     return 0.2 + 0.8 * (1 + math.cos(math.pi * share)) / 2
 

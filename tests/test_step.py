@@ -13,7 +13,9 @@ import pytest
 
 from sat_jax.config import OptimizerConfig
 from sat_jax.models.live import Live
+from sat_jax.models.llama import Compute
 from sat_jax.models.params import abstract, bind, numbered, whole
+from sat_jax.ops import BlockSparse
 from sat_jax.sparsity.masks import Criteria, Masks, SegmentMasks
 from sat_jax.sparsity.neurons import keep_only
 from sat_jax.sparsity.plan import Plan, Segment, make_plan
@@ -49,6 +51,7 @@ def compiled(
     freeze: bool,
     microbatches: int,
     live: Live | None = None,
+    kernels: BlockSparse | None = None,
 ) -> Step:
     """The step of one execution, jitted; compiled once for all tests."""
     settings = StepSettings(
@@ -59,8 +62,9 @@ def compiled(
         stats_decay=STATS_DECAY,
         freeze=freeze,
         seed=3 if live else None,
+        in_place=kernels is not None,
     )
-    graph, _ = abstract(CONFIG, segments, masked=masked, live=live)
+    graph, _ = abstract(CONFIG, segments, Compute(kernels=kernels), masked, live)
     return jax.jit(make_step(graph, settings))
 
 
@@ -96,9 +100,11 @@ def train(
     batches: range,
     masked: bool = False,
     freeze: bool = True,
+    kernels: BlockSparse | None = None,
 ) -> TrainState:
     """The whole state after a step on each of `batches`, between one compact and one expand."""
-    step = compiled(plan.segments, masked, freeze, 1)
+    step = compiled(plan.segments, masked, freeze, 1, kernels=kernels)
+    masked = masked or kernels is not None
     gathered = cut_only(plan) if masked else masks
     state, resting = enter(begin, gathered, plan=plan)
     stats = no_statistics()
@@ -152,7 +158,7 @@ def changes(before: TrainState, after: TrainState, masks: Masks) -> dict[str, An
     found = {}
     for name, values in keyed(before).items():
         moved = {p: np.asarray(v != keyed(after)[name][p]) for p, v in values.items()}
-        moved = numbered(moved)
+        moved = numbered(moved) if "layers/mlp/gate" in moved else moved
         nothing = {path: np.zeros_like(m) for path, m in moved.items()}
         kept, omitted = keep(moved, nothing, masks), keep(nothing, moved, masks)
         found[name] = {p: (bool(np.any(kept[p])), bool(np.any(omitted[p]))) for p in moved}
@@ -191,6 +197,28 @@ def test_gather_and_mask_train_alike_over_a_refresh() -> None:
     close(*results)
     counts = np.asarray(keyed(results[0])["counts"]["layers/mlp/gate"])
     assert set(counts.flat) == {1, 3, 4, 6}  # a channel is kept by none, one or both masks
+
+
+@pytest.mark.parametrize("unit", ["kv_group", pytest.param("query_head", marks=pytest.mark.slow)])
+def test_kernels_train_as_gather_does(unit: Any) -> None:
+    """In place: neither of the omitted nor of a dense layer's does a bit get lost."""
+    kernels = BlockSparse(8, "xla")
+    plan = make_plan(*(neurons(CONFIG), 0.5, 0.5), attention_unit=unit, block=8, dense_layers=(0,))
+    one, other = (random_masks(CONFIG, plan, seed) for seed in (1, 2))
+    results = []
+    for how in (None, kernels):
+        state = train(plain(1), plan, one, range(1, 3), kernels=how)
+        results.append(train(state, plan, other, range(3, 5), kernels=how))
+    close(*results)
+    begin = plain(1)
+    after = train(begin, plan, one, range(1, 3), kernels=kernels)
+    for paths in changes(cut(begin, plan), cut(after, plan), one).values():
+        for path, moved in paths.items():
+            assert moved == (True, False), path
+
+
+def cut(state: TrainState, plan: Plan) -> TrainState:
+    return compact_state(state, cut_only(plan), plan)[0]
 
 
 # --- 3. what is omitted does not move ---

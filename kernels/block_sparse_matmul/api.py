@@ -27,32 +27,47 @@ from kernels.block_sparse_matmul.patterns import BlockMask, KeptRows, Pattern, c
 
 
 def column_matmul(
-    x: Float[Array, "*B D"], w: Array, pattern: Pattern, *, implementation: str | None = None
+    x: Float[Array, "*B D"],
+    w: Array,
+    pattern: Pattern,
+    *,
+    rows: Float[Array, "N D"] | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "*B N"]:
     """x · Wᵀ: of each row of W that takes part its product with x.
 
-    `w` is `[F, D]` and N the kept rows, or `[nonzero, block, block]` and N all rows.
+    `w` is `[F, D]` and N the kept rows, or `[nonzero, block, block]` and N all rows. `rows`: the
+    kept rows of `w` once more. They take no part, but the gradient is theirs, as large as they are,
+    and `w` has none.
     """
     x, w = jnp.asarray(x), jnp.asarray(w)
-    rows, columns = _sizes("w", w, pattern)
+    height, columns = _sizes("w", w, pattern)
     _check("x", x, columns, w.dtype)
+    own = _rows((w,), None if rows is None else (rows,), pattern)
     backend = choose(implementation, x.dtype, columns, pattern.block)
     if _nothing(x, pattern):
-        return jnp.zeros((*x.shape[:-1], rows), x.dtype)
-    return _leading(vjp.column(backend, _flat(x), w, pattern), x)
+        return jnp.zeros((*x.shape[:-1], height), x.dtype)
+    return _leading(vjp.column(backend, _flat(x), w, pattern, own), x)
 
 
 def row_matmul(
-    x: Float[Array, "*B N"], w: Array, pattern: Pattern, *, implementation: str | None = None
+    x: Float[Array, "*B N"],
+    w: Array,
+    pattern: Pattern,
+    *,
+    rows: Float[Array, "N D"] | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "*B D"]:
-    """x · W over the rows of W that take part; shapes as in `column_matmul`, the other way."""
+    """x · W over the rows of W that take part; shapes and `rows` as in `column_matmul`, the other
+    way."""
     x, w = jnp.asarray(x), jnp.asarray(w)
-    rows, columns = _sizes("w", w, pattern)
-    _check("x", x, rows, w.dtype)
+    height, columns = _sizes("w", w, pattern)
+    _check("x", x, height, w.dtype)
+    own = _rows((w,), None if rows is None else (rows,), pattern)
     backend = choose(implementation, x.dtype, columns, pattern.block)
     if _nothing(x, pattern):
         return jnp.zeros((*x.shape[:-1], columns), x.dtype)
-    return _leading(vjp.row(backend, (_flat(x),), (w,), pattern), x)
+    return _leading(vjp.row(backend, (_flat(x),), (w,), pattern, own), x)
 
 
 def sampled_matmul(
@@ -95,24 +110,26 @@ def swiglu(
     up: Array,
     pattern: Pattern,
     *,
+    rows: tuple[Float[Array, "N D"], Float[Array, "N D"]] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "*B N"]:
-    """silu(x · Gᵀ) · (x · Uᵀ). Shapes as in `column_matmul`.
+    """silu(x · Gᵀ) · (x · Uᵀ). Shapes and `rows`, of gate and up, as in `column_matmul`.
 
     The backward pass computes both products once more instead of keeping them; the Pallas backends
     never write them to memory.
     """
     x, gate, up = jnp.asarray(x), jnp.asarray(gate), jnp.asarray(up)
-    rows, columns = _sizes("gate", gate, pattern)
+    height, columns = _sizes("gate", gate, pattern)
     if up.shape != gate.shape or up.dtype != gate.dtype:
         raise ValueError(
             f"up: {up.dtype}{list(up.shape)}, expected as gate, {gate.dtype}{list(gate.shape)}"
         )
     _check("x", x, columns, gate.dtype)
+    own = _rows((gate, up), rows, pattern)
     backend = choose(implementation, x.dtype, columns, pattern.block)
     if _nothing(x, pattern):
-        return jnp.zeros((*x.shape[:-1], rows), x.dtype)
-    return _leading(vjp.swiglu(backend, _flat(x), gate, up, pattern), x)
+        return jnp.zeros((*x.shape[:-1], height), x.dtype)
+    return _leading(vjp.swiglu(backend, _flat(x), gate, up, pattern, own), x)
 
 
 def _sizes(name: str, w: Array, pattern: Pattern) -> tuple[int, int]:
@@ -135,6 +152,23 @@ def _sizes(name: str, w: Array, pattern: Pattern) -> tuple[int, int]:
         )
     check_ids(pattern, w.shape[0] // block)
     return pattern.kept, w.shape[1]
+
+
+def _rows(
+    ws: tuple[Array, ...], rows: tuple[Array, ...] | None, pattern: Pattern
+) -> tuple[Array, ...] | None:
+    """Kept rows that fit the matrices they are of."""
+    if rows is None:
+        return None
+    if isinstance(pattern, BlockMask):
+        raise ValueError("rows: a BlockMask stores no other blocks; accepted with kept rows")
+    for w, own in zip(ws, rows, strict=True):
+        if own.shape != (pattern.kept, w.shape[1]) or own.dtype != w.dtype:
+            raise ValueError(
+                f"rows: {own.dtype}{list(own.shape)}, expected the kept rows,"
+                f" {w.dtype}{[pattern.kept, w.shape[1]]}"
+            )
+    return rows
 
 
 def _check(name: str, x: Array, width: int, dtype: jnp.dtype) -> None:

@@ -3,7 +3,8 @@ differentiated again; that of SwiGLU is fused by the Pallas backends, and there 
 
 `backend` is the name of an implementation, `pattern` whatever the operations take; of its integers
 there is no gradient. The gradient of weights `[F, D]` of which some rows are kept is `[F, D]`, zero
-elsewhere.
+elsewhere; or, where `rows` are given, which are these kept rows once more, `[kept, D]` and theirs:
+nothing of the size of F is made, and it cannot be differentiated again.
 """
 
 import functools
@@ -16,45 +17,55 @@ from jaxtyping import Array
 from kernels.block_sparse_matmul.backends import BACKENDS
 from kernels.block_sparse_matmul.patterns import KeptRows, Pattern
 
+Rows = tuple[Array, ...] | None
+
 _differentiable = functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 
 
 @_differentiable
-def column(backend: str, x: Array, w: Array, pattern: Pattern) -> Array:
+def column(backend: str, x: Array, w: Array, pattern: Pattern, rows: Rows) -> Array:
     """x · Wᵀ."""
+    del rows
     return BACKENDS[backend].column(x, w, pattern)
 
 
-def _column_forward(backend: str, x: Array, w: Array, pattern: Pattern) -> Any:
-    return column(backend, x, w, pattern), (x, w, pattern)
+def _column_forward(backend: str, x: Array, w: Array, pattern: Pattern, rows: Rows) -> Any:
+    return column(backend, x, w, pattern, rows), (x, w, pattern, _given(rows))
 
 
 def _column_backward(backend: str, kept: Any, dy: Array) -> Any:
-    x, w, pattern = kept
-    dx = row(backend, (dy,), (w,), pattern)
-    return dx, _of_weights(backend, dy, x, w, pattern), None
+    x, w, pattern, given = kept
+    x, dy = _last((x, dy), given)
+    dx = row(backend, (dy,), (w,), pattern, None)
+    (dw,), drows = _of_weights(backend, ((dy, x, w),), pattern, given)
+    return dx, dw, None, drows
 
 
 column.defvjp(_column_forward, _column_backward)
 
 
 @_differentiable
-def row(backend: str, xs: tuple[Array, ...], ws: tuple[Array, ...], pattern: Pattern) -> Array:
+def row(
+    backend: str, xs: tuple[Array, ...], ws: tuple[Array, ...], pattern: Pattern, rows: Rows
+) -> Array:
     """Σ of x · W over pairs."""
+    del rows
     return BACKENDS[backend].row(xs, ws, pattern)
 
 
 def _row_forward(
-    backend: str, xs: tuple[Array, ...], ws: tuple[Array, ...], pattern: Pattern
+    backend: str, xs: tuple[Array, ...], ws: tuple[Array, ...], pattern: Pattern, rows: Rows
 ) -> Any:
-    return row(backend, xs, ws, pattern), (xs, ws, pattern)
+    return row(backend, xs, ws, pattern, rows), (xs, ws, pattern, _given(rows))
 
 
 def _row_backward(backend: str, kept: Any, dy: Array) -> Any:
-    xs, ws, pattern = kept
-    dxs = tuple(column(backend, dy, w, pattern) for w in ws)
-    dws = tuple(_of_weights(backend, x, dy, w, pattern) for x, w in zip(xs, ws, strict=True))
-    return dxs, dws, None
+    xs, ws, pattern, given = kept
+    xs, dy = _last((xs, dy), given)
+    dxs = tuple(column(backend, dy, w, pattern, None) for w in ws)
+    triples = tuple((x, dy, w) for x, w in zip(xs, ws, strict=True))
+    dws, drows = _of_weights(backend, triples, pattern, given)
+    return dxs, dws, None, drows
 
 
 row.defvjp(_row_forward, _row_backward)
@@ -75,7 +86,8 @@ def _sampled_backward(backend: str, kept: Any, ds: Array) -> Any:
     if isinstance(pattern, KeptRows) and not inside:
         return (c @ ds.T).astype(a.dtype), (a @ ds).astype(c.dtype), None, None
     factors = ds.astype(a.dtype)
-    da, dc = column(backend, c, factors, pattern), row(backend, (a,), (factors,), pattern)
+    da = column(backend, c, factors, pattern, None)
+    dc = row(backend, (a,), (factors,), pattern, None)
     if not inside:
         return da, dc, None, None
     blocks = ds.reshape(-1, pattern.block, ds.shape[1])
@@ -86,27 +98,62 @@ sampled.defvjp(_sampled_forward, _sampled_backward)
 
 
 @_differentiable
-def swiglu(backend: str, x: Array, gate: Array, up: Array, pattern: Pattern) -> Array:
+def swiglu(backend: str, x: Array, gate: Array, up: Array, pattern: Pattern, rows: Rows) -> Array:
     """silu(x · Gᵀ) · (x · Uᵀ)."""
+    del rows
     return BACKENDS[backend].swiglu(x, gate, up, pattern)
 
 
-def _swiglu_forward(backend: str, x: Array, gate: Array, up: Array, pattern: Pattern) -> Any:
-    return swiglu(backend, x, gate, up, pattern), (x, gate, up, pattern)
+def _swiglu_forward(
+    backend: str, x: Array, gate: Array, up: Array, pattern: Pattern, rows: Rows
+) -> Any:
+    made = swiglu(backend, x, gate, up, pattern, rows)
+    return made, (x, gate, up, pattern, _given(rows))
 
 
 def _swiglu_backward(backend: str, kept: Any, dh: Array) -> Any:
-    x, gate, up, pattern = kept
+    x, gate, up, pattern, given = kept
+    x, dh = _last((x, dh), given)
     dg, du = BACKENDS[backend].swiglu_gradients(x, gate, up, dh, pattern)
-    dx = row(backend, (dg, du), (gate, up), pattern)
-    dgate = _of_weights(backend, dg, x, gate, pattern)
-    dup = _of_weights(backend, du, x, up, pattern)
-    return dx, dgate, dup, None
+    dx = row(backend, (dg, du), (gate, up), pattern, None)
+    triples = ((dg, x, gate), (du, x, up))
+    (dgate, dup), drows = _of_weights(backend, triples, pattern, given)
+    return dx, dgate, dup, None, drows
 
 
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
-def _of_weights(backend: str, a: Array, c: Array, w: Array, pattern: Pattern) -> Array:
-    into = jnp.zeros_like(w) if isinstance(pattern, KeptRows) else None
-    return sampled(backend, a, c, pattern, into).astype(w.dtype)
+def _given(rows: Rows) -> tuple[()] | None:
+    """Whether there are rows, as what a backward pass may keep: their values would be a copy."""
+    return None if rows is None else ()
+
+
+def _of_weights(
+    backend: str,
+    triples: tuple[tuple[Array, Array, Array], ...],
+    pattern: Pattern,
+    given: tuple[()] | None,
+) -> tuple[tuple[Array | None, ...], Rows]:
+    """Of each (a, c, w) the gradient aᵀ · c of w, and of its rows: one of both is None."""
+    whole = isinstance(pattern, KeptRows) and given is None
+    found = tuple(
+        sampled(backend, a, c, pattern, jnp.zeros_like(w) if whole else None).astype(w.dtype)
+        for a, c, w in triples
+    )
+    return (found, None) if given is None else ((None,) * len(triples), found)
+
+
+def _last(values: Any, given: tuple[()] | None) -> Any:
+    return values if given is None else jax.tree.map(_never_again, values)
+
+
+@jax.custom_jvp
+def _never_again(x: Array) -> Array:
+    """x, which refuses to be differentiated: `rows` would be forgotten."""
+    return x
+
+
+@_never_again.defjvp
+def _refuse(_primals: Any, _tangents: Any) -> Any:
+    raise TypeError("rows: gradients of kept rows cannot be differentiated again; accepted: None")

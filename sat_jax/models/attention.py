@@ -6,7 +6,6 @@ group is taking rows, and multi-head attention is the case of one query head a g
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -103,33 +102,9 @@ class Attention(nnx.Module):
         groups, heads = o_BTKGE.shape[2:4]
         return o_BTKGE * _keep_KG(self.kept_heads[...], groups, heads, o_BTKGE.dtype)[..., None]
 
-    def gathered(self) -> "Attention":
-        """One layer's module with the kept heads' weights alone, where `kept_heads` says which."""
-        if self.kept_heads is None:
-            return self
-        kept = self.kept_heads[...]
-        small: Attention = nnx.merge(*nnx.split(self))
-        small.kept_heads = None
-        names = ["query", "output", "query_bias"]
-        if kept.ndim == 1:  # whole groups
-            names += ["key", "value", "key_bias", "value_bias"]
-        for name in names:
-            if (whole := getattr(self, name)) is not None:
-                setattr(small, name, nnx.Param(_take(whole[...], kept)))
-        return small
-
     def combine(self, o_BTKGE: Float[Array, "B T K G E"]) -> Float[Array, "B T D"]:
         """What the heads add to the residual stream."""
         return self.scale * jnp.einsum("BTKGE,KGED->BTD", o_BTKGE, self.output[...])
-
-
-def _take(whole: Array, kept: Int[Array, "*K kept"]) -> Array:
-    """Kept groups, or kept query heads within each group."""
-    if kept.ndim > 1:
-        return jax.vmap(_take)(whole, kept)
-    return whole.at[kept].get(
-        mode="promise_in_bounds", indices_are_sorted=True, unique_indices=True
-    )
 
 
 def _with_bias(x: Array, bias: nnx.Param | None) -> Array:

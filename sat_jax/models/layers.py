@@ -13,6 +13,10 @@ class Mask(nnx.Variable):
     """Indices of kept neurons, int32, sorted and unique; never trained, never a `Param`."""
 
 
+class Whole(nnx.Variable):
+    """Whole matrices of which a module's parameters are kept rows; never trained themselves."""
+
+
 def rms_norm(
     x: Float[Array, "*lead D"], scale: Float[Array, " D"], eps: float
 ) -> Float[Array, "*lead D"]:

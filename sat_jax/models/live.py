@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from sat_jax.models.attention import Attention
 from sat_jax.models.layers import Mask
 from sat_jax.models.llama_config import LlamaConfig
-from sat_jax.models.mlp import MLP
+from sat_jax.models.mlp import MLP, WholeMLP
 from sat_jax.models.observe import attention_input, mlp_input
 from sat_jax.sparsity.importance import METRICS
 from sat_jax.sparsity.masks import Criteria, SegmentMasks, choose
@@ -30,6 +30,7 @@ from sat_jax.sparsity.statistics import Statistics
 Module = TypeVar("Module", Attention, MLP)
 
 _SAVED = "kept neurons"
+_MATRICES = ("gate", "up", "down")
 
 
 class _Part(NamedTuple):
@@ -83,6 +84,9 @@ class LayerChoice:
         module = _copy(whole) if self.masked else self._gathered(whole, mask)
         if self.masked:
             setattr(module, f"kept_{self.part.neurons}", nnx.data(Mask(kept)))
+        elif isinstance(module, MLP) and module.kernels is not None:
+            matrices = (jax.lax.stop_gradient(getattr(whole, name)[...]) for name in _MATRICES)
+            module.whole = nnx.data(WholeMLP(kept, module.kernels, *matrices))
         return module, kept
 
     def _choose(

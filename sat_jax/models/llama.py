@@ -32,8 +32,8 @@ class Compute:
 
     `remat`: what the backward pass finds saved: `none` everything, `dots` matmul outputs, `full`
     each layer's input only. `loss_chunk`: positions of each row whose logits exist at once.
-    `attention`: a backend by name, or None to choose by platform. `kernels`: a masked model's
-    omitted neurons are left out, not multiplied by 0.
+    `attention`: a backend by name, or None to choose by platform. `kernels`: they compute with
+    kept channels where these lie in the whole matrices (see `MLP`); not of a masked model.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -68,7 +68,6 @@ class Block(nnx.Module):
         self.attention = Attention(config, segment, **kind)
         self.mlp_norm = nnx.Param(jnp.ones((segment.layers, config.d_model)))
         self.mlp = MLP(config, segment, kernels=kernels, **kind)
-        self.gathers_heads = kernels is not None
         rest = dataclasses.replace(segment, channels=config.d_ff - segment.channels)
         apart = segment.dense_tokens and not masked
         self.omitted = MLP(config, rest, rngs=rngs) if apart else None
@@ -94,8 +93,6 @@ class Block(nnx.Module):
         if self.choose_heads is not None:
             attention, heads = self.choose_heads(attention, normed, weight_BT, key)
             kept = kept._replace(heads=heads)
-        if self.gathers_heads:
-            attention = attention.gathered()
         o_BTKGE = attention.mix(normed, rows, implementation)
         if gates is not None:
             o_BTKGE *= gates.heads[None, None, :, :, None].astype(o_BTKGE.dtype)
@@ -155,11 +152,10 @@ class Llama(nnx.Module):
     ):
         self.config = config
         self.compute = compute
-        kernels = compute.kernels if masked else None
         self.embed = nnx.Param(normal(rngs, (config.vocab_size, config.d_model), 0.02))
         self.layers = nnx.List(
             [
-                Block(config, segment, masked=masked, live=live, kernels=kernels, rngs=rngs)
+                Block(config, segment, masked=masked, live=live, kernels=compute.kernels, rngs=rngs)
                 for segment in segments or (config.dense,)
             ]
         )

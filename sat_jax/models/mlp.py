@@ -5,18 +5,29 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from sat_jax.models.layers import Mask, indicator, normal
+from sat_jax.models.layers import Mask, Whole, indicator, normal
 from sat_jax.models.llama_config import LlamaConfig
-from sat_jax.ops import BlockSparse, kept_down, kept_swiglu
+from sat_jax.ops import BlockSparse, InPlace, kept_down, kept_swiglu
 from sat_jax.sparsity.plan import Segment
+
+
+class WholeMLP(nnx.Module):
+    """Whole matrices `[L, d_ff, D]`, or one layer's, in which kernels find the kept channels where
+    they lie."""
+
+    def __init__(self, kept: Array, how: BlockSparse, gate: Array, up: Array, down: Array):
+        self.gate, self.up, self.down = Whole(gate), Whole(up), Whole(down)
+        self.kept = Mask(kept)
+        self.how = how
 
 
 class MLP(nnx.Module):
     """MLP weights of the layers of one segment: `gate`, `up` and `down` are `[L, F, D]`.
 
-    F is the number of kept channels; in mask and kernel execution F stays whole and `kept_channels`
+    F is the number of kept channels; in mask execution F stays whole and `kept_channels`
     `[L, kept]` holds the kept indices. `live`: F stays whole, and what is kept is chosen later (see
-    `models.live`). `kernels`: the kept channels alone are computed, not all and multiplied by 0/1.
+    `models.live`). `kernels`: they compute with `whole`, of which `gate`, `up` and `down` are the
+    kept rows and no more than what has the gradient.
     """
 
     def __init__(
@@ -29,7 +40,8 @@ class MLP(nnx.Module):
         kernels: BlockSparse | None = None,
         rngs: nnx.Rngs,
     ):
-        masked = masked and not live and segment.channels < config.d_ff
+        told = not live and segment.channels < config.d_ff
+        masked = told and masked
         kept_shape = (segment.layers, segment.channels)
         shape = (
             segment.layers,
@@ -42,20 +54,22 @@ class MLP(nnx.Module):
         kept = jnp.broadcast_to(jnp.arange(segment.channels, dtype=jnp.int32), kept_shape)
         self.kept_channels = Mask(kept) if masked else None
         self.kernels = kernels
+        whole = jnp.zeros((segment.layers, config.d_ff, config.d_model))
+        self.whole = WholeMLP(kept, kernels, whole, whole, whole) if kernels and told else None
         self.scale = config.d_ff / segment.channels if segment.rescale else 1.0
 
     def activate(
         self, x_BTD: Float[Array, "B T D"], whole_BT: Bool[Array, "B T"] | None = None
     ) -> Float[Array, "B T F"]:
-        """Each channel's activation silu(x·gate)·(x·up) of one layer (the L axis taken away), in
-        kernel execution that of the kept ones.
+        """Each channel's activation silu(x·gate)·(x·up) of one layer (the L axis taken away).
 
         `whole_BT`: tokens for which mask execution omits nothing.
         """
-        if self.kernels is not None and self.kept_channels is not None:
+        if self.whole is not None:
             assert whole_BT is None, "kernels omit the same for all tokens"
-            kept = self.kept_channels[...]
-            return kept_swiglu(x_BTD, self.gate[...], self.up[...], kept, self.kernels)
+            gate = InPlace(self.whole.gate[...], self.gate[...])
+            up = InPlace(self.whole.up[...], self.up[...])
+            return kept_swiglu(x_BTD, gate, up, self.whole.kept[...], self.whole.how)
         gate_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, self.gate[...])
         up_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, self.up[...])
         a_BTF = jax.nn.silu(gate_BTF) * up_BTF
@@ -68,7 +82,7 @@ class MLP(nnx.Module):
 
     def combine(self, a_BTF: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
         """What the channels add to the residual stream."""
-        if self.kernels is not None and self.kept_channels is not None:
-            kept = self.kept_channels[...]
-            return self.scale * kept_down(a_BTF, self.down[...], kept, self.kernels)
+        if self.whole is not None:
+            down = InPlace(self.whole.down[...], self.down[...])
+            return self.scale * kept_down(a_BTF, down, self.whole.kept[...], self.whole.how)
         return self.scale * jnp.einsum("BTF,FD->BTD", a_BTF, self.down[...])

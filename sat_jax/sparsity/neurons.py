@@ -7,7 +7,7 @@ segments (`layers/0/mlp/gate`). What no segment gathers is moved, not copied. In
 dense tokens the omitted channels are a second, smaller MLP (`layers/0/omitted/gate`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -48,8 +48,8 @@ def compact(
             if indices is not None:
                 if _splits(path, segment):
                     others = _others(indices, value.shape[1])
-                    small[_omitted_path(path, number)] = _take(part, others, plan)
-                part = _take(part, indices, plan)
+                    small[_omitted_path(path, number)] = _take(part, others, plan.balance)
+                part = _take(part, indices, plan.balance)
             small[_segment_path(path, number)] = part
         if any(indices is not None for indices in kept):
             resting[path] = value
@@ -94,8 +94,9 @@ def _write_back(
             continue
         if _splits(path, segment):
             others = _others(indices, whole.shape[1])
-            whole = _put(whole, small[_omitted_path(path, number)], others, segment, plan)
-        whole = _put(whole, part, indices, segment, plan)
+            omitted = small[_omitted_path(path, number)]
+            whole = _put(whole, omitted, others, segment.start, plan.balance)
+        whole = _put(whole, part, indices, segment.start, plan.balance)
     return whole
 
 
@@ -123,13 +124,40 @@ def mask_values(masks: Masks) -> dict[str, Array]:
     return values
 
 
+def in_place_values(cut: Mapping[str, Array], masks: Masks) -> dict[str, Array]:
+    """Of a tree cut into segments what kernels compute with, by the paths of the modules'
+    variables: kept channels, and the whole matrices that these are rows of."""
+    values: dict[str, Array] = {}
+    for path, value, kept in _with_kept(cut, masks):
+        if kept is not None and _leaf(path) in _CHANNEL_LEAVES:
+            whole = f"{path.rpartition('/')[0]}/whole"
+            values |= {f"{whole}/kept": kept, f"{whole}/{_leaf(path)}": value}
+    return values
+
+
+def take_kept(cut: Mapping[str, Array], masks: Masks) -> dict[str, Array]:
+    """Of a tree cut into segments the kept rows: what `compact` makes of a whole tree."""
+    return {
+        path: value if kept is None else _take(value, kept)
+        for path, value, kept in _with_kept(cut, masks)
+    }
+
+
+def put_kept(
+    small: Mapping[str, Array], cut: Mapping[str, Array], masks: Masks
+) -> dict[str, Array]:
+    """A tree cut into segments with the rows of `take_kept` written back, in place where its
+    buffers are given up."""
+    return {
+        path: small[path] if kept is None else _put(value, small[path], kept)
+        for path, value, kept in _with_kept(cut, masks)
+    }
+
+
 def keep_only(new: Mapping[str, Array], old: Mapping[str, Array], masks: Masks) -> dict[str, Array]:
     """`new` where a neuron is kept and `old` where it is omitted, for trees cut into segments."""
     merged: dict[str, Array] = {}
-    for path, value in new.items():
-        indices = (
-            _kept(path, masks[int(path.split("/")[1])]) if path.startswith("layers/") else None
-        )
+    for path, value, indices in _with_kept(new, masks):
         if indices is not None:
             lead = indices.ndim - 1
             nothing = jnp.zeros(value.shape[: lead + 1], bool)
@@ -171,19 +199,32 @@ _PROMISES: dict[str, Any] = {
 }
 
 
-def _take(value: Array, indices: Int[Array, "L *K kept"], plan: Plan) -> Array:
+def _with_kept(
+    cut: Mapping[str, Array], masks: Masks
+) -> Iterator[tuple[str, Array, Int[Array, "L *K kept"] | None]]:
+    """Every entry of a tree cut into segments, with the kept indices as `_kept` gives them."""
+    for path, value in cut.items():
+        told = masks[int(path.split("/")[1])] if path.startswith("layers/") else None
+        yield path, value, None if told is None else _kept(path, told)
+
+
+def _take(value: Array, indices: Int[Array, "L *K kept"], balance: int = 1) -> Array:
     """The kept rows along the neuron axis."""
-    rows, local = _in_parts(value, indices, plan)
+    rows, local = _in_parts(value, indices, balance)
     taken = jax.vmap(jax.vmap(lambda w, i: w.at[i].get(**_PROMISES)))(rows, local)
     return taken.reshape(*indices.shape, *value.shape[indices.ndim :])
 
 
 def _put(
-    whole: Array, kept: Array, indices: Int[Array, "L *K kept"], segment: Segment, plan: Plan
+    whole: Array,
+    kept: Array,
+    indices: Int[Array, "L *K kept"],
+    start: int = 0,
+    balance: int = 1,
 ) -> Array:
-    """`whole`, of all layers, with the kept rows of a segment replaced."""
-    rows, local = _in_parts(whole, indices, plan)
-    layer = jax.lax.broadcasted_iota(local.dtype, local.shape, 0) + segment.start
+    """`whole` with the kept rows of the layers from `start` on replaced."""
+    rows, local = _in_parts(whole, indices, balance)
+    layer = jax.lax.broadcasted_iota(local.dtype, local.shape, 0) + start
     put = jax.lax.scatter(
         rows,
         jnp.stack([layer, local], axis=-1),
@@ -201,7 +242,7 @@ def _put(
 
 
 def _in_parts(
-    value: Array, indices: Int[Array, "L *K kept"], plan: Plan
+    value: Array, indices: Int[Array, "L *K kept"], balance: int
 ) -> tuple[Array, Int[Array, "L P kept"]]:
     """Rows `[L, parts, rows, ...]` and indices `[L, parts, kept]` local to each part; `value` may
     have more layers than `indices`.
@@ -212,8 +253,8 @@ def _in_parts(
     """
     if indices.ndim == 3:
         return value, indices
-    size = value.shape[1] // plan.balance
-    local = indices.reshape(len(indices), plan.balance, indices.shape[1] // plan.balance)
-    offsets = jnp.arange(plan.balance, dtype=indices.dtype) * size
-    rows = value.reshape(len(value), plan.balance, size, *value.shape[2:])
+    size = value.shape[1] // balance
+    local = indices.reshape(len(indices), balance, indices.shape[1] // balance)
+    offsets = jnp.arange(balance, dtype=indices.dtype) * size
+    rows = value.reshape(len(value), balance, size, *value.shape[2:])
     return rows, local - offsets[None, :, None]

@@ -30,20 +30,22 @@ class NeuronAdamState(NamedTuple):
     nu: dict[str, Array]
 
 
-def scale_by_neuron_adam(beta1: float, beta2: float) -> optax.GradientTransformation:
+def scale_by_neuron_adam(
+    beta1: float, beta2: float, momentum_dtype: str = "float32"
+) -> optax.GradientTransformation:
     """Adam (arXiv:1412.6980) whose bias correction counts each neuron's own updates."""
 
     def init(params: Mapping[str, Array]) -> NeuronAdamState:
         counts = {p: jnp.zeros(x.shape[: neuron_axes(p)], jnp.int32) for p, x in params.items()}
-        zeros = jax.tree.map(jnp.zeros_like, dict(params))
-        return NeuronAdamState(counts, zeros, jax.tree.map(jnp.zeros_like, dict(params)))
+        mu = {p: jnp.zeros_like(x, momentum_dtype) for p, x in params.items()}
+        return NeuronAdamState(counts, mu, jax.tree.map(jnp.zeros_like, dict(params)))
 
     def update(
         grads: Mapping[str, Array], state: NeuronAdamState, params: Any = None
     ) -> tuple[dict[str, Array], NeuronAdamState]:
         del params
         count = {path: n + 1 for path, n in state.counts.items()}
-        mu = {p: beta1 * state.mu[p] + (1 - beta1) * g for p, g in grads.items()}
+        mu = {p: beta1 * state.mu[p].astype(g.dtype) + (1 - beta1) * g for p, g in grads.items()}
         nu = {p: beta2 * state.nu[p] + (1 - beta2) * g * g for p, g in grads.items()}
         updates = {}
         for path, n in count.items():
@@ -51,6 +53,7 @@ def scale_by_neuron_adam(beta1: float, beta2: float) -> optax.GradientTransforma
             mean = mu[path] / (1 - beta1**n)
             square = nu[path] / (1 - beta2**n)
             updates[path] = mean / (jnp.sqrt(square) + _EPSILON)
+        mu = {p: m.astype(momentum_dtype) for p, m in mu.items()}
         return updates, NeuronAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
@@ -86,11 +89,13 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     training the whole one would.
     """
     if config.name == "lion":
-        rule = optax.scale_by_lion(config.beta1, config.beta2)
+        rule = optax.scale_by_lion(config.beta1, config.beta2, config.momentum_dtype)
     elif config.bias_correction == "neuron":
-        rule = scale_by_neuron_adam(config.beta1, config.beta2)
+        rule = scale_by_neuron_adam(config.beta1, config.beta2, config.momentum_dtype)
     else:
-        rule = optax.scale_by_adam(config.beta1, config.beta2, _EPSILON)
+        rule = optax.scale_by_adam(
+            config.beta1, config.beta2, _EPSILON, mu_dtype=config.momentum_dtype
+        )
     return optax.chain(
         optax.identity()
         if config.clip_norm is None

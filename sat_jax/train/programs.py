@@ -212,7 +212,7 @@ class Programs:
         def step(
             working: TrainState, stats: Statistics, masks: Masks, batch: Batch
         ) -> tuple[TrainState, Statistics, StepMetrics]:
-            return train(working, stats, masks if self._masked and not live else (), batch)
+            return train(working, stats, () if self._gathers or live else masks, batch)
 
         masks = self.masks(plan)
         working, _ = self._placed(jax.eval_shape(self._enter(plan), self.state, masks))
@@ -233,8 +233,13 @@ class Programs:
 
     @property
     def _masked(self) -> bool:
-        """Whether steps train whole matrices and are told which neurons are kept."""
-        return self._config.sparsity.execution != "gather"
+        """Whether all is computed and multiplied by 0/1."""
+        return self._config.sparsity.execution == "mask"
+
+    @property
+    def _gathers(self) -> bool:
+        """Whether steps train the compacted state; the others' is whole."""
+        return self._config.sparsity.execution == "gather"
 
     @staticmethod
     def _kernels(config: Config, model: LlamaConfig, mesh: Mesh) -> BlockSparse | None:
@@ -264,13 +269,13 @@ class Programs:
 
     def _enter(self, plan: Plan) -> Callable[[TrainState, Masks], tuple[TrainState, Resting]]:
         def enter(whole: TrainState, masks: Masks) -> tuple[TrainState, Resting]:
-            return compact_state(whole, _cut_only(plan) if self._masked else masks, plan)
+            return compact_state(whole, masks if self._gathers else _cut_only(plan), plan)
 
         return enter
 
     def _leave(self, plan: Plan) -> Callable[[TrainState, Resting, Masks], TrainState]:
         def leave(small: TrainState, resting: Resting, masks: Masks) -> TrainState:
-            return expand_state(small, resting, _cut_only(plan) if self._masked else masks, plan)
+            return expand_state(small, resting, masks if self._gathers else _cut_only(plan), plan)
 
         return leave
 
@@ -294,6 +299,7 @@ class Programs:
             freeze=config.optimizer.moments == "freeze",
             freeze_channels=not any(segment.dense_tokens for segment in plan.segments),
             seed=config.seed if self._live else None,
+            in_place=config.sparsity.execution == "kernel" and not self._live,
         )
 
 
@@ -306,6 +312,6 @@ def compiler_options(platform: str, config: Config) -> dict[str, str | bool]:
 
 
 def _cut_only(plan: Plan) -> Masks:
-    """What mask execution and live layers do to the state: it is cut into segments, nothing is
-    gathered."""
+    """What mask and kernel execution and live layers do to the state: it is cut into segments,
+    nothing is gathered."""
     return tuple(SegmentMasks(None, None) for _ in plan.segments)

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Int
 
 from sat_jax.sparsity.masks import Masks
-from sat_jax.sparsity.neurons import compact, expand, keep_only
+from sat_jax.sparsity.neurons import compact, expand, keep_only, put_kept, take_kept
 from sat_jax.sparsity.plan import Plan
 
 
@@ -42,6 +42,24 @@ def expand_state(small: TrainState, resting: Resting, masks: Masks, plan: Plan) 
     whole = [
         expand(tree, rest, masks, plan) if isinstance(tree, dict) else tree
         for tree, rest in zip(trees, resting, strict=True)
+    ]
+    return jax.tree.unflatten(structure, whole)
+
+
+def take_state(cut: TrainState, masks: Masks) -> TrainState:
+    """Of a state cut into segments the kept rows of everything keyed by parameter path."""
+    trees, structure = _trees(cut)
+    kept = [take_kept(tree, masks) if isinstance(tree, dict) else tree for tree in trees]
+    return jax.tree.unflatten(structure, kept)
+
+
+def put_state(small: TrainState, cut: TrainState, masks: Masks) -> TrainState:
+    """The state cut into segments with the rows of `take_state` written back."""
+    after, structure = _trees(small)
+    before, _ = _trees(cut)
+    whole = [
+        put_kept(a, b, masks) if isinstance(a, dict) else a
+        for a, b in zip(after, before, strict=True)
     ]
     return jax.tree.unflatten(structure, whole)
 
