@@ -29,7 +29,7 @@ from sat_jax.sparsity.masks import Criteria, Masks, SegmentMasks, choose
 from sat_jax.sparsity.plan import Neurons, Plan, make_plan
 from sat_jax.sparsity.statistics import Statistics
 from sat_jax.train.account import kept_shares
-from sat_jax.train.optimizer import learning_rate, make_optimizer
+from sat_jax.train.optimizer import clipping, learning_rate, make_optimizer
 from sat_jax.train.probe import ProbeSettings, make_probe
 from sat_jax.train.state import compact_state, expand_state, new_state
 from sat_jax.train.step import StepSettings, make_step
@@ -185,6 +185,7 @@ def _training_step(
     kept = {path for path in shapes if path.rpartition("/")[2].startswith("kept_")}
     settings = StepSettings(
         optimizer=make_optimizer(config, 1000),
+        clip=clipping(config),
         schedule=learning_rate(config, 1000),
         microbatches=1,
         observe=(),

@@ -15,7 +15,7 @@ from sat_jax.sparsity.masks import Masks, SegmentMasks
 from sat_jax.sparsity.neurons import compact, expand, mask_values
 from sat_jax.sparsity.plan import Plan, make_plan
 from sat_jax.sparsity.statistics import Statistics
-from sat_jax.train.optimizer import learning_rate, make_optimizer
+from sat_jax.train.optimizer import clipping, learning_rate, make_optimizer
 from sat_jax.train.state import compact_state, expand_state, new_state
 from sat_jax.train.step import StepSettings, make_step
 from tests.small_models import (
@@ -131,6 +131,7 @@ def test_a_step_trains_alike_in_both_executions() -> None:
     for masked in (False, True):
         settings = StepSettings(
             optimizer=optimizer,
+            clip=clipping(optimizer_config),
             schedule=learning_rate(optimizer_config, 4),
             microbatches=1,
             observe=(),

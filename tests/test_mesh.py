@@ -65,7 +65,7 @@ for step in range(steps):
         stats = probe(state.params, stats, batch, state.step)
     masks = rung.select(state, stats)
     working, resting = rung.enter(state, masks)
-    for name, moment in working.optimizer[1].mu.items():
+    for name, moment in working.optimizer[0].mu.items():
         assert moment.sharding == working.params[name].sharding, name
     working, stats, metrics = rung.step(working, stats, masks, batch)
     state = rung.leave(working, resting, masks)

@@ -20,7 +20,7 @@ from sat_jax.sparsity.masks import Criteria, Masks, SegmentMasks
 from sat_jax.sparsity.neurons import keep_only
 from sat_jax.sparsity.plan import Plan, Segment, make_plan
 from sat_jax.sparsity.statistics import InputSums, Statistics
-from sat_jax.train.optimizer import learning_rate, make_optimizer
+from sat_jax.train.optimizer import clipping, learning_rate, make_optimizer
 from sat_jax.train.state import TrainState, compact_state, expand_state, new_state
 from sat_jax.train.step import (
     StepMetrics,
@@ -56,6 +56,7 @@ def compiled(
     """The step of one execution, jitted; compiled once for all tests."""
     settings = StepSettings(
         optimizer=make_optimizer(OPTIMIZER, STEPS),
+        clip=clipping(OPTIMIZER),
         schedule=learning_rate(OPTIMIZER, STEPS),
         microbatches=microbatches,
         observe=() if live else ("inputs",),
@@ -149,7 +150,7 @@ def close(one: TrainState, other: TrainState) -> None:
 
 def keyed(state: TrainState) -> dict[str, dict[str, np.ndarray]]:
     """Everything that a parameter has, by name and path: its value, moments and update counts."""
-    adam = state.optimizer[1]
+    adam = state.optimizer[0]
     return {"params": state.params, "mu": adam.mu, "nu": adam.nu, "counts": adam.counts}
 
 

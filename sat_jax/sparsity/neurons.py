@@ -143,15 +143,38 @@ def take_kept(cut: Mapping[str, Array], masks: Masks) -> dict[str, Array]:
     }
 
 
-def put_kept(
-    small: Mapping[str, Array], cut: Mapping[str, Array], masks: Masks
+def take_layer(
+    cut: Mapping[str, Array], masks: Masks, layer: int | Int[Array, ""]
 ) -> dict[str, Array]:
-    """A tree cut into segments with the rows of `take_kept` written back, in place where its
-    buffers are given up."""
+    """As `take_kept`, of one layer of one segment: entries of that segment alone, L being 1."""
     return {
-        path: small[path] if kept is None else _put(value, small[path], kept)
+        path: jax.lax.dynamic_slice_in_dim(value, layer, 1)
+        if kept is None
+        else value.at[_places(kept, layer)].get(**_PROMISES)[None]
         for path, value, kept in _with_kept(cut, masks)
     }
+
+
+def put_layer(
+    small: Mapping[str, Array],
+    cut: Mapping[str, Array],
+    masks: Masks,
+    layer: int | Int[Array, ""],
+) -> dict[str, Array]:
+    """What `take_layer` takes written back; in place where nothing else needs the entries."""
+    return {
+        path: jax.lax.dynamic_update_slice_in_dim(value, small[path], layer, 0)
+        if kept is None
+        else value.at[_places(kept, layer)].set(small[path][0], **_PROMISES)
+        for path, value, kept in _with_kept(cut, masks)
+    }
+
+
+def _places(kept: Int[Array, "L *K kept"], layer: int | Int[Array, ""]) -> tuple[int | Array, ...]:
+    """An index for each neuron axis that together say where a layer's kept rows are."""
+    indices = kept[layer]
+    groups = jnp.ogrid[tuple(slice(size) for size in indices.shape)][:-1]
+    return layer, *groups, indices
 
 
 def keep_only(new: Mapping[str, Array], old: Mapping[str, Array], masks: Masks) -> dict[str, Array]:
@@ -216,11 +239,7 @@ def _take(value: Array, indices: Int[Array, "L *K kept"], balance: int = 1) -> A
 
 
 def _put(
-    whole: Array,
-    kept: Array,
-    indices: Int[Array, "L *K kept"],
-    start: int = 0,
-    balance: int = 1,
+    whole: Array, kept: Array, indices: Int[Array, "L *K kept"], start: int, balance: int
 ) -> Array:
     """`whole` with the kept rows of the layers from `start` on replaced."""
     rows, local = _in_parts(whole, indices, balance)

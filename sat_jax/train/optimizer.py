@@ -17,6 +17,7 @@ from sat_jax.config import OptimizerConfig
 from sat_jax.sparsity.neurons import neuron_axes
 
 Schedule = Callable[[Any], Any]
+Clip = Callable[[dict[str, Array]], Any]
 
 _EPSILON = 1e-8
 _VECTORS = ("norm", "bias")
@@ -83,10 +84,10 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clip by the global norm, scale by the rule, decay matrices, scale by the learning rate.
+    """Scale by the rule, decay matrices, scale by the learning rate; clipping comes before.
 
-    Every rule is elementwise, so training the compacted model updates the kept neurons exactly as
-    training the whole one would.
+    All of it is elementwise: training the compacted model updates the kept neurons exactly as
+    training the whole one would, and parameters can be updated one part after the other.
     """
     if config.name == "lion":
         rule = optax.scale_by_lion(config.beta1, config.beta2, config.momentum_dtype)
@@ -97,13 +98,19 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             config.beta1, config.beta2, _EPSILON, mu_dtype=config.momentum_dtype
         )
     return optax.chain(
-        optax.identity()
-        if config.clip_norm is None
-        else optax.clip_by_global_norm(config.clip_norm),
         rule,
         optax.add_decayed_weights(config.weight_decay, mask=_matrices),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
+
+
+def clipping(config: OptimizerConfig) -> Clip:
+    """What is done to gradients before: scaled down to the largest global norm."""
+    limit = config.clip_norm
+    if limit is None:
+        return lambda grads: grads
+    clip = optax.clip_by_global_norm(limit)
+    return lambda grads: clip.update(grads, optax.EmptyState())[0]
 
 
 def _matrices(params: Mapping[str, Array]) -> dict[str, bool]:

@@ -29,7 +29,7 @@ from sat_jax.sparsity.importance import METRICS
 from sat_jax.sparsity.masks import Criteria, Masks, SegmentMasks, choose, selection_key
 from sat_jax.sparsity.plan import Plan
 from sat_jax.sparsity.statistics import Gates, InputSums, Statistics
-from sat_jax.train.optimizer import learning_rate, make_optimizer
+from sat_jax.train.optimizer import clipping, learning_rate, make_optimizer
 from sat_jax.train.probe import ProbeSettings, make_probe
 from sat_jax.train.state import Resting, TrainState, compact_state, expand_state, new_state
 from sat_jax.train.step import StepMetrics, StepSettings, make_evaluation, make_step
@@ -292,6 +292,7 @@ class Programs:
         config = self._config
         return StepSettings(
             optimizer=self.optimizer,
+            clip=clipping(config.optimizer),
             schedule=learning_rate(config.optimizer, config.train.steps),
             microbatches=config.train.accumulate,
             observe=tuple(kind for kind in self.observe if kind == "inputs"),

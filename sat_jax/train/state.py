@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Int
 
 from sat_jax.sparsity.masks import Masks
-from sat_jax.sparsity.neurons import compact, expand, keep_only, put_kept, take_kept
+from sat_jax.sparsity.neurons import compact, expand, keep_only
 from sat_jax.sparsity.plan import Plan
 
 
@@ -31,14 +31,14 @@ Resting = list[dict[str, Array]]
 def compact_state(whole: TrainState, masks: Masks, plan: Plan) -> tuple[TrainState, Resting]:
     """The smaller dense model's state, and what rests until `expand_state`: everything keyed by
     parameter path is compacted alike (parameters, moments, update counts)."""
-    trees, structure = _trees(whole)
+    trees, structure = keyed_trees(whole)
     pairs = [compact(t, masks, plan) if isinstance(t, dict) else (t, {}) for t in trees]
     return jax.tree.unflatten(structure, [p[0] for p in pairs]), [p[1] for p in pairs]
 
 
 def expand_state(small: TrainState, resting: Resting, masks: Masks, plan: Plan) -> TrainState:
     """The inverse: the whole state with the kept neurons written back, bit for bit."""
-    trees, structure = _trees(small)
+    trees, structure = keyed_trees(small)
     whole = [
         expand(tree, rest, masks, plan) if isinstance(tree, dict) else tree
         for tree, rest in zip(trees, resting, strict=True)
@@ -46,28 +46,10 @@ def expand_state(small: TrainState, resting: Resting, masks: Masks, plan: Plan) 
     return jax.tree.unflatten(structure, whole)
 
 
-def take_state(cut: TrainState, masks: Masks) -> TrainState:
-    """Of a state cut into segments the kept rows of everything keyed by parameter path."""
-    trees, structure = _trees(cut)
-    kept = [take_kept(tree, masks) if isinstance(tree, dict) else tree for tree in trees]
-    return jax.tree.unflatten(structure, kept)
-
-
-def put_state(small: TrainState, cut: TrainState, masks: Masks) -> TrainState:
-    """The state cut into segments with the rows of `take_state` written back."""
-    after, structure = _trees(small)
-    before, _ = _trees(cut)
-    whole = [
-        put_kept(a, b, masks) if isinstance(a, dict) else a
-        for a, b in zip(after, before, strict=True)
-    ]
-    return jax.tree.unflatten(structure, whole)
-
-
 def freeze_omitted(new: TrainState, old: TrainState, masks: Masks) -> TrainState:
     """Mask execution with frozen moments: omitted neurons as they were before the step."""
-    after, structure = _trees(new)
-    before, _ = _trees(old)
+    after, structure = keyed_trees(new)
+    before, _ = keyed_trees(old)
     kept = [
         keep_only(a, b, masks) if isinstance(a, dict) else a
         for a, b in zip(after, before, strict=True)
@@ -75,6 +57,6 @@ def freeze_omitted(new: TrainState, old: TrainState, masks: Masks) -> TrainState
     return jax.tree.unflatten(structure, kept)
 
 
-def _trees(state: TrainState) -> tuple[list[Any], Any]:
+def keyed_trees(state: TrainState) -> tuple[list[Any], Any]:
     """The dictionaries keyed by parameter path, and the lone scalars between them."""
     return jax.tree.flatten(state, is_leaf=lambda node: isinstance(node, dict))

@@ -13,10 +13,11 @@ from sat_jax.data.batch import Batch
 from sat_jax.models.llama import Llama
 from sat_jax.models.params import bind, numbered
 from sat_jax.sparsity.masks import Masks, selection_key
-from sat_jax.sparsity.neurons import in_place_values, mask_values
+from sat_jax.sparsity.neurons import in_place_values, mask_values, take_kept
 from sat_jax.sparsity.statistics import Observable, Statistics, accumulate
-from sat_jax.train.optimizer import Schedule
-from sat_jax.train.state import TrainState, freeze_omitted, put_state, take_state
+from sat_jax.train.optimizer import Clip, Schedule
+from sat_jax.train.state import TrainState, freeze_omitted
+from sat_jax.train.update import update, update_in_place
 
 
 class StepMetrics(NamedTuple):
@@ -35,12 +36,14 @@ class StepMetrics(NamedTuple):
 
 
 class StepSettings(NamedTuple):
-    """What a step is made of besides arrays. `freeze`: where the state is whole, omitted neurons
+    """What a step is made of besides arrays. `clip` is done to gradients before the optimizer sees
+    them. `freeze`: where the state is whole, omitted neurons
     stay; `freeze_channels`: channels too, which with dense tokens are all trained. `seed`: of what
     a live model draws; None: the model is not live. `in_place`: kernel execution; the state is
     whole, the model that of the kept rows, which alone are updated."""
 
     optimizer: optax.GradientTransformation
+    clip: Clip
     schedule: Schedule
     microbatches: int
     observe: tuple[Observable, ...]
@@ -64,28 +67,28 @@ def make_step(
         seed = settings.seed
         key = None if seed is None else selection_key(seed, state.step)
 
-        before, told = state, mask_values(masks)
+        params, told = state.params, mask_values(masks)
         if settings.in_place:
-            before, told = take_state(state, masks), in_place_values(state.params, masks)
+            params, told = take_kept(params, masks), in_place_values(params, masks)
 
         def loss(params: dict[str, Array], part: Batch) -> tuple[Array, Statistics]:
             model = bind(graph, params | told)
             return model.loss(*part, observe=settings.observe, key=key)
 
         total, seen, grads = _over_microbatches(
-            jax.value_and_grad(loss, has_aux=True), before.params, batch, settings.microbatches
+            jax.value_and_grad(loss, has_aux=True), params, batch, settings.microbatches
         )
         loss_tokens = jnp.sum(batch.loss_mask).astype(jnp.float32)
         learnt = jnp.maximum(loss_tokens, 1)  # no answer, no loss
         grads = jax.tree.map(lambda g: g / learnt, grads)
-        updates, optimizer = settings.optimizer.update(grads, before.optimizer, before.params)
-        params = optax.apply_updates(before.params, updates)
-        after = TrainState(state.step + 1, params, optimizer)
+        clipped = settings.clip(grads)
         chosen = seen.kept or ()
         frozen = masks or chosen
         if settings.in_place:
-            after = put_state(after, state, masks)
-        elif settings.freeze and frozen:
+            after = update_in_place(settings.optimizer, clipped, state, masks)
+        else:
+            after = update(settings.optimizer, clipped, state)
+        if settings.freeze and frozen and not settings.in_place:
             if not settings.freeze_channels:
                 frozen = tuple(mask._replace(channels=None) for mask in frozen)
             after = freeze_omitted(after, state, frozen)
