@@ -14,7 +14,8 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 # Before jax is imported: this machine has none of these devices.
 os.environ.update(
@@ -88,11 +89,28 @@ def check(target: str) -> bool:
     return sound
 
 
+def memory(target: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """XLA's analysis of the memory that a program needs on a target; `arguments` are shapes, of
+    which the first is given up. Raises what its compiler raises."""
+    topology = topologies.get_topology_desc(**TARGETS[target][1])
+    mesh = Mesh(np.array(topology.devices[:1]), ("one",))
+    shapes = _placed(arguments, NamedSharding(mesh, PartitionSpec()))
+    with captured():
+        # Without a device there is nothing to try matrix products on.
+        options: dict[str, Any] = {"xla_gpu_autotune_level": 0} if target == "h200" else {}
+        done = jax.jit(function, donate_argnums=0).lower(*shapes).compile(options)
+    return done.memory_analysis()
+
+
+def _placed(arguments: Any, sharding: NamedSharding) -> Any:
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments
+    )
+
+
 def compiled(program: Program, sharding: NamedSharding) -> tuple[str, str | None]:
     """What the compiler says of memory and registers, and why the program is no good, or None."""
-    arguments = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), program.arguments
-    )
+    arguments = _placed(program.arguments, sharding)
     with captured() as output:
         try:
             done = jax.jit(program.function).lower(*arguments).compile()

@@ -3,7 +3,6 @@
 Nothing of the data pipeline is imported, so that a machine with little more than jax can run them.
 """
 
-import dataclasses
 import json
 import os
 import statistics
@@ -15,24 +14,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sat_jax.analysis.flops import speedup_bound
-from sat_jax.config import OptimizerConfig
-from sat_jax.data.batch import Batch
 from sat_jax.models.llama import Compute
 from sat_jax.models.llama_config import LlamaConfig
-from sat_jax.models.params import abstract
-from sat_jax.models.params import shapes as whole_shapes
-from sat_jax.ops import BlockSparse
-from sat_jax.sparsity.masks import Criteria, Masks, SegmentMasks, choose
-from sat_jax.sparsity.plan import Neurons, Plan, make_plan
+from sat_jax.models.params import abstract, whole
+from sat_jax.sparsity.masks import Criteria, choose
+from sat_jax.sparsity.plan import Plan, make_plan
 from sat_jax.sparsity.statistics import Statistics
 from sat_jax.train.account import kept_shares
-from sat_jax.train.optimizer import clipping, learning_rate, make_optimizer
 from sat_jax.train.probe import ProbeSettings, make_probe
-from sat_jax.train.state import compact_state, expand_state, new_state
-from sat_jax.train.step import StepSettings, make_step
+from sat_jax.train.state import compact_state, expand_state, keyed_trees
+from scripts.step_program import filled, neurons_of, step_program
 
 RATES = (0.2, 0.4, 0.5, 0.6)
 
@@ -50,7 +43,7 @@ Variant = Callable[[], Cost]
 def steps(model: LlamaConfig, given: Any) -> list[dict[str, Any]]:
     """The SAT step at every rate against the dense step, beside the FLOP bound; the other
     executions; and half of the tokens with all channels."""
-    neurons, half = _neurons(model), given.row_length // 2
+    neurons, half = neurons_of(model), given.row_length // 2
     wanted = [("dense", 0.0, 0), *(("gather", rate, 0) for rate in RATES)]
     wanted += [("kernel", 0.5, 0), ("mask", 0.5, 0), ("gather", 0.5, half)]
     blocks = {"kernel": 128 if model.d_ff > 128 else 64}
@@ -118,7 +111,7 @@ def peer(model: LlamaConfig, given: Any) -> list[dict[str, Any]]:
             stdin.flush()
             return Cost(*json.loads(stdout.readline()))
 
-        dense = _training_step(model, make_plan(_neurons(model), 0, 0), given)
+        dense = _training_step(model, make_plan(neurons_of(model), 0, 0), given)
         costs = _take_turns({"sat_jax": dense, "transformers": transformers}, given.turns)
         stdin.close()
     return [
@@ -134,12 +127,15 @@ def peer(model: LlamaConfig, given: Any) -> list[dict[str, Any]]:
 
 def moves(model: LlamaConfig, given: Any) -> list[dict[str, Any]]:
     """What a refresh costs (probe, selection, compact, expand) against a SAT step, at r = 0.4."""
-    neurons = _neurons(model)
+    neurons = neurons_of(model)
     plan = make_plan(neurons, 0.4, 0.4)
     graph, _ = abstract(model, compute=_compute(given))
-    optimizer = make_optimizer(OptimizerConfig(), 1)
-    state = jax.jit(lambda p: new_state(p, optimizer))(_random(whole_shapes(model)))
-    batch = _batch(model, given)
+    program = step_program(
+        model, make_plan(neurons, 0, 0), _compute(given), (given.rows, given.row_length)
+    )
+    state, _, batch = filled(program, model.vocab_size)
+    trees, structure = keyed_trees(state)
+    state = jax.tree.unflatten(structure, [whole(x) if isinstance(x, dict) else x for x in trees])
     empty = Statistics(
         jnp.zeros(()),
         heads=jnp.zeros((model.n_layers, model.n_kv_heads, model.query_heads, model.query_heads)),
@@ -177,56 +173,20 @@ def _training_step(
     model: LlamaConfig, plan: Plan, given: Any, execution: str = "gather"
 ) -> Variant:
     """One optimizer step of what a plan trains, timed."""
-    config, masked = OptimizerConfig(), execution != "gather"
-    compute = _compute(given)
-    if execution == "kernel":
-        compute = dataclasses.replace(compute, kernels=BlockSparse(plan.block))
-    graph, shapes = abstract(model, plan.segments, compute, masked)
-    kept = {path for path in shapes if path.rpartition("/")[2].startswith("kept_")}
-    settings = StepSettings(
-        optimizer=make_optimizer(config, 1000),
-        clip=clipping(config),
-        schedule=learning_rate(config, 1000),
-        microbatches=1,
-        observe=(),
-        stats_decay=0.0,
-        freeze=True,
-    )
-    params = _random({path: shape for path, shape in shapes.items() if path not in kept})
-    state = jax.jit(lambda p: new_state(p, settings.optimizer))(params)
-    stats = Statistics(jnp.zeros(()))
-    masks = _first_masks(model, plan) if masked else ()
-    batch = _batch(model, given)
+    shape = given.rows, given.row_length
+    program = step_program(model, plan, _compute(given), shape, execution)
+    state, masks, batch = filled(program, model.vocab_size)
     slots = max(segment.dense_tokens for segment in plan.segments)
     if slots:
         batch = batch._replace(loss_mask=batch.positions < slots)
-    compiled = (
-        jax.jit(make_step(graph, settings), donate_argnums=0)
-        .lower(state, stats, masks, batch)
-        .compile()
-    )
+    compiled = jax.jit(program.function, donate_argnums=0).lower(state, masks, batch).compile()
 
     def step() -> Any:
         nonlocal state
-        state, _, metrics = compiled(state, stats, masks, batch)
-        return metrics
+        state, loss = compiled(state, masks, batch)
+        return loss
 
     return _timed(step)
-
-
-def _first_masks(model: LlamaConfig, plan: Plan) -> Masks:
-    """Masks that keep the first neurons."""
-
-    def first(layers: int, kept: int, total: int) -> jax.Array | None:
-        indices = jnp.broadcast_to(jnp.arange(kept, dtype=jnp.int32), (layers, kept))
-        return None if kept == total else indices
-
-    return tuple(
-        SegmentMasks(
-            first(s.layers, s.kv_groups, model.n_kv_heads), first(s.layers, s.channels, model.d_ff)
-        )
-        for s in plan.segments
-    )
 
 
 def _timed(work: Callable[[], Any]) -> Variant:
@@ -265,23 +225,3 @@ def _medians(costs: list[Cost]) -> dict[str, float]:
 
 def _compute(given: Any) -> Compute:
     return Compute(dtype=given.dtype, remat=given.remat)
-
-
-def _neurons(model: LlamaConfig) -> Neurons:
-    return Neurons(model.n_layers, model.n_kv_heads, model.query_heads, model.d_ff)
-
-
-def _batch(model: LlamaConfig, given: Any) -> Batch:
-    shape = (given.rows, given.row_length)
-    tokens = np.random.default_rng(0).integers(0, model.vocab_size, shape, dtype=np.int32)
-    positions = np.broadcast_to(np.arange(given.row_length, dtype=np.int32), shape)
-    ones = np.ones(shape, np.int32)
-    return jax.device_put(Batch(tokens, tokens, ones, positions, ones.astype(bool)))
-
-
-def _random(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    return {
-        path: 0.02 * jax.random.normal(key, shape.shape)
-        for key, (path, shape) in zip(keys, shapes.items(), strict=True)
-    }

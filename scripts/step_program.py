@@ -1,4 +1,7 @@
-"""The training step that benchmarks time and compile: of any size, by shapes alone."""
+"""The programs that benchmarks time and compile: a training step, or its optimizer alone.
+
+Of any size and by shapes; nothing of the data pipeline is imported.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,20 +18,23 @@ from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.params import abstract
 from sat_jax.ops import BlockSparse
 from sat_jax.sparsity.masks import Masks, SegmentMasks
+from sat_jax.sparsity.neurons import take_kept
 from sat_jax.sparsity.plan import Neurons, Plan
 from sat_jax.sparsity.statistics import Statistics
 from sat_jax.train.optimizer import clipping, learning_rate, make_optimizer
 from sat_jax.train.state import TrainState, new_state
 from sat_jax.train.step import StepSettings, make_step
+from sat_jax.train.update import update, update_in_place
 
 
-class StepProgram(NamedTuple):
-    """A step and the shapes of what it takes: of the state it trains, not of what rests beside."""
+class Program(NamedTuple):
+    """`function(state, masks, given)` → (state, something small), and the shapes of what it takes:
+    of the state that it trains, not of what rests beside."""
 
-    function: Callable[..., Any]
+    function: Callable[..., tuple[TrainState, Any]]
     state: TrainState
     masks: Masks
-    batch: Batch
+    given: Any
 
 
 def step_program(
@@ -38,14 +44,11 @@ def step_program(
     rows: tuple[int, int],
     execution: str = "gather",
     config: OptimizerConfig = OptimizerConfig(),
-) -> StepProgram:
-    """One optimizer step of what a plan trains, on `rows` (how many, tokens in each)."""
-    if execution == "kernel":
-        compute = dataclasses.replace(compute, kernels=compute.kernels or BlockSparse(plan.block))
-    graph, shapes = abstract(model, plan.segments, compute, execution == "mask")
-    if execution != "gather":  # whole matrices are trained
-        _, shapes = abstract(model, plan.segments, masked=True)
-        shapes = {path: x for path, x in shapes.items() if "/kept_" not in path}
+) -> Program:
+    """One step of what a plan trains; `given` is a batch of `rows` (how many, tokens in each)."""
+    if execution == "kernel" and compute.kernels is None:
+        compute = dataclasses.replace(compute, kernels=BlockSparse(plan.block))
+    graph, _ = abstract(model, plan.segments, compute, execution == "mask")
     settings = StepSettings(
         optimizer=make_optimizer(config, 1000),
         clip=clipping(config),
@@ -58,19 +61,75 @@ def step_program(
     )
     step = make_step(graph, settings)
 
-    def function(state: TrainState, masks: Masks, batch: Batch) -> Any:
+    def function(state: TrainState, masks: Masks, batch: Batch) -> tuple[TrainState, Any]:
         after, _, metrics = step(state, Statistics(jnp.zeros(())), masks, batch)
-        return after, metrics
+        return after, metrics.loss
 
-    state = jax.eval_shape(lambda params: new_state(params, settings.optimizer), shapes)
     whole = jax.ShapeDtypeStruct(rows, np.int32)
     batch = Batch(whole, whole, whole, whole, jax.ShapeDtypeStruct(rows, np.bool_))
-    return StepProgram(function, state, _masks(model, plan) if execution != "gather" else (), batch)
+    return Program(function, *_state(model, plan, execution, config), batch)
 
 
-def neurons(model: LlamaConfig) -> Neurons:
+def optimizer_program(
+    model: LlamaConfig, plan: Plan, execution: str, config: OptimizerConfig
+) -> Program:
+    """What the optimizer does in a step, clipping included; `given` are the gradients."""
+    optimizer, clip = make_optimizer(config, 1000), clipping(config)
+    in_place = execution == "kernel"
+
+    def function(state: TrainState, masks: Masks, grads: Any) -> tuple[TrainState, Any]:
+        clipped = clip(grads)
+        if in_place:
+            return update_in_place(optimizer, clipped, state, masks), state.step
+        return update(optimizer, clipped, state), state.step
+
+    state, masks = _state(model, plan, execution, config)
+    grads = jax.eval_shape(take_kept, state.params, masks) if in_place else state.params
+    return Program(function, state, masks, grads)
+
+
+def filled(program: Program, vocabulary: int) -> tuple[TrainState, Masks, Any]:
+    """Random parameters and gradients, zero moments, masks that keep the first neurons, and random
+    tokens, each row one document."""
+
+    def state() -> TrainState:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), program.state)
+        return zeros._replace(params=_random(program.state.params))
+
+    def given() -> Any:
+        if not isinstance(program.given, Batch):
+            return _random(program.given)
+        shape = program.given.tokens.shape
+        tokens = jax.random.randint(jax.random.key(1), shape, 0, vocabulary, jnp.int32)
+        positions = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+        ones = jnp.ones(shape, jnp.int32)
+        return Batch(tokens, tokens, ones, positions, ones.astype(bool))
+
+    def masks() -> Masks:
+        first: Masks = jax.tree.map(
+            lambda x: jnp.broadcast_to(jnp.arange(x.shape[-1], dtype=x.dtype), x.shape),
+            program.masks,
+        )
+        return first
+
+    return jax.jit(state)(), jax.jit(masks)(), jax.jit(given)()
+
+
+def neurons_of(model: LlamaConfig) -> Neurons:
     """What there is to omit."""
     return Neurons(model.n_layers, model.n_kv_heads, model.query_heads, model.d_ff)
+
+
+def _state(
+    model: LlamaConfig, plan: Plan, execution: str, config: OptimizerConfig
+) -> tuple[TrainState, Masks]:
+    """Shapes of what is trained (compacted, or whole and cut into segments) and of the masks."""
+    gathers = execution == "gather"
+    _, shapes = abstract(model, plan.segments, masked=not gathers)
+    params = {path: x for path, x in shapes.items() if "/kept_" not in path}
+    optimizer = make_optimizer(config, 1000)
+    state: TrainState = jax.eval_shape(lambda params: new_state(params, optimizer), params)
+    return state, () if gathers else _masks(model, plan)
 
 
 def _masks(model: LlamaConfig, plan: Plan) -> Masks:
@@ -85,3 +144,11 @@ def _masks(model: LlamaConfig, plan: Plan) -> Masks:
         )
         for s in plan.segments
     )
+
+
+def _random(shapes: dict[str, Any]) -> dict[str, jax.Array]:
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return {
+        path: 0.02 * jax.random.normal(key, shape.shape)
+        for key, (path, shape) in zip(keys, shapes.items(), strict=True)
+    }

@@ -1,0 +1,58 @@
+"""Memory that training steps of large models need, compiled for an accelerator that is not there.
+
+  .venv-aot/bin/python -m scripts.memory --target h200 --model llama-2-7b --rows 4
+
+By XLA's own account: the state that is trained (parameters and moments), what rests beside it, and
+temporaries (gradients, activations, copies). Attention is in plain XLA, as cuDNN's wants a device;
+on one with cuDNN's the temporaries are smaller. `make memory` makes the rows that are committed;
+a row that is there already is not made again.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from sat_jax.cli import Parser, run
+from sat_jax.errors import UserError
+from scripts.efficiency import step_options
+
+_OUT = Path("experiments/results/memory.jsonl")
+
+
+def parser() -> Parser:
+    """What the command line takes."""
+    made = Parser("memory", __doc__)
+    step_options(made)
+    made.add_argument("--target", default="h200", help="h200, v5e or v5p; default h200")
+    made.add_argument("--out", type=Path, default=_OUT, metavar="FILE", help="JSON lines, added to")
+    return made
+
+
+def main() -> None:
+    """Compiles what is not there yet."""
+    given = parser().parse_args()
+    from kernels import aot  # before jax, which it tells that there is no device
+    from scripts.large_steps import Case, Row, add_rows, checked, described, sparse_cases
+
+    model = checked(given)
+    if given.target not in aot.TARGETS:
+        raise UserError(f"--target {given.target}; accepted: {', '.join(aot.TARGETS)}")
+
+    def compiled(case: Case) -> Row:
+        row, program = described(model, case, given, attention="xla")
+        return row | _memory(aot.memory(given.target, program.function, program[1:]))
+
+    cases = list(sparse_cases("step", given))
+    for row in add_rows(given.out, given, given.target, cases, compiled):
+        total = row["state_bytes"] + row["resting_bytes"] + row["temporary_bytes"]
+        print(f"{row['model']}  {row['execution']}  r = {row['rate']:g}: {total / 2**30:.1f} GiB")
+
+
+def _memory(analysis: Any) -> dict[str, int]:
+    return {
+        "state_bytes": analysis.argument_size_in_bytes,
+        "temporary_bytes": analysis.temp_size_in_bytes,
+    }
+
+
+if __name__ == "__main__":
+    run(main)

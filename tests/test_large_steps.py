@@ -1,0 +1,114 @@
+"""Steps of large models: rows that are added once, and programs that do what their names say."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from sat_jax.config import OptimizerConfig
+from sat_jax.errors import UserError
+from sat_jax.models.llama import Compute
+from sat_jax.models.presets import preset
+from sat_jax.sparsity.plan import make_plan
+from scripts.efficiency import main
+from scripts.large_steps import Case, described
+from scripts.step_program import filled, neurons_of, optimizer_program, step_program
+from tests.conftest import RunPython
+
+TINY = preset("tiny")
+
+
+def measure(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    given = ("--model", "tiny", "--rows", 1, "--row-length", 16, "--dtype", "float32", *arguments)
+    monkeypatch.setattr(sys, "argv", ["efficiency", *map(str, given)])
+    monkeypatch.setattr("scripts.efficiency._PEAK", 64)
+    main()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--rows", 0), "--rows 0; accepted: 1 or more"),
+        (("--repeat", 0), "--repeat 0; accepted: 1 or more"),
+        (("--row-length", 513), "--row-length 513; accepted: up to 512"),
+        (("--rate", 0.4, 1), "--rate 1; accepted: above 0 and below 1"),
+        (("--model", "llama"), "no preset 'llama'"),
+        (("--minutes", 1e-9), "1e-09 minutes are over; the same command goes on"),
+    ],
+)
+def test_bad_input_is_refused(
+    arguments: tuple[object, ...], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / "rows.jsonl"
+    with pytest.raises(UserError, match=message):
+        measure(monkeypatch, "--out", out, *arguments)
+    assert not out.exists()
+
+
+def test_what_is_there_is_not_measured_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "rows.jsonl"
+    few = ("--out", out, "--repeat", 1, "--execution", "kernel")
+    measure(monkeypatch, *few, "--rate", 0.5)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["part"], row["execution"], row["rate"]) for row in rows] == [
+        ("peak", "dense", 0),
+        ("step", "dense", 0),
+        ("step", "kernel", 0.5),
+        ("step", "gather", 1),
+        ("optimizer", "dense", 0),
+        ("optimizer", "kernel", 0.5),
+    ]
+    assert all(row["seconds"] > 0 and row["target"] == "cpu" for row in rows)
+    dense, kernel, nothing = rows[1:4]
+    assert dense["bound"] == 1 < kernel["bound"] < nothing["bound"]
+    assert kernel["state_bytes"] >= dense["state_bytes"]  # whole, and the masks
+    assert nothing["resting_bytes"] > 0 == kernel["resting_bytes"]
+    capsys.readouterr()
+    measure(monkeypatch, *few, "--rate", 0.5, 0.25)
+    said = capsys.readouterr().out
+    assert [line.split(":")[0] for line in said.splitlines()] == [
+        "step  kernel  r = 0.25",
+        "optimizer  kernel  r = 0.25",
+    ]
+
+
+def test_what_rests_is_what_was_gathered_from() -> None:
+    given: Any = SimpleNamespace(
+        **{"rows": 1, "row_length": 8, "dtype": "float32", "remat": "none", "optimizer": "lion"},
+        kernels=None,
+    )
+    row, _ = described(TINY, Case("step", "gather", 0.5), given, None)
+    neurons = (
+        TINY.n_layers
+        * TINY.d_model
+        * (3 * TINY.d_ff + 2 * TINY.head_dim * (TINY.n_heads + TINY.n_kv_heads))
+    )
+    assert row["resting_bytes"] == neurons * (4 + 2)  # Lion's momentum is bfloat16
+
+
+def test_the_optimizer_alone_does_what_a_step_does() -> None:
+    """With the kept rows' gradients in place, and the other rows as they were."""
+    plan = make_plan(neurons_of(TINY), 0.5, 0.5, block=64)
+    whole = optimizer_program(TINY, plan, "kernel", OptimizerConfig())
+    state, masks, grads = filled(whole, TINY.vocab_size)
+    after, _ = jax.jit(whole.function)(state, masks, grads)
+    path = "layers/0/mlp/gate"
+    moved = np.any(np.asarray(after.params[path] != state.params[path]), axis=2)
+    assert masks[0].channels is not None
+    kept = np.zeros_like(moved)
+    np.put_along_axis(kept, np.asarray(masks[0].channels), True, axis=1)
+    np.testing.assert_array_equal(moved, kept)
+    step = step_program(TINY, plan, Compute(), (1, 8), "kernel")
+    assert jax.tree.structure(step.state) == jax.tree.structure(whole.state)
+
+
+def test_an_unknown_target_is_refused(run_python: RunPython) -> None:
+    done = run_python("-m", "scripts.memory", "--model", "tiny", "--target", "v6")
+    assert "--target v6; accepted: h200, v5e, v5p" in done.stderr
