@@ -25,7 +25,7 @@ def test_each_program_has_its_rows(
     call(monkeypatch, out)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     found = {(row["program"], row["implementation"]) for row in rows}
-    assert found == {(p, i) for p in dense(benchmark._MODELS["small"]) for i in TAKEN}
+    assert found == {(p, i) for p in dense(benchmark.MODELS["small"]) for i in TAKEN}
     assert all(row["seconds"] > 0 for row in rows)
     whole, *sparse = [row for row in rows if row["program"] == "column"]
     assert whole["flops"] == 2 * 64 * 256 * 512

@@ -1,0 +1,107 @@
+"""What was measured on a device: which tiles are fastest, and whether XLA is faster still.
+
+`tuning/<device>.json`, written by `python -m kernels.tune`, lists an entry for each `Case`. Where
+there is no file, the default tiles hold, and kernels run where they are named.
+"""
+
+import functools
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from kernels.block_sparse_matmul.tiles import DEFAULTS, Tiles
+
+FOLDER = Path(__file__).parent / "tuning"
+
+
+class Case(NamedTuple):
+    """What tiles are chosen for. `pattern`: `rows` or `mask`.
+
+    Tokens, since they decide how many tiles there are to share out among the processors; an entry
+    serves the numbers that are nearer to its own, as ratios, than to another's. Widths change the
+    length of the sums more than which tiles suit, and are not told apart.
+    """
+
+    backend: str
+    pattern: str
+    operation: str
+    dtype: str
+    block: int
+    tokens: int
+
+
+class Entry(NamedTuple):
+    """Medians of a call in seconds, None: it does not run here. `tiles` None: none do."""
+
+    case: Case
+    tiles: Tiles | None
+    seconds: float | None
+    default_seconds: float | None
+    xla_seconds: float | None
+
+
+def path(device: str, folder: Path = FOLDER) -> Path:
+    """The file of a kind of device, as jax calls it: of NVIDIA H200 `nvidia-h200.json`."""
+    return folder / (re.sub("[^a-z0-9]+", "-", device.lower()).strip("-") + ".json")
+
+
+def device_kind() -> str:
+    """Of the mesh's device where one is set, else of the default one."""
+    described = getattr(jax.sharding.get_abstract_mesh().abstract_device, "device_kind", None)
+    return described or jax.devices()[0].device_kind
+
+
+@functools.cache
+def entries(device: str, folder: Path = FOLDER) -> tuple[Entry, ...]:
+    """Of that kind of device, those that are measured to the end; read once. Raises `ValueError`
+    where the file is none of ours."""
+    file = path(device, folder)
+    if not file.exists():
+        return ()
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))["entries"]
+        return tuple(_entry(row) for row in rows if "tiles" in row)
+    except (ValueError, TypeError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file}: {reason}; `python -m kernels.tune` writes such files") from None
+
+
+def best(device: str, case: Case, folder: Path = FOLDER) -> Tiles:
+    """The tiles that are fastest for the nearest number of tokens, or the default."""
+    known = {
+        abs(math.log(entry.case.tokens / case.tokens)): entry.tiles
+        for entry in entries(device, folder)
+        if entry.case._replace(tokens=case.tokens) == case
+    }
+    return (known[min(known)] if known else None) or DEFAULTS[case.backend]
+
+
+def verdict(device: str, backend: str, dtype: str, block: int, folder: Path = FOLDER) -> str | None:
+    """Why XLA is to be preferred; None: the kernels of this dtype and block take no longer.
+
+    That is said of rows and of masks each by the geometric mean, over operations and tokens, of
+    the kernel's seconds over XLA's; and the slower of the two decides, as one answer serves both.
+    """
+    ratios: dict[str, list[float]] = {}
+    for case, _, seconds, _, xla_seconds in entries(device, folder):
+        if (case.backend, case.dtype, case.block) != (backend, dtype, block):
+            continue
+        if seconds is None:
+            return f"{case.operation} does not run on {device} at {case.tokens} tokens"
+        if xla_seconds is not None:
+            ratios.setdefault(case.pattern, []).append(math.log(seconds / xla_seconds))
+    if not ratios:
+        return f"{dtype} in blocks of {block} is not timed on {device}; `make tune` does that"
+    slowest = max(math.exp(sum(logs) / len(logs)) for logs in ratios.values())
+    return f"slower than XLA on {device} ({slowest:.2f}x the time)" if slowest > 1 else None
+
+
+def _entry(row: dict[str, Any]) -> Entry:
+    case = Case(*(row[name] for name in Case._fields))
+    given = row["tiles"]
+    tiles = given and type(DEFAULTS[case.backend])(**given)
+    return Entry(case, tiles, *(row[name] for name in Entry._fields[2:]))
