@@ -61,7 +61,9 @@ def explain(
     name = _KERNELS.get(platform)
     if name is None:
         return "xla", {}
-    device = device or (tuned.device_kind() if platform == here else f"a {platform} elsewhere")
+    device = device or (
+        tuned.device_kind() if platform == here else f"a {platform.upper()} elsewhere"
+    )
     dtype = jnp.dtype(dtype)
     reason = BACKENDS[name].refusal(dtype, width, block)
     reason = reason or tuned.verdict(device, name, str(dtype), block, folder)

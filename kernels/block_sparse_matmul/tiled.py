@@ -134,7 +134,7 @@ class Tiled:
 
     def row(self, xs: Sequence[Array], ws: Sequence[Array], pattern: Pattern) -> Array:
         """Σ of x · W over pairs."""
-        tiles = self._tiles("row" if len(xs) == 1 else "row of pairs", xs[0], pattern)
+        tiles = self._tiles("row" if len(xs) == 1 else "row_pairs", xs[0], pattern)
         if isinstance(pattern, KeptRows):
             width = ws[0].shape[1]
             tile = self.loops.result_tile(width, xs[0].dtype, tiles)

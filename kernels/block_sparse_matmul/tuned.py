@@ -16,6 +16,11 @@ import jax
 from kernels.block_sparse_matmul.tiles import DEFAULTS, Tiles
 
 FOLDER = Path(__file__).parent / "tuning"
+# Pattern and operation, whatever has tiles of its own in a step of training.
+OPERATIONS = (
+    *(("rows", name) for name in ("column", "row", "row_pairs", "swiglu", "swiglu_gradients")),
+    *(("mask", name) for name in ("column", "row", "sampled")),
+)
 
 
 class Case(NamedTuple):
@@ -86,17 +91,22 @@ def verdict(device: str, backend: str, dtype: str, block: int, folder: Path = FO
     That is said of rows and of masks each by the geometric mean, over operations and tokens, of
     the kernel's seconds over XLA's; and the slower of the two decides, as one answer serves both.
     """
+    timed = [
+        entry
+        for entry in entries(device, folder)
+        if (entry.case.backend, entry.case.dtype, entry.case.block) == (backend, dtype, block)
+    ]
+    missing = set(OPERATIONS) - {(case.pattern, case.operation) for case, *_ in timed}
+    if missing:
+        how_far = "timed in part" if timed else "not timed"
+        return f"{dtype} in blocks of {block} is {how_far} on {device}; `make tune` does that"
     ratios: dict[str, list[float]] = {}
-    for case, _, seconds, _, xla_seconds in entries(device, folder):
-        if (case.backend, case.dtype, case.block) != (backend, dtype, block):
-            continue
-        if seconds is None:
-            return f"{case.operation} does not run on {device} at {case.tokens} tokens"
-        if xla_seconds is not None:
+    for case, _, seconds, _, xla_seconds in timed:
+        if seconds is None and xla_seconds is not None:
+            return f"{case.operation} of {case.tokens} tokens does not run on {device}"
+        if seconds is not None and xla_seconds is not None:
             ratios.setdefault(case.pattern, []).append(math.log(seconds / xla_seconds))
-    if not ratios:
-        return f"{dtype} in blocks of {block} is not timed on {device}; `make tune` does that"
-    slowest = max(math.exp(sum(logs) / len(logs)) for logs in ratios.values())
+    slowest = max((math.exp(sum(logs) / len(logs)) for logs in ratios.values()), default=0.0)
     return f"slower than XLA on {device} ({slowest:.2f}x the time)" if slowest > 1 else None
 
 
