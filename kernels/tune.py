@@ -202,14 +202,14 @@ def _rounds(case: tuned.Case) -> list[Round]:
             return [[{"sampled": 2_048}, {"sampled": 8_192}]]
         rows = [[{"row": 5_120}, {"row": 20_480}]] if case.pattern == "rows" else []
         return [*rows, [{"tokens": 512}, {"tokens": 2_048}]]
-    around: list[Round] = [[{"factor": 128}], [{"stages": 2}, {"stages": 3}, {"stages": 6}]]
+    stages: Round = [{"stages": 2}, {"stages": 3}, {"stages": 6}]
     if case.operation == "sampled":
-        return around
-    first: Round = [{"tall": 64}, {"tall": 256}]
+        return [[{"factor": 128}], stages]
+    first: Round = [{"tall": 64}, {"tall": 256}, {"tall": 64, "factor": 128}, {"factor": 128}]
     if case.pattern == "rows" and case.operation.startswith("row"):
         # No block gives the width of the results.
         first += [{"tall": 64, "result": 256}, {"tall": 256, "result": 64}]
-    return [first, *around, [{"snake": 1}, {"snake": 4}, {"snake": 16}]]
+    return [first, stages, [{"snake": 1}, {"snake": 4}, {"snake": 16}]]
 
 
 if __name__ == "__main__":

@@ -121,37 +121,42 @@ def test_tiles_are_of_no_effect_on_values() -> None:
     check_operations(Tiled(pallas_tpu, TpuTiles(row=512, tokens=512, sampled=640)), "float32")
 
 
-@pytest.mark.parametrize("tiles", [GpuTiles(128, 128, 64, 2, 1), GpuTiles(128, 64, 128, 6, 16)])
+@pytest.mark.parametrize(
+    ("tiles", "names"),
+    [
+        (GpuTiles(tall=128, factor=64, result=64, stages=2, snake=1), ("row", "swiglu", "sampled")),
+        (GpuTiles(tall=64, factor=128, stages=6), ("column", "row", "sampled")),
+        (GpuTiles(tall=64, result=256), ("row",)),
+    ],
+)
 @pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="this jax cannot interpret for GPUs")
 @pytest.mark.usefixtures("made_up_gpu")
-def test_tiles_are_of_no_effect_on_gpu(tiles: GpuTiles) -> None:
-    check_operations(Tiled(pallas_gpu, tiles), "bfloat16")
+def test_tiles_are_of_no_effect_on_gpu(tiles: GpuTiles, names: tuple[str, ...]) -> None:
+    check_operations(Tiled(pallas_gpu, tiles), "bfloat16", names)
 
 
-def check_operations(backend: Tiled, dtype: str) -> None:
+def check_operations(
+    backend: Tiled, dtype: str, names: tuple[str, ...] = ("column", "row", "swiglu", "sampled")
+) -> None:
     """Beside the reference, of more tokens than fit a tile."""
     made = np.random.default_rng(0)
+    shapes = {"x": (300, 512), "h": (300, 256), "w": (512, 512), "v": (512, 512), "c": (300, 384)}
+    given = {name: jnp.asarray(made.normal(size=shape), dtype) for name, shape in shapes.items()}
+    wide = {name: array.astype(jnp.float32) for name, array in given.items()}
 
-    def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(made.normal(size=shape), dtype)
+    def results(by: Any, row: Any, x: Any, h: Any, w: Any, v: Any, c: Any) -> dict[str, Any]:
+        return {
+            "column": lambda: by.column(x, w, KEPT),
+            "row": lambda: row(h, w),
+            "swiglu": lambda: by.swiglu(x, w / 8, v / 8, KEPT),
+            "sampled": lambda: by.sampled(h, c, MASK, None),
+        }
 
-    x, h, w, v = normal(300, 384), normal(300, 256), normal(512, 384) / 8, normal(512, 384) / 8
-    found = [
-        backend.column(x, w, KEPT),
-        backend.row((h,), (w,), KEPT),
-        backend.swiglu(x, w, v, KEPT),
-        backend.sampled(h, x, MASK, None),
-    ]
-    wide = [a.astype(jnp.float32) for a in (x, h, w, v)]
-    x, h, w, v = wide
-    expected = [
-        reference.column(x, w, KEPT),
-        reference.row(h, w, KEPT),
-        reference.swiglu(x, w, v, KEPT),
-        reference.sampled(h, x, MASK),
-    ]
-    for a, b in zip(found, expected, strict=True):
-        assert_close(a.astype(jnp.float32), b, dtype, "product")
+    found = results(backend, lambda h, w: backend.row((h,), (w,), KEPT), **given)
+    expected = results(reference, lambda h, w: reference.row(h, w, KEPT), **wide)
+    for name in names:
+        actual = found[name]().astype(jnp.float32)
+        assert_close(actual, expected[name](), dtype, "product")
 
 
 @pytest.mark.parametrize(
