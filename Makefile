@@ -24,7 +24,7 @@ bench:  ## measure speed against the dense step and against transformers
 	@scripts/setup.sh base bench quickstart
 	$(PYTHON_IN_VENV) -m scripts.benchmark
 
-tune:  ## choose the kernels' tiles on the GPU or TPU at hand, in .venv with jax for it
+tune:  ## time the kernels on the GPU or TPU at hand: which tiles, and whether they beat XLA
 	@scripts/setup.sh base
 	$(PYTHON_IN_VENV) -m kernels.tune
 
