@@ -50,7 +50,10 @@ def main() -> None:
         parser.error(f"there are no kernels for {platform}, accepted {accepted}; or --interpret")
     if given.interpret and (platform != "cpu" or given.out is None):
         parser.error("--interpret is for a CPU, and its figures are of use nowhere: it needs --out")
-    file = File(tuned.path(tuned.device_kind(), given.out or tuned.FOLDER))
+    try:
+        file = File(tuned.path(tuned.device_kind(), given.out or tuned.FOLDER))
+    except ValueError as error:
+        parser.error(str(error))
     ends = time.monotonic() + 60 * given.minutes if given.minutes else math.inf
     for search in _searches(given, _LOOPS.get(platform, pallas_tpu), file):
         if not search.run(ends):
@@ -98,8 +101,7 @@ class File:
 
     def __init__(self, path: Path) -> None:
         """Reads it if it is there."""
-        text = path.read_text(encoding="utf-8") if path.exists() else '{"entries": []}'
-        self.path, self._entries = path, json.loads(text)["entries"]
+        self.path, self._entries = path, tuned.read(path)[0]
 
     def entry(self, case: tuned.Case) -> dict[str, Any]:
         """That of a case, or a new one."""

@@ -62,14 +62,18 @@ def device_kind() -> str:
 
 @functools.cache
 def entries(device: str, folder: Path = FOLDER) -> tuple[Entry, ...]:
-    """Of that kind of device, those that are measured to the end; read once. Raises `ValueError`
-    where the file is none of ours."""
-    file = path(device, folder)
+    """Of that kind of device, those that are measured to the end; read once. Raises as `read`."""
+    return read(path(device, folder))[1]
+
+
+def read(file: Path) -> tuple[list[dict[str, Any]], tuple[Entry, ...]]:
+    """All that a file says, if there is one, and what is measured to the end. Raises `ValueError`
+    where it is none of ours."""
     if not file.exists():
-        return ()
+        return [], ()
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))["entries"]
-        return tuple(_entry(row) for row in rows if "tiles" in row)
+        return rows, tuple(_entry(row) for row in rows if "tiles" in row)
     except (ValueError, TypeError, KeyError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{file}: {reason}; `python -m kernels.tune` writes such files") from None
