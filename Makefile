@@ -3,7 +3,7 @@ PYTHON_IN_VENV := .venv/bin/python
 QUICKSTART := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-real bench aot tables lint setup clean
+.PHONY: help quickstart test test-real bench tune aot tables lint setup clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,10 @@ test-real:  ## tests on the quickstart model's real weights, against torch and t
 bench:  ## measure speed against the dense step and against transformers
 	@scripts/setup.sh base bench quickstart
 	$(PYTHON_IN_VENV) -m scripts.benchmark
+
+tune:  ## time the kernels on the GPU or TPU at hand: which tiles, and whether they beat XLA
+	@scripts/setup.sh base
+	$(PYTHON_IN_VENV) -m kernels.tune
 
 aot:  ## compile the kernels for TPUs and an H200 that are not there; needs ptxas of CUDA on PATH
 	@scripts/setup.sh aot

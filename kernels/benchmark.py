@@ -4,18 +4,19 @@
   python -m kernels.benchmark --out rows.jsonl --model small --tokens 256 --density 0.5
 
 A row of FILE for every program of `arg_specs`, number of tokens, density and implementation
-(`dense` is the same without sparsity, by XLA): seconds are the median of --repeat calls on random
-data, FLOPs those of matrix products with what takes part. Rows that are there for this device are
-not measured again, so that a long measurement goes on where it ended (a kernel that has changed
-wants a new file); what cannot run has its `error`. With --minutes it ends early enough. A line a
-row is printed: the speed-up over dense, and beside it the bound, 1 / density.
+(`dense` is the same without sparsity, by XLA): seconds of a call are the median of --repeat timings
+on random data (short calls are queued, up to 16 a timing), FLOPs those of matrix products with what
+takes part. Rows that are there for this device are not measured again, so that a long measurement
+goes on where it ended (a kernel that has changed wants a new file); what cannot run has its
+`error`. With --minutes it ends early enough. A line a row is printed: the speed-up over dense, and
+beside it the bound, 1 / density. Where PyTorch sees a CUDA device, its products with block-sparse
+matrices (`torch_bsr`) and with dense ones (`torch_dense`) stand beside ours.
 """
 
 import argparse
 import contextlib
 import itertools
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -24,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from kernels.block_sparse_matmul.arg_specs import LLAMA_2, Program, Spec, dense, programs
+from kernels import benchmark_torch, measure
+from kernels.block_sparse_matmul.arg_specs import LLAMA_2, Spec, dense, programs
 
-_MODELS = {spec.model: spec for spec in (*LLAMA_2, Spec("small", 256, 512))}
+MODELS = {spec.model: spec for spec in (*LLAMA_2, Spec("small", 256, 512))}
 _KERNELS = {"gpu": "pallas_gpu", "tpu": "pallas_tpu", "cpu": "pallas_tpu"}
 _KEY = ("device", "jax", "model", "program", "tokens", "density", "implementation")
 
@@ -48,16 +49,17 @@ def main() -> None:
 def _rows(given: argparse.Namespace, done: Collection[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     """Those that are not there, one measured after the other."""
     started = time.monotonic()
-    for case in _cases(given, ("dense", "xla", _KERNELS[jax.default_backend()])):
+    if absent := benchmark_torch.absence():
+        print(f"torch_bsr and torch_dense are left out: {absent}", flush=True)
+    for case in _cases(given, _KERNELS[jax.default_backend()], torch=not absent):
         row = dict(zip(_KEY, (jax.devices()[0].device_kind, jax.__version__, *case), strict=True))
         if tuple(row.values()) in done:
             continue
         if given.minutes and time.monotonic() - started > 60 * given.minutes:
             sys.exit(f"{given.minutes} minutes are over; the same command goes on")
         model, program, tokens, density, implementation = case
-        spec = _MODELS[model]._replace(tokens=tokens, density=density)
-        made = dense(spec) if implementation == "dense" else programs(spec, implementation)
-        yield row | _measure(made[program], given.repeat)
+        spec = MODELS[model]._replace(tokens=tokens, density=density)
+        yield row | _measure(spec, program, implementation, given.repeat)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,20 +70,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="FILE", help="JSON lines, added to")
-    add("--model", nargs="+", choices=_MODELS, default=[spec.model for spec in LLAMA_2])
+    add("--model", nargs="+", choices=MODELS, default=[spec.model for spec in LLAMA_2])
     add("--program", nargs="+", choices=dense(LLAMA_2[0]), default=list(dense(LLAMA_2[0])))
-    add("--tokens", nargs="+", type=_count, default=[1024, 4096, 16_384, 65_536])
+    add("--tokens", nargs="+", type=measure.count, default=[1024, 4096, 16_384, 65_536])
     add("--density", nargs="+", type=_share, default=[0.125, 0.25, 0.5, 0.75, 1.0])
-    add("--repeat", type=_count, default=20, help="timed calls")
+    add("--repeat", type=measure.count, default=20, help="timed calls")
     add("--minutes", type=float, help="begin no measurement after so many")
     return parser
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}, accepted 1 and more")
-    return number
 
 
 def _share(text: str) -> float:
@@ -93,41 +88,29 @@ def _share(text: str) -> float:
 
 
 def _cases(
-    given: argparse.Namespace, implementations: tuple[str, ...]
+    given: argparse.Namespace, kernels: str, torch: bool
 ) -> Iterator[tuple[str, str, int, float, str]]:
     """(model, program, tokens, density, implementation), what is dense first and at density 1."""
     for case in itertools.product(given.model, given.program, given.tokens):
-        yield (*case, 1.0, implementations[0])
-        for density, name in itertools.product(given.density, implementations[1:]):
+        by_torch = torch and case[1] in benchmark_torch.PROGRAMS
+        for name in ("dense", "torch_dense") if by_torch else ("dense",):
+            yield (*case, 1.0, name)
+        sparse = ("xla", kernels, "torch_bsr") if by_torch else ("xla", kernels)
+        for density, name in itertools.product(given.density, sparse):
             yield (*case, density, name)
 
 
-def _measure(program: Program, repeat: int) -> dict[str, Any]:
-    call = jax.jit(program.function)
+def _measure(spec: Spec, name: str, implementation: str, repeat: int) -> dict[str, Any]:
+    made = dense(spec) if implementation.endswith("dense") else programs(spec, "xla")
+    row = {"flops": made[name].flops}
     try:
-        arguments = _random(program)
-        jax.block_until_ready(call(*arguments))
-        seconds = []
-        for _ in range(repeat):
-            started = time.perf_counter()
-            jax.block_until_ready(call(*arguments))
-            seconds.append(time.perf_counter() - started)
+        if implementation.startswith("torch"):
+            return row | benchmark_torch.measure(spec, name, implementation, repeat)
+        if implementation != "dense":
+            made = programs(spec, implementation)
+        return row | {"seconds": measure.seconds(made[name], repeat), "repeat": repeat}
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return {"flops": program.flops, "error": reason[:200]}
-    return {"flops": program.flops, "seconds": statistics.median(seconds), "repeat": repeat}
-
-
-def _random(program: Program) -> list[jax.Array]:
-    """Values of N(0, 1), and ids spread evenly over the blocks of the matrix before them."""
-    arrays: list[jax.Array] = []
-    for number, shape in enumerate(program.arguments):
-        if jnp.issubdtype(shape.dtype, jnp.integer):
-            blocks = arrays[-1].shape[0] // program.block
-            arrays.append(jnp.arange(shape.size, dtype=jnp.int32) * blocks // shape.size)
-        else:
-            arrays.append(jax.random.normal(jax.random.key(number), shape.shape, shape.dtype))
-    return arrays
+        return row | {"error": measure.first_line(error)}
 
 
 def _report(row: dict[str, Any], rows: dict[tuple[Any, ...], dict[str, Any]]) -> None:

@@ -68,3 +68,15 @@ def default_signals() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def made_up_gpu() -> Iterator[None]:
+    """Kernels for a GPU are interpreted, as if on one with two multiprocessors."""
+    from jax._src.pallas.mosaic_gpu.interpret import params
+
+    device = jax.sharding.AbstractDevice("NVIDIA H200", num_cores=2, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    interpret = params.force_gpu_interpret_mode(params.InterpretGPUParams())
+    with jax.sharding.use_abstract_mesh(mesh), interpret:
+        yield

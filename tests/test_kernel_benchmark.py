@@ -4,10 +4,13 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from kernels import benchmark
-from kernels.block_sparse_matmul.arg_specs import dense
+from kernels import benchmark, benchmark_torch
+from kernels.block_sparse_matmul import reference
+from kernels.block_sparse_matmul.arg_specs import Spec, dense
+from tests.tolerances import assert_close
 
 TAKEN = ("dense", "xla", "pallas_tpu")
 
@@ -25,7 +28,7 @@ def test_each_program_has_its_rows(
     call(monkeypatch, out)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     found = {(row["program"], row["implementation"]) for row in rows}
-    assert found == {(p, i) for p in dense(benchmark._MODELS["small"]) for i in TAKEN}
+    assert found == {(p, i) for p in dense(benchmark.MODELS["small"]) for i in TAKEN}
     assert all(row["seconds"] > 0 for row in rows)
     whole, *sparse = [row for row in rows if row["program"] == "column"]
     assert whole["flops"] == 2 * 64 * 256 * 512
@@ -47,3 +50,50 @@ def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     *_, row = [json.loads(line) for line in out.read_text().splitlines()]
     assert row["implementation"] == "pallas_gpu" and "seconds" not in row
     assert "interpret mode" in row["error"]
+
+
+def test_torch_stands_beside(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "rows.jsonl"
+    few = ("--program", "row", "mask")
+    call(monkeypatch, out, *few)
+    said = "torch_bsr and torch_dense are left out: jax runs on cpu"
+    assert said in capsys.readouterr().out
+
+    def measured(spec: Spec, program: str, implementation: str, repeat: int) -> dict[str, float]:
+        assert (spec.tokens, program, repeat) == (64, "mask", 1)
+        if implementation == "torch_dense":
+            raise RuntimeError("out of memory")
+        return {"seconds": spec.density}
+
+    monkeypatch.setattr(benchmark_torch, "absence", lambda: None)
+    monkeypatch.setattr(benchmark_torch, "measure", measured)
+    call(monkeypatch, out, *few)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    whole, sparse = [row for row in rows if row["implementation"].startswith("torch")]
+    assert (whole["implementation"], whole["density"]) == ("torch_dense", 1.0)
+    assert whole["error"] == "RuntimeError: out of memory" and whole["flops"] == 2 * sparse["flops"]
+    assert (sparse["program"], sparse["density"], sparse["seconds"]) == ("mask", 0.5, 0.5)
+
+
+def test_torch_multiplies_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU it has no product sampled at blocks, which is whole here."""
+    torch = pytest.importorskip("torch")
+    from torch.sparse import _triton_ops
+
+    monkeypatch.setattr(_triton_ops, "sampled_addmm", lambda _, a, c, beta: (1 - beta) * (a @ c))
+    spec = Spec("small", 256, 512, tokens=64)
+    mask = spec.mask()
+    torch.manual_seed(0)
+    y, dx, dw = benchmark_torch.bsr(spec, "mask, both ways", "cpu", torch.float32)()
+    torch.manual_seed(0)
+    assert benchmark_torch.bsr(spec, "mask", "cpu", torch.float32)().equal(y)
+    torch.manual_seed(0)
+    x, values = torch.randn(64, 256).numpy(), torch.randn(mask.nonzero, 128, 128).numpy()
+    w = np.asarray(reference.scatter(values, mask))
+    dy = np.sin(x @ w.T)
+    for found, expected in ((y, x @ w.T), (dx, dy @ w), (dw, dy.T @ x)):
+        assert_close(found.numpy(), expected, "float32", "backward")
+    *_, dw = benchmark_torch.dense(spec, "mask, both ways", "cpu", torch.float32)()
+    assert dw.shape == (512, 256)

@@ -81,7 +81,11 @@ def test_what_is_there_is_not_measured_again(
 
 def test_what_rests_is_what_was_gathered_from() -> None:
     given: Any = SimpleNamespace(
-        **{"rows": 1, "row_length": 8, "dtype": "float32", "remat": "none", "optimizer": "lion"},
+        rows=1,
+        row_length=8,
+        dtype="float32",
+        remat="none",
+        optimizer="lion",
         kernels=None,
     )
     row, _ = described(TINY, Case("step", "gather", 0.5), given, None)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.block_sparse_matmul.api import column_matmul, row_matmul, swiglu
+from kernels.block_sparse_matmul.backends import Backend
 from kernels.block_sparse_matmul.patterns import BlockMask, kept_rows
 
 
@@ -94,6 +95,45 @@ def programs(spec: Spec, implementation: str | None) -> dict[str, Program]:
             3 * masked,
             block,
         ),
+    }
+
+
+def operations(spec: Spec, backend: Backend) -> dict[tuple[str, str], Program]:
+    """`tuned.OPERATIONS`: what an MLP with kept rows and a masked product do, each once."""
+    mask, block = spec.mask(), spec.block
+    x, h = _floats(spec.tokens, spec.width), _floats(spec.tokens, spec.kept * block)
+    w, ids = _floats(spec.neurons, spec.width), jax.ShapeDtypeStruct((spec.kept,), jnp.int32)
+    y, blocks = _floats(spec.tokens, spec.neurons), _floats(mask.nonzero, block, block)
+    one = 2.0 * spec.tokens * spec.width * spec.kept * block
+    masked = 2.0 * spec.tokens * mask.nonzero * block**2
+
+    def rows(function: Callable[..., Any], products: int, *arguments: Any) -> Program:
+        def call(*given: Any) -> Any:
+            return function(*given[:-1], kept_rows(given[-1], block))
+
+        return Program(call, (*arguments, ids), products * one, block)
+
+    def masks(function: Callable[..., Any], *arguments: Any) -> Program:
+        return Program(lambda *given: function(*given, mask), arguments, masked, block)
+
+    def gradients(x: Any, dh: Any, gate: Any, up: Any, pattern: Any) -> Any:
+        return backend.swiglu_gradients(x, gate, up, dh, pattern)
+
+    def row(x: Any, w: Any, pattern: Any) -> Any:
+        return backend.row((x,), (w,), pattern)
+
+    def row_pairs(g: Any, u: Any, gate: Any, up: Any, pattern: Any) -> Any:
+        return backend.row((g, u), (gate, up), pattern)
+
+    return {
+        ("rows", "column"): rows(backend.column, 1, x, w),
+        ("rows", "row"): rows(row, 1, h, w),
+        ("rows", "swiglu"): rows(backend.swiglu, 2, x, w, w),
+        ("rows", "swiglu_gradients"): rows(gradients, 2, x, h, w, w),
+        ("rows", "row_pairs"): rows(row_pairs, 2, h, h, w, w),
+        ("mask", "column"): masks(backend.column, x, blocks),
+        ("mask", "row"): masks(row, y, blocks),
+        ("mask", "sampled"): masks(lambda a, c, p: backend.sampled(a, c, p, None), y, x),
     }
 
 

@@ -1,13 +1,14 @@
 """The implementations by name, what each can take, and which is chosen where none is named."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from kernels.block_sparse_matmul import pallas_gpu, pallas_tpu, xla
+from kernels.block_sparse_matmul import pallas_gpu, pallas_tpu, tuned, xla
 from kernels.block_sparse_matmul.patterns import Pattern
 from kernels.block_sparse_matmul.tiled import Tiled
 
@@ -39,20 +40,33 @@ BACKENDS: dict[str, Backend] = {
     "pallas_gpu": Tiled(pallas_gpu),
 }
 _KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
-_UNTIMED = ("pallas_gpu",)
 
 
 def explain(
-    dtype: jnp.dtype, width: int, block: int, platform: str | None = None
+    dtype: jnp.dtype,
+    width: int,
+    block: int,
+    platform: str | None = None,
+    *,
+    device: str | None = None,
+    folder: Path = tuned.FOLDER,
 ) -> tuple[str, dict[str, str]]:
-    """The implementation that is chosen where none is named, on this platform by default, and why
-    its kernel is not."""
-    name = _KERNELS.get(platform or jax.default_backend())
+    """The implementation that is chosen where none is named, and why the platform's kernel is not.
+
+    That is the kernel, where the `folder` of measurements says that it takes no longer than XLA on
+    that kind of device. The platform and the device are by default those at hand.
+    """
+    here = jax.default_backend()
+    platform = platform or here
+    name = _KERNELS.get(platform)
     if name is None:
         return "xla", {}
-    reason = BACKENDS[name].refusal(jnp.dtype(dtype), width, block)
-    if reason is None and name in _UNTIMED:
-        reason = "not timed yet; it runs where it is named"
+    device = device or (
+        tuned.device_kind() if platform == here else f"a {platform.upper()} elsewhere"
+    )
+    dtype = jnp.dtype(dtype)
+    reason = BACKENDS[name].refusal(dtype, width, block)
+    reason = reason or tuned.verdict(device, name, str(dtype), block, folder)
     return (name, {}) if reason is None else ("xla", {name: reason})
 
 

@@ -16,18 +16,16 @@ from jaxtyping import Array, Float, Int
 
 from kernels.block_sparse_matmul.patterns import BlockMask
 from kernels.block_sparse_matmul.tiled import Product, Steps, finer, largest_tile, split
+from kernels.block_sparse_matmul.tiles import GpuTiles, Misfit
 
+NAME = "pallas_gpu"
 # Two warpgroups compute, each for its own tokens, and a third one brings the tiles. One holds
 # 128 × 128 float32 sums in its registers, or two of 64 × 128.
 _WORKERS = 2
-_TALL = 128
-_FACTOR = 64
-_RESULT = 128
+_SUMS = 128 * 128
 _UNIT = 64
 _CARRIER_REGISTERS = 40
 _SHARED_BYTES = 216 * 1024  # of the 227 KiB that a block of threads may have
-_MOST_STAGES = 4
-_SNAKE = 8  # tiles of tokens that are worked on side by side, so that L2 holds their x
 
 
 def refusal(dtype: jnp.dtype, width: int, block: int) -> str | None:
@@ -41,22 +39,25 @@ def refusal(dtype: jnp.dtype, width: int, block: int) -> str | None:
     return None
 
 
-def factor_tile(size: int, _dtype: jnp.dtype) -> int:
+def factor_tile(size: int, _dtype: jnp.dtype, tiles: GpuTiles) -> int:
     """See `tiled.Loops`."""
-    return largest_tile(size, _UNIT, _FACTOR)
+    return largest_tile(size, _UNIT, tiles.factor)
 
 
-def result_tile(size: int, _dtype: jnp.dtype) -> int:
+def result_tile(size: int, _dtype: jnp.dtype, tiles: GpuTiles) -> int:
     """See `tiled.Loops`."""
-    return largest_tile(size, _UNIT, _RESULT)
+    return largest_tile(size, _UNIT, tiles.result)
 
 
-def contract(product: Product) -> tuple[Float[Array, "T N"], ...]:
+def contract(product: Product, tiles: GpuTiles) -> tuple[Float[Array, "T N"], ...]:
     """See `tiled.Product`."""
-    product = finer(product, _FACTOR)
+    product = finer(product, tiles.factor)
     tokens, dtype = product.xs[0].shape[0], product.xs[0].dtype
     # Two sums share the registers; two pairs, the shared memory.
-    tall = _TALL if len(product.ws) == 1 else _TALL // 2
+    tall = tiles.tall // len(product.ws)
+    if tall % _UNIT or product.sums * tall * product.result > _SUMS:
+        sums = f"{product.sums} × {tall} × {product.result} sums"
+        raise Misfit(f"{sums} of a warpgroup, accepted {_SUMS} in all, of multiples of {_UNIT}")
     # Padding is of no consequence: each token's results are its own.
     padded = -tokens % (tall * _WORKERS)
     xs, extras = (
@@ -64,7 +65,7 @@ def contract(product: Product) -> tuple[Float[Array, "T N"], ...]:
         for parts in (product.xs, product.extras)
     )
     kernel = _kernel(
-        functools.partial(_contract, product=product, tall=tall),
+        functools.partial(_contract, product=product, tall=tall, settings=tiles),
         [jax.ShapeDtypeStruct((tokens + padded, product.width), dtype)] * product.outputs,
         threads=_WORKERS + 1,
     )
@@ -75,7 +76,7 @@ def contract(product: Product) -> tuple[Float[Array, "T N"], ...]:
     return tuple(y[:tokens] if padded else y for y in found)
 
 
-def _contract(*refs: Any, product: Product, tall: int) -> None:
+def _contract(*refs: Any, product: Product, tall: int, settings: GpuTiles) -> None:
     runs, (factors, rows, columns), xs, ws, extras, outputs = split(
         refs,
         *(0 if product.even else 2, 3),
@@ -88,7 +89,7 @@ def _contract(*refs: Any, product: Product, tall: int) -> None:
         w_tile = w_tile[::-1]
     tiles = [x_tile] * len(xs) + [w_tile] * len(ws)
     ends = len(extras) + len(outputs)
-    stages = _stages(tiles, [tile] * _WORKERS * ends, dtype)
+    stages = _stages(settings, tiles, [tile] * _WORKERS * ends, dtype)
     shape = (outputs[0].shape[0] // x_tile[0], product.width // product.result)
 
     def pipeline(m: Any, n: Any, step: Any = None, compute: Any = None) -> Any:
@@ -126,7 +127,7 @@ def _contract(*refs: Any, product: Product, tall: int) -> None:
 
         @plgpu.nd_loop((shape[0] * shape[1],), collective_axes="sm")
         def _(loop: Any) -> None:
-            m, n = plgpu.planar_snake(loop.index[0], shape, 0, min(_SNAKE, shape[0]))
+            m, n = plgpu.planar_snake(loop.index[0], shape, 0, min(settings.snake, shape[0]))
             here = (
                 pl.ds((m * _WORKERS + worker) * tall, tall),
                 pl.ds(n * product.result, product.result),
@@ -186,23 +187,25 @@ def _finish(
 
 
 def sample(
-    a: Float[Array, "T N"], c: Float[Array, "T D"], mask: BlockMask
+    a: Float[Array, "T N"], c: Float[Array, "T D"], mask: BlockMask, tiles: GpuTiles
 ) -> Float[Array, "nonzero b b"]:
     """See `tiled.Loops`."""
     block = mask.block
-    if padded := -a.shape[0] % _UNIT:
+    if padded := -a.shape[0] % tiles.factor:
         a, c = (jnp.pad(part, ((0, padded), (0, 0))) for part in (a, c))
     kernel = _kernel(
-        functools.partial(_sample, block=block),
+        functools.partial(_sample, block=block, settings=tiles),
         [jax.ShapeDtypeStruct((mask.nonzero * block, block), a.dtype)],
     )
     (found,) = kernel(mask.rows, mask.columns, a, c)
     return found.reshape(-1, block, block)
 
 
-def _sample(rows: Any, columns: Any, a: Any, c: Any, output: Any, *, block: int) -> None:
-    tile, dtype = (block, block), a.dtype
-    stages = _stages([(_UNIT, block)] * 2, [tile], dtype)
+def _sample(
+    rows: Any, columns: Any, a: Any, c: Any, output: Any, *, block: int, settings: GpuTiles
+) -> None:
+    tile, step_tile, dtype = (block, block), (settings.factor, block), a.dtype
+    stages = _stages(settings, [step_tile] * 2, [tile], dtype)
 
     @plgpu.nd_loop((output.shape[0] // block,), collective_axes="sm")
     def _(loop: Any) -> None:
@@ -216,10 +219,10 @@ def _sample(rows: Any, columns: Any, a: Any, c: Any, output: Any, *, block: int)
 
             pipeline = plgpu.emit_pipeline(
                 step,
-                grid=(a.shape[0] // _UNIT,),
+                grid=(a.shape[0] // settings.factor,),
                 in_specs=[
-                    _spec((_UNIT, block), dtype, lambda t: (t, row), delay=1),
-                    _spec((_UNIT, block), dtype, lambda t: (t, column), delay=1),
+                    _spec(step_tile, dtype, lambda t: (t, row), delay=1),
+                    _spec(step_tile, dtype, lambda t: (t, column), delay=1),
                 ],
                 max_concurrent_steps=stages,
             )
@@ -268,11 +271,17 @@ def _processors() -> int:
 
 
 def _stages(
-    step: Sequence[tuple[int, int]], resting: Sequence[tuple[int, int]], dtype: jnp.dtype
+    settings: GpuTiles,
+    step: Sequence[tuple[int, int]],
+    resting: Sequence[tuple[int, int]],
+    dtype: jnp.dtype,
 ) -> int:
-    """For how many steps the tiles find room beside those that stay."""
+    """For how many steps the tiles find room beside those that stay: two at the least."""
     sizes = [sum(map(math.prod, tiles)) * jnp.dtype(dtype).itemsize for tiles in (step, resting)]
-    return max(2, min(_MOST_STAGES, (_SHARED_BYTES - sizes[1]) // sizes[0]))
+    room = (_SHARED_BYTES - sizes[1]) // sizes[0]
+    if min(room, settings.stages) < 2:
+        raise Misfit(f"shared memory for {room} of {settings.stages} stages, accepted 2 and more")
+    return min(settings.stages, room)
 
 
 def _spec(

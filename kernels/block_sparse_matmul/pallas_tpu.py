@@ -4,6 +4,7 @@ On any other platform the same program is interpreted.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,13 +16,9 @@ from jaxtyping import Array, Float
 
 from kernels.block_sparse_matmul.patterns import BlockMask
 from kernels.block_sparse_matmul.tiled import Product, Steps, largest_tile, split
+from kernels.block_sparse_matmul.tiles import Misfit, TpuTiles
 
-# Bytes of a tile's row, so that at Llama's widths (4,096 and 5,120 bfloat16) one tile spans it: a
-# tile of x is then read once for all results. With 512 tokens (bfloat16) a step does 475 FLOPs for
-# each byte that it reads.
-_LONGEST = 10_240
-_TOKEN_BYTES = 1_024
-_SAMPLE_BYTES = 4_096
+NAME = "pallas_tpu"
 _VMEM = 64 * 2**20
 _SUBLANES = 16
 
@@ -32,25 +29,26 @@ def refusal(dtype: jnp.dtype, width: int, block: int) -> str | None:
         return f"{dtype} operands, accepted float32 and bfloat16"
     if block not in (128, 256, 512):
         return f"blocks of {block}, accepted 128, 256 and 512"
-    if not factor_tile(width, dtype):
-        longest = _LONGEST // dtype.itemsize
+    longest = TpuTiles().row // dtype.itemsize
+    if width % 128 and width > longest:
         return f"rows of {width}, accepted multiples of 128, and up to {longest} anything"
     return None
 
 
-def factor_tile(size: int, dtype: jnp.dtype) -> int:
-    """See `tiled.Loops`."""
-    longest = _LONGEST // jnp.dtype(dtype).itemsize
-    return size if size <= longest else largest_tile(size, 128, longest)
+def factor_tile(size: int, dtype: jnp.dtype, tiles: TpuTiles) -> int:
+    """See `tiled.Loops`. A row that cannot be cut is a tile, which `refusal` allows by the default
+    settings, whatever these are."""
+    longest = tiles.row // jnp.dtype(dtype).itemsize
+    return size if size <= longest else largest_tile(size, 128, longest) or size
 
 
 result_tile = factor_tile
 
 
-def contract(product: Product) -> tuple[Float[Array, "T N"], ...]:
+def contract(product: Product, tiles: TpuTiles) -> tuple[Float[Array, "T N"], ...]:
     """See `tiled.Product`."""
     tokens, dtype = product.xs[0].shape[0], product.xs[0].dtype
-    tall = _tall(tokens, dtype, _TOKEN_BYTES)
+    tall = _tall(tokens, dtype, tiles.tokens)
     w_tile = (product.factor, product.result)
     x_spec = _spec((tall, product.factor), lambda m, n, steps: (m, steps.factor[n]))
     w_spec = _spec(
@@ -103,11 +101,11 @@ def _contract(*refs: Any, product: Product) -> None:
 
 
 def sample(
-    a: Float[Array, "T N"], c: Float[Array, "T D"], mask: BlockMask
+    a: Float[Array, "T N"], c: Float[Array, "T D"], mask: BlockMask, tiles: TpuTiles
 ) -> Float[Array, "nonzero b b"]:
     """See `tiled.Loops`."""
     tokens, block = a.shape[0], mask.block
-    tall = _tall(tokens, a.dtype, _SAMPLE_BYTES)
+    tall = _tall(tokens, a.dtype, tiles.sampled)
     slots = jnp.arange(mask.nonzero, dtype=jnp.int32)
     steps = Steps(mask.rows, mask.columns, slots, jnp.zeros_like(slots), jnp.ones_like(slots))
     call = _call(
@@ -167,6 +165,8 @@ def _call(
     sums: Sequence[Any],
     out_shape: Any,
 ) -> Callable[..., Any]:
+    _check_memory(in_specs, out_specs, sums, out_shape)
+
     def call(*arguments: Array, interpret: bool) -> Any:
         return pl.pallas_call(
             kernel,
@@ -188,3 +188,15 @@ def _call(
     return lambda *arguments: jax.lax.platform_dependent(
         *arguments, tpu=compiled, default=interpreted
     )
+
+
+def _check_memory(
+    in_specs: Sequence[pl.BlockSpec], out_specs: Any, sums: Sequence[Any], out_shape: Any
+) -> None:
+    """Each operand's tile is there twice, one of them on its way."""
+    size = jax.tree.leaves(out_shape)[0].dtype.itemsize
+    specs = [*in_specs, *jax.tree.leaves(out_specs)]
+    tiles = sum(2 * size * math.prod(spec.block_shape) for spec in specs)
+    needed = tiles + sum(4 * math.prod(total.shape) for total in sums)
+    if needed > _VMEM:
+        raise Misfit(f"tiles of {needed} bytes of VMEM, accepted {_VMEM}")

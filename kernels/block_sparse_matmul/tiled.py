@@ -7,13 +7,15 @@ go, is data made here from the pattern.
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.block_sparse_matmul import xla
+from kernels.block_sparse_matmul import tuned, xla
 from kernels.block_sparse_matmul.patterns import BlockMask, KeptRows, Pattern, Walk
+from kernels.block_sparse_matmul.tiles import Tiles
 
 
 class Steps(NamedTuple):
@@ -84,19 +86,22 @@ def finer(product: Product, factor: int) -> Product:
 
 
 class Loops(Protocol):
-    """A backend. Tiles are of an axis that no pattern cuts into blocks, of that many elements, one
-    that is summed over and one of a result; 0: there is none that would do."""
+    """A backend, by `NAME`, and `tiles` of its own kind, which raise `Misfit` where it cannot hold
+    them. The first two cut an axis that no pattern cuts into blocks, of that many elements, one
+    that is summed over and one of a result."""
 
-    def factor_tile(self, size: int, dtype: jnp.dtype) -> int: ...
+    NAME: str
 
-    def result_tile(self, size: int, dtype: jnp.dtype) -> int: ...
+    def factor_tile(self, size: int, dtype: jnp.dtype, tiles: Any) -> int: ...
+
+    def result_tile(self, size: int, dtype: jnp.dtype, tiles: Any) -> int: ...
 
     def refusal(self, dtype: jnp.dtype, width: int, block: int) -> str | None: ...
 
-    def contract(self, product: Product) -> tuple[Float[Array, "T N"], ...]: ...
+    def contract(self, product: Product, tiles: Any) -> tuple[Float[Array, "T N"], ...]: ...
 
     def sample(
-        self, a: Float[Array, "T N"], c: Float[Array, "T D"], mask: BlockMask
+        self, a: Float[Array, "T N"], c: Float[Array, "T D"], mask: BlockMask, tiles: Any
     ) -> Float[Array, "nonzero b b"]: ...
 
 
@@ -107,9 +112,15 @@ def largest_tile(size: int, unit: int, limit: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Tiled:
-    """The operations by one backend's loops. See `backends.Backend`."""
+    """The operations by one backend's loops. See `backends.Backend`.
+
+    With these `tiles`; None: with the fastest in the `folder` of measurements for the device at
+    hand, or else the default.
+    """
 
     loops: Loops
+    tiles: Tiles | None = None
+    folder: Path = tuned.FOLDER
 
     def refusal(self, dtype: jnp.dtype, width: int, block: int) -> str | None:
         """Why the loops cannot; None: they can."""
@@ -117,54 +128,63 @@ class Tiled:
 
     def column(self, x: Array, w: Array, pattern: Pattern) -> Array:
         """x · Wᵀ."""
-        (y,) = self.loops.contract(self._column(x, (w,), pattern))
+        tiles = self._tiles("column", x, pattern)
+        (y,) = self.loops.contract(self._column(x, (w,), pattern, tiles), tiles)
         return y
 
     def row(self, xs: Sequence[Array], ws: Sequence[Array], pattern: Pattern) -> Array:
         """Σ of x · W over pairs."""
+        tiles = self._tiles("row" if len(xs) == 1 else "row_pairs", xs[0], pattern)
         if isinstance(pattern, KeptRows):
             width = ws[0].shape[1]
-            tile = self.loops.result_tile(width, xs[0].dtype)
+            tile = self.loops.result_tile(width, xs[0].dtype, tiles)
             steps = _over_kept_rows(pattern, width // tile)
             product = Product(
                 xs, ws, steps, pattern.block, tile, width, transposed=False, even=True
             )
         else:
             product = _stored(xs, ws, pattern.by_column, pattern.shape[1], pattern.block)
-        (y,) = self.loops.contract(product._replace(summed=True))
+        (y,) = self.loops.contract(product._replace(summed=True), tiles)
         return y
 
     def sampled(self, a: Array, c: Array, pattern: Pattern, into: Array | None) -> Array:
         """aᵀ · c. Of kept rows it is a dense product, in which nothing sparse is left."""
         if isinstance(pattern, BlockMask):
-            return self.loops.sample(a, c, pattern)
+            return self.loops.sample(a, c, pattern, self._tiles("sampled", a, pattern))
         return xla.sampled(a, c, pattern, into)
 
     def swiglu(self, x: Array, gate: Array, up: Array, pattern: Pattern) -> Array:
         """silu(x · Gᵀ) · (x · Uᵀ)."""
-        product = self._column(x, (gate, up), pattern)
-        (h,) = self.loops.contract(product._replace(finish=_activate))
+        tiles = self._tiles("swiglu", x, pattern)
+        product = self._column(x, (gate, up), pattern, tiles)
+        (h,) = self.loops.contract(product._replace(finish=_activate), tiles)
         return h
 
     def swiglu_gradients(
         self, x: Array, gate: Array, up: Array, dh: Array, pattern: Pattern
     ) -> tuple[Array, Array]:
         """The gradients of x · Gᵀ and x · Uᵀ, which are computed once more."""
-        product = self._column(x, (gate, up), pattern)
+        tiles = self._tiles("swiglu_gradients", x, pattern)
+        product = self._column(x, (gate, up), pattern, tiles)
         product = product._replace(finish=_activate_gradients, extras=(dh,), outputs=2)
-        dg, du = self.loops.contract(product)
+        dg, du = self.loops.contract(product, tiles)
         return dg, du
 
-    def _column(self, x: Array, ws: Sequence[Array], pattern: Pattern) -> Product:
+    def _column(self, x: Array, ws: Sequence[Array], pattern: Pattern, tiles: Tiles) -> Product:
         if isinstance(pattern, BlockMask):
             product = _stored((x,), ws, pattern.by_row, pattern.shape[0], pattern.block)
             return product._replace(transposed=True)
         width = ws[0].shape[1]
-        tile = self.loops.factor_tile(width, x.dtype)
+        tile = self.loops.factor_tile(width, x.dtype, tiles)
         steps = _along_kept_rows(pattern, width // tile)
         return Product(
             (x,), ws, steps, tile, pattern.block, pattern.kept, transposed=True, even=True
         )
+
+    def _tiles(self, operation: str, x: Array, pattern: Pattern) -> Tiles:
+        kind = "rows" if isinstance(pattern, KeptRows) else "mask"
+        case = tuned.Case(self.loops.NAME, kind, operation, str(x.dtype), pattern.block, x.shape[0])
+        return self.tiles or tuned.best(tuned.device_kind(), case, self.folder)
 
 
 def _activate(g: Array, u: Array) -> tuple[Array]:

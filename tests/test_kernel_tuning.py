@@ -1,0 +1,314 @@
+"""Tiles: measured, chosen by device, held by the processor or refused, and of no effect on values;
+and the kernels, chosen where they were measured to be no slower than XLA."""
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import tune
+from kernels.benchmark import MODELS
+from kernels.block_sparse_matmul import (
+    BlockMask,
+    explain,
+    kept_rows,
+    pallas_gpu,
+    pallas_tpu,
+    reference,
+    tuned,
+    xla,
+)
+from kernels.block_sparse_matmul.arg_specs import operations
+from kernels.block_sparse_matmul.tiled import Tiled
+from kernels.block_sparse_matmul.tiles import DEFAULTS, GpuTiles, Misfit, TpuTiles
+from tests.tolerances import assert_close
+
+H200 = "NVIDIA H200"
+KEPT = kept_rows(jnp.array([0, 2]), 128)
+MASK = BlockMask.of(np.array([[1, 0, 1], [0, 1, 1]]), 128)
+
+
+def row(pattern: str, operation: str, ratio: float | None = 0.5, **more: Any) -> dict[str, Any]:
+    """An entry of a tuning file: a kernel that takes `ratio` of the time of XLA."""
+    return {
+        "backend": "pallas_gpu",
+        "pattern": pattern,
+        "operation": operation,
+        "dtype": "bfloat16",
+        "block": 128,
+        "tokens": 4096,
+        "tiles": dataclasses.asdict(GpuTiles()),
+        "seconds": ratio,
+        "default_seconds": 2.0,
+        "xla_seconds": 1.0,
+    } | more
+
+
+def write(folder: Path, rows: list[dict[str, Any]], device: str = H200) -> Path:
+    folder.mkdir(exist_ok=True)
+    tuned.path(device, folder).write_text(json.dumps({"device": device, "entries": rows}))
+    return folder
+
+
+def reason(folder: Path, block: int = 128) -> str | None:
+    """Why not the kernel, on an H200 with that folder of measurements."""
+    name, reasons = explain(jnp.bfloat16, 4096, block, "gpu", device=H200, folder=folder)
+    assert (name == "pallas_gpu") == (not reasons)
+    return reasons.get("pallas_gpu")
+
+
+def test_a_kernel_is_chosen_where_it_was_faster(tmp_path: Path) -> None:
+    assert tuned.path(H200, tmp_path).name == "nvidia-h200.json"
+    fast = [row(*case) for case in tuned.OPERATIONS]
+    folder = write(tmp_path / "fast", fast)
+    assert reason(folder) is None
+    assert reason(folder, 64) == f"bfloat16 in blocks of 64 is not timed on {H200}; " + (
+        "`make tune` does that"
+    )
+    assert "timed in part" in str(reason(write(tmp_path / "part", fast[:-1])))
+    # One slow operation can be made up for by the others, by those of its pattern alone.
+    assert reason(write(tmp_path / "one", [row(*tuned.OPERATIONS[0], 2.0), *fast[1:]])) is None
+    ratios = {"rows": 0.5, "mask": 1.5}
+    mixed = [row(*case, ratios[case[0]]) for case in tuned.OPERATIONS]
+    slow = reason(write(tmp_path / "mixed", mixed))
+    assert slow == f"slower than XLA on {H200} (1.50x the time)"
+    failed = [*fast[:-1], row("mask", "sampled", None, tiles=None)]
+    assert reason(write(tmp_path / "failed", failed)) == (
+        f"sampled of 4096 tokens does not run on {H200}"
+    )
+    under_way = row("mask", "sampled")
+    del under_way["tiles"]
+    assert "timed in part" in str(reason(write(tmp_path / "way", [*fast[:-1], under_way])))
+
+
+def test_a_file_that_is_none_of_ours_is_named(tmp_path: Path) -> None:
+    for number, rows in enumerate([[{"tiles": {}}], [row("rows", "row", tiles={"wide": 1})]]):
+        with pytest.raises(ValueError, match=r"nvidia-h200.json: .*kernels.tune` writes such"):
+            reason(write(tmp_path / str(number), rows))
+
+
+def test_tiles_come_from_the_file_of_the_device(tmp_path: Path) -> None:
+    few, many = TpuTiles(tokens=64), TpuTiles(tokens=256)
+    rows = [
+        row("rows", "column", tiles=dataclasses.asdict(tiles), tokens=tokens, backend="pallas_tpu")
+        for tiles, tokens in ((few, 16), (many, 4096))
+    ]
+    folder = write(tmp_path, rows, tuned.device_kind())
+    seen = []
+
+    def contract(product: Any, tiles: Any) -> Any:
+        seen.append(tiles)
+        return pallas_tpu.contract(product, tiles)
+
+    loops = SimpleNamespace(**{**vars(pallas_tpu), "contract": contract})
+    for dtype, tokens in (("bfloat16", 250), ("bfloat16", 260), ("float32", 16)):
+        x, w = (jax.ShapeDtypeStruct((n, 256), dtype) for n in (tokens, 512))
+        for backend in (Tiled(loops, folder=folder), Tiled(loops)):
+            jax.eval_shape(lambda x, w, backend=backend: backend.column(x, w, KEPT), x, w)
+    default = TpuTiles()
+    assert seen == [few, default, many, default, default, default]
+
+
+def test_tiles_are_of_no_effect_on_values() -> None:
+    check_operations(Tiled(pallas_tpu, TpuTiles(row=512, tokens=512, sampled=640)), "float32")
+
+
+@pytest.mark.parametrize(
+    ("tiles", "names"),
+    [
+        (GpuTiles(tall=128, factor=64, result=64, stages=2, snake=1), ("row", "swiglu", "sampled")),
+        (GpuTiles(tall=64, factor=128, stages=6), ("column", "row", "sampled")),
+        (GpuTiles(tall=64, result=256), ("row",)),
+    ],
+)
+@pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="this jax cannot interpret for GPUs")
+@pytest.mark.usefixtures("made_up_gpu")
+def test_tiles_are_of_no_effect_on_gpu(tiles: GpuTiles, names: tuple[str, ...]) -> None:
+    check_operations(Tiled(pallas_gpu, tiles), "bfloat16", names)
+
+
+def check_operations(
+    backend: Tiled, dtype: str, names: tuple[str, ...] = ("column", "row", "swiglu", "sampled")
+) -> None:
+    """Beside the reference, of more tokens than fit a tile."""
+    made = np.random.default_rng(0)
+    shapes = {"x": (300, 512), "h": (300, 256), "w": (512, 512), "v": (512, 512), "c": (300, 384)}
+    given = {name: jnp.asarray(made.normal(size=shape), dtype) for name, shape in shapes.items()}
+    wide = {name: array.astype(jnp.float32) for name, array in given.items()}
+
+    def results(by: Any, row: Any, x: Any, h: Any, w: Any, v: Any, c: Any) -> dict[str, Any]:
+        return {
+            "column": lambda: by.column(x, w, KEPT),
+            "row": lambda: row(h, w),
+            "swiglu": lambda: by.swiglu(x, w / 8, v / 8, KEPT),
+            "sampled": lambda: by.sampled(h, c, MASK, None),
+        }
+
+    found = results(backend, lambda h, w: backend.row((h,), (w,), KEPT), **given)
+    expected = results(reference, lambda h, w: reference.row(h, w, KEPT), **wide)
+    for name in names:
+        actual = found[name]().astype(jnp.float32)
+        assert_close(actual, expected[name](), dtype, "product")
+
+
+@pytest.mark.parametrize(
+    ("loops", "tiles", "operation", "message"),
+    [
+        (pallas_gpu, GpuTiles(tall=256), ("rows", "column"), "1 × 256 × 128 sums of a warpgroup"),
+        (pallas_gpu, GpuTiles(tall=64), ("rows", "swiglu"), "2 × 32 × 128 sums"),
+        (pallas_gpu, GpuTiles(tall=256), ("rows", "row_pairs"), "shared memory for 1 of 4 stages"),
+        (pallas_gpu, GpuTiles(stages=1), ("mask", "sampled"), "shared memory for . of 1 stages"),
+        (pallas_tpu, TpuTiles(tokens=2**18), ("mask", "column"), "bytes of VMEM, accepted"),
+    ],
+)
+def test_what_the_processor_does_not_hold_is_refused(
+    loops: Any, tiles: Any, operation: tuple[str, str], message: str
+) -> None:
+    spec = MODELS["small"]._replace(tokens=2**17, width=512)
+    program = operations(spec, Tiled(loops, tiles))[operation]
+    with pytest.raises(Misfit, match=message):
+        jax.jit(program.function).trace(*program.arguments)
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["tune", *arguments])
+    tune.main()
+
+
+def test_tuning_goes_on_where_it_ended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--model", "small", "--tokens", "64", "--repeat", "1", "--operation", "sampled"]
+    few += ["--interpret", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match="minutes are over"):
+        call(monkeypatch, *few, "--minutes", "1e-9")
+    call(monkeypatch, *few)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[5].split(":")[0] for line in lines[:4]] == [
+        *("xla", "default", "sampled 2048", "sampled 8192")
+    ]
+    assert "x the time of XLA" in lines[1]
+    assert lines[4] == "pallas_tpu: blocks of 64, accepted 128, 256 and 512"
+    (file,) = tmp_path.iterdir()
+    assert file.name == "cpu.json"
+    (entry,) = json.loads(file.read_text())["entries"]
+    xla_record, default, *others = entry["timed"]
+    fastest = min((default, *others), key=lambda record: record["seconds"])
+    assert entry["tiles"] == fastest["tiles"] and entry["seconds"] == fastest["seconds"]
+    assert entry["default_seconds"] == default["seconds"]
+    assert entry["xla_seconds"] == xla_record["seconds"]
+    assert entry["jax"] == jax.__version__ and entry["neurons"] == 512
+    (known,) = tuned.entries("cpu", tmp_path)
+    assert known.tiles == TpuTiles(**fastest["tiles"])
+
+    text = file.read_text().replace(jax.__version__, "0.1")
+    file.write_text(text)
+    call(monkeypatch, *few)
+    assert file.read_text() == text
+    del entry["tiles"], entry["timed"][3]
+    file.write_text(json.dumps({"entries": [entry]}))
+    capsys.readouterr()
+    call(monkeypatch, *few)
+    assert len(capsys.readouterr().out.splitlines()) == 3  # what was missing, 64, and the end
+    (again,) = json.loads(file.read_text())["entries"]
+    assert again["timed"][:3] == [xla_record, default, others[0]] and len(again["timed"]) == 4
+
+
+def test_each_round_starts_from_the_fastest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Wide rows and few tokens are fastest here, XLA in between."""
+    seen: list[TpuTiles] = []
+
+    def contract(product: Any, tiles: TpuTiles) -> Any:
+        seen.append(tiles)
+        return pallas_tpu.contract(product, tiles)
+
+    def seconds(program: Any, _: int) -> float:
+        seen.clear()
+        jax.eval_shape(program.function, *program.arguments)
+        return seen[0].tokens / seen[0].row if seen else 0.05
+
+    monkeypatch.setattr(tune.measure, "seconds", seconds)
+    loops = SimpleNamespace(**{**vars(pallas_tpu), "contract": contract})
+    case = tuned.Case("pallas_tpu", "rows", "column", "bfloat16", 128, 64)
+    spec, file = MODELS["small"]._replace(tokens=64), tune.File(tmp_path / "made-up.json")
+    assert tune.Search(case, spec, loops, 1, file).run(math.inf)
+    (entry,) = tuned.entries("made up", tmp_path)
+    best = TpuTiles(row=20_480, tokens=512)
+    assert entry == tuned.Entry(case, best, 0.025, 0.1, 0.05)
+    assert [len(record["tiles"] or ()) for record in file.entry(case)["timed"]] == [
+        0,
+        3,
+        3,
+        3,
+        3,
+        3,
+    ]
+
+
+def test_what_fails_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def sample(a: Any, c: Any, mask: BlockMask, tiles: TpuTiles) -> Any:
+        if tiles.sampled == 2_048:
+            raise RuntimeError("no such instruction\nand more")
+        if tiles.sampled == 8_192:
+            raise Misfit("too large")
+        return pallas_tpu.sample(a, c, mask, tiles)
+
+    loops = SimpleNamespace(**{**vars(pallas_tpu), "sample": sample})
+    case = tuned.Case("pallas_tpu", "mask", "sampled", "bfloat16", 128, 64)
+    spec, file = MODELS["small"]._replace(tokens=64), tune.File(tmp_path / "cpu.json")
+    assert tune.Search(case, spec, loops, 1, file).run(math.inf)
+    assert file.entry(case)["tiles"] == dataclasses.asdict(TpuTiles())
+    *_, first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("sampled 2048: RuntimeError: no such instruction")
+    assert second.endswith("sampled 8192: left out: too large")
+
+    def nothing(*_: Any) -> Any:
+        raise RuntimeError("never")
+
+    loops, file = SimpleNamespace(NAME="pallas_tpu", sample=nothing), tune.File(tmp_path / "b.json")
+    assert tune.Search(case, spec, loops, 1, file).run(math.inf)
+    entry = file.entry(case)
+    assert entry["tiles"] is entry["seconds"] is entry["default_seconds"] is None
+    assert entry["xla_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "there are no kernels for cpu, accepted gpu and tpu"),
+        (["--interpret"], "--interpret is for a CPU, and its figures are of use nowhere"),
+        (["--interpret", "--out", "{folder}"], "cpu.json: TypeError: list indices must be"),
+    ],
+)
+def test_a_cpu_is_not_tuned(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tuned.path("cpu", tmp_path).write_text("[]")
+    arguments = [text.format(folder=tmp_path) for text in arguments]
+    few = ["--model", "small", "--tokens", "8", "--operation", "sampled"]
+    with pytest.raises(SystemExit):
+        call(monkeypatch, *arguments, *few)
+    assert message in capsys.readouterr().err
+
+
+def test_all_that_has_tiles_is_timed() -> None:
+    assert set(operations(MODELS["small"], xla)) == set(tuned.OPERATIONS)
+    for backend in DEFAULTS:
+        for case in tuned.OPERATIONS:
+            rounds = tune._rounds(tuned.Case(backend, *case, "bfloat16", 128, 64))
+            for change in (change for changes in rounds for change in changes):
+                assert dataclasses.replace(DEFAULTS[backend], **change) != DEFAULTS[backend]
