@@ -1,9 +1,10 @@
 # Every target does its own set-up in .venv the first time; a second call does none.
 PYTHON_IN_VENV := .venv/bin/python
 QUICKSTART := runs/quickstart
+SPARSE := --rate 0.2 0.4 0.6 --kernels pallas_gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-real bench tune aot tables lint setup clean
+.PHONY: help quickstart test test-real bench tune aot memory tables lint setup clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +32,12 @@ tune:  ## time the kernels on the GPU or TPU at hand: which tiles, and whether t
 aot:  ## compile the kernels for TPUs and an H200 that are not there; needs ptxas of CUDA on PATH
 	@scripts/setup.sh aot
 	.venv-aot/bin/python -m kernels.aot
+
+memory:  ## memory of large models' steps, compiled for an H200 that is not there
+	@scripts/setup.sh aot
+	.venv-aot/bin/python -m scripts.memory $(SPARSE) --model tinyllama-1.1b --rows 8
+	.venv-aot/bin/python -m scripts.memory $(SPARSE) --model llama-2-7b
+	.venv-aot/bin/python -m scripts.memory $(SPARSE) --model llama-2-13b --optimizer lion
 
 tables:  ## make the documents' tables anew from the committed rows
 	@scripts/setup.sh base

@@ -30,12 +30,12 @@ def parser() -> Parser:
 def main() -> None:
     """Compiles what is not there yet."""
     given = parser().parse_args()
-    from kernels import aot  # before jax, which it tells that there is no device
+    import kernels.aot as aot  # before jax, which it tells that there is no device
     from scripts.large_steps import Case, Row, add_rows, checked, described, sparse_cases
 
-    model = checked(given)
     if given.target not in aot.TARGETS:
         raise UserError(f"--target {given.target}; accepted: {', '.join(aot.TARGETS)}")
+    model = checked(given)
 
     def compiled(case: Case) -> Row:
         row, program = described(model, case, given, attention="xla")

@@ -5,20 +5,20 @@
     <!-- /table -->
 
 FILE is a file of rows, `experiments/results/FILE.jsonl`; KIND is a table of `sat_jax.report.tables`
-(rates, metrics, ..., efficiency), or `steps` of the benchmark's rows. Only rows count whose FIELD
-(twin, data, commit, ...) starts with START.
+(rates, metrics, ..., efficiency) or of `sat_jax.report.sizes` (steps, memory, speed). Only rows
+count whose FIELD (twin, data, commit, ...) starts with START.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from sat_jax.analysis.rows import latest, read
-from sat_jax.analysis.tables import markdown, percent
+from sat_jax.analysis.rows import read
+from sat_jax.analysis.tables import markdown
 from sat_jax.errors import UserError
 from sat_jax.report.groups import make_groups
-from sat_jax.report.records import Record, newest, record_of
+from sat_jax.report.records import newest, record_of
+from sat_jax.report.sizes import TABLES
 from sat_jax.report.tables import tables_of
 
 RESULTS = Path("experiments") / "results"
@@ -66,8 +66,8 @@ def _table(results: Path, name: str, fields: Mapping[str, str]) -> str:
         for row in read(results / f"{stem}.jsonl")
         if all(str(row.get(field, "")).startswith(start) for field, start in fields.items())
     ]
-    if kind == "steps":
-        return _steps([row for row in rows if row.get("benchmark") == "steps"])
+    if kind in TABLES:
+        return TABLES[kind](rows)
     runs = newest(record_of(row, None, stem) for row in rows if "twin" in row)
     tables = tables_of(make_groups(runs))
     found = [table for table in tables if table.name == kind]
@@ -79,28 +79,3 @@ def _table(results: Path, name: str, fields: Mapping[str, str]) -> str:
         parts.append(markdown(table.header, table.texts, table.align))
         parts.append(" ".join([f"{table.caption}.", *table.notes]))
     return "\n\n".join(parts)
-
-
-def _steps(rows: Sequence[dict[str, Any]]) -> str:
-    """The benchmark's last measurement of steps, each variant beside the dense step."""
-    dense = latest(rows, execution="dense")
-    if dense is None:
-        raise UserError("no dense step among the rows")
-    together = [row for row in rows if row["date"] == dense["date"]]
-    body = []
-    for row in together:
-        name = "dense" if row["execution"] == "dense" else f"r = {row['rate']:g}"
-        name += {
-            "mask": ", as multiplications by 0 and 1",
-            "kernel": ", all weights in place, kept blocks of 128 channels",
-        }.get(row["execution"], "")
-        if row.get("dense_tokens"):
-            name += f", {percent(row['dense_tokens'])} of the tokens with all channels"
-        numbers = [f"{row['wall_seconds']:.1f} s", f"{row['speedup_wall']:.2f}×"]
-        kept = [percent(row["kept_heads"]), percent(row["kept_channels"])]
-        body.append([name, *kept, *numbers, f"{row['bound']:.2f}×"])
-    header = ("one step", "heads kept", "channels kept", "time", "speed-up", "FLOP bound")
-    table = markdown(header, body, ("left", "right", "right", "right", "right", "right"))
-    tokens = dense["rows"] * dense["row_length"]
-    device = Record(dense).device
-    return f"{table}\n\n{dense['model']}; {tokens:,} tokens; {dense['dtype']}; {device}."

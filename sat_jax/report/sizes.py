@@ -1,0 +1,137 @@
+"""Tables of benchmarks, which time or compile single steps: not of runs."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sat_jax.analysis.rows import latest
+from sat_jax.analysis.tables import markdown, percent, sides
+from sat_jax.errors import UserError
+from sat_jax.report.records import Record
+
+Row = dict[str, Any]
+
+_SETTING = ("target", "model", "rows", "row_length", "dtype", "optimizer", "remat")
+
+
+def steps(rows: Sequence[Row]) -> str:
+    """The last measurement of `scripts.benchmark --only steps`, each variant beside the dense
+    step."""
+    dense = latest(rows, benchmark="steps", execution="dense")
+    if dense is None:
+        raise UserError("no dense step among the rows")
+    together = [r for r in rows if r.get("benchmark") == "steps" and r["date"] == dense["date"]]
+    body = []
+    for row in together:
+        name = "dense" if row["execution"] == "dense" else f"r = {row['rate']:g}"
+        name += {
+            "mask": ", as multiplications by 0 and 1",
+            "kernel": ", all weights in place, kept blocks of 128 channels",
+        }.get(row["execution"], "")
+        if row.get("dense_tokens"):
+            name += f", {percent(row['dense_tokens'])} of the tokens with all channels"
+        numbers = [f"{row['wall_seconds']:.1f} s", f"{row['speedup_wall']:.2f}×"]
+        body.append([name, *_kept(row), *numbers, f"{row['bound']:.2f}×"])
+    header = ("one step", "heads kept", "channels kept", "time", "speed-up", "FLOP bound")
+    table = markdown(header, body, sides(1, 5))
+    tokens = dense["rows"] * dense["row_length"]
+    device = Record(dense).device
+    return f"{table}\n\n{dense['model']}; {tokens:,} tokens; {dense['dtype']}; {device}."
+
+
+def memory(rows: Sequence[Row]) -> str:
+    """What `scripts.memory` found, a table a model."""
+    sums = ("state_bytes", "resting_bytes", "temporary_bytes")
+
+    def line(row: Row, together: Sequence[Row]) -> list[str]:
+        whole = sum(together[0][name] for name in sums)
+        here = sum(row[name] for name in sums)
+        gibibytes = [f"{count / 2**30:.1f} GiB" for count in (*(row[k] for k in sums), here)]
+        return [*gibibytes, f"{here / whole:.2f}×"]
+
+    header = ("state", "beside it", "temporaries", "in all", "beside dense")
+    return _by_setting(rows, header, line)
+
+
+def speed(rows: Sequence[Row]) -> str:
+    """What `scripts.efficiency` measured, a table a model.
+
+    The second bound takes what a step without neurons takes as given. MFU: FLOPs of the model that
+    is trained, none twice, by the rate of the device's own matrix products.
+    """
+
+    def line(row: Row, together: Sequence[Row]) -> list[str]:
+        found = {(one["part"], one["execution"], one["rate"]): one for one in together}
+        dense, peak = together[0]["seconds"], found.get(("peak", "dense", 0.0))
+        seconds = row["seconds"]
+        busy = row["model_flops"] / seconds
+        alone = found.get(("optimizer", row["execution"], row["rate"]), {})
+        second = _second_bound(row, together[0], found.get(("step", "gather", 1.0)))
+        return [
+            f"{seconds * 1e3:,.1f} ms",
+            f"{row['rows'] * row['row_length'] / seconds:,.0f}",
+            percent(busy * peak["seconds"] / peak["model_flops"]) if peak else "-",
+            f"{dense / seconds:.2f}×",
+            f"{row['bound']:.2f}×",
+            f"{second:.2f}×" if second else "-",
+            f"{alone['seconds'] * 1e3:,.1f} ms" if "seconds" in alone else "-",
+        ]
+
+    header = ("time", "tokens/s", "MFU", "speed-up", "FLOP bound", "second bound", "optimizer")
+    return _by_setting(rows, header, line)
+
+
+def _second_bound(row: Row, dense: Row, empty: Row | None) -> float | None:
+    """The speed-up if of the dense step's seconds those of neurons alone shrink with FLOPs."""
+    if empty is None or "seconds" not in empty:
+        return None
+    share = (1 / row["bound"] - 1 / empty["bound"]) / (1 - 1 / empty["bound"])
+    neurons: float = dense["seconds"] - empty["seconds"]
+    bound: float = dense["seconds"] / (empty["seconds"] + share * neurons)
+    return bound
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "steps": steps,
+    "memory": memory,
+    "speed": speed,
+}
+
+
+def _by_setting(
+    rows: Sequence[Row], header: tuple[str, ...], line: Callable[[Row, Sequence[Row]], list[str]]
+) -> str:
+    """A table for each setting, with what names it; `line` makes the rest of a row's line, beside
+    all of its setting, the dense step first. Raises `UserError` where there is none."""
+    key = (*_SETTING, "part", "execution", "rate")
+    newest = {tuple(row[name] for name in key): row for row in rows}
+    parts = []
+    for setting in dict.fromkeys(known[: len(_SETTING)] for known in newest):
+        together = [row for known, row in newest.items() if known[: len(setting)] == setting]
+        together.sort(key=lambda row: (row["part"] != "step", row["execution"] != "dense"))
+        dense = together[0]
+        if (dense["part"], dense["execution"]) != ("step", "dense") or "error" in dense:
+            raise UserError(f"no dense step among the rows of {dense['model']}")
+        body = [
+            [_trained(row), *_kept(row)]
+            + ([row["error"]] if "error" in row else line(row, together))
+            for row in together
+            if row["part"] == "step" and row["rate"] < 1
+        ]
+        body = [cells + [""] * (3 + len(header) - len(cells)) for cells in body]
+        first = ("trained", "heads kept", "channels kept")
+        tokens = f"{dense['rows'] * dense['row_length']:,} tokens"
+        named = [dense["model"], f"{tokens} in rows of {dense['row_length']:,}", dense["dtype"]]
+        named += [dense["optimizer"], f"remat {dense['remat']}", dense["target"]]
+        parts.append(markdown((*first, *header), body, sides(1, 2 + len(header))))
+        parts.append(f"{'; '.join(named)}.")
+    return "\n\n".join(parts)
+
+
+def _trained(row: Row) -> str:
+    if row["execution"] == "dense":
+        return "dense"
+    return f"r = {row['rate']:g}, {row['execution']}"
+
+
+def _kept(row: Row) -> list[str]:
+    return [percent(row["kept_heads"]), percent(row["kept_channels"])]

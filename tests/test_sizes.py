@@ -1,0 +1,65 @@
+"""Tables of single steps, by hand."""
+
+from typing import Any
+
+import pytest
+
+from sat_jax.errors import UserError
+from sat_jax.report.sizes import memory, speed
+
+GIB = 2**30
+
+
+def row(execution: str, rate: float, part: str = "step", **rest: Any) -> dict[str, Any]:
+    setting = {"target": "H", "model": "m", "rows": 2, "row_length": 500, "dtype": "bfloat16"}
+    kept = {"kept_heads": 1 - rate, "kept_channels": 1 - rate}
+    case = {
+        "part": part,
+        "execution": execution,
+        "rate": rate,
+        "optimizer": "lion",
+        "remat": "full",
+    }
+    return {**setting, **case, **kept, **rest}
+
+
+def cells(table: str, line: int) -> list[str]:
+    return [cell.strip() for cell in table.splitlines()[line].strip("|").split("|")]
+
+
+def test_memory_is_added_up_and_stands_beside_dense() -> None:
+    def used(state: int, resting: int, temporary: int) -> dict[str, int]:
+        names = ("state_bytes", "resting_bytes", "temporary_bytes")
+        return dict(zip(names, (n * GIB for n in (state, resting, temporary)), strict=True))
+
+    table = memory(
+        [
+            row("gather", 0.5, **used(1, 1, 1)),  # superseded
+            row("dense", 0.0, **used(6, 0, 4)),
+            row("gather", 0.5, **used(3, 5, 4)),
+            row("kernel", 0.5, **used(6, 0, 2), kernels="xla"),
+        ]
+    )
+    assert cells(table, 2)[:3] == ["dense", "100 %", "100 %"]
+    sizes = ["3.0 GiB", "5.0 GiB", "4.0 GiB", "12.0 GiB", "1.20×"]
+    assert cells(table, 3) == ["r = 0.5, gather", "50 %", "50 %", *sizes]
+    assert cells(table, 4)[-2:] == ["8.0 GiB", "0.80×"]
+    assert table.endswith("m; 1,000 tokens in rows of 500; bfloat16; lion; remat full; H.")
+
+
+def test_speed_stands_beside_both_bounds() -> None:
+    """Of the dense step's 10 ms, 2 are no neuron's; half of the neurons leave 2 + 8 / 2 ms."""
+    dense = row("dense", 0.0, seconds=10e-3, bound=1.0, model_flops=4.0)
+    half = row("kernel", 0.5, seconds=8e-3, bound=2.0, model_flops=2.0)
+    nothing = row("gather", 1.0, seconds=2e-3, bound=1e9, model_flops=0.0)
+    peak = row("dense", 0.0, "peak", seconds=1e-3, model_flops=1.0)
+    alone = row("kernel", 0.5, "optimizer", seconds=1e-3)
+    failed = row("gather", 0.5, bound=2.0, error="out of memory")
+    table = speed([peak, half, nothing, alone, failed, dense])
+    assert cells(table, 2)[3:] == [*("10.0 ms", "100,000", "40 %", "1.00×", "1.00×", "1.00×"), "-"]
+    numbers = ["8.0 ms", "125,000", "25 %", "1.25×", "2.00×", "1.67×", "1.0 ms"]
+    assert cells(table, 3) == ["r = 0.5, kernel", "50 %", "50 %", *numbers]
+    assert cells(table, 4)[:4] == ["r = 0.5, gather", "50 %", "50 %", "out of memory"]
+    assert len(table.split("\n\n")[0].splitlines()) == 5
+    with pytest.raises(UserError, match="no dense step among the rows of m"):
+        speed([half])
