@@ -58,9 +58,10 @@ def write(folder: Path, rows: list[dict[str, Any]], device: str = H200) -> Path:
     return folder
 
 
-def reason(folder: Path, block: int = 128) -> str | None:
+def reason(folder: Path, block: int = 128, kind: Any = "mask") -> str | None:
     """Why not the kernel, on an H200 with that folder of measurements."""
-    name, reasons = explain(jnp.bfloat16, 4096, block, "gpu", device=H200, folder=folder)
+    where: dict[str, Any] = {"device": H200, "folder": folder}
+    name, reasons = explain(jnp.bfloat16, 4096, block, "gpu", kind=kind, **where)
     assert (name == "pallas_gpu") == (not reasons)
     return reasons.get("pallas_gpu")
 
@@ -73,13 +74,15 @@ def test_a_kernel_is_chosen_where_it_was_faster(tmp_path: Path) -> None:
     assert reason(folder, 64) == f"bfloat16 in blocks of 64 is not timed on {H200}; " + (
         "`make tune` does that"
     )
-    assert "timed in part" in str(reason(write(tmp_path / "part", fast[:-1])))
+    part = write(tmp_path / "part", fast[:-1])
+    assert "timed in part" in str(reason(part)) and reason(part, kind="rows") is None
     # One slow operation can be made up for by the others, by those of its pattern alone.
-    assert reason(write(tmp_path / "one", [row(*tuned.OPERATIONS[0], 2.0), *fast[1:]])) is None
+    one = write(tmp_path / "one", [row(*tuned.OPERATIONS[0], 2.0), *fast[1:]])
+    assert reason(one, kind="rows") is None
     ratios = {"rows": 0.5, "mask": 1.5}
-    mixed = [row(*case, ratios[case[0]]) for case in tuned.OPERATIONS]
-    slow = reason(write(tmp_path / "mixed", mixed))
-    assert slow == f"slower than XLA on {H200} (1.50x the time)"
+    mixed = write(tmp_path / "mixed", [row(*case, ratios[case[0]]) for case in tuned.OPERATIONS])
+    assert reason(mixed) == f"slower than XLA on {H200} (1.50x the time)"
+    assert reason(mixed, kind="rows") is None
     failed = [*fast[:-1], row("mask", "sampled", None, tiles=None)]
     assert reason(write(tmp_path / "failed", failed)) == (
         f"sampled of 4096 tokens does not run on {H200}"

@@ -44,7 +44,7 @@ def column_matmul(
     height, columns = _sizes("w", w, pattern)
     _check("x", x, columns, w.dtype)
     own = _rows((w,), None if rows is None else (rows,), pattern)
-    backend = choose(implementation, x.dtype, columns, pattern.block)
+    backend = _choose(implementation, x, columns, pattern)
     if _nothing(x, pattern):
         return jnp.zeros((*x.shape[:-1], height), x.dtype)
     return _leading(vjp.column(backend, _flat(x), w, pattern, own), x)
@@ -64,7 +64,7 @@ def row_matmul(
     height, columns = _sizes("w", w, pattern)
     _check("x", x, height, w.dtype)
     own = _rows((w,), None if rows is None else (rows,), pattern)
-    backend = choose(implementation, x.dtype, columns, pattern.block)
+    backend = _choose(implementation, x, columns, pattern)
     if _nothing(x, pattern):
         return jnp.zeros((*x.shape[:-1], columns), x.dtype)
     return _leading(vjp.row(backend, (_flat(x),), (w,), pattern, own), x)
@@ -98,7 +98,7 @@ def sampled_matmul(
             raise TypeError(f"into: {into.dtype}, and a is {a.dtype}; one float")
     _check("a", a, rows, c.dtype)
     _check("c", c, columns, a.dtype)
-    backend = choose(implementation, a.dtype, columns, pattern.block)
+    backend = _choose(implementation, a, columns, pattern)
     if _nothing(a, pattern):
         return _no_product(a, c, pattern, into)
     return vjp.sampled(backend, _flat(a), _flat(c), pattern, into)
@@ -126,7 +126,7 @@ def swiglu(
         )
     _check("x", x, columns, gate.dtype)
     own = _rows((gate, up), rows, pattern)
-    backend = choose(implementation, x.dtype, columns, pattern.block)
+    backend = _choose(implementation, x, columns, pattern)
     if _nothing(x, pattern):
         return jnp.zeros((*x.shape[:-1], height), x.dtype)
     return _leading(vjp.swiglu(backend, _flat(x), gate, up, pattern, own), x)
@@ -176,6 +176,10 @@ def _check(name: str, x: Array, width: int, dtype: jnp.dtype) -> None:
         raise ValueError(f"{name}: shape {list(x.shape)}, expected [..., {width}]")
     if x.dtype != dtype or not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{name}: {x.dtype}, and what it is multiplied with is {dtype}; one float")
+
+
+def _choose(implementation: str | None, x: Array, columns: int, pattern: Pattern) -> str:
+    return choose(implementation, x.dtype, columns, pattern.block, kind=pattern.kind)
 
 
 def _nothing(x: Array, pattern: Pattern) -> bool:

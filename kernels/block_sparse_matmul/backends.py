@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from kernels.block_sparse_matmul import pallas_gpu, pallas_tpu, tuned, xla
-from kernels.block_sparse_matmul.patterns import Pattern
+from kernels.block_sparse_matmul.patterns import Kind, Pattern
 from kernels.block_sparse_matmul.tiled import Tiled
 
 
@@ -48,10 +48,12 @@ def explain(
     block: int,
     platform: str | None = None,
     *,
+    kind: Kind = "rows",
     device: str | None = None,
     folder: Path = tuned.FOLDER,
 ) -> tuple[str, dict[str, str]]:
-    """The implementation that is chosen where none is named, and why the platform's kernel is not.
+    """The implementation that is chosen where none is named, for patterns of a kind, and why the
+    platform's kernel is not.
 
     That is the kernel, where the `folder` of measurements says that it takes no longer than XLA on
     that kind of device. The platform and the device are by default those at hand.
@@ -66,7 +68,7 @@ def explain(
     )
     dtype = jnp.dtype(dtype)
     reason = BACKENDS[name].refusal(dtype, width, block)
-    reason = reason or tuned.verdict(device, name, str(dtype), block, folder)
+    reason = reason or tuned.verdict(device, name, kind, str(dtype), block, folder)
     return (name, {}) if reason is None else ("xla", {name: reason})
 
 
@@ -76,11 +78,12 @@ def choose(
     width: int,
     block: int,
     platform: str | None = None,
+    kind: Kind = "rows",
 ) -> str:
     """The name of an implementation that can do it. Raises `ValueError` where the named one
     cannot."""
     if implementation is None:
-        return explain(dtype, width, block, platform)[0]
+        return explain(dtype, width, block, platform, kind=kind)[0]
     if implementation not in BACKENDS:
         raise ValueError(f"implementation: {implementation!r}, accepted {', '.join(BACKENDS)}")
     if reason := BACKENDS[implementation].refusal(jnp.dtype(dtype), width, block):

@@ -6,12 +6,14 @@ size; block size and counts are static.
 
 import dataclasses
 import functools
-from typing import Self
+from typing import ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
+
+Kind = Literal["rows", "mask"]  # of a pattern: what is measured apart
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["ids"], meta_fields=["block"])
@@ -25,6 +27,7 @@ class KeptRows:
 
     ids: Int[Array, " k"]
     block: int
+    kind: ClassVar[Kind] = "rows"
 
     @property
     def kept(self) -> int:
@@ -68,6 +71,7 @@ class BlockMask:
     by_column: Walk
     shape: tuple[int, int]
     block: int
+    kind: ClassVar[Kind] = "mask"
 
     @classmethod
     def of(cls, kept: Bool[np.ndarray, "R C"], block: int) -> Self:

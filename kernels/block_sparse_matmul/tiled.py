@@ -182,8 +182,8 @@ class Tiled:
         )
 
     def _tiles(self, operation: str, x: Array, pattern: Pattern) -> Tiles:
-        kind = "rows" if isinstance(pattern, KeptRows) else "mask"
-        case = tuned.Case(self.loops.NAME, kind, operation, str(x.dtype), pattern.block, x.shape[0])
+        known = self.loops.NAME, pattern.kind, operation, str(x.dtype), pattern.block
+        case = tuned.Case(*known, tokens=x.shape[0])
         return self.tiles or tuned.best(tuned.device_kind(), case, self.folder)
 
 

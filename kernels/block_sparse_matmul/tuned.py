@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import jax
 
+from kernels.block_sparse_matmul.patterns import Kind
 from kernels.block_sparse_matmul.tiles import DEFAULTS, Tiles
 
 FOLDER = Path(__file__).parent / "tuning"
 # Pattern and operation, whatever has tiles of its own in a step of training.
-OPERATIONS = (
+OPERATIONS: tuple[tuple[Kind, str], ...] = (
     *(("rows", name) for name in ("column", "row", "row_pairs", "swiglu", "swiglu_gradients")),
     *(("mask", name) for name in ("column", "row", "sampled")),
 )
@@ -32,7 +33,7 @@ class Case(NamedTuple):
     """
 
     backend: str
-    pattern: str
+    pattern: Kind
     operation: str
     dtype: str
     block: int
@@ -89,29 +90,28 @@ def best(device: str, case: Case, folder: Path = FOLDER) -> Tiles:
     return (known[min(known)] if known else None) or DEFAULTS[case.backend]
 
 
-def verdict(device: str, backend: str, dtype: str, block: int, folder: Path = FOLDER) -> str | None:
-    """Why XLA is to be preferred; None: the kernels of this dtype and block take no longer.
-
-    That is said of rows and of masks each by the geometric mean, over operations and tokens, of
-    the kernel's seconds over XLA's; and the slower of the two decides, as one answer serves both.
-    """
+def verdict(
+    device: str, backend: str, kind: Kind, dtype: str, block: int, folder: Path = FOLDER
+) -> str | None:
+    """Why XLA is to be preferred for patterns of a kind; None: the kernels of this dtype and block
+    take no longer, by the geometric mean over operations and tokens."""
     timed = [
         entry
         for entry in entries(device, folder)
-        if (entry.case.backend, entry.case.dtype, entry.case.block) == (backend, dtype, block)
+        if entry.case[:2] == (backend, kind) and entry.case[3:5] == (dtype, block)
     ]
-    missing = set(OPERATIONS) - {(case.pattern, case.operation) for case, *_ in timed}
-    if missing:
+    wanted = {operation for pattern, operation in OPERATIONS if pattern == kind}
+    if wanted - {entry.case.operation for entry in timed}:
         how_far = "timed in part" if timed else "not timed"
         return f"{dtype} in blocks of {block} is {how_far} on {device}; `make tune` does that"
-    ratios: dict[str, list[float]] = {}
+    logs = []
     for case, _, seconds, _, xla_seconds in timed:
         if seconds is None and xla_seconds is not None:
             return f"{case.operation} of {case.tokens} tokens does not run on {device}"
         if seconds is not None and xla_seconds is not None:
-            ratios.setdefault(case.pattern, []).append(math.log(seconds / xla_seconds))
-    slowest = max((math.exp(sum(logs) / len(logs)) for logs in ratios.values()), default=0.0)
-    return f"slower than XLA on {device} ({slowest:.2f}x the time)" if slowest > 1 else None
+            logs.append(math.log(seconds / xla_seconds))
+    ratio = math.exp(sum(logs) / len(logs)) if logs else 1.0
+    return f"slower than XLA on {device} ({ratio:.2f}x the time)" if ratio > 1 else None
 
 
 def _entry(row: dict[str, Any]) -> Entry:
