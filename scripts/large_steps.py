@@ -18,6 +18,7 @@ from sat_jax.models.llama import Compute
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.presets import preset
 from sat_jax.ops import BlockSparse
+from sat_jax.provenance import environment
 from sat_jax.sparsity.plan import Plan, make_plan
 from sat_jax.train.account import kept_shares
 from scripts.step_program import Program, neurons_of, optimizer_program, step_program
@@ -89,6 +90,7 @@ def add_rows(
     path: Path, given: Namespace, target: str, cases: Sequence[Case], row_of: Callable[[Case], Row]
 ) -> Iterator[Row]:
     """Appends and yields rows for the cases that have none yet for this target and setting."""
+    where = environment()  # before the file has changed
     setting = {"target": target} | {name: getattr(given, name) for name in _SETTING}
     there = read(path) if path.exists() else []
     done = [
@@ -98,7 +100,7 @@ def add_rows(
         row = setting | case._asdict()
         if row not in done:
             row |= row_of(case)
-            append(path, [row])
+            append(path, [row], where)
             yield row
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from sat_jax.config import OptimizerConfig
 from sat_jax.data.batch import Batch
@@ -78,10 +79,10 @@ def optimizer_program(
     in_place = execution == "kernel"
 
     def function(state: TrainState, masks: Masks, grads: Any) -> tuple[TrainState, Any]:
-        clipped = clip(grads)
+        norm = optax.tree.norm(grads)
         if in_place:
-            return update_in_place(optimizer, clipped, state, masks), state.step
-        return update(optimizer, clipped, state), state.step
+            return update_in_place(optimizer, grads, clip(norm), state, masks), norm
+        return update(optimizer, grads, clip(norm), state), norm
 
     state, masks = _state(model, plan, execution, config)
     grads = jax.eval_shape(take_kept, state.params, masks) if in_place else state.params

@@ -17,7 +17,7 @@ from sat_jax.config import OptimizerConfig
 from sat_jax.sparsity.neurons import neuron_axes
 
 Schedule = Callable[[Any], Any]
-Clip = Callable[[dict[str, Array]], Any]
+Clip = Callable[[Array], Array]
 
 _EPSILON = 1e-8
 _VECTORS = ("norm", "bias")
@@ -105,12 +105,12 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def clipping(config: OptimizerConfig) -> Clip:
-    """What is done to gradients before: scaled down to the largest global norm."""
+    """Global norm of the gradients → what they are multiplied by, so that it is not above
+    `clip_norm`."""
     limit = config.clip_norm
     if limit is None:
-        return lambda grads: grads
-    clip = optax.clip_by_global_norm(limit)
-    return lambda grads: clip.update(grads, optax.EmptyState())[0]
+        return jnp.ones_like
+    return lambda norm: jnp.where(norm <= limit, 1.0, limit / norm)
 
 
 def _matrices(params: Mapping[str, Array]) -> dict[str, bool]:

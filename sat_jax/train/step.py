@@ -80,14 +80,14 @@ def make_step(
         )
         loss_tokens = jnp.sum(batch.loss_mask).astype(jnp.float32)
         learnt = jnp.maximum(loss_tokens, 1)  # no answer, no loss
-        grads = jax.tree.map(lambda g: g / learnt, grads)
-        clipped = settings.clip(grads)
+        norm = optax.tree.norm(grads) / learnt
+        factor = settings.clip(norm) / learnt
         chosen = seen.kept or ()
         frozen = masks or chosen
         if settings.in_place:
-            after = update_in_place(settings.optimizer, clipped, state, masks)
+            after = update_in_place(settings.optimizer, grads, factor, state, masks)
         else:
-            after = update(settings.optimizer, clipped, state)
+            after = update(settings.optimizer, grads, factor, state)
         if settings.freeze and frozen and not settings.in_place:
             if not settings.freeze_channels:
                 frozen = tuple(mask._replace(channels=None) for mask in frozen)
@@ -98,7 +98,7 @@ def make_step(
             loss=total / learnt,
             tokens=jnp.sum(batch.segment_ids > 0).astype(jnp.float32),
             loss_tokens=loss_tokens,
-            grad_norm=optax.tree.norm(grads),
+            grad_norm=norm,
             learning_rate=jnp.asarray(settings.schedule(state.step), jnp.float32),
             kept=chosen,
         )

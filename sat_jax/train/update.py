@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from sat_jax.sparsity.masks import Masks
 from sat_jax.sparsity.neurons import put_layer, take_layer
@@ -12,29 +12,34 @@ from sat_jax.train.state import TrainState, keyed_trees
 
 
 def update(
-    optimizer: optax.GradientTransformation, grads: dict[str, Array], state: TrainState
+    optimizer: optax.GradientTransformation,
+    grads: dict[str, Array],
+    factor: Float[Array, ""],
+    state: TrainState,
 ) -> TrainState:
-    """The state after one step, by gradients of all its parameters."""
-    updates, after = optimizer.update(grads, state.optimizer, state.params)
+    """The state after one step, by `factor` times the gradients of all its parameters."""
+    scaled = jax.tree.map(lambda g: factor * g, grads)
+    updates, after = optimizer.update(scaled, state.optimizer, state.params)
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), after)
 
 
 def update_in_place(
     optimizer: optax.GradientTransformation,
     grads: dict[str, Array],
+    factor: Float[Array, ""],
     state: TrainState,
     masks: Masks,
 ) -> TrainState:
-    """The state, cut into segments, after one step by gradients of its kept rows alone.
+    """As `update`, of a state cut into segments and by gradients of its kept rows alone.
 
-    Layer by layer, so that of the kept rows' parameters and moments no more than one layer's are
-    copied. The optimizer has to be elementwise.
+    Layer by layer, so that of the kept rows' gradients, parameters and moments no more than one
+    layer's are copied. The optimizer has to be elementwise.
     """
     values, structure = keyed_trees(state)
 
     def step(some: list[Any], gradients: dict[str, Array]) -> list[Any]:
         part: TrainState = jax.tree.unflatten(structure, some)
-        return keyed_trees(update(optimizer, gradients, part))[0]
+        return keyed_trees(update(optimizer, gradients, factor, part))[0]
 
     def step_layer(layer: Array, whole: list[Any]) -> list[Any]:
         small = [take_layer(x, masks, layer) if isinstance(x, dict) else x for x in whole]
