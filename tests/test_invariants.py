@@ -78,16 +78,16 @@ def masked(config: LlamaConfig, plan: Plan, masks: Masks, compute: Compute = Com
 
 
 def in_place(config: LlamaConfig, plan: Plan, masks: Masks, kernels: BlockSparse) -> Result:
-    """By kernels. Gradients by path of the kept rows, whose values are not used in an MLP."""
+    """By kernels. Gradients by path of the kept rows, whose values are not used."""
     graph, _ = abstract(config, plan.segments, Compute(kernels=kernels))
     whole = cut(config, plan)
     kept = take_kept(whole, masks)
     unused = {
         path: jnp.full_like(rows, jnp.nan)
         for path, rows in kept.items()
-        if "/mlp/" in path and rows.shape != whole[path].shape
+        if rows.shape != whole[path].shape
     }
-    assert len(unused) == 3 * sum(mask.channels is not None for mask in masks)
+    assert {"query", "output", "gate", "up", "down"} <= {path.split("/")[-1] for path in unused}
     return run(graph, kept | unused, in_place_values(whole, masks))
 
 

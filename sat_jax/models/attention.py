@@ -11,10 +11,20 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from sat_jax.models.dot_product import Implementation, dot_product_attention
-from sat_jax.models.layers import Mask, indicator, normal, rms_norm
+from sat_jax.models.layers import (
+    Mask,
+    WholeMatrices,
+    indicator,
+    normal,
+    rms_norm,
+    rows_in_place,
+)
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.rope import rotate
 from sat_jax.sparsity.plan import Segment
+
+_OF_HEADS = ("query", "output", "query_bias")
+_OF_GROUPS = ("key", "value", "key_bias", "value_bias")
 
 
 class Rows(NamedTuple):
@@ -38,7 +48,8 @@ class Attention(nnx.Module):
     `query` and `output` are `[L, K, G, E, D]`, `key` and `value` `[L, K, E, D]`, with K kept KV
     groups of G kept query heads. In mask execution K and G stay whole and `kept_heads` holds the
     kept indices: `[L, kept]` groups, or `[L, K, kept]` query heads within each group. `live`: they
-    stay whole, and what is kept is chosen later (see `models.live`).
+    stay whole, and what is kept is chosen later (see `models.live`). `in_place`: `whole` has the
+    matrices that they are rows of.
     """
 
     def __init__(
@@ -48,12 +59,12 @@ class Attention(nnx.Module):
         *,
         masked: bool = False,
         live: bool = False,
+        in_place: bool = False,
         rngs: nnx.Rngs,
     ):
         layers, groups, heads = segment.layers, segment.kv_groups, segment.query_heads
-        kept = None
+        kept = None if live else _first_heads(config, segment)
         if masked or live:
-            kept = None if live else _first_heads(config, segment)
             groups, heads = config.n_kv_heads, config.query_heads
         width, size = config.d_model, config.head_dim
         out_scale = 0.02 / (2 * config.n_layers) ** 0.5
@@ -67,11 +78,39 @@ class Attention(nnx.Module):
         self.value_bias = nnx.Param(jnp.zeros((layers, groups, size))) if bias else None
         self.query_norm = nnx.Param(jnp.ones((layers, size))) if norm else None
         self.key_norm = nnx.Param(jnp.ones((layers, size))) if norm else None
-        self.kept_heads = None if kept is None else Mask(kept)
+        self.kept_heads = Mask(kept) if masked and kept is not None else None
+        whole = (config.n_kv_heads, config.query_heads)
+        self.whole = self._whole(kept, whole) if in_place and kept is not None else None
         self.norm_eps = config.norm_eps
         self.scale = 1.0
         if segment.rescale:
             self.scale = config.n_heads / (segment.kv_groups * segment.query_heads)
+
+    def _whole(self, kept: Int[Array, "L *K kept"], heads: tuple[int, int]) -> WholeMatrices:
+        """Zeros in the place of the matrices, which `heads` (KV groups, query heads in each) say
+        the size of."""
+        there = self._with_heads(groups=kept.ndim == 2)
+        shapes = {}
+        for name, rows in there.items():
+            axes = 2 if name in _OF_HEADS else 1
+            shapes[name] = (rows.shape[0], *heads[:axes], *rows.shape[1 + axes :])
+        return WholeMatrices(kept, {name: jnp.zeros(shape) for name, shape in shapes.items()})
+
+    def taken(self) -> "Attention":
+        """One layer's module whose weights are taken from where they lie."""
+        if self.whole is None:
+            return self
+        small: Attention = nnx.merge(*nnx.split(self))
+        kept = self.whole.kept[...]
+        for name, rows in self._with_heads(groups=kept.ndim == 1).items():
+            taken = rows_in_place(self.whole.matrix(name), rows[...], kept)
+            setattr(small, name, nnx.Param(taken))
+        return small
+
+    def _with_heads(self, groups: bool) -> dict[str, nnx.Param]:
+        """The parameters of which a query head has a part, and if `groups` those of KV groups."""
+        names = (*_OF_HEADS, *_OF_GROUPS) if groups else _OF_HEADS
+        return {name: x for name in names if (x := getattr(self, name)) is not None}
 
     def project(
         self, x_BTD: Float[Array, "B T D"], rows: Rows

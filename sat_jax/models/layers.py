@@ -1,5 +1,8 @@
 """The small parts that every block shares."""
 
+import functools
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,7 +17,44 @@ class Mask(nnx.Variable):
 
 
 class Whole(nnx.Variable):
-    """Whole matrices of which a module's parameters are kept rows; never trained themselves."""
+    """A whole matrix of which a module's parameter is the kept rows; never trained itself."""
+
+
+class WholeMatrices(nnx.Module):
+    """By the names of a module's parameters the whole matrices of which these are the rows `kept`:
+    what is computed with, where it lies. The parameters have no more than the gradient."""
+
+    def __init__(self, kept: Array, matrices: Mapping[str, Array]):
+        self.kept = Mask(kept)
+        for name, matrix in matrices.items():
+            setattr(self, name, Whole(matrix))
+
+    def matrix(self, name: str) -> Array:
+        """The matrix of the parameter of that name."""
+        matrix: Array = getattr(self, name)[...]
+        return matrix
+
+
+@jax.custom_vjp
+def rows_in_place(whole: Array, rows: Array, kept: Int[Array, "*K kept"]) -> Array:
+    """The kept rows of a matrix; or, if `kept` has axes in front, those of each of its parts. The
+    gradient is that of `rows`, whose values are not used."""
+    del rows
+    take = functools.partial(
+        jnp.take, axis=0, unique_indices=True, indices_are_sorted=True, mode="clip"
+    )
+    return take(whole, kept) if kept.ndim == 1 else jax.vmap(take)(whole, kept)
+
+
+def _rows_forward(whole: Array, rows: Array, kept: Array) -> tuple[Array, None]:
+    return rows_in_place(whole, rows, kept), None
+
+
+def _rows_backward(_: None, gradient: Array) -> tuple[None, Array, None]:
+    return None, gradient, None
+
+
+rows_in_place.defvjp(_rows_forward, _rows_backward)
 
 
 def rms_norm(

@@ -17,9 +17,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from sat_jax.models.attention import Attention
-from sat_jax.models.layers import Mask
+from sat_jax.models.layers import Mask, WholeMatrices
 from sat_jax.models.llama_config import LlamaConfig
-from sat_jax.models.mlp import MLP, WholeMLP
+from sat_jax.models.mlp import MLP
 from sat_jax.models.observe import attention_input, mlp_input
 from sat_jax.sparsity.importance import METRICS
 from sat_jax.sparsity.masks import Criteria, SegmentMasks, choose
@@ -30,7 +30,6 @@ from sat_jax.sparsity.statistics import Statistics
 Module = TypeVar("Module", Attention, MLP)
 
 _SAVED = "kept neurons"
-_MATRICES = ("gate", "up", "down")
 
 
 class _Part(NamedTuple):
@@ -85,8 +84,8 @@ class LayerChoice:
         if self.masked:
             setattr(module, f"kept_{self.part.neurons}", nnx.data(Mask(kept)))
         elif isinstance(module, MLP) and module.kernels is not None:
-            matrices = (jax.lax.stop_gradient(getattr(whole, name)[...]) for name in _MATRICES)
-            module.whole = nnx.data(WholeMLP(kept, module.kernels, *matrices))
+            matrices = {name: getattr(_still(whole), name)[...] for name in ("gate", "up", "down")}
+            module.whole = nnx.data(WholeMatrices(kept, matrices))
         return module, kept
 
     def _choose(

@@ -33,7 +33,8 @@ class Compute:
     `remat`: what the backward pass finds saved: `none` everything, `dots` matmul outputs, `full`
     each layer's input only. `loss_chunk`: positions of each row whose logits exist at once.
     `attention`: a backend by name, or None to choose by platform. `kernels`: they compute with
-    kept channels where these lie in the whole matrices (see `MLP`); not of a masked model.
+    kept channels where these lie in the whole matrices, and heads are taken from there layer by
+    layer; not of a masked model.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -65,7 +66,8 @@ class Block(nnx.Module):
     ):
         kind: Any = {"masked": masked, "live": live is not None, "rngs": rngs}
         self.attention_norm = nnx.Param(jnp.ones((segment.layers, config.d_model)))
-        self.attention = Attention(config, segment, **kind)
+        in_place = kernels is not None
+        self.attention = Attention(config, segment, in_place=in_place, **kind)
         self.mlp_norm = nnx.Param(jnp.ones((segment.layers, config.d_model)))
         self.mlp = MLP(config, segment, kernels=kernels, **kind)
         rest = dataclasses.replace(segment, channels=config.d_ff - segment.channels)
@@ -93,6 +95,7 @@ class Block(nnx.Module):
         if self.choose_heads is not None:
             attention, heads = self.choose_heads(attention, normed, weight_BT, key)
             kept = kept._replace(heads=heads)
+        attention = attention.taken()
         o_BTKGE = attention.mix(normed, rows, implementation)
         if gates is not None:
             o_BTKGE *= gates.heads[None, None, :, :, None].astype(o_BTKGE.dtype)

@@ -5,20 +5,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from sat_jax.models.layers import Mask, Whole, indicator, normal
+from sat_jax.models.layers import Mask, WholeMatrices, indicator, normal
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.ops import BlockSparse, InPlace, kept_down, kept_swiglu
 from sat_jax.sparsity.plan import Segment
-
-
-class WholeMLP(nnx.Module):
-    """Whole matrices `[L, d_ff, D]`, or one layer's, in which kernels find the kept channels where
-    they lie."""
-
-    def __init__(self, kept: Array, how: BlockSparse, gate: Array, up: Array, down: Array):
-        self.gate, self.up, self.down = Whole(gate), Whole(up), Whole(down)
-        self.kept = Mask(kept)
-        self.how = how
 
 
 class MLP(nnx.Module):
@@ -55,7 +45,8 @@ class MLP(nnx.Module):
         self.kept_channels = Mask(kept) if masked else None
         self.kernels = kernels
         whole = jnp.zeros((segment.layers, config.d_ff, config.d_model))
-        self.whole = WholeMLP(kept, kernels, whole, whole, whole) if kernels and told else None
+        matrices = {"gate": whole, "up": whole, "down": whole}
+        self.whole = WholeMatrices(kept, matrices) if kernels and told else None
         self.scale = config.d_ff / segment.channels if segment.rescale else 1.0
 
     def activate(
@@ -65,11 +56,11 @@ class MLP(nnx.Module):
 
         `whole_BT`: tokens for which mask execution omits nothing.
         """
-        if self.whole is not None:
+        if self.whole is not None and self.kernels is not None:
             assert whole_BT is None, "kernels omit the same for all tokens"
-            gate = InPlace(self.whole.gate[...], self.gate[...])
-            up = InPlace(self.whole.up[...], self.up[...])
-            return kept_swiglu(x_BTD, gate, up, self.whole.kept[...], self.whole.how)
+            gate = InPlace(self.whole.matrix("gate"), self.gate[...])
+            up = InPlace(self.whole.matrix("up"), self.up[...])
+            return kept_swiglu(x_BTD, gate, up, self.whole.kept[...], self.kernels)
         gate_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, self.gate[...])
         up_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, self.up[...])
         a_BTF = jax.nn.silu(gate_BTF) * up_BTF
@@ -82,7 +73,7 @@ class MLP(nnx.Module):
 
     def combine(self, a_BTF: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
         """What the channels add to the residual stream."""
-        if self.whole is not None:
-            down = InPlace(self.whole.down[...], self.down[...])
-            return self.scale * kept_down(a_BTF, down, self.whole.kept[...], self.whole.how)
+        if self.whole is not None and self.kernels is not None:
+            down = InPlace(self.whole.matrix("down"), self.down[...])
+            return self.scale * kept_down(a_BTF, down, self.whole.kept[...], self.kernels)
         return self.scale * jnp.einsum("BTF,FD->BTD", a_BTF, self.down[...])

@@ -125,11 +125,11 @@ def mask_values(masks: Masks) -> dict[str, Array]:
 
 
 def in_place_values(cut: Mapping[str, Array], masks: Masks) -> dict[str, Array]:
-    """Of a tree cut into segments what kernels compute with, by the paths of the modules'
-    variables: kept channels, and the whole matrices that these are rows of."""
+    """Of a tree cut into segments what kernel execution computes with, by the paths of the modules'
+    variables: which neurons are kept, and the whole matrices that these are rows of."""
     values: dict[str, Array] = {}
     for path, value, kept in _with_kept(cut, masks):
-        if kept is not None and _leaf(path) in _CHANNEL_LEAVES:
+        if kept is not None:
             whole = f"{path.rpartition('/')[0]}/whole"
             values |= {f"{whole}/kept": kept, f"{whole}/{_leaf(path)}": value}
     return values
