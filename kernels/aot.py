@@ -71,12 +71,10 @@ def main() -> None:
 def check(target: str) -> bool:
     """Compiles every program for one target and prints what became of it; whether all is well."""
     implementation, description = TARGETS[target]
-    try:
-        topology = topologies.get_topology_desc(**description)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        print(f"error: {target}: its compiler cannot be loaded: {reason}", file=sys.stderr)
+    if reason := missing(target):
+        print(f"error: {target}: {reason}", file=sys.stderr)
         return False
+    topology = topologies.get_topology_desc(**description)
     mesh = Mesh(np.array(topology.devices[:1]), ("one",))
     sound = True
     for spec in LLAMA_2:
@@ -88,6 +86,15 @@ def check(target: str) -> bool:
             print(f"{target}  {spec.model}  {name}: {failure or said}", flush=True)
             sound &= failure is None
     return sound
+
+
+def missing(target: str) -> str | None:
+    """Why a target's compiler cannot be loaded; None: it can."""
+    try:
+        topologies.get_topology_desc(**TARGETS[target][1])
+    except Exception as error:
+        return f"its compiler cannot be loaded: {type(error).__name__}: {error}".splitlines()[0]
+    return None
 
 
 def memory(target: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

@@ -128,7 +128,10 @@ class OptimizerConfig:
         "cosine", "after the warm-up; wsd: constant, then falling in a line over decay_share"
     )
     decay_share: float = key(
-        0.125, "of wsd: share of all steps, at the end, over which the rate falls", low=0.0, high=1
+        0.125,
+        "of wsd: share of all steps, at the end, over which the rate falls, one at the least",
+        low=0.0,
+        high=1,
     )
     final_scale: float = key(
         0.1, "last learning rate as a share of the peak, unless constant", low=0.0, high=1.0

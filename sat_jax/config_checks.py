@@ -14,8 +14,8 @@ def check_sparsity(config: "Config") -> None:
     sparse = config.sparsity
     if config.optimizer.moments == "decay" and sparse.execution != "mask":
         raise UserError(
-            f"optimizer.moments 'decay' updates omitted neurons, which {sparse.execution} execution"
-            " does not; accepted: moments 'freeze', or sparsity.execution 'mask'"
+            "optimizer.moments 'decay' is of sparsity.execution 'mask', not"
+            f" {sparse.execution!r}; accepted: moments 'freeze', or execution 'mask'"
         )
     if config.model.kernels is not None and sparse.execution != "kernel":
         raise UserError(

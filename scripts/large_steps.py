@@ -19,13 +19,12 @@ from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.presets import preset
 from sat_jax.ops import BlockSparse
 from sat_jax.provenance import environment
+from sat_jax.report.sizes import SETTING
 from sat_jax.sparsity.plan import Plan, make_plan
 from sat_jax.train.account import kept_shares
 from scripts.step_program import Program, neurons_of, optimizer_program, step_program
 
 Row = dict[str, Any]
-
-_SETTING = ("model", "rows", "row_length", "dtype", "optimizer", "remat", "kernels")
 
 
 class Case(NamedTuple):
@@ -91,17 +90,25 @@ def add_rows(
 ) -> Iterator[Row]:
     """Appends and yields rows for the cases that have none yet for this target and setting."""
     where = environment()  # before the file has changed
-    setting = {"target": target} | {name: getattr(given, name) for name in _SETTING}
+    setting = {"target": target} | {name: getattr(given, name) for name in SETTING[1:]}
     there = read(path) if path.exists() else []
-    done = [
-        {k: row.get(k) for k in (*setting, *Case._fields)} for row in there if not row.get("error")
-    ]
-    for case in cases:
+    done = [{k: row.get(k) for k in (*setting, *Case._fields)} for row in there]
+    for case in dict.fromkeys(cases):
         row = setting | case._asdict()
         if row not in done:
-            row |= row_of(case)
+            row |= _or_error(row_of, case)
             append(path, [row], where)
             yield row
+
+
+def _or_error(row_of: Callable[[Case], Row], case: Case) -> Row:
+    """What cannot be compiled, or does not fit, must not end the others."""
+    try:
+        return row_of(case)
+    except UserError:
+        raise
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
 
 
 def _program(

@@ -35,6 +35,8 @@ def main() -> None:
 
     if given.target not in aot.TARGETS:
         raise UserError(f"--target {given.target}; accepted: {', '.join(aot.TARGETS)}")
+    if reason := aot.missing(given.target):
+        raise UserError(f"--target {given.target}: {reason}; `make memory` installs its compiler")
     model = checked(given)
 
     def compiled(case: Case) -> Row:
@@ -43,8 +45,15 @@ def main() -> None:
 
     cases = list(sparse_cases("step", given))
     for row in add_rows(given.out, given, given.target, cases, compiled):
+        if "error" in row:
+            print(f"{_name(row)}: {row['error']}", flush=True)
+            continue
         total = row["state_bytes"] + row["resting_bytes"] + row["temporary_bytes"]
-        print(f"{row['model']}  {row['execution']}  r = {row['rate']:g}: {total / 2**30:.1f} GiB")
+        print(f"{_name(row)}: {total / 2**30:.1f} GiB", flush=True)
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['model']}  {row['execution']}  r = {row['rate']:g}"
 
 
 def _memory(analysis: Any) -> dict[str, int]:

@@ -26,8 +26,8 @@ from tests.test_config import built, refusal
         ),
         (
             {"optimizer__moments": "decay"},
-            "optimizer.moments 'decay' updates omitted neurons, which gather execution does not;"
-            " accepted: moments 'freeze', or sparsity.execution 'mask'",
+            "optimizer.moments 'decay' is of sparsity.execution 'mask', not 'gather'; accepted:"
+            " moments 'freeze', or execution 'mask'",
         ),
         (
             {"model__kernels": "xla"},

@@ -44,9 +44,16 @@ class MLP(nnx.Module):
         kept = jnp.broadcast_to(jnp.arange(segment.channels, dtype=jnp.int32), kept_shape)
         self.kept_channels = Mask(kept) if masked else None
         self.kernels = kernels
-        whole = jnp.zeros((segment.layers, config.d_ff, config.d_model))
-        matrices = {"gate": whole, "up": whole, "down": whole}
-        self.whole = WholeMatrices(kept, matrices) if kernels and told else None
+        self.whole = (
+            None
+            if not told or kernels is None
+            else WholeMatrices(
+                kept,
+                dict.fromkeys(
+                    ("gate", "up", "down"), jnp.zeros((segment.layers, config.d_ff, config.d_model))
+                ),
+            )
+        )
         self.scale = config.d_ff / segment.channels if segment.rescale else 1.0
 
     def activate(

@@ -10,7 +10,8 @@ from sat_jax.report.records import Record
 
 Row = dict[str, Any]
 
-_SETTING = ("target", "model", "rows", "row_length", "dtype", "optimizer", "remat")
+# What rows of one table have in common.
+SETTING = ("target", "model", "rows", "row_length", "dtype", "optimizer", "remat", "kernels")
 
 
 def steps(rows: Sequence[Row]) -> str:
@@ -102,18 +103,19 @@ def _by_setting(
 ) -> str:
     """A table for each setting, with what names it; `line` makes the rest of a row's line, beside
     all of its setting, the dense step first. Raises `UserError` where there is none."""
-    key = (*_SETTING, "part", "execution", "rate")
+    key = (*SETTING, "part", "execution", "rate")
     newest = {tuple(row[name] for name in key): row for row in rows}
     parts = []
-    for setting in dict.fromkeys(known[: len(_SETTING)] for known in newest):
+    for setting in dict.fromkeys(known[: len(SETTING)] for known in newest):
         together = [row for known, row in newest.items() if known[: len(setting)] == setting]
         together.sort(key=lambda row: (row["part"] != "step", row["execution"] != "dense"))
         dense = together[0]
         if (dense["part"], dense["execution"]) != ("step", "dense") or "error" in dense:
             raise UserError(f"no dense step among the rows of {dense['model']}")
         body = [
-            [_trained(row), *_kept(row)]
-            + ([row["error"]] if "error" in row else line(row, together))
+            [_trained(row), row["error"]]
+            if "error" in row
+            else [_trained(row), *_kept(row), *line(row, together)]
             for row in together
             if row["part"] == "step" and row["rate"] < 1
         ]
@@ -121,7 +123,9 @@ def _by_setting(
         first = ("trained", "heads kept", "channels kept")
         tokens = f"{dense['rows'] * dense['row_length']:,} tokens"
         named = [dense["model"], f"{tokens} in rows of {dense['row_length']:,}", dense["dtype"]]
-        named += [dense["optimizer"], f"remat {dense['remat']}", dense["target"]]
+        named += [dense["optimizer"], f"remat {dense['remat']}"]
+        named += [f"kernels {dense['kernels']}"] if dense["kernels"] else []
+        named += [dense["target"]]
         parts.append(markdown((*first, *header), body, sides(1, 2 + len(header))))
         parts.append(f"{'; '.join(named)}.")
     return "\n\n".join(parts)

@@ -300,7 +300,9 @@ class Programs:
             freeze=config.optimizer.moments == "freeze",
             freeze_channels=not any(segment.dense_tokens for segment in plan.segments),
             seed=config.seed if self._live else None,
-            in_place=config.sparsity.execution == "kernel" and not self._live,
+            in_place=self._compute.kernels is not None
+            and not self._live
+            and not self._neurons.is_dense(plan),
         )
 
 

@@ -65,7 +65,7 @@ def update_in_place(
     return updated
 
 
-_PARAMS = 1  # their place among a state's trees, after the step
+_PARAMS = TrainState._fields.index("params")  # among a state's trees
 
 
 def _part(values: list[Any], prefix: str) -> list[Any]:

@@ -22,7 +22,6 @@ from sat_jax.errors import UserError, why_no_folder
 from sat_jax.train.files import read_json, write_json
 
 _LOCK = "lock"
-_ABSENT = object()  # equal to no value, null included
 
 
 class WorkDir:
@@ -79,10 +78,15 @@ class WorkDir:
         old = _flat(read_json(self.config))
         new = _flat(json.loads(json.dumps(config, allow_nan=False)))  # tuples become lists
         changes = [
-            f"{key} was {_told(old, key)} and is {_told(new, key)}"
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key, _ABSENT) != new.get(key, _ABSENT) and not _is_free(key, free)
+            f"{key} was {_told(old[key])} and is {_told(new[key])}"
+            for key in sorted(old.keys() & new.keys())
+            if old[key] != new[key] and not _is_free(key, free)
         ]
+        if missing := sorted(key for key in new.keys() ^ old.keys() if not _is_free(key, free)):
+            raise UserError(
+                f"{self.path} was begun by a version of sat_jax with other settings"
+                f" ({', '.join(missing)}); accepted: that version, or a new work directory"
+            )
         if changes:
             raise UserError(
                 f"{self.path} was started with other settings: {'; '.join(changes)}; "
@@ -123,8 +127,8 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def _told(flat: Mapping[str, Any], key: str) -> str:
-    return json.dumps(flat[key], ensure_ascii=False) if key in flat else "absent"
+def _told(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _is_free(key: str, free: Collection[str]) -> bool:
