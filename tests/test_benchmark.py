@@ -48,10 +48,12 @@ def test_the_peer_says_what_it_needs(missing: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_steps_need_nothing_of_the_data_pipeline(run_python: RunPython) -> None:
-    code = "import scripts.benchmark, sys; print(sorted(sys.modules))"
+    code = "import scripts.benchmark, scripts.efficiency, scripts.large_steps"
+    code += ", sys; print(sorted(sys.modules))"
     loaded = set(run_python("-c", code).stdout.replace("'", "").strip("[]\n").split(", "))
     assert "scripts.benchmark_steps" in loaded
     heavy = {"array_record", "grain", "matplotlib", "orbax", "safetensors", "tokenizers", "torch"}
+    heavy |= {"ml_collections", "tensorflow_datasets"}
     assert not loaded & heavy
 
 

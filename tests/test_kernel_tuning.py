@@ -93,7 +93,8 @@ def test_a_kernel_is_chosen_where_it_was_faster(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_none_of_ours_is_named(tmp_path: Path) -> None:
-    for number, rows in enumerate([[{"tiles": {}}], [row("rows", "row", tiles={"wide": 1})]]):
+    broken = [{"tiles": {}}, row("rows", "row", tiles={"wide": 1}), {"pattern": "rows"}]
+    for number, rows in enumerate([[one] for one in broken]):
         with pytest.raises(ValueError, match=r"nvidia-h200.json: .*kernels.tune` writes such"):
             reason(write(tmp_path / str(number), rows))
 

@@ -74,7 +74,9 @@ def read(file: Path) -> tuple[list[dict[str, Any]], tuple[Entry, ...]]:
         return [], ()
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))["entries"]
-        return rows, tuple(_entry(row) for row in rows if "tiles" in row)
+        cases = [Case(*(row[name] for name in Case._fields)) for row in rows]
+        complete = [pair for pair in zip(cases, rows, strict=True) if "tiles" in pair[1]]
+        return rows, tuple(_entry(case, row) for case, row in complete)
     except (ValueError, TypeError, KeyError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{file}: {reason}; `python -m kernels.tune` writes such files") from None
@@ -114,8 +116,7 @@ def verdict(
     return f"slower than XLA on {device} ({ratio:.2f}x the time)" if ratio > 1 else None
 
 
-def _entry(row: dict[str, Any]) -> Entry:
-    case = Case(*(row[name] for name in Case._fields))
+def _entry(case: Case, row: dict[str, Any]) -> Entry:
     given = row["tiles"]
     tiles = given and type(DEFAULTS[case.backend])(**given)
     return Entry(case, tiles, *(row[name] for name in Entry._fields[2:]))

@@ -11,6 +11,8 @@ from sat_jax.errors import UserError
 from sat_jax.provenance import environment
 
 Row = dict[str, Any]
+# What rows of large models' steps are compared within.
+STEP_SETTING = ("target", "model", "rows", "row_length", "dtype", "optimizer", "remat", "kernels")
 ORIGIN = ("versions", "device", "commit")  # keys of `environment()`
 
 

@@ -3,15 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sat_jax.analysis.rows import latest
+from sat_jax.analysis.rows import STEP_SETTING, latest
 from sat_jax.analysis.tables import markdown, percent, sides
 from sat_jax.errors import UserError
 from sat_jax.report.records import Record
 
 Row = dict[str, Any]
-
-# What rows of one table have in common.
-SETTING = ("target", "model", "rows", "row_length", "dtype", "optimizer", "remat", "kernels")
 
 
 def steps(rows: Sequence[Row]) -> str:
@@ -103,10 +100,10 @@ def _by_setting(
 ) -> str:
     """A table for each setting, with what names it; `line` makes the rest of a row's line, beside
     all of its setting, the dense step first. Raises `UserError` where there is none."""
-    key = (*SETTING, "part", "execution", "rate")
+    key = (*STEP_SETTING, "part", "execution", "rate")
     newest = {tuple(row[name] for name in key): row for row in rows}
     parts = []
-    for setting in dict.fromkeys(known[: len(SETTING)] for known in newest):
+    for setting in dict.fromkeys(known[: len(STEP_SETTING)] for known in newest):
         together = [row for known, row in newest.items() if known[: len(setting)] == setting]
         together.sort(key=lambda row: (row["part"] != "step", row["execution"] != "dense"))
         dense = together[0]
