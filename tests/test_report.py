@@ -127,6 +127,15 @@ def test_numbers_of_the_efficiency_table(tmp_path: Path) -> None:
     assert at_2[-4:] == ["1.50×", "1.33×", "2.00×†", "1.25×"]
 
 
+def test_dense_runs_alone_have_tables_and_a_page(tmp_path: Path) -> None:
+    alone = study(tmp_path)[:2]
+    assert table(alone, "rates").texts == [
+        ["dense", "2", "20.000", "15.000 ± 5.000", "-", "100 %", "-"]
+    ]
+    assert [row[0] for row in table(alone, "efficiency").texts] == ["dense"]
+    assert "15.000 ± 5.000" in write_report(alone, tmp_path / "out")[0].read_text()
+
+
 def test_a_speed_without_a_twin_is_told_as_estimated(tmp_path: Path) -> None:
     """3000 tokens at 150 and 1000 at 100 a second: 30 s, where dense steps take 40 s."""
     other = {**DEVICE, "kind": "TPU v5e"}

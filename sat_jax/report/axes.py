@@ -81,6 +81,8 @@ def varied(variants: Sequence[Variant], first: Iterable[str] = ()) -> tuple[str,
 def told(group: Group) -> dict[int, dict[str, Any]]:
     """By the identity of each sparse variant of a group: its rate where the rates vary, and the
     settings in which it is not as most of them are."""
+    if not group.sparse:
+        return {}
     keys = varied(group.sparse, RATES.keys) or RATES.keys
     usual = {key: _usual(key, group.sparse) for key in keys}
     return {
