@@ -151,7 +151,8 @@ def test_all_that_cannot_be_is_told_at_once() -> None:
     runs, refused = make_runs(experiment(TINY), {}, cross([{}], axes))
     assert len(runs) == 1
     assert [one.settings["optimizer.moments"] for one in refused] == ["decay", "decay", "freeze"]
-    assert "gather execution" in refused[0].reason and "7" in refused[2].reason
+    assert "is of sparsity.execution 'mask', not 'gather'" in refused[0].reason
+    assert "7" in refused[2].reason
     good, bad = prepare_all(runs_of("data.sources=README.md,CHANGELOG.md;none.md"), print)
     assert [one.config.data.sources for one in good] == [("README.md", "CHANGELOG.md")]
     assert "none.md" in bad[0].reason
