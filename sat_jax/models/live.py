@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from sat_jax.models.attention import Attention
 from sat_jax.models.layers import Mask, WholeMatrices
 from sat_jax.models.llama_config import LlamaConfig
-from sat_jax.models.mlp import MLP
+from sat_jax.models.mlp import MATRICES, MLP
 from sat_jax.models.observe import attention_input, mlp_input
 from sat_jax.sparsity.importance import METRICS
 from sat_jax.sparsity.masks import Criteria, SegmentMasks, choose
@@ -84,7 +84,7 @@ class LayerChoice:
         if self.masked:
             setattr(module, f"kept_{self.part.neurons}", nnx.data(Mask(kept)))
         elif isinstance(module, MLP) and module.kernels is not None:
-            matrices = {name: getattr(_still(whole), name)[...] for name in ("gate", "up", "down")}
+            matrices = {name: getattr(_still(whole), name)[...] for name in MATRICES}
             module.whole = nnx.data(WholeMatrices(kept, matrices))
         return module, kept
 

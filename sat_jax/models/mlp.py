@@ -10,6 +10,8 @@ from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.ops import BlockSparse, InPlace, kept_down, kept_swiglu
 from sat_jax.sparsity.plan import Segment
 
+MATRICES = ("gate", "up", "down")
+
 
 class MLP(nnx.Module):
     """MLP weights of the layers of one segment: `gate`, `up` and `down` are `[L, F, D]`.
@@ -44,16 +46,10 @@ class MLP(nnx.Module):
         kept = jnp.broadcast_to(jnp.arange(segment.channels, dtype=jnp.int32), kept_shape)
         self.kept_channels = Mask(kept) if masked else None
         self.kernels = kernels
-        self.whole = (
-            None
-            if not told or kernels is None
-            else WholeMatrices(
-                kept,
-                dict.fromkeys(
-                    ("gate", "up", "down"), jnp.zeros((segment.layers, config.d_ff, config.d_model))
-                ),
-            )
-        )
+        in_place = told and kernels is not None
+        whole_shape = (segment.layers, config.d_ff, config.d_model)
+        matrices = dict.fromkeys(MATRICES, jnp.zeros(whole_shape)) if in_place else {}
+        self.whole = WholeMatrices(kept, matrices) if in_place else None
         self.scale = config.d_ff / segment.channels if segment.rescale else 1.0
 
     def activate(
