@@ -97,16 +97,21 @@ def missing(target: str) -> str | None:
     return None
 
 
-def memory(target: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def memory(
+    target: str,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    given_up: tuple[int, ...] = (0,),
+) -> Any:
     """XLA's analysis of the memory that a program needs on a target; `arguments` are shapes, of
-    which the first is given up. Raises what its compiler raises."""
+    which some are given up. Raises what its compiler raises."""
     topology = topologies.get_topology_desc(**TARGETS[target][1])
     mesh = Mesh(np.array(topology.devices[:1]), ("one",))
     shapes = _placed(arguments, NamedSharding(mesh, PartitionSpec()))
     with captured():
         # Without a device there is nothing to try matrix products on.
         options: dict[str, Any] = {"xla_gpu_autotune_level": 0} if target == "h200" else {}
-        done = jax.jit(function, donate_argnums=0).lower(*shapes).compile(options)
+        done = jax.jit(function, donate_argnums=given_up).lower(*shapes).compile(options)
     return done.memory_analysis()
 
 

@@ -21,7 +21,16 @@ from sat_jax.ops import BlockSparse
 from sat_jax.provenance import environment
 from sat_jax.sparsity.plan import Plan, make_plan
 from sat_jax.train.account import kept_shares
-from scripts.step_program import Program, neurons_of, optimizer_program, step_program
+from sat_jax.train.moves import compile_moves
+from sat_jax.train.state import TrainState
+from scripts.step_program import (
+    Program,
+    masks_of,
+    neurons_of,
+    optimizer_program,
+    step_program,
+    whole_state,
+)
 
 Row = dict[str, Any]
 
@@ -61,13 +70,11 @@ def described(
 ) -> tuple[Row, Program]:
     """What is known of a case before it is compiled, and its program.
 
-    `resting_bytes`: what lies beside a compacted state, whole. `bound`: the dense step's FLOPs by
+    `resting_bytes`: omitted neurons beside a compacted state. `bound`: the dense step's FLOPs by
     its own, recomputation included. `model_flops`: of the model that it trains, nothing twice.
     """
-    block = 1 if case.execution != "kernel" else 128 if model.d_ff > 128 else 64
-    neurons = neurons_of(model)
-    plan = make_plan(neurons, case.rate, case.rate, block=block)
-    heads, channels = kept_shares(plan, neurons)
+    plan = plan_of(model, case)
+    heads, channels = kept_shares(plan, neurons_of(model))
     length, tokens = given.row_length, given.rows * given.row_length
     program = _program(model, case, plan, given, attention)
     row = {
@@ -78,10 +85,45 @@ def described(
         "resting_bytes": 0,
     }
     if case.execution == "gather":
-        dense = Case(case.part, "dense", 0.0)
-        whole = _program(model, dense, make_plan(neurons, 0, 0), given, attention)
-        row["resting_bytes"] = _gathered_from(whole.state, program.state)
+        whole = whole_state(model, optimizer_of(given))
+        row["resting_bytes"] = bytes_of(whole) - bytes_of(program.state)
     return row, program
+
+
+def plan_of(model: LlamaConfig, case: Case) -> Plan:
+    """What a case keeps."""
+    block = 1 if case.execution != "kernel" else 128 if model.d_ff > 128 else 64
+    return make_plan(neurons_of(model), case.rate, case.rate, block=block)
+
+
+def optimizer_of(given: Namespace) -> OptimizerConfig:
+    """The optimizer of the options; Lion's momentum is bfloat16."""
+    lion: dict[str, Any] = {"name": "lion", "beta2": 0.99, "momentum_dtype": "bfloat16"}
+    return OptimizerConfig(**(lion if given.optimizer == "lion" else {}))
+
+
+def refresh_bytes(
+    model: LlamaConfig, case: Case, given: Namespace, analysed: Callable[..., Any]
+) -> int:
+    """The most memory while kept and omitted neurons are parted or put together: the whole state,
+    and what is made of one parcel before its source is freed. `analysed(function, shapes,
+    given_up)` compiles and returns XLA's analysis of memory."""
+    state, plan = whole_state(model, optimizer_of(given)), plan_of(model, case)
+    made = [0]
+
+    def compiled(function: Callable[..., Any], *shapes: Any, donate_argnums: Any) -> Any:
+        found = analysed(function, shapes, donate_argnums)
+        anew = found.output_size_in_bytes - found.alias_size_in_bytes
+        made.append(anew + found.temp_size_in_bytes)
+        return function
+
+    compile_moves(state, masks_of(model, plan), plan, True, lambda tree: tree, compiled)
+    return bytes_of(state) + max(made)
+
+
+def bytes_of(state: TrainState) -> int:
+    """Of a state or its shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 def add_rows(
@@ -113,17 +155,10 @@ def _or_error(row_of: Callable[[Case], Row], case: Case) -> Row:
 def _program(
     model: LlamaConfig, case: Case, plan: Plan, given: Namespace, attention: Any
 ) -> Program:
-    lion: dict[str, Any] = {"name": "lion", "beta2": 0.99, "momentum_dtype": "bfloat16"}
-    config = OptimizerConfig(**(lion if given.optimizer == "lion" else {}))
+    config = optimizer_of(given)
     execution = "gather" if case.execution == "dense" else case.execution
     if case.part == "optimizer":
         return optimizer_program(model, plan, execution, config)
     kernels = BlockSparse(plan.block, given.kernels) if execution == "kernel" else None
     compute = Compute(given.dtype, given.remat, attention=attention, kernels=kernels)
     return step_program(model, plan, compute, (given.rows, given.row_length), execution, config)
-
-
-def _gathered_from(whole: Any, small: Any) -> int:
-    """Bytes of the arrays of which a smaller one is trained."""
-    pairs = zip(jax.tree.leaves(whole), jax.tree.leaves(small), strict=True)
-    return sum(w.size * w.dtype.itemsize for w, s in pairs if w.shape != s.shape)

@@ -2,12 +2,14 @@
 
   .venv-aot/bin/python -m scripts.memory --target h200 --model llama-2-7b --rows 4
 
-By XLA's own account: the state that is trained (parameters and moments), what rests beside it, and
-temporaries (gradients, activations, copies). Attention is in plain XLA, as cuDNN's wants a device;
+By XLA's own account: the state that is trained (parameters and moments), the omitted neurons that
+rest beside it, temporaries (gradients, activations, copies), and what a refresh needs when kept and
+omitted neurons are parted or put together. Attention is in plain XLA, as cuDNN's wants a device;
 on one with cuDNN's the temporaries are smaller. `make memory` makes the rows that are committed;
 a row that is there already is not made again.
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,15 @@ def main() -> None:
     """Compiles what is not there yet."""
     given = parser().parse_args()
     import kernels.aot as aot  # before jax, which it tells that there is no device
-    from scripts.large_steps import Case, Row, add_rows, checked, described, sparse_cases
+    from scripts.large_steps import (
+        Case,
+        Row,
+        add_rows,
+        checked,
+        described,
+        refresh_bytes,
+        sparse_cases,
+    )
 
     if given.target not in aot.TARGETS:
         raise UserError(f"--target {given.target}; accepted: {', '.join(aot.TARGETS)}")
@@ -41,7 +51,11 @@ def main() -> None:
 
     def compiled(case: Case) -> Row:
         row, program = described(model, case, given, attention="xla")
-        return row | _memory(aot.memory(given.target, program.function, program[1:]))
+        row |= _memory(aot.memory(given.target, program.function, program[1:]))
+        if case.execution == "gather":
+            analysed = functools.partial(aot.memory, given.target)
+            row["refresh_bytes"] = refresh_bytes(model, case, given, analysed)
+        return row
 
     cases = list(sparse_cases("step", given))
     for row in add_rows(given.out, given, given.target, cases, compiled):

@@ -16,7 +16,7 @@ from sat_jax.config import OptimizerConfig
 from sat_jax.data.batch import Batch
 from sat_jax.models.llama import Compute
 from sat_jax.models.llama_config import LlamaConfig
-from sat_jax.models.params import abstract
+from sat_jax.models.params import abstract, shapes
 from sat_jax.ops import BlockSparse
 from sat_jax.sparsity.masks import Masks, SegmentMasks
 from sat_jax.sparsity.neurons import take_kept
@@ -116,6 +116,14 @@ def filled(program: Program, vocabulary: int) -> tuple[TrainState, Masks, Any]:
     return jax.jit(state)(), jax.jit(masks)(), jax.jit(given)()
 
 
+def whole_state(model: LlamaConfig, config: OptimizerConfig) -> TrainState:
+    """Shapes of the state outside of any rung."""
+    state: TrainState = jax.eval_shape(
+        lambda params: new_state(params, make_optimizer(config, 1000)), shapes(model)
+    )
+    return state
+
+
 def neurons_of(model: LlamaConfig) -> Neurons:
     """What there is to omit."""
     return Neurons(model.n_layers, model.n_kv_heads, model.query_heads, model.d_ff)
@@ -126,14 +134,14 @@ def _state(
 ) -> tuple[TrainState, Masks]:
     """Shapes of what is trained (compacted, or whole and cut into segments) and of the masks."""
     gathers = execution == "gather"
-    _, shapes = abstract(model, plan.segments, masked=not gathers)
-    params = {path: x for path, x in shapes.items() if "/kept_" not in path}
+    _, values = abstract(model, plan.segments, masked=not gathers)
+    params = {path: x for path, x in values.items() if "/kept_" not in path}
     optimizer = make_optimizer(config, 1000)
     state: TrainState = jax.eval_shape(lambda params: new_state(params, optimizer), params)
-    return state, () if gathers else _masks(model, plan)
+    return state, () if gathers else masks_of(model, plan)
 
 
-def _masks(model: LlamaConfig, plan: Plan) -> Masks:
+def masks_of(model: LlamaConfig, plan: Plan) -> Masks:
     """Shapes of a plan's masks of KV groups and channels."""
 
     def kept(layers: int, kept: int, total: int) -> Any:
@@ -147,9 +155,9 @@ def _masks(model: LlamaConfig, plan: Plan) -> Masks:
     )
 
 
-def _random(shapes: dict[str, Any]) -> dict[str, jax.Array]:
-    keys = jax.random.split(jax.random.key(0), len(shapes))
+def _random(values: dict[str, Any]) -> dict[str, jax.Array]:
+    keys = jax.random.split(jax.random.key(0), len(values))
     return {
         path: 0.02 * jax.random.normal(key, shape.shape)
-        for key, (path, shape) in zip(keys, shapes.items(), strict=True)
+        for key, (path, shape) in zip(keys, values.items(), strict=True)
     }

@@ -68,7 +68,7 @@ def test_rows_are_appended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         "probe",
         "select",
         "compact",
-        "compact and expand",
+        "expand",
     ]
     assert rows[0]["share_of_a_step"] == 1
     assert {(row["benchmark"], row["model"], row["row_length"]) for row in rows} == {

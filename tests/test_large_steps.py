@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,8 @@ from sat_jax.errors import UserError
 from sat_jax.models.presets import preset
 from sat_jax.sparsity.plan import make_plan
 from scripts.efficiency import main
-from scripts.large_steps import Case, described
-from scripts.step_program import filled, neurons_of, optimizer_program
+from scripts.large_steps import Case, bytes_of, described, refresh_bytes
+from scripts.step_program import filled, neurons_of, optimizer_program, whole_state
 from tests.conftest import RunPython
 
 TINY = preset("tiny")
@@ -78,22 +79,37 @@ def test_what_is_there_is_not_measured_again(
     ]
 
 
-def test_what_rests_is_what_was_gathered_from() -> None:
-    given: Any = SimpleNamespace(
-        rows=1,
-        row_length=8,
-        dtype="float32",
-        remat="none",
-        optimizer="lion",
-        kernels=None,
-    )
-    row, _ = described(TINY, Case("step", "gather", 0.5), given, None)
-    neurons = (
-        TINY.n_layers
-        * TINY.d_model
-        * (3 * TINY.d_ff + 2 * TINY.head_dim * (TINY.n_heads + TINY.n_kv_heads))
-    )
-    assert row["resting_bytes"] == neurons * (4 + 2)  # Lion's momentum is bfloat16
+GIVEN: Any = SimpleNamespace(
+    rows=1, row_length=8, dtype="float32", remat="none", optimizer="lion", kernels=None
+)
+
+
+def test_what_rests_is_what_is_omitted() -> None:
+    row, _ = described(TINY, Case("step", "gather", 0.5), GIVEN, None)
+    heads = 2 * TINY.head_dim * (TINY.n_heads + TINY.n_kv_heads) * (1 - row["kept_heads"])
+    omitted = TINY.n_layers * TINY.d_model * (3 * TINY.d_ff * (1 - row["kept_channels"]) + heads)
+    assert row["resting_bytes"] == omitted * (4 + 2)  # Lion's momentum is bfloat16
+
+
+@pytest.mark.parametrize("largest", [1, 2**30])
+def test_a_refresh_needs_the_state_and_a_parcel(
+    largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sat_jax.train.moves._PARCEL", largest)
+
+    def analysed(function: Callable[..., Any], shapes: Any, _: Any) -> Any:
+        made = jax.tree.leaves(jax.eval_shape(function, *shapes))
+        return SimpleNamespace(
+            output_size_in_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in made),
+            alias_size_in_bytes=0,
+            temp_size_in_bytes=1,
+        )
+
+    state = whole_state(TINY, OptimizerConfig("lion", momentum_dtype="bfloat16"))
+    leaves = [leaf.size * 4 for leaf in state.params.values()]
+    parcel = max(leaves) if largest == 1 else sum(leaves)
+    found = refresh_bytes(TINY, Case("step", "gather", 0.5), GIVEN, analysed)
+    assert found == bytes_of(state) + parcel + 1
 
 
 def test_the_optimizer_alone_moves_the_kept_rows_alone() -> None:

@@ -22,7 +22,7 @@ from sat_jax.parallel.mesh import make_mesh
 from sat_jax.sparsity.controller import make_controller
 from sat_jax.sparsity.plan import Neurons
 from sat_jax.train.programs import Programs
-from sat_jax.train.state import new_state
+from sat_jax.train.state import compact_state, new_state
 
 mesh_sizes = json.loads(sys.argv[1])
 steps, rows, length = 4, 8, 16
@@ -50,7 +50,8 @@ stats = jax.device_put(jax.jit(programs.no_statistics)(), place(programs.stats))
 probe = programs.probe().result()
 draw = np.random.default_rng(0)
 sparse = controller.rung_at(0).plan
-entering = programs._compile(programs._enter(sparse), programs.state, programs.masks(sparse))
+enter = lambda whole, masks: compact_state(whole, masks, sparse)
+entering = programs._compile(enter, programs.state, programs.masks(sparse))
 COLLECTIVE = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 moved = re.findall(COLLECTIVE, entering.as_text())
 losses, kept = [], []

@@ -37,14 +37,14 @@ def test_memory_is_added_up_and_stands_beside_dense() -> None:
         [
             row("gather", 0.5, **used(1, 1, 1)),  # superseded
             row("dense", 0.0, **used(6, 0, 4)),
-            row("gather", 0.5, **used(3, 5, 4)),
+            row("gather", 0.5, **used(3, 5, 4), refresh_bytes=7 * GIB),
             row("kernel", 0.5, **used(6, 0, 2)),
         ]
     )
     assert cells(table, 2)[:3] == ["dense", "100 %", "100 %"]
-    sizes = ["3.0 GiB", "5.0 GiB", "4.0 GiB", "12.0 GiB", "1.20×"]
+    sizes = ["3.0 GiB", "5.0 GiB", "4.0 GiB", "12.0 GiB", "1.20×", "7.0 GiB"]
     assert cells(table, 3) == ["r = 0.5, gather", "50 %", "50 %", *sizes]
-    assert cells(table, 4)[-2:] == ["8.0 GiB", "0.80×"]
+    assert cells(table, 4)[-3:] == ["8.0 GiB", "0.80×", "-"]
     assert table.endswith(
         "m; 1,000 tokens in rows of 500; bfloat16; lion; remat full; kernels xla; H."
     )

@@ -44,9 +44,11 @@ def memory(rows: Sequence[Row]) -> str:
         whole = sum(together[0][name] for name in sums)
         here = sum(row[name] for name in sums)
         gibibytes = [f"{count / 2**30:.1f} GiB" for count in (*(row[k] for k in sums), here)]
-        return [*gibibytes, f"{here / whole:.2f}×"]
+        refresh = row.get("refresh_bytes")
+        moment = f"{refresh / 2**30:.1f} GiB" if refresh else "-"
+        return [*gibibytes, f"{here / whole:.2f}×", moment]
 
-    header = ("state", "beside it", "temporaries", "in all", "beside dense")
+    header = ("state", "resting", "temporaries", "in all", "beside dense", "at a refresh")
     return _by_setting(rows, header, line)
 
 

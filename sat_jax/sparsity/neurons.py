@@ -1,10 +1,11 @@
 """Where neurons live in the parameters, and moving between the whole model and what is kept of it.
 
-Between two refreshes the kept neurons form a smaller dense model. `compact` gathers it out of a
-whole tree (parameters, moments or update counts: anything keyed by parameter path), `expand` writes
-it back, bit for bit. A whole tree stacks all layers (`layers/mlp/gate`), a compact one numbers its
-segments (`layers/0/mlp/gate`). What no segment gathers is moved, not copied. In a segment with
-dense tokens the omitted channels are a second, smaller MLP (`layers/0/omitted/gate`).
+Between two refreshes the kept neurons form a smaller dense model. `compact` parts a whole tree
+(parameters, moments or update counts: anything keyed by parameter path) into it and the omitted
+neurons, which rest; `expand` puts both together, bit for bit. A whole tree stacks all layers
+(`layers/mlp/gate`), a parted one numbers its segments: what is kept (`layers/0/mlp/gate`) and what
+is not (`layers/0/omitted/gate`), in a segment with dense tokens a second, smaller MLP. What no
+segment gathers is moved, not copied.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from sat_jax.sparsity.masks import Masks, SegmentMasks
 from sat_jax.sparsity.plan import Plan, Segment
@@ -34,83 +35,53 @@ def neuron_axes(path: str) -> int:
 def compact(
     whole: Mapping[str, Array], masks: Masks, plan: Plan
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """(compact tree, resting tree). The resting tree holds, whole, what was gathered from: what is
-    omitted stays there until `expand`."""
+    """(compact tree, resting tree): the kept rows, and the omitted ones, which stay as they are
+    until `expand`. Together as large as the whole tree; nothing is in both."""
     small: dict[str, Array] = {}
     resting: dict[str, Array] = {}
     for path, value in whole.items():
         if not path.startswith("layers/"):
             small[path] = value
             continue
-        kept = [_kept(path, mask) for mask in masks]
-        for number, (segment, indices) in enumerate(zip(plan.segments, kept, strict=True)):
+        for number, (segment, mask) in enumerate(zip(plan.segments, masks, strict=True)):
             part = value if len(masks) == 1 else value[segment.start : segment.stop]
-            if indices is not None:
-                if _splits(path, segment):
-                    others = _others(indices, value.shape[1])
-                    small[_omitted_path(path, number)] = _take(part, others, plan.balance)
-                part = _take(part, indices, plan.balance)
+            kept = _kept(path, mask)
+            if kept is not None:
+                rest = small if _splits(path, segment) else resting
+                rest[_omitted_path(path, number)] = _take_others(part, kept, plan.balance)
+                part = _take(part, kept, plan.balance)
             small[_segment_path(path, number)] = part
-        if any(indices is not None for indices in kept):
-            resting[path] = value
     return small, resting
 
 
 def expand(
     small: Mapping[str, Array], resting: Mapping[str, Array], masks: Masks, plan: Plan
 ) -> dict[str, Array]:
-    """The whole tree: the inverse of `compact`, with the compact tree's values written back."""
+    """The whole tree: the inverse of `compact`."""
     whole: dict[str, Array] = {}
     for path, value in small.items():
         if not path.startswith("layers/"):
             whole[path] = value
         elif path.startswith("layers/0/") and not path.startswith("layers/0/omitted/"):
             name = f"layers/{path.removeprefix('layers/0/')}"
-            parts = [small[_segment_path(name, number)] for number in range(len(masks))]
-            whole[name] = (
-                _write_back(name, small, resting[name], masks, plan)
-                if name in resting
-                else parts[0]
-                if len(parts) == 1
-                else jnp.concatenate(parts)
-            )
+            whole[name] = _together(name, {**small, **resting}, masks, plan)
     return whole
 
 
-def _write_back(
-    path: str, small: Mapping[str, Array], whole: Array, masks: Masks, plan: Plan
-) -> Array:
-    """`whole` with every segment's part in its place.
-
-    What was gathered is written last and straight into `whole`: so XLA does it in place, where a
-    slice of `whole` or a later update would be one more copy of it.
-    """
-    kept = [_kept(path, mask) for mask in masks]
-    for number in sorted(range(len(masks)), key=lambda number: kept[number] is not None):
-        segment, indices = plan.segments[number], kept[number]
-        part = small[_segment_path(path, number)]
-        if indices is None:
-            whole = jax.lax.dynamic_update_slice_in_dim(whole, part, segment.start, axis=0)
-            continue
-        if _splits(path, segment):
-            others = _others(indices, whole.shape[1])
-            omitted = small[_omitted_path(path, number)]
-            whole = _put(whole, omitted, others, segment.start, plan.balance)
-        whole = _put(whole, part, indices, segment.start, plan.balance)
-    return whole
+def _together(path: str, rows: Mapping[str, Array], masks: Masks, plan: Plan) -> Array:
+    """The whole array of which all segments have `rows`, kept and omitted."""
+    parts = []
+    for number, mask in enumerate(masks):
+        part, kept = rows[_segment_path(path, number)], _kept(path, mask)
+        if kept is not None:
+            part = _merge(part, rows[_omitted_path(path, number)], kept, plan.balance)
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
 def _splits(path: str, segment: Segment) -> bool:
     """Whether what is omitted of this parameter is trained as well."""
     return segment.dense_tokens > 0 and _leaf(path) in _CHANNEL_LEAVES
-
-
-def _others(kept: Int[Array, "L kept"], total: int) -> Int[Array, "L omitted"]:
-    """The indices that are not kept, sorted. As many of each of the plan's parts as are omitted."""
-    keep = jnp.zeros((len(kept), total), bool)
-    keep = jnp.put_along_axis(keep, kept, True, axis=1, inplace=False)
-    # False first, in their order.
-    return jnp.argsort(keep, axis=1, stable=True)[:, : total - kept.shape[1]].astype(kept.dtype)
 
 
 def mask_values(masks: Masks) -> dict[str, Array]:
@@ -231,49 +202,71 @@ def _with_kept(
         yield path, value, None if told is None else _kept(path, told)
 
 
-def _take(value: Array, indices: Int[Array, "L *K kept"], balance: int = 1) -> Array:
+def _take(value: Array, kept: Int[Array, "L *K kept"], balance: int = 1) -> Array:
     """The kept rows along the neuron axis."""
-    rows, local = _in_parts(value, indices, balance)
-    taken = jax.vmap(jax.vmap(lambda w, i: w.at[i].get(**_PROMISES)))(rows, local)
-    return taken.reshape(*indices.shape, *value.shape[indices.ndim :])
+    rows = _in_parts(value, kept.ndim, balance)
+    return _rows_at(rows, _local(kept, rows.shape[2], balance), kept.ndim, **_PROMISES)
 
 
-def _put(
-    whole: Array, kept: Array, indices: Int[Array, "L *K kept"], start: int, balance: int
-) -> Array:
-    """`whole` with the kept rows of the layers from `start` on replaced."""
-    rows, local = _in_parts(whole, indices, balance)
-    layer = jax.lax.broadcasted_iota(local.dtype, local.shape, 0) + start
-    put = jax.lax.scatter(
-        rows,
-        jnp.stack([layer, local], axis=-1),
-        kept.reshape(*local.shape, *rows.shape[3:]),
-        jax.lax.ScatterDimensionNumbers(
-            update_window_dims=tuple(range(3, rows.ndim)),
-            inserted_window_dims=(0, 2),
-            scatter_dims_to_operand_dims=(0, 2),
-            operand_batching_dims=(1,),
-            scatter_indices_batching_dims=(1,),
-        ),
-        **_PROMISES,
-    )
-    return put.reshape(whole.shape)
+def _take_others(value: Array, kept: Int[Array, "L *K kept"], balance: int) -> Array:
+    """The other rows, sorted: as many of each part as are omitted there."""
+    rows = _in_parts(value, kept.ndim, balance)
+    is_kept = _is_kept(_local(kept, rows.shape[2], balance), rows.shape[2])
+    omitted = rows.shape[2] - kept.size // (rows.shape[0] * rows.shape[1])
+    others = jnp.argsort(is_kept, axis=-1, stable=True)[..., :omitted]  # False comes first
+    return _rows_at(rows, others, kept.ndim, **_PROMISES)
 
 
-def _in_parts(
-    value: Array, indices: Int[Array, "L *K kept"], balance: int
-) -> tuple[Array, Int[Array, "L P kept"]]:
-    """Rows `[L, parts, rows, ...]` and indices `[L, parts, kept]` local to each part; `value` may
-    have more layers than `indices`.
+def _merge(kept: Array, omitted: Array, indices: Int[Array, "L *K kept"], balance: int) -> Array:
+    """What `_take` and `_take_others` have taken, together and in order again."""
+    axes = indices.ndim
+    here, there = _in_parts(kept, axes, balance), _in_parts(omitted, axes, balance)
+    if not here.shape[2]:
+        return omitted
+    if not there.shape[2]:
+        return kept
+    total = here.shape[2] + there.shape[2]
+    is_kept = _is_kept(_local(indices, total, balance), total)
 
-    Query heads are indexed within their KV group already. Groups and channels are selected evenly
-    in `balance` parts; with local indices gather and scatter are batched over parts, so that on a
-    mesh whose `tensor` axis divides `balance` nothing leaves its device.
+    def spread(rows: Array, kind: Array) -> Array:
+        # The n-th neuron of its kind has the n-th row; where the other kind is, any row will do.
+        rank = jnp.maximum(jnp.cumsum(kind, axis=-1) - 1, 0)
+        return _rows_at(rows, rank, axes, mode="promise_in_bounds")
+
+    here, there = spread(here, is_kept), spread(there, ~is_kept)
+    is_kept = is_kept.reshape(here.shape[:axes])
+    return jnp.where(jnp.expand_dims(is_kept, range(axes, here.ndim)), here, there)
+
+
+def _in_parts(value: Array, axes: int, balance: int) -> Array:
+    """`[L, parts, rows, ...]` of `[L, neurons, ...]`, and of query heads, `axes` being 3, of
+    `[L, KV groups, heads, ...]`, as they are: these are indexed within their group already.
+
+    Groups and channels are selected evenly in `balance` parts; with indices local to each part
+    gathers are batched over parts, so that on a mesh whose `tensor` axis divides `balance` nothing
+    leaves its device.
     """
-    if indices.ndim == 3:
-        return value, indices
-    size = value.shape[1] // balance
-    local = indices.reshape(len(indices), balance, indices.shape[1] // balance)
-    offsets = jnp.arange(balance, dtype=indices.dtype) * size
-    rows = value.reshape(len(value), balance, size, *value.shape[2:])
-    return rows, local - offsets[None, :, None]
+    if axes == 3:
+        return value
+    return value.reshape(len(value), balance, value.shape[1] // balance, *value.shape[2:])
+
+
+def _local(
+    kept: Int[Array, "L *K kept"], size: int, balance: int
+) -> Int[Array, "L parts kept_of_each"]:
+    """Kept indices within their part of `size` neurons."""
+    if kept.ndim == 3:
+        return kept
+    starts = jnp.arange(balance, dtype=kept.dtype)[None, :, None] * size
+    return _in_parts(kept, kept.ndim, balance) - starts
+
+
+def _is_kept(local: Int[Array, "L parts kept"], size: int) -> Bool[Array, "L parts {size}"]:
+    nothing = jnp.zeros((*local.shape[:2], size), bool)
+    return jnp.put_along_axis(nothing, local, True, axis=-1, inplace=False)
+
+
+def _rows_at(rows: Array, places: Int[Array, "L parts n"], axes: int, **promises: Any) -> Array:
+    """Rows at these places of each part; of groups and channels the parts side by side again."""
+    taken = jax.vmap(jax.vmap(lambda w, i: w.at[i].get(**promises)))(rows, places)
+    return taken if axes == 3 else taken.reshape(len(rows), -1, *rows.shape[3:])

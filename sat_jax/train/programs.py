@@ -5,7 +5,6 @@ while the first one trains: no step of a later rung waits for the compiler.
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -26,12 +25,13 @@ from sat_jax.ops import BlockSparse
 from sat_jax.parallel.rules import BATCH, tree_shardings
 from sat_jax.sparsity.controller import Controller
 from sat_jax.sparsity.importance import METRICS
-from sat_jax.sparsity.masks import Criteria, Masks, SegmentMasks, choose, selection_key
+from sat_jax.sparsity.masks import Criteria, Masks, choose, selection_key
 from sat_jax.sparsity.plan import Plan
 from sat_jax.sparsity.statistics import Gates, InputSums, Statistics
+from sat_jax.train.moves import compile_moves, cut_only
 from sat_jax.train.optimizer import clipping, learning_rate, make_optimizer
 from sat_jax.train.probe import ProbeSettings, make_probe
-from sat_jax.train.state import Resting, TrainState, compact_state, expand_state, new_state
+from sat_jax.train.state import TrainState, compact_state, new_state
 from sat_jax.train.step import StepMetrics, StepSettings, make_evaluation, make_step
 
 Compiled = Callable[..., Any]
@@ -39,7 +39,7 @@ Compiled = Callable[..., Any]
 
 class RungPrograms(NamedTuple):
     """Compiled for one plan. `enter` takes the whole state and masks to the state the step trains
-    and what rests; `leave` goes back. Both give their argument's buffers away; so does `step`.
+    and what rests; `leave` goes back. Both give their arguments' buffers away; so does `step`.
 
     `select(state, stats)` → masks; `enter(state, masks)` → (working state, resting);
     `step(working, stats, masks, batch)` → (working, stats, metrics);
@@ -180,29 +180,6 @@ class Programs:
     def _compile(self, function: Callable[..., Any], *args: Any, **jit: Any) -> Compiled:
         return self._lower(function, *args, **jit).compile(self._options)
 
-    def _compile_move(self, function: Callable[..., Any], *args: Any) -> Compiled:
-        """Compiles a program that mostly moves arrays, giving away the buffers it can reuse.
-
-        A buffer of any argument but the last (the masks) is reused where an output has its shape
-        and type; giving away others would free nothing and only warn.
-        """
-        leaves, structure = jax.tree.flatten(args)
-        movable = len(jax.tree.leaves(args[:-1]))
-        free = Counter(
-            (leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(jax.eval_shape(function, *args))
-        )
-        given = []
-        for number, leaf in enumerate(leaves[:movable]):
-            if free[leaf.shape, leaf.dtype]:
-                free[leaf.shape, leaf.dtype] -= 1
-                given.append(number)
-
-        def on_leaves(*flat: Any) -> Any:
-            return function(*jax.tree.unflatten(structure, flat))
-
-        compiled = self._compile(on_leaves, *leaves, donate_argnums=tuple(given))
-        return lambda *values: compiled(*jax.tree.leaves(values))
-
     def lower_step(self, plan: Plan) -> jax.stages.Lowered:
         """The plan's training step, lowered and not compiled."""
         live = Live(self._criteria, plan.balance, plan.block) if self._live else None
@@ -215,19 +192,23 @@ class Programs:
             return train(working, stats, () if self._gathers or live else masks, batch)
 
         masks = self.masks(plan)
-        working, _ = self._placed(jax.eval_shape(self._enter(plan), self.state, masks))
+        cut = masks if self._gathers else cut_only(plan)
+        working, _ = self._placed(
+            jax.eval_shape(lambda state, masks: compact_state(state, masks, plan), self.state, cut)
+        )
         batch = self.batch(self._config.train.rows_per_step)
         return self._lower(step, working, self.stats, masks, batch, donate_argnums=(0, 1))
 
     def _compile_rung(self, plan: Plan) -> RungPrograms:
         started = time.perf_counter()
-        masks, enter = self.masks(plan), self._enter(plan)
-        working, resting = self._placed(jax.eval_shape(enter, self.state, masks))
+        moves = compile_moves(
+            self.state, self.masks(plan), plan, self._gathers, self._placed, self._compile
+        )
         return RungPrograms(
             select=self._compile(self._select(plan), self.state, self.stats),
-            enter=self._compile_move(enter, self.state, masks),
+            enter=moves.enter,
             step=self.lower_step(plan).compile(self._options),
-            leave=self._compile_move(self._leave(plan), working, resting, masks),
+            leave=moves.leave,
             seconds=time.perf_counter() - started,
         )
 
@@ -267,22 +248,10 @@ class Programs:
         sparse = self._config.sparsity
         return Criteria(sparse.metric, sparse.aggregate, sparse.selection, sparse.temperature)
 
-    def _enter(self, plan: Plan) -> Callable[[TrainState, Masks], tuple[TrainState, Resting]]:
-        def enter(whole: TrainState, masks: Masks) -> tuple[TrainState, Resting]:
-            return compact_state(whole, masks if self._gathers else _cut_only(plan), plan)
-
-        return enter
-
-    def _leave(self, plan: Plan) -> Callable[[TrainState, Resting, Masks], TrainState]:
-        def leave(small: TrainState, resting: Resting, masks: Masks) -> TrainState:
-            return expand_state(small, resting, masks if self._gathers else _cut_only(plan), plan)
-
-        return leave
-
     def _select(self, plan: Plan) -> Callable[[TrainState, Statistics], Masks]:
         def select(whole: TrainState, stats: Statistics) -> Masks:
             if self._live:
-                return _cut_only(plan)
+                return cut_only(plan)
             key = selection_key(self._config.seed, whole.step)
             return choose(whole.params, stats, plan, self._neurons, self._criteria, key)
 
@@ -312,9 +281,3 @@ def compiler_options(platform: str, config: Config) -> dict[str, str | bool]:
     if platform == "gpu" and config.train.deterministic:
         return {"xla_gpu_deterministic_ops": True}
     return {}
-
-
-def _cut_only(plan: Plan) -> Masks:
-    """What mask and kernel execution and live layers do to the state: it is cut into segments,
-    nothing is gathered."""
-    return tuple(SegmentMasks(None, None) for _ in plan.segments)
