@@ -38,8 +38,15 @@ def _device() -> dict[str, Any]:
         "kind": kind,
         "count": jax.device_count(),
         "processes": jax.process_count(),
-        "host_cpus": os.cpu_count(),
+        "host_cpus": _cores(),
     }
+
+
+def _cores() -> int | None:
+    """Processor cores that this process may use: on a cluster seldom all of the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()  # not Linux
 
 
 def _processor() -> str | None:

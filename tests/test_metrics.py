@@ -358,3 +358,9 @@ def test_commit_is_ours_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "inside").mkdir()
     monkeypatch.setattr(provenance, "_ROOT", tmp_path / "inside")
     assert environment()["commit"] is None
+
+
+def test_cores_are_those_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {3, 5, 7}, raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    assert environment()["device"]["host_cpus"] == 3
