@@ -5,7 +5,7 @@
     python -m scripts.report runs/study --out runs/study-report
 
 One run at a time on an idle machine, or no speed-up means much. Hours in all, estimated, not
-measured; experiments/scales.py says how and on what: smoke 3.5, small 2.1, paper 72 (30 runs each),
+measured; experiments/scales.py says how and on what: smoke 1.6, small 2.1, paper 72 (30 runs each),
 paper-7b 37, paper-13b 70 (10 runs).
 """
 

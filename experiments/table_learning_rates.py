@@ -4,8 +4,8 @@
         --config.data.sources=TEXT --workdir=runs/study
     python -m scripts.report runs/study --out runs/study-report
 
-Hours in all, estimated, not measured; experiments/scales.py says how and on what: smoke 2.1, small
-1.3, paper 45 (18 runs each), paper-7b 22, paper-13b 43 (6 runs).
+Hours in all, estimated, not measured; experiments/scales.py says how and on what: smoke 1.0, small
+1.4, paper 49 (18 runs each), paper-7b 25, paper-13b 48 (6 runs).
 """
 
 from typing import Any
@@ -25,12 +25,11 @@ def get_config(scale: str = "smoke") -> ConfigDict:
 def get_sweep(scale: str = "smoke") -> list[dict[str, Any]]:
     usual = get_config(scale).optimizer.learning_rate
     return [
-        {
-            "optimizer.learning_rate": float(f"{factor * usual:.1g}"),
-            "sparsity.rate": rate,
-            "seed": s,
-        }
+        one
         for factor in FACTORS
         for rate in (0.0, scales.RATE)
-        for s in range(scales.SEEDS[scale])
+        for one in scales.with_seeds(
+            scale,
+            {"optimizer.learning_rate": float(f"{factor * usual:.1g}"), "sparsity.rate": rate},
+        )
     ]

@@ -1,11 +1,12 @@
-"""Which neurons to keep: every metric, taking the best (topk) or drawing by importance (sample).
+"""Which neurons to keep: by every metric, the best ones (topk) or drawn by importance (sample); and
+by the exact oracle, `output` observed on all of every step's tokens.
 
     python -m scripts.sweep --config=experiments/table_metrics.py:smoke \
         --config.data.sources=TEXT --workdir=runs/study
     python -m scripts.report runs/study --out runs/study-report
 
-Hours in all, estimated, not measured; experiments/scales.py says how and on what: smoke 4.7, small
-2.9, paper 100 (42 runs each), paper-7b 51, paper-13b 97 (14 runs).
+Hours in all, estimated, not measured; experiments/scales.py says how and on what: smoke 2.4, small
+3.1, paper 109 (45 runs each), paper-7b 55, paper-13b 106 (15 runs).
 """
 
 from typing import Any
@@ -25,5 +26,10 @@ def get_config(scale: str = "smoke") -> ConfigDict:
 def get_sweep(scale: str = "smoke") -> list[dict[str, Any]]:
     # The most of what is random is as random as a draw of it.
     pairs = [(m, s) for m in METRICS for s in ("topk", "sample") if (m, s) != ("uniform", "sample")]
-    runs = [{"sparsity.metric": m, "sparsity.selection": s} for m, s in pairs]
-    return scales.over_seeds(scale, runs)
+    runs: list[dict[str, Any]] = [
+        {"sparsity.metric": metric, "sparsity.selection": selection} for metric, selection in pairs
+    ]
+    config = get_config(scale)
+    tokens = config.train.rows_per_step * config.data.row_length
+    oracle = {"sparsity.refresh_every": 1, "sparsity.probe_tokens": tokens}
+    return scales.over_seeds(scale, [*runs, oracle])

@@ -4,7 +4,7 @@
         --config.data.sources=TEXT --workdir=runs/study
     python -m scripts.report runs/study --out runs/study-report
 
-Hours in all, estimated, not measured; experiments/scales.py says how and on what: smoke 2.1, small
+Hours in all, estimated, not measured; experiments/scales.py says how and on what: smoke 1.0, small
 1.3, paper 45 (18 runs each), paper-7b 22, paper-13b 43 (6 runs).
 """
 

@@ -4,7 +4,7 @@
         --config.data.sources=TEXT --workdir=runs/study
     python -m scripts.report runs/study --out runs/study-report
 
-Hours in all, estimated, not measured; experiments/scales.py says how and on what: smoke 3.2, small
+Hours in all, estimated, not measured; experiments/scales.py says how and on what: smoke 1.5, small
 1.9, paper 67 (27 runs each), paper-7b 34, paper-13b 66 (9 runs).
 """
 
@@ -19,10 +19,13 @@ OTHERS = ("constant", "linear", "cosine", "cubic", "s2d", "auto")
 
 def get_config(scale: str = "smoke") -> ConfigDict:
     """Scales: smoke, small, paper, paper-7b, paper-13b; see experiments/scales.py."""
-    return scales.cpt(scale)
+    config = scales.cpt(scale)
+    config.train.eval_every = config.train.steps // 8  # what auto sees
+    return config
 
 
 def get_sweep(scale: str = "smoke") -> list[dict[str, Any]]:
     runs: list[dict[str, Any]] = [{"sparsity.schedule": name} for name in ("ladder", *OTHERS)]
+    runs[-1]["sparsity.min_gain"] = 0.02  # of the loss, between two evaluations
     runs.append({"sparsity.schedule": "ladder", "sparsity.dense_start": 0.125})
     return scales.over_seeds(scale, runs)
