@@ -14,6 +14,7 @@ them. Needs no data; `peer` needs torch and transformers (the extra `bench`), `r
 
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -60,6 +61,8 @@ def main() -> None:
     given = parser().parse_args()
     model = preset(given.model)
     parts = [given.only] if given.only else PARTS
+    if "peer" in parts:  # which shares the device with torch
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     _check(given, model, parts)
     measured: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "steps": lambda: steps(model, given),

@@ -13,11 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def main() -> None:
-    """Arguments: the model's config as JSON, rows, row length, dtype."""
-    shape, rows, length, dtype = sys.argv[1:5]
+    """Arguments: the model's config as JSON, rows, row length, dtype, and what is recomputed."""
+    shape, rows, length, dtype, remat = sys.argv[1:6]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = LlamaConfig(**json.loads(shape), attn_implementation="sdpa", use_cache=False)
     model = LlamaForCausalLM(config).to(device)
+    if remat == "full":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     step = torch.compile(model) if device == "cuda" else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device == "cuda")
     tokens = torch.randint(0, config.vocab_size, (int(rows), int(length)), device=device)

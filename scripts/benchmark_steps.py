@@ -3,6 +3,7 @@
 Nothing of the data pipeline is imported, so that a machine with little more than jax can run them.
 """
 
+import contextlib
 import json
 import os
 import statistics
@@ -10,12 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from sat_jax.analysis.flops import speedup_bound
+from sat_jax.errors import UserError
 from sat_jax.models.llama import Compute
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.params import abstract, whole
@@ -23,8 +26,9 @@ from sat_jax.sparsity.masks import Criteria, choose
 from sat_jax.sparsity.plan import Plan, make_plan
 from sat_jax.sparsity.statistics import Statistics
 from sat_jax.train.account import kept_shares
+from sat_jax.train.moves import compile_moves
 from sat_jax.train.probe import ProbeSettings, make_probe
-from sat_jax.train.state import compact_state, expand_state, keyed_trees
+from sat_jax.train.state import keyed_trees
 from scripts.step_program import filled, neurons_of, step_program
 
 RATES = (0.2, 0.4, 0.5, 0.6)
@@ -97,7 +101,7 @@ def peer(model: LlamaConfig, given: Any) -> list[dict[str, Any]]:
         }
     )
     command = [sys.executable, "-m", "scripts.benchmark_peer", shape]
-    command += [str(given.rows), str(given.row_length), given.dtype]
+    command += [str(given.rows), str(given.row_length), given.dtype, given.remat]
     # Its threads must sleep, not spin, while the other side takes its turn.
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
     with subprocess.Popen(
@@ -107,9 +111,12 @@ def peer(model: LlamaConfig, given: Any) -> list[dict[str, Any]]:
         stdin, stdout = process.stdin, process.stdout
 
         def transformers() -> Cost:
-            stdin.write("step\n")
-            stdin.flush()
-            return Cost(*json.loads(stdout.readline()))
+            with contextlib.suppress(BrokenPipeError):
+                stdin.write("step\n")
+                stdin.flush()
+            if not (answer := stdout.readline()):
+                raise UserError("transformers' side has ended; what it said is above")
+            return Cost(*json.loads(answer))
 
         dense = _training_step(model, make_plan(neurons_of(model), 0, 0), given)
         costs = _take_turns({"sat_jax": dense, "transformers": transformers}, given.turns)
@@ -117,6 +124,8 @@ def peer(model: LlamaConfig, given: Any) -> list[dict[str, Any]]:
     return [
         {
             "library": name,
+            "torch": version("torch"),
+            "transformers": version("transformers"),
             **_medians(costs[name]),
             "speed_against_transformers_wall": _ratio(costs["transformers"], costs[name], "wall"),
             "speed_against_transformers_cpu": _ratio(costs["transformers"], costs[name], "cpu"),
@@ -133,7 +142,7 @@ def moves(model: LlamaConfig, given: Any) -> list[dict[str, Any]]:
     program = step_program(
         model, make_plan(neurons, 0, 0), _compute(given), (given.rows, given.row_length)
     )
-    state, _, batch = filled(program, model.vocab_size)
+    state, _, batch = filled(program, model, make_plan(neurons, 0, 0))
     trees, structure = keyed_trees(state)
     state = jax.tree.unflatten(structure, [whole(x) if isinstance(x, dict) else x for x in trees])
     empty = Statistics(
@@ -147,16 +156,33 @@ def moves(model: LlamaConfig, given: Any) -> list[dict[str, Any]]:
     )
     stats = probe(state.params, empty, batch, state.step)
     masks = select(state.params, stats)
-    compacting = jax.jit(lambda whole, masks: compact_state(whole, masks, plan))
-    expanding = jax.jit(lambda small, resting, masks: expand_state(small, resting, masks, plan))
-    small, resting = compacting(state, masks)
+    moves = compile_moves(
+        *jax.eval_shape(lambda: (state, masks)),
+        plan,
+        True,
+        placed=lambda tree: tree,
+        compiled=lambda function, *args, **jit: jax.jit(function, **jit).lower(*args).compile(),
+    )
+    parted: Any = None
+
+    def compact() -> Any:
+        nonlocal parted
+        parted = moves.enter(state, masks)
+        return parted
+
+    def expand() -> Any:
+        nonlocal state
+        state = moves.leave(*parted, masks)
+        return state
+
+    # In each turn in this order: what is whole when a turn begins is whole again when it ends.
     costs = _take_turns(
         {
             "step": _training_step(model, plan, given),
             "probe": _timed(lambda: probe(state.params, empty, batch, state.step)),
             "select": _timed(lambda: select(state.params, stats)),
-            "compact": _timed(lambda: compacting(state, masks)),
-            "expand": _timed(lambda: expanding(small, resting, masks)),
+            "compact": _timed(compact),
+            "expand": _timed(expand),
         },
         given.turns,
     )
@@ -173,7 +199,7 @@ def _training_step(
     """One optimizer step of what a plan trains, timed."""
     shape = given.rows, given.row_length
     program = step_program(model, plan, _compute(given), shape, execution)
-    state, masks, batch = filled(program, model.vocab_size)
+    state, masks, batch = filled(program, model, plan)
     slots = max(segment.dense_tokens for segment in plan.segments)
     if slots:
         batch = batch._replace(loss_mask=batch.positions < slots)

@@ -3,6 +3,7 @@
 A case's row says what is kept and what that leaves to compute; its program comes by shapes.
 """
 
+import dataclasses
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -50,11 +51,11 @@ def checked(given: Namespace) -> LlamaConfig:
         if getattr(given, name) < 1:
             option = name.replace("_", "-")
             raise UserError(f"--{option} {getattr(given, name)}; accepted: 1 or more")
-    if given.row_length > model.max_positions:
-        raise UserError(f"--row-length {given.row_length}; accepted: up to {model.max_positions}")
     if bad := [rate for rate in given.rate if not 0 < rate < 1]:
         raise UserError(f"--rate {bad[0]:g}; accepted: above 0 and below 1")
-    return model
+    # Weights are random, so that rows may be longer than what the model was trained on.
+    longest = max(model.max_positions, given.row_length)
+    return dataclasses.replace(model, max_positions=longest)
 
 
 def sparse_cases(part: str, given: Namespace) -> Iterator[Case]:
@@ -129,10 +130,12 @@ def bytes_of(state: TrainState) -> int:
 def add_rows(
     path: Path, given: Namespace, target: str, cases: Sequence[Case], row_of: Callable[[Case], Row]
 ) -> Iterator[Row]:
-    """Appends and yields rows for the cases that have none yet for this target and setting."""
+    """Appends and yields rows for the cases that have none yet for this target and setting, or at
+    this commit an error."""
     where = environment()  # before the file has changed
     setting = {"target": target} | {name: getattr(given, name) for name in STEP_SETTING[1:]}
     there = read(path) if path.exists() else []
+    there = [row for row in there if "error" not in row or row["commit"] == where["commit"]]
     done = [{k: row.get(k) for k in (*setting, *Case._fields)} for row in there]
     for case in dict.fromkeys(cases):
         row = setting | case._asdict()

@@ -89,9 +89,9 @@ def optimizer_program(
     return Program(function, state, masks, grads)
 
 
-def filled(program: Program, vocabulary: int) -> tuple[TrainState, Masks, Any]:
-    """Random parameters and gradients, zero moments, masks that keep the first neurons, and random
-    tokens, each row one document."""
+def filled(program: Program, model: LlamaConfig, plan: Plan) -> tuple[TrainState, Masks, Any]:
+    """Random parameters and gradients, zero moments, masks that keep random neurons of each layer,
+    and random tokens, each row one document."""
 
     def state() -> TrainState:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), program.state)
@@ -101,19 +101,27 @@ def filled(program: Program, vocabulary: int) -> tuple[TrainState, Masks, Any]:
         if not isinstance(program.given, Batch):
             return _random(program.given)
         shape = program.given.tokens.shape
-        tokens = jax.random.randint(jax.random.key(1), shape, 0, vocabulary, jnp.int32)
+        tokens = jax.random.randint(jax.random.key(1), shape, 0, model.vocab_size, jnp.int32)
         positions = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
         ones = jnp.ones(shape, jnp.int32)
         return Batch(tokens, tokens, ones, positions, ones.astype(bool))
 
-    def masks() -> Masks:
-        first: Masks = jax.tree.map(
-            lambda x: jnp.broadcast_to(jnp.arange(x.shape[-1], dtype=x.dtype), x.shape),
-            program.masks,
-        )
-        return first
+    rng = np.random.default_rng(0)
 
-    return jax.jit(state)(), jax.jit(masks)(), jax.jit(given)()
+    def kept(shape: Any, total: int, unit: int) -> jax.Array:
+        units = rng.permuted(np.tile(np.arange(total // unit), (shape.shape[0], 1)), axis=1)
+        units = np.sort(units[:, : shape.shape[1] // unit], axis=1)
+        rows = units[..., None] * unit + np.arange(unit)
+        return jnp.asarray(rows.reshape(shape.shape), shape.dtype)
+
+    masks = tuple(
+        SegmentMasks(
+            None if mask.heads is None else kept(mask.heads, model.n_kv_heads, 1),
+            None if mask.channels is None else kept(mask.channels, model.d_ff, plan.block),
+        )
+        for mask in program.masks
+    )
+    return jax.jit(state)(), masks, jax.jit(given)()
 
 
 def whole_state(model: LlamaConfig, config: OptimizerConfig) -> TrainState:

@@ -10,7 +10,9 @@ import numpy as np
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.params import shapes
 from sat_jax.sparsity.masks import Masks, SegmentMasks
+from sat_jax.sparsity.neurons import expand
 from sat_jax.sparsity.plan import Neurons, Plan
+from sat_jax.train.state import Resting, TrainState, keyed_trees
 
 _GQA: dict[str, Any] = {
     "vocab_size": 32,
@@ -106,3 +108,13 @@ def random_masks(config: LlamaConfig, plan: Plan, seed: int = 3, always: bool = 
             channels = (runs + jnp.arange(plan.block)[None, None]).reshape(segment.layers, -1)
         masks.append(SegmentMasks(heads, channels))
     return tuple(masks)
+
+
+def expand_state(small: TrainState, resting: Resting, masks: Masks, plan: Plan) -> TrainState:
+    """The inverse of `compact_state`."""
+    trees, structure = keyed_trees(small)
+    whole = [
+        expand(tree, rest, masks, plan) if isinstance(tree, dict) else tree
+        for tree, rest in zip(trees, resting, strict=True)
+    ]
+    return jax.tree.unflatten(structure, whole)

@@ -109,7 +109,11 @@ def test_buffers_may_be_donated_and_overwritten_after_save(tmp_path: Path) -> No
         device = [fill() for _ in range(4)]
         host = np.full(1 << 21, 7, np.float32)
         checkpoints.save(1, {"device": device, "host": host}, meta)
-        device = [spoil(x) for x in device]
+        freed = [fill(), fill()]
+        checkpoints.save(2, {"device": freed, "host": host}, meta)
+        for array in freed:
+            array.delete()
+        device = [spoil(x) for x in [*device, *(fill() for _ in freed)]]
         host[:] = -1
         meta["rows"] = -1
         jax.block_until_ready(device)

@@ -16,12 +16,13 @@ from sat_jax.sparsity.neurons import compact, expand, mask_values
 from sat_jax.sparsity.plan import Plan, make_plan
 from sat_jax.sparsity.statistics import Statistics
 from sat_jax.train.optimizer import clipping, learning_rate, make_optimizer
-from sat_jax.train.state import compact_state, expand_state, new_state
+from sat_jax.train.state import compact_state, new_state
 from sat_jax.train.step import StepSettings, make_step
 from tests.small_models import (
     CONFIGS,
     Rows,
     batch,
+    expand_state,
     neurons,
     nothing_omitted,
     random_masks,

@@ -35,7 +35,6 @@ def measure(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     [
         (("--rows", 0), "--rows 0; accepted: 1 or more"),
         (("--repeat", 0), "--repeat 0; accepted: 1 or more"),
-        (("--row-length", 513), "--row-length 513; accepted: up to 512"),
         (("--rate", 0.4, 1), "--rate 1; accepted: above 0 and below 1"),
         (("--model", "llama"), "no preset 'llama'"),
         (("--minutes", 1e-9), "1e-09 minutes are over; the same command goes on"),
@@ -115,7 +114,7 @@ def test_a_refresh_needs_the_state_and_a_parcel(
 def test_the_optimizer_alone_moves_the_kept_rows_alone() -> None:
     plan = make_plan(neurons_of(TINY), 0.5, 0.5, block=64)
     program = optimizer_program(TINY, plan, "kernel", OptimizerConfig())
-    state, masks, grads = filled(program, TINY.vocab_size)
+    state, masks, grads = filled(program, TINY, plan)
     after, _ = jax.jit(program.function)(state, masks, grads)
     path = "layers/0/mlp/gate"
     moved = np.any(np.asarray(after.params[path] != state.params[path]), axis=2)

@@ -52,17 +52,25 @@ def test_memory_is_added_up_and_stands_beside_dense() -> None:
 
 def test_speed_stands_beside_both_bounds() -> None:
     """Of the dense step's 10 ms, 2 are no neuron's; half of the neurons leave 2 + 8 / 2 ms."""
-    dense = row("dense", 0.0, seconds=10e-3, bound=1.0, model_flops=4.0)
-    half = row("kernel", 0.5, seconds=8e-3, bound=2.0, model_flops=2.0)
+    used = {"state_bytes": GIB, "resting_bytes": 0, "temporary_bytes": GIB, "compile_seconds": 9.4}
+    dense = row("dense", 0.0, seconds=10e-3, bound=1.0, model_flops=4.0, **used)
+    half = row("kernel", 0.5, seconds=8e-3, bound=2.0, model_flops=2.0, **used)
     nothing = row("gather", 1.0, seconds=2e-3, bound=1e9, model_flops=0.0)
     peak = row("dense", 0.0, "peak", seconds=1e-3, model_flops=1.0)
     alone = row("kernel", 0.5, "optimizer", seconds=1e-3)
     failed = row("gather", 0.5, bound=2.0, error="out of memory")
     table = speed([peak, half, nothing, alone, failed, dense])
-    assert cells(table, 2)[3:] == [*("10.0 ms", "100,000", "40 %", "1.00×", "1.00×", "1.00×"), "-"]
-    numbers = ["8.0 ms", "125,000", "25 %", "1.25×", "2.00×", "1.67×", "1.0 ms"]
+    numbers = ["10.0 ms", "100,000", "40 %", "1.00×", "1.00×", "100 %", "1.00×", "-"]
+    assert cells(table, 2)[3:] == [*numbers, "2.0 GiB", "9 s"]
+    numbers = ["8.0 ms", "125,000", "25 %", "1.25×", "2.00×", "62 %", "1.67×", "1.0 ms"]
+    numbers += ["2.0 GiB", "9 s"]
     assert cells(table, 3) == ["r = 0.5, kernel", "50 %", "50 %", *numbers]
     assert cells(table, 4)[:2] == ["r = 0.5, gather", "out of memory"]
     assert len(table.split("\n\n")[0].splitlines()) == 5
     with pytest.raises(UserError, match="no dense step among the rows of m"):
         speed([half])
+    table = speed([row("dense", 0.0, error="out of memory"), half])
+    assert [cells(table, line)[:2] for line in (2, 3)] == [
+        ["dense", "out of memory"],
+        ["r = 0.5, kernel", "not compared: the dense step failed"],
+    ]

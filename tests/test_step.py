@@ -21,14 +21,21 @@ from sat_jax.sparsity.neurons import keep_only
 from sat_jax.sparsity.plan import Plan, Segment, make_plan
 from sat_jax.sparsity.statistics import InputSums, Statistics
 from sat_jax.train.optimizer import clipping, learning_rate, make_optimizer
-from sat_jax.train.state import TrainState, compact_state, expand_state, new_state
+from sat_jax.train.state import TrainState, compact_state, new_state
 from sat_jax.train.step import (
     StepMetrics,
     StepSettings,
     make_evaluation,
     make_step,
 )
-from tests.small_models import CONFIGS, Rows, neurons, random_masks, random_params
+from tests.small_models import (
+    CONFIGS,
+    Rows,
+    expand_state,
+    neurons,
+    random_masks,
+    random_params,
+)
 from tests.tolerances import assert_close
 
 CONFIG = dataclasses.replace(CONFIGS["gqa"], n_layers=2)

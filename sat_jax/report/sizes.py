@@ -9,6 +9,7 @@ from sat_jax.errors import UserError
 from sat_jax.report.records import Record
 
 Row = dict[str, Any]
+_MEMORY = ("state_bytes", "resting_bytes", "temporary_bytes")
 
 
 def steps(rows: Sequence[Row]) -> str:
@@ -38,12 +39,11 @@ def steps(rows: Sequence[Row]) -> str:
 
 def memory(rows: Sequence[Row]) -> str:
     """What `scripts.memory` found, a table a model."""
-    sums = ("state_bytes", "resting_bytes", "temporary_bytes")
 
     def line(row: Row, together: Sequence[Row]) -> list[str]:
-        whole = sum(together[0][name] for name in sums)
-        here = sum(row[name] for name in sums)
-        gibibytes = [f"{count / 2**30:.1f} GiB" for count in (*(row[k] for k in sums), here)]
+        whole = sum(together[0][name] for name in _MEMORY)
+        here = sum(row[name] for name in _MEMORY)
+        gibibytes = [f"{count / 2**30:.1f} GiB" for count in (*(row[k] for k in _MEMORY), here)]
         refresh = row.get("refresh_bytes")
         moment = f"{refresh / 2**30:.1f} GiB" if refresh else "-"
         return [*gibibytes, f"{here / whole:.2f}×", moment]
@@ -72,11 +72,15 @@ def speed(rows: Sequence[Row]) -> str:
             percent(busy * peak["seconds"] / peak["model_flops"]) if peak else "-",
             f"{dense / seconds:.2f}×",
             f"{row['bound']:.2f}×",
+            percent(dense / seconds / row["bound"]),
             f"{second:.2f}×" if second else "-",
             f"{alone['seconds'] * 1e3:,.1f} ms" if "seconds" in alone else "-",
+            f"{sum(row[name] for name in _MEMORY) / 2**30:.1f} GiB",
+            f"{row['compile_seconds']:.0f} s",
         ]
 
-    header = ("time", "tokens/s", "MFU", "speed-up", "FLOP bound", "second bound", "optimizer")
+    header = ("time", "tokens/s", "MFU", "speed-up", "FLOP bound", "of it", "second bound")
+    header += ("optimizer", "memory", "compiling")
     return _by_setting(rows, header, line)
 
 
@@ -109,11 +113,12 @@ def _by_setting(
         together = [row for known, row in newest.items() if known[: len(setting)] == setting]
         together.sort(key=lambda row: (row["part"] != "step", row["execution"] != "dense"))
         dense = together[0]
-        if (dense["part"], dense["execution"]) != ("step", "dense") or "error" in dense:
+        if (dense["part"], dense["execution"]) != ("step", "dense"):
             raise UserError(f"no dense step among the rows of {dense['model']}")
+        failed = "not compared: the dense step failed" if "error" in dense else None
         body = [
-            [_trained(row), row["error"]]
-            if "error" in row
+            [_trained(row), row.get("error", failed)]
+            if "error" in row or failed
             else [_trained(row), *_kept(row), *line(row, together)]
             for row in together
             if row["part"] == "step" and row["rate"] < 1

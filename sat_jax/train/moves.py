@@ -153,8 +153,9 @@ def _compile_move(compiled: Callable[..., Compiled], function: Compiled, *args: 
 
 
 def _given_away(program: Compiled, *trees: Tree, masks: Masks) -> Any:
-    """What the program makes of the trees, whose buffers are freed as soon as it has."""
-    made = program(*trees, masks)
+    """What the program makes of the trees, whose buffers are freed as soon as it has: before the
+    next one's results are allocated, which would be as it is called."""
+    made = jax.block_until_ready(program(*trees, masks))
     for leaf in jax.tree.leaves(trees):
         leaf.delete()
     return made

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Int
 
 from sat_jax.sparsity.masks import Masks
-from sat_jax.sparsity.neurons import compact, expand, keep_only
+from sat_jax.sparsity.neurons import compact, keep_only
 from sat_jax.sparsity.plan import Plan
 
 
@@ -29,21 +29,11 @@ Resting = list[dict[str, Array]]
 
 
 def compact_state(whole: TrainState, masks: Masks, plan: Plan) -> tuple[TrainState, Resting]:
-    """The smaller dense model's state, and what rests until `expand_state`: everything keyed by
-    parameter path is compacted alike (parameters, moments, update counts)."""
+    """The smaller dense model's state, and what rests: everything keyed by parameter path is parted
+    alike (parameters, moments, update counts). `moves` does so without holding both at once."""
     trees, structure = keyed_trees(whole)
     pairs = [compact(t, masks, plan) if isinstance(t, dict) else (t, {}) for t in trees]
     return jax.tree.unflatten(structure, [p[0] for p in pairs]), [p[1] for p in pairs]
-
-
-def expand_state(small: TrainState, resting: Resting, masks: Masks, plan: Plan) -> TrainState:
-    """The inverse: the whole state with the kept neurons written back, bit for bit."""
-    trees, structure = keyed_trees(small)
-    whole = [
-        expand(tree, rest, masks, plan) if isinstance(tree, dict) else tree
-        for tree, rest in zip(trees, resting, strict=True)
-    ]
-    return jax.tree.unflatten(structure, whole)
 
 
 def freeze_omitted(new: TrainState, old: TrainState, masks: Masks) -> TrainState:
