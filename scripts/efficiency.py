@@ -47,6 +47,12 @@ def parser() -> Parser:
     add("--out", type=Path, default=_OUT, metavar="FILE", help="JSON lines, added to")
     add("--repeat", type=int, default=10, help="timed calls; default 10")
     add("--minutes", type=float, help="begin no measurement after so many")
+    add(
+        "--profile",
+        type=Path,
+        metavar="DIR",
+        help="write a trace of each step, to be seen in XProf",
+    )
     return made
 
 
@@ -72,7 +78,8 @@ def main() -> None:
             return _peak(given.repeat)
         row, program = described(model, case, given, attention=None)
         arguments = filled(program, model, plan_of(model, case))
-        return row | _timed(program.function, arguments, given.repeat)
+        trace = given.profile and given.profile / f"{case.part}-{case.execution}-{case.rate:g}"
+        return row | _timed(program.function, arguments, given.repeat, trace=trace)
 
     cases = [Case("peak", "dense", 0.0), *sparse_cases("step", given), Case("step", "gather", 1.0)]
     cases += sparse_cases("optimizer", given)
@@ -82,10 +89,15 @@ def main() -> None:
 
 
 def _timed(
-    function: Callable[..., Any], arguments: tuple[Any, ...], repeat: int, queued: int = 1
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    repeat: int,
+    queued: int = 1,
+    trace: Path | None = None,
 ) -> dict[str, Any]:
     """Of a program that gives back its first argument, changed, and something small; `queued` calls
-    are timed together, so that between short ones the device does not wait for the host."""
+    are timed together, so that between short ones the device does not wait for the host. What
+    `trace` is given is one more call, which is not timed."""
     import jax
 
     state, *rest = arguments
@@ -101,6 +113,9 @@ def _timed(
         jax.block_until_ready((state, small))
         if turn >= 2:
             seconds.append((time.perf_counter() - started) / queued)
+    if trace is not None:
+        with jax.profiler.trace(trace):
+            jax.block_until_ready(call(state, *rest))
     analysis = call.memory_analysis()
     assert analysis is not None
     return {

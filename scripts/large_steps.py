@@ -128,13 +128,18 @@ def bytes_of(state: TrainState) -> int:
 
 
 def add_rows(
-    path: Path, given: Namespace, target: str, cases: Sequence[Case], row_of: Callable[[Case], Row]
+    path: Path,
+    given: Namespace,
+    target: str,
+    cases: Sequence[Case],
+    row_of: Callable[[Case], Row],
+    again: bool = False,
 ) -> Iterator[Row]:
     """Appends and yields rows for the cases that have none yet for this target and setting, or at
-    this commit an error."""
+    this commit an error; or for all, `again`."""
     where = environment()  # before the file has changed
     setting = {"target": target} | {name: getattr(given, name) for name in STEP_SETTING[1:]}
-    there = read(path) if path.exists() else []
+    there = read(path) if path.exists() and not again else []
     there = [row for row in there if "error" not in row or row["commit"] == where["commit"]]
     done = [{k: row.get(k) for k in (*setting, *Case._fields)} for row in there]
     for case in dict.fromkeys(cases):

@@ -83,6 +83,22 @@ GIVEN: Any = SimpleNamespace(
 )
 
 
+def test_a_profile_has_a_trace_of_each_step(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("scripts.efficiency._PEAK", 8)
+    few = ("--execution", "gather", "--rate", 0.5, "--repeat", 1, "--out", tmp_path / "rows.jsonl")
+    measure(monkeypatch, *few)
+    measure(monkeypatch, *few, "--profile", tmp_path / "traces")  # rows that are there as well
+    traces = {
+        path.parents[3].name for path in tmp_path.glob("traces/*/plugins/profile/*/*.xplane.pb")
+    }
+    assert traces == {"step-dense-0", "step-gather-0.5", "step-gather-1"} | {
+        "optimizer-dense-0",
+        "optimizer-gather-0.5",
+    }
+
+
 def test_what_rests_is_what_is_omitted() -> None:
     row, _ = described(TINY, Case("step", "gather", 0.5), GIVEN, None)
     heads = 2 * TINY.head_dim * (TINY.n_heads + TINY.n_kv_heads) * (1 - row["kept_heads"])
