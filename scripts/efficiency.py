@@ -47,12 +47,7 @@ def parser() -> Parser:
     add("--out", type=Path, default=_OUT, metavar="FILE", help="JSON lines, added to")
     add("--repeat", type=int, default=10, help="timed calls; default 10")
     add("--minutes", type=float, help="begin no measurement after so many")
-    add(
-        "--profile",
-        type=Path,
-        metavar="DIR",
-        help="write a trace of each step, to be seen in XProf",
-    )
+    add("--profile", type=Path, metavar="DIR", help="measure again, with a trace of each for XProf")
     return made
 
 
@@ -83,7 +78,8 @@ def main() -> None:
 
     cases = [Case("peak", "dense", 0.0), *sparse_cases("step", given), Case("step", "gather", 1.0)]
     cases += sparse_cases("optimizer", given)
-    for row in add_rows(given.out, given, jax.devices()[0].device_kind, cases, measured):
+    kind, again = jax.devices()[0].device_kind, given.profile is not None
+    for row in add_rows(given.out, given, kind, cases, measured, again):
         said = row.get("error") or f"{row['seconds'] * 1e3:.1f} ms"
         print(f"{row['part']}  {row['execution']}  r = {row['rate']:g}: {said}", flush=True)
 

@@ -79,9 +79,8 @@ def speed(rows: Sequence[Row]) -> str:
             f"{row['compile_seconds']:.0f} s",
         ]
 
-    header = ("time", "tokens/s", "MFU", "speed-up", "FLOP bound", "of it", "second bound")
-    header += ("optimizer", "memory", "compiling")
-    return _by_setting(rows, header, line)
+    speeds = ("time", "tokens/s", "MFU", "speed-up", "FLOP bound", "of it", "second bound")
+    return _by_setting(rows, (*speeds, "optimizer", "memory", "compiling"), line)
 
 
 def _second_bound(row: Row, dense: Row, empty: Row | None) -> float | None:
@@ -115,10 +114,10 @@ def _by_setting(
         dense = together[0]
         if (dense["part"], dense["execution"]) != ("step", "dense"):
             raise UserError(f"no dense step among the rows of {dense['model']}")
-        failed = "not compared: the dense step failed" if "error" in dense else None
+        failed = "not compared: the dense step failed" if "error" in dense else ""
         body = [
             [_trained(row), row.get("error", failed)]
-            if "error" in row or failed
+            if failed or "error" in row
             else [_trained(row), *_kept(row), *line(row, together)]
             for row in together
             if row["part"] == "step" and row["rate"] < 1
