@@ -51,11 +51,12 @@ def kept_mlp(
     how: BlockSparse,
 ) -> Float[Array, "*B D"]:
     """What the kept channels alone add to the residual stream: silu(x·gate)·(x·up) · down."""
-    ws = gate, up, down
     # Kept channels come in whole blocks, whose ids say all.
     pattern = kept_rows(kept[:: how.block] // how.block, how.block)
     return swiglu_mlp(
-        *(x, *(w.whole for w in ws), pattern),
+        x,
+        *(gate.whole, up.whole, down.whole),
+        pattern,
         rows=(gate.rows, up.rows, down.rows),
         implementation=how.implementation,
     )
