@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.block_sparse_matmul import KeptRows, choose, kept_rows, row_matmul, swiglu
+from kernels.block_sparse_matmul import choose, kept_rows, swiglu_mlp
 
 Implementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
 
@@ -42,30 +42,21 @@ class InPlace(NamedTuple):
     rows: Float[Array, "kept D"]
 
 
-def kept_swiglu(
+def kept_mlp(
     x: Float[Array, "*B D"],
     gate: InPlace,
     up: InPlace,
+    down: InPlace,
     kept: Int[Array, " kept"],
     how: BlockSparse,
-) -> Float[Array, "*B kept"]:
-    """silu(x · gate)·(x · up) of the kept channels alone."""
-    return swiglu(
+) -> Float[Array, "*B D"]:
+    """What the kept channels alone add to the residual stream: silu(x·gate)·(x·up) · down."""
+    # Kept channels come in whole blocks, whose ids say all.
+    pattern = kept_rows(kept[:: how.block] // how.block, how.block)
+    return swiglu_mlp(
         x,
-        *(gate.whole, up.whole, _pattern(kept, how)),
-        rows=(gate.rows, up.rows),
+        *(gate.whole, up.whole, down.whole),
+        pattern,
+        rows=(gate.rows, up.rows, down.rows),
         implementation=how.implementation,
     )
-
-
-def kept_down(
-    a: Float[Array, "*B kept"], down: InPlace, kept: Int[Array, " kept"], how: BlockSparse
-) -> Float[Array, "*B D"]:
-    """What the kept channels add to the residual stream."""
-    pattern = _pattern(kept, how)
-    return row_matmul(a, down.whole, pattern, rows=down.rows, implementation=how.implementation)
-
-
-def _pattern(kept: Int[Array, " kept"], how: BlockSparse) -> KeptRows:
-    """Kept channels come in whole blocks, whose ids say all."""
-    return kept_rows(kept[:: how.block] // how.block, how.block)

@@ -21,7 +21,7 @@ from kernels.block_sparse_matmul import (
     reference,
     row_matmul,
     sampled_matmul,
-    swiglu,
+    swiglu_mlp,
 )
 from kernels.block_sparse_matmul.arg_specs import LLAMA_2, Spec, programs
 from tests.tolerances import assert_close
@@ -53,7 +53,7 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], str]] = {
     "column": (column_matmul, reference.column, "xw"),
     "row": (row_matmul, reference.row, "hw"),
     "sampled": (sampled_matmul, reference.sampled, "hx"),
-    "swiglu": (swiglu, reference.swiglu, "xwv"),
+    "swiglu_mlp": (swiglu_mlp, reference.swiglu_mlp, "xwvu"),
 }
 
 
@@ -62,7 +62,7 @@ def normal(seed: int, *shape: int) -> jax.Array:
 
 
 def operands(pattern: Pattern, tokens: int, width: int) -> dict[str, jax.Array]:
-    """x [T, D], h [T, N], and the weights w and v of one pattern."""
+    """x [T, D], h [T, N], and the weights w, v and u of one pattern."""
     if isinstance(pattern, BlockMask):
         rows, columns = (count * pattern.block for count in pattern.shape)
         weights = (pattern.nonzero, pattern.block, pattern.block)
@@ -73,6 +73,7 @@ def operands(pattern: Pattern, tokens: int, width: int) -> dict[str, jax.Array]:
         "h": normal(1, tokens, rows),
         "w": normal(2, *weights) / 8,
         "v": normal(3, *weights) / 8,
+        "u": normal(4, *weights) / 8,
     }
 
 
@@ -161,7 +162,7 @@ def test_products_into_a_matrix(backend: str, ids: list[int]) -> None:
         assert_close(gradient, desired, "float32", "product")
 
 
-@pytest.mark.parametrize("name", ["column", "row", "swiglu"])
+@pytest.mark.parametrize("name", ["column", "row", "swiglu_mlp"])
 @pytest.mark.parametrize("backend", ["xla", "pallas_tpu"])
 def test_gradients_of_kept_rows_alone(backend: str, name: str) -> None:
     """`rows` have the gradient that the matrices would have there, and their values are unused."""
@@ -172,7 +173,7 @@ def test_gradients_of_kept_rows_alone(backend: str, name: str) -> None:
     at = reference.dense(jnp.arange(ROWS)[:, None], pattern)[:, 0]
 
     def call(x: jax.Array, ws: list[jax.Array], rows: list[jax.Array]) -> jax.Array:
-        own = tuple(rows) if name == "swiglu" else rows[0]
+        own = tuple(rows) if name == "swiglu_mlp" else rows[0]
         return function(x, *ws, pattern, rows=own, implementation=backend)
 
     found, back = jax.vjp(jax.jit(call), x, ws, [jnp.full_like(w[at], jnp.nan) for w in ws])
@@ -227,7 +228,7 @@ def test_a_gradient_can_be_differentiated() -> None:
 def test_kernels_lower_at_llama_2_sizes(platform: str, backend: str, spec: Spec) -> None:
     """Each program of as many kernels as it should be. Of an MLP: SwiGLU and down, and backward
     down's input, the gradients of gate and up, and x's; those of weights are dense products."""
-    kernels = {"column": 1, "row": 1, "swiglu": 1, "mlp, both ways": 5}
+    kernels = {"column": 1, "row": 1, "mlp": 2, "mlp, both ways": 5}
     kernels |= {"mask": 1, "mask, both ways": 3}
     found = {}
     for name, program in programs(spec, backend).items():
@@ -253,7 +254,8 @@ X, W, BLOCKS = jnp.zeros((4, 256)), jnp.zeros((512, 256)), jnp.zeros((2, BLOCK, 
         (lambda: column_matmul(X[:, :128], BLOCKS, MASK), r"expected \[..., 256\]"),
         (lambda: column_matmul(X.astype("bfloat16"), W, KEPT), "x: bfloat16, and what .* float32"),
         (lambda: column_matmul(X.astype(int), W.astype(int), KEPT), "one float"),
-        (lambda: swiglu(X, W, W[:256], KEPT), r"up: float32\[256, 256\], expected as gate"),
+        (lambda: swiglu_mlp(X, W, W[:256], W, KEPT), r"up: float32\[256, 256\], expected as gate"),
+        (lambda: swiglu_mlp(X, W, W, W[:256], KEPT), r"down: float32\[256, 256\], expected as"),
         (lambda: sampled_matmul(X, X[:3], KEPT), "c: .*, expected the leading axes of a"),
         (lambda: sampled_matmul(X, X, KEPT, into=W[:, :9]), r"into: \[512, 9\], expected \[F, 256"),
         (lambda: sampled_matmul(X, X, MASK, into=W), "into: a BlockMask stores no other blocks"),
@@ -261,7 +263,10 @@ X, W, BLOCKS = jnp.zeros((4, 256)), jnp.zeros((512, 256)), jnp.zeros((2, BLOCK, 
             lambda: column_matmul(X, W, KEPT, rows=W),
             r"rows: float32\[512, 256\], expected the kept",
         ),
-        (lambda: swiglu(X, W, W, KEPT, rows=(W[:256], W)), r"rows: .*, float32\[256, 256\]"),
+        (
+            lambda: swiglu_mlp(X, W, W, W, KEPT, rows=(W[:256], W[:256], W)),
+            r"rows: .*, float32\[256, 256\]",
+        ),
         (lambda: row_matmul(X, BLOCKS, MASK, rows=X), "rows: a BlockMask stores no other blocks"),
         (lambda: kept_rows(jnp.zeros((2, 2), int), 128), r"ids: int32\[2, 2\], expected a list"),
         (lambda: kept_rows(jnp.zeros(2), 128), r"ids: float32\[2\], expected a list of integers"),

@@ -149,7 +149,7 @@ def test_training_counts_every_matrix_product(plan: str, remat: Remat) -> None:
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize("plan", ["query heads", "channels"])
-def test_kernels_compute_gate_and_up_once_more(plan: str, remat: Remat) -> None:
+def test_kernels_save_nothing_of_the_mlp(plan: str, remat: Remat) -> None:
     model = Traced(GQA, PLANS[plan], remat, ROWS, LENGTH, BlockSparse(8, "xla"))
     expected = whole_block(training_flops(GQA, LENGTH, PLANS[plan], remat, kernels=True).all)
     assert matrix_product_flops(*model.step) == ROWS * LENGTH * expected.total

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sat_jax.models.llama import Compute
+from sat_jax.models.llama import Compute, Remat
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.params import abstract, bind, numbered
 from sat_jax.ops import BlockSparse
@@ -77,9 +77,15 @@ def masked(config: LlamaConfig, plan: Plan, masks: Masks, compute: Compute = Com
     return run(graph, cut(config, plan), mask_values(masks))
 
 
-def in_place(config: LlamaConfig, plan: Plan, masks: Masks, kernels: BlockSparse) -> Result:
+def in_place(config: LlamaConfig, plan: Plan, masks: Masks, compute: Compute) -> Result:
     """By kernels. Gradients by path of the kept rows, whose values are not used."""
-    graph, _ = abstract(config, plan.segments, Compute(kernels=kernels))
+    return run(abstract(config, plan.segments, compute)[0], *kept_and_whole(config, plan, masks))
+
+
+def kept_and_whole(
+    config: LlamaConfig, plan: Plan, masks: Masks
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parameters of kernel execution, kept rows without their values, and what lies in place."""
     whole = cut(config, plan)
     kept = take_kept(whole, masks)
     unused = {
@@ -88,7 +94,7 @@ def in_place(config: LlamaConfig, plan: Plan, masks: Masks, kernels: BlockSparse
         if rows.shape != whole[path].shape
     }
     assert {"query", "output", "gate", "up", "down"} <= {path.split("/")[-1] for path in unused}
-    return run(graph, kept | unused, in_place_values(whole, masks))
+    return kept | unused, in_place_values(whole, masks)
 
 
 def cut(config: LlamaConfig, plan: Plan) -> dict[str, Any]:
@@ -198,14 +204,14 @@ def test_mask_and_gather_agree_and_the_omitted_get_no_gradient(case: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "unit", "kernels"),
+    ("name", "unit", "kernels", "remat"),
     [
-        ("gqa", "kv_group", BlockSparse(128, "pallas_tpu")),
-        ("bias", "query_head", BlockSparse(64, "xla")),
-        pytest.param("norm", "kv_group", BlockSparse(64), marks=pytest.mark.slow),
+        ("gqa", "kv_group", BlockSparse(128, "pallas_tpu"), "full"),
+        ("bias", "query_head", BlockSparse(64, "xla"), "none"),
+        pytest.param("norm", "kv_group", BlockSparse(64), "dots", marks=pytest.mark.slow),
     ],
 )
-def test_kernels_and_gather_agree(name: str, unit: Any, kernels: BlockSparse) -> None:
+def test_kernels_and_gather_agree(name: str, unit: Any, kernels: BlockSparse, remat: Remat) -> None:
     """One layer being dense."""
     config = dataclasses.replace(CONFIGS[name], d_ff=512)
     plan = make_plan(
@@ -216,12 +222,30 @@ def test_kernels_and_gather_agree(name: str, unit: Any, kernels: BlockSparse) ->
         rescale=True,
     )
     masks = random_masks(config, plan)
-    by_kernel = in_place(config, plan, masks, kernels)
+    by_kernel = in_place(config, plan, masks, Compute(remat=remat, kernels=kernels))
     by_gather = gathered(config, plan, masks)
     assert_close(by_kernel.logits, by_gather.logits, "float32", "forward")
     assert by_kernel.gradients.keys() == by_gather.gradients.keys()
     for path, gradient in by_gather.gradients.items():
         assert_close(by_kernel.gradients[path], gradient, "float32", "backward")
+
+
+def test_kernel_execution_shows_the_outputs_of_what_is_kept() -> None:
+    config = dataclasses.replace(CONFIGS["mha"], d_ff=256)
+    plan = make_plan(*(neurons(config), 0.5, 0.5), block=64, rescale=True)
+    masks, rows = random_masks(config, plan), batch(config)
+    small, _ = compact(random_params(config), masks, plan)
+    results = []
+    for kernels, values in (
+        (None, (small, {})),
+        (BlockSparse(64, "xla"), kept_and_whole(config, plan, masks)),
+    ):
+        graph, _ = abstract(config, plan.segments, Compute(kernels=kernels))
+        model = bind(graph, values[0] | values[1])
+        hidden = model.hidden(rows.tokens, rows.segment_ids, rows.positions, ("outputs",))
+        results.append(jax.tree.leaves(hidden))
+    for found, desired in zip(*results, strict=True):
+        assert_close(found, desired, "float32", "forward")
 
 
 @pytest.mark.slow

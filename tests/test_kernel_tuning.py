@@ -182,6 +182,16 @@ def test_what_the_processor_does_not_hold_is_refused(
         jax.jit(program.function).trace(*program.arguments)
 
 
+@pytest.mark.parametrize("operation", ["swiglu", "swiglu_gradients"])
+def test_three_stages_find_room_on_hopper(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many results there are, and what is loaded to make them."""
+    counted, count = [], pallas_gpu._stages
+    monkeypatch.setattr(pallas_gpu, "_stages", lambda *given: counted.append(count(*given)) or 2)
+    program = operations(MODELS["llama-2-7b"], Tiled(pallas_gpu, GpuTiles()))["rows", operation]
+    jax.jit(program.function).trace(*program.arguments)
+    assert counted == [3]
+
+
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["tune", *arguments])
     tune.main()

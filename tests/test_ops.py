@@ -1,5 +1,9 @@
-"""Kernel execution: where it is refused. That it agrees with the others: test_invariants.py."""
+"""Kernel execution: where it is refused, and how often it multiplies. That it agrees with the
+others: test_invariants.py."""
 
+import dataclasses
+import functools
+import re
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -12,6 +16,7 @@ from sat_jax.models.presets import preset
 from sat_jax.ops import BlockSparse, Implementation
 from sat_jax.train.programs import Programs
 from tests.test_config import built
+from tests.test_knobs import KERNELS, MODEL, config_with, controller_of, programs_of
 
 
 @pytest.mark.parametrize(
@@ -52,3 +57,36 @@ def test_kernels_run_on_one_device() -> None:
     mesh: Any = jax.sharding.AbstractMesh((2,), ("data",))
     with pytest.raises(UserError, match="'kernel' on 2 devices; accepted: one, or another"):
         Programs._kernels(config, preset("tiny"), mesh)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "platform", "expected"),
+    [
+        ("xla", "cpu", (0, 11)),
+        # SwiGLU and down; backward down's input, the gradients of gate and up, and x's, of one,
+        # one or two products each. Those of weights are dense.
+        ("pallas_tpu", "tpu", (5, 3)),
+        ("pallas_gpu", "cuda", (5, 3)),
+    ],
+)
+def test_a_step_computes_eleven_products_of_an_mlp(
+    implementation: str, platform: str, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a dense one does where layers run again, and not thirteen: kernels, and other products
+    with as many neurons as are kept."""
+    monkeypatch.setattr(BlockSparse, "refusal", lambda *_: None)  # no such device is here
+    monkeypatch.setattr(Programs, "_lower", functools.partial(lowered, platform))
+    settings = {"remat": "full", "dtype": "bfloat16", "kernels": implementation}
+    config = config_with(KERNELS | {f"model.{name}": value for name, value in settings.items()})
+    model = dataclasses.replace(MODEL, d_model=64, d_ff=768)  # half of which are kept
+    programs = programs_of(config, model)
+    text = programs.lower_step(controller_of(config, model).rungs[0].plan).as_text()
+    programs.close()
+    kernels = re.findall("custom_call @(tpu_custom_call|mosaic_gpu)", text)
+    others = re.findall("dot_general .*[<x]384x", text)
+    assert (len(kernels), len(others)) == expected
+
+
+def lowered(platform: str, function: Any, *arguments: Any, **_: Any) -> jax.stages.Lowered:
+    """In the place of `Programs._lower`, for another platform."""
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,))

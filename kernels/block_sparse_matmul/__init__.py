@@ -4,7 +4,7 @@ from kernels.block_sparse_matmul.api import (
     column_matmul,
     row_matmul,
     sampled_matmul,
-    swiglu,
+    swiglu_mlp,
 )
 from kernels.block_sparse_matmul.backends import choose, explain
 from kernels.block_sparse_matmul.patterns import BlockMask, KeptRows, Pattern, kept_rows
@@ -19,5 +19,5 @@ __all__ = [
     "kept_rows",
     "row_matmul",
     "sampled_matmul",
-    "swiglu",
+    "swiglu_mlp",
 ]

@@ -1,7 +1,8 @@
 """Products with matrices of which some blocks take part: differentiable, on any platform.
 
     pattern = kept_rows(ids, block=128)         # rows of blocks of w [F, D]
-    h = swiglu(x, gate, up, pattern)            # [T, D] → [T, kept]
+    y = swiglu_mlp(x, gate, up, down, pattern)  # [T, D] → [T, D]
+    h = column_matmul(x, gate, pattern)         # [T, D] → [T, kept]
     y = row_matmul(h, down, pattern)            # [T, kept] → [T, D]
 
     pattern = BlockMask.of(kept, block=128)     # any blocks of a matrix [N, D]
@@ -104,32 +105,38 @@ def sampled_matmul(
     return vjp.sampled(backend, _flat(a), _flat(c), pattern, into)
 
 
-def swiglu(
+def swiglu_mlp(
     x: Float[Array, "*B D"],
     gate: Array,
     up: Array,
+    down: Array,
     pattern: Pattern,
     *,
-    rows: tuple[Float[Array, "N D"], Float[Array, "N D"]] | None = None,
+    rows: tuple[Array, Array, Array] | None = None,
     implementation: str | None = None,
-) -> Float[Array, "*B N"]:
-    """silu(x · Gᵀ) · (x · Uᵀ). Shapes and `rows`, of gate and up, as in `column_matmul`.
+) -> Float[Array, "*B D"]:
+    """(silu(x · Gᵀ) · (x · Uᵀ)) · W, of matrices G, U and W (`down`) that have the same pattern.
 
-    The backward pass computes both products once more instead of keeping them; the Pallas backends
-    never write them to memory.
+    Shapes and `rows`, of all three, as in `column_matmul`. The backward pass keeps x alone and
+    computes the first two products once more, the activations with them: 11 products in all, and as
+    many where the forward pass itself is computed again (`jax.checkpoint`). The Pallas backends
+    never write these two products to memory.
     """
-    x, gate, up = jnp.asarray(x), jnp.asarray(gate), jnp.asarray(up)
-    height, columns = _sizes("gate", gate, pattern)
-    if up.shape != gate.shape or up.dtype != gate.dtype:
-        raise ValueError(
-            f"up: {up.dtype}{list(up.shape)}, expected as gate, {gate.dtype}{list(gate.shape)}"
-        )
+    x, gate, up, down = map(jnp.asarray, (x, gate, up, down))
+    _, columns = _sizes("gate", gate, pattern)
+    for name, w in (("up", up), ("down", down)):
+        if w.shape != gate.shape or w.dtype != gate.dtype:
+            raise ValueError(
+                f"{name}: {w.dtype}{list(w.shape)}, expected as gate,"
+                f" {gate.dtype}{list(gate.shape)}"
+            )
     _check("x", x, columns, gate.dtype)
-    own = _rows((gate, up), rows, pattern)
+    ws = gate, up, down
+    own = _rows(ws, rows, pattern)
     backend = _choose(implementation, x, columns, pattern)
     if _nothing(x, pattern):
-        return jnp.zeros((*x.shape[:-1], height), x.dtype)
-    return _leading(vjp.swiglu(backend, _flat(x), gate, up, pattern, own), x)
+        return jnp.zeros_like(x)
+    return _leading(vjp.swiglu_mlp(backend, _flat(x), ws, pattern, own), x)
 
 
 def _sizes(name: str, w: Array, pattern: Pattern) -> tuple[int, int]:

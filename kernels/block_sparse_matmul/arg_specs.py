@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.block_sparse_matmul.api import column_matmul, row_matmul, swiglu
+from kernels.block_sparse_matmul.api import column_matmul, row_matmul, swiglu_mlp
 from kernels.block_sparse_matmul.backends import Backend
 from kernels.block_sparse_matmul.patterns import BlockMask, kept_rows
 
@@ -61,8 +61,7 @@ def programs(spec: Spec, implementation: str | None) -> dict[str, Program]:
     masked = 2.0 * spec.tokens * mask.nonzero * block**2
 
     def mlp(x: Any, gate: Any, up: Any, down: Any, ids: Any) -> Any:
-        pattern = kept_rows(ids, block)
-        return row_matmul(swiglu(x, gate, up, pattern, **by), down, pattern, **by)
+        return swiglu_mlp(x, gate, up, down, kept_rows(ids, block), **by)
 
     return {
         "column": Program(
@@ -74,12 +73,7 @@ def programs(spec: Spec, implementation: str | None) -> dict[str, Program]:
         "row": Program(
             lambda h, w, ids: row_matmul(h, w, kept_rows(ids, block), **by), (h, w, ids), one, block
         ),
-        "swiglu": Program(
-            lambda x, g, u, ids: swiglu(x, g, u, kept_rows(ids, block), **by),
-            (x, w, w, ids),
-            2 * one,
-            block,
-        ),
+        "mlp": Program(mlp, (x, w, w, w, ids), 3 * one, block),
         "mlp, both ways": Program(
             lambda *a: _pulled(lambda x, g, u, d: mlp(x, g, u, d, a[4]), *a[:4]),
             (x, w, w, w, ids),
@@ -143,11 +137,8 @@ def dense(spec: Spec) -> dict[str, Program]:
     w = _floats(spec.neurons, spec.width)
     one = 2.0 * spec.tokens * spec.width * spec.neurons
 
-    def activate(x: Any, gate: Any, up: Any) -> Any:
-        return jax.nn.silu(x @ gate.T) * (x @ up.T)
-
     def mlp(x: Any, gate: Any, up: Any, down: Any) -> Any:
-        return activate(x, gate, up) @ down
+        return (jax.nn.silu(x @ gate.T) * (x @ up.T)) @ down
 
     def column(x: Any, w: Any) -> Any:
         return x @ w.T
@@ -156,7 +147,7 @@ def dense(spec: Spec) -> dict[str, Program]:
     return {
         "column": Program(column, (x, w), one, spec.block),
         "row": Program(lambda h, w: h @ w, (h, w), one, spec.block),
-        "swiglu": Program(activate, (x, w, w), 2 * one, spec.block),
+        "mlp": Program(mlp, (x, w, w, w), 3 * one, spec.block),
         "mlp, both ways": Program(
             functools.partial(_pulled, mlp), (x, w, w, w), 9 * one, spec.block
         ),

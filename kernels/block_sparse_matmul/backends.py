@@ -15,7 +15,7 @@ from kernels.block_sparse_matmul.tiled import Tiled
 
 class Backend(Protocol):
     """What `reference` defines, of operands that fit together and are not empty; `row` sums over
-    pairs, and `swiglu_gradients` are those of x · Gᵀ and x · Uᵀ."""
+    pairs, and `swiglu_gradients` are those of x · Gᵀ and x · Uᵀ, with what `swiglu` makes."""
 
     def column(self, x: Array, w: Array, pattern: Pattern) -> Array: ...
 
@@ -27,7 +27,7 @@ class Backend(Protocol):
 
     def swiglu_gradients(
         self, x: Array, gate: Array, up: Array, dh: Array, pattern: Pattern
-    ) -> tuple[Array, Array]: ...
+    ) -> tuple[Array, Array, Array]: ...
 
     def refusal(self, dtype: jnp.dtype, width: int, block: int) -> str | None:
         """Why a matrix of `width` columns in blocks of `block` cannot be; None: it can."""

@@ -25,6 +25,9 @@ _WORKERS = 2
 _SUMS = 128 * 128
 _UNIT = 64
 _CARRIER_REGISTERS = 40
+# Places of a result in shared memory, taken in turn where there are more of them. What is loaded to
+# make results of lies in the last place.
+_PLACES = 2
 _SHARED_BYTES = 216 * 1024  # of the 227 KiB that a block of threads may have
 
 
@@ -88,8 +91,9 @@ def _contract(*refs: Any, product: Product, tall: int, settings: GpuTiles) -> No
     if product.transposed:
         w_tile = w_tile[::-1]
     tiles = [x_tile] * len(xs) + [w_tile] * len(ws)
-    ends = len(extras) + len(outputs)
-    stages = _stages(settings, tiles, [tile] * _WORKERS * ends, dtype)
+    places = min(len(outputs), _PLACES)
+    assert len(extras) < places
+    stages = _stages(settings, tiles, [tile] * _WORKERS * places, dtype)
     shape = (outputs[0].shape[0] // x_tile[0], product.width // product.result)
 
     def pipeline(m: Any, n: Any, step: Any = None, compute: Any = None) -> Any:
@@ -112,7 +116,7 @@ def _contract(*refs: Any, product: Product, tall: int, settings: GpuTiles) -> No
             compute_context=compute,
         )
 
-    def work(room: Any, loaded: Sequence[Any], stored: Sequence[Any], barriers: Any) -> None:
+    def work(room: Any, rests: Sequence[Any], barriers: Any) -> None:
         worker = jax.lax.axis_index("warpgroup")
         mine = pl.ds(worker * tall, tall)
 
@@ -141,9 +145,8 @@ def _contract(*refs: Any, product: Product, tall: int, settings: GpuTiles) -> No
                         [total[...] for total in sums],
                         barriers.at[worker],
                         [ref.at[here] for ref in extras],
-                        [ref.at[worker] for ref in loaded],
                         [ref.at[here] for ref in outputs],
-                        [ref.at[worker] for ref in stored],
+                        [ref.at[worker] for ref in rests],
                     )
 
                 pl.run_scoped(sum_up, *[plgpu.ACC(tile, jnp.float32)] * product.sums)
@@ -156,8 +159,7 @@ def _contract(*refs: Any, product: Product, tall: int, settings: GpuTiles) -> No
     pl.run_scoped(
         work,
         pipeline(0, 0).get_allocations(*xs, *ws),
-        [shared] * len(extras),
-        [shared] * len(outputs),
+        [shared] * places,
         plgpu.Barrier(num_barriers=_WORKERS),
         collective_axes="warpgroup",
     )
@@ -168,21 +170,23 @@ def _finish(
     totals: Sequence[Array],
     barrier: Any,
     sources: Sequence[Any],
-    loaded: Sequence[Any],
     targets: Sequence[Any],
-    stored: Sequence[Any],
+    places: Sequence[Any],
 ) -> None:
     """Makes one worker's results of its sums and `sources`, and sends them on their way."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # those of the tile before
+    loaded = places[len(places) - len(sources) :]
     for source, there in zip(sources, loaded, strict=True):
         plgpu.copy_gmem_to_smem(source, there, barrier)
         plgpu.barrier_wait(barrier)
-    tiles = (there[...].astype(jnp.float32) for there in loaded)
+    tiles = [there[...].astype(jnp.float32) for there in loaded]
     results = product.finish(*totals, *tiles)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # those of the tile before
-    for values, there in zip(results, stored, strict=True):
+    for i, (values, target) in enumerate(zip(results, targets, strict=True)):
+        there = places[i % len(places)]
+        if i >= len(places):
+            plgpu.wait_smem_to_gmem(len(places) - 1, wait_read_only=True)
         there[...] = values.astype(there.dtype)
-    plgpu.commit_smem()
-    for there, target in zip(stored, targets, strict=True):
+        plgpu.commit_smem()  # by then all threads have read what was loaded
         plgpu.copy_smem_to_gmem(there, target)
 
 

@@ -39,6 +39,13 @@ def swiglu(x: Float[Array, "T D"], gate: Array, up: Array, pattern: Pattern) -> 
     return (jax.nn.silu(g) * u).astype(x.dtype)
 
 
+def swiglu_mlp(
+    x: Float[Array, "T D"], gate: Array, up: Array, down: Array, pattern: Pattern
+) -> Float[Array, "T D"]:
+    """(silu(x · Gᵀ) · (x · Uᵀ)) · W."""
+    return row(swiglu(x, gate, up, pattern), down, pattern)
+
+
 def dense(w: Array, pattern: Pattern) -> Float[Array, "N D"]:
     """The matrix as it takes part in products: its kept rows, or all of it with zeros."""
     if isinstance(pattern, KeptRows):

@@ -162,13 +162,14 @@ class Tiled:
 
     def swiglu_gradients(
         self, x: Array, gate: Array, up: Array, dh: Array, pattern: Pattern
-    ) -> tuple[Array, Array]:
-        """The gradients of x · Gᵀ and x · Uᵀ, which are computed once more."""
+    ) -> tuple[Array, Array, Array]:
+        """The gradients of x · Gᵀ and x · Uᵀ, which are computed once more, and what `swiglu` makes
+        of them."""
         tiles = self._tiles("swiglu_gradients", x, pattern)
         product = self._column(x, (gate, up), pattern, tiles)
-        product = product._replace(finish=_activate_gradients, extras=(dh,), outputs=2)
-        dg, du = self.loops.contract(product, tiles)
-        return dg, du
+        product = product._replace(finish=_activate_gradients, extras=(dh,), outputs=3)
+        dg, du, h = self.loops.contract(product, tiles)
+        return dg, du, h
 
     def _column(self, x: Array, ws: Sequence[Array], pattern: Pattern, tiles: Tiles) -> Product:
         if isinstance(pattern, BlockMask):
@@ -191,9 +192,9 @@ def _activate(g: Array, u: Array) -> tuple[Array]:
     return (g * _sigmoid(g) * u,)
 
 
-def _activate_gradients(g: Array, u: Array, dh: Array) -> tuple[Array, Array]:
+def _activate_gradients(g: Array, u: Array, dh: Array) -> tuple[Array, Array, Array]:
     s = _sigmoid(g)
-    return dh * u * s * (1 + g * (1 - s)), dh * g * s
+    return dh * u * s * (1 + g * (1 - s)), dh * g * s, g * s * u
 
 
 def _sigmoid(x: Array) -> Array:

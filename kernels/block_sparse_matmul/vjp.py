@@ -1,5 +1,5 @@
 """Gradients, in reverse mode. Each is made of the operations themselves, so that it can be
-differentiated again; that of SwiGLU is fused by the Pallas backends, and there it cannot.
+differentiated again; that of the MLP is fused by the Pallas backends, and there it cannot.
 
 `backend` is the name of an implementation, `pattern` whatever the operations take; of its integers
 there is no gradient. The gradient of weights `[F, D]` of which some rows are kept is `[F, D]`, zero
@@ -98,30 +98,36 @@ sampled.defvjp(_sampled_forward, _sampled_backward)
 
 
 @_differentiable
-def swiglu(backend: str, x: Array, gate: Array, up: Array, pattern: Pattern, rows: Rows) -> Array:
-    """silu(x · Gᵀ) · (x · Uᵀ)."""
+def swiglu_mlp(
+    backend: str, x: Array, ws: tuple[Array, ...], pattern: Pattern, rows: Rows
+) -> Array:
+    """(silu(x · Gᵀ) · (x · Uᵀ)) · W, of G, U and W. Of all that is computed nothing is kept: the
+    backward pass needs x alone."""
     del rows
-    return BACKENDS[backend].swiglu(x, gate, up, pattern)
+    gate, up, down = ws
+    h = BACKENDS[backend].swiglu(x, gate, up, pattern)
+    return BACKENDS[backend].row((h,), (down,), pattern)
 
 
-def _swiglu_forward(
-    backend: str, x: Array, gate: Array, up: Array, pattern: Pattern, rows: Rows
+def _mlp_forward(
+    backend: str, x: Array, ws: tuple[Array, ...], pattern: Pattern, rows: Rows
 ) -> Any:
-    made = swiglu(backend, x, gate, up, pattern, rows)
-    return made, (x, gate, up, pattern, _given(rows))
+    return swiglu_mlp(backend, x, ws, pattern, rows), (x, ws, pattern, _given(rows))
 
 
-def _swiglu_backward(backend: str, kept: Any, dh: Array) -> Any:
-    x, gate, up, pattern, given = kept
-    x, dh = _last((x, dh), given)
-    dg, du = BACKENDS[backend].swiglu_gradients(x, gate, up, dh, pattern)
+def _mlp_backward(backend: str, kept: Any, dy: Array) -> Any:
+    x, ws, pattern, given = kept
+    gate, up, down = ws
+    x, dy = _last((x, dy), given)
+    dh = column(backend, dy, down, pattern, None)
+    dg, du, h = BACKENDS[backend].swiglu_gradients(x, gate, up, dh, pattern)
     dx = row(backend, (dg, du), (gate, up), pattern, None)
-    triples = ((dg, x, gate), (du, x, up))
-    (dgate, dup), drows = _of_weights(backend, triples, pattern, given)
-    return dx, dgate, dup, None, drows
+    triples = ((dg, x, gate), (du, x, up), (h, dy, down))
+    dws, drows = _of_weights(backend, triples, pattern, given)
+    return dx, dws, None, drows
 
 
-swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+swiglu_mlp.defvjp(_mlp_forward, _mlp_backward)
 
 
 def _given(rows: Rows) -> tuple[()] | None:

@@ -46,22 +46,26 @@ def sampled(a: Array, c: Array, pattern: Pattern, into: Array | None) -> Array:
 def swiglu(x: Array, gate: Array, up: Array, pattern: Pattern) -> Array:
     """silu(x · Gᵀ) · (x · Uᵀ)."""
     g, u = (_wide_column(x, w, pattern) for w in (gate, up))
-    return (jax.nn.silu(g) * u).astype(x.dtype)
+    return _activate(g, u).astype(x.dtype)
 
 
 def swiglu_gradients(
     x: Array, gate: Array, up: Array, dh: Array, pattern: Pattern
-) -> tuple[Array, Array]:
-    """The gradients of x · Gᵀ and x · Uᵀ."""
+) -> tuple[Array, Array, Array]:
+    """The gradients of x · Gᵀ and x · Uᵀ, and what `swiglu` makes of them."""
     g, u = (_wide_column(x, w, pattern) for w in (gate, up))
-    _, back = jax.vjp(lambda g, u: jax.nn.silu(g) * u, g, u)
+    h, back = jax.vjp(_activate, g, u)
     dg, du = back(dh.astype(jnp.float32))
-    return dg.astype(x.dtype), du.astype(x.dtype)
+    return dg.astype(x.dtype), du.astype(x.dtype), h.astype(x.dtype)
 
 
 def refusal(_dtype: jnp.dtype, _width: int, _block: int) -> str | None:
     """None: it takes everything."""
     return None
+
+
+def _activate(g: Array, u: Array) -> Array:
+    return jax.nn.silu(g) * u
 
 
 def _wide_column(x: Array, w: Array, pattern: Pattern) -> Array:

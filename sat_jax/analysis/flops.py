@@ -99,8 +99,8 @@ def training_flops(
     `remat` adds: `dots` saves projections and MLP products but not attention, which runs again;
     `full` runs the layer again, all but the down projection, whose value no gradient needs. The
     logits are never computed again: the loss forms its gradient in the forward pass. `kernels`:
-    segments that omit channels compute gate and up once more than that, and `dots` saves nothing
-    of theirs.
+    segments that omit channels save nothing of the MLP, and gate and up run again whatever `remat`
+    is.
     """
     forward = forward_flops(config, row_length, segments)
     backward = FlopCount(
@@ -114,10 +114,10 @@ def training_flops(
         again += FlopCount(0.0, forward.attention_scores, 0.0, 0.0)
     if remat == "full":
         again += FlopCount(forward.attention_projections, 0.0, forward.mlp * 2 / 3, 0.0)
-    if kernels:
+    if kernels and remat != "full":
         sparse = [s for s in segments or () if s.channels < config.d_ff]
         mlp = forward_flops(config, row_length, sparse).mlp if sparse else 0.0
-        again += FlopCount(0.0, 0.0, mlp * 2 / 3 * (2 if remat == "dots" else 1), 0.0)
+        again += FlopCount(0.0, 0.0, mlp * 2 / 3, 0.0)
     return TrainingFlops(forward, backward, again)
 
 

@@ -85,7 +85,7 @@ def extend(
         o_BTKGE = attend_chunk(cache.used, q_BTKGE, keys[index], values[index], segment_ids, seen)
         x_BTD += block.attention.combine(o_BTKGE)
         normed = rms_norm(x_BTD, block.mlp_norm[...], block.norm_eps)
-        x_BTD += block.mlp.combine(block.mlp.activate(normed))
+        x_BTD += block.mlp(normed)
         return (x_BTD, keys, values), None
 
     layers = jnp.arange(config.n_layers)

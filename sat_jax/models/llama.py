@@ -108,15 +108,18 @@ class Block(nnx.Module):
         if self.choose_channels is not None:
             mlp, channels = self.choose_channels(mlp, normed, weight_BT, key)
             kept = kept._replace(channels=channels)
-        a_BTF = mlp.activate(normed, rows.learnt)
-        if gates is not None:
-            a_BTF *= gates.channels[None, None].astype(a_BTF.dtype)
-        x_BTD = x_BTD + mlp.combine(a_BTF)
+        if gates is None and "outputs" not in observe:
+            x_BTD = x_BTD + mlp(normed, rows.learnt)
+        else:
+            a_BTF = mlp.activate(normed, rows.learnt)
+            if gates is not None:
+                a_BTF *= gates.channels[None, None].astype(a_BTF.dtype)
+            x_BTD = x_BTD + mlp.combine(a_BTF)
+            if "outputs" in observe:
+                seen["channels"] = channel_squares(a_BTF, weight_BT)
         if self.omitted is not None:
             x_BTD = _add_omitted(x_BTD, normed, self.omitted, rows)
         seen |= mlp_input(observe, self.mlp, normed, weight_BT)
-        if "outputs" in observe:
-            seen["channels"] = channel_squares(a_BTF, weight_BT)
         return x_BTD, seen | {"kept": kept}
 
 
@@ -126,7 +129,7 @@ def _add_omitted(
     """The stream with what the omitted channels add at the tokens that bear loss."""
     assert rows.learnt is not None and rows.slots is not None
     at_BC1 = rows.slots[..., None]
-    added_BCD = omitted.combine(omitted.activate(jnp.take_along_axis(normed, at_BC1, axis=1)))
+    added_BCD = omitted(jnp.take_along_axis(normed, at_BC1, axis=1))
     learnt_BC = jnp.take_along_axis(rows.learnt, rows.slots, axis=1)
     added_BCD = jnp.where(learnt_BC[..., None], added_BCD, 0)
     # Row by row, so that on a mesh no row leaves its device.

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from sat_jax.models.layers import Mask, WholeMatrices, indicator, normal
+from sat_jax.models.layers import Mask, WholeMatrices, indicator, normal, rows_in_place
 from sat_jax.models.llama_config import LlamaConfig
-from sat_jax.ops import BlockSparse, InPlace, kept_down, kept_swiglu
+from sat_jax.ops import BlockSparse, InPlace, kept_mlp
 from sat_jax.sparsity.plan import Segment
 
 MATRICES = ("gate", "up", "down")
@@ -52,6 +52,20 @@ class MLP(nnx.Module):
         self.whole = WholeMatrices(kept, matrices) if in_place else None
         self.scale = config.d_ff / segment.channels if segment.rescale else 1.0
 
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], whole_BT: Bool[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """What one layer adds to the residual stream: `combine` of what `activate` makes, and where
+        kernels compute it, all at once."""
+        if self.whole is None or self.kernels is None:
+            return self.combine(self.activate(x_BTD, whole_BT))
+        assert whole_BT is None, "kernels omit the same for all tokens"
+        gate, up, down = (
+            InPlace(self.whole.matrix(name), getattr(self, name)[...]) for name in MATRICES
+        )
+        kept = self.whole.kept[...]
+        return self.scale * kept_mlp(x_BTD, gate, up, down, kept, self.kernels)
+
     def activate(
         self, x_BTD: Float[Array, "B T D"], whole_BT: Bool[Array, "B T"] | None = None
     ) -> Float[Array, "B T F"]:
@@ -59,13 +73,8 @@ class MLP(nnx.Module):
 
         `whole_BT`: tokens for which mask execution omits nothing.
         """
-        if self.whole is not None and self.kernels is not None:
-            assert whole_BT is None, "kernels omit the same for all tokens"
-            gate = InPlace(self.whole.matrix("gate"), self.gate[...])
-            up = InPlace(self.whole.matrix("up"), self.up[...])
-            return kept_swiglu(x_BTD, gate, up, self.whole.kept[...], self.kernels)
-        gate_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, self.gate[...])
-        up_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, self.up[...])
+        gate_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, self._rows("gate"))
+        up_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, self._rows("up"))
         a_BTF = jax.nn.silu(gate_BTF) * up_BTF
         if self.kept_channels is None:
             return a_BTF
@@ -76,7 +85,11 @@ class MLP(nnx.Module):
 
     def combine(self, a_BTF: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
         """What the channels add to the residual stream."""
-        if self.whole is not None and self.kernels is not None:
-            down = InPlace(self.whole.matrix("down"), self.down[...])
-            return self.scale * kept_down(a_BTF, down, self.whole.kept[...], self.kernels)
-        return self.scale * jnp.einsum("BTF,FD->BTD", a_BTF, self.down[...])
+        return self.scale * jnp.einsum("BTF,FD->BTD", a_BTF, self._rows("down"))
+
+    def _rows(self, name: str) -> Float[Array, "F D"]:
+        """A matrix, of which the kept rows are taken from where they lie."""
+        own: Array = getattr(self, name)[...]
+        if self.whole is None:
+            return own
+        return rows_in_place(self.whole.matrix(name), own, self.whole.kept[...])
