@@ -11,7 +11,7 @@ import pytest
 from sat_jax.analysis.curves import curve_of
 from sat_jax.analysis.results import record_run
 from sat_jax.analysis.rows import read
-from sat_jax.config import Config, OptimizerConfig, SparsityConfig, TrainConfig
+from sat_jax.config import Config, ModelConfig, OptimizerConfig, SparsityConfig, TrainConfig
 from sat_jax.config_values import fingerprint, to_dict
 from sat_jax.errors import UserError
 from sat_jax.report.axes import slices
@@ -31,11 +31,13 @@ DEVICE = {"platform": "gpu", "kind": "NVIDIA H200", "count": 1, "processes": 1, 
 
 def config_of(seed: int, **changed: Any) -> Config:
     """`moments`, `schedule` and other settings of sparsity by name."""
-    moments = changed.pop("moments", "freeze")
+    optimizer = {k: changed.pop(k) for k in ("moments", "bias_correction") if k in changed}
+    model = ModelConfig(kernels=changed.pop("kernels", None))
     return Config(
         seed=seed,
+        model=model,
         train=TrainConfig(eval_every=5 if changed.get("schedule") == "auto" else 0),
-        optimizer=OptimizerConfig(moments=moments),
+        optimizer=OptimizerConfig(**optimizer),
         sparsity=SparsityConfig(**changed),
     )
 
@@ -171,6 +173,7 @@ def test_runs_are_compared_by_what_differs(tmp_path: Path) -> None:
         {"rate": 0.4, "schedule": "auto"}, {"rate": 0.4, "refresh_every": 5},
         {"rate": 0.4, "rate_mlp": 0.0}, {"rate": 0.4, "execution": "mask"},
         {"rate": 0.4, "execution": "mask", "moments": "decay"},
+        {"rate": 0.4, "bias_correction": "global"},
         {"rate": 0.6, "dense_layers": (0,), "block": 2},
     ]  # fmt: skip
     records = runs(
@@ -187,8 +190,11 @@ def test_runs_are_compared_by_what_differs(tmp_path: Path) -> None:
         "schedules": [("ladder",), ("auto",)],
         "refresh": [(5,), (10,)],
         "modules": [(0.0,), (None,)][::-1],
-        "moments": [("freeze", "gather"), ("freeze", "mask"), ("decay", "mask")],
-    }
+        "moments": [
+            ("freeze", "neuron", "gather"), ("freeze", "neuron", "mask"),
+            ("decay", "neuron", "mask"), ("freeze", "global", "gather"),
+        ],
+    }  # fmt: skip
     crossed = [r for r in records if not r.dense][:2]
     assert compared(crossed) == {"rates": [(0.2,), (0.4,)]}
     assert [row[0] for row in table(records, "modules").texts] == ["dense", "0.4", "0"]
@@ -196,6 +202,20 @@ def test_runs_are_compared_by_what_differs(tmp_path: Path) -> None:
     assert efficiency.header[:3] == ("rate", "settings", "seeds")
     assert [row[1] for row in efficiency.texts][:4] == ["", "", "", "metric wanda"]
     assert efficiency.texts[-1][:2] == ["0.6", "dense layers 0, block 2"]
+
+
+def test_runs_are_compared_by_their_kernels(tmp_path: Path) -> None:
+    """A setting of the model that matters only with sparsity: one dense twin for all."""
+    blocks = {"rate": 0.4, "block": 64}
+    settings: list[dict[str, Any]] = [
+        {}, blocks, {**blocks, "execution": "kernel"},
+        {**blocks, "execution": "kernel", "kernels": "xla"},
+    ]  # fmt: skip
+    records = runs(
+        tmp_path, *((config_of(0, **one), summary_of(9.0, 18.0, SPARSE)) for one in settings)
+    )
+    assert len({record.row["twin"] for record in records}) == 1
+    assert compared(records) == {"moments": [("gather", None), ("kernel", None), ("kernel", "xla")]}
 
 
 def test_a_newer_run_stands_for_an_older_one(tmp_path: Path) -> None:

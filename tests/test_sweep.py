@@ -139,11 +139,17 @@ def test_dense_runs_that_differ_in_sparsity_are_one() -> None:
     assert {run.twin for run in runs if run.settings["seed"] == 0} == {runs[0].twin}
 
 
-def test_the_twin_of_a_run_with_decay_is_a_dense_run() -> None:
-    """`decay` needs mask execution, which a run without sparsity does not have."""
+def test_what_matters_only_with_sparsity_is_left_out_of_the_twin() -> None:
+    """`decay` needs mask execution and `kernels` kernel execution: a dense run has neither."""
     fixed = {"sparsity.execution": "mask"}
     decay, freeze = runs_of("optimizer.moments=decay,freeze", fixed=fixed)
-    assert decay.twin == freeze.twin == runs_of("sparsity.rate=0")[0].twin
+    (dense,) = runs_of("sparsity.rate=0")
+    assert decay.twin == freeze.twin == dense.twin
+    names = "optimizer.bias_correction=global,neuron", "model.kernels=xla;None"
+    of_kernels = {"sparsity.execution": "kernel", "sparsity.block": 64}
+    assert {run.twin for run in runs_of(*names, fixed=of_kernels)} == {dense.twin}
+    (alone,) = runs_of("sparsity.rate=0", *names, fixed=of_kernels)
+    assert alone.name == dense.name and alone.settings == {"sparsity.rate": 0.0}
 
 
 def test_all_that_cannot_be_is_told_at_once() -> None:

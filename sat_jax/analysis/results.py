@@ -9,7 +9,7 @@ from typing import Any
 from sat_jax.analysis.curves import curve_of
 from sat_jax.analysis.rows import ORIGIN, append, latest, read
 from sat_jax.config import Config, SparsityConfig
-from sat_jax.config_values import changed, name_of, without_free
+from sat_jax.config_values import changed, find, name_of, without_free
 
 _KEPT = (
     "steps",
@@ -29,10 +29,18 @@ _KEPT = (
 )
 
 
+OF_SPARSITY = ("optimizer.moments", "optimizer.bias_correction", "model.kernels")
+"""Settings that matter only with sparsity and are none of `Config.sparsity`."""
+
+
 def dense_version(config: Config) -> Config:
     """The same run without sparsity, and without what matters only with it."""
-    optimizer = dataclasses.replace(config.optimizer, moments="freeze")
-    return dataclasses.replace(config, sparsity=SparsityConfig(), optimizer=optimizer)
+    parts: dict[str, Any] = {"sparsity": SparsityConfig()}
+    for path in OF_SPARSITY:
+        group, _, name = path.partition(".")
+        part = parts.get(group, getattr(config, group))
+        parts[group] = dataclasses.replace(part, **{name: find(path).default})
+    return dataclasses.replace(config, **parts)
 
 
 def dense_twin(config: Config) -> str:
@@ -53,9 +61,9 @@ def row_of(
     its `metrics.jsonl`, of which the row keeps a thinned curve."""
     row = {name: summary[name] for name in _KEPT}
     names = {"experiment": experiment, "twin": dense_twin(config), "rate": max(config.rates)}
+    own = changed(config)
     settings = changed(without_free(dense_version(config)))
-    if config.optimizer.moments != dense_version(config).optimizer.moments:
-        settings["optimizer.moments"] = config.optimizer.moments
+    settings |= {path: own[path] for path in OF_SPARSITY if path in own}
     settings = {key: _without_place(value) for key, value in settings.items()}
     row |= names | {"settings": settings, "sparsity": dataclasses.asdict(config.sparsity)}
     row["sparsity"]["budget"] = _without_place(config.sparsity.budget)

@@ -38,7 +38,11 @@ _NAMED = (
         "Heads, channels, or both",
         ("rate_attention", "rate_mlp", "attention_unit"),
     ),
-    Axis("moments", "Moments of omitted neurons", ("moments", "execution")),
+    Axis(
+        "moments",
+        "Moments of omitted neurons",
+        ("moments", "bias_correction", "execution", "kernels"),
+    ),
 )
 _LEFT = tuple(key for key in SPARSE if not any(key in axis.keys for axis in _NAMED))
 AXES = (*_NAMED, Axis("others", "Other settings of sparsity", _LEFT))
