@@ -1,6 +1,7 @@
 """Reports: which runs are compared, numbers of the tables, the page, and tables in documents."""
 
 import csv
+import dataclasses
 import json
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,7 +12,14 @@ import pytest
 from sat_jax.analysis.curves import curve_of
 from sat_jax.analysis.results import record_run
 from sat_jax.analysis.rows import read
-from sat_jax.config import Config, ModelConfig, OptimizerConfig, SparsityConfig, TrainConfig
+from sat_jax.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SparsityConfig,
+    TrainConfig,
+)
 from sat_jax.config_values import fingerprint, to_dict
 from sat_jax.errors import UserError
 from sat_jax.report.axes import slices
@@ -223,6 +231,29 @@ def test_a_newer_run_stands_for_an_older_one(tmp_path: Path) -> None:
     records = runs(tmp_path, old, (config_of(0), summary_of(9.0, 38.0, DENSE)))
     assert len(records) == 2 and newest(records) == records[1:]
     assert len(newest(runs(tmp_path, (config_of(1), old[1])))) == 2
+
+
+def test_what_is_called_the_same_elsewhere_is_another(tmp_path: Path) -> None:
+    """Two models and two budgets; rows name no folder, and sources by name alone."""
+    start = config_of(0)
+    models = [
+        dataclasses.replace(
+            start,
+            model=ModelConfig(path=f"{folder}/huggingface"),
+            data=DataConfig(sources=(f"{folder}/text.txt",)),
+        )
+        for folder in ("/a/runs/x", "/b/runs/x")
+    ]
+    budgets = [config_of(0, rate=0.4, budget=f"/{part}/budget.json") for part in "ab"]
+    summary = summary_of(9.0, 38.0, DENSE)
+    records = runs(tmp_path, *((config, summary) for config in (*models, *budgets, *models)))
+    assert len(newest(records)) == len(records) == 4
+    assert len({record.base for record in records[:2]}) == 2
+    assert records[2].base == records[3].base
+    names = [records[0].settings["model.path"], records[3].sparse["budget"]]
+    assert [name.partition("#")[0] for name in names] == ["huggingface", "budget.json"]
+    assert records[0].settings["data.sources"] == ["text.txt"]
+    assert "/" not in "".join(names)
 
 
 def test_a_work_directory_and_its_row_say_the_same(tmp_path: Path) -> None:

@@ -64,9 +64,9 @@ def row_of(
     own = changed(config)
     settings = changed(without_free(dense_version(config)))
     settings |= {path: own[path] for path in OF_SPARSITY if path in own}
-    settings = {key: _without_place(value) for key, value in settings.items()}
+    settings = {key: _without_place(value, key) for key, value in settings.items()}
     row |= names | {"settings": settings, "sparsity": dataclasses.asdict(config.sparsity)}
-    row["sparsity"]["budget"] = _without_place(config.sparsity.budget)
+    row["sparsity"]["budget"] = _without_place(config.sparsity.budget, "sparsity.budget")
     row["curve"] = curve_of(records, summary)
     plain: dict[str, Any] = json.loads(json.dumps(row))  # tuples become lists
     return plain
@@ -86,11 +86,15 @@ def record_run(
         append(file, [row], {name: summary[name] for name in ORIGIN})
 
 
-def _without_place(value: Any) -> Any:
-    """Of absolute paths only the last part: rows speak of no machine."""
+def _without_place(value: Any, key: str) -> Any:
+    """Of absolute paths the last part, since rows speak of no machine, and six digits of the whole,
+    which tell apart what is called the same elsewhere. Sources need none: data has its own name."""
     if isinstance(value, list):
-        return [_without_place(part) for part in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        return [_without_place(part, key) for part in value]
+    if not (isinstance(value, str) and Path(value).is_absolute()):
+        return value
+    name = Path(value).name
+    return name if key == "data.sources" else f"{name}#{name_of({'path': value})[:6]}"
 
 
 def dense_reference(file: Path, config: Config, data: str) -> float | None:
