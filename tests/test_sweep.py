@@ -4,7 +4,7 @@ import io
 import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import submitit
@@ -21,8 +21,11 @@ from sat_jax.sweep.launch import Job, Local, Slurm, slurm_options
 from sat_jax.sweep.report import report
 from sat_jax.sweep.runs import Run, make_runs, prepare_all
 from sat_jax.sweep.watch import State
+from sat_jax.train.account import Account
 from sat_jax.train.files import write_json
+from sat_jax.train.finish import rung_summaries
 from tests.conftest import ROOT, RunPython
+from tests.tolerances import assert_close
 
 TINY = str(ROOT / "experiments/tiny.py")
 
@@ -183,6 +186,20 @@ def test_costs_are_counted_from_shapes() -> None:
     ((quick,), _) = make_runs(experiment(str(ROOT / "experiments/quickstart.py")), fixed, [{}])
     assert probes_of(quick) == row["probes"]
     assert row["spent_flops"] <= cost_of(quick).spent < 1.03 * row["spent_flops"]
+
+
+def test_bounds_of_rungs_are_of_the_flops_that_a_run_is_billed() -> None:
+    """Of mask execution none; of kernels with what they compute again."""
+    fixed = {"sparsity.block": 64, "sparsity.metric": "uniform"}
+    bounds = {}
+    for run in runs_of("sparsity.execution=gather,mask,kernel", fixed=fixed):
+        rungs = rung_summaries(cast(Any, run), Account(run.controller), [])
+        shares = [rung["steps"] / rung["bound"] for rung in rungs]
+        cost = cost_of(run)
+        share = sum(shares) / run.config.train.steps
+        assert_close(share, cost.spent / cost.dense, "float64", "forward")
+        bounds[run.config.sparsity.execution] = rungs[0]["bound"]
+    assert bounds["gather"] > bounds["kernel"] > bounds["mask"] == 1
 
 
 def test_a_dry_run_tells_runs_costs_and_where_the_time_is_from(tmp_path: Path) -> None:
