@@ -11,7 +11,6 @@ import pytest
 
 from sat_jax.analysis.curves import curve_of
 from sat_jax.analysis.results import record_run
-from sat_jax.analysis.rows import read
 from sat_jax.config import (
     Config,
     DataConfig,
@@ -22,15 +21,13 @@ from sat_jax.config import (
 )
 from sat_jax.config_values import fingerprint, to_dict
 from sat_jax.errors import UserError
+from sat_jax.report import figures
 from sat_jax.report.axes import slices
 from sat_jax.report.collect import collect
-from sat_jax.report.documents import RESULTS, filled, outdated
-from sat_jax.report.figures import front
 from sat_jax.report.groups import make_groups
 from sat_jax.report.page import write_report
 from sat_jax.report.records import Record, newest
 from sat_jax.report.tables import Table, tables_of
-from tests.conftest import ROOT
 from tests.test_tables import rung
 from tests.tolerances import assert_close
 
@@ -292,8 +289,21 @@ def test_a_curve_ends_at_what_the_run_cost() -> None:
     assert curve["loss"][0] == 8.0 and len(curve["loss"]) == 16
 
 
-def test_the_front_is_what_nothing_beats_in_both() -> None:
-    assert front([(1.0, 0.0), (1.2, 3.0), (1.3, 2.0), (1.5, 5.0), (1.4, 5.0)]) == [0, 2, 3]
+def test_a_rate_is_told_as_it_is_asked(tmp_path: Path) -> None:
+    settings: list[dict[str, Any]] = [
+        {"rate_mlp": 0.4}, {"rate": 0.2, "rate_mlp": 0.2},
+        {"layer_rates_attention": (0.1, 0.3), "rate_mlp": 0.3}, {"rate": 0.3},
+    ]  # fmt: skip
+    records = runs(
+        tmp_path, *((config_of(0, **one), summary_of(9.0, 18.0, SPARSE)) for one in settings)
+    )
+    rates = [row[0] for row in table(records, "efficiency").rows]
+    assert [rate.text for rate in rates] == [
+        "0 of heads, 0.4 of channels", "0.2", "0.1 to 0.3 of heads, 0.3 of channels", "0.3",
+    ]  # fmt: skip
+    assert [rate.value for rate in rates] == [None, 0.2, None, 0.3]
+    (alone,) = make_groups(records[:1])
+    assert figures.label(alone, alone.sparse[0]) == "rate 0 of heads, 0.4 of channels"
 
 
 class Page(HTMLParser):
@@ -355,27 +365,3 @@ def test_the_page_needs_nothing_else_and_has_every_number(tmp_path: Path) -> Non
     names = ("whole run", "whole run error", "first rung bound", "whole run bound")
     numbers = [float(line[name]) for name in names]
     assert_close(numbers, [2.25, 0.25, 4 / 3, 1.25], "float64", "forward")
-
-
-def test_a_table_in_a_document_is_made_of_rows(tmp_path: Path) -> None:
-    study(tmp_path)
-    mark = "<!-- table: rows.rates commit=a -->\n"
-    text = f"Before\n{mark}old\n<!-- /table -->\nafter"
-    made = filled(text, tmp_path, "x.md")
-    assert made.startswith(f"Before\n{mark}\n| rate") and made.endswith("<!-- /table -->\nafter")
-    assert "| 0.4   |     2 |" in made and "| 0.2 " not in made
-    assert filled(made, tmp_path, "x.md") == made
-    for wrong, why in (
-        (text.replace("rates", "moments"), "no rows for moments; there are rows for: rates, eff"),
-        (text.replace("rows.", "none."), "no such results file"),
-        (text.replace("<!-- /table -->", ""), "is not closed"),
-    ):
-        with pytest.raises(UserError, match=f"x.md: .*{why}"):
-            filled(wrong, tmp_path, "x.md")
-
-
-def test_the_documents_are_what_the_rows_make_of_them() -> None:
-    assert list(outdated(ROOT)) == [], "run: make tables"
-    assert "<!-- table: " in (ROOT / "README.md").read_text()
-    for file in (ROOT / RESULTS).glob("*.jsonl"):
-        assert all("date" in row for row in read(file))

@@ -109,7 +109,11 @@ def _efficiency(group: Group) -> Table:
     rows = []
     for variant in group.variants:
         dense = variant.dense
-        rest = {k: v for k, v in settings.get(id(variant), {}).items() if k not in RATES.keys}
+        rest = {
+            key: value_of(variant.settings, key)
+            for key in settings.get(id(variant), {})
+            if key not in RATES.keys
+        }
         rows.append(
             (
                 *_settings(variant, RATES.keys),
@@ -160,6 +164,29 @@ def caption_of(group: Group, variants: Sequence[Variant], varied: Sequence[str])
     return "; ".join(parts)
 
 
+def rate_of(settings: Settings) -> str:
+    """The omission rate asked for: of heads and of channels where they differ, the least and the
+    most where layers do."""
+    heads, channels = (_asked(settings, module) for module in ("attention", "mlp"))
+    return heads if heads == channels else f"{heads} of heads, {channels} of channels"
+
+
+def _asked(settings: Settings, module: str) -> str:
+    own, layers = settings[f"rate_{module}"], settings[f"layer_rates_{module}"]
+    if layers and min(layers) != max(layers):
+        return f"{shown(min(layers))} to {shown(max(layers))}"
+    return shown(layers[0] if layers else settings["rate"] if own is None else own)
+
+
+def value_of(settings: Settings, key: str) -> Any:
+    """A setting as a table has it: a rate as it is asked for, what follows the rate as that."""
+    if key == "rate" and (asked := rate_of(settings)) != shown(settings["rate"]):
+        return asked
+    if key in ("rate_attention", "rate_mlp") and settings[key] is None:
+        return settings["rate"]
+    return settings[key]
+
+
 def named(settings: Settings) -> str:
     """Settings for people: `rate 0.4, dense layers 0,1`."""
     return ", ".join(f"{key.replace('_', ' ')} {shown(value)}" for key, value in settings.items())
@@ -177,9 +204,7 @@ def _settings(variant: Variant, keys: Sequence[str]) -> list[Cell]:
         return [Cell("dense", 0.0 if keys[0] == "rate" else None), *[Cell("")] * (len(keys) - 1)]
     cells = []
     for key in keys:
-        value = variant.settings[key]
-        if key in ("rate_attention", "rate_mlp") and value is None:
-            value = variant.settings["rate"]
+        value = value_of(variant.settings, key)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         cells.append(Cell(shown(value), value if number else None))
     return cells
