@@ -106,12 +106,13 @@ def test_numbers_of_the_quality_table(tmp_path: Path) -> None:
     rates = table(study(tmp_path), "rates")
     assert rates.header == (
         "rate", "seeds", "held-out perplexity before", "after", "from dense", "FLOPs", "whole run",
+        "bound",
     )  # fmt: skip
     assert rates.texts == [
-        ["dense", "2", "20.000", "15.000 ± 5.000", "-", "100 %", "-"],
-        ["0.2", "1", "20.000", "10.500", "+5.0 %", "80 %", "2.00×†"],
+        ["dense", "2", "20.000", "15.000 ± 5.000", "-", "100 %", "-", "-"],
+        ["0.2", "1", "20.000", "10.500", "+5.0 %", "80 %", "2.00×†", "1.25×"],
         ["0.4", "2", "20.000", "17.500 ± 6.500", "+15.0 % ± 5.0 %", "80 %",
-         "2.25× ± 0.25×"],
+         "2.25× ± 0.25×", "1.25×"],
     ]  # fmt: skip
     assert rates.notes == ["† The runs that this is made of are of several commits."]
     gap, whole = rates.rows[2][4], rates.rows[2][6]
@@ -137,7 +138,7 @@ def test_numbers_of_the_efficiency_table(tmp_path: Path) -> None:
 def test_dense_runs_alone_have_tables_and_a_page(tmp_path: Path) -> None:
     alone = study(tmp_path)[:2]
     assert table(alone, "rates").texts == [
-        ["dense", "2", "20.000", "15.000 ± 5.000", "-", "100 %", "-"]
+        ["dense", "2", "20.000", "15.000 ± 5.000", "-", "100 %", "-", "-"]
     ]
     assert [row[0] for row in table(alone, "efficiency").texts] == ["dense"]
     assert "15.000 ± 5.000" in write_report(alone, tmp_path / "out")[0].read_text()
@@ -154,9 +155,10 @@ def test_a_speed_without_a_twin_is_told_as_estimated(tmp_path: Path) -> None:
         (config_of(1, rate=0.2), summary_of(11.0, 18.0, SPARSE[:1], device=other)),
     )
     rates = table(records, "rates")
-    assert [row[-1] for row in rates.texts] == ["-", "-", "≈ 1.33×"]
-    assert rates.rows[2][4].text == "+10.0 %"
-    assert "own dense rung" in rates.notes[0]
+    assert [row[-2] for row in rates.texts] == ["-", "-", "≈ 1.33×"]
+    # Of two seeds at 0.2 one has a dense run: what is known of that is told, and that it is of it.
+    assert [row[4].text for row in rates.rows] == ["-", "+10.0 %§", "+10.0 %"]
+    assert "fewer pairs" in rates.notes[0] and "own dense rung" in rates.notes[1]
     efficiency = table(records, "efficiency")
     assert efficiency.rows[2][2].text == "150 ± 0‡" and "several devices" in efficiency.notes[0]
     assert efficiency.rows[2][7].text == "-"  # a dense rung of no run on the device of seed 0

@@ -226,7 +226,9 @@ def summary(after: float, rate: float) -> dict[str, Any]:
          "tokens_per_second": speed}
         for r, speed in parts
     ]  # fmt: skip
-    return {"perplexity_after": after, "rungs": rungs}
+    seconds = {"data": 0.0, "step": 2 * after, "refresh": 0.0, "checkpoint": 0.0}
+    device = {"platform": "gpu", "kind": "NVIDIA H200", "count": 1}
+    return {"perplexity_after": after, "rungs": rungs, "seconds": seconds, "device": device}
 
 
 def test_the_last_table_has_means_over_seeds() -> None:
@@ -238,9 +240,15 @@ def test_the_last_table_has_means_over_seeds() -> None:
     ]
     lines = report(ended).splitlines()
     assert lines[2].split() == ["rate=0.0", "2", "15.000", "±", "5.000", "-", "-", "-"]
-    assert lines[3].split("  ")[-3:] == ["+15.0 % ± 5.0 %", "1.50x ± 0.00x", "1.20x ± 0.00x"]
-    assert report(ended[2:3]).splitlines()[2].split() == [
-        "rate=0.5", "1", "11.000", "-", "1.50x", "1.20x",
+    # The whole run by the dense runs' time: 20 / 22 and 40 / 48 of it.
+    assert lines[3].split("  ")[-3:] == ["+15.0 % ± 5.0 %", "1.50x ± 0.00x", "0.87x ± 0.04x"]
+    assert len(lines) == 4
+    lines = report(ended[2:3]).splitlines()
+    assert lines[2].split() == ["rate=0.5", "1", "11.000", "-", "1.50x", "≈", "1.20x"]
+    assert lines[3].startswith("≈ Estimated from the run's own dense rung")
+    one_pair = report(ended[1:]).splitlines()[3].split("  ")
+    assert [cell.strip() for cell in one_pair[-3:]] == [
+        "+20.0 %§", "1.50x ± 0.00x", "≈ 1.20x ± 0.00x",
     ]  # fmt: skip
     assert mean_and_error([1.0, None], "{}") == mean_and_error([], "{}") == "-"
 

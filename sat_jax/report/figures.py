@@ -15,9 +15,10 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from sat_jax.analysis.means import Estimate, estimate
 from sat_jax.analysis.plots import GREY, INK, new_figure, tidy
+from sat_jax.analysis.twins import ESTIMATED
 from sat_jax.report.axes import SCHEDULES, foremost, keys_told, plain, varied
-from sat_jax.report.groups import Group, Variant, whole_run
-from sat_jax.report.tables import ESTIMATED, caption_of, named, shown, value_of
+from sat_jax.report.groups import Group, Variant
+from sat_jax.report.tables import caption_of, named, shown, value_of
 
 # Okabe and Ito's, which colour-blind readers can tell apart; the dense run is black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A7A00")
@@ -144,7 +145,7 @@ def _points(group: Group) -> list[_Point]:
     own place by definition."""
     points = []
     for one in group.sparse:
-        speeds = whole_run(one)
+        speeds = one.speedups()
         speed, gap = estimate(speeds.values), estimate(one.gaps())
         if speed is not None and gap is not None:
             points.append((one, speed, gap, speeds.estimated))

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 from sat_jax.analysis.curves import training_seconds
 from sat_jax.analysis.results import OF_SPARSITY
 from sat_jax.analysis.rows import ORIGIN
+from sat_jax.analysis.twins import device_name
 from sat_jax.config import SparsityConfig
 from sat_jax.config_values import find, name_of
 from sat_jax.errors import UserError
@@ -82,11 +83,8 @@ class Record:
 
     @property
     def device(self) -> str:
-        """In words: `2 × NVIDIA H200`, `AMD EPYC, 2 cores`."""
-        device = self.row["device"]
-        many = f"{device['count']} × " if device["count"] > 1 else ""
-        cores = f", {device['host_cpus']} cores" if device["platform"] == "cpu" else ""
-        return f"{many}{device['kind']}{cores}"
+        """In words, as `device_name` has it."""
+        return device_name(self.row["device"])
 
     @property
     def commit(self) -> str:
