@@ -19,10 +19,23 @@ def test_a_table_in_a_document_is_made_of_rows(tmp_path: Path) -> None:
     assert made.startswith(f"Before\n{mark}\n| rate") and made.endswith("<!-- /table -->\nafter")
     assert "| 0.4   |     2 |" in made and "| 0.2 " not in made
     assert filled(made, tmp_path, "x.md") == made
+    told = "`<!-- table: runs.rates -->` in the middle of a line is no mark\n"
+    assert filled(told + made, tmp_path, "x.md") == told + made
+    exact = text.replace("commit=a", "steps=8 tokens=4e3")
+    assert "| 0.2 " in filled(exact, tmp_path, "x.md")
     for wrong, why in (
         (text.replace("rates", "moments"), "no rows for moments; there are rows for: rates, eff"),
         (text.replace("rows.", "none."), "no such results file"),
         (text.replace("<!-- /table -->", ""), "is not closed"),
+        (text.replace("table: rows", "table:rows"), "is no mark of a table; accepted"),
+        (text.replace("commit=a", "commit a"), "is no mark of a table"),
+        (text.replace("commit=a -->", "commit=a --> "), "is no mark of a table"),
+        (text.replace("<!-- table", "  <!-- Table"), "is no mark of a table"),
+        (text.replace("<!-- /table", "<!--/table"), "is no mark of a table"),
+        (text.replace(mark, ""), "without a table that begins"),
+        (text.replace("commit=a", "steps=a"), "steps=a is no number"),
+        (text.replace("commit=a", "steps=80"), "there are rows for: none"),
+        (text.replace("commit=a", "tokens=4"), "there are rows for: none"),
     ):
         with pytest.raises(UserError, match=f"x.md: .*{why}"):
             filled(wrong, tmp_path, "x.md")
