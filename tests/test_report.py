@@ -34,6 +34,13 @@ from tests.tolerances import assert_close
 DEVICE = {"platform": "gpu", "kind": "NVIDIA H200", "count": 1, "processes": 1, "host_cpus": 16}
 
 
+PREPARED = {
+    "splits": {"train": {"documents": 90, "useful_share": 0.87, "long_documents": 3},
+               "held_out": {"documents": 10, "useful_share": 0.5, "long_documents": 1}},
+    "left_out": {"without an answer": 2}, "form": {"format": "messages", "too_long": "drop"},
+}  # fmt: skip
+
+
 def config_of(seed: int, **changed: Any) -> Config:
     """`moments`, `schedule` and other settings of sparsity by name."""
     optimizer = {k: changed.pop(k) for k in ("moments", "bias_correction") if k in changed}
@@ -56,7 +63,7 @@ def summary_of(
         "selections": 2, "probes": 2, "compile_seconds": 5.0, "data": "d" * 20,
         "seconds": {"compile": 9.0, "data": 1.0, "step": step, "refresh": 0.5, "evaluate": 7.0,
                     "checkpoint": 0.5, "other": 3.0, "total": 21.0 + step},
-        "peak_memory": {"bytes": 2_000_000_000, "of": "device"},
+        "prepared": PREPARED, "peak_memory": {"bytes": 2_000_000_000, "of": "device"},
         "versions": {"python": "3.11.7"}, "device": DEVICE, "commit": "a" * 40,
     } | changed  # fmt: skip
 
@@ -163,6 +170,17 @@ def test_a_speed_without_a_twin_is_told_as_estimated(tmp_path: Path) -> None:
     assert efficiency.rows[2][2].text == "150 ± 0‡" and "several devices" in efficiency.notes[0]
     assert efficiency.rows[2][7].text == "-"  # a dense rung of no run on the device of seed 0
     assert efficiency.rows[1][7].text == "1.50×"
+
+
+def test_a_fine_tuning_table_says_how_full_rows_are(tmp_path: Path) -> None:
+    tuned = dataclasses.replace(config_of(0), data=DataConfig(format="messages"))
+    records = runs(tmp_path, (tuned, summary_of(10.0, 38.0, DENSE, loss_tokens=1000)))
+    caption = table(records, "sft").caption
+    assert "25 % of them learnt; 87 % of the slots useful; 100 examples, not as" in caption
+    assert "were: 2 without an answer, 4 longer than a row (dropped); learning rate" in caption
+    older = [Record({k: v for k, v in records[0].row.items() if k != "prepared"})]
+    assert "slots" not in table(older, "sft").caption
+    assert "slots" not in table(study(tmp_path), "rates").caption
 
 
 def compared(records: list[Record]) -> dict[str, list[tuple[Any, ...]]]:

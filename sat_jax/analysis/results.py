@@ -67,9 +67,24 @@ def row_of(
     settings = {key: _without_place(value, key) for key, value in settings.items()}
     row |= names | {"settings": settings, "sparsity": dataclasses.asdict(config.sparsity)}
     row["sparsity"]["budget"] = _without_place(config.sparsity.budget, "sparsity.budget")
+    row["prepared"] = _of_data(summary["prepared"])
     row["curve"] = curve_of(records, summary)
     plain: dict[str, Any] = json.loads(json.dumps(row))  # tuples become lists
     return plain
+
+
+def _of_data(prepared: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `PreparedInfo` what says how much of it was trained on: the share of the training rows'
+    slots that is no padding, and of documents or examples in both splits how many there are, those
+    left out by why, and those longer than a row, of which text goes on in the next one."""
+    splits, form = prepared["splits"], prepared["form"]
+    return {
+        "useful_share": splits["train"]["useful_share"],
+        "documents": sum(split["documents"] for split in splits.values()),
+        "left_out": prepared["left_out"],
+        "long_documents": sum(split["long_documents"] for split in splits.values()),
+        "too_long": "cut" if form["format"] == "text" else form["too_long"],
+    }
 
 
 def record_run(

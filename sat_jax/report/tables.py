@@ -161,6 +161,7 @@ def caption_of(group: Group, variants: Sequence[Variant], varied: Sequence[str])
     parts.append(f"{run.row['steps']:,} steps, {tokens:,.0f} tokens")
     if run.fine_tuned and "loss_tokens" in run.row:
         parts.append(f"{percent(run.row['loss_tokens'] / run.row['tokens'])} of them learnt")
+    parts += _examples(run) if run.fine_tuned and "prepared" in run.row else []
     if known:
         rate, schedule = (
             settings.get(f"optimizer.{key}", getattr(OptimizerConfig, key))
@@ -173,6 +174,19 @@ def caption_of(group: Group, variants: Sequence[Variant], varied: Sequence[str])
     parts.append(f"data {run.row['data'][:8]}")
     parts.append(" and ".join(dict.fromkeys(one.device for one in group.runs)))
     return "; ".join(parts)
+
+
+def _examples(run: Record) -> list[str]:
+    """How full the training rows are, and what of the examples is not in them."""
+    prepared = run.row["prepared"]
+    done = "dropped" if prepared["too_long"] == "drop" else "cut short"
+    counts = {**prepared["left_out"], f"longer than a row ({done})": prepared["long_documents"]}
+    changed = ", ".join(f"{count:,} {why}" for why, count in counts.items() if count)
+    examples = f"{prepared['documents']:,} examples"
+    return [
+        f"{percent(prepared['useful_share'])} of the slots useful",
+        f"{examples}, not as they were: {changed}" if changed else f"{examples}, none left out",
+    ]
 
 
 def rate_of(settings: Settings) -> str:
