@@ -1,6 +1,7 @@
 """Reports: which runs are compared, numbers of the tables, the page, and tables in documents."""
 
 import csv
+import dataclasses
 import json
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,32 +11,45 @@ import pytest
 
 from sat_jax.analysis.curves import curve_of
 from sat_jax.analysis.results import record_run
-from sat_jax.analysis.rows import read
-from sat_jax.config import Config, OptimizerConfig, SparsityConfig, TrainConfig
+from sat_jax.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SparsityConfig,
+    TrainConfig,
+)
 from sat_jax.config_values import fingerprint, to_dict
 from sat_jax.errors import UserError
+from sat_jax.report import figures
 from sat_jax.report.axes import slices
 from sat_jax.report.collect import collect
-from sat_jax.report.documents import RESULTS, filled, outdated
-from sat_jax.report.figures import front
 from sat_jax.report.groups import make_groups
 from sat_jax.report.page import write_report
 from sat_jax.report.records import Record, newest
 from sat_jax.report.tables import Table, tables_of
-from tests.conftest import ROOT
 from tests.test_tables import rung
 from tests.tolerances import assert_close
 
 DEVICE = {"platform": "gpu", "kind": "NVIDIA H200", "count": 1, "processes": 1, "host_cpus": 16}
 
 
+PREPARED = {
+    "splits": {"train": {"documents": 90, "useful_share": 0.87, "long_documents": 3},
+               "held_out": {"documents": 10, "useful_share": 0.5, "long_documents": 1}},
+    "left_out": {"without an answer": 2}, "form": {"format": "messages", "too_long": "drop"},
+}  # fmt: skip
+
+
 def config_of(seed: int, **changed: Any) -> Config:
     """`moments`, `schedule` and other settings of sparsity by name."""
-    moments = changed.pop("moments", "freeze")
+    optimizer = {k: changed.pop(k) for k in ("moments", "bias_correction") if k in changed}
+    model = ModelConfig(kernels=changed.pop("kernels", None))
     return Config(
         seed=seed,
+        model=model,
         train=TrainConfig(eval_every=5 if changed.get("schedule") == "auto" else 0),
-        optimizer=OptimizerConfig(moments=moments),
+        optimizer=OptimizerConfig(**optimizer),
         sparsity=SparsityConfig(**changed),
     )
 
@@ -49,7 +63,7 @@ def summary_of(
         "selections": 2, "probes": 2, "compile_seconds": 5.0, "data": "d" * 20,
         "seconds": {"compile": 9.0, "data": 1.0, "step": step, "refresh": 0.5, "evaluate": 7.0,
                     "checkpoint": 0.5, "other": 3.0, "total": 21.0 + step},
-        "peak_memory": {"bytes": 2_000_000_000, "of": "device"},
+        "prepared": PREPARED, "peak_memory": {"bytes": 2_000_000_000, "of": "device"},
         "versions": {"python": "3.11.7"}, "device": DEVICE, "commit": "a" * 40,
     } | changed  # fmt: skip
 
@@ -99,12 +113,13 @@ def test_numbers_of_the_quality_table(tmp_path: Path) -> None:
     rates = table(study(tmp_path), "rates")
     assert rates.header == (
         "rate", "seeds", "held-out perplexity before", "after", "from dense", "FLOPs", "whole run",
+        "bound",
     )  # fmt: skip
     assert rates.texts == [
-        ["dense", "2", "20.000", "15.000 ± 5.000", "-", "100 %", "-"],
-        ["0.2", "1", "20.000", "10.500", "+5.0 %", "80 %", "2.00×†"],
+        ["dense", "2", "20.000", "15.000 ± 5.000", "-", "100 %", "-", "-"],
+        ["0.2", "1", "20.000", "10.500", "+5.0 %", "80 %", "2.00×†", "1.25×"],
         ["0.4", "2", "20.000", "17.500 ± 6.500", "+15.0 % ± 5.0 %", "80 %",
-         "2.25× ± 0.25×"],
+         "2.25× ± 0.25×", "1.25×"],
     ]  # fmt: skip
     assert rates.notes == ["† The runs that this is made of are of several commits."]
     gap, whole = rates.rows[2][4], rates.rows[2][6]
@@ -130,7 +145,7 @@ def test_numbers_of_the_efficiency_table(tmp_path: Path) -> None:
 def test_dense_runs_alone_have_tables_and_a_page(tmp_path: Path) -> None:
     alone = study(tmp_path)[:2]
     assert table(alone, "rates").texts == [
-        ["dense", "2", "20.000", "15.000 ± 5.000", "-", "100 %", "-"]
+        ["dense", "2", "20.000", "15.000 ± 5.000", "-", "100 %", "-", "-"]
     ]
     assert [row[0] for row in table(alone, "efficiency").texts] == ["dense"]
     assert "15.000 ± 5.000" in write_report(alone, tmp_path / "out")[0].read_text()
@@ -147,13 +162,25 @@ def test_a_speed_without_a_twin_is_told_as_estimated(tmp_path: Path) -> None:
         (config_of(1, rate=0.2), summary_of(11.0, 18.0, SPARSE[:1], device=other)),
     )
     rates = table(records, "rates")
-    assert [row[-1] for row in rates.texts] == ["-", "-", "≈ 1.33×"]
-    assert rates.rows[2][4].text == "+10.0 %"
-    assert "own dense rung" in rates.notes[0]
+    assert [row[-2] for row in rates.texts] == ["-", "-", "≈ 1.33×"]
+    # Of two seeds at 0.2 one has a dense run: what is known of that is told, and that it is of it.
+    assert [row[4].text for row in rates.rows] == ["-", "+10.0 %§", "+10.0 %"]
+    assert "fewer pairs" in rates.notes[0] and "own dense rung" in rates.notes[1]
     efficiency = table(records, "efficiency")
     assert efficiency.rows[2][2].text == "150 ± 0‡" and "several devices" in efficiency.notes[0]
     assert efficiency.rows[2][7].text == "-"  # a dense rung of no run on the device of seed 0
     assert efficiency.rows[1][7].text == "1.50×"
+
+
+def test_a_fine_tuning_table_says_how_full_rows_are(tmp_path: Path) -> None:
+    tuned = dataclasses.replace(config_of(0), data=DataConfig(format="messages"))
+    records = runs(tmp_path, (tuned, summary_of(10.0, 38.0, DENSE, loss_tokens=1000)))
+    caption = table(records, "sft").caption
+    assert "25 % of them learnt; 87 % of the slots useful; 100 examples, not as" in caption
+    assert "were: 2 without an answer, 4 longer than a row (dropped); learning rate" in caption
+    older = [Record({k: v for k, v in records[0].row.items() if k != "prepared"})]
+    assert "slots" not in table(older, "sft").caption
+    assert "slots" not in table(study(tmp_path), "rates").caption
 
 
 def compared(records: list[Record]) -> dict[str, list[tuple[Any, ...]]]:
@@ -171,6 +198,7 @@ def test_runs_are_compared_by_what_differs(tmp_path: Path) -> None:
         {"rate": 0.4, "schedule": "auto"}, {"rate": 0.4, "refresh_every": 5},
         {"rate": 0.4, "rate_mlp": 0.0}, {"rate": 0.4, "execution": "mask"},
         {"rate": 0.4, "execution": "mask", "moments": "decay"},
+        {"rate": 0.4, "bias_correction": "global"},
         {"rate": 0.6, "dense_layers": (0,), "block": 2},
     ]  # fmt: skip
     records = runs(
@@ -187,8 +215,11 @@ def test_runs_are_compared_by_what_differs(tmp_path: Path) -> None:
         "schedules": [("ladder",), ("auto",)],
         "refresh": [(5,), (10,)],
         "modules": [(0.0,), (None,)][::-1],
-        "moments": [("freeze", "gather"), ("freeze", "mask"), ("decay", "mask")],
-    }
+        "moments": [
+            ("freeze", "neuron", "gather"), ("freeze", "neuron", "mask"),
+            ("decay", "neuron", "mask"), ("freeze", "global", "gather"),
+        ],
+    }  # fmt: skip
     crossed = [r for r in records if not r.dense][:2]
     assert compared(crossed) == {"rates": [(0.2,), (0.4,)]}
     assert [row[0] for row in table(records, "modules").texts] == ["dense", "0.4", "0"]
@@ -198,11 +229,48 @@ def test_runs_are_compared_by_what_differs(tmp_path: Path) -> None:
     assert efficiency.texts[-1][:2] == ["0.6", "dense layers 0, block 2"]
 
 
+def test_runs_are_compared_by_their_kernels(tmp_path: Path) -> None:
+    """A setting of the model that matters only with sparsity: one dense twin for all."""
+    blocks = {"rate": 0.4, "block": 64}
+    settings: list[dict[str, Any]] = [
+        {}, blocks, {**blocks, "execution": "kernel"},
+        {**blocks, "execution": "kernel", "kernels": "xla"},
+    ]  # fmt: skip
+    records = runs(
+        tmp_path, *((config_of(0, **one), summary_of(9.0, 18.0, SPARSE)) for one in settings)
+    )
+    assert len({record.row["twin"] for record in records}) == 1
+    assert compared(records) == {"moments": [("gather", None), ("kernel", None), ("kernel", "xla")]}
+
+
 def test_a_newer_run_stands_for_an_older_one(tmp_path: Path) -> None:
     old = (config_of(0), summary_of(10.0, 38.0, DENSE))
     records = runs(tmp_path, old, (config_of(0), summary_of(9.0, 38.0, DENSE)))
     assert len(records) == 2 and newest(records) == records[1:]
     assert len(newest(runs(tmp_path, (config_of(1), old[1])))) == 2
+
+
+def test_what_is_called_the_same_elsewhere_is_another(tmp_path: Path) -> None:
+    """Two models and two budgets; rows name no folder, and sources by name alone."""
+    start = config_of(0)
+    models = [
+        dataclasses.replace(
+            start,
+            model=ModelConfig(path=f"{folder}/huggingface"),
+            data=DataConfig(sources=(f"{folder}/text.txt",)),
+        )
+        for folder in ("/a/runs/x", "/b/runs/x")
+    ]
+    budgets = [config_of(0, rate=0.4, budget=f"/{part}/budget.json") for part in "ab"]
+    summary = summary_of(9.0, 38.0, DENSE)
+    records = runs(tmp_path, *((config, summary) for config in (*models, *budgets, *models)))
+    assert len(newest(records)) == len(records) == 4
+    assert len({record.base for record in records[:2]}) == 2
+    assert records[2].base == records[3].base
+    names = [records[0].settings["model.path"], records[3].sparse["budget"]]
+    assert [name.partition("#")[0] for name in names] == ["huggingface", "budget.json"]
+    assert records[0].settings["data.sources"] == ["text.txt"]
+    assert "/" not in "".join(names)
 
 
 def test_a_work_directory_and_its_row_say_the_same(tmp_path: Path) -> None:
@@ -241,8 +309,21 @@ def test_a_curve_ends_at_what_the_run_cost() -> None:
     assert curve["loss"][0] == 8.0 and len(curve["loss"]) == 16
 
 
-def test_the_front_is_what_nothing_beats_in_both() -> None:
-    assert front([(1.0, 0.0), (1.2, 3.0), (1.3, 2.0), (1.5, 5.0), (1.4, 5.0)]) == [0, 2, 3]
+def test_a_rate_is_told_as_it_is_asked(tmp_path: Path) -> None:
+    settings: list[dict[str, Any]] = [
+        {"rate_mlp": 0.4}, {"rate": 0.2, "rate_mlp": 0.2},
+        {"layer_rates_attention": (0.1, 0.3), "rate_mlp": 0.3}, {"rate": 0.3},
+    ]  # fmt: skip
+    records = runs(
+        tmp_path, *((config_of(0, **one), summary_of(9.0, 18.0, SPARSE)) for one in settings)
+    )
+    rates = [row[0] for row in table(records, "efficiency").rows]
+    assert [rate.text for rate in rates] == [
+        "0 of heads, 0.4 of channels", "0.2", "0.1 to 0.3 of heads, 0.3 of channels", "0.3",
+    ]  # fmt: skip
+    assert [rate.value for rate in rates] == [None, 0.2, None, 0.3]
+    (alone,) = make_groups(records[:1])
+    assert figures.label(alone, alone.sparse[0]) == "rate 0 of heads, 0.4 of channels"
 
 
 class Page(HTMLParser):
@@ -304,27 +385,3 @@ def test_the_page_needs_nothing_else_and_has_every_number(tmp_path: Path) -> Non
     names = ("whole run", "whole run error", "first rung bound", "whole run bound")
     numbers = [float(line[name]) for name in names]
     assert_close(numbers, [2.25, 0.25, 4 / 3, 1.25], "float64", "forward")
-
-
-def test_a_table_in_a_document_is_made_of_rows(tmp_path: Path) -> None:
-    study(tmp_path)
-    mark = "<!-- table: rows.rates commit=a -->\n"
-    text = f"Before\n{mark}old\n<!-- /table -->\nafter"
-    made = filled(text, tmp_path, "x.md")
-    assert made.startswith(f"Before\n{mark}\n| rate") and made.endswith("<!-- /table -->\nafter")
-    assert "| 0.4   |     2 |" in made and "| 0.2 " not in made
-    assert filled(made, tmp_path, "x.md") == made
-    for wrong, why in (
-        (text.replace("rates", "moments"), "no rows for moments; there are rows for: rates, eff"),
-        (text.replace("rows.", "none."), "no such results file"),
-        (text.replace("<!-- /table -->", ""), "is not closed"),
-    ):
-        with pytest.raises(UserError, match=f"x.md: .*{why}"):
-            filled(wrong, tmp_path, "x.md")
-
-
-def test_the_documents_are_what_the_rows_make_of_them() -> None:
-    assert list(outdated(ROOT)) == [], "run: make tables"
-    assert "<!-- table: " in (ROOT / "README.md").read_text()
-    for file in (ROOT / RESULTS).glob("*.jsonl"):
-        assert all("date" in row for row in read(file))

@@ -4,7 +4,7 @@ import io
 import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import submitit
@@ -21,8 +21,11 @@ from sat_jax.sweep.launch import Job, Local, Slurm, slurm_options
 from sat_jax.sweep.report import report
 from sat_jax.sweep.runs import Run, make_runs, prepare_all
 from sat_jax.sweep.watch import State
+from sat_jax.train.account import Account
 from sat_jax.train.files import write_json
+from sat_jax.train.finish import rung_summaries
 from tests.conftest import ROOT, RunPython
+from tests.tolerances import assert_close
 
 TINY = str(ROOT / "experiments/tiny.py")
 
@@ -139,11 +142,17 @@ def test_dense_runs_that_differ_in_sparsity_are_one() -> None:
     assert {run.twin for run in runs if run.settings["seed"] == 0} == {runs[0].twin}
 
 
-def test_the_twin_of_a_run_with_decay_is_a_dense_run() -> None:
-    """`decay` needs mask execution, which a run without sparsity does not have."""
+def test_what_matters_only_with_sparsity_is_left_out_of_the_twin() -> None:
+    """`decay` needs mask execution and `kernels` kernel execution: a dense run has neither."""
     fixed = {"sparsity.execution": "mask"}
     decay, freeze = runs_of("optimizer.moments=decay,freeze", fixed=fixed)
-    assert decay.twin == freeze.twin == runs_of("sparsity.rate=0")[0].twin
+    (dense,) = runs_of("sparsity.rate=0")
+    assert decay.twin == freeze.twin == dense.twin
+    names = "optimizer.bias_correction=global,neuron", "model.kernels=xla;None"
+    of_kernels = {"sparsity.execution": "kernel", "sparsity.block": 64}
+    assert {run.twin for run in runs_of(*names, fixed=of_kernels)} == {dense.twin}
+    (alone,) = runs_of("sparsity.rate=0", *names, fixed=of_kernels)
+    assert alone.name == dense.name and alone.settings == {"sparsity.rate": 0.0}
 
 
 def test_all_that_cannot_be_is_told_at_once() -> None:
@@ -179,6 +188,20 @@ def test_costs_are_counted_from_shapes() -> None:
     assert row["spent_flops"] <= cost_of(quick).spent < 1.03 * row["spent_flops"]
 
 
+def test_bounds_of_rungs_are_of_the_flops_that_a_run_is_billed() -> None:
+    """Of mask execution none; of kernels with what they compute again."""
+    fixed = {"sparsity.block": 64, "sparsity.metric": "uniform"}
+    bounds = {}
+    for run in runs_of("sparsity.execution=gather,mask,kernel", fixed=fixed):
+        rungs = rung_summaries(cast(Any, run), Account(run.controller), [])
+        shares = [rung["steps"] / rung["bound"] for rung in rungs]
+        cost = cost_of(run)
+        share = sum(shares) / run.config.train.steps
+        assert_close(share, cost.spent / cost.dense, "float64", "forward")
+        bounds[run.config.sparsity.execution] = rungs[0]["bound"]
+    assert bounds["gather"] > bounds["kernel"] > bounds["mask"] == 1
+
+
 def test_a_dry_run_tells_runs_costs_and_where_the_time_is_from(tmp_path: Path) -> None:
     runs = runs_of("sparsity.rate=0,0.5")
     shown = dry_run(runs, [runs[0].name], Speed(1e9, "a test"))
@@ -203,7 +226,9 @@ def summary(after: float, rate: float) -> dict[str, Any]:
          "tokens_per_second": speed}
         for r, speed in parts
     ]  # fmt: skip
-    return {"perplexity_after": after, "rungs": rungs}
+    seconds = {"data": 0.0, "step": 2 * after, "refresh": 0.0, "checkpoint": 0.0}
+    device = {"platform": "gpu", "kind": "NVIDIA H200", "count": 1}
+    return {"perplexity_after": after, "rungs": rungs, "seconds": seconds, "device": device}
 
 
 def test_the_last_table_has_means_over_seeds() -> None:
@@ -215,9 +240,15 @@ def test_the_last_table_has_means_over_seeds() -> None:
     ]
     lines = report(ended).splitlines()
     assert lines[2].split() == ["rate=0.0", "2", "15.000", "±", "5.000", "-", "-", "-"]
-    assert lines[3].split("  ")[-3:] == ["+15.0 % ± 5.0 %", "1.50x ± 0.00x", "1.20x ± 0.00x"]
-    assert report(ended[2:3]).splitlines()[2].split() == [
-        "rate=0.5", "1", "11.000", "-", "1.50x", "1.20x",
+    # The whole run by the dense runs' time: 20 / 22 and 40 / 48 of it.
+    assert lines[3].split("  ")[-3:] == ["+15.0 % ± 5.0 %", "1.50x ± 0.00x", "0.87x ± 0.04x"]
+    assert len(lines) == 4
+    lines = report(ended[2:3]).splitlines()
+    assert lines[2].split() == ["rate=0.5", "1", "11.000", "-", "1.50x", "≈", "1.20x"]
+    assert lines[3].startswith("≈ Estimated from the run's own dense rung")
+    one_pair = report(ended[1:]).splitlines()[3].split("  ")
+    assert [cell.strip() for cell in one_pair[-3:]] == [
+        "+20.0 %§", "1.50x ± 0.00x", "≈ 1.20x ± 0.00x",
     ]  # fmt: skip
     assert mean_and_error([1.0, None], "{}") == mean_and_error([], "{}") == "-"
 

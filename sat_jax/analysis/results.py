@@ -9,7 +9,7 @@ from typing import Any
 from sat_jax.analysis.curves import curve_of
 from sat_jax.analysis.rows import ORIGIN, append, latest, read
 from sat_jax.config import Config, SparsityConfig
-from sat_jax.config_values import changed, name_of, without_free
+from sat_jax.config_values import changed, find, name_of, without_free
 
 _KEPT = (
     "steps",
@@ -29,10 +29,18 @@ _KEPT = (
 )
 
 
+OF_SPARSITY = ("optimizer.moments", "optimizer.bias_correction", "model.kernels")
+"""Settings that matter only with sparsity and are none of `Config.sparsity`."""
+
+
 def dense_version(config: Config) -> Config:
     """The same run without sparsity, and without what matters only with it."""
-    optimizer = dataclasses.replace(config.optimizer, moments="freeze")
-    return dataclasses.replace(config, sparsity=SparsityConfig(), optimizer=optimizer)
+    parts: dict[str, Any] = {"sparsity": SparsityConfig()}
+    for path in OF_SPARSITY:
+        group, _, name = path.partition(".")
+        part = parts.get(group, getattr(config, group))
+        parts[group] = dataclasses.replace(part, **{name: find(path).default})
+    return dataclasses.replace(config, **parts)
 
 
 def dense_twin(config: Config) -> str:
@@ -53,15 +61,30 @@ def row_of(
     its `metrics.jsonl`, of which the row keeps a thinned curve."""
     row = {name: summary[name] for name in _KEPT}
     names = {"experiment": experiment, "twin": dense_twin(config), "rate": max(config.rates)}
+    own = changed(config)
     settings = changed(without_free(dense_version(config)))
-    if config.optimizer.moments != dense_version(config).optimizer.moments:
-        settings["optimizer.moments"] = config.optimizer.moments
-    settings = {key: _without_place(value) for key, value in settings.items()}
+    settings |= {path: own[path] for path in OF_SPARSITY if path in own}
+    settings = {key: _without_place(value, key) for key, value in settings.items()}
     row |= names | {"settings": settings, "sparsity": dataclasses.asdict(config.sparsity)}
-    row["sparsity"]["budget"] = _without_place(config.sparsity.budget)
+    row["sparsity"]["budget"] = _without_place(config.sparsity.budget, "sparsity.budget")
+    row["prepared"] = _of_data(summary["prepared"])
     row["curve"] = curve_of(records, summary)
     plain: dict[str, Any] = json.loads(json.dumps(row))  # tuples become lists
     return plain
+
+
+def _of_data(prepared: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `PreparedInfo` what says how much of it was trained on: the share of the training rows'
+    slots that is no padding, and of documents or examples in both splits how many there are, those
+    left out by why, and those longer than a row, of which text goes on in the next one."""
+    splits, form = prepared["splits"], prepared["form"]
+    return {
+        "useful_share": splits["train"]["useful_share"],
+        "documents": sum(split["documents"] for split in splits.values()),
+        "left_out": prepared["left_out"],
+        "long_documents": sum(split["long_documents"] for split in splits.values()),
+        "too_long": "cut" if form["format"] == "text" else form["too_long"],
+    }
 
 
 def record_run(
@@ -78,11 +101,15 @@ def record_run(
         append(file, [row], {name: summary[name] for name in ORIGIN})
 
 
-def _without_place(value: Any) -> Any:
-    """Of absolute paths only the last part: rows speak of no machine."""
+def _without_place(value: Any, key: str) -> Any:
+    """Of absolute paths the last part, since rows speak of no machine, and six digits of the whole,
+    which tell apart what is called the same elsewhere. Sources need none: data has its own name."""
     if isinstance(value, list):
-        return [_without_place(part) for part in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        return [_without_place(part, key) for part in value]
+    if not (isinstance(value, str) and Path(value).is_absolute()):
+        return value
+    name = Path(value).name
+    return name if key == "data.sources" else f"{name}#{name_of({'path': value})[:6]}"
 
 
 def dense_reference(file: Path, config: Config, data: str) -> float | None:

@@ -20,14 +20,15 @@ class Axis:
 
 
 RATES = Axis("rates", "Quality against rate", ("rate",))
+SCHEDULES = Axis(
+    "schedules",
+    "Schedule of the omission rate",
+    ("schedule", "rungs", "split", "dense_start", "patience", "min_gain"),
+)
 _NAMED = (
     RATES,
     Axis("metrics", "Metric and selection", ("metric", "aggregate", "selection", "temperature")),
-    Axis(
-        "schedules",
-        "Schedule of the omission rate",
-        ("schedule", "rungs", "split", "dense_start", "patience", "min_gain"),
-    ),
+    SCHEDULES,
     Axis(
         "refresh",
         "Refreshes and their probes",
@@ -38,10 +39,17 @@ _NAMED = (
         "Heads, channels, or both",
         ("rate_attention", "rate_mlp", "attention_unit"),
     ),
-    Axis("moments", "Moments of omitted neurons", ("moments", "execution")),
+    Axis(
+        "moments",
+        "Moments of omitted neurons",
+        ("moments", "bias_correction", "execution", "kernels"),
+    ),
 )
 _LEFT = tuple(key for key in SPARSE if not any(key in axis.keys for axis in _NAMED))
 AXES = (*_NAMED, Axis("others", "Other settings of sparsity", _LEFT))
+
+
+_FEW = 3  # settings that a name has room for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +91,7 @@ def told(group: Group) -> dict[int, dict[str, Any]]:
     settings in which it is not as most of them are."""
     if not group.sparse:
         return {}
-    keys = varied(group.sparse, RATES.keys) or RATES.keys
+    keys = _telling(group)
     usual = {key: _usual(key, group.sparse) for key in keys}
     return {
         id(one): {
@@ -93,6 +101,37 @@ def told(group: Group) -> dict[int, dict[str, Any]]:
         }
         for one in group.sparse
     }
+
+
+def plain(group: Group, variant: Variant) -> bool:
+    """Whether what varies in the group is at its default in a sparse variant, but for the rate."""
+    keys = _telling(group)
+    return all(variant.settings[key] == SPARSE[key] for key in keys if key not in RATES.keys)
+
+
+def foremost(group: Group) -> list[Variant]:
+    """The sparse variants, those first that are worth showing where there is no room for all: with
+    what varies at its default, then those that differ from most in the fewest settings."""
+    settings = told(group)
+
+    def place(one: Variant) -> tuple[bool, int]:
+        return not plain(group, one), len(settings[id(one)].keys() - set(RATES.keys))
+
+    return sorted(group.sparse, key=place)
+
+
+def keys_told(group: Group, variant: Variant) -> tuple[str, ...]:
+    """The settings that name a sparse variant in its group: all that vary where they are few; else
+    those that `told` has, and all for the one that is as most are."""
+    varying = _telling(group)
+    if len(varying) <= _FEW:
+        return varying
+    return tuple(told(group)[id(variant)]) or varying
+
+
+def _telling(group: Group) -> tuple[str, ...]:
+    """The settings in which variants differ; where there is one alone its rate."""
+    return varied(group.sparse, RATES.keys) or RATES.keys
 
 
 def _usual(key: str, variants: Sequence[Variant]) -> Any:

@@ -6,12 +6,13 @@
 
 FILE is a file of rows, `experiments/results/FILE.jsonl`; KIND is a table of `sat_jax.report.tables`
 (rates, metrics, ..., efficiency) or of `sat_jax.report.sizes` (steps, memory, speed). Only rows
-count whose FIELD (twin, data, commit, ...) starts with START.
+count whose FIELD (twin, data, commit, ...) starts with START, or, being a number, equals it.
 """
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sat_jax.analysis.rows import read
 from sat_jax.analysis.tables import markdown
@@ -24,6 +25,8 @@ from sat_jax.report.tables import tables_of
 RESULTS = Path("experiments") / "results"
 _OPEN = re.compile(r"<!-- table: (\S+)((?: \w+=\S+)*) -->\n")
 _CLOSE = "<!-- /table -->"
+_LIKE = re.compile(r"^[ \t]*<!--\s*/?\s*table\b.*\n?", re.IGNORECASE | re.MULTILINE)
+_FORM = f"accepted: <!-- table: FILE.KIND [FIELD=START ...] --> on a line of its own, then {_CLOSE}"
 
 
 def documents(root: Path) -> list[Path]:
@@ -42,8 +45,12 @@ def outdated(root: Path) -> dict[Path, str]:
 
 
 def filled(text: str, results: Path, origin: str) -> str:
-    """`text` with every marked table made anew from the rows in `results`."""
-    parts, place = [], 0
+    """`text` with every marked table made anew from the rows in `results`. Raises `UserError` for
+    what looks like a mark and is none."""
+    for like in _LIKE.finditer(text):
+        if not (_OPEN.fullmatch(like.group()) or like.group().rstrip() == _CLOSE):
+            raise UserError(f"{origin}: {like.group().strip()} is no mark of a table; {_FORM}")
+    parts, place, closed = [], 0, 0
     while mark := _OPEN.search(text, place):
         end = text.find(_CLOSE, mark.end())
         following = _OPEN.search(text, mark.end())
@@ -55,8 +62,22 @@ def filled(text: str, results: Path, origin: str) -> str:
         except UserError as error:
             raise UserError(f"{origin}: {mark.group().strip()}: {error}") from error
         parts += [text[place : mark.end()], f"\n{table}\n\n"]
-        place = end
+        place, closed = end, closed + 1
+    if text.count(f"\n{_CLOSE}") + text.startswith(_CLOSE) > closed:
+        raise UserError(f"{origin}: {_CLOSE} without a table that begins; {_FORM}")
     return "".join([*parts, text[place:]])
+
+
+def _matches(row: Mapping[str, Any], field: str, start: str) -> bool:
+    """Numbers as a whole, and texts by how they start. Raises `UserError` for no number where rows
+    have one."""
+    value = row.get(field, "")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value).startswith(start)
+    try:
+        return value == float(start)
+    except ValueError:
+        raise UserError(f"{field}={start} is no number, as the rows have there") from None
 
 
 def _table(results: Path, name: str, fields: Mapping[str, str]) -> str:
@@ -64,7 +85,7 @@ def _table(results: Path, name: str, fields: Mapping[str, str]) -> str:
     rows = [
         row
         for row in read(results / f"{stem}.jsonl")
-        if all(str(row.get(field, "")).startswith(start) for field, start in fields.items())
+        if all(_matches(row, field, start) for field, start in fields.items())
     ]
     if kind in TABLES:
         return TABLES[kind](rows)

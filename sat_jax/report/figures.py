@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,16 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from sat_jax.analysis.means import Estimate, estimate
 from sat_jax.analysis.plots import GREY, INK, new_figure, tidy
-from sat_jax.report.axes import slices, told, varied
-from sat_jax.report.groups import Group, Variant, whole_run
-from sat_jax.report.tables import ESTIMATED, caption_of, named, shown
+from sat_jax.analysis.twins import ESTIMATED
+from sat_jax.report.axes import SCHEDULES, foremost, keys_told, plain, varied
+from sat_jax.report.groups import Group, Variant
+from sat_jax.report.tables import caption_of, named, shown, value_of
 
 # Okabe and Ito's, which colour-blind readers can tell apart; the dense run is black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A7A00")
 _MARKERS = "osD^vP*X<>"
 _FONT = 10
+_LINE = 0.19  # inches of height that a line of names takes
 _MANY = 9  # lines or names beyond which a picture is a tangle
 
 _SIZE = {"width": 5.2, "height": 3.9}  # inches; read at the width of a telephone too
@@ -82,20 +85,21 @@ def label(group: Group, variant: Variant) -> str:
     """What tells a variant from the others of its group."""
     if variant.dense:
         return "dense"
-    return named(told(group)[id(variant)])
+    keys = keys_told(group, variant)
+    return named({key: value_of(variant.settings, key) for key in keys})
 
 
 def _drawn(group: Group) -> list[Variant]:
-    """All variants; of many the dense one and those of the first table."""
-    if len(group.variants) <= _MANY:
-        return list(group.variants)
-    return [*([group.dense] if group.dense else []), *slices(group)[0].variants][:_MANY]
+    """All variants in their order; of many the dense one and the foremost."""
+    dense = [group.dense] if group.dense else []
+    chosen = {id(one) for one in [*dense, *foremost(group)][:_MANY]}
+    return [one for one in group.variants if id(one) in chosen]
 
 
 def _styles(group: Group) -> dict[int, dict[str, Any]]:
-    """Colour and marker of each variant, by its identity."""
+    """Colour and marker of each variant, by its identity; the foremost have the colours first."""
     styles: dict[int, dict[str, Any]] = {}
-    for number, one in enumerate(group.sparse):
+    for number, one in enumerate(foremost(group)):
         marker = _MARKERS[number // len(COLOURS) % len(_MARKERS)]
         styles[id(one)] = {"color": COLOURS[number % len(COLOURS)], "marker": marker}
     if group.dense:
@@ -141,7 +145,7 @@ def _points(group: Group) -> list[_Point]:
     own place by definition."""
     points = []
     for one in group.sparse:
-        speeds = whole_run(one)
+        speeds = one.speedups()
         speed, gap = estimate(speeds.values), estimate(one.gaps())
         if speed is not None and gap is not None:
             points.append((one, speed, gap, speeds.estimated))
@@ -176,7 +180,7 @@ def _pareto(group: Group, points: Sequence[_Point]) -> Figure:
     for number, (one, speed, gap, estimated) in enumerate(points):
         style = styles[id(one)]
         name = f"{ESTIMATED} {label(group, one)}" if estimated else label(group, one)
-        if len(points) > _MANY and number not in joined:
+        if len(points) > _MANY and not (number in joined or one.dense or plain(group, one)):
             style = {"color": GREY, "marker": "o"}
             name, others = "_" if others else "others", True
         axes.errorbar(
@@ -194,17 +198,18 @@ def _rates(group: Group) -> Figure:
     figure = new_figure(**_SIZE)
     axes = figure.add_subplot()
     tidy(axes, title="", x="steps", y="omission rate")
-    together: dict[tuple[tuple[int, float], ...], list[Variant]] = {}
-    for one in group.sparse:
-        rungs = one.runs[0].row["rungs"]
-        shape = tuple((rung["steps"], rung["omission_rate"]) for rung in rungs)
-        together.setdefault(shape, []).append(one)
+    together = _shapes(group)
+    differ = varied(group.sparse)
+    keys = [key for key in SCHEDULES.keys if key != "schedule" and key in differ]
+    names = [_shared(variants, keys) for variants in together.values()]
     for number, (shape, variants) in enumerate([*together.items()][:_MANY]):
         ends = np.cumsum([0, *(steps for steps, _ in shape)])
         rates = [rate for _, rate in shape]
+        name = names[number]
         axes.plot(
             ends, [*rates, rates[-1]], drawstyle="steps-post", linewidth=2, alpha=0.8,
-            color=COLOURS[number % len(COLOURS)], label=_shared(variants),
+            color=COLOURS[number % len(COLOURS)],
+            label=name if names.count(name) == 1 else f"{name}: {label(group, variants[0])}",
         )  # fmt: skip
     axes.set_ylim(0, None)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
@@ -212,19 +217,36 @@ def _rates(group: Group) -> Figure:
     return figure
 
 
-def _shared(variants: Sequence[Variant]) -> str:
-    """What makes the rate of these what it is."""
+_Shape = tuple[tuple[int, float], ...]  # steps and rate of each rung
+
+
+def _shapes(group: Group) -> dict[_Shape, list[Variant]]:
+    """The variants by the rate over their steps, the foremost first."""
+    together: dict[_Shape, list[Variant]] = {}
+    for one in foremost(group):
+        rungs = one.runs[0].row["rungs"]
+        shape = tuple((rung["steps"], rung["omission_rate"]) for rung in rungs)
+        together.setdefault(shape, []).append(one)
+    return together
+
+
+def _shared(variants: Sequence[Variant], keys: Sequence[str]) -> str:
+    """What makes the rate of these what it is: the schedule, and those of its settings that vary
+    in the picture, `keys`."""
     settings = variants[0].settings
-    start = f", {shown(settings['dense_start'])} dense first" if settings["dense_start"] else ""
-    return f"{settings['schedule']} from {shown(settings['rate'])}{start}"
+    start = f"{settings['schedule']} from {shown(value_of(settings, 'rate'))}"
+    return ", ".join([start, *([named({key: settings[key] for key in keys})] if keys else [])])
 
 
 def _legend(figure: Figure, title: str | None = None) -> None:
     """Below the picture, so that it hides nothing, in as many columns as names have room."""
     handles, names = figure.axes[0].get_legend_handles_labels()
+    names = [textwrap.fill(name, 64) for name in names]
+    columns = 1 if max(map(len, names)) > 26 else 2
+    lines = sum(name.count("\n") + 1 for name in names) / columns
+    figure.set_figheight(_SIZE["height"] + max(0.0, lines - _MANY / 2) * _LINE)
     figure.legend(
-        handles, names, title=title, loc="outside lower center",
-        ncols=1 if max(map(len, names)) > 26 else 2, fontsize=_FONT - 1,
+        handles, names, title=title, loc="outside lower center", ncols=columns, fontsize=_FONT - 1,
         title_fontsize=_FONT - 1, frameon=False,
     )  # fmt: skip
 

@@ -2,15 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
 from sat_jax.analysis.tables import (
     dense_speed,
     first_rung,
     first_rung_speedup,
     is_measured,
-    whole_run_speedup,
 )
+from sat_jax.analysis.twins import RunData, Speedups, gaps, whole_runs
 from sat_jax.config_values import name_of
 from sat_jax.report.records import Record, Settings
 
@@ -32,18 +31,19 @@ class Variant:
         """`measure` of each run."""
         return [measure(run) for run in self.runs]
 
-    def against_twins(
-        self, measure: Callable[[Record, Record], float | None]
-    ) -> list[float | None]:
-        """`measure` of each run and its dense twin; None where that is missing."""
-        return [
-            None if twin is None else measure(run, twin)
-            for run, twin in zip(self.runs, self.twins, strict=True)
-        ]
+    @property
+    def _rows(self) -> tuple[list[RunData], list[RunData | None]]:
+        """Of the runs and of their twins."""
+        return [run.row for run in self.runs], [twin.row if twin else None for twin in self.twins]
 
     def gaps(self) -> list[float | None]:
-        """Perplexity against the dense run of the same seed, per cent: paired differences."""
-        return [None] * len(self.runs) if self.dense else self.against_twins(_gap)
+        """Perplexity against the dense run of the same seed, per cent: paired differences, of the
+        pairs that there are."""
+        return [] if self.dense else gaps(*self._rows)
+
+    def speedups(self) -> Speedups:
+        """Of the whole runs, as `whole_runs` has them."""
+        return whole_runs(*self._rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,25 +87,6 @@ def _group(members: Sequence[Record]) -> Group:
     )
 
 
-class Speedups(NamedTuple):
-    """Of each run of a variant; `estimated` where they do not come from the dense twins' time."""
-
-    values: list[float | None]
-    estimated: bool
-
-
-def whole_run(variant: Variant) -> Speedups:
-    """Dense time ÷ time of the run, all of training in, compiling and evaluating apart.
-
-    The dense time is the twin's on the same device; where one is missing it is estimated for all
-    from each run's own dense rung, without refreshes.
-    """
-    measured = variant.against_twins(_time_ratio)
-    if None not in measured:
-        return Speedups(measured, False)
-    return Speedups(variant.over(lambda run: whole_run_speedup(run.row["rungs"])), True)
-
-
 def first_rungs(variant: Variant) -> list[float | None]:
     """Speed of the first rung that omits anything, over the run's own dense rung; where a run has
     none, over its twin's on the same device."""
@@ -132,12 +113,3 @@ def first_speed(run: Record) -> float | None:
     """Tokens a second, median, of the first rung that omits anything; of a dense run its own."""
     rung = first_rung(run.row["rungs"]) or run.row["rungs"][0]
     return rung["tokens_per_second"] if is_measured(rung) else None
-
-
-def _gap(run: Record, twin: Record) -> float | None:
-    after, dense = run.row["perplexity_after"], twin.row["perplexity_after"]
-    return None if after is None or dense is None else 100 * (after / dense - 1)
-
-
-def _time_ratio(run: Record, twin: Record) -> float | None:
-    return twin.seconds / run.seconds if run.device == twin.device else None

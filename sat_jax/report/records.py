@@ -6,14 +6,19 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from sat_jax.analysis.curves import training_seconds
+from sat_jax.analysis.results import OF_SPARSITY
 from sat_jax.analysis.rows import ORIGIN
-from sat_jax.config import OptimizerConfig, SparsityConfig
-from sat_jax.config_values import name_of
+from sat_jax.analysis.twins import device_name
+from sat_jax.config import SparsityConfig
+from sat_jax.config_values import find, name_of
 from sat_jax.errors import UserError
 
 Settings: TypeAlias = Mapping[str, Any]
 
-SPARSE = {"moments": OptimizerConfig().moments, **dataclasses.asdict(SparsityConfig())}
+_BESIDE = {path.rpartition(".")[2]: path for path in OF_SPARSITY}  # by the short name
+SPARSE = {name: find(path).default for name, path in _BESIDE.items()} | dataclasses.asdict(
+    SparsityConfig()
+)
 """What runs of one comparison differ in besides their seed, at its defaults."""
 
 _NEEDED = (
@@ -21,7 +26,7 @@ _NEEDED = (
     *("perplexity_after", "spent_flops", "dense_flops", "rungs", "seconds", "peak_memory", "data"),
     *("date", *ORIGIN),
 )
-_APART = ("seed", "optimizer.moments", "data.sources")  # no part of what runs have in common
+_APART = ("seed", "data.sources", *OF_SPARSITY)  # no part of what runs have in common
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +55,11 @@ class Record:
 
     @property
     def sparse(self) -> dict[str, Any]:
-        """Every setting of sparsity, and the optimizer's `moments`; of a dense run none."""
+        """Every setting of sparsity, those that are elsewhere too; of a dense run none."""
         if self.dense:
             return {}
-        moments = self.settings.get("optimizer.moments", SPARSE["moments"])
-        values = {**SPARSE, **self.row["sparsity"], "moments": moments}
+        beside = {name: self.settings.get(path, SPARSE[name]) for name, path in _BESIDE.items()}
+        values = {**SPARSE, **self.row["sparsity"], **beside}
         return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
 
     @property
@@ -78,11 +83,8 @@ class Record:
 
     @property
     def device(self) -> str:
-        """In words: `2 × NVIDIA H200`, `AMD EPYC, 2 cores`."""
-        device = self.row["device"]
-        many = f"{device['count']} × " if device["count"] > 1 else ""
-        cores = f", {device['host_cpus']} cores" if device["platform"] == "cpu" else ""
-        return f"{many}{device['kind']}{cores}"
+        """In words, as `device_name` has it."""
+        return device_name(self.row["device"])
 
     @property
     def commit(self) -> str:

@@ -12,7 +12,7 @@ _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "±": r"$\pm$", "×": r"$\times$", "≈": r"$\approx$", "÷": r"$\div$",
-    "†": r"$^\dagger$", "‡": r"$^\ddagger$",
+    "†": r"$^\dagger$", "‡": r"$^\ddagger$", "§": r"\S{}",
 }  # fmt: skip
 
 

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from sat_jax.analysis.means import estimate, mean_and_error
 from sat_jax.analysis.tables import Align, percent, quantity, sides
+from sat_jax.analysis.twins import ESTIMATED, PAIRS
+from sat_jax.analysis.twins import NOTES as TWIN_NOTES
 from sat_jax.config import ModelConfig, OptimizerConfig
 from sat_jax.report.axes import AXES, RATES, Slice, slices, told, varied
 from sat_jax.report.groups import (
@@ -15,16 +17,14 @@ from sat_jax.report.groups import (
     first_rungs,
     first_speed,
     whole_bound,
-    whole_run,
 )
 from sat_jax.report.records import SPARSE, Record, Settings
 
-COMMITS, DEVICES, ESTIMATED = "†", "‡", "≈"
+COMMITS, DEVICES = "†", "‡"
 NOTES = {
     COMMITS: f"{COMMITS} The runs that this is made of are of several commits.",
     DEVICES: f"{DEVICES} The runs that this is made of are of several devices.",
-    ESTIMATED: f"{ESTIMATED} Estimated from the run's own dense rung: its dense twin was not timed"
-    " on this device.",
+    **TWIN_NOTES,
 }
 
 
@@ -75,7 +75,8 @@ def _of_group(group: Group) -> list[Table]:
 
 
 def _quality(group: Group, one: Slice) -> Table:
-    """Perplexity before and after, distance from dense, FLOPs and whole-run speed-up."""
+    """Perplexity before and after, distance from dense, FLOPs and whole-run speed-up with its
+    bound."""
     tuned = group.runs[0].fine_tuned
     what = "perplexity of answers" if tuned else "held-out perplexity"
     keys = one.varied or ("rate",)
@@ -86,19 +87,29 @@ def _quality(group: Group, one: Slice) -> Table:
             _count(variant),
             _before(variant),
             _mean(variant.over(lambda run: run.row["perplexity_after"]), "{:.3f}"),
-            _mean(variant.gaps(), "{:+.1f} %"),
+            _gap(variant),
             _plain(variant.over(_spent_share), "{:.0f} %"),
             _whole(variant),
+            _whole_bound(variant),
         )
         for variant in variants
     ]
     names = [key.replace("_", " ") for key in keys]
-    header = (*names, "seeds", f"{what} before", "after", "from dense", "FLOPs", "whole run")
+    header = (
+        *names,
+        "seeds",
+        f"{what} before",
+        "after",
+        "from dense",
+        "FLOPs",
+        "whole run",
+        "bound",
+    )
     name, title = one.axis.name, one.axis.title
     if tuned and one.axis is RATES:
         name, title = "sft", "Supervised fine-tuning"
     caption = caption_of(group, one.variants, keys)
-    return Table(name, title, caption, header, sides(len(names), 6), tuple(rows))
+    return Table(name, title, caption, header, sides(len(names), 7), tuple(rows))
 
 
 def _efficiency(group: Group) -> Table:
@@ -109,7 +120,11 @@ def _efficiency(group: Group) -> Table:
     rows = []
     for variant in group.variants:
         dense = variant.dense
-        rest = {k: v for k, v in settings.get(id(variant), {}).items() if k not in RATES.keys}
+        rest = {
+            key: value_of(variant.settings, key)
+            for key in settings.get(id(variant), {})
+            if key not in RATES.keys
+        }
         rows.append(
             (
                 *_settings(variant, RATES.keys),
@@ -123,7 +138,7 @@ def _efficiency(group: Group) -> Table:
                 Cell("-") if dense else _first(variant),
                 Cell("-") if dense else _plain(variant.over(first_bound), "{:.2f}×"),
                 _whole(variant),
-                Cell("-") if dense else _plain(variant.over(whole_bound), "{:.2f}×"),
+                _whole_bound(variant),
             )
         )
     names = [*RATES.keys, *(["settings"] if others else [])]
@@ -146,6 +161,7 @@ def caption_of(group: Group, variants: Sequence[Variant], varied: Sequence[str])
     parts.append(f"{run.row['steps']:,} steps, {tokens:,.0f} tokens")
     if run.fine_tuned and "loss_tokens" in run.row:
         parts.append(f"{percent(run.row['loss_tokens'] / run.row['tokens'])} of them learnt")
+    parts += _examples(run) if run.fine_tuned and "prepared" in run.row else []
     if known:
         rate, schedule = (
             settings.get(f"optimizer.{key}", getattr(OptimizerConfig, key))
@@ -158,6 +174,42 @@ def caption_of(group: Group, variants: Sequence[Variant], varied: Sequence[str])
     parts.append(f"data {run.row['data'][:8]}")
     parts.append(" and ".join(dict.fromkeys(one.device for one in group.runs)))
     return "; ".join(parts)
+
+
+def _examples(run: Record) -> list[str]:
+    """How full the training rows are, and what of the examples is not in them."""
+    prepared = run.row["prepared"]
+    done = "dropped" if prepared["too_long"] == "drop" else "cut short"
+    counts = {**prepared["left_out"], f"longer than a row ({done})": prepared["long_documents"]}
+    changed = ", ".join(f"{count:,} {why}" for why, count in counts.items() if count)
+    examples = f"{prepared['documents']:,} examples"
+    return [
+        f"{percent(prepared['useful_share'])} of the slots useful",
+        f"{examples}, not as they were: {changed}" if changed else f"{examples}, none left out",
+    ]
+
+
+def rate_of(settings: Settings) -> str:
+    """The omission rate asked for: of heads and of channels where they differ, the least and the
+    most where layers do."""
+    heads, channels = (_asked(settings, module) for module in ("attention", "mlp"))
+    return heads if heads == channels else f"{heads} of heads, {channels} of channels"
+
+
+def _asked(settings: Settings, module: str) -> str:
+    own, layers = settings[f"rate_{module}"], settings[f"layer_rates_{module}"]
+    if layers and min(layers) != max(layers):
+        return f"{shown(min(layers))} to {shown(max(layers))}"
+    return shown(layers[0] if layers else settings["rate"] if own is None else own)
+
+
+def value_of(settings: Settings, key: str) -> Any:
+    """A setting as a table has it: a rate as it is asked for, what follows the rate as that."""
+    if key == "rate" and (asked := rate_of(settings)) != shown(settings["rate"]):
+        return asked
+    if key in ("rate_attention", "rate_mlp") and settings[key] is None:
+        return settings["rate"]
+    return settings[key]
 
 
 def named(settings: Settings) -> str:
@@ -177,9 +229,7 @@ def _settings(variant: Variant, keys: Sequence[str]) -> list[Cell]:
         return [Cell("dense", 0.0 if keys[0] == "rate" else None), *[Cell("")] * (len(keys) - 1)]
     cells = []
     for key in keys:
-        value = variant.settings[key]
-        if key in ("rate_attention", "rate_mlp") and value is None:
-            value = variant.settings["rate"]
+        value = value_of(variant.settings, key)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         cells.append(Cell(shown(value), value if number else None))
     return cells
@@ -228,13 +278,24 @@ def _first(variant: Variant) -> Cell:
 def _whole(variant: Variant) -> Cell:
     if variant.dense:
         return Cell("-")
-    speed = whole_run(variant)
+    speed = variant.speedups()
     cell = _mean(speed.values, "{:.2f}×")
     twins = () if speed.estimated else variant.twins
     cell = _marked(cell, [*variant.runs, *(twin for twin in twins if twin is not None)])
     if speed.estimated and cell.value is not None:
         cell = cell._replace(text=f"{ESTIMATED} {cell.text}")
     return cell
+
+
+def _whole_bound(variant: Variant) -> Cell:
+    return Cell("-") if variant.dense else _plain(variant.over(whole_bound), "{:.2f}×")
+
+
+def _gap(variant: Variant) -> Cell:
+    """With a mark where some seeds have no dense run beside them."""
+    gaps = variant.gaps()
+    cell = _mean(gaps, "{:+.1f} %")
+    return cell._replace(text=cell.text + PAIRS) if 0 < len(gaps) < len(variant.runs) else cell
 
 
 def _marked(cell: Cell, runs: Sequence[Record]) -> Cell:

@@ -1,16 +1,11 @@
 """The table at the end of a sweep: a row a setting, over its seeds."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from sat_jax.analysis.means import mean_and_error
-from sat_jax.analysis.tables import (
-    first_rung_speedup,
-    fixed_width,
-    is_dense,
-    sides,
-    whole_run_speedup,
-)
+from sat_jax.analysis.tables import first_rung_speedup, fixed_width, sides
+from sat_jax.analysis.twins import ESTIMATED, NOTES, PAIRS, Speedups, gaps, whole_runs
 from sat_jax.sweep.axes import short_names, told
 from sat_jax.sweep.runs import Run
 
@@ -19,9 +14,10 @@ Summary: TypeAlias = Mapping[str, Any]
 
 def report(ended: Sequence[tuple[Run, Summary]]) -> str:
     """Of runs that have finished: held-out perplexity after, its distance from the dense run of the
-    same seed where that is one of them, and speed-ups over a run's own dense rung; each the mean
-    over the seeds ± its standard error, where there are two or more."""
-    dense = {run.twin: summary["perplexity_after"] for run, summary in ended if run.dense}
+    same seed where that is one of them, the speed-up of the first rung over a run's own dense one
+    and that of the whole run over the dense run, else marked as estimated; each the mean over the
+    seeds ± its standard error, where there are two or more."""
+    dense = {run.twin: summary for run, summary in ended if run.dense}
     groups: dict[str, list[tuple[Run, Summary]]] = {}
     for run, summary in ended:
         groups.setdefault(run.group, []).append((run, summary))
@@ -30,29 +26,29 @@ def report(ended: Sequence[tuple[Run, Summary]]) -> str:
     for members in groups.values():
         settings = {k: v for k, v in members[0][0].settings.items() if k != "seed"}
 
-        def over(what: Callable[[Run, Summary], float | None], text: str) -> str:
-            return mean_and_error([what(*one) for one in members], text)  # noqa: B023  # used here
-
+        found = [summary for _, summary in members]
+        twins = [None if run.dense else dense.get(run.twin) for run, _ in members]
+        first = [first_rung_speedup(summary["rungs"]) for summary in found]
         rows.append(
             [
                 told(settings, short) or "as given",
                 str(len(members)),
-                over(lambda _, summary: summary["perplexity_after"], "{:.3f}"),
-                over(lambda run, summary: _gap(summary, None if run.dense else dense.get(run.twin)),
-                     "{:+.1f} %"),
-                over(lambda _, summary: first_rung_speedup(summary["rungs"]), "{:.2f}x"),
-                over(lambda _, summary: _whole(summary["rungs"]), "{:.2f}x"),
+                mean_and_error([summary["perplexity_after"] for summary in found], "{:.3f}"),
+                _gap(gaps(found, twins), len(found)),
+                mean_and_error(first, "{:.2f}x"),
+                "-" if members[0][0].dense else _whole(whole_runs(found, twins)),
             ]
-        )  # fmt: skip
+        )
     header = ("settings", "seeds", "perplexity", "from dense", "first rung", "whole run")
-    return fixed_width(header, rows, sides(1, 5))
+    table = fixed_width(header, rows, sides(1, 5))
+    return "\n".join([table, *(note for mark, note in NOTES.items() if mark in table)])
 
 
-def _gap(summary: Summary, dense: float | None) -> float | None:
-    """Per cent."""
-    after = summary["perplexity_after"]
-    return None if dense is None or after is None else 100 * (after / dense - 1)
+def _gap(values: Sequence[float | None], seeds: int) -> str:
+    text = mean_and_error(values, "{:+.1f} %")
+    return f"{text}{PAIRS}" if 0 < len(values) < seeds else text
 
 
-def _whole(rungs: Sequence[Mapping[str, Any]]) -> float | None:
-    return None if is_dense(rungs[0]) else whole_run_speedup(rungs)
+def _whole(speeds: Speedups) -> str:
+    text = mean_and_error(speeds.values, "{:.2f}x")
+    return f"{ESTIMATED} {text}" if speeds.estimated and text != "-" else text

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from sat_jax.analysis.results import dense_twin, dense_version
+from sat_jax.analysis.results import OF_SPARSITY, dense_twin, dense_version
 from sat_jax.config import Config
 from sat_jax.config_values import build, fingerprint, without_free
 from sat_jax.errors import UserError
@@ -85,7 +85,11 @@ def make_runs(
 
 def _of_dense(settings: Settings) -> Settings:
     """What is left to tell of a dense run: a rate of 0, and what is not sparsity."""
-    others = {path: v for path, v in settings.items() if not path.startswith("sparsity.")}
+    others = {
+        path: v
+        for path, v in settings.items()
+        if not (path.startswith("sparsity.") or path in OF_SPARSITY)
+    }
     sparse = others.keys() < settings.keys()
     return {"sparsity.rate": 0.0, **others} if sparse else others
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from sat_jax.analysis.flops import speedup_bound
 from sat_jax.analysis.plots import Kept, plot_kept, plot_loss, plot_speed
 from sat_jax.interop.huggingface import write_directory
 from sat_jax.models.loss import perplexity_of
@@ -70,7 +69,6 @@ def rung_summaries(
 ) -> list[dict[str, Any]]:
     """One mapping a rung, as `analysis.tables.end_of_run` reads them."""
     model, config, controller = task.model, task.config, task.controller
-    length, remat = config.data.row_length, config.model.remat
     summaries = []
     for number, rung in enumerate(controller.rungs):
         speeds = [
@@ -86,7 +84,7 @@ def rung_summaries(
                 "tokens": account.rung_tokens[number],
                 "steps_timed": len(speeds),
                 "tokens_per_second": statistics.median(speeds) if speeds else None,
-                "bound": speedup_bound(model, length, rung.plan.segments, remat),
+                "bound": step_flops(config, model) / step_flops(config, model, rung),
             }
         )
     return summaries
