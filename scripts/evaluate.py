@@ -30,7 +30,8 @@ the share of answers without one, cut the share that ran into --max-new-tokens.
 
 A prompt is --prompt with the question in it. Plain, a space and the answer follow, and an answer
 ends where the next question would begin; with --chat, the prompt is the user's turn in the model's
-chat template, and the answer follows directly. --limit takes the first N questions of the file.
+chat template, behind the system prompt that a run was trained with (--system gives another), and
+the answer follows directly. --limit takes the first N questions of the file.
 stderr is the standard error over questions, s / √n.
 Tokens per second are those after the first batch, which waits for the compilation.
 """
@@ -49,6 +50,7 @@ _QUESTIONS: Mapping[str, Any] = {
     "tokenizer": None,
     "limit": None,
     "chat": False,
+    "system": None,
     "prompt": None,
     "shots": None,
     "shots_from": None,
@@ -70,6 +72,7 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
         "tokenizer": None,
         "limit": None,
         "chat": False,
+        "system": None,
         "shots": None,
         "include_path": None,
     },
@@ -124,6 +127,12 @@ def parser() -> Parser:
     add("--split", choices=("held_out", "train"), help="of --prepared: default held_out")
     add("--limit", type=int, metavar="N", help="of questions and tasks: the first N only")
     add("--chat", action="store_true", default=None, help="ask in the model's chat template")
+    add(
+        "--system",
+        metavar="TEXT",
+        help="of --chat: the system prompt, '' for none; default the one that a run was trained"
+        " with",
+    )
     add(
         "--prompt",
         metavar="TEXT",
@@ -197,6 +206,8 @@ def _check(given: argparse.Namespace) -> str:
         elif getattr(given, name) is not None:
             option = name.replace("_", "-")
             raise UserError(f"--{option} says nothing to --{way.replace('_', '-')}")
+    if given.system is not None and not given.chat:
+        raise UserError("--system says nothing without --chat")
     if given.rows < 1:
         raise UserError(f"--rows {given.rows}; accepted: 1 or more")
     for name in ("json", "generations"):

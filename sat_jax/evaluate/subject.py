@@ -32,6 +32,11 @@ class Subject:
         loaded = load_tokenizer(name or self.tokenizer_name, self.owner, vocab_size)
         return trained_with(loaded, self.form)
 
+    def system(self, given: str | None) -> str | None:
+        """The system prompt of a chat with it: `given`, none for "", else the one that it was
+        trained with."""
+        return self.form.system if given is None else given or None
+
 
 def open_subject(given: str) -> Subject:
     """What `given` names: a Hugging Face directory, a .gguf file, `package:NAME`, or a run.
