@@ -279,7 +279,8 @@ def test_evaluation_counts_answers(tmp_path: Path) -> None:
 def test_the_script_has_the_same_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = write(tmp_path, [{"q": f"{n}", "a": "x"} for n in range(9)])
+    examples = [{"q": f"{n}", "a": "x"} for n in range(9)]
+    file = write(tmp_path, [*examples, {"q": "none", "a": ""}])
     options = ["--format", "prompt_completion", "--prompt-field", "q", "--completion-field", "a"]
     options += ["--chat-template", "plain", "--system", "S", "--tokenizer", "bytes"]
     given = ["prepare_data", "--sources", str(file), "--out", str(tmp_path / "out")]
@@ -287,7 +288,7 @@ def test_the_script_has_the_same_settings(
     script.main()
     out = capsys.readouterr().out
     assert out.startswith("data: ")
-    assert out.endswith("1 files, 9 examples, 0 without an answer\n")
+    assert out.endswith("1 files, 9 examples; left out: 1 without an answer\n")
     monkeypatch.setattr("sys.argv", [*given, "--tokenizer", "bytes", "--system", "S"])
     assert "data.system 'S' says nothing to data.format 'text'" in reason(script.main)
 
