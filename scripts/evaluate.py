@@ -208,8 +208,10 @@ def _check(given: argparse.Namespace) -> str:
             raise UserError(f"--{option} says nothing to --{way.replace('_', '-')}")
     if given.system is not None and not given.chat:
         raise UserError("--system says nothing without --chat")
-    if given.rows < 1:
-        raise UserError(f"--rows {given.rows}; accepted: 1 or more")
+    for name, least in (("rows", 1), ("limit", 1), ("shots", 0)):
+        value = getattr(given, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value}; accepted: {least} or more")
     for name in ("json", "generations"):
         file = getattr(given, name)
         if file is not None and not file.parent.is_dir():

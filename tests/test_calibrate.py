@@ -93,6 +93,7 @@ def test_the_rates_of_a_run_come_from_its_budget(
     ("arguments", "message"),
     [
         (["--rows", "0"], "--rows 0; accepted: 1 or more"),
+        (["--out", "none/x.json"], "--out none/x.json: there is no folder none"),
         (["--blocks", "3"], "--blocks 3; accepted: 1 to 2, the model's layers"),
         (["--config.sparsity.rate_mlp=0"], "a calibration is made at the rates of a run"),
     ],
