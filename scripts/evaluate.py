@@ -150,6 +150,13 @@ def parser() -> Parser:
     add("--rows", type=int, default=4, metavar="N", help="windows or rows at once; default 4")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
     add("--json", type=Path, metavar="FILE", help="write the figures there as well, all digits")
+    add(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="append a row for each model to this .jsonl file: figures, settings of the run,"
+        " versions, device, commit",
+    )
     return made
 
 
@@ -157,9 +164,13 @@ def main() -> None:
     """A line for each model, or several, as soon as they are known."""
     given = parser().parse_args()
     way = _check(given)
+    from sat_jax.analysis import rows
+    from sat_jax.evaluate.recording import evaluation_row
     from sat_jax.evaluate.subject import open_subject
     from scripts.evaluate_ways import prepare
 
+    if given.record is not None:
+        rows.check(given.record)
     # All of them before the first is evaluated: what is wrong with the last is known at once.
     subjects = [open_subject(name) for name in given.model]
     work = prepare(way, given, subjects)
@@ -172,6 +183,11 @@ def main() -> None:
             cells = map(_cell, figures.values())
             print(f"{name:<{width}}", *map(_column, figures, cells), flush=True)
             records.append({"model": name, **figures})
+            if given.record is not None:
+                told = {key: getattr(given, key) for key in (*WAYS[way], "dtype", "rows")}
+                data, config = getattr(given, way), subject.config
+                row = evaluation_row(way, name, data, told, figures, config)
+                rows.append(given.record, [row])
     if given.json is not None:
         settings = {key: value for key, value in vars(given).items() if value is not None}
         content = {"settings": settings, "models": records}

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sat_jax.analysis.results import dense_twin
+from sat_jax.analysis.rows import read
 from sat_jax.cache import cache_dir
 from sat_jax.config import Config, DataConfig
 from sat_jax.config_values import from_config_dict, load
@@ -306,7 +308,7 @@ def test_a_run_is_asked_with_the_tokens_that_it_was_trained_on(
         sources=str(file), tokenizer="bytes", format="prompt_completion",
         chat_template=str(template), system=system,
     )  # fmt: skip
-    trained = open_weights(GOLDEN / "llama_gqa"), Config(data=data)
+    trained = open_weights(GOLDEN / "llama_gqa"), Config(data=data, seed=3)
     monkeypatch.setattr(subject_module, "is_run", lambda _: True)
     monkeypatch.setattr(subject_module, "open_run", lambda _: trained)
 
@@ -315,6 +317,7 @@ def test_a_run_is_asked_with_the_tokens_that_it_was_trained_on(
         fields = ("--question-field", "prompt", "--answer-field", "completion", "--extract", "text")
         line = ["evaluate", "--model", "x", "--answers", str(file), *fields, "--chat", *more]
         generated = ("--max-new-tokens", "1", "--generations", str(out))
+        generated += ("--record", str(tmp_path / "rows.jsonl"))
         monkeypatch.setattr("sys.argv", [*line, *generated])
         evaluate.main()
         texts = [json.loads(line)["prompt"] for line in out.read_text().splitlines()]
@@ -324,6 +327,12 @@ def test_a_run_is_asked_with_the_tokens_that_it_was_trained_on(
         form = replace(Form.of(data), system=option[1] or None) if option else Form.of(data)
         rows = everything(made(file, form, row_length=128))
         assert prompts(*option) == sorted(ids[: mask.index(True)] for ids, mask in rows)
+    row, *_ = recorded = read(tmp_path / "rows.jsonl")
+    assert len(recorded) == 3 and str(tmp_path) not in json.dumps(recorded)
+    assert (row["measure"], row["model"], row["data"]) == ("answers", "x", "x.jsonl")
+    assert {"accuracy", "stderr", "versions", "device", "commit", "date"} <= row.keys()
+    assert (row["run"]["seed"], row["run"]["twin"]) == (3, dense_twin(trained[1]))
+    assert row["run"]["settings"]["data.format"] == "prompt_completion"
 
 
 @pytest.mark.slow
