@@ -37,6 +37,8 @@ def main() -> None:
         raise UserError(f"--rows {given.rows}; accepted: 1 or more")
     if given.out.exists():
         raise UserError(f"--out {given.out}: is there already")
+    if not given.out.parent.is_dir():
+        raise UserError(f"--out {given.out}: there is no folder {given.out.parent}")
     from sat_jax.config_values import load
     from sat_jax.sparsity.budget import allocate, save
     from sat_jax.train.calibrate import calibrate

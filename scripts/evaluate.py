@@ -30,7 +30,8 @@ the share of answers without one, cut the share that ran into --max-new-tokens.
 
 A prompt is --prompt with the question in it. Plain, a space and the answer follow, and an answer
 ends where the next question would begin; with --chat, the prompt is the user's turn in the model's
-chat template, and the answer follows directly. --limit takes the first N questions of the file.
+chat template, behind the system prompt that a run was trained with (--system gives another), and
+the answer follows directly. --limit takes the first N questions of the file.
 stderr is the standard error over questions, s / √n.
 Tokens per second are those after the first batch, which waits for the compilation.
 """
@@ -49,6 +50,7 @@ _QUESTIONS: Mapping[str, Any] = {
     "tokenizer": None,
     "limit": None,
     "chat": False,
+    "system": None,
     "prompt": None,
     "shots": None,
     "shots_from": None,
@@ -70,6 +72,7 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
         "tokenizer": None,
         "limit": None,
         "chat": False,
+        "system": None,
         "shots": None,
         "include_path": None,
     },
@@ -125,6 +128,12 @@ def parser() -> Parser:
     add("--limit", type=int, metavar="N", help="of questions and tasks: the first N only")
     add("--chat", action="store_true", default=None, help="ask in the model's chat template")
     add(
+        "--system",
+        metavar="TEXT",
+        help="of --chat: the system prompt, '' for none; default the one that a run was trained"
+        " with",
+    )
+    add(
         "--prompt",
         metavar="TEXT",
         help="of questions: the text with {question} in it, \\n is a new line; default"
@@ -141,6 +150,13 @@ def parser() -> Parser:
     add("--rows", type=int, default=4, metavar="N", help="windows or rows at once; default 4")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
     add("--json", type=Path, metavar="FILE", help="write the figures there as well, all digits")
+    add(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="append a row for each model to this .jsonl file: figures, settings of the run,"
+        " versions, device, commit",
+    )
     return made
 
 
@@ -148,9 +164,13 @@ def main() -> None:
     """A line for each model, or several, as soon as they are known."""
     given = parser().parse_args()
     way = _check(given)
+    from sat_jax.analysis import rows
+    from sat_jax.evaluate.recording import evaluation_row
     from sat_jax.evaluate.subject import open_subject
     from scripts.evaluate_ways import prepare
 
+    if given.record is not None:
+        rows.check(given.record)
     # All of them before the first is evaluated: what is wrong with the last is known at once.
     subjects = [open_subject(name) for name in given.model]
     work = prepare(way, given, subjects)
@@ -163,6 +183,11 @@ def main() -> None:
             cells = map(_cell, figures.values())
             print(f"{name:<{width}}", *map(_column, figures, cells), flush=True)
             records.append({"model": name, **figures})
+            if given.record is not None:
+                told = {key: getattr(given, key) for key in (*WAYS[way], "dtype", "rows")}
+                data, config = getattr(given, way), subject.config
+                row = evaluation_row(way, name, data, told, figures, config)
+                rows.append(given.record, [row])
     if given.json is not None:
         settings = {key: value for key, value in vars(given).items() if value is not None}
         content = {"settings": settings, "models": records}
@@ -197,8 +222,12 @@ def _check(given: argparse.Namespace) -> str:
         elif getattr(given, name) is not None:
             option = name.replace("_", "-")
             raise UserError(f"--{option} says nothing to --{way.replace('_', '-')}")
-    if given.rows < 1:
-        raise UserError(f"--rows {given.rows}; accepted: 1 or more")
+    if given.system is not None and not given.chat:
+        raise UserError("--system says nothing without --chat")
+    for name, least in (("rows", 1), ("limit", 1), ("shots", 0)):
+        value = getattr(given, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value}; accepted: {least} or more")
     for name in ("json", "generations"):
         file = getattr(given, name)
         if file is not None and not file.parent.is_dir():

@@ -7,6 +7,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -131,13 +132,18 @@ def _prompting(given: Given, shots: list[Any]) -> Prompting:
     return made
 
 
+def _of(subject: Subject, prompting: Prompting, given: Given) -> Prompting:
+    return replace(prompting, system=subject.system(given.system)) if given.chat else prompting
+
+
 def _choices(given: Given, subjects: list[Subject]) -> list[Work]:
     shots = [question.shot for question in _shots(given, given.choices, read_choices)]
     prompting = _prompting(given, shots)
     questions = read_choices(given.choices, given.question_field, given.answer_field, given.limit)
     work: list[Work] = []
     for subject in subjects:
-        pairs = encode_choices(subject.tokenizer(given.tokenizer), prompting, questions)
+        tokenizer, asking = subject.tokenizer(given.tokenizer), _of(subject, prompting, given)
+        pairs = encode_choices(tokenizer, asking, questions)
         check_pairs(subject.weights.config, pairs)
         work.append(partial(_choose, questions, pairs, given.rows))
     return work
@@ -164,7 +170,10 @@ def _answers(given: Given, subjects: list[Subject]) -> list[Work]:
     prompting = _prompting(given, _shots(given, given.answers, read_answers))
     problems = read_answers(given.answers, given.question_field, given.answer_field, given.limit)
     tokenizers = [subject.tokenizer(given.tokenizer) for subject in subjects]
-    asked = [ask(tokenizer, problems, prompting, rule) for tokenizer in tokenizers]
+    asked = [
+        ask(tokenizer, problems, _of(subject, prompting, given), rule)
+        for subject, tokenizer in zip(subjects, tokenizers, strict=True)
+    ]
     most, rows, file = given.max_new_tokens, given.rows, given.generations
     for subject, questions in zip(subjects, asked, strict=True):
         check_prompts(subject.weights.config, [one.ids for one in questions], most)
@@ -216,13 +225,13 @@ def _lm_eval(given: Given, subjects: list[Subject]) -> list[Work]:
     from sat_jax.evaluate.harness import Harness, find_tasks, run_tasks  # only with the extra
 
     manager = find_tasks(given.lm_eval, given.include_path)
-    tokenizers = [subject.tokenizer(given.tokenizer) for subject in subjects]
+    loaded = [(one.tokenizer(given.tokenizer), one.system(given.system)) for one in subjects]
 
-    def work(tokenizer: Tokenizer, model: Llama) -> list[Figures]:
-        lm = Harness(model, tokenizer, given.rows)
+    def work(tokenizer: Tokenizer, system: str | None, model: Llama) -> list[Figures]:
+        lm = Harness(model, tokenizer, given.rows, system)
         return run_tasks(lm, manager, given.lm_eval, given.shots, given.limit, given.chat)
 
-    return [partial(work, tokenizer) for tokenizer in tokenizers]
+    return [partial(work, *one) for one in loaded]
 
 
 _WAYS: Mapping[str, Callable[[Given, list[Subject]], list[Work]]] = {

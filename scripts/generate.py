@@ -29,6 +29,12 @@ def parser() -> Parser:
     )
     add("--chat", action="store_true", help="put the prompt into the model's chat template")
     add(
+        "--system",
+        metavar="TEXT",
+        help="of --chat: the system prompt, '' for none; default the one that a run was trained"
+        " with",
+    )
+    add(
         "--tokenizer",
         help="model (the one beside the weights), bytes, or a tokenizer.json or its folder; default"
         " model, or what a run was trained with",
@@ -72,6 +78,8 @@ def main() -> None:
         given.prompt.encode()
     except UnicodeEncodeError as error:  # bytes of the command line that are no text
         raise UserError(f"--prompt is not UTF-8 at character {error.start}") from error
+    if given.system is not None and not given.chat:
+        raise UserError("--system says nothing without --chat")
     from sat_jax.evaluate.generate import Sampling, stream
     from sat_jax.evaluate.prompts import chat_prompt
     from sat_jax.evaluate.subject import open_subject
@@ -82,7 +90,8 @@ def main() -> None:
     tokenizer = subject.tokenizer(given.tokenizer)
     text = given.prompt
     if given.chat:
-        text = chat_prompt(tokenizer, [{"role": "user", "content": text}])
+        turns = [{"role": "user", "content": text}]
+        text = chat_prompt(tokenizer, turns, subject.system(given.system))
     (prompt,) = tokenizer.encode_batch([text])
     if not prompt:
         raise UserError("--prompt is empty, and this tokenizer has no token to begin with")

@@ -116,10 +116,11 @@ def main() -> None:
     for name, split in info.splits.items():
         counts = "".join(f"{getattr(split, column):>16,}" for column in columns)
         print(f"{name:>16}{counts}{split.useful_share:>16.1%}")
-    left_out = sum(info.left_out.values())
     if info.form["format"] != "text":
-        print(f"{info.files} files, {info.documents} examples, {left_out} without an answer")
+        why = ", ".join(f"{count} {why}" for why, count in info.left_out.items()) or "none"
+        print(f"{info.files} files, {info.documents} examples; left out: {why}")
         return
+    left_out = sum(info.left_out.values())
     eos = "no" if tokenizer.eos_id is None else f"eos {tokenizer.eos_id}"
     bos = f"bos {tokenizer.bos_id}" if tokenizer.adds_bos else "no bos"
     print(

@@ -86,11 +86,12 @@ def main() -> None:
     with ExitStack() as stack:
         folder.hold(stack)
         launcher = _launcher(given, folder)
-        todo = [r for r in runs if folder.watched(r).state is not State.FINISHED]
-        _, refused = prepare_all(todo, lambda line: print(line, file=sys.stderr))
+        prepared, refused = prepare_all(runs, lambda line: print(line, file=sys.stderr))
         runs = _without(runs, refused, given)
-        folder.asked({"command": sys.argv[1:]}, runs)
         watched = [folder.watched(one) for one in runs]
+        for one in watched:
+            one.check_data(prepared[one.run.name])
+        folder.asked({"command": sys.argv[1:]}, runs)
         drive(folder, watched, launcher, finished)
     if ended:
         order = [one.name for one in runs]

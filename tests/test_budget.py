@@ -20,7 +20,7 @@ RISES = st.lists(st.floats(-0.1, 2), min_size=4, max_size=4).map(tuple)
 def measured(*rises: float, rate: float = 0.5) -> Sensitivity:
     """Blocks of two layers that suffer alike without heads and without channels."""
     borders = tuple(range(0, 2 * len(rises) + 1, 2))
-    return Sensitivity(borders, rate, rate, rises, rises)
+    return Sensitivity(borders, rate, rate, rises, rises, "m", "wanda")
 
 
 def test_rates_are_inversely_proportional_to_what_the_loss_rises_by() -> None:
@@ -76,7 +76,7 @@ def test_a_budget_is_never_worse_than_equal_rates(rises: tuple[float, ...], rate
 def test_a_calibration_is_kept_as_it_is(tmp_path: Path) -> None:
     given = measured(0.1, 0.2, -0.3)
     save(given, tmp_path / "budget.json")
-    assert load(tmp_path / "budget.json", 6) == given
+    assert load(tmp_path / "budget.json", "m", "wanda") == given
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,8 @@ def test_a_calibration_is_kept_as_it_is(tmp_path: Path) -> None:
         ({"mlp": [0.1]}, "its blocks, rates and losses do not fit together"),
         ({"rate_mlp": 0.0}, "its blocks, rates and losses do not fit together"),
         ({"borders": [0, 4, 2]}, "its blocks, rates and losses do not fit together"),
-        ({"borders": [0, 2, 5]}, "a calibration of 5 layers, and the model has 4"),
+        ({"model": "n"}, "a calibration with model 'n', and the run's is 'm'; make another"),
+        ({"metric": "svd"}, "a calibration with metric 'svd', and the run's is 'wanda'"),
         ({"other": 1}, "no calibration: "),
         ({"rate_mlp": None}, "no calibration: "),
     ],
@@ -94,7 +95,7 @@ def test_other_files_are_refused(tmp_path: Path, change: dict, message: str) -> 
     file = tmp_path / "budget.json"
     file.write_text(json.dumps(dataclasses.asdict(measured(0.1, 0.2)) | change))
     with pytest.raises(UserError) as caught:
-        load(file, 4)
+        load(file, "m", "wanda")
     assert str(caught.value).startswith(f"sparsity.budget {file}: {message}")
     with pytest.raises(UserError, match="no calibration"):
-        load(tmp_path, 4)
+        load(tmp_path, "m", "wanda")

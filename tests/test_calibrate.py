@@ -18,7 +18,7 @@ from sat_jax.sparsity import budget
 from sat_jax.sparsity.importance import METRICS, channel_evidence
 from sat_jax.train.calibrate import calibrate
 from sat_jax.train.probe import observed
-from sat_jax.train.setup import Task, initial_params, set_up
+from sat_jax.train.setup import Task, initial_params, set_up, shape_of
 from scripts import calibrate as script
 from tests.conftest import ROOT
 from tests.tolerances import assert_close
@@ -74,7 +74,9 @@ def test_the_rates_of_a_run_come_from_its_budget(
     monkeypatch.setattr(sys, "argv", ["calibrate", *line, "--blocks", "2"])
     script.main()
     assert f"--config.sparsity.budget={file}" in capsys.readouterr().out
-    measured = budget.load(file, 2)
+    measured = budget.load(file, shape_of(task().model), "output")
+    with pytest.raises(UserError, match="metric 'output', and the run's is 'magnitude'"):
+        task(f"sparsity.budget={file}", "sparsity.metric=magnitude")
     with pytest.raises(UserError, match="is there already"):
         script.main()
     # At another rate than it was made at.
@@ -93,6 +95,7 @@ def test_the_rates_of_a_run_come_from_its_budget(
     ("arguments", "message"),
     [
         (["--rows", "0"], "--rows 0; accepted: 1 or more"),
+        (["--out", "none/x.json"], "--out none/x.json: there is no folder none"),
         (["--blocks", "3"], "--blocks 3; accepted: 1 to 2, the model's layers"),
         (["--config.sparsity.rate_mlp=0"], "a calibration is made at the rates of a run"),
     ],

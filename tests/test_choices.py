@@ -242,6 +242,11 @@ def test_script_refuses(
         command(monkeypatch, "--choices", questions, *arguments)
 
 
+def test_a_limit_of_tasks_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="--limit -1; accepted: 1 or more"):
+        command(monkeypatch, "--lm-eval", "any", "--limit", "-1")
+
+
 def test_script_refuses_the_file_of_another_kind(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

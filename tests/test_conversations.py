@@ -9,22 +9,29 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sat_jax.analysis.results import dense_twin
+from sat_jax.analysis.rows import read
 from sat_jax.cache import cache_dir
+from sat_jax.config import Config, DataConfig
 from sat_jax.config_values import from_config_dict, load
 from sat_jax.data.batches import BLANK, Row, batches, in_order, open_split, unpack
 from sat_jax.data.form import Form
 from sat_jax.data.prepare import Prepared, prepare
 from sat_jax.data.tokenizer import load_tokenizer
 from sat_jax.errors import UserError
+from sat_jax.evaluate import subject as subject_module
 from sat_jax.evaluate.perplexity import perplexity, prepared_data
 from sat_jax.evaluate.subject import open_subject
+from sat_jax.interop import open_weights
 from sat_jax.train.loop import train
 from sat_jax.train.metrics import read_metrics
+from scripts import evaluate
 from scripts import prepare_data as script
 from tests.conftest import ROOT
 from tests.small_models import CONFIGS
 from tests.tolerances import assert_close
 
+GOLDEN = ROOT / "tests/golden"
 BYTES = load_tokenizer("bytes")
 EOS = 256
 
@@ -274,7 +281,8 @@ def test_evaluation_counts_answers(tmp_path: Path) -> None:
 def test_the_script_has_the_same_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = write(tmp_path, [{"q": f"{n}", "a": "x"} for n in range(9)])
+    examples = [{"q": f"{n}", "a": "x"} for n in range(9)]
+    file = write(tmp_path, [*examples, {"q": "none", "a": ""}])
     options = ["--format", "prompt_completion", "--prompt-field", "q", "--completion-field", "a"]
     options += ["--chat-template", "plain", "--system", "S", "--tokenizer", "bytes"]
     given = ["prepare_data", "--sources", str(file), "--out", str(tmp_path / "out")]
@@ -282,9 +290,49 @@ def test_the_script_has_the_same_settings(
     script.main()
     out = capsys.readouterr().out
     assert out.startswith("data: ")
-    assert out.endswith("1 files, 9 examples, 0 without an answer\n")
+    assert out.endswith("1 files, 9 examples; left out: 1 without an answer\n")
     monkeypatch.setattr("sys.argv", [*given, "--tokenizer", "bytes", "--system", "S"])
     assert "data.system 'S' says nothing to data.format 'text'" in reason(script.main)
+
+
+@pytest.mark.parametrize("system", ["Be brief.", None])
+def test_a_run_is_asked_with_the_tokens_that_it_was_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str | None
+) -> None:
+    file, template = write(tmp_path, lines(4)), tmp_path / "chat.jinja"
+    template.write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    data = DataConfig(
+        sources=str(file), tokenizer="bytes", format="prompt_completion",
+        chat_template=str(template), system=system,
+    )  # fmt: skip
+    trained = open_weights(GOLDEN / "llama_gqa"), Config(data=data, seed=3)
+    monkeypatch.setattr(subject_module, "is_run", lambda _: True)
+    monkeypatch.setattr(subject_module, "open_run", lambda _: trained)
+
+    def prompts(*more: str) -> list[list[int]]:
+        out = tmp_path / "out.jsonl"
+        fields = ("--question-field", "prompt", "--answer-field", "completion", "--extract", "text")
+        line = ["evaluate", "--model", "x", "--answers", str(file), *fields, "--chat", *more]
+        generated = ("--max-new-tokens", "1", "--generations", str(out))
+        generated += ("--record", str(tmp_path / "rows.jsonl"))
+        monkeypatch.setattr("sys.argv", [*line, *generated])
+        evaluate.main()
+        texts = [json.loads(line)["prompt"] for line in out.read_text().splitlines()]
+        return sorted(BYTES.encode_batch(texts))
+
+    for option in ((), ("--system", "Be long."), ("--system", "")):
+        form = replace(Form.of(data), system=option[1] or None) if option else Form.of(data)
+        rows = everything(made(file, form, row_length=128))
+        assert prompts(*option) == sorted(ids[: mask.index(True)] for ids, mask in rows)
+    row, *_ = recorded = read(tmp_path / "rows.jsonl")
+    assert len(recorded) == 3 and str(tmp_path) not in json.dumps(recorded)
+    assert (row["measure"], row["model"], row["data"]) == ("answers", "x", "x.jsonl")
+    assert {"accuracy", "stderr", "versions", "device", "commit", "date"} <= row.keys()
+    assert (row["run"]["seed"], row["run"]["twin"]) == (3, dense_twin(trained[1]))
+    assert row["run"]["settings"]["data.format"] == "prompt_completion"
 
 
 @pytest.mark.slow

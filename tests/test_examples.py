@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sat_jax.data.examples import NO_ANSWER, NO_PROMPT, learnt, read_examples, turns_of
+from sat_jax.data.examples import NO_ANSWER, NO_PROMPT, TOOLS, learnt, read_examples, turns_of
 from sat_jax.data.form import Form, Format
 from sat_jax.data.sources import resolve_sources
 from sat_jax.errors import UserError
@@ -119,6 +119,17 @@ def test_what_teaches_nothing_is_left_out(tmp_path: Path) -> None:
     assert read(tmp_path, Form("messages", loss_on="last"), *lines)[-1] == NO_ANSWER
 
 
+def test_speakers_of_sharegpt(tmp_path: Path) -> None:
+    def line(*speakers: str) -> Any:
+        return {"conversations": [{"from": one, "value": "x"} for one in speakers]}
+
+    lines = [line("human", one) for one in ("gpt", "bing", "bard")]
+    lines += [line("human", one, "gpt") for one in ("tool", "function_call", "observation")]
+    *whole, first, second, third = read(tmp_path, Form("sharegpt"), *lines)
+    assert whole == [[("user", "x"), ("assistant", "x")]] * 3
+    assert first == second == third == TOOLS
+
+
 def test_which_answers_are_learnt(tmp_path: Path) -> None:
     line = [*ASKED, ("user", "q"), ("assistant", ""), ("user", "q"), ("assistant", "b"), ASKED[0]]
     messages = {"messages": [{"role": role, "content": content} for role, content in line]}
@@ -158,9 +169,9 @@ def test_which_answers_are_learnt(tmp_path: Path) -> None:
         ),
         (
             "sharegpt",
-            {"conversations": [{"from": "bing", "value": ""}]},
-            ", item 1 of 'conversations': from 'bing'; accepted: system, human, user, gpt,"
-            " assistant, chatgpt",
+            {"conversations": [{"from": "eliza", "value": ""}]},
+            ", item 1 of 'conversations': from 'eliza'; accepted: system, human, user, gpt,"
+            " assistant, chatgpt, bing, bard, ",
         ),
         ("alpaca", {"instruction": "q"}, ": no field 'output' (it has instruction)"),
         (

@@ -355,6 +355,7 @@ def test_script_streams_what_generate_says(
         (["--prompt", ""], "--prompt is empty"),
         (["--prompt", "a\udcffb"], "--prompt is not UTF-8 at character 1"),
         (["--prompt", "x", "--chat"], "no chat template"),
+        (["--prompt", "x", "--system", "S"], "--system says nothing without --chat"),
         (["--prompt", "x", "--max-new-tokens", "many"], "--help lists what is accepted"),
         (["--prompt", "x", "--max-new", "3"], "unrecognized arguments"),
     ],

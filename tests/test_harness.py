@@ -93,6 +93,9 @@ def test_chat_templates() -> None:
     object.__setattr__(tokenizer, "chat_template", "{{ messages[0].content }}!")
     harness = Harness(golden(), tokenizer)
     assert harness.apply_chat_template([{"role": "user", "content": "x"}]) == "x!"
+    asked = Harness(golden(), tokenizer, system="S")
+    assert asked.apply_chat_template([{"role": "user", "content": "x"}]) == "S!"
+    assert asked.apply_chat_template([{"role": "system", "content": "T"}]) == "T!"
     assert harness.chat_template(True) == tokenizer.chat_template
     assert harness.tokenizer_name.startswith("bytes-")
     with pytest.raises(UserError, match="begins the model's turn"):

@@ -1,7 +1,8 @@
 """Lines of JSON in the forms that people have, to conversations.
 
 A line that is not of its form is a `UserError` naming file and line. One from which nothing could
-be learnt, with no answer or with nothing before it, is left out and counted, as empty texts are.
+be learnt, with no answer or with nothing before it, is left out and counted, as empty texts are,
+and so is one of ShareGPT in which tools speak.
 """
 
 import json
@@ -14,6 +15,7 @@ from sat_jax.errors import UserError
 
 NO_ANSWER = "without an answer"
 NO_PROMPT = "with nothing before the answer"
+TOOLS = "with turns of tools"
 
 _ROLES = {name: name for name in ("system", "user", "assistant", "tool")}
 _SPEAKERS = {
@@ -23,6 +25,14 @@ _SPEAKERS = {
     "gpt": "assistant",
     "assistant": "assistant",
     "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "tool": "tool",
+    "function_call": "tool",
+    "function_response": "tool",
+    "observation": "tool",
 }
 
 
@@ -63,6 +73,8 @@ def learnt(turns: list[Turn], form: Form) -> list[int]:
 
 
 def _nothing_to_learn(turns: list[Turn], form: Form) -> str:
+    if form.format == "sharegpt" and any(turn.role == "tool" for turn in turns):
+        return TOOLS
     if not learnt(turns, form):
         return NO_ANSWER
     first = next(turn for turn in turns if turn.role != "system")

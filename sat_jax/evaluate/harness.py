@@ -35,16 +35,20 @@ MAX_NEW_TOKENS = 256  # where a task does not say, as in the harness's own model
 
 
 class Harness(LM):
-    """A model and its tokenizer as the harness wants them, `rows` rows at once.
+    """A model and its tokenizer as the harness wants them, `rows` rows at once; `system` is the
+    system prompt of chats that have none.
 
     Numbers are those of the harness's `hf` model up to rounding: texts are encoded and split as
     there, and what is longer than the model's positions loses its beginning. One difference: where
     a tokenizer begins every text with its bos, a rolling log-likelihood has it once, not twice.
     """
 
-    def __init__(self, model: Llama, tokenizer: Tokenizer, rows: int = 8):
+    def __init__(
+        self, model: Llama, tokenizer: Tokenizer, rows: int = 8, system: str | None = None
+    ):
         super().__init__()
         self._model, self._tokenizer, self._rows = model, tokenizer, rows
+        self._system = system
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """(log p, whether greedy) of each request's (context, continuation)."""
@@ -107,7 +111,7 @@ class Harness(LM):
         """The prompt of a conversation, which ends where the model's turn begins."""
         if not add_generation_prompt:
             raise UserError("a task that begins the model's turn itself cannot be asked as a chat")
-        return chat_prompt(self._tokenizer, chat_history)
+        return chat_prompt(self._tokenizer, chat_history, self._system)
 
     def _likelihoods(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
         most = self._model.config.max_positions

@@ -26,13 +26,14 @@ class Prompting:
 
     Plain: `template` with the question in it, the shots and their answers in front of it, an empty
     line between each; a space and then the answer follow. With `chat`, every shot is a turn of the
-    user and one of the assistant, the question is the last turn, and the answer follows directly.
-    `template` None is `PLAIN`, or `CHAT`.
+    user and one of the assistant, the question is the last turn, and the answer follows directly;
+    `system` is the turn before all others. `template` None is `PLAIN`, or `CHAT`.
     """
 
     template: str | None = None
     chat: bool = False
     shots: Sequence[Shot] = ()
+    system: str | None = None
 
     def __post_init__(self) -> None:
         if self.template is not None and QUESTION not in self.template:
@@ -62,7 +63,8 @@ class Prompting:
         for asked, answer in shots:
             messages.append({"role": "user", "content": asked})
             messages.append({"role": "assistant", "content": answer})
-        return chat_prompt(tokenizer, [*messages, {"role": "user", "content": self._ask(question)}])
+        messages.append({"role": "user", "content": self._ask(question)})
+        return chat_prompt(tokenizer, messages, self.system)
 
     @property
     def asks(self) -> str:
@@ -73,10 +75,15 @@ class Prompting:
         return self.asks.replace(QUESTION, question)
 
 
-def chat_prompt(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> str:
-    """`messages` in the chat template of the model. Raises `UserError` where it has none."""
+def chat_prompt(
+    tokenizer: Tokenizer, messages: Sequence[dict[str, str]], system: str | None = None
+) -> str:
+    """`messages` in the chat template of the model, behind `system` where they have no system turn
+    of their own. Raises `UserError` where it has no template."""
     if tokenizer.chat_template is None:
         raise UserError(
             f"tokenizer {tokenizer.name}: no chat template; without chat the text is continued"
         )
+    if system is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
     return render_chat(tokenizer.chat_template, messages, tokenizer.special_tokens)

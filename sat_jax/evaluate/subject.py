@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from sat_jax.config import Config
 from sat_jax.data.conversations import trained_with
 from sat_jax.data.form import Form
 from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -20,7 +21,12 @@ class Subject:
     weights: Weights
     tokenizer_name: str
     owner: Path | None  # whose tokenizer is meant by the name `model`
-    form: Form = Form()  # of the data that it was trained on
+    config: Config | None = None  # of the run whose work directory it is
+
+    @property
+    def form(self) -> Form:
+        """Of the data that it was trained on."""
+        return Form() if self.config is None else Form.of(self.config.data)
 
     def model(self, dtype: Literal["float32", "bfloat16"]) -> Llama:
         """The model, with float32 parameters, computing in `dtype`."""
@@ -31,6 +37,11 @@ class Subject:
         vocab_size = self.weights.config.vocab_size
         loaded = load_tokenizer(name or self.tokenizer_name, self.owner, vocab_size)
         return trained_with(loaded, self.form)
+
+    def system(self, given: str | None) -> str | None:
+        """The system prompt of a chat with it: `given`, none for "", else the one that it was
+        trained with."""
+        return self.form.system if given is None else given or None
 
 
 def open_subject(given: str) -> Subject:
@@ -44,4 +55,4 @@ def open_subject(given: str) -> Subject:
         return Subject(open_weights(place), "model", place)
     weights, config = open_run(place)
     owner = None if config.model.path is None else locate(config.model.path)
-    return Subject(weights, config.data.tokenizer, owner, Form.of(config.data))
+    return Subject(weights, config.data.tokenizer, owner, config)

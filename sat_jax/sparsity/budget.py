@@ -25,7 +25,8 @@ _RESOLUTION = 1e-7  # nats a token: float32 losses tell no smaller rise from non
 
 @dataclasses.dataclass(frozen=True)
 class Sensitivity:
-    """What a calibration measured of a model of `layers` layers.
+    """What a calibration measured of a model of `layers` layers, `model` by its shape, whose
+    neurons were chosen by `metric`.
 
     The loss a token, in nats, rises by `attention[b]` where the heads of block b, the layers
     `[borders[b], borders[b + 1])`, are omitted at the realised rate `rate_attention`, and by
@@ -37,6 +38,8 @@ class Sensitivity:
     rate_mlp: float
     attention: tuple[float, ...]
     mlp: tuple[float, ...]
+    model: str
+    metric: str
 
     @property
     def layers(self) -> int:
@@ -56,8 +59,8 @@ def save(sensitivity: Sensitivity, path: Path) -> None:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def load(path: Path, layers: int) -> Sensitivity:
-    """Reads a calibration. Raises `UserError` where it is none, or one of another model."""
+def load(path: Path, model: str, metric: str) -> Sensitivity:
+    """Reads a calibration. Raises `UserError` for none, or one of another model or metric."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         lists = {name: tuple(v) for name, v in content.items() if isinstance(v, list)}
@@ -73,11 +76,12 @@ def load(path: Path, layers: int) -> Sensitivity:
             f"sparsity.budget {path}: its blocks, rates and losses do not fit together; make it"
             " anew with scripts.calibrate"
         )
-    if found.layers != layers:
-        raise UserError(
-            f"sparsity.budget {path}: a calibration of {found.layers} layers, and the model has"
-            f" {layers}"
-        )
+    for name, made, wanted in (("model", found.model, model), ("metric", found.metric, metric)):
+        if made != wanted:
+            raise UserError(
+                f"sparsity.budget {path}: a calibration with {name} {made!r}, and the run's is"
+                f" {wanted!r}; make another with scripts.calibrate"
+            )
     return found
 
 

@@ -94,23 +94,25 @@ def _of_dense(settings: Settings) -> Settings:
     return {"sparsity.rate": 0.0, **others} if sparse else others
 
 
-def prepare_all(runs: Iterable[Run], log: Callable[[str], None]) -> tuple[list[Run], list[Refused]]:
+def prepare_all(
+    runs: Iterable[Run], log: Callable[[str], None]
+) -> tuple[dict[str, str], list[Refused]]:
     """Prepares the data of all runs, each once, before one starts: what is wrong with a text is
-    known at once, and no two runs do the same work. Returns the runs that can be."""
-    failed: dict[Any, str | None] = {}
-    good, refused = [], []
+    known at once, and no two runs do the same work. Returns the fingerprints of the data of the
+    runs that can be, by name."""
+    prepared: dict[Any, str] = {}
+    failed: dict[Any, str] = {}
+    good, refused = {}, []
     for run in runs:
         config = run.config
         wanted = (config.data, config.model.path, config.model.preset)
-        if wanted not in failed:
+        if wanted not in prepared and wanted not in failed:
             try:
-                prepared_data(config, run.model, log)
-                failed[wanted] = None
+                prepared[wanted] = prepared_data(config, run.model, log)[1].info.fingerprint
             except UserError as error:
                 failed[wanted] = str(error)
-        reason = failed[wanted]
-        if reason is None:
-            good.append(run)
+        if wanted in prepared:
+            good[run.name] = prepared[wanted]
         else:
-            refused.append(Refused(run.settings, reason))
+            refused.append(Refused(run.settings, failed[wanted]))
     return good, refused

@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from sat_jax.errors import UserError
 from sat_jax.sweep.runs import Run
 from sat_jax.train.workdir import WorkDir
 
@@ -38,6 +39,16 @@ class Watched:
         self._metrics = _Follower(self.workdir.metrics)
         if self.workdir.summary.exists():
             self.state = State.FINISHED
+
+    def check_data(self, fingerprint: str) -> None:
+        """Raises `UserError` where the run has finished on other data than this."""
+        summary = self.workdir.finished()
+        if summary is not None and summary["data"] != fingerprint:
+            raise UserError(
+                f"run {self.run.name} in {self.workdir.path.parent} has finished on data that have"
+                " changed since (their text, or how they are prepared); accepted: another"
+                " --workdir, or the old data"
+            )
 
     def look(self) -> bool:
         """Reads what is new; whether there was something."""

@@ -24,7 +24,7 @@ from sat_jax.sparsity.plan import Plan, make_plan
 from sat_jax.sparsity.statistics import Gates
 from sat_jax.train.account import Account, kept_shares
 from sat_jax.train.probe import observed
-from sat_jax.train.setup import Task, initial_params
+from sat_jax.train.setup import Task, initial_params, shape_of
 
 Loss = Callable[[Gates], float]
 
@@ -60,7 +60,12 @@ def calibrate(task: Task, blocks: int, rows: int, log: Callable[[str], None]) ->
         borders = [round(b * neurons.layers / blocks) for b in range(blocks + 1)]
         heads, channels = _rises(loss, omitting, borders, log)
     kept = kept_shares(plan, neurons)
-    return Sensitivity(tuple(borders), 1 - kept[0], 1 - kept[1], tuple(heads), tuple(channels))
+    return Sensitivity(
+        tuple(borders),
+        *(1 - kept[0], 1 - kept[1]),
+        *(tuple(heads), tuple(channels)),
+        *(shape_of(task.model), config.sparsity.metric),
+    )
 
 
 def _rises(

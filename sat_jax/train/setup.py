@@ -78,7 +78,7 @@ def controller_of(config: Config, model: LlamaConfig, row_targets: int | None = 
         config.sparsity,
         neurons,
         config.train.steps,
-        _layer_rates(config, neurons),
+        _layer_rates(config, model),
         config.sparsity.balance or config.mesh.tensor,
         _capacity(config, row_targets) if config.sparsity.dense_tokens else 0,
     )
@@ -126,11 +126,19 @@ def _placed(value: np.ndarray, sharding: Sharding) -> jax.Array:
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
-def _layer_rates(config: Config, neurons: Neurons) -> tuple[LayerRates, LayerRates]:
+def shape_of(model: LlamaConfig) -> str:
+    """What a calibration names its model by, to be read in a message."""
+    heads = f"{model.n_kv_heads} x {model.query_heads} heads of {model.head_dim}"
+    width = f"{model.d_model} wide, {model.d_ff} channels, {model.vocab_size} ids"
+    return f"{model.family}: {model.n_layers} layers, {heads}, {width}"
+
+
+def _layer_rates(config: Config, model: LlamaConfig) -> tuple[LayerRates, LayerRates]:
     sparse = config.sparsity
     if sparse.budget is None:
         return config.layer_rates
-    sensitivity = load_budget(Path(sparse.budget).expanduser(), neurons.layers)
+    file = Path(sparse.budget).expanduser()
+    sensitivity = load_budget(file, shape_of(model), sparse.metric)
     return allocate(sensitivity, *config.rates, sparse.max_segments)
 
 

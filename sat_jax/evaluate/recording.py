@@ -1,0 +1,44 @@
+"""Evaluations as rows of results: what was evaluated, on what, and what came out."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sat_jax.analysis.results import dense_twin
+from sat_jax.config import Config
+from sat_jax.config_values import changed, without_free
+from sat_jax.train.metrics import to_json
+
+
+def evaluation_row(
+    measure: str,
+    model: str,
+    data: Any,
+    options: Mapping[str, Any],
+    figures: Mapping[str, Any],
+    config: Config | None,
+) -> dict[str, Any]:
+    """One model's figures by one measure (`text`, `choices`, ...), short of where they were made.
+
+    `config`: the settings of the run that `model` is the work directory of. The row names no place:
+    of absolute paths it has the last part only.
+    """
+    row = {"measure": measure, "model": model, "data": data, "options": dict(options)}
+    run = None
+    if config is not None:
+        settings = changed(without_free(config))
+        run = {"seed": config.seed, "twin": dense_twin(config), "settings": settings}
+    return to_json({**_placeless({**row, "run": run}), **figures})
+
+
+def _placeless(value: Any) -> Any:
+    match value:
+        case Mapping():
+            return {key: _placeless(part) for key, part in value.items()}
+        case list() | tuple():
+            return [_placeless(part) for part in value]
+        case Path() | str() if Path(value).is_absolute() or str(value).startswith("~/"):
+            return Path(value).name
+        case Path():
+            return str(value)
+    return value
