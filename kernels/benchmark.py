@@ -73,13 +73,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", nargs="+", choices=MODELS, default=[spec.model for spec in LLAMA_2])
     add("--program", nargs="+", choices=dense(LLAMA_2[0]), default=list(dense(LLAMA_2[0])))
     add("--tokens", nargs="+", type=measure.count, default=[1024, 4096, 16_384, 65_536])
-    add("--density", nargs="+", type=_share, default=[0.125, 0.25, 0.5, 0.75, 1.0])
+    add("--density", nargs="+", type=share, default=[0.125, 0.25, 0.5, 0.75, 1.0])
     add("--repeat", type=measure.count, default=20, help="timed calls")
     add("--minutes", type=float, help="begin no measurement after so many")
     return parser
 
 
-def _share(text: str) -> float:
+def share(text: str) -> float:
     """Of the smallest model at least a block is kept."""
     number = float(text)
     if not 0.125 <= number <= 1:

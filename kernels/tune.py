@@ -3,13 +3,13 @@
   python -m kernels.tune --minutes 9
   python -m kernels.tune --tokens 4096 --block 128 --out somewhere
 
-For every operation, block and number of tokens: XLA on the same random arrays (bfloat16), the
-default tiles, and some around the fastest so far, one setting after the other. What the processor
-does not hold is left out before it is compiled; what does not compile is said and passed over. A
-line each is printed. DIR/<device>.json is written after each, so that the same command goes on
-where it ended; what is complete is not measured again (after a change of a kernel, delete the
-file). The package's own folder, the default, is where the kernels look for the fastest tiles, and
-where it is seen whether they are chosen over XLA. Needs jax and numpy alone.
+For every model, density, operation, block and number of tokens: XLA on the same random arrays
+(bfloat16), the default tiles, and some around the fastest so far, one setting after the other. What
+the processor does not hold is left out before it is compiled; what does not compile is said and
+passed over. A line each is printed. DIR/<device>.json is written after each, so that the same
+command goes on where it ended; what is complete is not measured again (after a change of a kernel,
+delete the file). The package's own folder, the default, is where the kernels look for the fastest
+tiles, and where it is seen which operations they are chosen for. Needs jax and numpy alone.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import measure
-from kernels.benchmark import MODELS
+from kernels.benchmark import MODELS, share
 from kernels.block_sparse_matmul import pallas_gpu, pallas_tpu, tuned, xla
 from kernels.block_sparse_matmul.arg_specs import Spec, operations
 from kernels.block_sparse_matmul.tiled import Loops, Tiled
@@ -69,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--out", type=Path, metavar="DIR", help="default: the package's own")
-    add("--model", choices=MODELS, default="llama-2-7b", help="whose MLP")
+    add("--model", nargs="+", choices=MODELS, default=["llama-2-7b"], help="whose MLP")
+    add("--density", nargs="+", type=share, default=[0.5])
     add("--operation", nargs="+", choices=_OPERATIONS, default=_OPERATIONS)
     add("--block", nargs="+", type=measure.count, default=[128, 64])
     add("--tokens", nargs="+", type=measure.count, default=[1024, 4096, 16_384])
@@ -81,8 +82,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _searches(given: argparse.Namespace, loops: Loops, file: "File") -> Iterator["Search"]:
     """One after the other, for blocks that the kernels take."""
-    for block, tokens in itertools.product(given.block, given.tokens):
-        spec = MODELS[given.model]._replace(tokens=tokens, block=block)
+    every = itertools.product(given.model, given.density, given.block, given.tokens)
+    for model, density, block, tokens in every:
+        spec = MODELS[model]._replace(tokens=tokens, density=density, block=block)
         if reason := loops.refusal(jnp.dtype(jnp.bfloat16), spec.width, block):
             print(f"{loops.NAME}: {reason}", flush=True)
             continue
@@ -103,12 +105,13 @@ class File:
         """Reads it if it is there."""
         self.path, self._entries = path, tuned.read(path)[0]
 
-    def entry(self, case: tuned.Case) -> dict[str, Any]:
-        """That of a case, or a new one."""
+    def entry(self, case: tuned.Case, matrix: tuned.Matrix) -> dict[str, Any]:
+        """That of a case and a matrix, or a new one."""
+        named = case._asdict() | matrix._asdict()
         for entry in self._entries:
-            if tuple(entry[name] for name in case._fields) == case:
+            if named.items() <= entry.items():
                 return entry
-        self._entries.append(case._asdict() | {"timed": []})
+        self._entries.append(named | {"timed": []})
         return self._entries[-1]
 
     def write(self) -> None:
@@ -130,9 +133,15 @@ class Search:
     repeat: int
     file: File
 
+    @property
+    def entry(self) -> dict[str, Any]:
+        """Where it is written down."""
+        spec = self.spec
+        return self.file.entry(self.case, tuned.Matrix(spec.width, spec.neurons, spec.density))
+
     def run(self, ends: float) -> bool:
         """Whether it came to its end before that time."""
-        entry, default = self.file.entry(self.case), DEFAULTS[self.case.backend]
+        entry, default = self.entry, DEFAULTS[self.case.backend]
         if "tiles" in entry:
             return True
         best: Any = default
@@ -144,10 +153,7 @@ class Search:
                         return False
                     self._time(tiles)
             best = min((best, *around), key=self._seconds)
-        shape = {
-            name: getattr(self.spec, name) for name in ("model", "width", "neurons", "density")
-        }
-        entry |= shape | {"repeat": self.repeat, "jax": jax.__version__}
+        entry |= {"model": self.spec.model, "repeat": self.repeat, "jax": jax.__version__}
         entry |= {"date": datetime.date.today().isoformat()}
         runs = math.isfinite(self._seconds(best))
         entry["tiles"] = dataclasses.asdict(best) if runs else None
@@ -168,7 +174,7 @@ class Search:
             record["error"] = f"left out: {error}"
         except Exception as error:
             record["error"] = measure.first_line(error)
-        self.file.entry(self.case)["timed"].append(record)
+        self.entry["timed"].append(record)
         self.file.write()
         print(f"{'  '.join(map(str, self.case[1:]))}  {self._said(record)}", flush=True)
         if "seconds" not in record:
@@ -190,7 +196,7 @@ class Search:
 
     def _record(self, tiles: Tiles | None) -> dict[str, Any] | None:
         given = tiles and dataclasses.asdict(tiles)
-        records = (r for r in self.file.entry(self.case)["timed"] if r["tiles"] == given)
+        records = (r for r in self.entry["timed"] if r["tiles"] == given)
         return next(records, None)
 
     def _seconds(self, tiles: Tiles | None) -> float:

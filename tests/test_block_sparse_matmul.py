@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from kernels.block_sparse_matmul import (
     BlockMask,
+    Matrix,
     Pattern,
     column_matmul,
     explain,
@@ -304,14 +305,19 @@ def test_wrong_ids_are_found_where_checks_are_on(ids: list[int]) -> None:
 
 
 def test_the_choice_is_explained() -> None:
-    shape = (jnp.dtype("float32"), 256, BLOCK)
-    assert explain(*shape) == explain(*shape, "cpu") == ("xla", {})
-    assert "not timed on a TPU elsewhere" in explain(*shape, "tpu")[1]["pallas_tpu"]
-    name, reasons = explain(jnp.dtype("float32"), 256, 64, "tpu")
-    assert name == "xla" and "accepted 128, 256 and 512" in reasons["pallas_tpu"]
-    assert "accepted bfloat16" in explain(*shape, "gpu")[1]["pallas_gpu"]
-    name, reasons = explain(jnp.dtype("bfloat16"), 256, BLOCK, "gpu")
-    assert name == "xla" and "not timed" in reasons["pallas_gpu"]
+    def column(dtype: str, block: int, *platform: str) -> tuple[str, str | None]:
+        return explain(jnp.dtype(dtype), 64, Matrix(256, 512, 0.5), block, *platform)["column"]
+
+    nothing = ("xla", "there are no kernels for cpu")
+    assert column("float32", BLOCK) == column("float32", BLOCK, "cpu") == nothing
+    for asked, reason in (
+        (("float32", BLOCK, "tpu"), "not timed on a TPU elsewhere"),
+        (("float32", 64, "tpu"), "accepted 128, 256 and 512"),
+        (("float32", BLOCK, "gpu"), "accepted bfloat16"),
+        (("bfloat16", BLOCK, "gpu"), "not timed"),
+    ):
+        name, said = column(*asked)
+        assert name == "xla" and reason in str(said)
 
 
 def test_they_can_be_mapped_and_scanned() -> None:

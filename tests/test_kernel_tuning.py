@@ -18,15 +18,22 @@ from kernels import tune
 from kernels.benchmark import MODELS
 from kernels.block_sparse_matmul import (
     BlockMask,
+    Matrix,
+    backends,
+    column_matmul,
     explain,
     kept_rows,
     pallas_gpu,
     pallas_tpu,
     reference,
+    row_matmul,
+    sampled_matmul,
+    swiglu,
     tuned,
     xla,
 )
 from kernels.block_sparse_matmul.arg_specs import operations
+from kernels.block_sparse_matmul.backends import BACKENDS, Measured
 from kernels.block_sparse_matmul.tiled import Tiled
 from kernels.block_sparse_matmul.tiles import DEFAULTS, GpuTiles, Misfit, TpuTiles
 from tests.tolerances import assert_close
@@ -45,6 +52,9 @@ def row(pattern: str, operation: str, ratio: float | None = 0.5, **more: Any) ->
         "dtype": "bfloat16",
         "block": 128,
         "tokens": 4096,
+        "width": 4096,
+        "neurons": 11_008,
+        "density": 0.5,
         "tiles": dataclasses.asdict(GpuTiles()),
         "seconds": ratio,
         "default_seconds": 2.0,
@@ -58,45 +68,109 @@ def write(folder: Path, rows: list[dict[str, Any]], device: str = H200) -> Path:
     return folder
 
 
-def reason(folder: Path, block: int = 128, kind: Any = "mask") -> str | None:
-    """Why not the kernel, on an H200 with that folder of measurements."""
-    where: dict[str, Any] = {"device": H200, "folder": folder}
-    name, reasons = explain(jnp.bfloat16, 4096, block, "gpu", kind=kind, **where)
-    assert (name == "pallas_gpu") == (not reasons)
-    return reasons.get("pallas_gpu")
+def reasons(
+    folder: Path,
+    tokens: int = 4096,
+    matrix: Matrix = Matrix(4096, 11_008, 0.5),
+    block: int = 128,
+    kind: Any = "rows",
+) -> dict[str, str]:
+    """Why not the kernel, by operation, on an H200 with that folder of measurements."""
+    where: dict[str, Any] = {"device": H200, "folder": folder, "kind": kind}
+    found = explain(jnp.bfloat16, tokens, matrix, block, "gpu", **where)
+    assert set(found) == {operation for pattern, operation in tuned.OPERATIONS if pattern == kind}
+    for choice in found.values():
+        assert choice.name == ("xla" if choice.reason else "pallas_gpu")
+    return {operation: choice.reason for operation, choice in found.items() if choice.reason}
 
 
-def test_a_kernel_is_chosen_where_it_was_faster(tmp_path: Path) -> None:
+def test_each_operation_is_chosen_by_its_own_timing(tmp_path: Path) -> None:
+    """However much faster the others are."""
     assert tuned.path(H200, tmp_path).name == "nvidia-h200.json"
-    fast = [row(*case) for case in tuned.OPERATIONS]
-    folder = write(tmp_path / "fast", fast)
-    assert reason(folder) is None
-    assert reason(folder, 64) == f"bfloat16 in blocks of 64 is not timed on {H200}; " + (
-        "`make tune` does that"
-    )
-    part = write(tmp_path / "part", fast[:-1])
-    assert "timed in part" in str(reason(part)) and reason(part, kind="rows") is None
-    # One slow operation can be made up for by the others, by those of its pattern alone.
-    one = write(tmp_path / "one", [row(*tuned.OPERATIONS[0], 2.0), *fast[1:]])
-    assert reason(one, kind="rows") is None
-    ratios = {"rows": 0.5, "mask": 1.5}
-    mixed = write(tmp_path / "mixed", [row(*case, ratios[case[0]]) for case in tuned.OPERATIONS])
-    assert reason(mixed) == f"slower than XLA on {H200} (1.50x the time)"
-    assert reason(mixed, kind="rows") is None
-    failed = [*fast[:-1], row("mask", "sampled", None, tiles=None)]
-    assert reason(write(tmp_path / "failed", failed)) == (
-        f"sampled of 4096 tokens does not run on {H200}"
-    )
-    under_way = row("mask", "sampled")
+    slow = f"1.50x the time of XLA on {H200} (4096 tokens, 0.5 of 11008 x 4096)"
+    rest = [row(*case, 0.1) for case in tuned.OPERATIONS[1:]]
+    folder = write(tmp_path / "slow", [row("rows", "column", 1.5), *rest])
+    assert reasons(folder) == {"column": slow}
+    assert not reasons(folder, kind="mask")
+    equal = write(tmp_path / "equal", [row("rows", "column", 1.0), *rest])
+    assert not reasons(equal)
+    untimed = "column of bfloat16 in blocks of {} is not timed on " + H200
+    for number, others in enumerate([rest, [row("rows", "column", block=64), *rest]]):
+        (left,) = reasons(write(tmp_path / str(number), others)).items()
+        assert left == ("column", untimed.format(128) + "; `make tune` does that")
+    assert set(reasons(tmp_path, kind="mask")) == {"column", "row", "sampled"}  # no file
+    under_way = row("rows", "column")
     del under_way["tiles"]
-    assert "timed in part" in str(reason(write(tmp_path / "way", [*fast[:-1], under_way])))
+    assert untimed.format(128) in reasons(write(tmp_path / "way", [under_way, *rest]))["column"]
+
+
+def test_what_does_not_run_is_not_chosen(tmp_path: Path) -> None:
+    """And neither is what was timed to no end; a kernel is, where XLA alone did not run."""
+    neither = row("mask", "row", None, tiles=None, xla_seconds=None)
+    failed = row("mask", "sampled", None, tiles=None)
+    alone = row("mask", "column", xla_seconds=None)
+    found = reasons(write(tmp_path, [neither, failed, alone]), kind="mask")
+    text = f"does not run on {H200} (4096 tokens, 0.5 of 11008 x 4096)"
+    assert found == {"row": text, "sampled": text}
+
+
+def test_the_nearest_timing_decides(tmp_path: Path) -> None:
+    few, many = (row("rows", "row", ratio, tokens=n) for ratio, n in ((2.0, 1024), (0.5, 16_384)))
+    thin = row("rows", "row", 3.0, tokens=16_384, density=0.125)
+    tall = row("rows", "row", 4.0, tokens=16_384, width=5120, neurons=13_824)
+    folder = write(tmp_path, [many, few, thin, tall])
+
+    def said(*shape: Any) -> str:
+        return reasons(folder, *shape).get("row", "kernel").split("x")[0]
+
+    for tokens, expected in ((64, "2.00"), (4096, "2.00"), (4097, "kernel"), (10**6, "kernel")):
+        assert said(tokens) == expected
+    matrices = (Matrix(4096, 11_008, 0.2), Matrix(5120, 13_824, 0.4), Matrix(4096, 11_008, 0.3))
+    assert [said(16_384, matrix) for matrix in matrices] == ["3.00", "4.00", "kernel"]
+
+
+def test_calls_follow_the_timing_of_their_operation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forward by the kernel, a backward in part by XLA, at the shapes of the call."""
+    shape = {"tokens": 64, "width": 256, "neurons": 512, "backend": "pallas_tpu"}
+    shape["tiles"] = dataclasses.asdict(TpuTiles())
+    fast = {("rows", "swiglu"), ("rows", "row"), ("mask", "sampled")}
+    rows = [row(*case, 0.5 if case in fast else 2.0, **shape) for case in tuned.OPERATIONS]
+    far = [row(*case, 9.0, **shape | {"density": 0.0625}) for case in sorted(fast)]
+    folder = write(tmp_path, [*far, *rows], tuned.device_kind())
+    monkeypatch.setitem(BACKENDS, "measured", Measured(folder))
+    monkeypatch.setitem(backends._KERNELS, "cpu", "pallas_tpu")
+    seen: list[str] = []
+
+    class Spy(Tiled):
+        def _tiles(self, operation: str, x: Any, pattern: Any) -> Any:
+            seen.append(f"{pattern.kind} {operation}")
+            return super()._tiles(operation, x, pattern)
+
+    monkeypatch.setitem(backends.IMPLEMENTATIONS, "pallas_tpu", Spy(pallas_tpu))
+
+    def traced(call: Any, *shapes: tuple[int, ...]) -> list[str]:
+        seen.clear()
+        given = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+        jax.eval_shape(jax.grad(lambda *a: call(*a).sum().astype(float), range(len(given))), *given)
+        return seen
+
+    x, h, w = (64, 256), (64, 256), (512, 256)
+    assert traced(lambda x, g, u: swiglu(x, g, u, KEPT), x, w, w) == ["rows swiglu"]
+    assert traced(lambda h, w: row_matmul(h, w, KEPT), h, w) == ["rows row"]
+    # Half of a matrix, and forward and both gradients.
+    mask = BlockMask.of(np.array([[1, 0], [0, 1], [1, 0], [0, 1]]), 128)
+    blocks = (4, 128, 128)
+    assert traced(lambda x, w: column_matmul(x, w, mask), x, blocks) == ["mask sampled"]
+    assert traced(lambda a, c: sampled_matmul(a, c, mask), (64, 512), x) == ["mask sampled"]
 
 
 def test_a_file_that_is_none_of_ours_is_named(tmp_path: Path) -> None:
     broken = [{"tiles": {}}, row("rows", "row", tiles={"wide": 1}), {"pattern": "rows"}]
     for number, rows in enumerate([[one] for one in broken]):
         with pytest.raises(ValueError, match=r"nvidia-h200.json: .*kernels.tune` writes such"):
-            reason(write(tmp_path / str(number), rows))
+            reasons(write(tmp_path / str(number), rows))
 
 
 def test_tiles_come_from_the_file_of_the_device(tmp_path: Path) -> None:
@@ -245,11 +319,12 @@ def test_each_round_starts_from_the_fastest(
     loops = SimpleNamespace(**{**vars(pallas_tpu), "contract": contract})
     case = tuned.Case("pallas_tpu", "rows", "column", "bfloat16", 128, 64)
     spec, file = MODELS["small"]._replace(tokens=64), tune.File(tmp_path / "made-up.json")
-    assert tune.Search(case, spec, loops, 1, file).run(math.inf)
+    search = tune.Search(case, spec, loops, 1, file)
+    assert search.run(math.inf)
     (entry,) = tuned.entries("made up", tmp_path)
     best = TpuTiles(row=20_480, tokens=512)
-    assert entry == tuned.Entry(case, best, 0.025, 0.1, 0.05)
-    assert [len(record["tiles"] or ()) for record in file.entry(case)["timed"]] == [
+    assert entry == tuned.Entry(case, Matrix(256, 512, 0.5), best, 0.025, 0.1, 0.05)
+    assert [len(record["tiles"] or ()) for record in search.entry["timed"]] == [
         0,
         3,
         3,
@@ -270,8 +345,9 @@ def test_what_fails_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture
     loops = SimpleNamespace(**{**vars(pallas_tpu), "sample": sample})
     case = tuned.Case("pallas_tpu", "mask", "sampled", "bfloat16", 128, 64)
     spec, file = MODELS["small"]._replace(tokens=64), tune.File(tmp_path / "cpu.json")
-    assert tune.Search(case, spec, loops, 1, file).run(math.inf)
-    assert file.entry(case)["tiles"] == dataclasses.asdict(TpuTiles())
+    search = tune.Search(case, spec, loops, 1, file)
+    assert search.run(math.inf)
+    assert search.entry["tiles"] == dataclasses.asdict(TpuTiles())
     *_, first, second = capsys.readouterr().out.splitlines()
     assert first.endswith("sampled 2048: RuntimeError: no such instruction")
     assert second.endswith("sampled 8192: left out: too large")
@@ -280,8 +356,9 @@ def test_what_fails_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture
         raise RuntimeError("never")
 
     loops, file = SimpleNamespace(NAME="pallas_tpu", sample=nothing), tune.File(tmp_path / "b.json")
-    assert tune.Search(case, spec, loops, 1, file).run(math.inf)
-    entry = file.entry(case)
+    search = tune.Search(case, spec, loops, 1, file)
+    assert search.run(math.inf)
+    entry = search.entry
     assert entry["tiles"] is entry["seconds"] is entry["default_seconds"] is None
     assert entry["xla_seconds"] > 0
 
