@@ -5,16 +5,18 @@
 
 For every model, density, operation, block and number of tokens: XLA on the same random arrays
 (bfloat16), the default tiles, and some around the fastest so far, one setting after the other. What
-the processor does not hold is left out before it is compiled; what does not compile is said and
-passed over. A line each is printed. DIR/<device>.json is written after each, so that the same
-command goes on where it ended; what is complete is not measured again (after a change of a kernel,
-delete the file). The package's own folder, the default, is where the kernels look for the fastest
-tiles, and where it is seen which operations they are chosen for. Needs jax and numpy alone.
+the processor does not hold is left out before it is compiled, what comes to a program that was
+timed before is not timed again, and what does not compile is said and passed over. A line each is
+printed. DIR/<device>.json is written after each, so that the same command goes on where it ended;
+what is complete is not measured again (after a change of a kernel, delete the file). The package's
+own folder, the default, is where the kernels look for the fastest tiles, and where it is seen which
+operations they are chosen for. Needs jax and numpy alone.
 """
 
 import argparse
 import dataclasses
 import datetime
+import hashlib
 import itertools
 import json
 import math
@@ -31,11 +33,12 @@ import jax.numpy as jnp
 from kernels import measure
 from kernels.benchmark import MODELS, share
 from kernels.block_sparse_matmul import pallas_gpu, pallas_tpu, tuned, xla
-from kernels.block_sparse_matmul.arg_specs import Spec, operations
+from kernels.block_sparse_matmul.arg_specs import Program, Spec, operations
 from kernels.block_sparse_matmul.tiled import Loops, Tiled
 from kernels.block_sparse_matmul.tiles import DEFAULTS, Misfit, Tiles
 
 _LOOPS: dict[str, Loops] = {"gpu": pallas_gpu, "tpu": pallas_tpu}
+_PLATFORMS = {"pallas_gpu": "cuda", "pallas_tpu": "tpu"}
 Round = list[dict[str, int]]
 _OPERATIONS = sorted({name for _, name in tuned.OPERATIONS})
 
@@ -98,7 +101,8 @@ class File:
     """The entries of a device, read once and written after each change.
 
     One has, beside its case, what it was measured with, and `timed`: seconds or the `error` of
-    tiles, null for XLA. When all is timed, it has the fields of `tuned.Entry` too.
+    tiles, null for XLA, and a hash of their `program`. When all is timed, it has the fields of
+    `tuned.Entry` too.
     """
 
     def __init__(self, path: Path) -> None:
@@ -168,29 +172,44 @@ class Search:
         backend = Tiled(self.loops, tiles) if tiles else xla
         program = operations(self.spec, backend)[self.case.pattern, self.case.operation]
         record: dict[str, Any] = {"tiles": tiles and dataclasses.asdict(tiles)}
+        twin = None
         try:
-            record["seconds"] = measure.seconds(program, self.repeat)
+            record["program"] = identity(program, self.case.backend)
+            if twin := self._twin(record["program"]):
+                record |= {name: twin[name] for name in ("seconds", "error") if name in twin}
+            else:
+                record["seconds"] = measure.seconds(program, self.repeat)
         except Misfit as error:
             record["error"] = f"left out: {error}"
         except Exception as error:
             record["error"] = measure.first_line(error)
         self.entry["timed"].append(record)
         self.file.write()
-        print(f"{'  '.join(map(str, self.case[1:]))}  {self._said(record)}", flush=True)
+        same = f" (the program of {self._named(twin)})" if twin else ""
+        print(f"{'  '.join(map(str, self.case[1:]))}  {self._said(record)}{same}", flush=True)
         if "seconds" not in record:
             jax.block_until_ready(jnp.ones(8) + 1)  # raises where the device was lost with it
 
-    def _said(self, record: dict[str, Any]) -> str:
+    def _twin(self, program: str) -> dict[str, Any] | None:
+        """What was timed of the same program: settings that ask for more than there is room for, or
+        tokens to fill, change nothing."""
+        records = (r for r in self.entry["timed"] if r.get("program") == program)
+        return next(records, None)
+
+    def _named(self, record: dict[str, Any]) -> str:
         tiles, default = record["tiles"], dataclasses.asdict(DEFAULTS[self.case.backend])
         changed = [
             f"{name} {size}" for name, size in (tiles or {}).items() if size != default[name]
         ]
-        text = "xla" if tiles is None else ", ".join(changed) or "default"
+        return "xla" if tiles is None else ", ".join(changed) or "default"
+
+    def _said(self, record: dict[str, Any]) -> str:
+        text = self._named(record)
         if "error" in record:
             return f"{text}: {record['error']}"
         text += f": {record['seconds'] * 1e3:.3f} ms"
         beside = self._seconds(None)
-        if tiles is None or math.isinf(beside):
+        if record["tiles"] is None or math.isinf(beside):
             return text
         return f"{text}, {record['seconds'] / beside:.2f}x the time of XLA"
 
@@ -201,6 +220,14 @@ class Search:
 
     def _seconds(self, tiles: Tiles | None) -> float:
         return (self._record(tiles) or {}).get("seconds", math.inf)
+
+
+def identity(program: Program, backend: str) -> str:
+    """A hash of all that is compiled for a backend's platform, kernels included. Raises what
+    tracing does."""
+    traced = jax.jit(program.function).trace(*program.arguments)
+    text = traced.lower(lowering_platforms=(_PLATFORMS[backend],)).as_text()
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _rounds(case: tuned.Case) -> list[Round]:

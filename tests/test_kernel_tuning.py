@@ -32,7 +32,7 @@ from kernels.block_sparse_matmul import (
     tuned,
     xla,
 )
-from kernels.block_sparse_matmul.arg_specs import operations
+from kernels.block_sparse_matmul.arg_specs import LLAMA_2, Spec, operations
 from kernels.block_sparse_matmul.backends import BACKENDS, Measured
 from kernels.block_sparse_matmul.tiled import Tiled
 from kernels.block_sparse_matmul.tiles import DEFAULTS, GpuTiles, Misfit, TpuTiles
@@ -310,28 +310,43 @@ def test_each_round_starts_from_the_fastest(
         seen.append(tiles)
         return pallas_tpu.contract(product, tiles)
 
-    def seconds(program: Any, _: int) -> float:
+    def seconds(*_: Any) -> float:
+        """Of what was traced last."""
+        taken = seen[0].tokens / seen[0].row if seen else 0.05
         seen.clear()
-        jax.eval_shape(program.function, *program.arguments)
-        return seen[0].tokens / seen[0].row if seen else 0.05
+        return taken
 
     monkeypatch.setattr(tune.measure, "seconds", seconds)
     loops = SimpleNamespace(**{**vars(pallas_tpu), "contract": contract})
-    case = tuned.Case("pallas_tpu", "rows", "column", "bfloat16", 128, 64)
-    spec, file = MODELS["small"]._replace(tokens=64), tune.File(tmp_path / "made-up.json")
+    case = tuned.Case("pallas_tpu", "rows", "column", "bfloat16", 128, 1024)
+    spec, file = Spec("wide", 10_240, 512, 1024), tune.File(tmp_path / "made-up.json")
     search = tune.Search(case, spec, loops, 1, file)
     assert search.run(math.inf)
     (entry,) = tuned.entries("made up", tmp_path)
     best = TpuTiles(row=20_480, tokens=512)
-    assert entry == tuned.Entry(case, Matrix(256, 512, 0.5), best, 0.025, 0.1, 0.05)
-    assert [len(record["tiles"] or ()) for record in search.entry["timed"]] == [
-        0,
-        3,
-        3,
-        3,
-        3,
-        3,
-    ]
+    assert entry == tuned.Entry(case, Matrix(10_240, 512, 0.5), best, 0.025, 0.1, 0.05)
+    assert [len(record["tiles"] or ()) for record in search.entry["timed"]] == [*(0, 3, 3, 3, 3, 3)]
+
+
+def test_a_program_is_timed_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shared memory has room for two stages of the default tiles, however many are asked for;
+    so it goes on after it was interrupted."""
+    times = iter((0.4, 0.3, 0.2, 0.1))
+    monkeypatch.setattr(tune.measure, "seconds", lambda *_: next(times))
+    tried = [{"stages": 2}, {"stages": 6}, {"snake": 4}, {"factor": 128}]
+    monkeypatch.setattr(tune, "_rounds", lambda _: [tried[:1], tried[1:]])
+    case = tuned.Case("pallas_gpu", "rows", "swiglu_gradients", "bfloat16", 128, 4096)
+    search = tune.Search(case, LLAMA_2[0], pallas_gpu, 1, tune.File(tmp_path / "a.json"))
+    assert search.run(math.inf)
+    timed = [record.get("seconds") for record in search.entry["timed"]]
+    assert timed == [0.4, 0.3, 0.3, 0.3, 0.2, None]
+    out = capsys.readouterr().out
+    assert "  stages 2: 300.000 ms, 0.75x the time of XLA (the program of default)\n" in out
+    again = tune.Search(case, LLAMA_2[0], pallas_gpu, 1, tune.File(tmp_path / "a.json"))
+    del again.entry["tiles"], again.entry["timed"][3]
+    assert again.run(math.inf) and again.entry["timed"][5]["seconds"] == 0.3
 
 
 def test_what_fails_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
