@@ -197,11 +197,8 @@ class Search:
         return next(records, None)
 
     def _named(self, record: dict[str, Any]) -> str:
-        tiles, default = record["tiles"], dataclasses.asdict(DEFAULTS[self.case.backend])
-        changed = [
-            f"{name} {size}" for name, size in (tiles or {}).items() if size != default[name]
-        ]
-        return "xla" if tiles is None else ", ".join(changed) or "default"
+        tiles = record["tiles"]
+        return named(type(DEFAULTS[self.case.backend])(**tiles)) if tiles else "xla"
 
     def _said(self, record: dict[str, Any]) -> str:
         text = self._named(record)
@@ -228,6 +225,20 @@ def identity(program: Program, backend: str) -> str:
     traced = jax.jit(program.function).trace(*program.arguments)
     text = traced.lower(lowering_platforms=(_PLATFORMS[backend],)).as_text()
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def candidates(case: tuned.Case) -> Iterator[Tiles]:
+    """All that a search can come to, whichever is fastest: the default tiles first."""
+    for changes in itertools.product(*([{}, *changes] for changes in _rounds(case))):
+        merged: Any = dict(itertools.chain.from_iterable(change.items() for change in changes))
+        yield dataclasses.replace(DEFAULTS[case.backend], **merged)
+
+
+def named(tiles: Tiles) -> str:
+    """By what differs from the default."""
+    given, default = (dataclasses.asdict(t) for t in (tiles, type(tiles)()))
+    changed = [f"{name} {size}" for name, size in given.items() if size != default[name]]
+    return ", ".join(changed) or "default"
 
 
 def _rounds(case: tuned.Case) -> list[Round]:

@@ -408,3 +408,12 @@ def test_all_that_has_tiles_is_timed() -> None:
             rounds = tune._rounds(tuned.Case(backend, *case, "bfloat16", 128, 64))
             for change in (change for changes in rounds for change in changes):
                 assert dataclasses.replace(DEFAULTS[backend], **change) != DEFAULTS[backend]
+
+
+def test_candidates_are_all_that_a_search_can_come_to() -> None:
+    case = tuned.Case("pallas_tpu", "rows", "column", "bfloat16", 128, 64)
+    assert list(tune.candidates(case)) == [
+        TpuTiles(row=row, tokens=tokens)
+        for row in (10_240, 5_120, 20_480)
+        for tokens in (1_024, 512, 2_048)
+    ]
