@@ -64,6 +64,7 @@ TARGETS: dict[str, tuple[str, dict[str, str]]] = {
     "v5e": ("pallas_tpu", {"platform": "tpu", "topology_name": "v5e:2x2"}),
     "v5p": ("pallas_tpu", {"platform": "tpu", "topology_name": "v5p:2x2x1"}),
 }
+_SILENT = "the compiler said nothing of registers"
 _LOOPS: dict[str, Loops] = {"pallas_gpu": pallas_gpu, "pallas_tpu": pallas_tpu}
 # Beside the usual 4,096 tokens, blocks of 128 and bfloat16; those that a target does not take are
 # passed over. Two programs have every operation of a step in them.
@@ -111,19 +112,26 @@ def check_candidates(target: str) -> bool:
     sharding, loops = _sharding(target), _LOOPS[TARGETS[target][0]]
     if sharding is None:
         return False
-    sound, spec = True, LLAMA_2[0]
+    sound, spoken, spec = True, False, LLAMA_2[0]
     for block in (128, 64):
         if reason := loops.refusal(jnp.dtype(jnp.bfloat16), spec.width, block):
             print(f"{target}  {reason}", flush=True)
             continue
         for pattern, operation in tuned.OPERATIONS:
             case = tuned.Case(loops.NAME, pattern, operation, "bfloat16", block, spec.tokens)
-            sound &= _check_case(target, case, spec._replace(block=block), sharding)
-    return sound
+            well, heard = _check_case(target, case, spec._replace(block=block), sharding)
+            sound, spoken = sound and well, spoken or heard
+    if target == "h200" and not spoken:
+        print(f"{target}: {_SILENT}", flush=True)
+    return sound and (spoken or target != "h200")
 
 
-def _check_case(target: str, case: tuned.Case, spec: Spec, sharding: NamedSharding) -> bool:
-    loops, sound = _LOOPS[case.backend], True
+def _check_case(
+    target: str, case: tuned.Case, spec: Spec, sharding: NamedSharding
+) -> tuple[bool, bool]:
+    """Whether all is well, and whether the compiler spoke of registers: of a kernel that it has
+    compiled in another program it does not once more."""
+    loops, sound, spoken = _LOOPS[case.backend], True, False
     seen: set[str] = set()
     unfit: dict[str, list[str]] = collections.defaultdict(list)
     where = f"{target}  {case.pattern}  {case.operation}  {case.block}"
@@ -138,7 +146,9 @@ def _check_case(target: str, case: tuned.Case, spec: Spec, sharding: NamedShardi
         if same in seen:
             continue
         seen.add(same)
-        _, failure = _compiled(target, program, sharding)
+        with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
+            said, failure = compiled(program, sharding)
+        spoken |= "registers" in said
         if failure:
             print(f"{where}  {tune.named(tiles)}: {failure}", flush=True)
             sound = False
@@ -147,7 +157,7 @@ def _check_case(target: str, case: tuned.Case, spec: Spec, sharding: NamedShardi
         shortest = min(several, key=len)
         print(f"{where}  {shortest} (and {len(several) - 1} more) do not fit: {reason}", flush=True)
     print(f"{where}: {len(seen)} programs", flush=True)
-    return sound
+    return sound, spoken
 
 
 def _cases(implementation: str) -> Iterator[tuple[str, Program]]:
@@ -188,7 +198,7 @@ def _compiled(target: str, program: Program, sharding: NamedSharding) -> tuple[s
     with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
         said, failure = compiled(program, sharding)
     if target == "h200" and not failure and "registers" not in said:
-        failure = "the compiler said nothing of registers"
+        failure = _SILENT
     return said, failure
 
 

@@ -110,8 +110,9 @@ def test_candidates_of_tuning_are_compiled_once(
     tried = [GpuTiles(), GpuTiles(stages=6), GpuTiles(tall=512), GpuTiles(tall=512, snake=1)]
     monkeypatch.setattr(aot.tune, "candidates", lambda _: tried)
     monkeypatch.setattr(aot.tuned, "OPERATIONS", (("rows", "swiglu_gradients"),))
-    failures = iter((None, "spills 8 bytes of registers"))
-    monkeypatch.setattr(aot, "compiled", lambda *_: ("at most 9 registers", next(failures)))
+    spill = "spills 8 bytes of registers"
+    found = iter((("at most 9 registers", None), ("at most 9 registers", spill), ("", None)))
+    monkeypatch.setattr(aot, "compiled", lambda *_: next(found))
     monkeypatch.setattr(aot.pallas_gpu, "refusal", lambda *_: None if _[2] == 128 else "too small")
     assert aot.check_candidates("h200")
     reason = "2 × 256 × 128 sums of a warpgroup, accepted 16384 in all, of multiples of 64"
@@ -122,7 +123,9 @@ def test_candidates_of_tuning_are_compiled_once(
         "h200  too small",
     ]
     assert not aot.check_candidates("h200")
-    assert f"{where}  default: spills 8 bytes of registers\n" in capfd.readouterr().out
+    assert f"{where}  default: {spill}\n" in capfd.readouterr().out
+    assert not aot.check_candidates("h200")
+    assert capfd.readouterr().out.endswith("h200: the compiler said nothing of registers\n")
 
 
 def test_a_compiler_that_is_not_there(
