@@ -162,6 +162,8 @@ def _rows(
         return None
     if isinstance(pattern, BlockMask):
         raise ValueError("rows: a BlockMask stores no other blocks; accepted with kept rows")
+    if len(rows) != len(ws):
+        raise ValueError(f"rows: {len(rows)} matrices, expected {len(ws)}, those of gate and up")
     for w, own in zip(ws, rows, strict=True):
         if own.shape != (pattern.kept, w.shape[1]) or own.dtype != w.dtype:
             raise ValueError(
