@@ -36,7 +36,7 @@ def measure(spec: Spec, program: str, implementation: str, repeat: int) -> dict[
     made = {"torch_bsr": bsr, "torch_dense": dense}[implementation]
     call = made(spec, program, "cuda", torch.bfloat16)
     taken = median_seconds(call, lambda _: torch.cuda.synchronize(), repeat)
-    row = {"seconds": taken, "repeat": repeat, "torch": torch.__version__}
+    row = {"seconds": taken, "repeat": repeat}
     both_by_parts = implementation == "torch_bsr" and program != "mask"
     return row | ({"note": NOTE} if both_by_parts else {})
 

@@ -4,6 +4,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,10 +17,21 @@ _LONG = 5e-3
 _MOST_QUEUED = 16
 
 
-def seconds(program: Program, repeat: int) -> float:
-    """Of a call on random data: the median of `repeat` timings. Raises what the compiler does."""
-    call, arguments = jax.jit(program.function), _random(program)
-    return median_seconds(lambda: call(*arguments), jax.block_until_ready, repeat)
+def seconds(program: Program, repeat: int, profile: Path | None = None) -> float:
+    """Of a call on random data: the median of `repeat` timings. Raises what the compiler does.
+
+    Into the folder `profile` as many more calls are traced, since the profiler slows them.
+    """
+    jitted, arguments = jax.jit(program.function), _random(program)
+
+    def call() -> Any:
+        return jitted(*arguments)
+
+    taken = median_seconds(call, jax.block_until_ready, repeat)
+    if profile:
+        with jax.profiler.trace(profile):
+            _timed(call, jax.block_until_ready, repeat)
+    return taken
 
 
 def median_seconds(call: Callable[[], Any], wait: Callable[[Any], object], repeat: int) -> float:

@@ -3,18 +3,20 @@
   python -m kernels.tune --minutes 9
   python -m kernels.tune --tokens 4096 --block 128 --out somewhere
 
-For every operation, block and number of tokens: XLA on the same random arrays (bfloat16), the
-default tiles, and some around the fastest so far, one setting after the other. What the processor
-does not hold is left out before it is compiled; what does not compile is said and passed over. A
-line each is printed. DIR/<device>.json is written after each, so that the same command goes on
-where it ended; what is complete is not measured again (after a change of a kernel, delete the
-file). The package's own folder, the default, is where the kernels look for the fastest tiles, and
-where it is seen whether they are chosen over XLA. Needs jax and numpy alone.
+For every model, density, operation, block and number of tokens: XLA on the same random arrays
+(bfloat16), the default tiles, and some around the fastest so far, one setting after the other. What
+the processor does not hold is left out before it is compiled, what comes to a program that was
+timed before is not timed again, and what does not compile is said and passed over. A line each is
+printed. DIR/<device>.json is written after each, so that the same command goes on where it ended;
+what is complete is not measured again (after a change of a kernel, delete the file). The package's
+own folder, the default, is where the kernels look for the fastest tiles, and where it is seen which
+operations they are chosen for. Needs jax and numpy alone.
 """
 
 import argparse
 import dataclasses
 import datetime
+import hashlib
 import itertools
 import json
 import math
@@ -29,13 +31,14 @@ import jax
 import jax.numpy as jnp
 
 from kernels import measure
-from kernels.benchmark import MODELS
+from kernels.benchmark import MODELS, share
 from kernels.block_sparse_matmul import pallas_gpu, pallas_tpu, tuned, xla
-from kernels.block_sparse_matmul.arg_specs import Spec, operations
+from kernels.block_sparse_matmul.arg_specs import Program, Spec, operations
 from kernels.block_sparse_matmul.tiled import Loops, Tiled
 from kernels.block_sparse_matmul.tiles import DEFAULTS, Misfit, Tiles
 
 _LOOPS: dict[str, Loops] = {"gpu": pallas_gpu, "tpu": pallas_tpu}
+_PLATFORMS = {"pallas_gpu": "cuda", "pallas_tpu": "tpu"}
 Round = list[dict[str, int]]
 _OPERATIONS = sorted({name for _, name in tuned.OPERATIONS})
 
@@ -69,7 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--out", type=Path, metavar="DIR", help="default: the package's own")
-    add("--model", choices=MODELS, default="llama-2-7b", help="whose MLP")
+    add("--model", nargs="+", choices=MODELS, default=["llama-2-7b"], help="whose MLP")
+    add("--density", nargs="+", type=share, default=[0.5])
     add("--operation", nargs="+", choices=_OPERATIONS, default=_OPERATIONS)
     add("--block", nargs="+", type=measure.count, default=[128, 64])
     add("--tokens", nargs="+", type=measure.count, default=[1024, 4096, 16_384])
@@ -81,8 +85,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _searches(given: argparse.Namespace, loops: Loops, file: "File") -> Iterator["Search"]:
     """One after the other, for blocks that the kernels take."""
-    for block, tokens in itertools.product(given.block, given.tokens):
-        spec = MODELS[given.model]._replace(tokens=tokens, block=block)
+    every = itertools.product(given.model, given.density, given.block, given.tokens)
+    for model, density, block, tokens in every:
+        spec = MODELS[model]._replace(tokens=tokens, density=density, block=block)
         if reason := loops.refusal(jnp.dtype(jnp.bfloat16), spec.width, block):
             print(f"{loops.NAME}: {reason}", flush=True)
             continue
@@ -96,19 +101,21 @@ class File:
     """The entries of a device, read once and written after each change.
 
     One has, beside its case, what it was measured with, and `timed`: seconds or the `error` of
-    tiles, null for XLA. When all is timed, it has the fields of `tuned.Entry` too.
+    tiles, null for XLA, and a hash of their `program`. When all is timed, it has the fields of
+    `tuned.Entry` too.
     """
 
     def __init__(self, path: Path) -> None:
         """Reads it if it is there."""
         self.path, self._entries = path, tuned.read(path)[0]
 
-    def entry(self, case: tuned.Case) -> dict[str, Any]:
-        """That of a case, or a new one."""
+    def entry(self, case: tuned.Case, matrix: tuned.Matrix) -> dict[str, Any]:
+        """That of a case and a matrix, or a new one."""
+        named = case._asdict() | matrix._asdict()
         for entry in self._entries:
-            if tuple(entry[name] for name in case._fields) == case:
+            if named.items() <= entry.items():
                 return entry
-        self._entries.append(case._asdict() | {"timed": []})
+        self._entries.append(named | {"timed": []})
         return self._entries[-1]
 
     def write(self) -> None:
@@ -130,9 +137,15 @@ class Search:
     repeat: int
     file: File
 
+    @property
+    def entry(self) -> dict[str, Any]:
+        """Where it is written down."""
+        spec = self.spec
+        return self.file.entry(self.case, tuned.Matrix(spec.width, spec.neurons, spec.density))
+
     def run(self, ends: float) -> bool:
         """Whether it came to its end before that time."""
-        entry, default = self.file.entry(self.case), DEFAULTS[self.case.backend]
+        entry, default = self.entry, DEFAULTS[self.case.backend]
         if "tiles" in entry:
             return True
         best: Any = default
@@ -144,10 +157,7 @@ class Search:
                         return False
                     self._time(tiles)
             best = min((best, *around), key=self._seconds)
-        shape = {
-            name: getattr(self.spec, name) for name in ("model", "width", "neurons", "density")
-        }
-        entry |= shape | {"repeat": self.repeat, "jax": jax.__version__}
+        entry |= {"model": self.spec.model, "repeat": self.repeat, "jax": jax.__version__}
         entry |= {"date": datetime.date.today().isoformat()}
         runs = math.isfinite(self._seconds(best))
         entry["tiles"] = dataclasses.asdict(best) if runs else None
@@ -162,39 +172,73 @@ class Search:
         backend = Tiled(self.loops, tiles) if tiles else xla
         program = operations(self.spec, backend)[self.case.pattern, self.case.operation]
         record: dict[str, Any] = {"tiles": tiles and dataclasses.asdict(tiles)}
+        twin = None
         try:
-            record["seconds"] = measure.seconds(program, self.repeat)
+            record["program"] = identity(program, self.case.backend)
+            if twin := self._twin(record["program"]):
+                record |= {name: twin[name] for name in ("seconds", "error") if name in twin}
+            else:
+                record["seconds"] = measure.seconds(program, self.repeat)
         except Misfit as error:
             record["error"] = f"left out: {error}"
         except Exception as error:
             record["error"] = measure.first_line(error)
-        self.file.entry(self.case)["timed"].append(record)
+        self.entry["timed"].append(record)
         self.file.write()
-        print(f"{'  '.join(map(str, self.case[1:]))}  {self._said(record)}", flush=True)
+        same = f" (the program of {self._named(twin)})" if twin else ""
+        print(f"{'  '.join(map(str, self.case[1:]))}  {self._said(record)}{same}", flush=True)
         if "seconds" not in record:
             jax.block_until_ready(jnp.ones(8) + 1)  # raises where the device was lost with it
 
+    def _twin(self, program: str) -> dict[str, Any] | None:
+        """What was timed of the same program: settings that ask for more than there is room for, or
+        tokens to fill, change nothing."""
+        records = (r for r in self.entry["timed"] if r.get("program") == program)
+        return next(records, None)
+
+    def _named(self, record: dict[str, Any]) -> str:
+        tiles = record["tiles"]
+        return named(type(DEFAULTS[self.case.backend])(**tiles)) if tiles else "xla"
+
     def _said(self, record: dict[str, Any]) -> str:
-        tiles, default = record["tiles"], dataclasses.asdict(DEFAULTS[self.case.backend])
-        changed = [
-            f"{name} {size}" for name, size in (tiles or {}).items() if size != default[name]
-        ]
-        text = "xla" if tiles is None else ", ".join(changed) or "default"
+        text = self._named(record)
         if "error" in record:
             return f"{text}: {record['error']}"
         text += f": {record['seconds'] * 1e3:.3f} ms"
         beside = self._seconds(None)
-        if tiles is None or math.isinf(beside):
+        if record["tiles"] is None or math.isinf(beside):
             return text
         return f"{text}, {record['seconds'] / beside:.2f}x the time of XLA"
 
     def _record(self, tiles: Tiles | None) -> dict[str, Any] | None:
         given = tiles and dataclasses.asdict(tiles)
-        records = (r for r in self.file.entry(self.case)["timed"] if r["tiles"] == given)
+        records = (r for r in self.entry["timed"] if r["tiles"] == given)
         return next(records, None)
 
     def _seconds(self, tiles: Tiles | None) -> float:
         return (self._record(tiles) or {}).get("seconds", math.inf)
+
+
+def identity(program: Program, backend: str) -> str:
+    """A hash of all that is compiled for a backend's platform, kernels included. Raises what
+    tracing does."""
+    traced = jax.jit(program.function).trace(*program.arguments)
+    text = traced.lower(lowering_platforms=(_PLATFORMS[backend],)).as_text()
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def candidates(case: tuned.Case) -> Iterator[Tiles]:
+    """All that a search can come to, whichever is fastest: the default tiles first."""
+    for changes in itertools.product(*([{}, *changes] for changes in _rounds(case))):
+        merged: Any = dict(itertools.chain.from_iterable(change.items() for change in changes))
+        yield dataclasses.replace(DEFAULTS[case.backend], **merged)
+
+
+def named(tiles: Tiles) -> str:
+    """By what differs from the default."""
+    given, default = (dataclasses.asdict(t) for t in (tiles, type(tiles)()))
+    changed = [f"{name} {size}" for name, size in given.items() if size != default[name]]
+    return ", ".join(changed) or "default"
 
 
 def _rounds(case: tuned.Case) -> list[Round]:

@@ -28,7 +28,7 @@ class BlockSparse(NamedTuple):
         if self.implementation == "pallas_gpu" and capability != "9.0":
             return f"pallas_gpu on compute capability {capability}; accepted: 9.0 (Hopper)"
         try:
-            choose(self.implementation, jnp.dtype(dtype), width, self.block, device.platform)
+            choose(self.implementation, jnp.dtype(dtype), width, self.block)
         except ValueError as error:
             return str(error)
         return None

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from kernels.block_sparse_matmul import (
     BlockMask,
+    Matrix,
     Pattern,
     column_matmul,
     explain,
@@ -124,6 +125,25 @@ def test_gpu(name: str, pattern: str) -> None:
     check(name, "pallas_gpu", "bfloat16", made, operands(made, tokens=40, width=192))
 
 
+@pytest.mark.parametrize("pattern", REPRESENTATIVE)
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="this jax cannot interpret for GPUs")
+@pytest.mark.usefixtures("made_up_gpu")
+def test_float16_on_gpu(name: str, pattern: str) -> None:
+    made = PATTERNS[pattern]()
+    check(name, "pallas_gpu", "float16", made, operands(made, tokens=40, width=192))
+
+
+@pytest.mark.parametrize("block", [256, 512])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_large_blocks(name: str, block: int) -> None:
+    for made in (kept_rows(jnp.array([1]), block), BlockMask.of(np.array([[0, 1], [1, 1]]), block)):
+        given = operands(made, tokens=40, width=256)
+        if not isinstance(made, BlockMask):
+            given |= {name: normal(4, 2 * block, 256) / 8 for name in "wv"}
+        check(name, "pallas_tpu", "float32", made, given)
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_several_tiles_of_every_axis(name: str) -> None:
     """Two of tokens, two along the rows, and two of tokens where products are summed over them."""
@@ -166,26 +186,43 @@ def test_products_into_a_matrix(backend: str, ids: list[int]) -> None:
 @pytest.mark.parametrize("backend", ["xla", "pallas_tpu"])
 def test_gradients_of_kept_rows_alone(backend: str, name: str) -> None:
     """`rows` have the gradient that the matrices would have there, and their values are unused."""
+    check_kept_rows(backend, name, "float32")
+
+
+@pytest.mark.parametrize("name", ["column", "row", "swiglu"])
+@pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="this jax cannot interpret for GPUs")
+@pytest.mark.usefixtures("made_up_gpu")
+def test_gradients_of_kept_rows_alone_on_gpu(name: str) -> None:
+    check_kept_rows("pallas_gpu", name, "bfloat16")
+
+
+def check_kept_rows(backend: str, name: str, dtype: str) -> None:
+    """Beside the reference with float32 operands of the same values."""
     function, definition, taken = OPERATIONS[name]
     pattern = kept_rows(jnp.array([0, 2, 3]), BLOCK)
     given = operands(pattern, tokens=40, width=256)
-    x, *ws = (given[key] for key in taken)
+    x, *ws = (given[key].astype(dtype) for key in taken)
     at = reference.dense(jnp.arange(ROWS)[:, None], pattern)[:, 0]
 
     def call(x: jax.Array, ws: list[jax.Array], rows: list[jax.Array]) -> jax.Array:
         own = tuple(rows) if name == "swiglu_mlp" else rows[0]
         return function(x, *ws, pattern, rows=own, implementation=backend)
 
+    def agree(found: jax.Array, desired: jax.Array) -> None:
+        assert found.dtype == dtype
+        assert_close(found.astype(jnp.float32), desired, dtype, "product")
+
     found, back = jax.vjp(jax.jit(call), x, ws, [jnp.full_like(w[at], jnp.nan) for w in ws])
-    expected, expected_back = jax.vjp(lambda x, ws: definition(x, *ws, pattern), x, ws)
-    assert_close(found, expected, "float32", "product")
-    dy = normal(9, *found.shape)
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), (x, ws))
+    expected, expected_back = jax.vjp(lambda x, ws: definition(x, *ws, pattern), *wide)
+    agree(found, expected)
+    dy = normal(9, *found.shape).astype(dtype)
     dx, dws, drows = back(dy)
-    expected_dx, expected_dws = expected_back(dy)
-    assert_close(dx, expected_dx, "float32", "product")
+    expected_dx, expected_dws = expected_back(dy.astype(jnp.float32))
+    agree(dx, expected_dx)
     for dw, drow, desired in zip(dws, drows, expected_dws, strict=True):
         assert not np.any(dw)
-        assert_close(drow, desired[at], "float32", "product")
+        agree(drow, desired[at])
 
 
 def test_gradients_of_kept_rows_are_the_last() -> None:
@@ -267,6 +304,10 @@ X, W, BLOCKS = jnp.zeros((4, 256)), jnp.zeros((512, 256)), jnp.zeros((2, BLOCK, 
             lambda: swiglu_mlp(X, W, W, W, KEPT, rows=(W[:256], W[:256], W)),
             r"rows: .*, float32\[256, 256\]",
         ),
+        (
+            lambda: swiglu_mlp(X, W, W, W, KEPT, rows=(W[:256],)),  # type: ignore[arg-type]
+            "rows: 1 matrices, expected 3, those of",
+        ),
         (lambda: row_matmul(X, BLOCKS, MASK, rows=X), "rows: a BlockMask stores no other blocks"),
         (lambda: kept_rows(jnp.zeros((2, 2), int), 128), r"ids: int32\[2, 2\], expected a list"),
         (lambda: kept_rows(jnp.zeros(2), 128), r"ids: float32\[2\], expected a list of integers"),
@@ -309,14 +350,19 @@ def test_wrong_ids_are_found_where_checks_are_on(ids: list[int]) -> None:
 
 
 def test_the_choice_is_explained() -> None:
-    shape = (jnp.dtype("float32"), 256, BLOCK)
-    assert explain(*shape) == explain(*shape, "cpu") == ("xla", {})
-    assert "not timed on a TPU elsewhere" in explain(*shape, "tpu")[1]["pallas_tpu"]
-    name, reasons = explain(jnp.dtype("float32"), 256, 64, "tpu")
-    assert name == "xla" and "accepted 128, 256 and 512" in reasons["pallas_tpu"]
-    assert "accepted bfloat16" in explain(*shape, "gpu")[1]["pallas_gpu"]
-    name, reasons = explain(jnp.dtype("bfloat16"), 256, BLOCK, "gpu")
-    assert name == "xla" and "not timed" in reasons["pallas_gpu"]
+    def column(dtype: str, block: int, *platform: str) -> tuple[str, str | None]:
+        return explain(jnp.dtype(dtype), 64, Matrix(256, 512, 0.5), block, *platform)["column"]
+
+    nothing = ("xla", "there are no kernels for cpu")
+    assert column("float32", BLOCK) == column("float32", BLOCK, "cpu") == nothing
+    for asked, reason in (
+        (("float32", BLOCK, "tpu"), "not timed on a TPU elsewhere"),
+        (("float32", 64, "tpu"), "accepted 128, 256 and 512"),
+        (("float32", BLOCK, "gpu"), "accepted bfloat16"),
+        (("bfloat16", BLOCK, "gpu"), "not timed"),
+    ):
+        name, said = column(*asked)
+        assert name == "xla" and reason in str(said)
 
 
 def test_they_can_be_mapped_and_scanned() -> None:

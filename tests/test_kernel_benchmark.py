@@ -1,5 +1,6 @@
 """The measurement of kernels: every program runs, and a second call measures nothing again."""
 
+import datetime
 import json
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from kernels import benchmark, benchmark_torch
 from kernels.block_sparse_matmul import reference
 from kernels.block_sparse_matmul.arg_specs import Spec, dense
+from sat_jax.provenance import environment
 from tests.tolerances import assert_close
 
 TAKEN = ("dense", "xla", "pallas_tpu")
@@ -33,6 +35,12 @@ def test_each_program_has_its_rows(
     whole, *sparse = [row for row in rows if row["program"] == "column"]
     assert whole["flops"] == 2 * 64 * 256 * 512
     assert {row["flops"] for row in sparse} == {whole["flops"] / 2}
+    assert (whole["block"], {row["block"] for row in sparse}) == (None, {128})
+    theirs = environment()
+    assert whole["commit"] == theirs["commit"]
+    assert whole["device"] | {"kind": theirs["device"]["kind"]} == theirs["device"]
+    assert whole["versions"].items() <= theirs["versions"].items()
+    assert datetime.datetime.fromisoformat(whole["date"]).tzinfo == datetime.UTC
     assert "x dense (bound 2.00x)" in capsys.readouterr().out
 
     text = out.read_text()
@@ -41,6 +49,31 @@ def test_each_program_has_its_rows(
     assert out.read_text() == text
     with pytest.raises(SystemExit, match="minutes are over"):
         call(monkeypatch, out, "--tokens", "128", "--minutes", "1e-9")
+
+
+def test_blocks_are_measured_apart(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a trace of each, where it ran: the kernels for TPU have no blocks of 64."""
+    out, few = tmp_path / "rows.jsonl", ("--program", "column", "--block", "64", "128")
+    call(monkeypatch, out, *few, "--profile", str(tmp_path / "traces"))
+    dense, *rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["block"], row["implementation"], "seconds" in row) for row in rows] == [
+        *((64, "xla", True), (64, "pallas_tpu", False), (128, "xla", True)),
+        (128, "pallas_tpu", True),
+    ]
+    assert capsys.readouterr().out.count("x dense") == len(rows)
+    traces = {path.name for path in (tmp_path / "traces").iterdir()}
+    name = "small-column-64-0.5-{}-{}"
+    blocks = [name.format(row["block"], row["implementation"]) for row in rows if "seconds" in row]
+    assert traces == {"small-column-64-1.0-dense", *blocks}
+    assert len(list((tmp_path / "traces").rglob("*.xplane.pb"))) == 4
+    del dense["device"]["kind"]
+    out.write_text(json.dumps(dense) + "\n")
+    with pytest.raises(SystemExit):
+        call(monkeypatch, out, *few)
+    message = "rows.jsonl: KeyError: 'kind'; accepted: rows of this command, or a new file\n"
+    assert capsys.readouterr().err.endswith(message)
 
 
 def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import jax
 import pytest
 
-from kernels.block_sparse_matmul.backends import BACKENDS
+from kernels.block_sparse_matmul.backends import IMPLEMENTATIONS
 from sat_jax.errors import UserError
 from sat_jax.models.presets import preset
 from sat_jax.ops import BlockSparse, Implementation
@@ -49,7 +49,7 @@ def test_kernels_for_hopper_want_hopper() -> None:
 
 
 def test_the_names_are_those_of_the_kernels() -> None:
-    assert set(get_args(Implementation)) == set(BACKENDS)
+    assert set(get_args(Implementation)) == set(IMPLEMENTATIONS)
 
 
 def test_kernels_run_on_one_device() -> None:

@@ -8,10 +8,12 @@ from kernels.block_sparse_matmul.api import (
 )
 from kernels.block_sparse_matmul.backends import choose, explain
 from kernels.block_sparse_matmul.patterns import BlockMask, KeptRows, Pattern, kept_rows
+from kernels.block_sparse_matmul.tuned import Matrix
 
 __all__ = [
     "BlockMask",
     "KeptRows",
+    "Matrix",
     "Pattern",
     "choose",
     "column_matmul",

@@ -11,10 +11,10 @@
 Leading axes of the activations are free. Sums are float32 (how exact products of float32 are, is
 jax's default for `xla`, the highest for the others), results have the dtype of the operands.
 `implementation`: `xla`, `pallas_tpu` (interpreted on other platforms) or `pallas_gpu` (Hopper); a
-named one never gives way to another. None is Pallas where it takes the shapes and was measured to
-be no slower than XLA on this kind of device, else XLA (`explain`). Wrong shapes, dtypes and blocks
-are a `ValueError` or `TypeError` before anything runs; wrong ids only under `jax_enable_checks`,
-and without it what they do is undefined.
+named one never gives way to another. None is, operation by operation, Pallas where it takes the
+shapes and was timed no slower than XLA on this kind of device, else XLA (`explain`). Wrong shapes,
+dtypes and blocks are a `ValueError` or `TypeError` before anything runs; wrong ids only under
+`jax_enable_checks`, and without it what they do is undefined.
 """
 
 import math
@@ -169,6 +169,8 @@ def _rows(
         return None
     if isinstance(pattern, BlockMask):
         raise ValueError("rows: a BlockMask stores no other blocks; accepted with kept rows")
+    if len(rows) != len(ws):
+        raise ValueError(f"rows: {len(rows)} matrices, expected {len(ws)}, those of gate and up")
     for w, own in zip(ws, rows, strict=True):
         if own.shape != (pattern.kept, w.shape[1]) or own.dtype != w.dtype:
             raise ValueError(
@@ -186,7 +188,7 @@ def _check(name: str, x: Array, width: int, dtype: jnp.dtype) -> None:
 
 
 def _choose(implementation: str | None, x: Array, columns: int, pattern: Pattern) -> str:
-    return choose(implementation, x.dtype, columns, pattern.block, kind=pattern.kind)
+    return choose(implementation, x.dtype, columns, pattern.block)
 
 
 def _nothing(x: Array, pattern: Pattern) -> bool:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels.block_sparse_matmul import tuned, xla
 from kernels.block_sparse_matmul.patterns import BlockMask, KeptRows, Pattern, Walk
-from kernels.block_sparse_matmul.tiles import Tiles
+from kernels.block_sparse_matmul.tiles import Misfit, Tiles
 
 
 class Steps(NamedTuple):
@@ -69,9 +69,12 @@ def split(refs: Sequence[Any], *counts: int) -> list[Sequence[Any]]:
 
 
 def finer(product: Product, factor: int) -> Product:
-    """The same product in more steps, over tiles of `factor` elements at most."""
+    """The same product in more steps, over tiles of `factor` elements at most. Raises `Misfit`
+    where these do not make up the tiles that there are."""
     if product.factor <= factor:
         return product
+    if product.factor % factor:
+        raise Misfit(f"factor: {factor}, accepted divisors of {product.factor}, and more")
     parts = product.factor // factor
     size = product.steps.result.shape[0] * parts
 

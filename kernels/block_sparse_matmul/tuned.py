@@ -1,7 +1,7 @@
 """What was measured on a device: which tiles are fastest, and whether XLA is faster still.
 
-`tuning/<device>.json`, written by `python -m kernels.tune`, lists an entry for each `Case`. Where
-there is no file, the default tiles hold, and kernels run where they are named.
+`tuning/<device>.json`, written by `python -m kernels.tune`, lists an entry for each `Case` and
+`Matrix`. Where there is no file, the default tiles hold, and kernels run where they are named.
 """
 
 import functools
@@ -28,8 +28,8 @@ class Case(NamedTuple):
     """What tiles are chosen for. `pattern`: `rows` or `mask`.
 
     Tokens, since they decide how many tiles there are to share out among the processors; an entry
-    serves the numbers that are nearer to its own, as ratios, than to another's. Widths change the
-    length of the sums more than which tiles suit, and are not told apart.
+    serves the numbers that are nearer to its own, as ratios, than to another's. Matrices change the
+    length of the sums more than which tiles suit, and are told apart by `verdict` alone.
     """
 
     backend: str
@@ -40,10 +40,19 @@ class Case(NamedTuple):
     tokens: int
 
 
+class Matrix(NamedTuple):
+    """`[neurons, width]`, of which the share `density` takes part."""
+
+    width: int
+    neurons: int
+    density: float
+
+
 class Entry(NamedTuple):
     """Medians of a call in seconds, None: it does not run here. `tiles` None: none do."""
 
     case: Case
+    matrix: Matrix
     tiles: Tiles | None
     seconds: float | None
     default_seconds: float | None
@@ -74,9 +83,7 @@ def read(file: Path) -> tuple[list[dict[str, Any]], tuple[Entry, ...]]:
         return [], ()
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))["entries"]
-        cases = [Case(*(row[name] for name in Case._fields)) for row in rows]
-        complete = [pair for pair in zip(cases, rows, strict=True) if "tiles" in pair[1]]
-        return rows, tuple(_entry(case, row) for case, row in complete)
+        return rows, tuple(entry for entry in map(_entry, rows) if entry is not None)
     except (ValueError, TypeError, KeyError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{file}: {reason}; `python -m kernels.tune` writes such files") from None
@@ -84,39 +91,50 @@ def read(file: Path) -> tuple[list[dict[str, Any]], tuple[Entry, ...]]:
 
 def best(device: str, case: Case, folder: Path = FOLDER) -> Tiles:
     """The tiles that are fastest for the nearest number of tokens, or the default."""
-    known = {
-        abs(math.log(entry.case.tokens / case.tokens)): entry.tiles
-        for entry in entries(device, folder)
-        if entry.case._replace(tokens=case.tokens) == case
-    }
-    return (known[min(known)] if known else None) or DEFAULTS[case.backend]
+    known = _of(device, case, folder)
+    nearest = min(known, key=lambda entry: _apart(entry.case.tokens, case.tokens), default=None)
+    return (nearest and nearest.tiles) or DEFAULTS[case.backend]
 
 
-def verdict(
-    device: str, backend: str, kind: Kind, dtype: str, block: int, folder: Path = FOLDER
-) -> str | None:
-    """Why XLA is to be preferred for patterns of a kind; None: the kernels of this dtype and block
-    take no longer, by the geometric mean over operations and tokens."""
-    timed = [
-        entry
-        for entry in entries(device, folder)
-        if entry.case[:2] == (backend, kind) and entry.case[3:5] == (dtype, block)
-    ]
-    wanted = {operation for pattern, operation in OPERATIONS if pattern == kind}
-    if wanted - {entry.case.operation for entry in timed}:
-        how_far = "timed in part" if timed else "not timed"
-        return f"{dtype} in blocks of {block} is {how_far} on {device}; `make tune` does that"
-    logs = []
-    for case, _, seconds, _, xla_seconds in timed:
-        if seconds is None and xla_seconds is not None:
-            return f"{case.operation} of {case.tokens} tokens does not run on {device}"
-        if seconds is not None and xla_seconds is not None:
-            logs.append(math.log(seconds / xla_seconds))
-    ratio = math.exp(sum(logs) / len(logs)) if logs else 1.0
-    return f"slower than XLA on {device} ({ratio:.2f}x the time)" if ratio > 1 else None
+def verdict(device: str, case: Case, matrix: Matrix, folder: Path = FOLDER) -> str | None:
+    """Why XLA is to be preferred for one operation; None: of what was timed, the kernel took no
+    longer at the nearest number of tokens, sizes and density together."""
+
+    def distance(entry: Entry) -> tuple[float, Case]:
+        pairs = zip((entry.case.tokens, *entry.matrix), (case.tokens, *matrix), strict=True)
+        return sum(_apart(*pair) for pair in pairs), entry.case  # of two as near, fewer tokens
+
+    known = _of(device, case, folder)
+    if not known:
+        what = f"{case.operation} of {case.dtype} in blocks of {case.block}"
+        return f"{what} is not timed on {device}; `make tune` does that"
+    nearest = min(known, key=distance)
+    (width, neurons, density), tokens = nearest.matrix, nearest.case.tokens
+    where = f"on {device} ({tokens} tokens, {density:.4g} of {neurons} x {width})"
+    if nearest.seconds is None:
+        return f"does not run {where}"
+    if nearest.xla_seconds is None or nearest.seconds <= nearest.xla_seconds:
+        return None
+    return f"{nearest.seconds / nearest.xla_seconds:.2f}x the time of XLA {where}"
 
 
-def _entry(case: Case, row: dict[str, Any]) -> Entry:
+def _of(device: str, case: Case, folder: Path) -> list[Entry]:
+    """Entries that differ from a case in tokens at most."""
+    known = entries(device, folder)
+    return [entry for entry in known if entry.case._replace(tokens=case.tokens) == case]
+
+
+def _apart(one: float, other: float) -> float:
+    """How far, as a ratio."""
+    return abs(math.log(one / other))
+
+
+def _entry(row: dict[str, Any]) -> Entry | None:
+    """None: it is not measured to its end."""
+    case = Case(*(row[name] for name in Case._fields))
+    matrix = Matrix(*(row[name] for name in Matrix._fields))
+    if "tiles" not in row:
+        return None
     given = row["tiles"]
     tiles = given and type(DEFAULTS[case.backend])(**given)
-    return Entry(case, tiles, *(row[name] for name in Entry._fields[2:]))
+    return Entry(case, matrix, tiles, *(row[name] for name in Entry._fields[3:]))
