@@ -251,7 +251,9 @@ def _rounds(case: tuned.Case) -> list[Round]:
     stages: Round = [{"stages": 2}, {"stages": 3}, {"stages": 6}]
     if case.operation == "sampled":
         return [[{"factor": 128}], stages]
-    first: Round = [{"tall": 64}, {"tall": 256}, {"tall": 64, "factor": 128}, {"factor": 128}]
+    first: Round = [{"tall": 64}, {"tall": 64, "factor": 128}, {"factor": 128}]
+    if case.operation != "swiglu_gradients":  # of which tall tiles spill registers
+        first.append({"tall": 256})
     if case.pattern == "rows" and case.operation.startswith("row"):
         # No block gives the width of the results.
         first += [{"tall": 64, "result": 256}, {"tall": 256, "result": 64}]

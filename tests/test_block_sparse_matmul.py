@@ -189,7 +189,7 @@ def test_gradients_of_kept_rows_alone(backend: str, name: str) -> None:
     check_kept_rows(backend, name, "float32")
 
 
-@pytest.mark.parametrize("name", ["column", "row", "swiglu"])
+@pytest.mark.parametrize("name", ["column", "row", "swiglu_mlp"])
 @pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="this jax cannot interpret for GPUs")
 @pytest.mark.usefixtures("made_up_gpu")
 def test_gradients_of_kept_rows_alone_on_gpu(name: str) -> None:

@@ -63,8 +63,8 @@ class Measured:
 
     def swiglu_gradients(
         self, x: Array, gate: Array, up: Array, dh: Array, pattern: Pattern
-    ) -> tuple[Array, Array]:
-        """The gradients of x · Gᵀ and x · Uᵀ."""
+    ) -> tuple[Array, Array, Array]:
+        """The gradients of x · Gᵀ and x · Uᵀ, and what `swiglu` makes of them."""
         by = self._by("swiglu_gradients", x, gate, pattern)
         return by.swiglu_gradients(x, gate, up, dh, pattern)
 
