@@ -269,11 +269,11 @@ def test_each_round_starts_from_the_fastest(
 def test_a_program_is_timed_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Shared memory has room for two stages of the default tiles, however many are asked for;
+    """Shared memory has room for three stages of the default tiles, however many are asked for;
     so it goes on after it was interrupted."""
     times = iter((0.4, 0.3, 0.2, 0.1))
     monkeypatch.setattr(tune.measure, "seconds", lambda *_: next(times))
-    tried = [{"stages": 2}, {"stages": 6}, {"snake": 4}, {"factor": 128}]
+    tried = [{"stages": 3}, {"stages": 6}, {"snake": 4}, {"factor": 128}]
     monkeypatch.setattr(tune, "_rounds", lambda _: [tried[:1], tried[1:]])
     case = tuned.Case("pallas_gpu", "rows", "swiglu_gradients", "bfloat16", 128, 4096)
     search = tune.Search(case, LLAMA_2[0], pallas_gpu, 1, tune.File(tmp_path / "a.json"))
@@ -281,7 +281,7 @@ def test_a_program_is_timed_once(
     timed = [record.get("seconds") for record in search.entry["timed"]]
     assert timed == [0.4, 0.3, 0.3, 0.3, 0.2, None]
     out = capsys.readouterr().out
-    assert "  stages 2: 300.000 ms, 0.75x the time of XLA (the program of default)\n" in out
+    assert "  stages 3: 300.000 ms, 0.75x the time of XLA (the program of default)\n" in out
     again = tune.Search(case, LLAMA_2[0], pallas_gpu, 1, tune.File(tmp_path / "a.json"))
     del again.entry["tiles"], again.entry["timed"][3]
     assert again.run(math.inf) and again.entry["timed"][5]["seconds"] == 0.3
