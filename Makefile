@@ -37,7 +37,9 @@ memory:  ## memory of large models' steps, compiled for an H200 that is not ther
 	@scripts/setup.sh aot
 	.venv-aot/bin/python -m scripts.memory $(SPARSE) --model tinyllama-1.1b --rows 8
 	.venv-aot/bin/python -m scripts.memory $(SPARSE) --model llama-2-7b
+	.venv-aot/bin/python -m scripts.memory $(SPARSE) --model llama-2-7b --optimizer lion --rows 8
 	.venv-aot/bin/python -m scripts.memory $(SPARSE) --model llama-2-13b --optimizer lion
+	.venv-aot/bin/python -m scripts.memory $(SPARSE) --model llama-2-13b --optimizer lion --rows 8
 
 tables:  ## make the documents' tables anew from the committed rows
 	@scripts/setup.sh base
