@@ -5,8 +5,8 @@
     <!-- /table -->
 
 FILE is a file of rows, `experiments/results/FILE.jsonl`; KIND is a table of `sat_jax.report.tables`
-(rates, metrics, ..., efficiency) or of `sat_jax.report.sizes` (steps, memory, speed). Only rows
-count whose FIELD (twin, data, commit, ...) starts with START, or, being a number, equals it.
+(rates, metrics, ..., efficiency) or of `sat_jax.report.sizes` (steps, memory, speed, kernels). Only
+rows count whose FIELD (twin, data, commit, ...) starts with START, or, being a number, equals it.
 """
 
 import re

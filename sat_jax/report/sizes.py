@@ -93,7 +93,66 @@ def _second_bound(row: Row, dense: Row, empty: Row | None) -> float | None:
     return bound
 
 
+def kernels(rows: Sequence[Row]) -> str:
+    """What `kernels.benchmark` measured of the kernels, a table for each program, model and block.
+
+    `of dense rate`: FLOPs a second of what is kept by those of the dense product (on GPUs cuBLAS's,
+    through XLA). Beside XLA's gather and
+    PyTorch's block-sparse product above 1× is faster than these.
+    """
+    found = {_product(row): row for row in rows if "implementation" in row}
+
+    def beside(row: Row, name: str, **case: Any) -> float | None:
+        other = found.get(_product({**row, "implementation": name, **case}), {})
+        return (
+            other["seconds"] / row["seconds"] if {"seconds"} <= other.keys() & row.keys() else None
+        )
+
+    def line(row: Row) -> list[str]:
+        first = [f"{row['tokens']:,}", percent(row["density"])]
+        if "seconds" not in row:
+            return [*first, row["error"], *[""] * 6]
+        dense = beside(row, "dense", density=1.0, block=None)
+        rivals = [beside(row, "xla"), beside(row, "torch_bsr")]
+        return [
+            *first,
+            f"{row['seconds'] * 1e3:,.3f} ms",
+            f"{row['flops'] / row['seconds'] / 1e12:,.0f}",
+            percent(dense * row["density"]) if dense else "-",
+            f"{dense:.2f}×" if dense else "-",
+            f"{1 / row['density']:.2f}×",
+            *(f"{rival:.2f}×" if rival else "-" for rival in rivals),
+        ]
+
+    header = ("tokens", "density", "time", "TFLOP/s", "of dense rate", "beside dense", "bound")
+    ours = [row for row in found.values() if row["implementation"].startswith("pallas")]
+    parts = []
+    for name in dict.fromkeys(map(_table_of, ours)):
+        together = sorted(
+            (row for row in ours if _table_of(row) == name),
+            key=lambda row: (row["tokens"], row["density"]),
+        )
+        body = [line(row) for row in together]
+        titles = (*header, "beside XLA", "beside PyTorch")
+        parts += [markdown(titles, body, sides(0, len(titles))), f"{'; '.join(name)}."]
+    if not parts:
+        raise UserError("no kernel among the rows")
+    return "\n\n".join(parts)
+
+
+def _product(row: Row) -> tuple[Any, ...]:
+    """What is measured once."""
+    case = ("model", "program", "tokens", "density", "block", "implementation")
+    return row["device"]["kind"], *(row[name] for name in case)
+
+
+def _table_of(row: Row) -> tuple[str, ...]:
+    block = f"blocks of {row['block']}"
+    return row["program"], row["model"], block, row["implementation"], row["device"]["kind"]
+
+
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "kernels": kernels,
     "steps": steps,
     "memory": memory,
     "speed": speed,
