@@ -97,8 +97,7 @@ def kernels(rows: Sequence[Row]) -> str:
     """What `kernels.benchmark` measured of the kernels, a table for each program, model and block.
 
     `of dense rate`: FLOPs a second of what is kept by those of the dense product (on GPUs cuBLAS's,
-    through XLA). Beside XLA's gather and
-    PyTorch's block-sparse product above 1× is faster than these.
+    through XLA). Beside XLA's gather and PyTorch's block-sparse product, above 1× is faster.
     """
     found = {_product(row): row for row in rows if "implementation" in row}
 
