@@ -140,7 +140,8 @@ def test_large_blocks(name: str, block: int) -> None:
     for made in (kept_rows(jnp.array([1]), block), BlockMask.of(np.array([[0, 1], [1, 1]]), block)):
         given = operands(made, tokens=40, width=256)
         if not isinstance(made, BlockMask):
-            given |= {name: normal(4, 2 * block, 256) / 8 for name in "wv"}
+            shape = 2 * block, 256
+            given |= {key: normal(seed, *shape) / 8 for seed, key in enumerate("wvu", 4)}
         check(name, "pallas_tpu", "float32", made, given)
 
 
