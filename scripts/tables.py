@@ -28,7 +28,7 @@ def parser() -> Parser:
 def main() -> None:
     """All documents at once: either each can be made, or none is written."""
     given = parser().parse_args()
-    from sat_jax.report.documents import outdated
+    from sat_jax.report.documents import RESULTS, outdated
 
     changed = outdated(_ROOT)
     if given.check and changed:
@@ -37,6 +37,11 @@ def main() -> None:
     for path, text in changed.items():
         path.write_text(text, encoding="utf-8")
         print(path.relative_to(_ROOT))
+    if not given.check:
+        from sat_jax.report.size_figures import pictures
+
+        for path in pictures(_ROOT / RESULTS, _ROOT / "docs" / "pictures"):
+            print(path.relative_to(_ROOT))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
 """Tables of single steps, by hand."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from sat_jax.errors import UserError
+from sat_jax.report.size_figures import _speed, pictures
 from sat_jax.report.sizes import kernels, memory, speed
+from tests.tolerances import assert_close
 
 GIB = 2**30
 
@@ -95,3 +100,33 @@ def test_kernels_stand_beside_dense_xla_and_pytorch() -> None:
     assert cells(kernels([ours]), 2)[4:] == ["-", "-", "2.00×", "-", "-"]
     with pytest.raises(UserError, match="no kernel among the rows"):
         kernels([whole])
+
+
+def test_pictures_are_of_the_files_that_there_are(tmp_path: Path) -> None:
+    used = {"state_bytes": GIB, "resting_bytes": GIB, "temporary_bytes": GIB, "bound": 1.5}
+    time = {"seconds": 1e-3, "model_flops": 1.0} | used
+    steps = [row("dense", 0.0, **time), row("gather", 0.5, **time), row("kernel", 0.5, **time)]
+    folder = tmp_path / "pictures"
+    assert not pictures(tmp_path, folder)
+    (tmp_path / "memory.jsonl").write_text("\n".join(map(json.dumps, steps)) + "\n")
+    assert pictures(tmp_path, folder) == [folder / "memory.png"]
+    first = (folder / "memory.png").read_bytes()
+    more = [*steps, row("gather", 1.0, **time), row("gather", 0.2, error="out of memory")]
+    (tmp_path / "efficiency.jsonl").write_text("\n".join(map(json.dumps, more)) + "\n")
+    assert pictures(tmp_path, folder) == [folder / "memory.png", folder / "efficiency.png"]
+    assert (folder / "memory.png").read_bytes() == first
+
+
+def test_lines_of_a_picture_are_speeds_and_their_bounds() -> None:
+    def timed(execution: str, rate: float, seconds: float, bound: float) -> dict[str, Any]:
+        return row(execution, rate, seconds=seconds, bound=bound)
+
+    rows = [timed("dense", 0.0, 1.0, 1.0), timed("gather", 0.4, 0.8, 1.5)]
+    rows += [timed("gather", 0.2, 0.9, 1.2), timed("gather", 1.0, 0.5, 1e9)]
+    axes = Figure().add_subplot()
+    _speed(axes, rows)
+    first, bound, second, *_ = (list(line.get_ydata()) for line in axes.lines)
+    assert_close(first, [1 / 0.9, 1 / 0.8], "float32", "forward")
+    assert_close(bound, [1.2, 1.5], "float32", "forward")
+    # Half of the dense step is no neuron's.
+    assert_close(second, [1 / (0.5 + 0.5 / 1.2), 1 / (0.5 + 0.5 / 1.5)], "float32", "forward")

@@ -1,6 +1,6 @@
 """Tables of benchmarks, which time or compile single steps: not of runs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sat_jax.analysis.rows import STEP_SETTING, latest
@@ -9,7 +9,7 @@ from sat_jax.errors import UserError
 from sat_jax.report.records import Record
 
 Row = dict[str, Any]
-_MEMORY = ("state_bytes", "resting_bytes", "temporary_bytes")
+MEMORY = ("state_bytes", "resting_bytes", "temporary_bytes")
 
 
 def steps(rows: Sequence[Row]) -> str:
@@ -41,9 +41,9 @@ def memory(rows: Sequence[Row]) -> str:
     """What `scripts.memory` found, a table a model."""
 
     def line(row: Row, together: Sequence[Row]) -> list[str]:
-        whole = sum(together[0][name] for name in _MEMORY)
-        here = sum(row[name] for name in _MEMORY)
-        gibibytes = [f"{count / 2**30:.1f} GiB" for count in (*(row[k] for k in _MEMORY), here)]
+        whole = sum(together[0][name] for name in MEMORY)
+        here = sum(row[name] for name in MEMORY)
+        gibibytes = [f"{count / 2**30:.1f} GiB" for count in (*(row[k] for k in MEMORY), here)]
         refresh = row.get("refresh_bytes")
         moment = f"{refresh / 2**30:.1f} GiB" if refresh else "-"
         return [*gibibytes, f"{here / whole:.2f}×", moment]
@@ -65,7 +65,7 @@ def speed(rows: Sequence[Row]) -> str:
         seconds = row["seconds"]
         busy = row["model_flops"] / seconds
         alone = found.get(("optimizer", row["execution"], row["rate"]), {})
-        second = _second_bound(row, together[0], found.get(("step", "gather", 1.0)))
+        second = second_bound(row, together[0], found.get(("step", "gather", 1.0)))
         return [
             f"{seconds * 1e3:,.1f} ms",
             f"{row['rows'] * row['row_length'] / seconds:,.0f}",
@@ -75,7 +75,7 @@ def speed(rows: Sequence[Row]) -> str:
             percent(dense / seconds / row["bound"]),
             f"{second:.2f}×" if second else "-",
             f"{alone['seconds'] * 1e3:,.1f} ms" if "seconds" in alone else "-",
-            f"{sum(row[name] for name in _MEMORY) / 2**30:.1f} GiB",
+            f"{sum(row[name] for name in MEMORY) / 2**30:.1f} GiB",
             f"{row['compile_seconds']:.0f} s",
         ]
 
@@ -83,7 +83,7 @@ def speed(rows: Sequence[Row]) -> str:
     return _by_setting(rows, (*speeds, "optimizer", "memory", "compiling"), line)
 
 
-def _second_bound(row: Row, dense: Row, empty: Row | None) -> float | None:
+def second_bound(row: Row, dense: Row, empty: Row | None) -> float | None:
     """The speed-up if of the dense step's seconds those of neurons alone shrink with FLOPs."""
     if empty is None or "seconds" not in empty:
         return None
@@ -163,28 +163,20 @@ def _by_setting(
 ) -> str:
     """A table for each setting, with what names it; `line` makes the rest of a row's line, beside
     all of its setting, the dense step first. Raises `UserError` where there is none."""
-    key = (*STEP_SETTING, "part", "execution", "rate")
-    newest = {tuple(row[name] for name in key): row for row in rows}
     parts = []
-    for setting in dict.fromkeys(known[: len(STEP_SETTING)] for known in newest):
-        together = [row for known, row in newest.items() if known[: len(setting)] == setting]
-        together.sort(key=lambda row: (row["part"] != "step", row["execution"] != "dense"))
+    for together in settings(rows):
         dense = together[0]
-        if (dense["part"], dense["execution"]) != ("step", "dense"):
-            raise UserError(f"no dense step among the rows of {dense['model']}")
         failed = "not compared: the dense step failed" if "error" in dense else ""
         body = [
-            [_trained(row), row.get("error", failed)]
+            [trained(row), row.get("error", failed)]
             if failed or "error" in row
-            else [_trained(row), *_kept(row), *line(row, together)]
+            else [trained(row), *_kept(row), *line(row, together)]
             for row in together
             if row["part"] == "step" and row["rate"] < 1
         ]
         body = [cells + [""] * (3 + len(header) - len(cells)) for cells in body]
         first = ("trained", "heads kept", "channels kept")
-        tokens = f"{dense['rows'] * dense['row_length']:,} tokens"
-        named = [dense["model"], f"{tokens} in rows of {dense['row_length']:,}", dense["dtype"]]
-        named += [dense["optimizer"], f"remat {dense['remat']}"]
+        named = [setting_of(dense), dense["dtype"], dense["optimizer"], f"remat {dense['remat']}"]
         named += [f"kernels {dense['kernels']}"] if dense["kernels"] else []
         named += [dense["target"]]
         parts.append(markdown((*first, *header), body, sides(1, 2 + len(header))))
@@ -192,7 +184,28 @@ def _by_setting(
     return "\n\n".join(parts)
 
 
-def _trained(row: Row) -> str:
+def settings(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """The newest rows of each setting, the dense step first. Raises `UserError` where there is
+    none."""
+    key = (*STEP_SETTING, "part", "execution", "rate")
+    newest = {tuple(row[name] for name in key): row for row in rows}
+    for setting in dict.fromkeys(known[: len(STEP_SETTING)] for known in newest):
+        together = [row for known, row in newest.items() if known[: len(setting)] == setting]
+        together.sort(key=lambda row: (row["part"] != "step", row["execution"] != "dense"))
+        dense = together[0]
+        if (dense["part"], dense["execution"]) != ("step", "dense"):
+            raise UserError(f"no dense step among the rows of {dense['model']}")
+        yield together
+
+
+def setting_of(row: Row) -> str:
+    """Model and tokens."""
+    tokens = f"{row['rows'] * row['row_length']:,} tokens"
+    return f"{row['model']}; {tokens} in rows of {row['row_length']:,}"
+
+
+def trained(row: Row) -> str:
+    """What a step trains."""
     if row["execution"] == "dense":
         return "dense"
     return f"r = {row['rate']:g}, {row['execution']}"
