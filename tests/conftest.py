@@ -73,6 +73,8 @@ def default_signals() -> Iterator[None]:
 @pytest.fixture
 def made_up_gpu() -> Iterator[None]:
     """Kernels for a GPU are interpreted, as if on one with two multiprocessors."""
+    if jax.__version_info__ < (0, 11, 2):
+        pytest.skip("this jax cannot interpret for GPUs")
     from jax._src.pallas.mosaic_gpu.interpret import params
 
     device = jax.sharding.AbstractDevice("NVIDIA H200", num_cores=2, platform="gpu")

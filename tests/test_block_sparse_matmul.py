@@ -116,22 +116,15 @@ def test_bfloat16(backend: str, name: str, pattern: str) -> None:
     check(name, backend, "bfloat16", made, operands(made, tokens=40, width=256))
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(
+    ("dtype", "pattern"),
+    [*(("bfloat16", name) for name in PATTERNS), *(("float16", name) for name in REPRESENTATIVE)],
+)
 @pytest.mark.parametrize("name", OPERATIONS)
-@pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="this jax cannot interpret for GPUs")
 @pytest.mark.usefixtures("made_up_gpu")
-def test_gpu(name: str, pattern: str) -> None:
+def test_gpu(name: str, dtype: str, pattern: str) -> None:
     made = PATTERNS[pattern]()
-    check(name, "pallas_gpu", "bfloat16", made, operands(made, tokens=40, width=192))
-
-
-@pytest.mark.parametrize("pattern", REPRESENTATIVE)
-@pytest.mark.parametrize("name", OPERATIONS)
-@pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="this jax cannot interpret for GPUs")
-@pytest.mark.usefixtures("made_up_gpu")
-def test_float16_on_gpu(name: str, pattern: str) -> None:
-    made = PATTERNS[pattern]()
-    check(name, "pallas_gpu", "float16", made, operands(made, tokens=40, width=192))
+    check(name, "pallas_gpu", dtype, made, operands(made, tokens=40, width=192))
 
 
 @pytest.mark.parametrize("block", [256, 512])
@@ -155,7 +148,6 @@ def test_several_tiles_of_every_axis(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-@pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="this jax cannot interpret for GPUs")
 @pytest.mark.usefixtures("made_up_gpu")
 def test_several_tiles_on_gpu(name: str) -> None:
     pattern = kept_rows(jnp.array([0, 3, 6]), 64)
@@ -191,7 +183,6 @@ def test_gradients_of_kept_rows_alone(backend: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["column", "row", "swiglu_mlp"])
-@pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="this jax cannot interpret for GPUs")
 @pytest.mark.usefixtures("made_up_gpu")
 def test_gradients_of_kept_rows_alone_on_gpu(name: str) -> None:
     check_kept_rows("pallas_gpu", name, "bfloat16")

@@ -43,7 +43,6 @@ def test_tiles_are_of_no_effect_on_values() -> None:
         (GpuTiles(tall=256, result=64), ("row_pairs",)),
     ],
 )
-@pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="this jax cannot interpret for GPUs")
 @pytest.mark.usefixtures("made_up_gpu")
 def test_tiles_are_of_no_effect_on_gpu(tiles: GpuTiles, names: tuple[str, ...]) -> None:
     check_operations(Tiled(pallas_gpu, tiles), "bfloat16", names)

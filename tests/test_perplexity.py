@@ -23,6 +23,7 @@ from sat_jax.evaluate.perplexity import (
     text_data,
     windows,
 )
+from sat_jax.evaluate.recording import evaluation_row
 from scripts import evaluate as script
 from scripts.evaluate_ways import Meter
 from tests.golden_model import GOLDEN, golden, logits_of, run_evaluate
@@ -264,3 +265,12 @@ def test_the_speed_leaves_out_the_first_batch() -> None:
     meter.counted += [(100.0, 7), (101.0, 10), (102.0, 20)]
     assert meter.speed() == 15
     assert script._cell(None) == "-"
+
+
+def test_rows_tell_apart_models_of_one_name_and_name_no_place() -> None:
+    one, other = (
+        evaluation_row("text", f"/{home}/runs/x", ["/data/t.txt"], {}, {"loss": 1.0}, None)
+        for home in ("a", "b")
+    )
+    assert one["model"] != other["model"] and one["model"].startswith("x#")
+    assert one["data"] == ["t.txt"]

@@ -64,9 +64,9 @@ def row_of(
     own = changed(config)
     settings = changed(without_free(dense_version(config)))
     settings |= {path: own[path] for path in OF_SPARSITY if path in own}
-    settings = {key: _without_place(value, key) for key, value in settings.items()}
+    settings = {key: without_place(value, key) for key, value in settings.items()}
     row |= names | {"settings": settings, "sparsity": dataclasses.asdict(config.sparsity)}
-    row["sparsity"]["budget"] = _without_place(config.sparsity.budget, "sparsity.budget")
+    row["sparsity"]["budget"] = without_place(config.sparsity.budget, "sparsity.budget")
     row["prepared"] = _of_data(summary["prepared"])
     row["curve"] = curve_of(records, summary)
     plain: dict[str, Any] = json.loads(json.dumps(row))  # tuples become lists
@@ -101,11 +101,11 @@ def record_run(
         append(file, [row], {name: summary[name] for name in ORIGIN})
 
 
-def _without_place(value: Any, key: str) -> Any:
+def without_place(value: Any, key: str) -> Any:
     """Of absolute paths the last part, since rows speak of no machine, and six digits of the whole,
     which tell apart what is called the same elsewhere. Sources need none: data has its own name."""
     if isinstance(value, list):
-        return [_without_place(part, key) for part in value]
+        return [without_place(part, key) for part in value]
     if not (isinstance(value, str) and Path(value).is_absolute()):
         return value
     name = Path(value).name

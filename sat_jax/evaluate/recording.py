@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sat_jax.analysis.results import dense_twin
+from sat_jax.analysis.results import dense_twin, without_place
 from sat_jax.config import Config
 from sat_jax.config_values import changed, without_free
 from sat_jax.train.metrics import to_json
@@ -20,8 +20,8 @@ def evaluation_row(
 ) -> dict[str, Any]:
     """One model's figures by one measure (`text`, `choices`, ...), short of where they were made.
 
-    `config`: the settings of the run that `model` is the work directory of. The row names no place:
-    of absolute paths it has the last part only.
+    `config`: the settings of the run that `model` is the work directory of. The row names no place,
+    as a run's own.
     """
     row = {"measure": measure, "model": model, "data": data, "options": dict(options)}
     run = None
@@ -31,14 +31,13 @@ def evaluation_row(
     return to_json({**_placeless({**row, "run": run}), **figures})
 
 
-def _placeless(value: Any) -> Any:
+def _placeless(value: Any, key: str = "") -> Any:
     match value:
         case Mapping():
-            return {key: _placeless(part) for key, part in value.items()}
+            return {name: _placeless(part, name) for name, part in value.items()}
         case list() | tuple():
-            return [_placeless(part) for part in value]
-        case Path() | str() if Path(value).is_absolute() or str(value).startswith("~/"):
-            return Path(value).name
+            return [_placeless(part, key) for part in value]
         case Path():
-            return str(value)
-    return value
+            value = str(value)
+    # What was evaluated on is named by its file alone, as what was trained on.
+    return without_place(value, "data.sources" if key == "data" else key)
