@@ -25,6 +25,7 @@ from experiments import llama2_7b_cpt, metamath, tinyllama_cpt
 
 RATES = (0.2, 0.3, 0.4, 0.5, 0.6)
 RATE = 0.4  # of the comparisons in which it stays the same
+SHARES = (5 / 6, 2 / 3, 1 / 2)  # of the steps, dense, for what SAT's FLOPs would buy
 SEEDS = {"smoke": 3, "small": 3, "paper": 3, "paper-7b": 1, "paper-13b": 1}
 
 
@@ -78,6 +79,11 @@ def sft(scale: str) -> ConfigDict:
         config.train.steps = 1000
         config.train.rows_per_step = 4
     return config
+
+
+def shorter(config: ConfigDict) -> list[dict[str, Any]]:
+    """Dense runs of fewer steps: what costs as much as SAT without it, at its best."""
+    return [{"sparsity.rate": 0.0, "train.steps": round(s * config.train.steps)} for s in SHARES]
 
 
 def over_seeds(scale: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,11 +1,11 @@
-"""How much may be omitted: dense, and SAT at rates from 0.2 to 0.6.
+"""How much may be omitted: SAT at rates from 0.2 to 0.6, dense, and dense with as many FLOPs.
 
     python -m scripts.sweep --config=experiments/table_rates.py:smoke \
         --config.data.sources=TEXT --workdir=runs/study
     python -m scripts.report runs/study --out runs/study-report
 
-Hours in all, estimated, not measured; experiments/scales.py says how and on what: smoke 1.0, small
-1.3, paper 45 (18 runs each), paper-7b 22, paper-13b 43 (6 runs).
+Hours in all, estimated, not measured; experiments/scales.py says how and on what: smoke 1.4, small
+1.8, paper 63 (27 runs each), paper-7b 32, paper-13b 61 (9 runs).
 """
 
 from typing import Any
@@ -21,4 +21,5 @@ def get_config(scale: str = "smoke") -> ConfigDict:
 
 
 def get_sweep(scale: str = "smoke") -> list[dict[str, Any]]:
-    return scales.over_seeds(scale, [{"sparsity.rate": rate} for rate in scales.RATES])
+    runs: list[dict[str, Any]] = [{"sparsity.rate": rate} for rate in scales.RATES]
+    return scales.over_seeds(scale, [*scales.shorter(get_config(scale)), *runs])

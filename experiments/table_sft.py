@@ -1,12 +1,13 @@
-"""SAT in supervised fine-tuning: rates from 0.2 to 0.6, and answers with all channels.
+"""SAT in supervised fine-tuning: rates from 0.2 to 0.6, answers with all channels; and dense with
+as many FLOPs.
 
     python -m scripts.sweep --config=experiments/table_sft.py:smoke \
         --config.data.sources=gsm8k-train.jsonl.gz --workdir=runs/study-sft
     python -m scripts.report runs/study-sft --out runs/study-sft-report
 
 The smaller two scales take JSON lines of question and answer, the others of messages. Hours in all,
-estimated, not measured; experiments/scales.py says how and on what: smoke 1.2, small 0.2, paper 27
-(21 runs each), paper-7b 13, paper-13b 26 (7 runs).
+estimated, not measured; experiments/scales.py says how and on what: smoke 1.5, small 0.3, paper 36
+(30 runs each), paper-7b 18, paper-13b 35 (10 runs).
 """
 
 from typing import Any
@@ -23,4 +24,5 @@ def get_config(scale: str = "smoke") -> ConfigDict:
 
 def get_sweep(scale: str = "smoke") -> list[dict[str, Any]]:
     runs: list[dict[str, Any]] = [{"sparsity.rate": rate} for rate in scales.RATES]
-    return scales.over_seeds(scale, [*runs, {"sparsity.dense_tokens": True}])
+    runs.append({"sparsity.dense_tokens": True})
+    return scales.over_seeds(scale, [*scales.shorter(get_config(scale)), *runs])

@@ -3,10 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
+
 from sat_jax.analysis.curves import training_seconds
 from sat_jax.analysis.tables import whole_run_speedup
 
 RunData: TypeAlias = Mapping[str, Any]
+
+_SLACK = 1.01  # steps are whole: no length costs exactly what another run did
 
 ESTIMATED, PAIRS = "≈", "§"
 NOTES = {
@@ -43,6 +47,24 @@ def gaps(runs: Sequence[RunData], twins: Sequence[RunData | None]) -> list[float
     """Perplexity against the dense twin's, per cent, of the runs that have one; None where one of
     the two is infinite."""
     return [_gap(run, twin) for run, twin in zip(runs, twins, strict=True) if twin is not None]
+
+
+def gap_at_equal_flops(run: RunData, dense: Sequence[RunData]) -> float | None:
+    """Perplexity against what dense training reaches with the FLOPs that `run` spent, per cent.
+
+    `dense` are dense runs of several lengths, each with its schedule to its end: between two of
+    them log perplexity is taken as linear in log FLOPs. None where `run` spent more than the
+    longest or less than the shortest (1 % of slack), or a perplexity is infinite.
+    """
+    spent, after = run["spent_flops"], run["perplexity_after"]
+    reached = {one["spent_flops"]: one["perplexity_after"] for one in dense}
+    if not reached or after is None or None in reached.values():
+        return None
+    costs = sorted(reached)
+    if not costs[0] / _SLACK <= spent <= costs[-1] * _SLACK:
+        return None
+    there = np.interp(np.log(spent), np.log(costs), np.log([reached[cost] for cost in costs]))
+    return float(100 * (after / np.exp(there) - 1))
 
 
 def device_name(device: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from sat_jax.analysis.plots import GREY, INK, new_figure, tidy
 from sat_jax.analysis.twins import ESTIMATED
 from sat_jax.report.axes import SCHEDULES, foremost, keys_told, plain, varied
 from sat_jax.report.groups import Group, Variant
-from sat_jax.report.tables import caption_of, named, shown, value_of
+from sat_jax.report.tables import caption_of, dense_name, named, shown, value_of
 
 # Okabe and Ito's, which colour-blind readers can tell apart; the dense run is black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A7A00")
@@ -84,7 +84,7 @@ def svg(figure: Figure) -> str:
 def label(group: Group, variant: Variant) -> str:
     """What tells a variant from the others of its group."""
     if variant.dense:
-        return "dense"
+        return dense_name(variant)
     keys = keys_told(group, variant)
     return named({key: value_of(variant.settings, key) for key in keys})
 
@@ -104,7 +104,7 @@ def _styles(group: Group) -> dict[int, dict[str, Any]]:
         styles[id(one)] = {"color": COLOURS[number % len(COLOURS)], "marker": marker}
     if group.dense:
         styles[id(group.dense)] = {"color": "black", "marker": "o"}
-    return styles
+    return styles | {id(one): {"color": "black", "marker": "x"} for one in group.shorter}
 
 
 def _losses(group: Group, variants: Sequence[Variant], against: str) -> Figure:
@@ -141,10 +141,10 @@ _Point = tuple[Variant, Estimate, Estimate, bool]
 
 
 def _points(group: Group) -> list[_Point]:
-    """(variant, whole-run speed-up, per cent from dense, whether estimated), the dense run at its
-    own place by definition."""
+    """(variant, whole-run speed-up, per cent from dense, whether estimated), the shorter dense
+    runs among them; the dense run at its own place by definition."""
     points = []
-    for one in group.sparse:
+    for one in (*group.shorter, *group.sparse):
         speeds = one.speedups()
         speed, gap = estimate(speeds.values), estimate(one.gaps())
         if speed is not None and gap is not None:

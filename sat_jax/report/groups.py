@@ -1,7 +1,7 @@
 """Which runs are held against each other, and what is measured of them."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from sat_jax.analysis.tables import (
     dense_speed,
@@ -9,7 +9,7 @@ from sat_jax.analysis.tables import (
     first_rung_speedup,
     is_measured,
 )
-from sat_jax.analysis.twins import RunData, Speedups, gaps, whole_runs
+from sat_jax.analysis.twins import RunData, Speedups, gap_at_equal_flops, gaps, whole_runs
 from sat_jax.config_values import name_of
 from sat_jax.report.records import Record, Settings
 
@@ -17,15 +17,23 @@ from sat_jax.report.records import Record, Settings
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """Runs that differ in their seed alone, in its order, each with the dense run of its seed where
-    there is one. `settings` are those of sparsity; a dense variant has none."""
+    there is one, which is of the same tokens for a sparse one, and for a dense one of more.
+    `settings` are those of sparsity; a dense variant has none. `lengths`: the dense runs of each
+    run's seed of all lengths."""
 
     settings: Settings
     runs: tuple[Record, ...]
     twins: tuple[Record | None, ...]
+    lengths: tuple[tuple[Record, ...], ...]
 
     @property
     def dense(self) -> bool:
         return self.runs[0].dense
+
+    @property
+    def reference(self) -> bool:
+        """Whether the others of the group are held against this one."""
+        return self.dense and not any(self.twins)
 
     def over(self, measure: Callable[[Record], float | None]) -> list[float | None]:
         """`measure` of each run."""
@@ -39,7 +47,17 @@ class Variant:
     def gaps(self) -> list[float | None]:
         """Perplexity against the dense run of the same seed, per cent: paired differences, of the
         pairs that there are."""
-        return [] if self.dense else gaps(*self._rows)
+        return gaps(*self._rows)
+
+    def gaps_at_equal_flops(self) -> list[float | None]:
+        """Perplexity against dense training of the same seed that ended after as many FLOPs, per
+        cent, of those runs that two or more lengths of it are known for."""
+        return [
+            gap
+            for run, dense in zip(self.runs, self.lengths, strict=True)
+            if len(dense) > 1
+            and (gap := gap_at_equal_flops(run.row, [one.row for one in dense])) is not None
+        ]
 
     def speedups(self) -> Speedups:
         """Of the whole runs, as `whole_runs` has them."""
@@ -48,10 +66,12 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Runs that differ in sparsity and seed alone."""
+    """Runs that differ in sparsity and seed alone; and, longest first, the dense ones that differ
+    from those in having fewer steps, `shorter`."""
 
     dense: Variant | None
     sparse: tuple[Variant, ...]
+    shorter: tuple[Variant, ...] = ()
 
     @property
     def variants(self) -> tuple[Variant, ...]:
@@ -60,30 +80,56 @@ class Group:
 
     @property
     def runs(self) -> list[Record]:
+        """All of the same length."""
         return [run for variant in self.variants for run in variant.runs]
+
+    @property
+    def all_runs(self) -> list[Record]:
+        """The shorter ones too."""
+        return self.runs + [run for variant in self.shorter for run in variant.runs]
 
 
 def make_groups(records: Iterable[Record]) -> list[Group]:
-    """Groups in order of their first run, variants too; each run at most once (`newest`)."""
+    """Groups in order of their first run, variants too; each run at most once (`newest`). Dense
+    runs that are the shorter ones of a group make none of their own."""
     bases: dict[str, list[Record]] = {}
+    series: dict[str, list[Record]] = {}
     for record in records:
         bases.setdefault(record.base, []).append(record)
-    return [_group(members) for members in bases.values()]
+        if record.dense:
+            series.setdefault(record.series, []).append(record)
+    groups = [_group(runs, series.get(runs[0].series, ())) for runs in bases.values()]
+    shorter = {id(run) for group in groups for one in group.shorter for run in one.runs}
+    return [
+        group
+        for group in groups
+        if group.sparse or not all(id(run) in shorter for run in group.runs)
+    ]
 
 
-def _group(members: Sequence[Record]) -> Group:
+def _group(members: Sequence[Record], series: Sequence[Record]) -> Group:
+    """`series`: the dense runs of all lengths that share the rest with `members`."""
     dense = {record.seed: record for record in members if record.dense}
-    together: dict[str, list[Record]] = {}
+    steps = members[0].row["steps"]
+
+    def variant(runs: Sequence[Record], of_tokens: Mapping[int, Record]) -> Variant:
+        ordered = tuple(sorted(runs, key=lambda run: run.seed))
+        lengths = tuple(tuple(o for o in series if o.seed == run.seed) for run in ordered)
+        twins = tuple(of_tokens.get(run.seed) for run in ordered)
+        return Variant(ordered[0].sparse, ordered, twins, lengths)
+
+    sparse: dict[str, list[Record]] = {}
+    shorter: dict[int, list[Record]] = {}
     for record in members:
-        together.setdefault(name_of(record.sparse), []).append(record)
-    variants = []
-    for runs in together.values():
-        runs = sorted(runs, key=lambda run: run.seed)
-        twins = tuple(dense.get(run.seed) for run in runs)
-        variants.append(Variant(runs[0].sparse, tuple(runs), twins))
+        if not record.dense:
+            sparse.setdefault(name_of(record.sparse), []).append(record)
+    for record in series:
+        if record.row["steps"] < steps:
+            shorter.setdefault(record.row["steps"], []).append(record)
     return Group(
-        next((one for one in variants if one.dense), None),
-        tuple(one for one in variants if not one.dense),
+        variant(list(dense.values()), {}) if dense else None,
+        tuple(variant(runs, dense) for runs in sparse.values()),
+        tuple(variant(shorter[length], dense) for length in sorted(shorter, reverse=True)),
     )
 
 
@@ -104,9 +150,15 @@ def first_bound(run: Record) -> float | None:
     return None if rung is None else rung["bound"]
 
 
-def whole_bound(run: Record) -> float:
-    """FLOPs of the same tokens, dense ÷ FLOPs spent, probes in."""
-    return float(run.row["dense_flops"] / run.row["spent_flops"])
+def whole_bounds(variant: Variant) -> list[float | None]:
+    """FLOPs of the same tokens, dense ÷ FLOPs spent, probes in; of a dense run of fewer steps,
+    FLOPs of its twin ÷ its own."""
+    if not variant.dense:
+        return [run.row["dense_flops"] / run.row["spent_flops"] for run in variant.runs]
+    return [
+        None if twin is None else twin.row["spent_flops"] / run.row["spent_flops"]
+        for run, twin in zip(variant.runs, variant.twins, strict=True)
+    ]
 
 
 def first_speed(run: Record) -> float | None:

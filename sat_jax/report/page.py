@@ -53,7 +53,7 @@ def page(groups: Sequence[Group], tables: Sequence[Table], repeated: int = 0) ->
     for group in groups:
         for picture in pictures_of(group):
             pictures.setdefault(picture.heading, []).append(picture)
-    runs = [run for group in groups for run in group.runs]
+    runs = [run for group in groups for run in group.all_runs]
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -68,7 +68,15 @@ class Record:
         settings has its seed in it."""
         if "settings" not in self.row:
             return f"{self.row['twin']} {self.row['data']}"
-        common = {k: v for k, v in self.settings.items() if k not in _APART}
+        return self._shared_but(_APART)
+
+    @property
+    def series(self) -> str:
+        """A name for what `base` names and runs of other lengths share with it."""
+        return self._shared_but((*_APART, "train.steps")) if "settings" in self.row else self.base
+
+    def _shared_but(self, apart: tuple[str, ...]) -> str:
+        common = {k: v for k, v in self.settings.items() if k not in apart}
         return f"{name_of(common)} {self.row['data']}"
 
     @property

@@ -16,7 +16,7 @@ from sat_jax.report.groups import (
     first_bound,
     first_rungs,
     first_speed,
-    whole_bound,
+    whole_bounds,
 )
 from sat_jax.report.records import SPARSE, Record, Settings
 
@@ -68,31 +68,36 @@ def tables_of(groups: Iterable[Group]) -> list[Table]:
 
 def _of_group(group: Group) -> list[Table]:
     compared = slices(group)
-    made = [_quality(group, one) for one in compared]
     if not compared:  # dense runs alone
-        made.append(_quality(group, Slice(RATES, (), ())))
+        compared = [Slice(RATES, (), ())]
+    made = [
+        _quality(group, one, () if number else group.shorter) for number, one in enumerate(compared)
+    ]
     return [*made, _efficiency(group)]
 
 
-def _quality(group: Group, one: Slice) -> Table:
-    """Perplexity before and after, distance from dense, FLOPs and whole-run speed-up with its
-    bound."""
+def _quality(group: Group, one: Slice, shorter: Sequence[Variant]) -> Table:
+    """Perplexity before and after, distance from dense at the same tokens and, where dense runs of
+    several lengths tell it, at the same FLOPs; FLOPs and whole-run speed-up with its bound."""
     tuned = group.runs[0].fine_tuned
     what = "perplexity of answers" if tuned else "held-out perplexity"
     keys = one.varied or ("rate",)
-    variants = (*([group.dense] if group.dense else []), *one.variants)
+    variants = (*([group.dense] if group.dense else []), *shorter, *one.variants)
+    equal = [_gap(variant.gaps_at_equal_flops(), variant) for variant in variants]
+    known = any(cell.value is not None for cell in equal)
     rows = [
         (
             *_settings(variant, keys),
             _count(variant),
             _before(variant),
             _mean(variant.over(lambda run: run.row["perplexity_after"]), "{:.3f}"),
-            _gap(variant),
-            _plain(variant.over(_spent_share), "{:.0f} %"),
+            _gap(variant.gaps(), variant),
+            *([Cell("-") if variant.dense else at_equal] if known else []),
+            _spent_share(variant),
             _whole(variant),
             _whole_bound(variant),
         )
-        for variant in variants
+        for variant, at_equal in zip(variants, equal, strict=True)
     ]
     names = [key.replace("_", " ") for key in keys]
     header = (
@@ -101,6 +106,7 @@ def _quality(group: Group, one: Slice) -> Table:
         f"{what} before",
         "after",
         "from dense",
+        *(["at equal FLOPs"] if known else []),
         "FLOPs",
         "whole run",
         "bound",
@@ -109,7 +115,9 @@ def _quality(group: Group, one: Slice) -> Table:
     if tuned and one.axis is RATES:
         name, title = "sft", "Supervised fine-tuning"
     caption = caption_of(group, one.variants, keys)
-    return Table(name, title, caption, header, sides(len(names), 7), tuple(rows))
+    return Table(
+        name, title, caption, header, sides(len(names), len(header) - len(names)), tuple(rows)
+    )
 
 
 def _efficiency(group: Group) -> Table:
@@ -134,7 +142,7 @@ def _efficiency(group: Group) -> Table:
                 _marked(_mean(variant.over(lambda run: run.seconds), "{:,.1f} s"), variant.runs),
                 _plain(variant.over(_memory), "B"),
                 _plain(variant.over(lambda run: run.row["spent_flops"]), "FLOP"),
-                _plain(variant.over(_spent_share), "{:.0f} %"),
+                _spent_share(variant),
                 Cell("-") if dense else _first(variant),
                 Cell("-") if dense else _plain(variant.over(first_bound), "{:.2f}×"),
                 _whole(variant),
@@ -212,6 +220,11 @@ def value_of(settings: Settings, key: str) -> Any:
     return settings[key]
 
 
+def dense_name(variant: Variant) -> str:
+    """Of the dense runs that the others are held against, or of fewer steps."""
+    return "dense" if variant.reference else f"dense, {variant.runs[0].row['steps']:,} steps"
+
+
 def named(settings: Settings) -> str:
     """Settings for people: `rate 0.4, dense layers 0,1`."""
     return ", ".join(f"{key.replace('_', ' ')} {shown(value)}" for key, value in settings.items())
@@ -226,7 +239,8 @@ def shown(value: Any) -> str:
 
 def _settings(variant: Variant, keys: Sequence[str]) -> list[Cell]:
     if variant.dense:
-        return [Cell("dense", 0.0 if keys[0] == "rate" else None), *[Cell("")] * (len(keys) - 1)]
+        name = Cell(dense_name(variant), 0.0 if keys[0] == "rate" else None)
+        return [name, *[Cell("")] * (len(keys) - 1)]
     cells = []
     for key in keys:
         value = value_of(variant.settings, key)
@@ -266,8 +280,11 @@ def _memory(run: Record) -> float:
     return float(run.row["peak_memory"]["bytes"])
 
 
-def _spent_share(run: Record) -> float:
-    return float(100 * run.row["spent_flops"] / run.row["dense_flops"])
+def _spent_share(variant: Variant) -> Cell:
+    if variant.reference:
+        return Cell("100 %", 100.0)
+    bounds = whole_bounds(variant)
+    return _plain([None if one is None else 100 / one for one in bounds], "{:.0f} %")
 
 
 def _first(variant: Variant) -> Cell:
@@ -276,7 +293,7 @@ def _first(variant: Variant) -> Cell:
 
 
 def _whole(variant: Variant) -> Cell:
-    if variant.dense:
+    if variant.reference:
         return Cell("-")
     speed = variant.speedups()
     cell = _mean(speed.values, "{:.2f}×")
@@ -288,12 +305,11 @@ def _whole(variant: Variant) -> Cell:
 
 
 def _whole_bound(variant: Variant) -> Cell:
-    return Cell("-") if variant.dense else _plain(variant.over(whole_bound), "{:.2f}×")
+    return Cell("-") if variant.reference else _plain(whole_bounds(variant), "{:.2f}×")
 
 
-def _gap(variant: Variant) -> Cell:
+def _gap(gaps: Sequence[float | None], variant: Variant) -> Cell:
     """With a mark where some seeds have no dense run beside them."""
-    gaps = variant.gaps()
     cell = _mean(gaps, "{:+.1f} %")
     return cell._replace(text=cell.text + PAIRS) if 0 < len(gaps) < len(variant.runs) else cell
 

@@ -1,0 +1,92 @@
+"""Dense runs of fewer steps: what training costs as much as a sparse run reaches without it."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sat_jax.analysis.twins import gap_at_equal_flops
+from sat_jax.config import Config
+from sat_jax.report.groups import make_groups
+from sat_jax.report.records import Record
+from sat_jax.report.tables import tables_of
+from tests.test_report import DENSE, SPARSE, config_of, runs, summary_of
+from tests.test_report_figures import legends
+from tests.tolerances import assert_close
+
+
+def cost(spent: float, after: float | None) -> dict[str, Any]:
+    return {"spent_flops": spent, "perplexity_after": after}
+
+
+def test_between_two_lengths_log_perplexity_is_linear_in_log_flops() -> None:
+    """By hand: √(4 · 8) FLOPs lie halfway between 4 and 8, and √(9 · 4) = 6 between 9 and 4."""
+    dense = [cost(8.0, 4.0), cost(4.0, 9.0)]
+    gap = gap_at_equal_flops(cost(math.sqrt(32.0), 6.6), dense)
+    assert gap is not None
+    assert_close(gap, 10.0, "float64", "forward")
+    assert_close(gap_at_equal_flops(cost(4.0, 9.9), dense), 10.0, "float64", "forward")
+
+
+@pytest.mark.parametrize(
+    ("run", "dense"),
+    [
+        (cost(3.9, 5.0), [cost(8.0, 4.0), cost(4.0, 9.0)]),
+        (cost(8.2, 5.0), [cost(8.0, 4.0), cost(4.0, 9.0)]),
+        (cost(5.0, None), [cost(8.0, 4.0), cost(4.0, 9.0)]),
+        (cost(5.0, 5.0), [cost(8.0, 4.0), cost(4.0, None)]),
+        (cost(5.0, 5.0), []),
+    ],
+)
+def test_what_is_not_known_is_not_told(run: dict[str, Any], dense: list[dict[str, Any]]) -> None:
+    assert gap_at_equal_flops(run, dense) is None
+
+
+def test_steps_are_whole() -> None:
+    """A run that costs half a per cent less than the shortest is held against that."""
+    dense = [cost(8.0, 4.0), cost(4.0, 9.0)]
+    assert_close(gap_at_equal_flops(cost(3.98, 9.9), dense), 10.0, "float64", "forward")
+
+
+def shorter(config: Config, steps: int) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+
+
+def study(tmp_path: Path) -> list[Record]:
+    """Two seeds of dense training, one of them of two lengths, and SAT with the FLOPs of the
+    shorter one."""
+    half = summary_of(12.0, 18.0, DENSE, spent_flops=8e9, dense_flops=8e9, steps=6, tokens=3000)
+    return runs(
+        tmp_path,
+        (config_of(0), summary_of(10.0, 38.0, DENSE, spent_flops=1e10)),
+        (config_of(1), summary_of(20.0, 38.0, DENSE, spent_flops=1e10)),
+        (shorter(config_of(0), 6), half),
+        (config_of(0, rate=0.4), summary_of(11.4, 18.0, SPARSE)),
+        (config_of(1, rate=0.4), summary_of(22.0, 18.0, SPARSE)),
+    )
+
+
+def test_a_table_has_them_as_rows_and_a_column(tmp_path: Path) -> None:
+    """By hand: 12 is 20 % from 10, and 11.4 is 5 % below 12; seed 1 has one length alone."""
+    rates, efficiency = tables_of(make_groups(study(tmp_path)))
+    assert rates.header[4:6] == ("from dense", "at equal FLOPs")
+    assert [row[:1] + row[4:] for row in rates.texts] == [
+        ["dense", "-", "-", "100 %", "-", "-"],
+        ["dense, 6 steps", "+20.0 %", "-", "80 %", "2.00×", "1.25×"],
+        ["0.4", "+12.0 % ± 2.0 %", "-5.0 %§", "80 %", "2.00× ± 0.00×", "1.25×"],
+    ]
+    assert "8 steps, 4,000 tokens" in rates.caption
+    assert [row[0] for row in efficiency.texts] == ["dense", "0.4"]
+
+
+def test_they_are_a_group_where_there_is_no_longer_one(tmp_path: Path) -> None:
+    alone = study(tmp_path)[2:3]
+    (rates, _) = tables_of(make_groups(alone))
+    assert [row[0] for row in rates.texts] == ["dense"]
+
+
+def test_the_front_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    *_, front, _ = legends(study(tmp_path), monkeypatch)
+    assert set(front) == {"dense", "dense, 6 steps", "rate 0.4"}
