@@ -225,6 +225,10 @@ class SparsityConfig:
     dense_tokens: bool = key(
         False, "tokens that bear loss, of an answer, use all MLP channels; heads are omitted still"
     )
+    forward: Literal["kept", "all"] = key(
+        "kept",
+        "neurons of the forward pass: the kept ones, or all, so that the backward pass alone omits",
+    )
     execution: Literal["gather", "mask", "kernel"] = key(
         "gather",
         "train the compacted model, compute everything and multiply by 0/1, or leave all weights"

@@ -64,6 +64,7 @@ def check_sparsity(config: "Config") -> None:
     if max(config.rates) == 0:
         return
     _check_dense_tokens(config)
+    _check_forward(config)
     _check_schedule(config)
     if sparse.refresh_every == 0:
         _check_live(config)
@@ -109,6 +110,18 @@ def _check_dense_tokens(config: "Config") -> None:
             "sparsity.dense_tokens needs omitted channels, and sparsity.rescale has no meaning"
             " for them; accepted: an omission rate of channels, and rescale False"
         )
+
+
+def _check_forward(config: "Config") -> None:
+    """Where the forward pass omits nothing there is nothing to make up for, nor to choose in it."""
+    sparse = config.sparsity
+    for name, meaningless in (("rescale", True), ("dense_tokens", True), ("refresh_every", 0)):
+        if sparse.forward == "all" and getattr(sparse, name) == meaningless:
+            raise UserError(
+                f"sparsity.{name} {meaningless} is for forward passes that omit neurons, and"
+                " sparsity.forward is 'all'; accepted: 'kept', or another"
+                f" sparsity.{name}"
+            )
 
 
 def _check_schedule(config: "Config") -> None:

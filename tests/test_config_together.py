@@ -113,6 +113,11 @@ from tests.test_config import built, refusal
             " them; accepted: an omission rate of channels, and rescale False",
         ),
         (
+            {"sparsity__rate": 0.1, "sparsity__rescale": True, "sparsity__forward": "all"},
+            "sparsity.rescale True is for forward passes that omit neurons, and sparsity.forward is"
+            " 'all'; accepted: 'kept', or another sparsity.rescale",
+        ),
+        (
             {"sparsity__budget": "budget.json", "sparsity__dense_layers": (0,)},
             "sparsity.budget spreads the rates over all layers; accepted beside it: no"
             " layer_rates_attention, layer_rates_mlp or dense_layers",

@@ -74,7 +74,7 @@ def test_both_executions_agree() -> None:
         for path, gradient in small.items():
             assert_close(by_gather[path], gradient, "float32", "backward")
         # Omitted channels are trained, by the tokens that bear loss.
-        assert float(jnp.abs(by_gather["layers/1/omitted/down"]).sum()) > 0
+        assert float(jnp.abs(by_gather["layers/1/omitted/mlp/down"]).sum()) > 0
 
 
 def test_tokens_that_bear_loss_use_all_channels_and_no_other_does() -> None:
@@ -108,7 +108,7 @@ def test_the_way_there_and_back_changes_no_bit(balance: int) -> None:
     plan, masks = planned(balance=balance)
     params = {path: jnp.asarray(value) for path, value in random_params(CONFIG).items()}
     small, resting = compact(params, masks, plan)
-    kept, omitted = small["layers/1/mlp/gate"], small["layers/1/omitted/gate"]
+    kept, omitted = small["layers/1/mlp/gate"], small["layers/1/omitted/mlp/gate"]
     assert kept.shape[1] + omitted.shape[1] == CONFIG.d_ff
     moved = {path: value + 1 for path, value in small.items()}
     back = expand(moved, resting, masks, plan)

@@ -148,6 +148,16 @@ def test_training_counts_every_matrix_product(plan: str, remat: Remat) -> None:
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("plan", ["groups", "query heads", "channels"])
+@pytest.mark.parametrize("kernels", [None, BlockSparse(8, "xla")], ids=["gather", "kernel"])
+def test_only_the_backward_pass_omits(plan: str, remat: Remat, kernels: BlockSparse | None) -> None:
+    kept = tuple(dataclasses.replace(s, forward_all=s != GQA.dense) for s in PLANS[plan])
+    model = Traced(GQA, kept, remat, ROWS, LENGTH, kernels)
+    count = training_flops(GQA, LENGTH, kept, remat, kernels=kernels is not None)
+    assert matrix_product_flops(*model.step) == ROWS * LENGTH * whole_block(count.all).total
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize("plan", ["query heads", "channels"])
 def test_kernels_save_nothing_of_the_mlp(plan: str, remat: Remat) -> None:
     model = Traced(GQA, PLANS[plan], remat, ROWS, LENGTH, BlockSparse(8, "xla"))

@@ -22,7 +22,7 @@ from sat_jax.parallel.mesh import make_mesh
 from sat_jax.sparsity.controller import make_controller
 from sat_jax.sparsity.plan import Neurons
 from sat_jax.train.programs import Programs
-from sat_jax.train.state import compact_state, new_state
+from sat_jax.train.state import compact_state, new_state, resting_params
 
 mesh_sizes = json.loads(sys.argv[1])
 steps, rows, length = 4, 8, 16
@@ -68,7 +68,7 @@ for step in range(steps):
     working, resting = rung.enter(state, masks)
     for name, moment in working.optimizer[0].mu.items():
         assert moment.sharding == working.params[name].sharding, name
-    working, stats, metrics = rung.step(working, stats, masks, batch)
+    working, stats, metrics = rung.step(working, stats, masks, batch, resting_params(resting))
     state = rung.leave(working, resting, masks)
     losses.append(float(metrics.loss))
     kept.append([np.asarray(leaf).tolist() for leaf in jax.tree.leaves(masks)])

@@ -120,7 +120,7 @@ def test_compact_parts_kept_and_omitted_rows_and_expand_puts_them_together(case:
                 if indices_of(path, mask) is None:
                     np.testing.assert_array_equal(part, rows, strict=True)
                     continue
-                name = f"layers/{number}/omitted/{path.rsplit('/', 1)[-1]}"
+                name = f"layers/{number}/omitted/{path.removeprefix('layers/')}"
                 omitted.add(name)
                 for place, others in omitted_rows(mask, path, rows):
                     np.testing.assert_array_equal(np.asarray(resting[name])[place], others)

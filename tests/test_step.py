@@ -21,7 +21,7 @@ from sat_jax.sparsity.neurons import keep_only
 from sat_jax.sparsity.plan import Plan, Segment, make_plan
 from sat_jax.sparsity.statistics import InputSums, Statistics
 from sat_jax.train.optimizer import clipping, learning_rate, make_optimizer
-from sat_jax.train.state import TrainState, compact_state, new_state
+from sat_jax.train.state import TrainState, compact_state, new_state, resting_params
 from sat_jax.train.step import (
     StepMetrics,
     StepSettings,
@@ -115,9 +115,10 @@ def train(
     masked = masked or kernels is not None
     gathered = cut_only(plan) if masked else masks
     state, resting = enter(begin, gathered, plan=plan)
-    stats = no_statistics()
+    stats, masks_in_step = no_statistics(), masks if masked else ()
+    beside = resting_params(resting) if any(s.forward_all for s in plan.segments) else {}
     for number in batches:
-        state, stats, _ = step(state, stats, masks if masked else (), rows(number))
+        state, stats, _ = step(state, stats, masks_in_step, rows(number), beside)
     return leave(state, resting, gathered, plan=plan)
 
 

@@ -70,7 +70,7 @@ def forward_flops(
     """Operations a token of a forward pass with logits, on rows of `row_length` tokens.
 
     `segments` None: the dense model. Of the tokens of a row that may use the channels which others
-    omit all are counted: they are all computed.
+    omit all are counted: they are all computed. What only the backward pass omits is left out.
     """
     keys = (row_length + 1) / 2
     projections = scores = mlp = 0.0
@@ -103,12 +103,7 @@ def training_flops(
     is.
     """
     forward = forward_flops(config, row_length, segments)
-    backward = FlopCount(
-        2 * forward.attention_projections,
-        2 * forward.attention_scores,
-        2 * forward.mlp,
-        2 * forward.head,
-    )
+    backward = forward + forward
     again = FlopCount(0.0, forward.attention_scores / 2, 0.0, 0.0)
     if remat != "none":
         again += FlopCount(0.0, forward.attention_scores, 0.0, 0.0)
@@ -118,6 +113,12 @@ def training_flops(
         sparse = [s for s in segments or () if s.channels < config.d_ff]
         mlp = forward_flops(config, row_length, sparse).mlp if sparse else 0.0
         again += FlopCount(0.0, 0.0, mlp * 2 / 3, 0.0)
+    # Of omitted neurons that the forward pass has, the backward pass needs what heads have added.
+    beside = [config.omitted(s) for s in segments or () if s.forward_all]
+    for one in (forward_flops(config, row_length, [segment]) for segment in beside):
+        forward += FlopCount(one.attention_projections, one.attention_scores, one.mlp, 0.0)
+        if remat == "full":
+            again += FlopCount(one.attention_projections, one.attention_scores, 0.0, 0.0)
     return TrainingFlops(forward, backward, again)
 
 

@@ -79,6 +79,7 @@ class Attention(nnx.Module):
         self.query_norm = nnx.Param(jnp.ones((layers, size))) if norm else None
         self.key_norm = nnx.Param(jnp.ones((layers, size))) if norm else None
         self.kept_heads = Mask(kept) if masked and kept is not None else None
+        self.inverted = False
         whole = (config.n_kv_heads, config.query_heads)
         self.whole = self._whole(kept, whole) if in_place and kept is not None else None
         self.norm_eps = config.norm_eps
@@ -106,6 +107,22 @@ class Attention(nnx.Module):
             taken = rows_in_place(self.whole.matrix(name), rows[...], kept)
             setattr(small, name, nnx.Param(taken))
         return small
+
+    def others(self) -> "Attention | None":
+        """One layer's module of the omitted heads, where the weights are whole; None: there are
+        none. Its parameters are not for training."""
+        if self.kept_heads is None and self.whole is None:
+            return None
+        rest: Attention = nnx.merge(*nnx.split(self))
+        rest.inverted = True
+        if self.whole is not None:
+            axis = self.whole.kept.ndim - 1
+            rest.whole = self.whole.others(self.whole.matrix("query").shape[axis])
+            omitted = rest.whole.kept.shape[-1]
+            for name, rows in self._with_heads(groups=axis == 0).items():
+                shape = (*rows.shape[:axis], omitted, *rows.shape[axis + 1 :])
+                setattr(rest, name, nnx.Param(jnp.zeros(shape, rows.dtype)))
+        return rest
 
     def _with_heads(self, groups: bool) -> dict[str, nnx.Param]:
         """The parameters of which a query head has a part, and if `groups` those of KV groups."""
@@ -139,7 +156,14 @@ class Attention(nnx.Module):
         if self.kept_heads is None:
             return o_BTKGE
         groups, heads = o_BTKGE.shape[2:4]
-        return o_BTKGE * _keep_KG(self.kept_heads[...], groups, heads, o_BTKGE.dtype)[..., None]
+        keep_KG = _keep_KG(self.kept_heads[...], groups, heads, o_BTKGE.dtype)
+        return o_BTKGE * (1 - keep_KG if self.inverted else keep_KG)[..., None]
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], rows: Rows, implementation: Implementation | None
+    ) -> Float[Array, "B T D"]:
+        """What one layer adds to the residual stream."""
+        return self.combine(self.mix(x_BTD, rows, implementation))
 
     def combine(self, o_BTKGE: Float[Array, "B T K G E"]) -> Float[Array, "B T D"]:
         """What the heads add to the residual stream."""

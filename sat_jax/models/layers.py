@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from sat_jax.sparsity.neurons import others
+
 # The axes of a mesh that rows and KV groups are split over, for what the compiler cannot split.
 ROW_AXES, GROUP_AXES = ("data", "fsdp"), ("tensor",)
 
@@ -33,6 +35,12 @@ class WholeMatrices(nnx.Module):
         """The matrix of the parameter of that name."""
         matrix: Array = getattr(self, name)[...]
         return matrix
+
+    def others(self, neurons: int) -> "WholeMatrices":
+        """Of one layer, the same matrices with those rows kept, of `neurons`, that are not here."""
+        rest: WholeMatrices = nnx.merge(*nnx.split(self))
+        rest.kept = Mask(others(self.kept[...], neurons))
+        return rest
 
 
 @jax.custom_vjp

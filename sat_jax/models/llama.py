@@ -51,6 +51,25 @@ _POLICIES: dict[Remat, Callable[..., Any]] = {
 }
 
 
+class Omitted(nnx.Module):
+    """The omitted neurons of the layers of one segment, where what is kept is smaller matrices."""
+
+    def __init__(self, attention: Attention | None, mlp: MLP | None):
+        self.attention = attention
+        self.mlp = mlp
+
+
+def omitted_neurons(config: LlamaConfig, segment: Segment, rngs: nnx.Rngs) -> Omitted | None:
+    """Those that are computed somewhere, none otherwise: channels for tokens that bear loss, or all
+    that the segment omits for a forward pass that has them."""
+    attention, mlp, omitted = None, None, config.omitted(segment)
+    if omitted.kv_groups and segment.forward_all:
+        attention = Attention(config, omitted, rngs=rngs)
+    if omitted.channels and (segment.dense_tokens or segment.forward_all):
+        mlp = MLP(config, omitted, rngs=rngs)
+    return None if attention is None and mlp is None else Omitted(attention, mlp)
+
+
 class Block(nnx.Module):
     """The layers of one segment; every parameter has the layers in front, `[L, ...]`."""
 
@@ -70,9 +89,9 @@ class Block(nnx.Module):
         self.attention = Attention(config, segment, in_place=in_place, **kind)
         self.mlp_norm = nnx.Param(jnp.ones((segment.layers, config.d_model)))
         self.mlp = MLP(config, segment, kernels=kernels, **kind)
-        rest = dataclasses.replace(segment, channels=config.d_ff - segment.channels)
-        apart = segment.dense_tokens and not masked
-        self.omitted = MLP(config, rest, rngs=rngs) if apart else None
+        apart = not (masked or in_place or live is not None)
+        self.omitted = omitted_neurons(config, segment, rngs) if apart else None
+        self.forward_all = segment.forward_all
         self.norm_eps = config.norm_eps
         self.choose_heads, self.choose_channels = layer_choices(live, config, segment, masked)
 
@@ -100,6 +119,10 @@ class Block(nnx.Module):
         if gates is not None:
             o_BTKGE *= gates.heads[None, None, :, :, None].astype(o_BTKGE.dtype)
         x_BTD = x_BTD + attention.combine(o_BTKGE)
+        other_heads, other_channels = self._forward_only()
+        if other_heads is not None:
+            added = other_heads.taken()(normed, rows, implementation)
+            x_BTD = x_BTD + jax.lax.stop_gradient(added)
         seen |= attention_input(observe, self.attention, normed, weight_BT)
         if "outputs" in observe:
             seen["heads"] = output_energy(o_BTKGE, attention.output[...], weight_BT)
@@ -117,10 +140,20 @@ class Block(nnx.Module):
             x_BTD = x_BTD + mlp.combine(a_BTF)
             if "outputs" in observe:
                 seen["channels"] = channel_squares(a_BTF, weight_BT)
-        if self.omitted is not None:
-            x_BTD = _add_omitted(x_BTD, normed, self.omitted, rows)
+        if other_channels is not None:
+            x_BTD = x_BTD + jax.lax.stop_gradient(other_channels(normed))
+        elif self.omitted is not None and self.omitted.mlp is not None:
+            x_BTD = _add_omitted(x_BTD, normed, self.omitted.mlp, rows)
         seen |= mlp_input(observe, self.mlp, normed, weight_BT)
         return x_BTD, seen | {"kept": kept}
+
+    def _forward_only(self) -> tuple[Attention | None, MLP | None]:
+        """What computes the omitted neurons where the forward pass has them."""
+        if not self.forward_all:
+            return None, None
+        if self.omitted is not None:
+            return self.omitted.attention, self.omitted.mlp
+        return self.attention.others(), self.mlp.others()
 
 
 def _add_omitted(

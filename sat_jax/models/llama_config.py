@@ -48,3 +48,15 @@ class LlamaConfig:
     def dense(self) -> Segment:
         """The segment of all layers in which everything is kept."""
         return Segment(0, self.n_layers, self.n_kv_heads, self.query_heads, self.d_ff)
+
+    def omitted(self, segment: Segment) -> Segment:
+        """Of the segment's layers what it does not keep: whole KV groups, or query heads of every
+        group, and channels; 0 where all are kept."""
+        groups, heads = self.n_kv_heads - segment.kv_groups, self.query_heads - segment.query_heads
+        return Segment(
+            segment.start,
+            segment.stop,
+            self.n_kv_heads if heads else groups,
+            heads or (self.query_heads if groups else 0),
+            self.d_ff - segment.channels,
+        )

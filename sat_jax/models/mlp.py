@@ -45,6 +45,7 @@ class MLP(nnx.Module):
         self.down = nnx.Param(normal(rngs, shape, 0.02 / (2 * config.n_layers) ** 0.5))
         kept = jnp.broadcast_to(jnp.arange(segment.channels, dtype=jnp.int32), kept_shape)
         self.kept_channels = Mask(kept) if masked else None
+        self.inverted = False
         self.kernels = kernels
         in_place = told and kernels is not None
         whole_shape = (segment.layers, config.d_ff, config.d_model)
@@ -81,11 +82,25 @@ class MLP(nnx.Module):
         keep_BTF = indicator(self.kept_channels[...], a_BTF.shape[-1], a_BTF.dtype)[None, None]
         if whole_BT is not None:
             keep_BTF = jnp.where(whole_BT[..., None], 1, keep_BTF)
-        return a_BTF * keep_BTF
+        return a_BTF * (1 - keep_BTF if self.inverted else keep_BTF)
 
     def combine(self, a_BTF: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
         """What the channels add to the residual stream."""
         return self.scale * jnp.einsum("BTF,FD->BTD", a_BTF, self._rows("down"))
+
+    def others(self) -> "MLP | None":
+        """One layer's module of the omitted channels, where the weights are whole; None: there are
+        none. Its parameters are not for training."""
+        if self.kept_channels is None and self.whole is None:
+            return None
+        rest: MLP = nnx.merge(*nnx.split(self))
+        rest.inverted = True
+        if self.whole is not None:
+            rest.whole = self.whole.others(len(self.whole.matrix("gate")))
+            shape = (*rest.whole.kept.shape, self.gate.shape[1])
+            for name in MATRICES:  # without a gradient, so that their values are read nowhere
+                setattr(rest, name, nnx.Param(jnp.zeros(shape, self.gate.dtype)))
+        return rest
 
     def _rows(self, name: str) -> Float[Array, "F D"]:
         """A matrix, of which the kept rows are taken from where they lie."""

@@ -157,6 +157,7 @@ def make_controller(
             balance=balance,
             rescale=config.rescale,
             dense_tokens=dense_tokens,
+            forward_all=config.forward == "all",
         )
         if rungs and rungs[-1].plan == plan:
             rungs[-1] = dataclasses.replace(rungs[-1], stop=stair.stop)

@@ -4,7 +4,7 @@ Between two refreshes the kept neurons form a smaller dense model. `compact` par
 (parameters, moments or update counts: anything keyed by parameter path) into it and the omitted
 neurons, which rest; `expand` puts both together, bit for bit. A whole tree stacks all layers
 (`layers/mlp/gate`), a parted one numbers its segments: what is kept (`layers/0/mlp/gate`) and what
-is not (`layers/0/omitted/gate`), in a segment with dense tokens a second, smaller MLP. What no
+is not (`layers/0/omitted/mlp/gate`), in a segment with dense tokens a second, smaller MLP. What no
 segment gathers is moved, not copied.
 """
 
@@ -95,6 +95,20 @@ def mask_values(masks: Masks) -> dict[str, Array]:
     return values
 
 
+def omitted_values(small: Mapping[str, Array], resting: Mapping[str, Array]) -> dict[str, Array]:
+    """Of parameters that `compact` has parted what computes the omitted neurons: the resting rows,
+    and beside them what such a module shares with the one of the kept neurons."""
+    modules = {path.rpartition("/")[0] for path in resting}
+    values: dict[str, Array] = {}
+    for path, value in small.items():
+        _, _, within = path.partition("/")
+        number, _, rest = within.partition("/")
+        place = _omitted_path(f"layers/{rest}", int(number)) if number.isdigit() else ""
+        if place.rpartition("/")[0] in modules:
+            values[place] = resting.get(place, value)
+    return values
+
+
 def in_place_values(cut: Mapping[str, Array], masks: Masks) -> dict[str, Array]:
     """Of a tree cut into segments what kernel execution computes with, by the paths of the modules'
     variables: which neurons are kept, and the whole matrices that these are rows of."""
@@ -170,7 +184,7 @@ def _segment_path(path: str, number: int) -> str:
 
 
 def _omitted_path(path: str, number: int) -> str:
-    return f"layers/{number}/omitted/{_leaf(path)}"
+    return _segment_path(f"layers/omitted/{path.removeprefix('layers/')}", number)
 
 
 def _kept(path: str, mask: SegmentMasks) -> Int[Array, "L *K kept"] | None:
@@ -211,10 +225,8 @@ def _take(value: Array, kept: Int[Array, "L *K kept"], balance: int = 1) -> Arra
 def _take_others(value: Array, kept: Int[Array, "L *K kept"], balance: int) -> Array:
     """The other rows, sorted: as many of each part as are omitted there."""
     rows = _in_parts(value, kept.ndim, balance)
-    is_kept = _is_kept(_local(kept, rows.shape[2], balance), rows.shape[2])
-    omitted = rows.shape[2] - kept.size // (rows.shape[0] * rows.shape[1])
-    others = jnp.argsort(is_kept, axis=-1, stable=True)[..., :omitted]  # False comes first
-    return _rows_at(rows, others, kept.ndim, **_PROMISES)
+    places = others(_local(kept, rows.shape[2], balance), rows.shape[2])
+    return _rows_at(rows, places, kept.ndim, **_PROMISES)
 
 
 def _merge(kept: Array, omitted: Array, indices: Int[Array, "L *K kept"], balance: int) -> Array:
@@ -261,9 +273,16 @@ def _local(
     return _in_parts(kept, kept.ndim, balance) - starts
 
 
-def _is_kept(local: Int[Array, "L parts kept"], size: int) -> Bool[Array, "L parts {size}"]:
-    nothing = jnp.zeros((*local.shape[:2], size), bool)
-    return jnp.put_along_axis(nothing, local, True, axis=-1, inplace=False)
+def others(kept: Int[Array, "*parts kept"], size: int) -> Int[Array, "*parts omitted"]:
+    """The indices below `size` that are not kept, sorted."""
+    omitted = size - kept.shape[-1]
+    indices: Array = jnp.argsort(_is_kept(kept, size), axis=-1, stable=True)[..., :omitted]
+    return indices.astype(kept.dtype)  # False comes first
+
+
+def _is_kept(kept: Int[Array, "*parts kept"], size: int) -> Bool[Array, "*parts {size}"]:
+    nothing = jnp.zeros((*kept.shape[:-1], size), bool)
+    return jnp.put_along_axis(nothing, kept, True, axis=-1, inplace=False)
 
 
 def _rows_at(rows: Array, places: Int[Array, "L parts n"], axes: int, **promises: Any) -> Array:

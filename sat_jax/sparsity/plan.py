@@ -19,6 +19,8 @@ class Segment:
     `query_heads`, of the MLP channels `channels`. The counts are what is computed, not what was
     asked for. `rescale`: what is kept of N neurons is multiplied by N / kept. `dense_tokens`: so
     many tokens of a row, those that bear loss, use the omitted channels too; 0: none.
+    `forward_all`: the forward pass has the omitted neurons too, and only the backward pass omits
+    them.
     """
 
     start: int
@@ -28,6 +30,7 @@ class Segment:
     channels: int
     rescale: bool = False
     dense_tokens: int = 0
+    forward_all: bool = False
 
     @property
     def layers(self) -> int:
@@ -91,6 +94,7 @@ def make_plan(
     balance: int = 1,
     rescale: bool = False,
     dense_tokens: int = 0,
+    forward_all: bool = False,
 ) -> Plan:
     """The counts that come nearest to the asked rates, one for all layers or one for each.
 
@@ -126,6 +130,7 @@ def make_plan(
             *counts[start],
             rescale=rescale and counts[start] != whole,
             dense_tokens=dense_tokens if counts[start][2] < neurons.channels else 0,
+            forward_all=forward_all and counts[start] != whole,
         )
         for start, stop in _runs(counts)
     )

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array
 
 from sat_jax.config import Config
 from sat_jax.data.batch import Batch
@@ -31,7 +32,7 @@ from sat_jax.sparsity.statistics import Gates, InputSums, Statistics
 from sat_jax.train.moves import compile_moves, cut_only
 from sat_jax.train.optimizer import clipping, learning_rate, make_optimizer
 from sat_jax.train.probe import ProbeSettings, make_probe
-from sat_jax.train.state import TrainState, compact_state, new_state
+from sat_jax.train.state import TrainState, compact_state, new_state, resting_params
 from sat_jax.train.step import StepMetrics, StepSettings, make_evaluation, make_step
 
 Compiled = Callable[..., Any]
@@ -42,7 +43,8 @@ class RungPrograms(NamedTuple):
     and what rests; `leave` goes back. Both give their arguments' buffers away; so does `step`.
 
     `select(state, stats)` → masks; `enter(state, masks)` → (working state, resting);
-    `step(working, stats, masks, batch)` → (working, stats, metrics);
+    `step(working, stats, masks, batch, resting)` → (working, stats, metrics), `resting` being
+    parameters, which are given away only by `leave`;
     `leave(working, resting, masks)` → whole state. `seconds` is what compiling took.
     """
 
@@ -186,18 +188,25 @@ class Programs:
         graph, _ = abstract(self._model, plan.segments, self._compute, self._masked, live)
         train = make_step(graph, self._step_settings(plan))
 
+        forward_all = any(segment.forward_all for segment in plan.segments)
+
         def step(
-            working: TrainState, stats: Statistics, masks: Masks, batch: Batch
+            working: TrainState,
+            stats: Statistics,
+            masks: Masks,
+            batch: Batch,
+            resting: dict[str, Array],
         ) -> tuple[TrainState, Statistics, StepMetrics]:
-            return train(working, stats, () if self._gathers or live else masks, batch)
+            masks = () if self._gathers or live else masks
+            return train(working, stats, masks, batch, resting if forward_all else {})
 
         masks = self.masks(plan)
         cut = masks if self._gathers else cut_only(plan)
-        working, _ = self._placed(
+        working, resting = self._placed(
             jax.eval_shape(lambda state, masks: compact_state(state, masks, plan), self.state, cut)
         )
-        batch = self.batch(self._config.train.rows_per_step)
-        return self._lower(step, working, self.stats, masks, batch, donate_argnums=(0, 1))
+        batch, rest = self.batch(self._config.train.rows_per_step), resting_params(resting)
+        return self._lower(step, working, self.stats, masks, batch, rest, donate_argnums=(0, 1))
 
     def _compile_rung(self, plan: Plan) -> RungPrograms:
         started = time.perf_counter()

@@ -27,6 +27,8 @@ def new_state(params: dict[str, Array], optimizer: optax.GradientTransformation)
 
 Resting = list[dict[str, Array]]
 
+PARAMS = TrainState._fields.index("params")  # among a state's trees
+
 
 def compact_state(whole: TrainState, masks: Masks, plan: Plan) -> tuple[TrainState, Resting]:
     """The smaller dense model's state, and what rests: everything keyed by parameter path is parted
@@ -34,6 +36,11 @@ def compact_state(whole: TrainState, masks: Masks, plan: Plan) -> tuple[TrainSta
     trees, structure = keyed_trees(whole)
     pairs = [compact(t, masks, plan) if isinstance(t, dict) else (t, {}) for t in trees]
     return jax.tree.unflatten(structure, [p[0] for p in pairs]), [p[1] for p in pairs]
+
+
+def resting_params(resting: Resting) -> dict[str, Array]:
+    """Those of the neurons that are not trained."""
+    return resting[PARAMS]
 
 
 def freeze_omitted(new: TrainState, old: TrainState, masks: Masks) -> TrainState:

@@ -1,6 +1,7 @@
 """One optimizer step, one evaluation: pure functions of arrays, to be jitted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from sat_jax.data.batch import Batch
 from sat_jax.models.llama import Llama
 from sat_jax.models.params import bind, numbered
 from sat_jax.sparsity.masks import Masks, selection_key
-from sat_jax.sparsity.neurons import in_place_values, mask_values, take_kept
+from sat_jax.sparsity.neurons import in_place_values, mask_values, omitted_values, take_kept
 from sat_jax.sparsity.statistics import Observable, Statistics, accumulate
 from sat_jax.train.optimizer import Clip, Schedule
 from sat_jax.train.state import TrainState, freeze_omitted
@@ -57,17 +58,22 @@ class StepSettings(NamedTuple):
 def make_step(
     graph: nnx.GraphDef[Llama], settings: StepSettings
 ) -> Callable[..., tuple[TrainState, Statistics, StepMetrics]]:
-    """`step(state, stats, masks, batch)`: the state, running statistics and metrics after one
-    update. `masks` is empty for a compacted, whole or live model, and given in mask and kernel
-    execution."""
+    """`step(state, stats, masks, batch, resting)`: the state, running statistics and metrics after
+    one update. `masks` is empty for a compacted, whole or live model, and given in mask and kernel
+    execution. `resting`: of a compacted model whose forward pass has all neurons the parameters
+    that are not in the state."""
 
     def step(
-        state: TrainState, stats: Statistics, masks: Masks, batch: Batch
+        state: TrainState,
+        stats: Statistics,
+        masks: Masks,
+        batch: Batch,
+        resting: Mapping[str, Array] = MappingProxyType({}),
     ) -> tuple[TrainState, Statistics, StepMetrics]:
         seed = settings.seed
         key = None if seed is None else selection_key(seed, state.step)
 
-        params, told = state.params, mask_values(masks)
+        params, told = state.params, mask_values(masks) | omitted_values(state.params, resting)
         if settings.in_place:
             params, told = take_kept(params, masks), in_place_values(params, masks)
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from sat_jax.sparsity.masks import Masks
 from sat_jax.sparsity.neurons import put_layer, take_layer
-from sat_jax.train.state import TrainState, keyed_trees
+from sat_jax.train.state import PARAMS, TrainState, keyed_trees
 
 
 def update(
@@ -44,7 +44,7 @@ def update_in_place(
     def step_layer(layer: Array, whole: list[Any]) -> list[Any]:
         small = [take_layer(x, masks, layer) if isinstance(x, dict) else x for x in whole]
         gradients = {
-            path: jax.lax.dynamic_slice_in_dim(grads[path], layer, 1) for path in small[_PARAMS]
+            path: jax.lax.dynamic_slice_in_dim(grads[path], layer, 1) for path in small[PARAMS]
         }
         # Were they not all there before the first is written, XLA would read what it overwrites,
         # and therefore copy everything first.
@@ -55,17 +55,14 @@ def update_in_place(
         ]
 
     outside = _part(values, "")
-    after = step(outside, {path: grads[path] for path in outside[_PARAMS]})
+    after = step(outside, {path: grads[path] for path in outside[PARAMS]})
     for number in range(len(masks)):
         inside = _part(values, f"layers/{number}/")
-        layers = len(next(iter(inside[_PARAMS].values())))
+        layers = len(next(iter(inside[PARAMS].values())))
         done = jax.lax.fori_loop(0, layers, step_layer, inside)
         after = [a | b if isinstance(a, dict) else a for a, b in zip(after, done, strict=True)]
     updated: TrainState = jax.tree.unflatten(structure, after)
     return updated
-
-
-_PARAMS = TrainState._fields.index("params")  # among a state's trees
 
 
 def _part(values: list[Any], prefix: str) -> list[Any]:

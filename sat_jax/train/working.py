@@ -6,7 +6,7 @@ from sat_jax.data.batch import Batch
 from sat_jax.sparsity.masks import Masks
 from sat_jax.sparsity.statistics import Statistics
 from sat_jax.train.programs import Compiled, RungPrograms
-from sat_jax.train.state import Resting, TrainState
+from sat_jax.train.state import Resting, TrainState, resting_params
 from sat_jax.train.step import StepMetrics
 
 
@@ -52,7 +52,7 @@ class Working:
         """One optimizer step."""
         assert self._entered is not None, "enter a rung first"
         self._state, self.stats, metrics = self._entered.step(
-            self._state, self.stats, self.masks, batch
+            self._state, self.stats, self.masks, batch, resting_params(self._resting)
         )
         return metrics
 
