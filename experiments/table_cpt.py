@@ -1,4 +1,5 @@
-"""SAT's parts in continued pre-training: heads of two kinds, channels; moments frozen or decaying.
+"""SAT's parts in continued pre-training: heads of two kinds, channels; both passes or the backward
+one alone; moments frozen or decaying.
 
     python -m scripts.sweep --config=experiments/table_cpt.py:smoke \
         --config.data.sources=TEXT --workdir=runs/study
@@ -6,8 +7,8 @@
 
 Moments decay only where everything is computed and multiplied by 0 and 1 (mask execution), so both
 are compared there: those two say something of quality, nothing of speed. Hours in all, estimated,
-not measured; experiments/scales.py says how and on what: smoke 1.2, small 1.6, paper 58 (21 runs
-each), paper-7b 30, paper-13b 57 (7 runs).
+not measured; experiments/scales.py says how and on what: smoke 1.4, small 1.8, paper 65 (24 runs
+each), paper-7b 33, paper-13b 64 (8 runs).
 """
 
 from typing import Any
@@ -28,6 +29,8 @@ def get_sweep(scale: str = "smoke") -> list[dict[str, Any]]:
         {"sparsity.rate_mlp": 0.0},  # heads only
         {"sparsity.rate_attention": 0.0},  # channels only
         {"sparsity.attention_unit": "query_head"},
+        # In the backward pass alone: at a higher rate, that it saves about as much.
+        {"sparsity.forward": "all", "sparsity.rate": 0.6},
     ]
     for moments in ("freeze", "decay"):
         runs.append({"sparsity.execution": "mask", "optimizer.moments": moments})
