@@ -23,6 +23,7 @@ from kernels.block_sparse_matmul import (
     row_matmul,
     sampled_matmul,
     swiglu_mlp,
+    tuned,
 )
 from kernels.block_sparse_matmul.arg_specs import LLAMA_2, Spec, programs
 from tests.tolerances import assert_close
@@ -268,12 +269,13 @@ def test_kernels_lower_at_llama_2_sizes(platform: str, backend: str, spec: Spec)
     down's input, the gradients of gate and up, and x's; those of weights are dense products."""
     kernels = {"column": 1, "row": 1, "mlp": 2, "mlp, both ways": 5}
     kernels |= {"mask": 1, "mask, both ways": 3}
-    found = {}
+    found, named, of_a_step = {}, set(), {operation for _, operation in tuned.OPERATIONS}
     for name, program in programs(spec, backend).items():
         lowered = jax.jit(program.function).trace(*program.arguments)
         text = lowered.lower(lowering_platforms=(platform,)).as_text()
         found[name] = len(re.findall("custom_call @(tpu_custom_call|mosaic_gpu)", text))
-    assert found == kernels
+        named |= {name for name in of_a_step if re.search(rf'"{name}"|{name}_mosaic_gpu', text)}
+    assert found == kernels and named == of_a_step  # as a profile calls them
 
 
 KEPT = kept_rows(jnp.array([0, 2]), BLOCK)
