@@ -139,7 +139,7 @@ def _check_case(
         program = operations(spec, Tiled(loops, tiles))[case.pattern, case.operation]
         try:
             with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
-                same = tune.identity(program, case.backend)
+                same = tune.identity(program)
         except Misfit as error:
             unfit[str(error)].append(tune.named(tiles))
             continue

@@ -23,6 +23,7 @@ from kernels.block_sparse_matmul import (
     row_matmul,
     sampled_matmul,
     swiglu_mlp,
+    tuned,
 )
 from kernels.block_sparse_matmul.arg_specs import LLAMA_2, Spec, programs
 from tests.tolerances import assert_close
@@ -237,19 +238,28 @@ def test_any_shape(tokens: int, width: int, ids: set[int], name: str) -> None:
     check(name, "pallas_tpu", "float32", pattern, operands(pattern, tokens, width))
 
 
-def test_a_gradient_can_be_differentiated() -> None:
-    pattern = kept_rows(jnp.array([1, 2]), BLOCK)
-    given = operands(pattern, tokens=16, width=128)
+@pytest.mark.parametrize("pattern", REPRESENTATIVE)
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("backend", ["xla", "pallas_tpu"])
+def test_a_gradient_can_be_differentiated(backend: str, name: str, pattern: str) -> None:
+    made = PATTERNS[pattern]()
+    function, definition, taken = OPERATIONS[name]
+    given = operands(made, tokens=16, width=128)
+    several = [given[key] / 8 for key in taken]
 
-    def curvature(product: Callable[..., jax.Array]) -> jax.Array:
-        def loss(x: jax.Array, w: jax.Array) -> jax.Array:
-            return jnp.sum(jnp.sin(product(x, w, pattern)))
+    def curvatures(product: Callable[..., jax.Array]) -> tuple[jax.Array, ...]:
+        def steepness(*operands: jax.Array) -> jax.Array:
+            def loss(*operands: jax.Array) -> jax.Array:
+                return jnp.sum(jnp.sin(product(*operands, made)))
 
-        return jax.grad(lambda x: jnp.sum(jax.grad(loss, 1)(x, given["w"]) ** 2))(given["x"])
+            found = jax.grad(loss, range(len(several)))(*operands)
+            return sum(jnp.sum(jnp.sin(gradient)) for gradient in found)
 
-    for backend in ("xla", "pallas_tpu"):
-        by = functools.partial(column_matmul, implementation=backend)
-        assert_close(curvature(by), curvature(reference.column), "float32", "product")
+        return jax.grad(steepness, range(len(several)))(*several)
+
+    by = functools.partial(function, implementation=backend)
+    for found, desired in zip(curvatures(by), curvatures(definition), strict=True):
+        assert_close(found, desired, "float32", "product")
 
 
 @pytest.mark.parametrize(("platform", "backend"), [("tpu", "pallas_tpu"), ("cuda", "pallas_gpu")])
@@ -259,12 +269,13 @@ def test_kernels_lower_at_llama_2_sizes(platform: str, backend: str, spec: Spec)
     down's input, the gradients of gate and up, and x's; those of weights are dense products."""
     kernels = {"column": 1, "row": 1, "mlp": 2, "mlp, both ways": 5}
     kernels |= {"mask": 1, "mask, both ways": 3}
-    found = {}
+    found, named, of_a_step = {}, set(), {operation for _, operation in tuned.OPERATIONS}
     for name, program in programs(spec, backend).items():
         lowered = jax.jit(program.function).trace(*program.arguments)
         text = lowered.lower(lowering_platforms=(platform,)).as_text()
         found[name] = len(re.findall("custom_call @(tpu_custom_call|mosaic_gpu)", text))
-    assert found == kernels
+        named |= {name for name in of_a_step if re.search(rf'"{name}"|{name}_mosaic_gpu', text)}
+    assert found == kernels and named == of_a_step  # as a profile calls them
 
 
 KEPT = kept_rows(jnp.array([0, 2]), BLOCK)
@@ -298,13 +309,13 @@ X, W, BLOCKS = jnp.zeros((4, 256)), jnp.zeros((512, 256)), jnp.zeros((2, BLOCK, 
         ),
         (
             lambda: swiglu_mlp(X, W, W, W, KEPT, rows=(W[:256],)),  # type: ignore[arg-type]
-            "rows: 1 matrices, expected 3, those of",
+            "rows: 1 matrices, expected 3, those of gate, up and down",
         ),
         (lambda: row_matmul(X, BLOCKS, MASK, rows=X), "rows: a BlockMask stores no other blocks"),
         (lambda: kept_rows(jnp.zeros((2, 2), int), 128), r"ids: int32\[2, 2\], expected a list"),
         (lambda: kept_rows(jnp.zeros(2), 128), r"ids: float32\[2\], expected a list of integers"),
-        (lambda: kept_rows(jnp.array([0]), 12), "block: 12, expected a multiple of 8"),
-        (lambda: kept_rows(jnp.array([0]), "128"), "block: 128, expected a multiple of 8"),
+        (lambda: kept_rows(jnp.array([0]), 12), "block: 12, expected an int, a multiple of 8"),
+        (lambda: kept_rows(jnp.array([0]), "128"), "block: '128', expected an int"),
         (lambda: BlockMask.of(np.full((2, 2), 0.5), 128), "kept: other values than 0 and 1"),
         (lambda: column_matmul(X, W, jnp.array([0])), "pattern: .*, expected of kept_rows or a"),
         (lambda: sampled_matmul(X, X, KEPT, into=W.astype(int)), "into: int32, and a is float32"),

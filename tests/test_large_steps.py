@@ -26,7 +26,6 @@ TINY = preset("tiny")
 def measure(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     given = ("--model", "tiny", "--rows", 1, "--row-length", 16, "--dtype", "float32", *arguments)
     monkeypatch.setattr(sys, "argv", ["efficiency", *map(str, given)])
-    monkeypatch.setattr("scripts.efficiency._PEAK", 64)
     main()
 
 
@@ -86,7 +85,6 @@ GIVEN: Any = SimpleNamespace(
 def test_a_profile_has_a_trace_of_each_step(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("scripts.efficiency._PEAK", 8)
     few = ("--execution", "gather", "--rate", 0.5, "--repeat", 1, "--out", tmp_path / "rows.jsonl")
     measure(monkeypatch, *few)
     measure(monkeypatch, *few, "--profile", tmp_path / "traces")  # rows that are there as well

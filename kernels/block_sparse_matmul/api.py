@@ -170,7 +170,9 @@ def _rows(
     if isinstance(pattern, BlockMask):
         raise ValueError("rows: a BlockMask stores no other blocks; accepted with kept rows")
     if len(rows) != len(ws):
-        raise ValueError(f"rows: {len(rows)} matrices, expected {len(ws)}, those of gate and up")
+        raise ValueError(
+            f"rows: {len(rows)} matrices, expected {len(ws)}, those of gate, up and down"
+        )
     for w, own in zip(ws, rows, strict=True):
         if own.shape != (pattern.kept, w.shape[1]) or own.dtype != w.dtype:
             raise ValueError(

@@ -70,6 +70,7 @@ def contract(product: Product, tiles: GpuTiles) -> tuple[Float[Array, "T N"], ..
     kernel = _kernel(
         functools.partial(_contract, product=product, tall=tall, settings=tiles),
         [jax.ShapeDtypeStruct((tokens + padded, product.width), dtype)] * product.outputs,
+        product.name,
         threads=_WORKERS + 1,
     )
     steps = product.steps
@@ -200,6 +201,7 @@ def sample(
     kernel = _kernel(
         functools.partial(_sample, block=block, settings=tiles),
         [jax.ShapeDtypeStruct((mask.nonzero * block, block), a.dtype)],
+        "sampled",
     )
     (found,) = kernel(mask.rows, mask.columns, a, c)
     return found.reshape(-1, block, block)
@@ -253,7 +255,7 @@ def _runs(steps: Steps, results: int) -> tuple[Int[Array, " r"], Int[Array, " r"
 
 
 def _kernel(
-    body: Callable[..., None], out: Sequence[jax.ShapeDtypeStruct], threads: int = 1
+    body: Callable[..., None], out: Sequence[jax.ShapeDtypeStruct], name: str, threads: int = 1
 ) -> Callable[..., Any]:
     """By `threads` warpgroups on every multiprocessor."""
     several: Any = {"num_threads": threads, "thread_name": "warpgroup"} if threads > 1 else {}
@@ -262,6 +264,7 @@ def _kernel(
         out_type=list(out),
         grid=(_processors(),),
         grid_names=("sm",),
+        kernel_name=name,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **several,
     )

@@ -58,6 +58,7 @@ def contract(product: Product, tiles: TpuTiles) -> tuple[Float[Array, "T N"], ..
     y_spec = _spec((tall, product.result), lambda m, n, steps: (m, steps.result[n]))
     call = _call(
         functools.partial(_contract, product=product),
+        product.name,
         grid=(pl.cdiv(tokens, tall), product.steps.result.shape[0]),
         in_specs=[
             *[x_spec] * len(product.xs),
@@ -110,6 +111,7 @@ def sample(
     steps = Steps(mask.rows, mask.columns, slots, jnp.zeros_like(slots), jnp.ones_like(slots))
     call = _call(
         functools.partial(_sample, tokens=tokens),
+        "sampled",
         grid=(mask.nonzero, pl.cdiv(tokens, tall)),
         in_specs=[
             _spec((tall, block), lambda n, t, steps: (t, steps.result[n])),
@@ -158,6 +160,7 @@ def _spec(tile: tuple[int, int], place: Callable[..., tuple[Any, Any]]) -> pl.Bl
 
 def _call(
     kernel: Callable[..., None],
+    name: str,
     *,
     grid: tuple[int, int],
     in_specs: Sequence[pl.BlockSpec],
@@ -179,6 +182,7 @@ def _call(
             ),
             out_shape=out_shape,
             interpret=interpret,
+            name=name,
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
             ),

@@ -126,7 +126,7 @@ def check_ids(pattern: KeptRows, blocks: int) -> None:
 
 def _check_block(block: int) -> None:
     if not isinstance(block, int) or block < 8 or block % 8:
-        raise ValueError(f"block: {block}, expected a multiple of 8")
+        raise ValueError(f"block: {block!r}, expected an int, a multiple of 8")
 
 
 def _check_ids(blocks: int, ids: Int[np.ndarray, " k"]) -> None:

@@ -1,5 +1,5 @@
 """Gradients, in reverse mode. Each is made of the operations themselves, so that it can be
-differentiated again; that of the MLP is fused by the Pallas backends, and there it cannot.
+differentiated again.
 
 `backend` is the name of an implementation, `pattern` whatever the operations take; of its integers
 there is no gradient. The gradient of weights `[F, D]` of which some rows are kept is `[F, D]`, zero
@@ -120,7 +120,7 @@ def _mlp_backward(backend: str, kept: Any, dy: Array) -> Any:
     gate, up, down = ws
     x, dy = _last((x, dy), given)
     dh = column(backend, dy, down, pattern, None)
-    dg, du, h = BACKENDS[backend].swiglu_gradients(x, gate, up, dh, pattern)
+    dg, du, h = _swiglu_gradients(backend, x, gate, up, dh, pattern)
     dx = row(backend, (dg, du), (gate, up), pattern, None)
     triples = ((dg, x, gate), (du, x, up), (h, dy, down))
     dws, drows = _of_weights(backend, triples, pattern, given)
@@ -128,6 +128,39 @@ def _mlp_backward(backend: str, kept: Any, dy: Array) -> Any:
 
 
 swiglu_mlp.defvjp(_mlp_forward, _mlp_backward)
+
+
+@_differentiable
+def _swiglu_gradients(
+    backend: str, x: Array, gate: Array, up: Array, dh: Array, pattern: Pattern
+) -> tuple[Array, Array, Array]:
+    """The gradients of x · Gᵀ and x · Uᵀ, and what SwiGLU makes of them."""
+    return BACKENDS[backend].swiglu_gradients(x, gate, up, dh, pattern)
+
+
+def _gradients_forward(backend: str, *operands: Any) -> Any:
+    return _swiglu_gradients(backend, *operands), operands
+
+
+def _gradients_backward(backend: str, kept: Any, cotangents: tuple[Array, ...]) -> Any:
+    """Not fused: second derivatives are for studies, and take the memory that they need."""
+    x, gate, up, dh, pattern = kept
+    wide = [column(backend, x, w, pattern, None) for w in (gate, up)]
+    _, back = jax.vjp(_activated, *(a.astype(jnp.float32) for a in (*wide, dh)))
+    found = back(tuple(a.astype(jnp.float32) for a in cotangents))
+    dg, du, ddh = (a.astype(x.dtype) for a in found)
+    dx = row(backend, (dg, du), (gate, up), pattern, None)
+    dws, _ = _of_weights(backend, ((dg, x, gate), (du, x, up)), pattern, None)
+    return dx, *dws, ddh, None
+
+
+def _activated(g: Array, u: Array, dh: Array) -> tuple[Array, Array, Array]:
+    h, back = jax.vjp(lambda g, u: jax.nn.silu(g) * u, g, u)
+    dg, du = back(dh)
+    return dg, du, h
+
+
+_swiglu_gradients.defvjp(_gradients_forward, _gradients_backward)
 
 
 def _given(rows: Rows) -> tuple[()] | None:
