@@ -251,7 +251,7 @@ def compiled(program: Program, sharding: NamedSharding) -> tuple[str, str | None
     said = f"{memory.temp_size_in_bytes / 2**20:.0f} MiB of temporaries"
     if registers:
         said += f", at most {max(registers)} registers"
-    return said, f"spills {sum(spills)} bytes of registers" if any(spills) else None
+    return said, f"spills up to {max(spills)} bytes of registers" if any(spills) else None
 
 
 @contextlib.contextmanager

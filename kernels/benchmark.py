@@ -8,10 +8,11 @@ A row of FILE for every program of `arg_specs`, number of tokens, density, block
 on random data (short calls are queued, up to 16 a timing), FLOPs those of matrix products with what
 takes part. Rows that are there for this device are not measured again, so that a long measurement
 goes on where it ended (a kernel that has changed wants a new file); what cannot run has its
-`error`. With --minutes it ends early enough. A line a row is printed: the speed-up over dense, and
-beside it the bound, 1 / density. With --profile as many calls again leave a trace of
-`jax.profiler`, a folder a row. Where PyTorch sees a CUDA device, its products with block-sparse
-matrices (`torch_bsr`) and with dense ones (`torch_dense`) stand beside ours.
+`error`, and is tried again at another commit. What takes two minutes ends the command, and what
+ends it has an `error` too. With --minutes it ends early enough. A line a row is printed: the
+speed-up over dense, and beside it the bound, 1 / density. With --profile as many calls again leave
+a trace of `jax.profiler`, a folder a row. Where PyTorch sees a CUDA device, its products with
+block-sparse matrices (`torch_bsr`) and with dense ones (`torch_dense`) stand beside ours.
 """
 
 import argparse
@@ -23,13 +24,13 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 
 from kernels import benchmark_torch, measure
 from kernels.block_sparse_matmul.arg_specs import LLAMA_2, Spec, dense, programs
-from kernels.origin import origin
+from kernels.origin import commit, origin
 
 MODELS = {spec.model: spec for spec in (*LLAMA_2, Spec("small", 256, 512))}
 _KERNELS = {"gpu": "pallas_gpu", "tpu": "pallas_tpu", "cpu": "pallas_tpu"}
@@ -47,17 +48,31 @@ def main() -> None:
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         parser.error(f"{given.out}: {reason}; accepted: rows of this command, or a new file")
+    here = origin()
     with given.out.open("a", encoding="utf-8") as file:
-        for row in _rows(given, done):
-            file.write(json.dumps(row) + "\n")
-            file.flush()
+        for row in _missing(given, done, here):
+            place = file.tell()
+            _write(file, row | measure.UNFINISHED)
+            try:
+                with measure.watched():
+                    row |= _measure(row, given.repeat, given.profile)
+            finally:
+                file.truncate(place)
+            _write(file, row)
             done[_key(row)] = row
             _report(row, done)
 
 
-def _rows(given: argparse.Namespace, done: Collection[Key]) -> Iterator[dict[str, Any]]:
-    """Those that are not there, one measured after the other."""
-    started, here = time.monotonic(), origin()
+def _write(file: TextIO, row: dict[str, Any]) -> None:
+    file.write(json.dumps(row) + "\n")
+    file.flush()
+
+
+def _missing(
+    given: argparse.Namespace, done: Collection[Key], here: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Rows that are not there, without their figures."""
+    started = time.monotonic()
     if absent := benchmark_torch.absence():
         print(f"torch_bsr and torch_dense are left out: {absent}", flush=True)
     for case in _cases(given, _KERNELS[jax.default_backend()], torch=not absent):
@@ -67,7 +82,7 @@ def _rows(given: argparse.Namespace, done: Collection[Key]) -> Iterator[dict[str
         if given.minutes and time.monotonic() - started > 60 * given.minutes:
             sys.exit(f"{given.minutes} minutes are over; the same command goes on")
         row["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        yield row | _measure(row, given.repeat, given.profile)
+        yield row
 
 
 def _key(row: Mapping[str, Any]) -> Key:
@@ -122,17 +137,19 @@ def _measure(given: dict[str, Any], repeat: int, profiles: Path | None) -> dict[
     sizes |= {"block": block} if block else {}
     spec = MODELS[given["model"]]._replace(**sizes)
     made = dense(spec) if block is None else programs(spec, "xla")
-    row = {"flops": made[name].flops}
+    row: dict[str, Any] = {"flops": made[name].flops}
     profile = profiles and profiles / re.sub("[ ,]+", "-", _named(given))
     try:
         if implementation.startswith("torch"):
             return row | benchmark_torch.measure(spec, name, implementation, repeat)
         if implementation != "dense":
             made = programs(spec, implementation)
-        taken = measure.seconds(made[name], repeat, profile)
-        return row | {"seconds": taken, "repeat": repeat}
+        row |= {"seconds": measure.seconds(made[name], repeat), "repeat": repeat}
+        if profile:
+            measure.trace(made[name], repeat, profile)
     except Exception as error:
-        return row | {"error": measure.first_line(error)}
+        row["trace_error" if "seconds" in row else "error"] = measure.first_line(error)
+    return row
 
 
 def _report(row: dict[str, Any], rows: Mapping[Key, dict[str, Any]]) -> None:
@@ -154,11 +171,12 @@ def _named(row: dict[str, Any]) -> str:
 
 
 def _known(path: Path) -> dict[Key, dict[str, Any]]:
-    """Rows by what was measured, without those that failed. A torn last line is cut off."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    """Rows by what was measured, without those that failed at another commit. A torn last line is
+    cut off."""
+    here, text = commit(), path.read_text(encoding="utf-8") if path.exists() else ""
     whole = text[: text.rfind("\n") + 1]
-    rows = [row for row in map(json.loads, whole.splitlines()) if "seconds" in row]
-    known = {_key(row): row for row in rows}
+    rows = map(json.loads, whole.splitlines())
+    known = {_key(row): row for row in rows if "seconds" in row or row["commit"] == here}
     if whole != text:
         path.write_text(whole, encoding="utf-8")
     return known

@@ -1,9 +1,12 @@
 """How calls are timed: shared by the benchmark and by the choice of tiles."""
 
 import argparse
+import contextlib
+import faulthandler
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +20,38 @@ _LONG = 5e-3
 _MOST_QUEUED = 16
 
 
-def seconds(program: Program, repeat: int, profile: Path | None = None) -> float:
-    """Of a call on random data: the median of `repeat` timings. Raises what the compiler does.
+# What stands in a file while something is measured, and for good where that ends the process.
+UNFINISHED = {"error": "begun, and has not ended"}
+_LIMIT = 120.0  # seconds that one measurement may take, compiling included
 
-    Into the folder `profile` as many more calls are traced, since the profiler slows them.
-    """
+
+@contextlib.contextmanager
+def watched(limit: float = _LIMIT) -> Iterator[None]:
+    """Ends the process if the body takes longer. A kernel that waits for ever holds it where
+    nothing else would end it."""
+    faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def seconds(program: Program, repeat: int) -> float:
+    """Of a call on random data: the median of `repeat` timings. Raises what the compiler does."""
+    return median_seconds(_call(program), jax.block_until_ready, repeat)
+
+
+def trace(program: Program, repeat: int, folder: Path) -> None:
+    """As many calls for the profiler, which slows them."""
+    call = _call(program)
+    jax.block_until_ready(call())
+    with jax.profiler.trace(folder):
+        _timed(call, jax.block_until_ready, repeat)
+
+
+def _call(program: Program) -> Callable[[], Any]:
     jitted, arguments = jax.jit(program.function), _random(program)
-
-    def call() -> Any:
-        return jitted(*arguments)
-
-    taken = median_seconds(call, jax.block_until_ready, repeat)
-    if profile:
-        with jax.profiler.trace(profile):
-            _timed(call, jax.block_until_ready, repeat)
-    return taken
+    return lambda: jitted(*arguments)
 
 
 def median_seconds(call: Callable[[], Any], wait: Callable[[Any], object], repeat: int) -> float:

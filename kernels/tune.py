@@ -6,10 +6,11 @@
 For every model, density, operation, block and number of tokens: XLA on the same random arrays
 (bfloat16), the default tiles, and some around the fastest so far, one setting after the other. What
 the processor does not hold is left out before it is compiled, what comes to a program that was
-timed before is not timed again, and what does not compile is said and passed over. A line each is
-printed. DIR/<device>.json is written after each, so that the same command goes on where it ended;
-what is complete is not measured again (after a change of a kernel, delete the file). The package's
-own folder, the default, is where the kernels look for the fastest tiles, and where it is seen which
+timed before is not timed again, and what does not compile is said and passed over; what takes two
+minutes ends the command, which goes on behind it when it is typed again. A line each is printed.
+DIR/<device>.json is written after each, so that the same command goes on where it ended; what is
+complete is not measured again (after a change of a kernel, delete the file). The package's own
+folder, the default, is where the kernels look for the fastest tiles, and where it is seen which
 operations they are chosen for. Needs jax and numpy alone.
 """
 
@@ -178,7 +179,7 @@ class Search:
             if twin := self._twin(record["program"]):
                 record |= {name: twin[name] for name in ("seconds", "error") if name in twin}
             else:
-                record["seconds"] = measure.seconds(program, self.repeat)
+                record["seconds"] = self._measure(program, record)
         except Misfit as error:
             record["error"] = f"left out: {error}"
         except Exception as error:
@@ -189,6 +190,18 @@ class Search:
         print(f"{'  '.join(map(str, self.case[1:]))}  {self._said(record)}{same}", flush=True)
         if "seconds" not in record:
             jax.block_until_ready(jnp.ones(8) + 1)  # raises where the device was lost with it
+
+    def _measure(self, program: Program, record: dict[str, Any]) -> float:
+        """Seconds. What ends the process leaves the record unfinished, and is not tried again."""
+        timed = self.entry["timed"]
+        timed.append(record | measure.UNFINISHED)
+        self.file.write()
+        try:
+            with measure.watched():
+                return measure.seconds(program, self.repeat)
+        finally:
+            timed.pop()
+            self.file.write()
 
     def _twin(self, program: str) -> dict[str, Any] | None:
         """What was timed of the same program: settings that ask for more than there is room for, or

@@ -111,12 +111,16 @@ def _timed(
         jax.block_until_ready((state, small))
         if turn >= 2:
             seconds.append((time.perf_counter() - started) / queued)
+    traced = {}
     if trace is not None:
-        with jax.profiler.trace(trace):
-            jax.block_until_ready(call(state, *rest))
+        try:
+            with jax.profiler.trace(trace):
+                jax.block_until_ready(call(state, *rest))
+        except Exception as error:  # what was timed stays
+            traced = {"trace_error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     analysis = call.memory_analysis()
     assert analysis is not None
-    return {
+    return traced | {
         "seconds": statistics.median(seconds),
         "repeat": repeat,
         "compile_seconds": compiled,

@@ -3,9 +3,13 @@
 A case's row says what is kept and what that leaves to compute; its program comes by shapes.
 """
 
+import contextlib
 import dataclasses
+import faulthandler
+import os
+import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +38,7 @@ from scripts.step_program import (
 )
 
 Row = dict[str, Any]
+_LIMIT = 300.0  # seconds that one row may take, compiling included
 
 
 class Case(NamedTuple):
@@ -145,9 +150,26 @@ def add_rows(
     for case in dict.fromkeys(cases):
         row = setting | case._asdict()
         if row not in done:
-            row |= _or_error(row_of, case)
+            with _begun(path, row, where):
+                row |= _or_error(row_of, case)
             append(path, [row], where)
             yield row
+
+
+@contextlib.contextmanager
+def _begun(path: Path, row: Row, where: Mapping[str, Any]) -> Iterator[None]:
+    """A row with an error, for as long as the body takes, or for good where that ends the process:
+    the same command goes on behind it. Five minutes end it."""
+    size = path.stat().st_size if path.exists() else 0
+    append(path, [row | {"error": "begun, and has not ended"}], where)
+    faulthandler.dump_traceback_later(_LIMIT, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        os.truncate(path, size)
+        if not size:
+            path.unlink()
 
 
 def _or_error(row_of: Callable[[Case], Row], case: Case) -> Row:

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kernels import benchmark, benchmark_torch
+from kernels import benchmark, benchmark_torch, tune
 from kernels.block_sparse_matmul import reference
 from kernels.block_sparse_matmul.arg_specs import Spec, dense
 from sat_jax.provenance import environment
+from tests.conftest import RunPython
 from tests.tolerances import assert_close
 
 TAKEN = ("dense", "xla", "pallas_tpu")
@@ -74,6 +75,37 @@ def test_blocks_are_measured_apart(
         call(monkeypatch, out, *few)
     message = "rows.jsonl: KeyError: 'kind'; accepted: rows of this command, or a new file\n"
     assert capsys.readouterr().err.endswith(message)
+
+
+HANGS = """
+import functools, sys, time
+from kernels import benchmark, measure, tune
+
+measure.seconds = lambda *_: time.sleep(60)
+measure.watched = functools.partial(measure.watched, 0.2)
+module, *sys.argv = sys.argv[1:]
+{"benchmark": benchmark, "tune": tune}[module].main()
+"""
+
+
+@pytest.mark.parametrize("module", ["benchmark", "tune"])
+def test_what_never_ends_is_left_behind(
+    module: str, run_python: RunPython, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    few = ["--model", "small", "--tokens", "64", "--density", "0.5", "--repeat", "1"]
+    if module == "benchmark":
+        few += ["--program", "column", "--out", str(tmp_path / "rows.jsonl")]
+    else:
+        few += ["--operation", "sampled", "--block", "128", "--interpret", "--out", str(tmp_path)]
+    for left in (1, 2):  # each call goes on behind what ended the one before
+        done = run_python("-c", HANGS, module, module, *few)
+        assert done.returncode == 1 and "Timeout" in done.stderr
+        (file,) = tmp_path.iterdir()
+        assert file.read_text().count("begun, and has not ended") == left
+    monkeypatch.setattr(sys, "argv", [module, *few])
+    (benchmark if module == "benchmark" else tune).main()
+    # All other tiles of so small a product come to the program that has not ended.
+    assert file.read_text().count("begun, and has not ended") == (2 if module == "benchmark" else 4)
 
 
 def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

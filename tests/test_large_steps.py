@@ -16,7 +16,7 @@ from sat_jax.errors import UserError
 from sat_jax.models.presets import preset
 from sat_jax.sparsity.plan import make_plan
 from scripts.efficiency import main
-from scripts.large_steps import Case, bytes_of, described, refresh_bytes
+from scripts.large_steps import Case, add_rows, bytes_of, described, refresh_bytes
 from scripts.step_program import filled, neurons_of, optimizer_program, whole_state
 from tests.conftest import RunPython
 
@@ -75,6 +75,26 @@ def test_what_is_there_is_not_measured_again(
         "step  kernel  r = 0.25",
         "optimizer  kernel  r = 0.25",
     ]
+
+
+def test_what_ends_the_process_leaves_a_row(tmp_path: Path) -> None:
+    """It stands there while a row is measured, and goes where that ends or is interrupted."""
+    out, case = tmp_path / "rows.jsonl", Case("step", "dense", 0.0)
+    given: Any = SimpleNamespace(model="tiny", **vars(GIVEN))
+
+    def row_of(_: Case) -> dict[str, Any]:
+        (row,) = map(json.loads, out.read_text().splitlines())
+        assert row["error"] == "begun, and has not ended" and row["part"] == "step"
+        raise stop
+
+    for stop in (KeyboardInterrupt(), UserError("over")):
+        with pytest.raises(type(stop)):
+            next(add_rows(out, given, "cpu", [case], row_of))
+        assert not out.exists()
+    stop = ValueError("no room")
+    (row,) = add_rows(out, given, "cpu", [case], row_of)
+    assert row["error"] == "ValueError: no room"
+    assert not list(add_rows(out, given, "cpu", [case], row_of))
 
 
 GIVEN: Any = SimpleNamespace(

@@ -99,7 +99,7 @@ IMPLEMENTATIONS: dict[str, Backend] = {
 }
 _MEASURED = "measured"
 BACKENDS = IMPLEMENTATIONS | {_MEASURED: Measured()}
-_KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
+_KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu", "cuda": "pallas_gpu"}
 
 
 class Choice(NamedTuple):
