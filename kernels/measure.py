@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import faulthandler
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,13 +22,14 @@ _MOST_QUEUED = 16
 # What stands in a file while something is measured, and for good where that ends the process.
 UNFINISHED = {"error": "begun, and has not ended"}
 _LIMIT = 120.0  # seconds that one measurement may take, compiling included
+_STDERR = 2
 
 
 @contextlib.contextmanager
 def watched(limit: float = _LIMIT) -> Iterator[None]:
     """Ends the process if the body takes longer. A kernel that waits for ever holds it where
     nothing else would end it."""
-    faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(limit, exit=True, file=_STDERR)
     try:
         yield
     finally:

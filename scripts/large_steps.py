@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import faulthandler
 import os
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +38,7 @@ from scripts.step_program import (
 
 Row = dict[str, Any]
 _LIMIT = 300.0  # seconds that one row may take, compiling included
+_STDERR = 2
 
 
 class Case(NamedTuple):
@@ -162,7 +162,7 @@ def _begun(path: Path, row: Row, where: Mapping[str, Any]) -> Iterator[None]:
     the same command goes on behind it. Five minutes end it."""
     size = path.stat().st_size if path.exists() else 0
     append(path, [row | {"error": "begun, and has not ended"}], where)
-    faulthandler.dump_traceback_later(_LIMIT, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(_LIMIT, exit=True, file=_STDERR)
     try:
         yield
     finally:
