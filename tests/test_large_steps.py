@@ -29,6 +29,15 @@ def measure(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     main()
 
 
+def only(monkeypatch: pytest.MonkeyPatch, execution: str) -> None:
+    """Each part has one case: what compiling takes is what these tests take."""
+
+    def cases(part: str, _: object) -> list[Case]:
+        return [Case(part, execution, 0.5)]
+
+    monkeypatch.setattr("scripts.large_steps.sparse_cases", cases)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -105,16 +114,14 @@ GIVEN: Any = SimpleNamespace(
 def test_a_profile_has_a_trace_of_each_step(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    few = ("--execution", "gather", "--rate", 0.5, "--repeat", 1, "--out", tmp_path / "rows.jsonl")
+    only(monkeypatch, "gather")
+    few = ("--repeat", 1, "--out", tmp_path / "rows.jsonl")
     measure(monkeypatch, *few)
     measure(monkeypatch, *few, "--profile", tmp_path / "traces")  # rows that are there as well
     traces = {
         path.parents[3].name for path in tmp_path.glob("traces/*/plugins/profile/*/*.xplane.pb")
     }
-    assert traces == {"step-dense-0", "step-gather-0.5", "step-gather-1"} | {
-        "optimizer-dense-0",
-        "optimizer-gather-0.5",
-    }
+    assert traces == {"step-gather-0.5", "step-gather-1", "optimizer-gather-0.5"}
 
 
 def test_what_rests_is_what_is_omitted() -> None:
@@ -162,19 +169,17 @@ def test_what_fails_does_not_end_the_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Hopper's kernels on a CPU; nor is it tried again."""
-    out = tmp_path / "rows.jsonl"
-    few = ("--out", out, "--repeat", 1, "--execution", "kernel", "--rate", 0.5, 0.5)
+    only(monkeypatch, "kernel")
+    few = ("--out", tmp_path / "rows.jsonl", "--repeat", 1)
     measure(monkeypatch, *few, "--kernels", "pallas_gpu")
     said = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in said] == [
         "peak  dense  r = 0",
-        "step  dense  r = 0",
         "step  kernel  r = 0.5",
         "step  gather  r = 1",
-        "optimizer  dense  r = 0",
         "optimizer  kernel  r = 0.5",
     ]
-    assert "ValueError: implementation pallas_gpu" in said[2]
+    assert "ValueError: implementation pallas_gpu" in said[1]
     measure(monkeypatch, *few, "--kernels", "pallas_gpu")
     assert not capsys.readouterr().out
 
