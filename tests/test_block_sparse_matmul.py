@@ -314,6 +314,11 @@ X, W, BLOCKS = jnp.zeros((4, 256)), jnp.zeros((512, 256)), jnp.zeros((2, BLOCK, 
         (lambda: row_matmul(X, BLOCKS, MASK, rows=X), "rows: a BlockMask stores no other blocks"),
         (lambda: kept_rows(jnp.zeros((2, 2), int), 128), r"ids: int32\[2, 2\], expected a list"),
         (lambda: kept_rows(jnp.zeros(2), 128), r"ids: float32\[2\], expected a list of integers"),
+        (lambda: kept_rows(None, 128), "ids: NoneType, expected an array"),  # type: ignore[arg-type]
+        (
+            lambda: swiglu_mlp(X, W, None, W, KEPT),  # type: ignore[arg-type]
+            "up: NoneType, expected an array",
+        ),
         (lambda: kept_rows(jnp.array([0]), 12), "block: 12, expected an int, a multiple of 8"),
         (lambda: kept_rows(jnp.array([0]), "128"), "block: '128', expected an int"),
         (lambda: BlockMask.of(np.full((2, 2), 0.5), 128), "kept: other values than 0 and 1"),
@@ -321,6 +326,10 @@ X, W, BLOCKS = jnp.zeros((4, 256)), jnp.zeros((512, 256)), jnp.zeros((2, BLOCK, 
         (lambda: sampled_matmul(X, X, KEPT, into=W.astype(int)), "into: int32, and a is float32"),
         (lambda: sampled_matmul(X[0, 0], X[0, 0], KEPT), "c: .*, expected the leading axes"),
         (lambda: BlockMask.of(np.zeros((0, 3)), 128), r"kept: shape \(0, 3\), expected"),
+        (
+            lambda: explain(jnp.dtype("float32"), 64, Matrix(256, 512, 0.5), 128, kind="dense"),  # type: ignore[arg-type]
+            "kind: 'dense', accepted rows, mask",
+        ),
         (
             lambda: column_matmul(X, W, KEPT, implementation="triton"),
             "implementation: 'triton', accepted xla, pallas_tpu, pallas_gpu",

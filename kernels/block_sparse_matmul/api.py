@@ -24,7 +24,13 @@ from jaxtyping import Array, Float
 
 from kernels.block_sparse_matmul import vjp
 from kernels.block_sparse_matmul.backends import choose
-from kernels.block_sparse_matmul.patterns import BlockMask, KeptRows, Pattern, check_ids
+from kernels.block_sparse_matmul.patterns import (
+    BlockMask,
+    KeptRows,
+    Pattern,
+    as_array,
+    check_ids,
+)
 
 
 def column_matmul(
@@ -41,7 +47,7 @@ def column_matmul(
     kept rows of `w` once more. They take no part, but the gradient is theirs, as large as they are,
     and `w` has none.
     """
-    x, w = jnp.asarray(x), jnp.asarray(w)
+    x, w = as_array("x", x), as_array("w", w)
     height, columns = _sizes("w", w, pattern)
     _check("x", x, columns, w.dtype)
     own = _rows((w,), None if rows is None else (rows,), pattern)
@@ -61,7 +67,7 @@ def row_matmul(
 ) -> Float[Array, "*B D"]:
     """x · W over the rows of W that take part; shapes and `rows` as in `column_matmul`, the other
     way."""
-    x, w = jnp.asarray(x), jnp.asarray(w)
+    x, w = as_array("x", x), as_array("w", w)
     height, columns = _sizes("w", w, pattern)
     _check("x", x, height, w.dtype)
     own = _rows((w,), None if rows is None else (rows,), pattern)
@@ -84,7 +90,7 @@ def sampled_matmul(
     Of a `BlockMask` `[nonzero, block, block]`. Of kept rows these rows alone, `[N, D]`, or, with
     `into`, that matrix with its kept rows replaced, in place where its buffer is given up.
     """
-    a, c = jnp.asarray(a), jnp.asarray(c)
+    a, c = as_array("a", a), as_array("c", c)
     if a.shape[:-1] != c.shape[:-1] or not a.ndim or not c.ndim:
         raise ValueError(f"c: {list(c.shape)}, expected the leading axes of a, {list(a.shape)}")
     if isinstance(pattern, BlockMask):
@@ -122,7 +128,8 @@ def swiglu_mlp(
     many where the forward pass itself is computed again (`jax.checkpoint`). The Pallas backends
     never write these two products to memory.
     """
-    x, gate, up, down = map(jnp.asarray, (x, gate, up, down))
+    named = {"x": x, "gate": gate, "up": up, "down": down}
+    x, gate, up, down = (as_array(name, value) for name, value in named.items())
     _, columns = _sizes("gate", gate, pattern)
     for name, w in (("up", up), ("down", down)):
         if w.shape != gate.shape or w.dtype != gate.dtype:

@@ -129,6 +129,9 @@ def explain(
     here = jax.default_backend()
     platform = platform or here
     operations = [operation for pattern, operation in tuned.OPERATIONS if pattern == kind]
+    if not operations:
+        kinds = ", ".join(dict.fromkeys(pattern for pattern, _ in tuned.OPERATIONS))
+        raise ValueError(f"kind: {kind!r}, accepted {kinds}")
     name = _KERNELS.get(platform)
     if name is None:
         return dict.fromkeys(operations, Choice("xla", f"there are no kernels for {platform}"))

@@ -6,7 +6,7 @@ size; block size and counts are static.
 
 import dataclasses
 import functools
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -104,11 +104,21 @@ Pattern = KeptRows | BlockMask
 
 def kept_rows(ids: Int[Array, " k"], block: int) -> KeptRows:
     """Rows of blocks by their ids, which are sorted and unique: see `check_ids`."""
-    ids = jnp.asarray(ids, None if jnp.size(ids) else jnp.int32)
+    ids = as_array("ids", ids)
+    ids = ids if ids.size else ids.astype(jnp.int32)
     if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"ids: {ids.dtype}{list(ids.shape)}, expected a list of integers")
     _check_block(block)
     return KeptRows(ids.astype(jnp.int32), block)
+
+
+def as_array(name: str, value: Any) -> Array:
+    """Of what is one, or a list; raises `TypeError` that names the argument for what is none."""
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError):
+        kind = type(value).__name__
+        raise TypeError(f"{name}: {kind}, expected an array") from None
 
 
 def check_ids(pattern: KeptRows, blocks: int) -> None:
