@@ -24,6 +24,15 @@ hypothesis.settings.register_profile("search", deadline=None)
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """XLA optimizes little, here and in child processes: small models compile for longer than they
+    run. Real weights are what users run, as users run them."""
+    if config.option.markexpr != "real":
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
 ROOT = Path(__file__).resolve().parent.parent
 
 RunPython = Callable[..., subprocess.CompletedProcess[str]]
