@@ -1,6 +1,7 @@
 """Makes the marked tables of the documents anew from the committed rows in experiments/results.
 
-  python -m scripts.tables           # writes README.md, experiments/README.md, docs/*.md
+  python -m scripts.tables           # writes README.md, experiments/README.md, docs/*.md, and
+                                     # docs/pictures
   python -m scripts.tables --check   # writes nothing; exit code 2 where one would change
 
 What is between `<!-- table: FILE.KIND -->` and `<!-- /table -->` is replaced, by a table of the
@@ -38,7 +39,7 @@ def main() -> None:
         path.write_text(text, encoding="utf-8")
         print(path.relative_to(_ROOT))
     if not given.check:
-        from sat_jax.report.size_figures import pictures
+        from sat_jax.report.pictures import pictures
 
         for path in pictures(_ROOT / RESULTS, _ROOT / "docs" / "pictures"):
             print(path.relative_to(_ROOT))

@@ -9,7 +9,10 @@ import pytest
 
 from sat_jax.analysis.twins import gap_at_equal_flops
 from sat_jax.config import Config
+from sat_jax.errors import UserError
+from sat_jax.report.figures import flops_figure
 from sat_jax.report.groups import make_groups
+from sat_jax.report.pictures import pictures
 from sat_jax.report.records import Record
 from sat_jax.report.tables import tables_of
 from tests.test_report import DENSE, SPARSE, config_of, runs, summary_of
@@ -90,3 +93,24 @@ def test_they_are_a_group_where_there_is_no_longer_one(tmp_path: Path) -> None:
 def test_the_front_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     *_, front, _ = legends(study(tmp_path), monkeypatch)
     assert set(front) == {"dense", "dense, 6 steps", "rate 0.4"}
+
+
+def test_a_picture_joins_the_dense_runs(tmp_path: Path) -> None:
+    """The line's ends are 80 % of the FLOPs, 20 % from dense, and the dense run; SAT lies below."""
+    (group,) = make_groups(study(tmp_path))
+    figure = flops_figure(group)
+    assert figure is not None
+    line, *_ = figure.axes[0].lines
+    assert_close(line.get_xydata(), [[80.0, 20.0], [100.0, 0.0]], "float64", "forward")
+    places = [bars.lines[0].get_xydata()[0] for bars in figure.axes[0].containers]
+    assert_close(places, [[80.0, 20.0], [80.0, 12.0], [100.0, 0.0]], "float64", "forward")
+    assert flops_figure(dataclasses.replace(group, sparse=())) is None
+
+
+def test_documents_show_the_runs_that_most_are_held_against(tmp_path: Path) -> None:
+    study(tmp_path)
+    (tmp_path / "rows.jsonl").rename(tmp_path / "study.jsonl")
+    assert pictures(tmp_path, tmp_path / "made") == [tmp_path / "made" / "study.png"]
+    (tmp_path / "study.jsonl").write_text("")
+    with pytest.raises(UserError, match="no sparse run with a dense one"):
+        pictures(tmp_path, tmp_path / "made")

@@ -365,7 +365,7 @@ def test_the_page_needs_nothing_else_and_has_every_number(tmp_path: Path) -> Non
     assert "http" not in text and "url(" not in text and "@import" not in text
     page = Page(text)
     images = [link for link in page.links if link.startswith("data:image/svg+xml;base64,")]
-    assert len(images) == 5
+    assert len(images) == 6
     assert {link[1:] for link in page.links if link not in images} == set(page.ids)
     tables = tables_of(make_groups(records))
     expected = [

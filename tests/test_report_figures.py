@@ -67,5 +67,16 @@ def test_every_curve_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert loss[1:3] == ["rungs 2", "rungs 2, split 0.25"]
 
 
+def test_rates_of_heads_and_channels_are_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = (config_of(0), summary_of(10.0, 38.0, DENSE))
+    settings: list[dict[str, Any]] = [{}, {"rate_mlp": 0.0}, {"metric": "svd"}]
+    sparse = [(config_of(0, rate=0.4, **one), summary_of(11.0, 18.0, SPARSE)) for one in settings]
+    sparse.append((config_of(0, rate=0.2), summary_of(11.0, 18.0, SPARSE)))
+    loss, *_ = legends(runs(tmp_path, dense, *sparse), monkeypatch)
+    assert "rate 0.4 of heads, 0 of channels, metric output" in loss
+
+
 def test_the_front_is_what_nothing_beats_in_both() -> None:
     assert figures.front([(1.0, 0.0), (1.2, 3.0), (1.3, 2.0), (1.5, 5.0), (1.4, 5.0)]) == [0, 2, 3]

@@ -8,7 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from sat_jax.errors import UserError
-from sat_jax.report.size_figures import _speed, pictures
+from sat_jax.report.pictures import pictures
+from sat_jax.report.size_figures import _speed
 from sat_jax.report.sizes import kernels, memory, speed
 from tests.tolerances import assert_close
 

@@ -1,10 +1,11 @@
-"""Pictures of a group of runs: losses, quality against speed-up, rate over time, what was kept."""
+"""Pictures of a group of runs: losses, quality against FLOPs and speed-up, rate over time, what was
+kept."""
 
 import base64
 import dataclasses
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from sat_jax.analysis.means import Estimate, estimate
 from sat_jax.analysis.plots import GREY, INK, new_figure, tidy
 from sat_jax.analysis.twins import ESTIMATED
 from sat_jax.report.axes import SCHEDULES, foremost, keys_told, plain, varied
-from sat_jax.report.groups import Group, Variant
+from sat_jax.report.groups import Group, Variant, whole_bounds
 from sat_jax.report.tables import caption_of, dense_name, named, shown, value_of
 
 # Okabe and Ito's, which colour-blind readers can tell apart; the dense run is black.
@@ -26,9 +27,11 @@ _MARKERS = "osD^vP*X<>"
 _FONT = 10
 _LINE = 0.19  # inches of height that a line of names takes
 _MANY = 9  # lines or names beyond which a picture is a tangle
+_MANY_POINTS = 18  # points with names
 
 _SIZE = {"width": 5.2, "height": 3.9}  # inches; read at the width of a telephone too
 
+_BARS = "Bars are standard errors over the seeds."
 LOSS = "Loss against tokens, FLOPs and time"
 AGAINST = {
     "tokens": ("tokens trained on", ""),
@@ -59,14 +62,19 @@ def pictures_of(group: Group) -> list[Picture]:
     variants = [one for one in few if any(run.row.get("curve") for run in one.runs)]
     for against in AGAINST if variants else ():
         made.append((LOSS, some, _losses(group, variants, against)))
-    if (points := _points(group)) and any(not one.dense for one, *_ in points):
-        words = (
-            "Down and right is better. The line joins what no other run beats in both; bars are"
-            " standard errors over the seeds."
+    if (flops := flops_figure(group)) is not None:
+        words = "Down and left is better. The line joins dense runs"
+        words += ", of fewer steps too: below it is better than dense at equal FLOPs" * bool(
+            group.shorter
         )
+        made.append(("Quality against FLOPs", f"{words}. {_BARS}", flops))
+    if (points := _points(group, 1.0, _speedups)) and any(not one.dense for one, *_ in points):
+        words = f"Down and right is better. The line joins what no other run beats in both. {_BARS}"
         if any(estimated for *_, estimated in points):
             words += f" {ESTIMATED}: estimated from the run's own dense rung."
-        made.append(("Quality against speed-up", words, _pareto(group, points)))
+        joined = front([(speed.mean, gap.mean) for _, speed, gap, _ in points])
+        figure = _scatter(group, points, joined, "speed-up of the whole run")
+        made.append(("Quality against speed-up", words, figure))
     if group.sparse:
         made.append(("Omission rate over a run", "", _rates(group)))
     pictures = [Picture(t, f"{words} {about}".strip(), svg(figure)) for t, words, figure in made]
@@ -86,7 +94,8 @@ def label(group: Group, variant: Variant) -> str:
     if variant.dense:
         return dense_name(variant)
     keys = keys_told(group, variant)
-    return named({key: value_of(variant.settings, key) for key in keys})
+    said = ("rate_attention", "rate_mlp") if "rate" in keys else ()  # with the rate
+    return named({key: value_of(variant.settings, key) for key in keys if key not in said})
 
 
 def _drawn(group: Group) -> list[Variant]:
@@ -138,20 +147,42 @@ def _floats(values: Sequence[float | None]) -> np.ndarray:
 
 
 _Point = tuple[Variant, Estimate, Estimate, bool]
+_Places = tuple[list[float | None], bool]  # of each run, and whether any is estimated
 
 
-def _points(group: Group) -> list[_Point]:
-    """(variant, whole-run speed-up, per cent from dense, whether estimated), the shorter dense
-    runs among them; the dense run at its own place by definition."""
+def _points(group: Group, dense: float, across: Callable[[Variant], _Places]) -> list[_Point]:
+    """(variant, its place across, per cent from dense, whether estimated), the shorter dense runs
+    among them; the dense run at its own place, `dense`, by definition."""
     points = []
     for one in (*group.shorter, *group.sparse):
-        speeds = one.speedups()
-        speed, gap = estimate(speeds.values), estimate(one.gaps())
-        if speed is not None and gap is not None:
-            points.append((one, speed, gap, speeds.estimated))
+        values, estimated = across(one)
+        place, gap = estimate(values), estimate(one.gaps())
+        if place is not None and gap is not None:
+            points.append((one, place, gap, estimated))
     if group.dense and points:
-        points.append((group.dense, Estimate(1.0, None), Estimate(0.0, None), False))
+        points.append((group.dense, Estimate(dense, None), Estimate(0.0, None), False))
     return points
+
+
+def _speedups(variant: Variant) -> _Places:
+    speeds = variant.speedups()
+    return speeds.values, speeds.estimated
+
+
+def _flops(variant: Variant) -> _Places:
+    """Per cent of those of dense training on the same tokens."""
+    return [None if bound is None else 100 / bound for bound in whole_bounds(variant)], False
+
+
+def flops_figure(group: Group, width: float = _SIZE["width"]) -> Figure | None:
+    """Distance from dense against FLOPs, dense runs joined, `width` inches wide; None: no sparse
+    run has a dense one."""
+    points = _points(group, 100.0, _flops)
+    if all(one.dense for one, *_ in points):
+        return None
+    dense = [number for number, (one, *_) in enumerate(points) if one.dense]
+    dense.sort(key=lambda number: points[number][1].mean)
+    return _scatter(group, points, dense, "FLOPs, probes in [% of dense training]", width)
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -165,26 +196,32 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
     return kept[::-1]
 
 
-def _pareto(group: Group, points: Sequence[_Point]) -> Figure:
-    figure = new_figure(**_SIZE)
+def _scatter(
+    group: Group,
+    points: Sequence[_Point],
+    joined: Sequence[int],
+    x: str,
+    width: float = _SIZE["width"],
+) -> Figure:
+    """The points of the numbers `joined` with a line through them."""
+    figure = new_figure(_SIZE["height"], width)
     axes = figure.add_subplot()
-    tidy(axes, title="", x="speed-up of the whole run", y="perplexity from dense [%]")
-    places = [(speed.mean, gap.mean) for _, speed, gap, _ in points]
-    joined = front(places)
+    tidy(axes, title="", x=x, y="perplexity from dense [%]")
+    places = [(place.mean, gap.mean) for _, place, gap, _ in points]
     axes.plot(
         [places[i][0] for i in joined], [places[i][1] for i in joined], color=INK, linewidth=1,
         alpha=0.5, zorder=1,
     )  # fmt: skip
     styles = _styles(group)
     others = False
-    for number, (one, speed, gap, estimated) in enumerate(points):
+    for number, (one, place, gap, estimated) in enumerate(points):
         style = styles[id(one)]
         name = f"{ESTIMATED} {label(group, one)}" if estimated else label(group, one)
-        if len(points) > _MANY and not (number in joined or one.dense or plain(group, one)):
+        if len(points) > _MANY_POINTS and not (number in joined or one.dense or plain(group, one)):
             style = {"color": GREY, "marker": "o"}
             name, others = "_" if others else "others", True
         axes.errorbar(
-            speed.mean, gap.mean, xerr=speed.error, yerr=gap.error, fmt=style["marker"],
+            place.mean, gap.mean, xerr=place.error, yerr=gap.error, fmt=style["marker"],
             color=style["color"], markersize=7, elinewidth=1, capsize=3, label=name,
             zorder=3 if number in joined else 2,
         )  # fmt: skip
@@ -242,7 +279,7 @@ def _legend(figure: Figure, title: str | None = None) -> None:
     """Below the picture, so that it hides nothing, in as many columns as names have room."""
     handles, names = figure.axes[0].get_legend_handles_labels()
     names = [textwrap.fill(name, 64) for name in names]
-    columns = 1 if max(map(len, names)) > 26 else 2
+    columns = 1 if max(map(len, names)) > 5 * figure.get_figwidth() else 2
     lines = sum(name.count("\n") + 1 for name in names) / columns
     figure.set_figheight(_SIZE["height"] + max(0.0, lines - _MANY / 2) * _LINE)
     figure.legend(

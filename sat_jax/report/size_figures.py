@@ -2,13 +2,11 @@
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sat_jax.analysis.plots import BLUE, GREY, INK, ORANGE, new_figure, tidy
-from sat_jax.analysis.rows import read
 from sat_jax.report.sizes import MEMORY, Row, second_bound, setting_of, settings, trained
 
 _COLUMNS = 2
@@ -19,17 +17,14 @@ _PARTS = dict(
 _LINES = {"gather": BLUE, "kernel": ORANGE}
 
 
-def pictures(results: Path, folder: Path) -> list[Path]:
-    """Writes a picture into `folder` for each file of `results` that there is; those written."""
-    made = []
-    for name, draw in (("memory", _memory), ("efficiency", _speed)):
-        file = results / f"{name}.jsonl"
-        if file.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            made.append(folder / f"{name}.png")
-            figure = _grid(read(file), draw)
-            figure.savefig(made[-1], format="png", metadata={"Software": None})
-    return made
+def memory_figure(rows: Sequence[Row]) -> Figure:
+    """What lies in the device's memory in each step, a picture of each setting."""
+    return _grid(rows, _memory)
+
+
+def speed_figure(rows: Sequence[Row]) -> Figure:
+    """Speed-ups over the dense step beside their bounds, a picture of each setting."""
+    return _grid(rows, _speed)
 
 
 def _grid(rows: Sequence[Row], draw: Callable[[Axes, list[Row]], None]) -> Figure:
