@@ -1,5 +1,6 @@
 """Tables in documents, made of committed rows."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,12 @@ def test_a_table_in_a_document_is_made_of_rows(tmp_path: Path) -> None:
     assert filled(told + made, tmp_path, "x.md") == told + made
     exact = text.replace("commit=a", "steps=8 tokens=4e3")
     assert "| 0.2 " in filled(exact, tmp_path, "x.md")
+    rows = [
+        {**row, "settings": {"optimizer.momentum": 0.1}} for row in read(tmp_path / "rows.jsonl")
+    ]
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    of_setting = text.replace("rows.rates commit=a", "set.rates optimizer.momentum=1e-1")
+    assert "| 0.2 " in filled(of_setting, tmp_path, "x.md")
     for wrong, why in (
         (text.replace("rates", "moments"), "no rows for moments; there are rows for: rates, eff"),
         (text.replace("rows.", "none."), "no such results file"),
@@ -34,6 +41,8 @@ def test_a_table_in_a_document_is_made_of_rows(tmp_path: Path) -> None:
         (text.replace("<!-- /table", "<!--/table"), "is no mark of a table"),
         (text.replace(mark, ""), "without a table that begins"),
         (text.replace("commit=a", "steps=a"), "steps=a is no number"),
+        (of_setting.replace("1e-1", "0.2"), "there are rows for: none"),
+        (of_setting.replace("1e-1", "0.2a"), "optimizer.momentum=0.2a is no number"),
         (text.replace("commit=a", "steps=80"), "there are rows for: none"),
         (text.replace("commit=a", "tokens=4"), "there are rows for: none"),
     ):

@@ -6,7 +6,8 @@
 
 FILE is a file of rows, `experiments/results/FILE.jsonl`; KIND is a table of `sat_jax.report.tables`
 (rates, metrics, ..., efficiency) or of `sat_jax.report.sizes` (steps, memory, speed, kernels). Only
-rows count whose FIELD (twin, data, commit, ...) starts with START, or, being a number, equals it.
+rows count whose FIELD (twin, data, commit, ..., or a setting that the run was given, by its dotted
+path) starts with START, or, being a number, equals it.
 """
 
 import re
@@ -23,7 +24,7 @@ from sat_jax.report.sizes import TABLES
 from sat_jax.report.tables import tables_of
 
 RESULTS = Path("experiments") / "results"
-_OPEN = re.compile(r"<!-- table: (\S+)((?: \w+=\S+)*) -->\n")
+_OPEN = re.compile(r"<!-- table: (\S+)((?: [\w.]+=\S+)*) -->\n")
 _CLOSE = "<!-- /table -->"
 _LIKE = re.compile(r"^[ \t]*<!--\s*/?\s*table\b.*\n?", re.IGNORECASE | re.MULTILINE)
 _FORM = f"accepted: <!-- table: FILE.KIND [FIELD=START ...] --> on a line of its own, then {_CLOSE}"
@@ -71,7 +72,7 @@ def filled(text: str, results: Path, origin: str) -> str:
 def _matches(row: Mapping[str, Any], field: str, start: str) -> bool:
     """Numbers as a whole, and texts by how they start. Raises `UserError` for no number where rows
     have one."""
-    value = row.get(field, "")
+    value = row.get("settings", {}).get(field, "") if "." in field else row.get(field, "")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value).startswith(start)
     try:
