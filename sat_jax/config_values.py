@@ -129,14 +129,19 @@ def build(values: Mapping[str, Any], changes: Mapping[str, Any]) -> Config:
     return _build(Config, values, "", changes)
 
 
-def without_free(config: Config) -> Config:
-    """`config` with the keys on which no result depends at their defaults. The schedule `auto`
-    follows the evaluations: there one depends on when they are."""
+def free_paths(config: Config) -> set[str]:
+    """The keys on which no result of `config` depends. The schedule `auto` follows the evaluations:
+    there one depends on when they are."""
     follows = {"train.eval_every"} if config.sparsity.schedule == "auto" else set()
-    for known in keys():
-        group, _, name = known.path.partition(".")
-        if known.free and name and known.path not in follows:
-            part = dataclasses.replace(getattr(config, group), **{name: known.default})
+    return {known.path for known in keys() if known.free} - follows
+
+
+def without_free(config: Config) -> Config:
+    """`config` with the keys on which no result depends at their defaults."""
+    for path in free_paths(config):
+        group, _, name = path.partition(".")
+        if name:
+            part = dataclasses.replace(getattr(config, group), **{name: find(path).default})
             config = dataclasses.replace(config, **{group: part})
     return config
 

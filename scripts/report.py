@@ -1,6 +1,6 @@
 """Tables and pictures of finished runs: one HTML page, and the tables as Markdown, LaTeX and CSV.
 
-  python -m scripts.report runs/rates --out runs/rates-report
+  python -m scripts.report runs/rates
   python -m scripts.report runs/x runs/y --rows experiments/results/runs.jsonl --out report
 
 A table is there where runs for it are: those that differ in its settings alone (and in their seed,
@@ -22,7 +22,8 @@ def parser() -> Parser:
     add("folders", nargs="*", type=Path, metavar="DIR", help="work directory of a run or a sweep")
     add("--rows", action="append", default=[], type=Path, metavar="FILE",
         help="a .jsonl file of rows that --record wrote; may be given several times")  # fmt: skip
-    add("--out", required=True, type=Path, metavar="OUT", help="folder of what is written")
+    add("--out", default=Path("report"), type=Path, metavar="OUT",
+        help="folder of what is written; default report")  # fmt: skip
     return made
 
 

@@ -230,7 +230,7 @@ def test_clock_counts_each_second_once(monkeypatch: pytest.MonkeyPatch) -> None:
     spend(64)
     again.add(expected)
     assert again.seconds() == {**expected, "other": 97.0, "total": 127.0}
-    with pytest.raises(ValueError, match="known are compile, data, step"), clock("lunch"):
+    with pytest.raises(ValueError, match="known are setup, compile, data, step"), clock("lunch"):
         pass
 
 

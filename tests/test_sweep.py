@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
@@ -90,7 +91,6 @@ def test_lists_axes_and_seeds_are_crossed() -> None:
         ([], {"seed": [1]}, None, 2, "seed is given by --seeds and by --axis"),
         (["seed=3"], {"seed": [1]}, None, None, "seed varies over the sweep, and --config.seed"),
         ([], {"seed": [1]}, [{"seed": 2}], None, "seed is in the list of runs and an axis"),
-        ([], {"train.log_every": [1, 2]}, None, None, "train.log_every changes no result"),
     ],
 )
 def test_a_setting_has_one_source(
@@ -154,6 +154,15 @@ def test_what_matters_only_with_sparsity_is_left_out_of_the_twin() -> None:
     assert {run.twin for run in runs_of(*names, fixed=of_kernels)} == {dense.twin}
     (alone,) = runs_of("sparsity.rate=0", *names, fixed=of_kernels)
     assert alone.name == dense.name and alone.settings == {"sparsity.rate": 0.0}
+
+
+def test_an_axis_that_changes_no_result_is_refused_unless_it_does() -> None:
+    axis = parse_axes(["train.eval_every=1,2"])
+    runs, refused = make_runs(experiment(TINY), {}, cross([{}], axis))
+    assert not runs and len(refused) == 2
+    assert "train.eval_every changes no result, so runs" in refused[0].reason
+    # The ladder that follows the held-out loss steps down when it is looked at.
+    assert len(runs_of("train.eval_every=1,2", fixed={"sparsity.schedule": "auto"})) == 2
 
 
 def test_all_that_cannot_be_is_told_at_once() -> None:
@@ -230,7 +239,10 @@ def summary(after: float, rate: float) -> dict[str, Any]:
     ]  # fmt: skip
     seconds = {"data": 0.0, "step": 2 * after, "refresh": 0.0, "checkpoint": 0.0}
     device = {"platform": "gpu", "kind": "NVIDIA H200", "count": 1}
-    return {"perplexity_after": after, "rungs": rungs, "seconds": seconds, "device": device}
+    return {
+        "perplexity_after": after, "rungs": rungs, "seconds": seconds, "device": device,
+        "data": "fingerprint",
+    }  # fmt: skip
 
 
 def test_the_last_table_has_means_over_seeds() -> None:
@@ -253,6 +265,16 @@ def test_the_last_table_has_means_over_seeds() -> None:
         "+20.0 %§", "1.50x ± 0.00x", "≈ 1.20x ± 0.00x",
     ]  # fmt: skip
     assert mean_and_error([1.0, None], "{}") == mean_and_error([], "{}") == "-"
+
+
+def test_runs_are_compared_with_the_dense_run_of_their_data() -> None:
+    runs = runs_of("data.sources=README.md;CHANGELOG.md", "sparsity.rate=0,0.5")
+    after = [10.0, 11.0, 20.0, 24.0]
+    ended = [
+        (run, summary(value, run.config.sparsity.rate) | {"data": str(run.config.data.sources)})
+        for run, value in zip(runs, after, strict=True)
+    ]
+    assert re.findall(r"\+\S+ %", report(ended)) == ["+10.0 %", "+20.0 %"]
 
 
 def test_short_names_stay_apart() -> None:

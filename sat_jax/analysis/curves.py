@@ -12,8 +12,9 @@ TRAINING = ("data", "step", "refresh", "checkpoint")
 
 
 def training_seconds(seconds: Mapping[str, float]) -> float:
-    """Wall time of the training itself: of `summary.json`'s parts all but compiling, evaluating
-    and what is told as other."""
+    """Wall time of the training itself: of `summary.json`'s parts all but setting up (tokenising
+    too, which the first run does for all of them), compiling, evaluating and what is told as
+    other."""
     return sum(seconds[part] for part in TRAINING)
 
 

@@ -105,12 +105,6 @@ def combine(
         raise UserError(f"{path} is in the list of runs and an axis; accepted: one of them")
     for path in (in_runs | axes.keys()) & fixed.keys():
         raise UserError(f"{path} varies over the sweep, and --config.{path} fixes it")
-    for path in sorted(in_runs | axes.keys()):
-        if find(path).free:
-            raise UserError(
-                f"{path} changes no result, so runs that differ in it are the same; give it as"
-                f" --config.{path}"
-            )
     return fixed, cross(runs if runs is not None else [{}], axes)
 
 

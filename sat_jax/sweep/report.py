@@ -17,7 +17,8 @@ def report(ended: Sequence[tuple[Run, Summary]]) -> str:
     same seed where that is one of them, the speed-up of the first rung over a run's own dense one
     and that of the whole run over the dense run, else marked as estimated; each the mean over the
     seeds ± its standard error, where there are two or more."""
-    dense = {run.twin: summary for run, summary in ended if run.dense}
+    # A twin's name says nothing of the data; its fingerprint does.
+    dense = {(run.twin, summary["data"]): summary for run, summary in ended if run.dense}
     groups: dict[str, list[tuple[Run, Summary]]] = {}
     for run, summary in ended:
         groups.setdefault(run.group, []).append((run, summary))
@@ -27,7 +28,10 @@ def report(ended: Sequence[tuple[Run, Summary]]) -> str:
         settings = {k: v for k, v in members[0][0].settings.items() if k != "seed"}
 
         found = [summary for _, summary in members]
-        twins = [None if run.dense else dense.get(run.twin) for run, _ in members]
+        twins = [
+            None if run.dense else dense.get((run.twin, summary["data"]))
+            for run, summary in members
+        ]
         first = [first_rung_speedup(summary["rungs"]) for summary in found]
         rows.append(
             [

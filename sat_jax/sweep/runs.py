@@ -6,7 +6,7 @@ from typing import Any
 
 from sat_jax.analysis.results import OF_SPARSITY, dense_twin, dense_version
 from sat_jax.config import Config
-from sat_jax.config_values import build, fingerprint, without_free
+from sat_jax.config_values import build, fingerprint, free_paths, without_free
 from sat_jax.errors import UserError
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.sparsity.controller import Controller
@@ -67,6 +67,7 @@ def make_runs(
     for settings in asked:
         try:
             config = build(values, {**fixed, **settings})
+            _check_told_apart(config, settings)
             if max(config.rates) == 0:
                 config = dense_version(config)
                 settings = _of_dense(settings)
@@ -81,6 +82,14 @@ def make_runs(
         else:
             runs.setdefault(run.name, run)
     return list(runs.values()), refused
+
+
+def _check_told_apart(config: Config, settings: Settings) -> None:
+    for path in sorted(free_paths(config) & settings.keys()):
+        raise UserError(
+            f"{path} changes no result, so runs that differ in it are the same; give it as"
+            f" --config.{path}"
+        )
 
 
 def _of_dense(settings: Settings) -> Settings:

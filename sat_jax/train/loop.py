@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from sat_jax.config import Config
-from sat_jax.config_values import keys, to_dict
+from sat_jax.config_values import free_paths, to_dict
 from sat_jax.data.batch import Batch
 from sat_jax.data.batches import Prefetcher, batches, in_order, open_split
 from sat_jax.errors import UserError
@@ -61,7 +61,7 @@ def train(config: Config, directory: Path, log: Callable[[str], None]) -> dict[s
         else:
             if found == _Found.INTERRUPTED:
                 tell(f"continuing the run in {workdir.path}")
-            with clock("data"):
+            with clock("setup"):
                 task = set_up(config, tell)
             try:
                 with Run(task, workdir, clock, tell) as run:
@@ -82,10 +82,7 @@ def train(config: Config, directory: Path, log: Callable[[str], None]) -> dict[s
 def _claim(workdir: WorkDir, config: Config, held: ExitStack) -> _Found:
     """Locks the work directory for as long as `held` is open, and compares settings."""
     held.enter_context(workdir.lock())
-    free = {key.path for key in keys() if key.free}
-    if config.sparsity.schedule == "auto":
-        free.remove("train.eval_every")  # evaluations decide when rungs end
-    existed = workdir.compare(to_dict(config), free)
+    existed = workdir.compare(to_dict(config), free_paths(config))
     if workdir.finished() is not None:
         return _Found.FINISHED
     return _Found.INTERRUPTED if existed else _Found.NOTHING
@@ -373,7 +370,7 @@ class Run:
                 self._working = Working(programs.state._replace(**state), stats, masks)
                 self._log(f"restored after step {newest.step}")
                 return newest.step
-        with self._clock("data"):
+        with self._clock("setup"):
             params = initial_params(self._task)
         with self._clock("compile"):
             begin = jax.jit(
