@@ -74,6 +74,7 @@ def sft(scale: str) -> ConfigDict:
         config.data.completion_field = "answer"
     else:
         config.data.format = "messages"
+        config.data.chat_template = "llama2"  # the base models ship none
         config.train.steps = 1000
     if scale == "small":
         config.train.steps = 1000

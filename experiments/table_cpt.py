@@ -3,12 +3,16 @@ one alone; moments frozen or decaying.
 
     python -m scripts.sweep --config=experiments/table_cpt.py:smoke \
         --config.data.sources=TEXT --workdir=runs/study
-    python -m scripts.report runs/study --out runs/study-report
+    python -m scripts.sweep --config=experiments/table_cpt.py:paper-7b \
+        --config.model.path=DIR --config.data.sources=TEXT --workdir=runs/study-7b
+    python -m scripts.report runs/study
 
 Moments decay only where everything is computed and multiplied by 0 and 1 (mask execution), so both
-are compared there: those two say something of quality, nothing of speed. Hours in all, estimated,
-not measured; experiments/scales.py says how and on what: smoke 1.4, small 1.8, paper 65 (24 runs
-each), paper-7b 33, paper-13b 64 (8 runs).
+are compared there: those two say something of quality, nothing of speed.
+
+Hours in all, estimated, not measured (experiments/scales.py says how): smoke 1.4 on two CPU cores,
+small 1.8 on one GPU, paper 65 on one accelerator of 40 GB, 24 runs each; paper-7b 33 and
+paper-13b 64 on eight of 80 GB, 8 runs.
 """
 
 from typing import Any

@@ -2,11 +2,15 @@
 
     python -m scripts.sweep --config=experiments/table_efficiency.py:smoke \
         --config.data.sources=TEXT --workdir=runs/study
-    python -m scripts.report runs/study --out runs/study-report
+    python -m scripts.sweep --config=experiments/table_efficiency.py:paper-7b \
+        --config.model.path=DIR --config.data.sources=TEXT --workdir=runs/study-7b
+    python -m scripts.report runs/study
 
-One run at a time on an idle machine, or no speed-up means much. Hours in all, estimated, not
-measured; experiments/scales.py says how and on what: smoke 1.6, small 2.1, paper 72 (30 runs each),
-paper-7b 37, paper-13b 70 (10 runs).
+One run at a time on an idle machine, or no speed-up means much.
+
+Hours in all, estimated, not measured (experiments/scales.py says how): smoke 1.6 on two CPU cores,
+small 2.1 on one GPU, paper 72 on one accelerator of 40 GB, 30 runs each; paper-7b 37 and
+paper-13b 70 on eight of 80 GB, 10 runs.
 """
 
 from typing import Any

@@ -2,10 +2,13 @@
 
     python -m scripts.sweep --config=experiments/table_learning_rates.py:smoke \
         --config.data.sources=TEXT --workdir=runs/study
-    python -m scripts.report runs/study --out runs/study-report
+    python -m scripts.sweep --config=experiments/table_learning_rates.py:paper-7b \
+        --config.model.path=DIR --config.data.sources=TEXT --workdir=runs/study-7b
+    python -m scripts.report runs/study
 
-Hours in all, estimated, not measured; experiments/scales.py says how and on what: smoke 1.0, small
-1.4, paper 49 (18 runs each), paper-7b 25, paper-13b 48 (6 runs).
+Hours in all, estimated, not measured (experiments/scales.py says how): smoke 1.5 on two CPU cores,
+small 2.0 on one GPU, paper 71 on one accelerator of 40 GB, 27 runs each; paper-7b 36 and
+paper-13b 70 on eight of 80 GB, 9 runs.
 """
 
 from typing import Any
@@ -14,7 +17,7 @@ from ml_collections import ConfigDict
 
 from experiments import scales
 
-FACTORS = (1 / 3, 1.0, 3.0)  # of the scale's own
+FACTORS = (1 / 2, 1.0, 2.0)  # of the scale's own
 
 
 def get_config(scale: str = "smoke") -> ConfigDict:
@@ -23,13 +26,15 @@ def get_config(scale: str = "smoke") -> ConfigDict:
 
 
 def get_sweep(scale: str = "smoke") -> list[dict[str, Any]]:
-    usual = get_config(scale).optimizer.learning_rate
+    config = get_config(scale)
+    usual = config.optimizer.learning_rate
+    # Dense, dense with about as many FLOPs as SAT, and SAT.
+    runs = [{"sparsity.rate": 0.0}, scales.shorter(config)[0], {"sparsity.rate": scales.RATE}]
     return [
         one
         for factor in FACTORS
-        for rate in (0.0, scales.RATE)
+        for run in runs
         for one in scales.with_seeds(
-            scale,
-            {"optimizer.learning_rate": float(f"{factor * usual:.1g}"), "sparsity.rate": rate},
+            scale, {"optimizer.learning_rate": float(f"{factor * usual:.2g}"), **run}
         )
     ]

@@ -3,10 +3,13 @@ by the exact oracle, `output` observed on all of every step's tokens.
 
     python -m scripts.sweep --config=experiments/table_metrics.py:smoke \
         --config.data.sources=TEXT --workdir=runs/study
-    python -m scripts.report runs/study --out runs/study-report
+    python -m scripts.sweep --config=experiments/table_metrics.py:paper-7b \
+        --config.model.path=DIR --config.data.sources=TEXT --workdir=runs/study-7b
+    python -m scripts.report runs/study
 
-Hours in all, estimated, not measured; experiments/scales.py says how and on what: smoke 2.4, small
-3.1, paper 109 (45 runs each), paper-7b 55, paper-13b 106 (15 runs).
+Hours in all, estimated, not measured (experiments/scales.py says how): smoke 2.4 on two CPU cores,
+small 3.1 on one GPU, paper 109 on one accelerator of 40 GB, 45 runs each; paper-7b 55 and
+paper-13b 106 on eight of 80 GB, 15 runs.
 """
 
 from typing import Any

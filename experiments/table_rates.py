@@ -2,10 +2,13 @@
 
     python -m scripts.sweep --config=experiments/table_rates.py:smoke \
         --config.data.sources=TEXT --workdir=runs/study
-    python -m scripts.report runs/study --out runs/study-report
+    python -m scripts.sweep --config=experiments/table_rates.py:paper-7b \
+        --config.model.path=DIR --config.data.sources=TEXT --workdir=runs/study-7b
+    python -m scripts.report runs/study
 
-Hours in all, estimated, not measured; experiments/scales.py says how and on what: smoke 1.4, small
-1.8, paper 63 (27 runs each), paper-7b 32, paper-13b 61 (9 runs).
+Hours in all, estimated, not measured (experiments/scales.py says how): smoke 1.4 on two CPU cores,
+small 1.8 on one GPU, paper 63 on one accelerator of 40 GB, 27 runs each; paper-7b 32 and
+paper-13b 61 on eight of 80 GB, 9 runs.
 """
 
 from typing import Any

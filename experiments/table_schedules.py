@@ -2,10 +2,13 @@
 
     python -m scripts.sweep --config=experiments/table_schedules.py:smoke \
         --config.data.sources=TEXT --workdir=runs/study
-    python -m scripts.report runs/study --out runs/study-report
+    python -m scripts.sweep --config=experiments/table_schedules.py:paper-7b \
+        --config.model.path=DIR --config.data.sources=TEXT --workdir=runs/study-7b
+    python -m scripts.report runs/study
 
-Hours in all, estimated, not measured; experiments/scales.py says how and on what: smoke 1.5, small
-1.9, paper 67 (27 runs each), paper-7b 34, paper-13b 66 (9 runs).
+Hours in all, estimated, not measured (experiments/scales.py says how): smoke 1.5 on two CPU cores,
+small 1.9 on one GPU, paper 67 on one accelerator of 40 GB, 27 runs each; paper-7b 34 and
+paper-13b 66 on eight of 80 GB, 9 runs.
 """
 
 from typing import Any

@@ -3,11 +3,15 @@ as many FLOPs.
 
     python -m scripts.sweep --config=experiments/table_sft.py:smoke \
         --config.data.sources=gsm8k-train.jsonl.gz --workdir=runs/study-sft
-    python -m scripts.report runs/study-sft --out runs/study-sft-report
+    python -m scripts.sweep --config=experiments/table_sft.py:paper-7b \
+        --config.model.path=DIR --config.data.sources=MESSAGES --workdir=runs/study-sft-7b
+    python -m scripts.report runs/study-sft
 
-The smaller two scales take JSON lines of question and answer, the others of messages. Hours in all,
-estimated, not measured; experiments/scales.py says how and on what: smoke 1.5, small 0.3, paper 36
-(30 runs each), paper-7b 18, paper-13b 35 (10 runs).
+The smaller two scales take JSON lines of question and answer, the others of messages.
+
+Hours in all, estimated, not measured (experiments/scales.py says how): smoke 1.5 on two CPU cores,
+small 0.3 on one GPU, paper 36 on one accelerator of 40 GB, 30 runs each; paper-7b 18 and
+paper-13b 35 on eight of 80 GB, 10 runs.
 """
 
 from typing import Any

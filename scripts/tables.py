@@ -16,6 +16,7 @@ from pathlib import Path
 from sat_jax.cli import Parser, run
 from sat_jax.errors import UserError
 
+PICTURES = Path("docs") / "pictures"
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -30,19 +31,20 @@ def main() -> None:
     """All documents at once: either each can be made, or none is written."""
     given = parser().parse_args()
     from sat_jax.report.documents import RESULTS, outdated
+    from sat_jax.report.pictures import outdated_pictures, pictures
 
     changed = outdated(_ROOT)
-    if given.check and changed:
-        names = ", ".join(str(path.relative_to(_ROOT)) for path in changed)
-        raise UserError(f"tables are not what the rows make of them in {names}; run: make tables")
+    if given.check:
+        old = [*changed, *outdated_pictures(_ROOT / RESULTS, _ROOT / PICTURES)]
+        names = ", ".join(str(path.relative_to(_ROOT)) for path in old)
+        if old:
+            raise UserError(f"not what the rows make of them: {names}; run: make tables")
+        return
     for path, text in changed.items():
         path.write_text(text, encoding="utf-8")
         print(path.relative_to(_ROOT))
-    if not given.check:
-        from sat_jax.report.pictures import pictures
-
-        for path in pictures(_ROOT / RESULTS, _ROOT / "docs" / "pictures"):
-            print(path.relative_to(_ROOT))
+    for path in pictures(_ROOT / RESULTS, _ROOT / PICTURES):
+        print(path.relative_to(_ROOT))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import pytest
 from sat_jax.analysis.rows import read
 from sat_jax.errors import UserError
 from sat_jax.report.documents import RESULTS, filled, outdated
+from sat_jax.report.pictures import outdated_pictures
+from scripts.tables import PICTURES
 from tests.conftest import ROOT
 from tests.test_report import study
 
@@ -52,6 +54,7 @@ def test_a_table_in_a_document_is_made_of_rows(tmp_path: Path) -> None:
 
 def test_the_documents_are_what_the_rows_make_of_them() -> None:
     assert list(outdated(ROOT)) == [], "run: make tables"
+    assert outdated_pictures(ROOT / RESULTS, ROOT / PICTURES) == [], "run: make tables"
     assert "<!-- table: " in (ROOT / "README.md").read_text()
     for file in (ROOT / RESULTS).glob("*.jsonl"):
         assert all("date" in row for row in read(file))

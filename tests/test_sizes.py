@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from sat_jax.errors import UserError
-from sat_jax.report.pictures import pictures
+from sat_jax.report.pictures import outdated_pictures, pictures
 from sat_jax.report.size_figures import _speed
 from sat_jax.report.sizes import kernels, memory, speed
 from tests.tolerances import assert_close
@@ -116,6 +116,11 @@ def test_pictures_are_of_the_files_that_there_are(tmp_path: Path) -> None:
     (tmp_path / "efficiency.jsonl").write_text("\n".join(map(json.dumps, more)) + "\n")
     assert pictures(tmp_path, folder) == [folder / "memory.png", folder / "efficiency.png"]
     assert (folder / "memory.png").read_bytes() == first
+    assert outdated_pictures(tmp_path, folder) == []
+    with (tmp_path / "memory.jsonl").open("a") as rows:
+        rows.write(json.dumps(row("gather", 0.7, **time)) + "\n")
+    (folder / "efficiency.png").unlink()
+    assert outdated_pictures(tmp_path, folder) == [folder / "memory.png", folder / "efficiency.png"]
 
 
 def test_lines_of_a_picture_are_speeds_and_their_bounds() -> None:
