@@ -24,7 +24,7 @@ def test_a_table_in_a_document_is_made_of_rows(tmp_path: Path) -> None:
     assert filled(made, tmp_path, "x.md") == made
     told = "`<!-- table: runs.rates -->` in the middle of a line is no mark\n"
     assert filled(told + made, tmp_path, "x.md") == told + made
-    exact = text.replace("commit=a", "steps=8 tokens=4e3")
+    exact = text.replace("commit=a", "steps=80,8 tokens=4e3 commit=c,a,b")
     assert "| 0.2 " in filled(exact, tmp_path, "x.md")
     rows = [
         {**row, "settings": {"optimizer.momentum": 0.1}} for row in read(tmp_path / "rows.jsonl")
@@ -42,7 +42,7 @@ def test_a_table_in_a_document_is_made_of_rows(tmp_path: Path) -> None:
         (text.replace("<!-- table", "  <!-- Table"), "is no mark of a table"),
         (text.replace("<!-- /table", "<!--/table"), "is no mark of a table"),
         (text.replace(mark, ""), "without a table that begins"),
-        (text.replace("commit=a", "steps=a"), "steps=a is no number"),
+        (text.replace("commit=a", "steps=8,a"), "steps=8,a is no number"),
         (of_setting.replace("1e-1", "0.2"), "there are rows for: none"),
         (of_setting.replace("1e-1", "0.2a"), "optimizer.momentum=0.2a is no number"),
         (text.replace("commit=a", "steps=80"), "there are rows for: none"),

@@ -1,13 +1,13 @@
 """Tables in documents, made from committed rows.
 
-    <!-- table: FILE.KIND [FIELD=START ...] -->
+    <!-- table: FILE.KIND [FIELD=START[,START...] ...] -->
     what stands here is replaced
     <!-- /table -->
 
 FILE is a file of rows, `experiments/results/FILE.jsonl`; KIND is a table of `sat_jax.report.tables`
 (rates, metrics, ..., efficiency) or of `sat_jax.report.sizes` (steps, memory, speed, kernels). Only
 rows count whose FIELD (twin, data, commit, ..., or a setting that the run was given, by its dotted
-path) starts with START, or, being a number, equals it.
+path) starts with a START, or, being a number, equals one.
 """
 
 import re
@@ -69,16 +69,16 @@ def filled(text: str, results: Path, origin: str) -> str:
     return "".join([*parts, text[place:]])
 
 
-def _matches(row: Mapping[str, Any], field: str, start: str) -> bool:
-    """Numbers as a whole, and texts by how they start. Raises `UserError` for no number where rows
-    have one."""
+def _matches(row: Mapping[str, Any], field: str, starts: str) -> bool:
+    """One of `starts`: numbers as a whole, and texts by how they start. Raises `UserError` for no
+    number where rows have one."""
     value = row.get("settings", {}).get(field, "") if "." in field else row.get(field, "")
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value).startswith(start)
+        return str(value).startswith(tuple(starts.split(",")))
     try:
-        return value == float(start)
+        return value in [float(start) for start in starts.split(",")]
     except ValueError:
-        raise UserError(f"{field}={start} is no number, as the rows have there") from None
+        raise UserError(f"{field}={starts} is no number, as the rows have there") from None
 
 
 def _table(results: Path, name: str, fields: Mapping[str, str]) -> str:
@@ -86,7 +86,7 @@ def _table(results: Path, name: str, fields: Mapping[str, str]) -> str:
     rows = [
         row
         for row in read(results / f"{stem}.jsonl")
-        if all(_matches(row, field, start) for field, start in fields.items())
+        if all(_matches(row, field, starts) for field, starts in fields.items())
     ]
     if kind in TABLES:
         return TABLES[kind](rows)
