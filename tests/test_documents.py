@@ -52,6 +52,33 @@ def test_a_table_in_a_document_is_made_of_rows(tmp_path: Path) -> None:
             filled(wrong, tmp_path, "x.md")
 
 
+def test_evaluations_stand_beside_each_other_where_the_same_was_asked(tmp_path: Path) -> None:
+    device = {"platform": "cpu", "kind": "a CPU", "count": 1, "host_cpus": 2}
+    asked = {"measure": "answers", "data": "q.jsonl", "device": device, "questions": 50}
+    figures = {"accuracy": 0.1, "stderr": 0.0424, "no_result": 0.5, "cut": 0.25}
+    base = asked | figures | {"model": "m", "run": None, "options": {"chat": True, "limit": None}}
+    settings = {"sparsity.rate_mlp": 0.4, "sparsity.rate": 0.0}
+    trained = base | {"run": {"seed": 1, "twin": "abcdef012", "settings": settings}}
+    rows = [base, trained, trained | {"accuracy": 0.2}, base | {"options": {"chat": False}}]
+    choices = base | {"measure": "choices", "accuracy_per_byte": 0.3, "stderr_per_byte": 0.01}
+    rows.append(choices | {"chance": 0.25})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    text = "<!-- table: rows.answers -->\n<!-- /table -->\n"
+    first, note, second, _ = filled(text, tmp_path, "x.md").split("\n\n")[1:5]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in first.splitlines()]
+    assert cells[2:] == [
+        ["m", "10.0 % ± 4.2 %", "50 %", "25 %"],
+        ["abcdef, r = 0.4, seed 1", "20.0 % ± 4.2 %", "50 %", "25 %"],
+    ]
+    assert note.startswith("q.jsonl, 50 questions; chat True; a CPU, 2 cores.")
+    assert len(second.splitlines()) == 3
+    picked = filled(text.replace("answers", "choices"), tmp_path, "x.md")
+    assert "| 10.0 % ± 4.2 % | 30.0 % ± 1.0 % |      25 % |" in picked
+    (tmp_path / "rows.jsonl").write_text("")
+    with pytest.raises(UserError, match="no evaluation by answers among the rows"):
+        filled(text, tmp_path, "x.md")
+
+
 def test_the_documents_are_what_the_rows_make_of_them() -> None:
     assert list(outdated(ROOT)) == [], "run: make tables"
     assert outdated_pictures(ROOT / RESULTS, ROOT / PICTURES) == [], "run: make tables"

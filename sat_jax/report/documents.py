@@ -5,7 +5,8 @@
     <!-- /table -->
 
 FILE is a file of rows, `experiments/results/FILE.jsonl`; KIND is a table of `sat_jax.report.tables`
-(rates, metrics, ..., efficiency) or of `sat_jax.report.sizes` (steps, memory, speed, kernels). Only
+(rates, metrics, ..., efficiency), of `sat_jax.report.sizes` (steps, memory, speed, kernels) or of
+`sat_jax.report.evaluations` (answers, choices). Only
 rows count whose FIELD (twin, data, commit, ..., or a setting that the run was given, by its dotted
 path) starts with a START, or, being a number, equals one.
 """
@@ -18,12 +19,13 @@ from typing import Any
 from sat_jax.analysis.rows import read
 from sat_jax.analysis.tables import markdown
 from sat_jax.errors import UserError
+from sat_jax.report import evaluations, sizes
 from sat_jax.report.groups import make_groups
 from sat_jax.report.records import newest, record_of
-from sat_jax.report.sizes import TABLES
 from sat_jax.report.tables import tables_of
 
 RESULTS = Path("experiments") / "results"
+_TABLES = {**sizes.TABLES, **evaluations.TABLES}  # of rows that are not of runs
 _OPEN = re.compile(r"<!-- table: (\S+)((?: [\w.]+=\S+)*) -->\n")
 _CLOSE = "<!-- /table -->"
 _LIKE = re.compile(r"^[ \t]*<!--\s*/?\s*table\b.*\n?", re.IGNORECASE | re.MULTILINE)
@@ -88,8 +90,8 @@ def _table(results: Path, name: str, fields: Mapping[str, str]) -> str:
         for row in read(results / f"{stem}.jsonl")
         if all(_matches(row, field, starts) for field, starts in fields.items())
     ]
-    if kind in TABLES:
-        return TABLES[kind](rows)
+    if kind in _TABLES:
+        return _TABLES[kind](rows)
     runs = newest(record_of(row, None, stem) for row in rows if "twin" in row)
     tables = tables_of(make_groups(runs))
     found = [table for table in tables if table.name == kind]

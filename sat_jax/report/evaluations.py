@@ -1,0 +1,69 @@
+"""Tables of evaluations on questions: rows of `scripts.evaluate --record`, not of runs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sat_jax.analysis.tables import markdown, percent, sides
+from sat_jax.errors import UserError
+from sat_jax.report.records import Record
+
+Row = dict[str, Any]
+
+
+def answers(rows: Sequence[Row]) -> str:
+    """Exact match of generated answers, a table for each set of questions."""
+
+    def line(row: Row) -> list[str]:
+        return [_score(row, "accuracy", "stderr"), percent(row["no_result"]), percent(row["cut"])]
+
+    return _by_questions(rows, "answers", ("exact match", "no result", "cut short"), line)
+
+
+def choices(rows: Sequence[Row]) -> str:
+    """Multiple choice, a table for each set of questions."""
+
+    def line(row: Row) -> list[str]:
+        per_byte = _score(row, "accuracy_per_byte", "stderr_per_byte")
+        return [_score(row, "accuracy", "stderr"), per_byte, percent(row["chance"])]
+
+    return _by_questions(rows, "choices", ("accuracy", "per byte", "by chance"), line)
+
+
+def _by_questions(rows: Sequence[Row], measure: str, titles: Sequence[str], line: Any) -> str:
+    """Models in the order of their first rows; of a model the newest row counts."""
+    asked: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if row.get("measure") == measure:
+            # Figures compare where the same is asked in the same way.
+            asked.setdefault(str((row["data"], row["options"])), {})[_name(row)] = row
+    if not asked:
+        raise UserError(f"no evaluation by {measure} among the rows")
+    parts = []
+    for models in asked.values():
+        body = [[name, *line(row)] for name, row in models.items()]
+        parts.append(markdown(("model", *titles), body, sides(1, len(titles))))
+        row = next(iter(models.values()))
+        given = [f"{key} {value}" for key, value in row["options"].items() if value is not None]
+        parts.append(
+            f"{row['data']}, {row['questions']:,} questions; {', '.join(given)};"
+            f" {Record(row).device}. ± is the standard error over questions."
+        )
+    return "\n\n".join(parts)
+
+
+def _name(row: Row) -> str:
+    """The model, and of a trained one what tells it apart from others of its twin."""
+    if row["run"] is None:
+        return str(row["model"])
+    settings = row["run"]["settings"]
+    rates = [settings.get(f"sparsity.{name}") for name in ("rate", "rate_attention", "rate_mlp")]
+    rate = max(one or 0.0 for one in rates)
+    kind = f"r = {rate:g}" if rate else "dense"
+    return f"{row['run']['twin'][:6]}, {kind}, seed {row['run']['seed']}"
+
+
+def _score(row: Row, value: str, error: str) -> str:
+    return f"{100 * row[value]:.1f} % ± {100 * row[error]:.1f} %"
+
+
+TABLES = {"answers": answers, "choices": choices}
