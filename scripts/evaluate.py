@@ -30,8 +30,9 @@ the share of answers without one, cut the share that ran into --max-new-tokens.
 
 A prompt is --prompt with the question in it. Plain, a space and the answer follow, and an answer
 ends where the next question would begin; with --chat, the prompt is the user's turn in the model's
-chat template, behind the system prompt that a run was trained with (--system gives another), and
-the answer follows directly. --limit takes the first N questions of the file.
+chat template, behind the system prompt that a run was trained with (--system gives another), the
+answer follows directly, and ends with what the template writes behind an answer. --limit takes the
+first N questions of the file.
 stderr is the standard error over questions, s / √n.
 Tokens per second are those after the first batch, which waits for the compilation.
 """

@@ -181,7 +181,7 @@ def _answers(given: Given, subjects: list[Subject]) -> list[Work]:
         _write(file, "w", [])
 
     def work(name: str, tokenizer: Tokenizer, asked: list[Asked], model: Llama) -> list[Figures]:
-        meter, stops = Meter(len(asked) * most), prompting.stops
+        meter, stops = Meter(len(asked) * most), prompting.stops(tokenizer)
         found = answer(model, tokenizer, asked, rule, most, rows, stops=stops, done=meter)
         if file is not None:
             _write(file, "a", [_line(name, one) for one in found])

@@ -360,3 +360,4 @@ def test_a_run_learns_the_answers(tmp_path: Path) -> None:
     exported = load_tokenizer(summary["export"]).chat_template
     assert exported is not None
     assert exported == subject.tokenizer().chat_template
+    assert EOS in open_weights(summary["export"]).config.eos_token_ids

@@ -102,6 +102,20 @@ def test_chat_templates() -> None:
         harness.apply_chat_template([], add_generation_prompt=False)
 
 
+def test_a_chat_ends_with_its_turn() -> None:
+    tokenizer = load_tokenizer("bytes", None, 256)
+    asked = requests(("Once", {"until": [], "max_gen_toks": 32}))
+    harness = Harness(golden(), tokenizer)
+    (whole,) = harness.generate_until(asked)
+    template = (
+        "{% for m in messages %}{{ m.content }}{{ 'END' if m.role == 'assistant' }}{% endfor %}"
+    )
+    object.__setattr__(tokenizer, "chat_template", template.replace("END", whole[5:7]))
+    assert harness.generate_until(asked) == [whole]  # no chat
+    assert harness.apply_chat_template([{"role": "user", "content": "Once"}]) == "Once"
+    assert harness.generate_until(asked) == [whole[: whole.index(whole[5:7])]]
+
+
 TASK = """
 task: small
 dataset_path: json

@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sat_jax.data.end_of_turn import Stop, end_of_turn
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 from sat_jax.evaluate.complete import complete
@@ -49,6 +50,7 @@ class Harness(LM):
         super().__init__()
         self._model, self._tokenizer, self._rows = model, tokenizer, rows
         self._system = system
+        self._ends: list[Stop] = []  # of answers, once a chat has been asked for
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """(log p, whether greedy) of each request's (context, continuation)."""
@@ -111,6 +113,7 @@ class Harness(LM):
         """The prompt of a conversation, which ends where the model's turn begins."""
         if not add_generation_prompt:
             raise UserError("a task that begins the model's turn itself cannot be asked as a chat")
+        self._ends = end_of_turn(self._tokenizer)
         return chat_prompt(self._tokenizer, chat_history, self._system)
 
     def _likelihoods(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
@@ -140,7 +143,7 @@ class Harness(LM):
                 prompts,
                 most,
                 self._rows,
-                stops=stops,
+                stops=[*stops, *self._ends],
                 sampling=sampling,
                 done=bar.update,
             )
