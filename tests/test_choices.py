@@ -77,6 +77,9 @@ def test_what_a_choice_earns() -> None:
     assert result.accuracy.error == pytest.approx(0.375)
     assert mean([1.0, 0.0, 0.0, 1.0]).error == pytest.approx(math.sqrt(1 / 3 / 4))
     assert mean([1.0]).error is None
+    assert grade([one], [[-math.inf, -1.0]]).accuracy.value == 1
+    with pytest.raises(UserError, match=r"question '\?': the log-likelihood of a choice is NaN"):
+        grade([tie, one], [[-1.0, -1.0, -2.0], [-1.0, math.nan]])
 
 
 def test_prompts() -> None:
