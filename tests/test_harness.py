@@ -169,6 +169,25 @@ def test_a_task_gives_what_we_give(monkeypatch: pytest.MonkeyPatch, folder: Path
             assert math.isclose(one["stderr"], expected[one["metric"]].error)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "cause"),
+    [
+        ("q.jsonl", "gone.jsonl", "FileNotFoundError: .*gone.jsonl"),
+        ("path: json", "path: ./nowhere", "nowhere"),
+        ("multiple_choice", "guess", "guess"),
+        ("doc_to_text", "doc_to_texts", "TypeError: .*doc_to_texts"),
+    ],
+)
+def test_a_task_that_cannot_be_loaded(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, old: str, new: str, cause: str
+) -> None:
+    file = folder / "small.yaml"
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(UserError, match=f"^task small: cannot be loaded: .*{cause}") as caught:
+        command(monkeypatch, "--lm-eval", "small", "--include-path", folder)
+    assert "\n" not in str(caught.value)
+
+
 def test_what_is_not_there(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     # The harness's own tasks are thousands of files, which take seconds to index.
     from lm_eval.tasks import TaskManager
