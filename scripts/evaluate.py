@@ -168,6 +168,7 @@ def main() -> None:
     from sat_jax.analysis import rows
     from sat_jax.evaluate.recording import evaluation_row
     from sat_jax.evaluate.subject import open_subject
+    from sat_jax.train.metrics import to_json
     from scripts.evaluate_ways import prepare
 
     if given.record is not None:
@@ -183,7 +184,7 @@ def main() -> None:
                 print(f"{'model':<{width}}", *map(_column, figures, figures))
             cells = map(_cell, figures.values())
             print(f"{name:<{width}}", *map(_column, figures, cells), flush=True)
-            records.append({"model": name, **figures})
+            records.append(to_json({"model": name, **figures}))
             if given.record is not None:
                 told = {key: getattr(given, key) for key in (*WAYS[way], "dtype", "rows")}
                 data, config = getattr(given, way), subject.config
