@@ -113,6 +113,8 @@ def _metered(batches: Iterator[Batch], meter: Meter) -> Iterator[Batch]:
 
 def _shots(given: Given, file: str, read: Callable[..., list[Any]]) -> list[Any]:
     """The examples that are shown in front of the questions of `file`."""
+    if given.shots == 0:
+        raise UserError("--shots 0; of questions accepted: 1 or more, or no --shots at all")
     if (given.shots is None) != (given.shots_from is None):
         raise UserError("--shots and --shots-from need each other")
     if given.shots is None:

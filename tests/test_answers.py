@@ -177,6 +177,7 @@ def test_script_ends_an_answer_where_its_turn_ends(
         (["--generations", "nowhere/x"], "there is no folder nowhere"),
         (["--generations", "."], "is a folder"),
         (["--shots", "2", "--shots-from", "one.jsonl"], "has 1 questions; --shots 2"),
+        (["--shots", "0", "--shots-from", "one.jsonl"], "--shots 0; of questions accepted: 1 or"),
     ],
 )
 def test_script_refuses(
