@@ -331,6 +331,8 @@ def test_chat_templates() -> None:
         ("{{ messages.append(1) }}", "unsafe"),
         ("{% for %}", "chat template fails"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ " + "(" * 5000 + ")" * 5000 + " }}", "RecursionError"),
     ],
 )
 def test_a_template_fails_in_one_line(template: str, message: str) -> None:
