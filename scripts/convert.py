@@ -44,29 +44,32 @@ def main() -> None:
     """Reads, writes, and says what was written."""
     given = parser().parse_args()
     # Only now: --help and a misspelt option answer at once.
+    from sat_jax.data.conversations import trained_with
+    from sat_jax.data.form import Form
     from sat_jax.data.tokenizer import NoTokenizer, load_tokenizer
     from sat_jax.interop import locate, open_weights
     from sat_jax.interop.huggingface import write_directory
     from sat_jax.models.params import shapes
-    from sat_jax.train.trained import is_run, open_run
+    from sat_jax.train.trained import exported, is_run, open_run
 
     place = locate(given.source)
-    named = "model"
+    named, form = "model", Form()
     owner: Path | None = place
     if is_run(place):
         weights, config = open_run(place, given.step)
-        named = config.data.tokenizer
+        named, form = config.data.tokenizer, Form.of(config.data)
         owner = None if config.model.path is None else locate(config.model.path)
     elif given.step is not None:
         raise UserError(f"--step is for the work directory of a run, and {place} is none")
     else:
         weights = open_weights(place)
     try:
-        tokenizer = load_tokenizer(named, owner, weights.config.vocab_size)
+        tokenizer = trained_with(load_tokenizer(named, owner, weights.config.vocab_size), form)
     except NoTokenizer as error:
         tokenizer = None
         print(f"note: {error}", file=sys.stderr)
-    write_directory(given.out, weights.config, weights.read, dtype=given.dtype)
+    model = weights.config if tokenizer is None else exported(weights.config, tokenizer, form)
+    write_directory(given.out, model, weights.read, dtype=given.dtype)
     if tokenizer is not None:
         tokenizer.save(given.out)
     count = sum(leaf.size for leaf in shapes(weights.config).values())

@@ -30,8 +30,9 @@ the share of answers without one, cut the share that ran into --max-new-tokens.
 
 A prompt is --prompt with the question in it. Plain, a space and the answer follow, and an answer
 ends where the next question would begin; with --chat, the prompt is the user's turn in the model's
-chat template, behind the system prompt that a run was trained with (--system gives another), and
-the answer follows directly. --limit takes the first N questions of the file.
+chat template, behind the system prompt that a run was trained with (--system gives another), the
+answer follows directly, and ends with what the template writes behind an answer. --limit takes the
+first N questions of the file.
 stderr is the standard error over questions, s / √n.
 Tokens per second are those after the first batch, which waits for the compilation.
 """
@@ -167,6 +168,7 @@ def main() -> None:
     from sat_jax.analysis import rows
     from sat_jax.evaluate.recording import evaluation_row
     from sat_jax.evaluate.subject import open_subject
+    from sat_jax.train.metrics import to_json
     from scripts.evaluate_ways import prepare
 
     if given.record is not None:
@@ -182,7 +184,7 @@ def main() -> None:
                 print(f"{'model':<{width}}", *map(_column, figures, figures))
             cells = map(_cell, figures.values())
             print(f"{name:<{width}}", *map(_column, figures, cells), flush=True)
-            records.append({"model": name, **figures})
+            records.append(to_json({"model": name, **figures}))
             if given.record is not None:
                 told = {key: getattr(given, key) for key in (*WAYS[way], "dtype", "rows")}
                 data, config = getattr(given, way), subject.config

@@ -113,6 +113,8 @@ def _metered(batches: Iterator[Batch], meter: Meter) -> Iterator[Batch]:
 
 def _shots(given: Given, file: str, read: Callable[..., list[Any]]) -> list[Any]:
     """The examples that are shown in front of the questions of `file`."""
+    if given.shots == 0:
+        raise UserError("--shots 0; of questions accepted: 1 or more, or no --shots at all")
     if (given.shots is None) != (given.shots_from is None):
         raise UserError("--shots and --shots-from need each other")
     if given.shots is None:
@@ -181,7 +183,7 @@ def _answers(given: Given, subjects: list[Subject]) -> list[Work]:
         _write(file, "w", [])
 
     def work(name: str, tokenizer: Tokenizer, asked: list[Asked], model: Llama) -> list[Figures]:
-        meter, stops = Meter(len(asked) * most), prompting.stops
+        meter, stops = Meter(len(asked) * most), prompting.stops(tokenizer)
         found = answer(model, tokenizer, asked, rule, most, rows, stops=stops, done=meter)
         if file is not None:
             _write(file, "a", [_line(name, one) for one in found])

@@ -80,6 +80,7 @@ def main() -> None:
         raise UserError(f"--prompt is not UTF-8 at character {error.start}") from error
     if given.system is not None and not given.chat:
         raise UserError("--system says nothing without --chat")
+    from sat_jax.data.end_of_turn import end_of_turn
     from sat_jax.evaluate.generate import Sampling, stream
     from sat_jax.evaluate.prompts import chat_prompt
     from sat_jax.evaluate.subject import open_subject
@@ -97,12 +98,24 @@ def main() -> None:
         raise UserError("--prompt is empty, and this tokenizer has no token to begin with")
 
     model = subject.model(given.dtype)
-    out = TextStream(tokenizer.decode, prompt)
+    ends = end_of_turn(tokenizer) if given.chat else []
+    stop = next((end for end in ends if isinstance(end, str)), "")
+    stop_ids = {end for end in ends if isinstance(end, int)}.union(model.config.eos_token_ids)
+    out = TextStream(tokenizer.decode, prompt, stop)
     began, counted = time.perf_counter(), []
-    new = stream(model, [prompt], given.max_new_tokens, sampling=sampling, seed=given.seed)
+    new = stream(
+        model,
+        [prompt],
+        given.max_new_tokens,
+        sampling=sampling,
+        seed=given.seed,
+        stop_ids=stop_ids,
+    )
     for (ids,) in new:
         counted += [time.perf_counter()] * len(ids)
         print(out.push(ids), end="", flush=True)
+        if out.ended:
+            break
     print(out.close())
     print(_speed(len(prompt), began, counted), file=sys.stderr)
 

@@ -1,5 +1,6 @@
 """The golden Llama that evaluations are tested on, and `scripts.evaluate` on it."""
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from sat_jax.data.tokenizer import load_tokenizer
 from sat_jax.interop import load_model
 from sat_jax.models.llama import Llama
 from scripts import evaluate
@@ -33,6 +35,15 @@ def logits_of(ids: Sequence[int], width: int) -> np.ndarray:
     row[0, : len(ids)] = ids
     segment_ids = (np.arange(width) < len(ids)).astype(np.int32)[None]
     return np.asarray(_logits(*nnx.split(golden()), row, segment_ids))[0, : len(ids)]
+
+
+def tokenizer_with(folder: Path, template: str, *special: str) -> Path:
+    """A folder with the tokenizer of 256 bytes, a chat template, and bytes that are special."""
+    tokenizer = load_tokenizer("bytes", None, 256)
+    tokenizer.backend.add_special_tokens(list(special))
+    folder.mkdir()
+    dataclasses.replace(tokenizer, chat_template=template).save(folder)
+    return folder
 
 
 def run_evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:

@@ -12,7 +12,7 @@ from sat_jax.evaluate.complete import Completion, complete
 from sat_jax.evaluate.generate import generate
 from sat_jax.evaluate.prompts import Shot
 from sat_jax.evaluate.questions import read_answers
-from tests.golden_model import golden, run_evaluate
+from tests.golden_model import golden, run_evaluate, tokenizer_with
 
 BYTES = load_tokenizer("bytes", None, 256)
 
@@ -90,6 +90,15 @@ def test_a_completion_ends_before_a_stop_text() -> None:
     assert not complete(golden(), BYTES, [prompt], 32, 1, stops=[stop])[0].cut
 
 
+def test_a_completion_ends_before_a_stop_token() -> None:
+    prompt = list(b"Once upon")
+    ids = generate(golden(), [prompt], 100)[0]
+    end = ids[40]
+    expected = BYTES.decode(ids[: ids.index(end)])
+    made = complete(golden(), BYTES, [prompt], 100, 1, stops=[end, "never"])[0]
+    assert made == (expected, ids.index(end), False)
+
+
 def test_fields_of_questions(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     lines = [{"question": "a", "answer": "b"}, {"prompt": "c", "target": 3}, {"x": "d", "y": "e"}]
@@ -140,6 +149,25 @@ def test_script_counts_right_answers(
     assert written[1]["expected"] == "another"
 
 
+@pytest.mark.parametrize("end", ['"', "<end>"])
+def test_script_ends_an_answer_where_its_turn_ends(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, end: str
+) -> None:
+    ids = generate(golden(), [list(b"upon")], 60)[0]
+    template = (
+        "{% for m in messages %}{{ m.content }}{{ END if m.role == 'assistant' }}{% endfor %}"
+    )
+    chatty = tokenizer_with(tmp_path / "chatty", template.replace("END", repr(end)), '"')
+    (tmp_path / "q.jsonl").write_text('{"question": "upon", "answer": "x"}')
+    given = ("--answers", tmp_path / "q.jsonl", "--extract", "text", "--max-new-tokens", "60")
+    written = tmp_path / "out.jsonl"
+    run_evaluate(monkeypatch, "--tokenizer", chatty, *given, "--chat", "--generations", written)
+    line = json.loads(written.read_text())
+    size = ids.index(ord(end)) if end in '"' else 60
+    assert (line["text"], line["tokens"]) == (BYTES.decode(ids[:size]), size)
+    assert line["cut"] == (size == 60)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -149,6 +177,7 @@ def test_script_counts_right_answers(
         (["--generations", "nowhere/x"], "there is no folder nowhere"),
         (["--generations", "."], "is a folder"),
         (["--shots", "2", "--shots-from", "one.jsonl"], "has 1 questions; --shots 2"),
+        (["--shots", "0", "--shots-from", "one.jsonl"], "--shots 0; of questions accepted: 1 or"),
     ],
 )
 def test_script_refuses(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,15 @@ import pytest
 from sat_jax.data.chat import Rendered, render_answers, render_chat
 from sat_jax.data.chat_templates import TEMPLATES
 from sat_jax.data.conversations import Conversations, chat_template, trained_with
+from sat_jax.data.end_of_turn import end_of_turn
 from sat_jax.data.form import Form
 from sat_jax.data.sources import Document
 from sat_jax.data.tokenizer import load_tokenizer
 from sat_jax.errors import UserError
+from sat_jax.interop.huggingface import write_directory
+from sat_jax.models.params import initial
+from sat_jax.models.presets import preset
+from sat_jax.train.trained import exported
 
 GOLDEN = Path(__file__).parent / "golden" / "chat"
 CASES = [json.loads(line) for line in (GOLDEN / "cases.jsonl").read_text().splitlines()]
@@ -168,6 +174,48 @@ def test_the_model_that_is_written_has_the_template_it_learnt(tmp_path: Path) ->
         trained_with(tokenizer, Form("alpaca", chat_template="zephyr")).save(folder)
         template = load_tokenizer(str(folder)).chat_template
         assert template == chat_template("zephyr", tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [
+        (TEMPLATES["chatml"], [3]),
+        (TEMPLATES["llama2"], [1]),  # a space before it
+        (TEMPLATES["zephyr"], [1]),
+        ("{% for m in messages %}[{{ m.content }}]\n{% endfor %}", ["]"]),
+        ("{% for m in messages %}{{ m.content }}\n##\n<|im_end|>{% endfor %}", ["\n##\n"]),
+        (
+            "{% for m in messages %}{% generation %}{{ m.content }}<|eot_id|>{% endgeneration %}"
+            "{% endfor %}",
+            [6],
+        ),
+        # Nothing that a model could learn to stop at.
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", []),
+        ("{{ messages[0].content }}<|im_end|>", []),
+        ("{{ raise_exception('no') }}", []),
+    ],
+)
+def test_what_ends_a_turn(template: str, ends: list[int | str]) -> None:
+    tokenizer = replace(load_tokenizer(str(GOLDEN)), chat_template=template)
+    assert end_of_turn(tokenizer) == ends
+    assert end_of_turn(replace(tokenizer, chat_template=None)) == []
+
+
+@pytest.mark.parametrize(("name", "ends"), [("chatml", (7, 3)), ("zephyr", (7, 1))])
+def test_the_model_that_is_written_ends_where_its_answers_did(
+    name: str, ends: tuple[int, ...], tmp_path: Path
+) -> None:
+    base = replace(preset("tiny"), vocab_size=320, eos_token_ids=(7,))
+    form = Form("messages", chat_template=name)
+    tokenizer = trained_with(load_tokenizer(str(GOLDEN)), form)
+    assert exported(base, tokenizer, Form()) == base
+    model = exported(base, tokenizer, form)
+    assert exported(model, tokenizer, form) == model
+    params = initial(model, 0)
+    write_directory(tmp_path / "out", model, params.__getitem__)
+    for file in ("config.json", "generation_config.json"):
+        written = json.loads((tmp_path / "out" / file).read_text())
+        assert written["eos_token_id"] == list(ends)
 
 
 def test_rendered_is_what_it_says() -> None:

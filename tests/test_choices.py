@@ -77,25 +77,29 @@ def test_what_a_choice_earns() -> None:
     assert result.accuracy.error == pytest.approx(0.375)
     assert mean([1.0, 0.0, 0.0, 1.0]).error == pytest.approx(math.sqrt(1 / 3 / 4))
     assert mean([1.0]).error is None
+    assert grade([one], [[-math.inf, -1.0]]).accuracy.value == 1
+    with pytest.raises(UserError, match=r"question '\?': the log-likelihood of a choice is NaN"):
+        grade([tie, one], [[-1.0, -1.0, -2.0], [-1.0, math.nan]])
 
 
 def test_prompts() -> None:
     tokenizer = load_tokenizer("bytes")
     plain = Prompting(shots=[Shot("1+1?", "2")])
     assert plain.prompt(tokenizer, "{x}") == ("Question: 1+1?\nAnswer: 2\n\nQuestion: {x}\nAnswer:")
-    assert plain.stops == ["\nQuestion:"]
-    assert Prompting("{question} =").stops == []
+    assert plain.stops(tokenizer) == ["\nQuestion:"]
+    assert Prompting("{question} =").stops(tokenizer) == []
     (pair, _) = encode_choices(tokenizer, plain, [Choices("q", ("a", "b"), (1, 0))])
     assert bytes(pair.continuation) == b" a"
     template = (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>{{ '\\n' }}"
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{{ '<assistant>\\n' if add_generation_prompt }}"
     )
     chatty = load_tokenizer("bytes")
     object.__setattr__(chatty, "chat_template", template)
     chat = Prompting(chat=True, shots=plain.shots)
     prompt = "<user>1+1?<assistant>2<user>q<assistant>\n"
     assert chat.prompt(chatty, "q") == prompt
-    assert chat.stops == []
+    assert chat.stops(chatty) == []
     (pair, _) = encode_choices(chatty, chat, [Choices("q", ("a", "b"), (1, 0))])
     assert bytes(pair.context + pair.continuation) == prompt.encode() + b"a"
     with pytest.raises(UserError, match="no chat template"):

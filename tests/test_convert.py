@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sat_jax.config_values import from_config_dict, to_dict
+from sat_jax.data.conversations import chat_template
 from sat_jax.data.tokenizer import load_tokenizer
 from sat_jax.errors import UserError
 from sat_jax.interop import open_weights
@@ -82,6 +83,18 @@ def test_a_run(
     for path, value in expected.items():
         assert_close(written.read(path), value, "float32", "exact")
     assert load_tokenizer("model", tmp_path / "out").encode_batch(["né"]) == [[110, 195, 169]]
+
+
+def test_a_run_that_learnt_answers(finished_run: Path, convert: Convert, tmp_path: Path) -> None:
+    file = finished_run / "config.json"
+    content = json.loads(file.read_text())
+    content["data"] |= {"format": "alpaca", "chat_template": "zephyr"}
+    file.write_text(json.dumps(content))
+    convert(finished_run, "--out", tmp_path / "out")
+    written = open_weights(tmp_path / "out").config
+    assert written.eos_token_ids == (*preset("tiny").eos_token_ids, 256)
+    tokenizer = load_tokenizer("model", tmp_path / "out")
+    assert tokenizer.chat_template == chat_template("zephyr", tokenizer)
 
 
 def test_a_damaged_tokenizer_is_no_missing_one(convert: Convert, tmp_path: Path) -> None:

@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 
-from sat_jax.data.examples import NO_ANSWER, NO_PROMPT, TOOLS, learnt, read_examples, turns_of
+from sat_jax.data.examples import (
+    DEVELOPER,
+    NO_ANSWER,
+    NO_PROMPT,
+    NO_TEXT,
+    TOOLS,
+    learnt,
+    read_examples,
+    turns_of,
+)
 from sat_jax.data.form import Form, Format
 from sat_jax.data.sources import resolve_sources
 from sat_jax.errors import UserError
@@ -57,11 +66,10 @@ def error(folder: Path, form: Form, line: Any) -> str:
                         "role": "user",
                         "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "é"}],
                     },
-                    {"role": "tool", "content": "t"},
-                    {"role": "assistant", "content": "a"},
+                    {"role": "assistant", "content": "a", "tool_calls": []},
                 ]
             },
-            [("user", "qé"), ("tool", "t"), ("assistant", "a")],
+            [("user", "qé"), ("assistant", "a")],
         ),
         (
             "sharegpt",
@@ -130,6 +138,22 @@ def test_speakers_of_sharegpt(tmp_path: Path) -> None:
     assert first == second == third == TOOLS
 
 
+def test_messages_that_are_not_all_said(tmp_path: Path) -> None:
+    q, a = ({"role": role, "content": text} for role, text in ASKED)
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}
+    without = {"role": "assistant", "function_call": {"name": "f"}}
+    others = [
+        *((call, TOOLS), (without, TOOLS), ({**a, "tool_calls": call["tool_calls"]}, TOOLS)),
+        *(({"role": role, "content": "x"}, TOOLS) for role in ("tool", "function")),
+        *(({"role": "tool", "content": None}, TOOLS), ({**a, "content": None}, NO_TEXT)),
+        ({"role": "developer", "content": "x"}, DEVELOPER),
+    ]
+    lines = [{"messages": [q, other, a]} for other, _ in others]
+    *left_out, whole = read(tmp_path, Form("messages"), *lines, {"messages": [q, a]})
+    assert left_out == [reason for _, reason in others]
+    assert whole == ASKED
+
+
 def test_which_answers_are_learnt(tmp_path: Path) -> None:
     line = [*ASKED, ("user", "q"), ("assistant", ""), ("user", "q"), ("assistant", "b"), ASKED[0]]
     messages = {"messages": [{"role": role, "content": content} for role, content in line]}
@@ -150,7 +174,8 @@ def test_which_answers_are_learnt(tmp_path: Path) -> None:
         (
             "messages",
             {"messages": [{"role": "User", "content": "q"}]},
-            ", item 1 of 'messages': role 'User'; accepted: system, user, assistant, tool",
+            ", item 1 of 'messages': role 'User'; accepted: system, user, assistant, tool,"
+            " developer, function",
         ),
         (
             "messages",
@@ -159,8 +184,13 @@ def test_which_answers_are_learnt(tmp_path: Path) -> None:
         ),
         (
             "messages",
-            {"messages": [{"role": "assistant", "content": None}]},
-            ", item 1 of 'messages': field 'content' is null, not a string",
+            {"messages": [{"role": "assistant", "content": 1}, {"role": "tool", "content": "x"}]},
+            ", item 1 of 'messages': field 'content' is a number, not a string",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "tool", "content": 1}]},
+            ", item 1 of 'messages': field 'content' is a number, not a string",
         ),
         (
             "messages",

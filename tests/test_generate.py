@@ -27,6 +27,7 @@ from sat_jax.models.cache import empty_cache, extend, for_decoding
 from sat_jax.models.llama import Llama
 from sat_jax.models.rope import RopeConfig
 from scripts import generate as script
+from tests.golden_model import tokenizer_with
 from tests.tolerances import assert_close
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -298,6 +299,17 @@ def test_the_first_space_survives() -> None:
     assert [out.push([3]), out.push([4])] == [" a", " time"]
 
 
+def test_text_ends_before_a_stop() -> None:
+    decode = load_tokenizer("bytes", None, 256).decode
+    out = TextStream(decode, stop="\n##")
+    pushed = [out.push([byte]) for byte in b"a\n#b\n\n##c"]
+    assert pushed == ["a", "", "", "\n#b", "", "\n", "", "", ""]
+    assert out.ended and out.close() == ""
+    out = TextStream(decode, stop="\n##")
+    assert out.push(b"a\n#") == "a"
+    assert (out.close(), out.close(), out.ended) == ("\n#", "", False)
+
+
 def test_chat_templates() -> None:
     template = (
         "{%- for message in messages %}\n"
@@ -319,6 +331,8 @@ def test_chat_templates() -> None:
         ("{{ messages.append(1) }}", "unsafe"),
         ("{% for %}", "chat template fails"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ " + "(" * 5000 + ")" * 5000 + " }}", "RecursionError"),
     ],
 )
 def test_a_template_fails_in_one_line(template: str, message: str) -> None:
@@ -347,6 +361,22 @@ def test_script_streams_what_generate_says(
     assert printed.out == load_tokenizer("bytes", None, 256).decode(ids) + "\n"
     assert f"[prompt 4 tokens, {len(ids)} new ones; the first after" in printed.err
     assert "tokens/s" in printed.err
+
+
+@pytest.mark.parametrize("end", ["=", "=5", "5Q"])  # a token, and texts
+def test_script_ends_where_the_turn_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, end: str
+) -> None:
+    ids = generate(golden("llama_gqa"), [list(b"Once")], 20)[0]
+    template = (
+        "{% for m in messages %}{{ m.content }}{{ 'END' if m.role == 'assistant' }}{% endfor %}"
+    )
+    chatty = tokenizer_with(tmp_path / "chatty", template.replace("END", end), "=")
+    asked = ("--model", GOLDEN / "llama_gqa", "--tokenizer", chatty, "--prompt", "Once")
+    text = load_tokenizer("bytes", None, 256).decode(ids)
+    for chat, expected in (((), text), (("--chat",), text.partition(end)[0])):
+        command(monkeypatch, *asked, "--max-new-tokens", "20", *chat)
+        assert capsys.readouterr().out == expected + "\n"
 
 
 @pytest.mark.parametrize(

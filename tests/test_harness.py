@@ -102,6 +102,20 @@ def test_chat_templates() -> None:
         harness.apply_chat_template([], add_generation_prompt=False)
 
 
+def test_a_chat_ends_with_its_turn() -> None:
+    tokenizer = load_tokenizer("bytes", None, 256)
+    asked = requests(("Once", {"until": [], "max_gen_toks": 32}))
+    harness = Harness(golden(), tokenizer)
+    (whole,) = harness.generate_until(asked)
+    template = (
+        "{% for m in messages %}{{ m.content }}{{ 'END' if m.role == 'assistant' }}{% endfor %}"
+    )
+    object.__setattr__(tokenizer, "chat_template", template.replace("END", whole[5:7]))
+    assert harness.generate_until(asked) == [whole]  # no chat
+    assert harness.apply_chat_template([{"role": "user", "content": "Once"}]) == "Once"
+    assert harness.generate_until(asked) == [whole[: whole.index(whole[5:7])]]
+
+
 TASK = """
 task: small
 dataset_path: json
@@ -153,6 +167,25 @@ def test_a_task_gives_what_we_give(monkeypatch: pytest.MonkeyPatch, folder: Path
             assert one["task"] == "small"
             assert one["value"] == expected[one["metric"]].value
             assert math.isclose(one["stderr"], expected[one["metric"]].error)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "cause"),
+    [
+        ("q.jsonl", "gone.jsonl", "FileNotFoundError: .*gone.jsonl"),
+        ("path: json", "path: ./nowhere", "nowhere"),
+        ("multiple_choice", "guess", "guess"),
+        ("doc_to_text", "doc_to_texts", "TypeError: .*doc_to_texts"),
+    ],
+)
+def test_a_task_that_cannot_be_loaded(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, old: str, new: str, cause: str
+) -> None:
+    file = folder / "small.yaml"
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(UserError, match=f"^task small: cannot be loaded: .*{cause}") as caught:
+        command(monkeypatch, "--lm-eval", "small", "--include-path", folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_what_is_not_there(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

@@ -230,6 +230,17 @@ def test_script_prints_a_table_and_writes_json(
     assert lines[0].split()[1:4] == [str(len(document) - 1), str(len(document)), f"{nll:,.4f}"]
 
 
+def test_what_is_no_number_is_null(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    figures = {"nll": math.nan, "perplexity": math.inf, "tokens": 3}
+    monkeypatch.setattr("scripts.evaluate_ways._perplexity", lambda *_: [figures])
+    (tmp_path / "x.txt").write_text(TEXTS[0])
+    given = ("--text", tmp_path / "x.txt", "--tokenizer", "bytes", "--length", "16")
+    run_evaluate(monkeypatch, *given, "--json", tmp_path / "out.json")
+    (found,) = json.loads((tmp_path / "out.json").read_text(), parse_constant=pytest.fail)["models"]
+    assert (found["nll"], found["perplexity"], found["tokens"]) == (None, None, 3)
+    assert found["nonfinite"] == {"nll": "nan", "perplexity": "inf"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

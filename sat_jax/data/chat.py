@@ -21,6 +21,12 @@ Messages = Sequence[Mapping[str, str]]
 _BEGIN, _END = "\ufdd0", "\ufdd1"
 # The day of every template that writes the date: what is prepared must not depend on when.
 _DAY = datetime.datetime(2024, 7, 26)
+# What the code in a template may raise, besides jinja2's own.
+_OF_TEMPLATES = (
+    *(TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError),
+)
+# An answer that no template writes itself.
+_ANSWER = "4x7z9"
 
 
 class Rendered(NamedTuple):
@@ -37,8 +43,19 @@ def render_chat(template: str, messages: Messages, special_tokens: Mapping[str, 
     functions that transformers gives it. `special_tokens`: `bos_token` and `eos_token`. Raises
     `UserError` where the template fails or refuses the messages.
     """
-    text = _render(template, messages, special_tokens, True, datetime.datetime.now())
-    return text.replace(_BEGIN, "").replace(_END, "")
+    return _plain(_render(template, messages, special_tokens, True, datetime.datetime.now()))
+
+
+def text_behind_answer(template: str, special_tokens: Mapping[str, str]) -> str:
+    """What the template writes behind the last answer, without white space at its end: "" where
+    that is nothing, or where it refuses a question and an answer or leaves the answer out."""
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = _plain(_render(template, messages, special_tokens, False, _DAY))
+    except UserError:
+        return ""
+    _, found, behind = text.rpartition(_ANSWER)
+    return behind.rstrip() if found else ""
 
 
 def render_answers(
@@ -61,6 +78,10 @@ def render_answers(
     if _BEGIN in text:
         return _marked(text, messages, learnt)
     return Rendered(text, [_answer(render, text, messages, number) for number in learnt])
+
+
+def _plain(text: str) -> str:
+    return text.replace(_BEGIN, "").replace(_END, "")
 
 
 def _marked(text: str, messages: Messages, learnt: Sequence[int]) -> Rendered:
@@ -123,7 +144,7 @@ def _render(
         )
     except jinja2.TemplateError as error:
         raise UserError(f"the model's chat template fails: {error}") from error
-    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+    except _OF_TEMPLATES as error:
         kind = type(error).__name__
         raise UserError(f"the model's chat template fails: {kind}: {error}") from error
 

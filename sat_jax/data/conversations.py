@@ -25,7 +25,7 @@ class Conversations:
     """What a corpus of examples is read with. The ids are those of transformers' chat template.
 
     An example longer than a row, `row_length` pairs, is dropped, loses its end, or is refused, as
-    `form.too_long` says; it is never split.
+    `form.too_long` says; it is never split. One that loses all its answers is dropped, too.
     """
 
     whole = True
@@ -38,7 +38,9 @@ class Conversations:
     def settings(self) -> dict[str, Any]:
         """All that decides which tokens an example gets, but for the tokenizer's ids."""
         form = {name: value for name, value in vars(self._form).items() if name != "chat_template"}
-        return {**form, "template": self.template, "special": self._tokenizer.special_tokens}
+        made = {**form, "template": self.template, "special": self._tokenizer.special_tokens}
+        # Messages of tools were once kept: what was prepared then is not what is prepared now.
+        return {**made, "tools": "left out"} if self._form.format == "messages" else made
 
     def read(self, source: Source) -> Iterator[Document]:
         """The examples of one source."""

@@ -2,7 +2,7 @@
 
 A line that is not of its form is a `UserError` naming file and line. One from which nothing could
 be learnt, with no answer or with nothing before it, is left out and counted, as empty texts are,
-and so is one of ShareGPT in which tools speak.
+and so is one in which tools are called or speak, developers speak, or a turn's content is null.
 """
 
 import json
@@ -16,8 +16,13 @@ from sat_jax.errors import UserError
 NO_ANSWER = "without an answer"
 NO_PROMPT = "with nothing before the answer"
 TOOLS = "with turns of tools"
+DEVELOPER = "with turns of a developer"
+NO_TEXT = "with a turn that is null"
 
-_ROLES = {name: name for name in ("system", "user", "assistant", "tool")}
+_ROLES = {name: name for name in ("system", "user", "assistant", "tool", "developer")}
+_ROLES |= {"function": "tool"}
+_NULL = "null"  # the role of a turn without text
+_LEFT_OUT = {"tool": TOOLS, "developer": DEVELOPER, _NULL: NO_TEXT}
 _SPEAKERS = {
     "system": "system",
     "human": "user",
@@ -39,7 +44,7 @@ _SPEAKERS = {
 class Turn(NamedTuple):
     """What one side says."""
 
-    role: str  # system, user, assistant or tool
+    role: str  # system, user or assistant; in examples that are left out also others
     content: str
 
 
@@ -73,8 +78,9 @@ def learnt(turns: list[Turn], form: Form) -> list[int]:
 
 
 def _nothing_to_learn(turns: list[Turn], form: Form) -> str:
-    if form.format == "sharegpt" and any(turn.role == "tool" for turn in turns):
-        return TOOLS
+    for turn in turns:
+        if turn.role in _LEFT_OUT:
+            return _LEFT_OUT[turn.role]
     if not learnt(turns, form):
         return NO_ANSWER
     first = next(turn for turn in turns if turn.role != "system")
@@ -129,8 +135,16 @@ class _Record(NamedTuple):
 
 def _messages(record: _Record, form: Form) -> list[Turn]:
     del form
-    messages = record.objects("messages")
-    return [Turn(message.role("role", _ROLES), _content(message)) for message in messages]
+    return [_message(message) for message in record.objects("messages")]
+
+
+def _message(message: _Record) -> Turn:
+    role = message.role("role", _ROLES)
+    if any(message.fields.get(name) for name in ("tool_calls", "function_call")):
+        return Turn("tool", "")
+    if "content" in message.fields and message.fields["content"] is None:
+        return Turn(role if role in _LEFT_OUT else _NULL, "")
+    return Turn(role, _content(message))
 
 
 def _content(message: _Record) -> str:

@@ -1,5 +1,6 @@
 """What a line of the sources holds, and how a conversation becomes a segment: settings only."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -18,6 +19,14 @@ _OF = {  # which formats a setting says something to
     "system": _EXAMPLES,
     "loss_on": _EXAMPLES,
     "too_long": _EXAMPLES,
+}
+
+
+# What becomes of an example that is longer than a row.
+DONE: Mapping[TooLong, str] = {
+    "drop": "dropped",
+    "cut_end": "cut short, or dropped where no answer is left",
+    "refuse": "refused",
 }
 
 

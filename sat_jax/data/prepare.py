@@ -21,7 +21,7 @@ import numpy as np
 from sat_jax.cache import cache_dir
 from sat_jax.data.conversations import Conversations
 from sat_jax.data.corpus import Reader, Texts, read_index, split_end, tokenize
-from sat_jax.data.form import Form
+from sat_jax.data.form import DONE, Form
 from sat_jax.data.packed_rows import counted, learnt_targets, rows_of, write_tfds
 from sat_jax.data.packing import assign_rows, cut
 from sat_jax.data.progress import bar
@@ -176,7 +176,7 @@ def prepare(
 
 def describe_examples(info: PreparedInfo) -> str:
     """What was made of the examples, in one line."""
-    done = "dropped" if info.form["too_long"] == "drop" else "cut short"
+    done = DONE[info.form["too_long"]]
     counts = {f"longer than a row ({done})": sum(s.long_documents for s in info.splits.values())}
     why = ", ".join(f"{count} {why}" for why, count in (info.left_out | counts).items() if count)
     splits = [

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import NamedTuple
 
+from sat_jax.data.end_of_turn import Stop
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 from sat_jax.evaluate.choices import Mean, mean
@@ -110,7 +111,7 @@ def answer(
     max_new_tokens: int,
     rows: int,
     *,
-    stops: Sequence[str] = (),
+    stops: Sequence[Stop] = (),
     done: Callable[[int], object] = lambda _: None,
 ) -> list[Answered]:
     """The model's answers, greedy; `stops` and `done` are those of `complete`."""

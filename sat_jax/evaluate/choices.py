@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sat_jax.data.tokenizer import Tokenizer
+from sat_jax.errors import UserError
 from sat_jax.evaluate.likelihood import Pair, encode_pairs, likelihoods
 from sat_jax.evaluate.prompts import Prompting
 from sat_jax.evaluate.questions import Choices
@@ -45,10 +46,16 @@ def grade(questions: Sequence[Choices], log_p: Sequence[Sequence[float]]) -> Gra
     """The grade for `log_p` of every choice of every question.
 
     A choice earns its score (BIG-bench's multiple_choice_grade, where several may be right or one
-    half right); choices that are exactly equally likely earn the mean of theirs.
+    half right); choices that are exactly equally likely earn the mean of theirs. Raises `UserError`
+    where a likelihood is no number.
     """
     plain, per_byte, chance = [], [], []
     for question, of_choices in zip(questions, log_p, strict=True):
+        if any(map(math.isnan, of_choices)):
+            raise UserError(
+                f"question {question.question[:60]!r}: the log-likelihood of a choice is NaN; the"
+                " model's weights are damaged, or its numbers overflow"
+            )
         sizes = [len(choice.encode()) for choice in question.choices]
         plain.append(_earned(of_choices, question.scores))
         normal = [p / size for p, size in zip(of_choices, sizes, strict=True)]

@@ -5,12 +5,14 @@ lm = Harness(model, load_tokenizer("model", DIR), rows=8)
 lm_eval.simple_evaluate(lm, tasks=["arc_easy"])
 """
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from sat_jax.data.end_of_turn import Stop, end_of_turn
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 from sat_jax.evaluate.complete import complete
@@ -49,6 +51,7 @@ class Harness(LM):
         super().__init__()
         self._model, self._tokenizer, self._rows = model, tokenizer, rows
         self._system = system
+        self._ends: list[Stop] = []  # of answers, once a chat has been asked for
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """(log p, whether greedy) of each request's (context, continuation)."""
@@ -111,6 +114,7 @@ class Harness(LM):
         """The prompt of a conversation, which ends where the model's turn begins."""
         if not add_generation_prompt:
             raise UserError("a task that begins the model's turn itself cannot be asked as a chat")
+        self._ends = end_of_turn(self._tokenizer)
         return chat_prompt(self._tokenizer, chat_history, self._system)
 
     def _likelihoods(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
@@ -140,7 +144,7 @@ class Harness(LM):
                 prompts,
                 most,
                 self._rows,
-                stops=stops,
+                stops=[*stops, *self._ends],
                 sampling=sampling,
                 done=bar.update,
             )
@@ -173,7 +177,8 @@ def _sampling(settings: dict[str, Any]) -> Sampling:
 def find_tasks(tasks: Sequence[str], include_path: Path | None = None) -> TaskManager:
     """Who knows `tasks`: the harness's own, or those of YAML files in `include_path`.
 
-    Raises `UserError` for a task that is not known.
+    Raises `UserError` for a task that is not known, and for one that cannot be loaded: its YAML is
+    wrong, or its data cannot be had. What is loaded here is loaded again to be run, from a cache.
     """
     if include_path is not None:
         if not include_path.is_dir():
@@ -181,13 +186,25 @@ def find_tasks(tasks: Sequence[str], include_path: Path | None = None) -> TaskMa
         # To index the harness's thousands of files takes seconds; a group may still need them.
         alone = TaskManager(include_path=str(include_path), include_defaults=False)
         if set(tasks) <= set(alone.all_tasks) - set(alone.all_groups):
+            _load(alone, tasks)
             return alone
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         where = "" if include_path is None else f" or in {include_path}"
         raise UserError(f"no task {', '.join(unknown)} in lm-evaluation-harness{where}")
+    _load(manager, tasks)
     return manager
+
+
+def _load(manager: TaskManager, tasks: Sequence[str]) -> None:
+    load = getattr(manager, "load", None) or manager.load_task_or_group  # older ones
+    for task in tasks:
+        try:
+            load([task])
+        except Exception as error:  # the harness's, those of datasets and of a task's own code
+            cause = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+            raise UserError(f"task {task}: cannot be loaded: {cause}") from error
 
 
 def run_tasks(

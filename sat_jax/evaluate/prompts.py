@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from sat_jax.data.chat import render_chat
+from sat_jax.data.end_of_turn import Stop, end_of_turn
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 
@@ -44,14 +45,16 @@ class Prompting:
         """What stands between a prompt and an answer to it."""
         return "" if self.chat else " "
 
-    @property
-    def stops(self) -> list[str]:
-        """Where an answer is over though the model goes on: plain, at the next question.
+    def stops(self, tokenizer: Tokenizer) -> list[Stop]:
+        """Where an answer is over though the text is not: a turn at what ends it in the chat
+        template, plain at the next question.
 
-        Not where a template begins with the question itself; a turn has an end of its own.
+        Not where a template begins with the question itself.
         """
+        if self.chat:
+            return end_of_turn(tokenizer)
         start = self.asks.partition(QUESTION)[0].strip()
-        return [] if self.chat or not start else [f"\n{start}"]
+        return [f"\n{start}"] if start else []
 
     def prompt(self, tokenizer: Tokenizer, question: str) -> str:
         """The text that asks `question`."""

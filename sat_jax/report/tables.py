@@ -9,6 +9,7 @@ from sat_jax.analysis.tables import Align, percent, quantity, sides
 from sat_jax.analysis.twins import ESTIMATED, PAIRS
 from sat_jax.analysis.twins import NOTES as TWIN_NOTES
 from sat_jax.config import ModelConfig, OptimizerConfig
+from sat_jax.data.form import DONE
 from sat_jax.report.axes import AXES, RATES, Slice, slices, told, varied
 from sat_jax.report.groups import (
     Group,
@@ -187,7 +188,7 @@ def caption_of(group: Group, variants: Sequence[Variant], varied: Sequence[str])
 def _examples(run: Record) -> list[str]:
     """How full the training rows are, and what of the examples is not in them."""
     prepared = run.row["prepared"]
-    done = "dropped" if prepared["too_long"] == "drop" else "cut short"
+    done = DONE[prepared["too_long"]]
     counts = {**prepared["left_out"], f"longer than a row ({done})": prepared["long_documents"]}
     changed = ", ".join(f"{count:,} {why}" for why, count in counts.items() if count)
     examples = f"{prepared['documents']:,} examples"

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 
 from sat_jax.analysis.plots import Kept, plot_kept, plot_loss, plot_speed
+from sat_jax.data.form import Form
 from sat_jax.interop.huggingface import write_directory
 from sat_jax.models.loss import perplexity_of
 from sat_jax.train.account import Account, flops_of_probe, kept_shares, step_flops
 from sat_jax.train.metrics import MetricsLog, read_metrics
 from sat_jax.train.setup import Task
 from sat_jax.train.summary import Clock, write_summary
+from sat_jax.train.trained import exported
 from sat_jax.train.workdir import WorkDir
 
 
@@ -131,6 +133,7 @@ def _draw(
 def _export(task: Task, workdir: WorkDir, read: Callable[[str], np.ndarray]) -> str:
     directory = workdir.path / "huggingface"
     shutil.rmtree(directory, ignore_errors=True)  # of an end that was interrupted
-    write_directory(directory, task.model, read)
+    form = Form.of(task.config.data)
+    write_directory(directory, exported(task.model, task.tokenizer, form), read)
     task.tokenizer.save(directory)
     return str(directory)

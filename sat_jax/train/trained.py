@@ -1,12 +1,16 @@
 """The model of a run: what it starts from, and what it has trained by its newest whole checkpoint,
 or at a step's."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from sat_jax.config import Config
 from sat_jax.config_values import from_config_dict
+from sat_jax.data.end_of_turn import end_of_turn
+from sat_jax.data.form import Form
+from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 from sat_jax.interop import Weights, open_weights
 from sat_jax.models.llama_config import LlamaConfig
@@ -53,3 +57,11 @@ def starting_point(config: Config) -> tuple[LlamaConfig, Weights | None]:
         return weights.config, weights
     assert config.model.preset is not None
     return preset(config.model.preset), None
+
+
+def exported(model: LlamaConfig, tokenizer: Tokenizer, form: Form) -> LlamaConfig:
+    """The config that a model trained on data of this form is written with: a token that ended its
+    answers is one of its ends, behind its own, or other programs would not stop there."""
+    learnt = [] if form.text else end_of_turn(tokenizer)
+    ends = [end for end in learnt if isinstance(end, int) and end not in model.eos_token_ids]
+    return replace(model, eos_token_ids=(*model.eos_token_ids, *ends))
