@@ -22,9 +22,7 @@ _BEGIN, _END = "\ufdd0", "\ufdd1"
 # The day of every template that writes the date: what is prepared must not depend on when.
 _DAY = datetime.datetime(2024, 7, 26)
 # What the code in a template may raise, besides jinja2's own.
-_OF_TEMPLATES = (
-    *(TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError),
-)
+_RAISED = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 # An answer that no template writes itself.
 _ANSWER = "4x7z9"
 
@@ -144,7 +142,7 @@ def _render(
         )
     except jinja2.TemplateError as error:
         raise UserError(f"the model's chat template fails: {error}") from error
-    except _OF_TEMPLATES as error:
+    except _RAISED as error:
         kind = type(error).__name__
         raise UserError(f"the model's chat template fails: {kind}: {error}") from error
 
