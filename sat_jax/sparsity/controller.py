@@ -4,8 +4,8 @@ import dataclasses
 import hashlib
 import math
 import statistics
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sat_jax.errors import UserError
 from sat_jax.sparsity.plan import LayerRates, Neurons, Plan, make_plan
@@ -13,6 +13,9 @@ from sat_jax.sparsity.schedule import stairs
 
 if TYPE_CHECKING:
     from sat_jax.config import SparsityConfig
+
+Spread: TypeAlias = Callable[[float, float], tuple[LayerRates, LayerRates]]
+"""Overall rates (attention, MLP) → those of every layer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,14 +141,19 @@ def make_controller(
     rates: tuple[LayerRates, LayerRates],
     balance: int,
     dense_tokens: int = 0,
+    spread: Spread | None = None,
 ) -> Controller:
     """The rungs of a run at r0 `rates` (attention, MLP); rungs with equal counts are one.
 
-    `dense_tokens`: how many tokens of a row may use all channels.
+    `dense_tokens`: how many tokens of a row may use all channels. `spread` gives each stair's rates
+    to the layers, in place of those of `rates`: what a layer can omit exactly depends on the stair.
     """
     rungs: list[Rung] = []
     for stair in stairs(config.schedule, steps, config.rungs, config.split, config.dense_start):
         attention, mlp = (_scaled(rate, stair.scale) for rate in rates)
+        overall_rates = [overall(attention), overall(mlp)]
+        if spread is not None:
+            attention, mlp = spread(*overall_rates)
         plan = make_plan(
             neurons,
             attention,
@@ -162,7 +170,7 @@ def make_controller(
         if rungs and rungs[-1].plan == plan:
             rungs[-1] = dataclasses.replace(rungs[-1], stop=stair.stop)
         else:
-            asked = [0.0, 0.0] if neurons.is_dense(plan) else [overall(attention), overall(mlp)]
+            asked = [0.0, 0.0] if neurons.is_dense(plan) else overall_rates
             rungs.append(Rung(stair.start, stair.stop, plan, *asked))
     patience = config.patience if config.schedule == "auto" else None
     return Controller(rungs, neurons, config.refresh_every, patience, config.min_gain)
