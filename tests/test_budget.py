@@ -64,8 +64,8 @@ def test_layers_omit_whole_units_that_add_up_to_the_overall_rate() -> None:
 
 
 def test_whole_units_go_to_the_layers_that_spare_them_best() -> None:
-    # Best were 0.675 and 0.225, of three units 2.025 and 0.675. Asked for are 5.4 of 12 units: 2 and
-    # 1 in two layers each are 6, 2 and 0 are 4.
+    # Best were 0.675 and 0.225, of three units 2.025 and 0.675. Asked for are 5.4 of 12 units: 2
+    # and 1 in two layers each are 6, 2 and 0 are 4.
     assert allocate(measured(1.0, 3.0), 0.45, 0.45, 2, (3, 10**6))[0] == (
         *(0.666667, 0.666667, 0.333333, 0.333333),
     )

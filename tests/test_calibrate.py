@@ -108,8 +108,8 @@ def test_the_rates_of_a_run_come_from_its_budget(
         (["--blocks", "3"], "--blocks 3; accepted: 1 to 2, the model's layers"),
         (["--config.sparsity.rate_mlp=0"], "a calibration is made at the rates of a run"),
         # Of two groups a fifth is none.
-        (["--config.sparsity.rate=0.2"], "sparsity.rate_attention 0.2 omits nothing of a layer"),
-        (["--config.sparsity.rate_mlp=0.001"], "sparsity.rate_mlp 0.001 omits nothing of a layer"),
+        (["--config.sparsity.rate=0.2"], "sparsity.rate_attention 0.2 omits nothing: it rounds"),
+        (["--config.sparsity.rate_mlp=0.001"], "sparsity.rate_mlp 0.001 omits nothing: it rounds"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

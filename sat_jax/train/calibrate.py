@@ -55,8 +55,8 @@ def calibrate(task: Task, blocks: int, rows: int, log: Callable[[str], None]) ->
     for module, rate, share in zip(("attention", "mlp"), (attention, mlp), kept, strict=True):
         if share == 1:
             raise UserError(
-                f"sparsity.rate_{module} {rate} omits nothing of a layer, of which so small a share"
-                " is less than half a unit; accepted for a calibration: a higher one"
+                f"sparsity.rate_{module} {rate} omits nothing: it rounds to no whole unit of a"
+                " layer; accepted for a calibration: a higher one"
             )
     at_once = min(rows, config.train.rows_per_step // config.train.accumulate)
     batches = list(in_order(open_split(task.data, "train"), at_once, rows))
