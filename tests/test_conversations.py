@@ -25,8 +25,9 @@ from sat_jax.evaluate.subject import open_subject
 from sat_jax.interop import open_weights
 from sat_jax.train.loop import Run, train
 from sat_jax.train.metrics import read_metrics
-from sat_jax.train.setup import set_up
+from sat_jax.train.setup import controller_of, set_up
 from sat_jax.train.summary import Clock
+from sat_jax.train.trained import starting_point
 from sat_jax.train.workdir import WorkDir
 from scripts import evaluate
 from scripts import prepare_data as script
@@ -374,6 +375,7 @@ def test_a_run_learns_the_answers(tmp_path: Path) -> None:
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
     assert 0.5 * last["tokens"] < last["loss_tokens"] < 0.9 * last["tokens"]
     assert (summary["tokens"], summary["loss_tokens"]) == (last["tokens"], last["loss_tokens"])
+    assert summary["kept"] == controller_of(config, starting_point(config)[0]).kept
     assert summary["prepared"]["splits"]["train"]["documents"] == 180
     subject = open_subject(str(tmp_path / "run"))
     data = prepared_data(cache_dir("data") / summary["data"], "held_out", subject.weights.config, 2)

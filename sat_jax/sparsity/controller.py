@@ -70,6 +70,16 @@ class Controller:
         """How many tokens of a row may use all channels."""
         return max(s.dense_tokens for rung in self.rungs for s in rung.plan.segments)
 
+    @property
+    def kept(self) -> str:
+        """A name for how many neurons each layer keeps on each rung, which a budget's file decides;
+        the rest of the plans follows from settings and data."""
+        counts = [
+            [(s.start, s.stop, s.kv_groups, s.query_heads, s.channels) for s in rung.plan.segments]
+            for rung in self.rungs
+        ]
+        return _name(repr(counts))
+
     def number_at(self, step: int) -> int:
         """Which rung, from 0, trains step `step` (from 0)."""
         return next(n for n, rung in enumerate(self.rungs) if rung.start <= step < rung.stop)
@@ -124,8 +134,7 @@ class Controller:
 
     def _plans(self) -> str:
         """A name for what all rungs keep."""
-        plans = repr([rung.plan for rung in self.rungs])
-        return hashlib.sha256(plans.encode()).hexdigest()[:20]
+        return _name(repr([rung.plan for rung in self.rungs]))
 
     def _begin(self, number: int, step: int) -> None:
         rungs = list(self.rungs)
@@ -151,9 +160,9 @@ def make_controller(
     rungs: list[Rung] = []
     for stair in stairs(config.schedule, steps, config.rungs, config.split, config.dense_start):
         attention, mlp = (_scaled(rate, stair.scale) for rate in rates)
-        overall_rates = [overall(attention), overall(mlp)]
+        asked = [overall(attention), overall(mlp)]
         if spread is not None:
-            attention, mlp = spread(*overall_rates)
+            attention, mlp = spread(*asked)
         plan = make_plan(
             neurons,
             attention,
@@ -170,7 +179,8 @@ def make_controller(
         if rungs and rungs[-1].plan == plan:
             rungs[-1] = dataclasses.replace(rungs[-1], stop=stair.stop)
         else:
-            asked = [0.0, 0.0] if neurons.is_dense(plan) else overall_rates
+            if neurons.is_dense(plan):
+                asked = [0.0, 0.0]
             rungs.append(Rung(stair.start, stair.stop, plan, *asked))
     patience = config.patience if config.schedule == "auto" else None
     return Controller(rungs, neurons, config.refresh_every, patience, config.min_gain)
@@ -179,6 +189,10 @@ def make_controller(
 def overall(rates: LayerRates) -> float:
     """One rate for all layers: the mean of those that each has."""
     return statistics.fmean(rates) if isinstance(rates, Sequence) else rates
+
+
+def _name(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def _scaled(rates: LayerRates, scale: float) -> LayerRates:
