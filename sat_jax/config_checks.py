@@ -6,7 +6,7 @@ from sat_jax.errors import UserError
 from sat_jax.sparsity.importance import METRICS
 
 if TYPE_CHECKING:
-    from sat_jax.config import Config
+    from sat_jax.config import Config, SparsityConfig
 
 
 def check_sparsity(config: "Config") -> None:
@@ -137,19 +137,25 @@ def _check_schedule(config: "Config") -> None:
             "sparsity.patience and sparsity.min_gain are for sparsity.schedule 'auto', not"
             f" {sparse.schedule!r}"
         )
-    if sparse.dense_start == 1.0 or (
-        sparse.schedule in ("ladder", "auto", "s2d") and sparse.dense_start > sparse.split
-    ):
-        raise UserError(
-            f"sparsity.dense_start {sparse.dense_start} leaves no step at r0; accepted: up to"
-            " sparsity.split, and below 1"
-        )
-    if sparse.schedule in ("ladder", "auto", "s2d") and sparse.split == 1.0:
-        raise UserError(
-            f"sparsity.split 1.0 leaves the {sparse.schedule} no dense step; accepted: below 1"
-        )
+    if sparse.dense_start == 1.0:
+        raise UserError("sparsity.dense_start 1.0 leaves no step at r0; accepted: below 1")
+    if sparse.schedule in ("ladder", "auto", "s2d"):
+        _check_split(sparse)
     if sparse.schedule in ("linear", "cosine", "cubic") and sparse.rungs == 1:
         raise UserError(
             f"sparsity.rungs 1 leaves the {sparse.schedule} schedule no dense step; accepted:"
             " 2 or more"
+        )
+
+
+def _check_split(sparse: "SparsityConfig") -> None:
+    """Between the dense start and the split are the steps at r0, after the split the dense ones."""
+    if sparse.dense_start >= sparse.split:
+        raise UserError(
+            f"sparsity.dense_start {sparse.dense_start} and sparsity.split {sparse.split} leave the"
+            f" {sparse.schedule} no step at r0; accepted: a dense_start below split"
+        )
+    if sparse.split == 1.0:
+        raise UserError(
+            f"sparsity.split 1.0 leaves the {sparse.schedule} no dense step; accepted: below 1"
         )

@@ -40,9 +40,10 @@ def main() -> None:
     if not given.out.parent.is_dir():
         raise UserError(f"--out {given.out}: there is no folder {given.out.parent}")
     from sat_jax.config_values import load
-    from sat_jax.sparsity.budget import allocate, save
+    from sat_jax.sparsity.budget import save
+    from sat_jax.sparsity.controller import overall
     from sat_jax.train.calibrate import calibrate
-    from sat_jax.train.setup import set_up
+    from sat_jax.train.setup import set_up, spread_by
 
     config = load(given.config, overrides)
     task = set_up(config, _say)
@@ -51,10 +52,12 @@ def main() -> None:
         raise UserError(f"--blocks {given.blocks}; accepted: 1 to {layers}, the model's layers")
     measured = calibrate(task, given.blocks, given.rows, _say)
     save(measured, given.out)
-    rates = allocate(measured, *config.rates, config.sparsity.max_segments)
-    print(f"{'layer':>5} {'heads':>6} {'channels':>8}   rates at a mean of {config.rates}")
+    rates = spread_by(measured, config, task.controller.neurons)(*config.rates)
+    print(f"{'layer':>5} {'heads':>6} {'channels':>8}   rates, asked for a mean of {config.rates}")
     for layer, (heads, channels) in enumerate(zip(*rates, strict=True)):
         print(f"{layer:>5} {heads:>6.2f} {channels:>8.2f}")
+    heads, channels = map(overall, rates)
+    print(f"{'mean':>5} {heads:>6.2f} {channels:>8.2f}")
     print(f"written: {given.out}; use it with --config.sparsity.budget={given.out}")
 
 

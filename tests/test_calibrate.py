@@ -15,7 +15,7 @@ from sat_jax.data.batches import in_order, open_split
 from sat_jax.errors import UserError
 from sat_jax.models.params import abstract, bind, numbered
 from sat_jax.sparsity import budget
-from sat_jax.sparsity.importance import METRICS, channel_evidence
+from sat_jax.sparsity.importance import METRICS, channel_evidence, head_evidence
 from sat_jax.train.calibrate import calibrate
 from sat_jax.train.probe import observed
 from sat_jax.train.setup import Task, initial_params, set_up, shape_of
@@ -56,13 +56,19 @@ def test_a_rise_is_that_of_the_loss_without_what_is_omitted() -> None:
         return sum(float(total(params, batch)) for batch in rows) / tokens
 
     stats = observed(bind(graph, numbered(params)), rows[0], ("outputs",))
-    scores = np.asarray(METRICS["output"].score(channel_evidence(params, stats, jax.random.key(0))))
+    key = jax.random.key(0)
+    scores = np.asarray(METRICS["output"].score(channel_evidence(params, stats, key)))
     for layer in range(2):
         omitted = np.argsort(scores[layer])[: scores.shape[1] // 2]
         down = jnp.asarray(params["layers/mlp/down"]).at[layer, omitted].set(0)
         rise = loss(params | {"layers/mlp/down": down}) - loss(params)
         assert_close(measured.mlp[layer], rise, "float32", "backward")
-    assert min(map(abs, measured.attention)) > 0
+    scores = np.asarray(METRICS["output"].score(head_evidence(params, stats, "kv_group", key)))
+    for layer in range(2):
+        omitted = np.argmin(scores[layer])  # of two groups
+        output = jnp.asarray(params["layers/attention/output"]).at[layer, omitted].set(0)
+        rise = loss(params | {"layers/attention/output": output}) - loss(params)
+        assert_close(measured.attention[layer], rise, "float32", "backward")
 
 
 def test_the_rates_of_a_run_come_from_its_budget(
@@ -73,7 +79,9 @@ def test_the_rates_of_a_run_come_from_its_budget(
     line = ["--config=experiments/tiny.py", *settings, "--out", str(file), "--rows", "2"]
     monkeypatch.setattr(sys, "argv", ["calibrate", *line, "--blocks", "2"])
     script.main()
-    assert f"--config.sparsity.budget={file}" in capsys.readouterr().out
+    *_, mean, told = capsys.readouterr().out.splitlines()
+    assert mean.split() == ["mean", "0.50", "0.50"]
+    assert f"--config.sparsity.budget={file}" in told
     measured = budget.load(file, shape_of(task().model), "output")
     with pytest.raises(UserError, match="metric 'output', and the run's is 'magnitude'"):
         task(f"sparsity.budget={file}", "sparsity.metric=magnitude")
@@ -86,8 +94,9 @@ def test_the_rates_of_a_run_come_from_its_budget(
     given = task(f"sparsity.budget={file}", "sparsity.rate=0.4", "sparsity.rate_attention=0.5")
     plan = given.controller.rungs[0].plan
     kept = [(s.start, s.stop, s.kv_groups, s.channels) for s in plan.segments]
-    width = given.model.d_ff
-    assert kept == [(0, 1, 1, round(0.4 * width)), (1, 2, 1, round(0.8 * width))]
+    assert given.model.d_ff == 128
+    # 0.6 and 0.2 are 76.8 and 25.6 channels; nearest to the 102.4 asked for are 76 and 26.
+    assert kept == [(0, 1, 1, 128 - 76), (1, 2, 1, 128 - 26)]
     assert_close(given.controller.rungs[0].rate_mlp, 0.4, "float32", "forward")
 
 
@@ -98,6 +107,9 @@ def test_the_rates_of_a_run_come_from_its_budget(
         (["--out", "none/x.json"], "--out none/x.json: there is no folder none"),
         (["--blocks", "3"], "--blocks 3; accepted: 1 to 2, the model's layers"),
         (["--config.sparsity.rate_mlp=0"], "a calibration is made at the rates of a run"),
+        # Of two groups a fifth is none.
+        (["--config.sparsity.rate=0.2"], "sparsity.rate_attention 0.2 omits nothing: it rounds"),
+        (["--config.sparsity.rate_mlp=0.001"], "sparsity.rate_mlp 0.001 omits nothing: it rounds"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

@@ -126,6 +126,8 @@ DEPENDENT = {
         "sparsity.dense_start",
         "sparsity.patience",
         "sparsity.min_gain",
+        "sparsity.refresh_every",
+        "sparsity.forward",
     ),
     *("sparsity.layer_rates_attention", "sparsity.layer_rates_mlp", "sparsity.dense_layers"),
     *("mesh.data", "mesh.tensor", "sparsity.execution", "model.kernels"),

@@ -83,8 +83,17 @@ from tests.test_config import built, refusal
         ),
         (
             {"sparsity__rate": 0.1, "sparsity__dense_start": 0.6},
-            "sparsity.dense_start 0.6 leaves no step at r0; accepted: up to sparsity.split, and"
-            " below 1",
+            "sparsity.dense_start 0.6 and sparsity.split 0.5 leave the ladder no step at r0;"
+            " accepted: a dense_start below split",
+        ),
+        (
+            {"sparsity__rate": 0.1, "sparsity__dense_start": 0.5, "sparsity__schedule": "s2d"},
+            "sparsity.dense_start 0.5 and sparsity.split 0.5 leave the s2d no step at r0;"
+            " accepted: a dense_start below split",
+        ),
+        (
+            {"sparsity__rate": 0.1, "sparsity__dense_start": 1.0, "sparsity__schedule": "linear"},
+            "sparsity.dense_start 1.0 leaves no step at r0; accepted: below 1",
         ),
         (
             {"sparsity__rate_mlp": 0.1, "sparsity__layer_rates_mlp": (0.1,)},
@@ -138,6 +147,8 @@ def test_settings_that_only_look_as_if_they_did_not_fit() -> None:
     assert built(sparsity__split=1.0).sparsity.rate == 0
     assert built(sparsity__rate=0.5, sparsity__split=1.0, sparsity__schedule="constant")
     assert built(sparsity__rate=0.5, sparsity__rungs=1)
+    late = {"sparsity__dense_start": 0.6, "sparsity__schedule": "constant"}
+    assert built(sparsity__rate=0.5, **late)
     assert built(mesh__tensor=2, sparsity__balance=4)
     assert built(model__preset=None, model__path="somewhere")
     assert built(optimizer__moments="decay", sparsity__execution="mask")

@@ -18,7 +18,6 @@ from sat_jax.sweep.launch import Job, Local, Slurm, slurm_options
 from sat_jax.sweep.runs import Run, make_runs, prepare_all
 from sat_jax.sweep.watch import State
 from sat_jax.train.files import write_json
-from scripts import sweep as script
 from tests.conftest import ROOT, RunPython
 
 TINY = str(ROOT / "experiments/tiny.py")
@@ -232,29 +231,6 @@ def test_the_folder_remembers_what_was_asked(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {})
     with pytest.raises(UserError, match="holds a run; a sweep needs"), ExitStack() as stack:
         SweepDir(tmp_path).hold(stack)
-
-
-def test_a_run_that_finished_on_other_data_is_not_finished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text, other, folder = tmp_path / "x.md", tmp_path / "y.md", tmp_path / "sweep"
-    text.write_text("One text. " * 2000)
-    other.write_text("A second text. " * 2000)
-    sources = f"--config.data.sources={text},{other}"
-    line = ["sweep", f"--config={TINY}", f"--workdir={folder}", sources, "--seeds=1"]
-    monkeypatch.setattr("sys.argv", line)
-    (run,) = make_runs(experiment(TINY), {"data.sources": (str(text), str(other))}, [{}])[0]
-    data = prepare_all([run], print)[0][run.name]
-    done = SweepDir(folder).watched(run)
-    done.workdir.path.mkdir(parents=True)
-    write_json(done.workdir.summary, {"data": data})
-    done.check_data(data)
-    (folder / "lock").touch()
-    text.write_text("Another text. " * 2000)
-    with pytest.raises(UserError) as caught:
-        script.main()
-    assert str(caught.value).startswith(f"run {run.name} in {folder} has finished on data that")
-    assert not (folder / "sweep.json").exists()
 
 
 def test_options_of_a_launcher_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,8 @@ def row_of(
     settings = {key: without_place(value, key) for key, value in settings.items()}
     row |= names | {"settings": settings, "sparsity": dataclasses.asdict(config.sparsity)}
     row["sparsity"]["budget"] = without_place(config.sparsity.budget, "sparsity.budget")
-    row["prepared"] = _of_data(summary["prepared"])
+    if "prepared" in summary:  # older versions wrote none
+        row["prepared"] = _of_data(summary["prepared"])
     row["curve"] = curve_of(records, summary)
     plain: dict[str, Any] = json.loads(json.dumps(row))  # tuples become lists
     return plain

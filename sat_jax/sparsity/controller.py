@@ -4,8 +4,8 @@ import dataclasses
 import hashlib
 import math
 import statistics
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sat_jax.errors import UserError
 from sat_jax.sparsity.plan import LayerRates, Neurons, Plan, make_plan
@@ -13,6 +13,9 @@ from sat_jax.sparsity.schedule import stairs
 
 if TYPE_CHECKING:
     from sat_jax.config import SparsityConfig
+
+Spread: TypeAlias = Callable[[float, float], tuple[LayerRates, LayerRates]]
+"""Overall rates (attention, MLP) → those of every layer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +69,16 @@ class Controller:
     def dense_tokens(self) -> int:
         """How many tokens of a row may use all channels."""
         return max(s.dense_tokens for rung in self.rungs for s in rung.plan.segments)
+
+    @property
+    def kept(self) -> str:
+        """A name for how many neurons each layer keeps on each rung, which a budget's file decides;
+        the rest of the plans follows from settings and data."""
+        counts = [
+            [(s.start, s.stop, s.kv_groups, s.query_heads, s.channels) for s in rung.plan.segments]
+            for rung in self.rungs
+        ]
+        return _name(repr(counts))
 
     def number_at(self, step: int) -> int:
         """Which rung, from 0, trains step `step` (from 0)."""
@@ -121,8 +134,7 @@ class Controller:
 
     def _plans(self) -> str:
         """A name for what all rungs keep."""
-        plans = repr([rung.plan for rung in self.rungs])
-        return hashlib.sha256(plans.encode()).hexdigest()[:20]
+        return _name(repr([rung.plan for rung in self.rungs]))
 
     def _begin(self, number: int, step: int) -> None:
         rungs = list(self.rungs)
@@ -138,14 +150,19 @@ def make_controller(
     rates: tuple[LayerRates, LayerRates],
     balance: int,
     dense_tokens: int = 0,
+    spread: Spread | None = None,
 ) -> Controller:
     """The rungs of a run at r0 `rates` (attention, MLP); rungs with equal counts are one.
 
-    `dense_tokens`: how many tokens of a row may use all channels.
+    `dense_tokens`: how many tokens of a row may use all channels. `spread` gives each stair's rates
+    to the layers, in place of those of `rates`: what a layer can omit exactly depends on the stair.
     """
     rungs: list[Rung] = []
     for stair in stairs(config.schedule, steps, config.rungs, config.split, config.dense_start):
         attention, mlp = (_scaled(rate, stair.scale) for rate in rates)
+        asked = [overall(attention), overall(mlp)]
+        if spread is not None:
+            attention, mlp = spread(*asked)
         plan = make_plan(
             neurons,
             attention,
@@ -162,7 +179,8 @@ def make_controller(
         if rungs and rungs[-1].plan == plan:
             rungs[-1] = dataclasses.replace(rungs[-1], stop=stair.stop)
         else:
-            asked = [0.0, 0.0] if neurons.is_dense(plan) else [overall(attention), overall(mlp)]
+            if neurons.is_dense(plan):
+                asked = [0.0, 0.0]
             rungs.append(Rung(stair.start, stair.stop, plan, *asked))
     patience = config.patience if config.schedule == "auto" else None
     return Controller(rungs, neurons, config.refresh_every, patience, config.min_gain)
@@ -171,6 +189,10 @@ def make_controller(
 def overall(rates: LayerRates) -> float:
     """One rate for all layers: the mean of those that each has."""
     return statistics.fmean(rates) if isinstance(rates, Sequence) else rates
+
+
+def _name(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def _scaled(rates: LayerRates, scale: float) -> LayerRates:

@@ -82,6 +82,25 @@ def kept_count(total: int, rate: float, unit: int = 1) -> int:
     return max(unit, unit * math.floor(units + 0.5))
 
 
+def layer_units(
+    neurons: Neurons,
+    rate_attention: float,
+    rate_mlp: float,
+    attention_unit: AttentionUnit,
+    block: int,
+    balance: int,
+) -> tuple[int, int]:
+    """Of how many equal parts, all or none of each, a layer's heads and its channels are omitted.
+
+    Raises `UserError` where some are omitted at these rates and `block` and `balance` do not divide
+    them.
+    """
+    by_group = _by_group(neurons, attention_unit)
+    _check_units(neurons, rate_attention > 0 and by_group, rate_mlp > 0, block, balance)
+    heads = neurons.kv_groups // balance if by_group else neurons.query_heads
+    return heads, neurons.channels // (block * balance)
+
+
 def make_plan(
     neurons: Neurons,
     rate_attention: LayerRates,
@@ -103,17 +122,13 @@ def make_plan(
     Raises `UserError` for neurons that are chosen and that `block` and `balance` do not divide, a
     layer that does not exist, and more than `max_segments` runs of layers.
     """
-    by_group = attention_unit == "kv_group" or neurons.query_heads == 1
+    by_group = _by_group(neurons, attention_unit)
     dense = _layer_numbers(dense_layers, neurons.layers)
     heads, channels = (
         [0.0 if layer in dense else rate for layer, rate in enumerate(rates)]
         for rates in (_by_layer(rate_attention, neurons), _by_layer(rate_mlp, neurons))
     )
-    if any(heads) and by_group:
-        _check_divides("sparsity.balance", balance, "KV groups", neurons.kv_groups)
-    if any(channels):
-        unit = block * balance
-        _check_divides("sparsity.block × sparsity.balance", unit, "channels", neurons.channels)
+    _check_units(neurons, any(heads) and by_group, any(channels), block, balance)
     counts = [
         (
             kept_count(neurons.kv_groups, h if by_group else 0.0, balance),
@@ -140,6 +155,19 @@ def make_plan(
             f" segments; accepted: up to sparsity.max_segments = {max_segments}"
         )
     return Plan(segments, balance, block)
+
+
+def _by_group(neurons: Neurons, attention_unit: AttentionUnit) -> bool:
+    return attention_unit == "kv_group" or neurons.query_heads == 1
+
+
+def _check_units(neurons: Neurons, groups: bool, channels: bool, block: int, balance: int) -> None:
+    """Raises `UserError` unless what is chosen, KV groups and channels, divides evenly."""
+    if groups:
+        _check_divides("sparsity.balance", balance, "KV groups", neurons.kv_groups)
+    if channels:
+        unit = block * balance
+        _check_divides("sparsity.block × sparsity.balance", unit, "channels", neurons.channels)
 
 
 def _by_layer(rates: LayerRates, neurons: Neurons) -> Sequence[float]:

@@ -34,7 +34,7 @@ def calibrate(task: Task, blocks: int, rows: int, log: Callable[[str], None]) ->
     the settings' metric, from the first rows.
 
     `blocks` runs of layers, of equal length but for one layer. Raises `UserError` for settings that
-    omit nothing.
+    omit no heads or no channels.
     """
     config, neurons = task.config, task.controller.neurons
     attention, mlp = config.rates
@@ -51,6 +51,13 @@ def calibrate(task: Task, blocks: int, rows: int, log: Callable[[str], None]) ->
         block=config.sparsity.block,
         balance=config.sparsity.balance or config.mesh.tensor,
     )
+    kept = kept_shares(plan, neurons)
+    for module, rate, share in zip(("attention", "mlp"), (attention, mlp), kept, strict=True):
+        if share == 1:
+            raise UserError(
+                f"sparsity.rate_{module} {rate} omits nothing: it rounds to no whole unit of a"
+                " layer; accepted for a calibration: a higher one"
+            )
     at_once = min(rows, config.train.rows_per_step // config.train.accumulate)
     batches = list(in_order(open_split(task.data, "train"), at_once, rows))
     with jax.set_mesh(task.mesh):
@@ -59,7 +66,6 @@ def calibrate(task: Task, blocks: int, rows: int, log: Callable[[str], None]) ->
         loss = _loss(task, params, batches)
         borders = [round(b * neurons.layers / blocks) for b in range(blocks + 1)]
         heads, channels = _rises(loss, omitting, borders, log)
-    kept = kept_shares(plan, neurons)
     return Sensitivity(
         tuple(borders),
         *(1 - kept[0], 1 - kept[1]),
@@ -101,7 +107,8 @@ def _gates(task: Task, plan: Plan, params: dict[str, Array], batch: Batch) -> Ga
         stats = observed(bind(graph, numbered(params)), batch, needs)
         return choose(params, stats, plan, neurons, criteria, jax.random.key(config.seed))
 
-    # The counts of kept neurons that an account makes of one selection are its gates.
+    # The counts of kept neurons that an account makes of one selection are its gates: every layer
+    # omits some heads and some channels, so that each has been counted.
     account = Account(task.controller)
     account.count(plan, jax.jit(masks)(params, batch))
     return Gates(

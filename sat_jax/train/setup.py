@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -22,10 +23,10 @@ from sat_jax.models.params import initial, shapes
 from sat_jax.parallel.mesh import make_mesh
 from sat_jax.parallel.processes import check_joined
 from sat_jax.parallel.rules import check_divisible, tree_shardings
-from sat_jax.sparsity.budget import allocate
+from sat_jax.sparsity.budget import Sensitivity, allocate
 from sat_jax.sparsity.budget import load as load_budget
-from sat_jax.sparsity.controller import Controller, make_controller
-from sat_jax.sparsity.plan import LayerRates, Neurons
+from sat_jax.sparsity.controller import Controller, Spread, make_controller
+from sat_jax.sparsity.plan import Neurons, layer_units
 from sat_jax.train.trained import starting_point
 
 _ROUND = 64
@@ -78,9 +79,10 @@ def controller_of(config: Config, model: LlamaConfig, row_targets: int | None = 
         config.sparsity,
         neurons,
         config.train.steps,
-        _layer_rates(config, model),
+        config.layer_rates,
         config.sparsity.balance or config.mesh.tensor,
         _capacity(config, row_targets) if config.sparsity.dense_tokens else 0,
+        _spread(config, model, neurons),
     )
 
 
@@ -133,13 +135,20 @@ def shape_of(model: LlamaConfig) -> str:
     return f"{model.family}: {model.n_layers} layers, {heads}, {width}"
 
 
-def _layer_rates(config: Config, model: LlamaConfig) -> tuple[LayerRates, LayerRates]:
+def spread_by(sensitivity: Sensitivity, config: Config, neurons: Neurons) -> Spread:
+    """How a calibration spreads overall rates, at the settings of a run."""
     sparse = config.sparsity
-    if sparse.budget is None:
-        return config.layer_rates
-    file = Path(sparse.budget).expanduser()
-    sensitivity = load_budget(file, shape_of(model), sparse.metric)
-    return allocate(sensitivity, *config.rates, sparse.max_segments)
+    balance = sparse.balance or config.mesh.tensor
+    units = layer_units(neurons, *config.rates, sparse.attention_unit, sparse.block, balance)
+    return partial(allocate, sensitivity, max_segments=sparse.max_segments, units=units)
+
+
+def _spread(config: Config, model: LlamaConfig, neurons: Neurons) -> Spread | None:
+    if config.sparsity.budget is None:
+        return None
+    file = Path(config.sparsity.budget).expanduser()
+    sensitivity = load_budget(file, shape_of(model), config.sparsity.metric)
+    return spread_by(sensitivity, config, neurons)
 
 
 def _model_path(config: Config) -> Path | None:
