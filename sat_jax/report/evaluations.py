@@ -8,6 +8,7 @@ from sat_jax.errors import UserError
 from sat_jax.report.records import Record
 
 Row = dict[str, Any]
+_ASIDE = ("generations", "rows")  # options of how it was done, not of what
 
 
 def answers(rows: Sequence[Row]) -> str:
@@ -35,7 +36,7 @@ def _by_questions(rows: Sequence[Row], measure: str, titles: Sequence[str], line
     for row in rows:
         if row.get("measure") == measure:
             # Figures compare where the same is asked in the same way.
-            asked.setdefault(str((row["data"], row["options"])), {})[_name(row)] = row
+            asked.setdefault(f"{row['data']} {_told(row)}", {})[_name(row)] = row
     if not asked:
         raise UserError(f"no evaluation by {measure} among the rows")
     parts = []
@@ -43,12 +44,17 @@ def _by_questions(rows: Sequence[Row], measure: str, titles: Sequence[str], line
         body = [[name, *line(row)] for name, row in models.items()]
         parts.append(markdown(("model", *titles), body, sides(1, len(titles))))
         row = next(iter(models.values()))
-        given = [f"{key} {value}" for key, value in row["options"].items() if value is not None]
         parts.append(
-            f"{row['data']}, {row['questions']:,} questions; {', '.join(given)};"
-            f" {Record(row).device}. ± is the standard error over questions."
+            f"{row['data']}, {row['questions']:,} questions; {_told(row)}; {Record(row).device}."
+            " ± is the standard error over questions."
         )
     return "\n\n".join(parts)
+
+
+def _told(row: Row) -> str:
+    """The options that figures depend on and that were given."""
+    options = {key: value for key, value in row["options"].items() if key not in _ASIDE}
+    return ", ".join(f"{key} {value}" for key, value in options.items() if value is not None)
 
 
 def _name(row: Row) -> str:
