@@ -37,6 +37,14 @@ def test_every_curve_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     best = [f"metric {m}, selection topk" for m in METRICS]
     assert set(loss) == {"dense", *best, "metric output, selection sample"}
     assert "metric output, selection topk" in front
+    # A wide picture has room for more names.
+    monkeypatch.setattr(figures, "_MANY_POINTS", 5)
+    (group,) = make_groups(records)
+    for width, counted in ((5.2, 3), (15.6, len(pairs) + 1)):
+        figure = figures.flops_figure(group, width)
+        assert figure is not None
+        names = figure.axes[0].get_legend_handles_labels()[1]
+        assert (len(names), "others" in names) == (counted, width == 5.2)
 
     ladders: list[dict[str, Any]] = [
         {},

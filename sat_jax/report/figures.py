@@ -27,7 +27,7 @@ _MARKERS = "osD^vP*X<>"
 _FONT = 10
 _LINE = 0.19  # inches of height that a line of names takes
 _MANY = 9  # lines or names beyond which a picture is a tangle
-_MANY_POINTS = 18  # points with names
+_MANY_POINTS = 18  # points with names, in a picture of the usual width
 
 _SIZE = {"width": 5.2, "height": 3.9}  # inches; read at the width of a telephone too
 
@@ -214,10 +214,11 @@ def _scatter(
     )  # fmt: skip
     styles = _styles(group)
     others = False
+    many = len(points) > _MANY_POINTS * width / _SIZE["width"]
     for number, (one, place, gap, estimated) in enumerate(points):
         style = styles[id(one)]
         name = f"{ESTIMATED} {label(group, one)}" if estimated else label(group, one)
-        if len(points) > _MANY_POINTS and not (number in joined or one.dense or plain(group, one)):
+        if many and not (number in joined or one.dense or plain(group, one)):
             style = {"color": GREY, "marker": "o"}
             name, others = "_" if others else "others", True
         axes.errorbar(
