@@ -90,6 +90,16 @@ def test_they_are_a_group_where_there_is_no_longer_one(tmp_path: Path) -> None:
     assert [row[0] for row in rates.texts] == ["dense"]
 
 
+def test_they_have_their_name_where_the_dense_run_is_missing(tmp_path: Path) -> None:
+    """They are not what the others are held against."""
+    some = study(tmp_path)[2:4]
+    (rates, _) = tables_of(make_groups(some))
+    assert [row[:1] + row[4:] for row in rates.texts] == [
+        ["dense, 6 steps", "-", "-", "-", "-"],
+        ["0.4", "-", "80 %", "≈ 1.33×", "1.25×"],
+    ]
+
+
 def test_the_front_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     *_, front, _ = legends(study(tmp_path), monkeypatch)
     assert set(front) == {"dense", "dense, 6 steps", "rate 0.4"}

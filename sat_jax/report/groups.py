@@ -19,12 +19,13 @@ class Variant:
     """Runs that differ in their seed alone, in its order, each with the dense run of its seed where
     there is one, which is of the same tokens for a sparse one, and for a dense one of more.
     `settings` are those of sparsity; a dense variant has none. `lengths`: the dense runs of each
-    run's seed of all lengths."""
+    run's seed of all lengths. `steps`: of the runs that the group compares."""
 
     settings: Settings
     runs: tuple[Record, ...]
     twins: tuple[Record | None, ...]
     lengths: tuple[tuple[Record, ...], ...]
+    steps: int
 
     @property
     def dense(self) -> bool:
@@ -33,7 +34,7 @@ class Variant:
     @property
     def reference(self) -> bool:
         """Whether the others of the group are held against this one."""
-        return self.dense and not any(self.twins)
+        return self.dense and self.runs[0].row["steps"] == self.steps
 
     def over(self, measure: Callable[[Record], float | None]) -> list[float | None]:
         """`measure` of each run."""
@@ -60,8 +61,12 @@ class Variant:
         ]
 
     def speedups(self) -> Speedups:
-        """Of the whole runs, as `whole_runs` has them."""
-        return whole_runs(*self._rows)
+        """Of the whole runs, as `whole_runs` has them; without estimates of dense ones, whose own
+        rung says nothing of a longer run."""
+        found = whole_runs(*self._rows)
+        if self.dense and found.estimated:
+            return found._replace(values=[None] * len(self.runs))
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,13 +115,13 @@ def make_groups(records: Iterable[Record]) -> list[Group]:
 def _group(members: Sequence[Record], series: Sequence[Record]) -> Group:
     """`series`: the dense runs of all lengths that share the rest with `members`."""
     dense = {record.seed: record for record in members if record.dense}
-    steps = members[0].row["steps"]
+    steps: int = members[0].row["steps"]
 
     def variant(runs: Sequence[Record], of_tokens: Mapping[int, Record]) -> Variant:
         ordered = tuple(sorted(runs, key=lambda run: run.seed))
         lengths = tuple(tuple(o for o in series if o.seed == run.seed) for run in ordered)
         twins = tuple(of_tokens.get(run.seed) for run in ordered)
-        return Variant(ordered[0].sparse, ordered, twins, lengths)
+        return Variant(ordered[0].sparse, ordered, twins, lengths, steps)
 
     sparse: dict[str, list[Record]] = {}
     shorter: dict[int, list[Record]] = {}
