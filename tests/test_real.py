@@ -159,9 +159,10 @@ def test_the_tokenizer_of_a_written_directory(
 
 
 def test_the_harness_measures_the_same_through_transformers(
-    model: Llama, tokenizer: Tokenizer, tmp_path: Path
+    model: Llama, tokenizer: Tokenizer, exact: tuple[np.ndarray, float], tmp_path: Path
 ) -> None:
-    """lm-evaluation-harness with our adapter, and with its own `hf` model on what we write."""
+    """lm-evaluation-harness with our adapter, and with its own `hf` model in float64 on what we
+    write. A token's log-likelihood is off by at most twice what the logits are."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -170,20 +171,27 @@ def test_the_harness_measures_the_same_through_transformers(
     save_model(model, tmp_path / "out")
     tokenizer.save(tmp_path / "out")
     ours = Harness(model, tokenizer, rows=2)
-    theirs = HFLM(str(tmp_path / "out"), device="cpu", dtype="float32", batch_size=2)
+    theirs = HFLM(str(tmp_path / "out"), device="cpu", dtype="float64", batch_size=2)
 
     def asked(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
         return [Instance(kind, {}, one, n) for n, one in enumerate(arguments)]
 
+    def assert_same(actual: float, desired: float, text: str) -> None:
+        count = len(tokenizer.encode_batch([text])[0])
+        assert abs(actual - desired) <= 2 * TIMES_ROUNDING * exact[1] * count, (actual, desired)
+
     start, end = TEXT.rsplit(" ", 4)[0], TEXT.split("to distress")[1]
     pairs = asked("loglikelihood", (start, " a very early period."), ("1 + 1 =", " 2"), ("", end))
-    for found, expected in zip(ours.loglikelihood(pairs), theirs.loglikelihood(pairs), strict=True):
-        assert_close(found[0], expected[0], "float32", "forward")
+    for pair, found, expected in zip(
+        pairs, ours.loglikelihood(pairs), theirs.loglikelihood(pairs), strict=True
+    ):
+        assert_same(found[0], expected[0], pair.args[1])
         assert found[1] == expected[1]
     texts = asked("loglikelihood_rolling", (TEXT,), (end,))
-    assert_close(
-        ours.loglikelihood_rolling(texts), theirs.loglikelihood_rolling(texts), "float32", "forward"
-    )
+    for text, actual, desired in zip(
+        texts, ours.loglikelihood_rolling(texts), theirs.loglikelihood_rolling(texts), strict=True
+    ):
+        assert_same(actual, desired, text.args[0])
     settings = {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}
     prompts = asked("generate_until", ("The capital of France is", settings), (start, settings))
     assert ours.generate_until(prompts) == theirs.generate_until(prompts)
