@@ -231,6 +231,23 @@ def test_runs_are_compared_by_what_differs(tmp_path: Path) -> None:
     assert efficiency.texts[-1][:2] == ["0.6", "dense layers 0, block 2"]
 
 
+def test_settings_without_effect_are_not_shown(tmp_path: Path) -> None:
+    """What only `auto` looks at, and where stairs begin, which says nothing to `constant`."""
+    settings: list[dict[str, Any]] = [
+        {"schedule": "ladder"}, {"schedule": "auto", "min_gain": 0.02},
+        {"schedule": "s2d", "split": 0.25}, {"schedule": "constant"},
+    ]  # fmt: skip
+    records = runs(
+        tmp_path,
+        *((config_of(0, rate=0.4, **one), summary_of(9.0, 18.0, SPARSE)) for one in settings),
+    )
+    schedules = table(records, "schedules")
+    assert schedules.header[:3] == ("schedule", "split", "min gain")
+    assert sorted(row[:3] for row in schedules.texts) == [
+        ["auto", "0.5", "0.02"], ["constant", "", ""], ["ladder", "0.5", ""], ["s2d", "0.25", ""],
+    ]  # fmt: skip
+
+
 def test_runs_are_compared_by_their_kernels(tmp_path: Path) -> None:
     """A setting of the model that matters only with sparsity: one dense twin for all."""
     blocks = {"rate": 0.4, "block": 64}

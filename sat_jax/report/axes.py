@@ -2,12 +2,12 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sat_jax.config_values import name_of
 from sat_jax.report.groups import Group, Variant
-from sat_jax.report.records import SPARSE
+from sat_jax.report.records import SPARSE, Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,14 @@ _NAMED = (
 _LEFT = tuple(key for key in SPARSE if not any(key in axis.keys for axis in _NAMED))
 AXES = (*_NAMED, Axis("others", "Other settings of sparsity", _LEFT))
 
+# Settings that say something only beside these values of another.
+_BESIDE: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "temperature": ("selection", ("sample",)),
+    "rungs": ("schedule", ("ladder", "auto", "linear", "cosine", "cubic")),
+    "split": ("schedule", ("ladder", "auto", "s2d")),
+    "patience": ("schedule", ("auto",)),
+    "min_gain": ("schedule", ("auto",)),
+}
 
 _FEW = 3  # settings that a name has room for
 
@@ -101,6 +109,12 @@ def told(group: Group) -> dict[int, dict[str, Any]]:
         }
         for one in group.sparse
     }
+
+
+def says_something(settings: Settings, key: str) -> bool:
+    """Whether a setting has any effect beside the others."""
+    other, values = _BESIDE.get(key, (key, (settings[key],)))
+    return settings[other] in values
 
 
 def plain(group: Group, variant: Variant) -> bool:

@@ -10,7 +10,7 @@ from sat_jax.analysis.twins import ESTIMATED, PAIRS
 from sat_jax.analysis.twins import NOTES as TWIN_NOTES
 from sat_jax.config import ModelConfig, OptimizerConfig
 from sat_jax.data.form import DONE
-from sat_jax.report.axes import AXES, RATES, Slice, slices, told, varied
+from sat_jax.report.axes import AXES, RATES, Slice, says_something, slices, told, varied
 from sat_jax.report.groups import (
     Group,
     Variant,
@@ -244,6 +244,9 @@ def _settings(variant: Variant, keys: Sequence[str]) -> list[Cell]:
         return [name, *[Cell("")] * (len(keys) - 1)]
     cells = []
     for key in keys:
+        if not says_something(variant.settings, key):
+            cells.append(Cell(""))
+            continue
         value = value_of(variant.settings, key)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         cells.append(Cell(shown(value), value if number else None))
