@@ -117,6 +117,19 @@ def test_a_picture_joins_the_dense_runs(tmp_path: Path) -> None:
     assert flops_figure(dataclasses.replace(group, sparse=())) is None
 
 
+@pytest.mark.parametrize(("after", "scale"), [(12.0, "linear"), (16.0, "symlog")])
+def test_what_is_close_remains_apart(tmp_path: Path, after: float, scale: str) -> None:
+    """20 % from dense, and 60 %."""
+    dense = (config_of(0), summary_of(10.0, 38.0, DENSE))
+    records = runs(tmp_path, dense, (config_of(0, rate=0.4), summary_of(after, 18.0, SPARSE)))
+    figure = flops_figure(*make_groups(records))
+    assert figure is not None
+    (axes,) = figure.axes
+    assert axes.get_yscale() == scale
+    bent = [tick for tick in axes.get_yticks() if tick > 10]
+    assert (bent == [20.0, 50.0]) == ("logarithmic" in axes.get_ylabel()) == (scale == "symlog")
+
+
 def test_documents_show_the_runs_that_most_are_held_against(tmp_path: Path) -> None:
     study(tmp_path)
     (tmp_path / "rows.jsonl").rename(tmp_path / "study.jsonl")

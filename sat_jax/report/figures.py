@@ -11,8 +11,9 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from sat_jax.analysis.means import Estimate, estimate
 from sat_jax.analysis.plots import GREY, INK, new_figure, tidy
@@ -27,6 +28,7 @@ _MARKERS = "osD^vP*X<>"
 _FONT = 10
 _LINE = 0.19  # inches of height that a line of names takes
 _MANY = 9  # lines or names beyond which a picture is a tangle
+_FAR = 10.0  # per cent from dense that a picture has room for
 _MANY_POINTS = 18  # points with names, in a picture of the usual width
 
 _SIZE = {"width": 5.2, "height": 3.9}  # inches; read at the width of a telephone too
@@ -227,8 +229,22 @@ def _scatter(
             zorder=3 if number in joined else 2,
         )  # fmt: skip
     axes.margins(0.1)
+    _bend(axes, [gap.mean for _, _, gap, _ in points])
     _legend(figure)
     return figure
+
+
+def _bend(axes: Axes, gaps: Sequence[float]) -> None:
+    """Where a distance is past twice `_FAR` the axis is logarithmic beyond `_FAR`, so that those
+    which are close remain apart."""
+    if max(gaps) <= 2 * _FAR:
+        return
+    axes.set_yscale("symlog", linthresh=_FAR, linscale=2)
+    axes.set_ylabel(f"{axes.get_ylabel()},\nabove {_FAR:g} logarithmic")
+    ticks = (*np.arange(-_FAR, _FAR, 2), *(_FAR * np.array([1, 2, 5, 10, 20, 50, 100])))
+    axes.set_yticks([tick for tick in ticks if min(gaps) <= tick <= max(gaps)])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _rates(group: Group) -> Figure:
