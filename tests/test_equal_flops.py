@@ -10,6 +10,7 @@ import pytest
 from sat_jax.analysis.twins import gap_at_equal_flops
 from sat_jax.config import Config
 from sat_jax.errors import UserError
+from sat_jax.report import figures
 from sat_jax.report.figures import flops_figure
 from sat_jax.report.groups import make_groups
 from sat_jax.report.pictures import pictures
@@ -128,6 +129,19 @@ def test_what_is_close_remains_apart(tmp_path: Path, after: float, scale: str) -
     assert axes.get_yscale() == scale
     bent = [tick for tick in axes.get_yticks() if tick > 10]
     assert (bent == [20.0, 50.0]) == ("logarithmic" in axes.get_ylabel()) == (scale == "symlog")
+
+
+def test_points_of_fewer_seeds_are_hollow(tmp_path: Path) -> None:
+    """Seed 1 has no run at 0.2, so that the mean over the dense run's seeds is no bound for it."""
+    lone = (config_of(0, rate=0.2), summary_of(11.0, 18.0, SPARSE))
+    (group,) = make_groups([*study(tmp_path), *runs(tmp_path, lone)])
+    figure = flops_figure(group)
+    assert figure is not None
+    faces = [bars.lines[0].get_markerfacecolor() for bars in figure.axes[0].containers]
+    assert [face == "white" for face in faces] == [True, False, True, False]
+    assert sum("Hollow" in picture.words for picture in figures.pictures_of(group)) == 2
+    (full,) = make_groups([run for run in group.runs if run.sparse.get("rate") != 0.2])
+    assert not any("Hollow" in picture.words for picture in figures.pictures_of(full))
 
 
 def test_documents_show_the_runs_that_most_are_held_against(tmp_path: Path) -> None:

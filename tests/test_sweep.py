@@ -14,7 +14,7 @@ from sat_jax.errors import UserError
 from sat_jax.sweep.axes import combine, cross, listed, parse_axes, read_runs, short_names, told
 from sat_jax.sweep.board import make_board
 from sat_jax.sweep.drive import SweepDir
-from sat_jax.sweep.launch import Job, Local, Slurm, slurm_options
+from sat_jax.sweep.launch import Job, Local, Slurm, failure, slurm_options
 from sat_jax.sweep.runs import Run, make_runs, prepare_all
 from sat_jax.sweep.watch import State
 from sat_jax.train.files import write_json
@@ -280,6 +280,15 @@ def test_each_worker_has_its_own_devices(tmp_path: Path, monkeypatch: pytest.Mon
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
         (only,) = (held.job for held in Local(tmp_path).submit([job]))  # type: ignore[attr-defined]
         assert only.environment == {"CUDA_VISIBLE_DEVICES": given} and only.platform is None
+
+
+@pytest.mark.slow
+def test_a_job_that_cannot_begin_says_why(tmp_path: Path) -> None:
+    """Its log is a directory, so that it ends before its run has begun."""
+    (run,) = runs_of("sparsity.rate=0.5")
+    (job,) = Local(tmp_path).submit([Job(run.config, tmp_path / "run", tmp_path)])
+    assert failure(job).startswith("IsADirectoryError: [Errno 21] Is a directory: ")
+    assert not (tmp_path / "run").exists()
 
 
 def test_invalid_runs_start_nothing(tmp_path: Path, run_python: RunPython) -> None:

@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from sat_jax.analysis.tables import markdown, percent, sides
+from sat_jax.config_values import name_of
 from sat_jax.errors import UserError
-from sat_jax.report.records import Record
+from sat_jax.report.records import SPARSE, Record
+from sat_jax.report.tables import named, rate_of
 
 Row = dict[str, Any]
 _ASIDE = ("generations", "rows")  # options of how it was done, not of what
+_RATES = ("rate", "rate_attention", "rate_mlp", "layer_rates_attention", "layer_rates_mlp")
 
 
 def answers(rows: Sequence[Row]) -> str:
@@ -36,12 +39,17 @@ def _by_questions(rows: Sequence[Row], measure: str, titles: Sequence[str], line
     for row in rows:
         if row.get("measure") == measure:
             # Figures compare where the same is asked in the same way.
-            asked.setdefault(f"{row['data']} {_told(row)}", {})[_name(row)] = row
+            same = asked.setdefault(f"{row['data']} {_told(row)}", {})
+            same[name_of(row["run"] or {"model": row["model"]})] = row
     if not asked:
         raise UserError(f"no evaluation by {measure} among the rows")
     parts = []
     for models in asked.values():
-        body = [[name, *line(row)] for name, row in models.items()]
+        names = [_name(row) for row in models.values()]
+        body = [
+            [name if names.count(name) == 1 else f"{name} ({key[:6]})", *line(row)]
+            for name, (key, row) in zip(names, models.items(), strict=True)
+        ]
         parts.append(markdown(("model", *titles), body, sides(1, len(titles))))
         row = next(iter(models.values()))
         parts.append(
@@ -58,18 +66,24 @@ def _told(row: Row) -> str:
 
 
 def _name(row: Row) -> str:
-    """The model, and of a trained one what tells it apart from others of its twin."""
+    """The model; of a trained one on what, how sparsely, and its seed."""
     if row["run"] is None:
         return str(row["model"])
     settings = row["run"]["settings"]
-    rates = [settings.get(f"sparsity.{name}") for name in ("rate", "rate_attention", "rate_mlp")]
-    rate = max(one or 0.0 for one in rates)
-    kind = f"r = {rate:g}" if rate else "dense"
-    return f"{row['run']['twin'][:6]}, {kind}, seed {row['run']['seed']}"
+    given = {
+        key.rpartition(".")[2]: v for key, v in settings.items() if key.startswith("sparsity.")
+    }
+    sparse = SPARSE | {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    rest = {name: sparse[name] for name in given if name not in _RATES}
+    rate = rate_of(sparse)
+    how = "dense" if rate == "0" else named({"rate": rate, **rest})
+    return f"{', '.join(settings['data.sources'])}: {how}, seed {row['run']['seed']}"
 
 
 def _score(row: Row, value: str, error: str) -> str:
-    return f"{100 * row[value]:.1f} % ± {100 * row[error]:.1f} %"
+    """With its standard error, which one question alone does not have."""
+    score = f"{100 * row[value]:.1f} %"
+    return score if row[error] is None else f"{score} ± {100 * row[error]:.1f} %"
 
 
 TABLES = {"answers": answers, "choices": choices}

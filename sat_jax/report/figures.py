@@ -34,6 +34,7 @@ _MANY_POINTS = 18  # points with names, in a picture of the usual width
 _SIZE = {"width": 5.2, "height": 3.9}  # inches; read at the width of a telephone too
 
 _BARS = "Bars are standard errors over the seeds."
+_HOLLOW = "Hollow: of fewer seeds than the dense run, so not to be held against the line."
 LOSS = "Loss against tokens, FLOPs and time"
 AGAINST = {
     "tokens": ("tokens trained on", ""),
@@ -64,14 +65,16 @@ def pictures_of(group: Group) -> list[Picture]:
     variants = [one for one in few if any(run.row.get("curve") for run in one.runs)]
     for against in AGAINST if variants else ():
         made.append((LOSS, some, _losses(group, variants, against)))
+    hollow = any(_fewer_seeds(group, one) for one in group.sparse)
+    bars = f"{_BARS} {_HOLLOW}" if hollow else _BARS
     if (flops := flops_figure(group)) is not None:
         words = "Down and left is better. The line joins dense runs"
         words += ", of fewer steps too: below it is better than dense at equal FLOPs" * bool(
             group.shorter
         )
-        made.append(("Quality against FLOPs", f"{words}. {_BARS}", flops))
+        made.append(("Quality against FLOPs", f"{words}. {bars}", flops))
     if (points := _points(group, 1.0, _speedups)) and any(not one.dense for one, *_ in points):
-        words = f"Down and right is better. The line joins what no other run beats in both. {_BARS}"
+        words = f"Down and right is better. The line joins what no other run beats in both. {bars}"
         if any(estimated for *_, estimated in points):
             words += f" {ESTIMATED}: estimated from the run's own dense rung."
         joined = front([(speed.mean, gap.mean) for _, speed, gap, _ in points])
@@ -166,6 +169,12 @@ def _points(group: Group, dense: float, across: Callable[[Variant], _Places]) ->
     return points
 
 
+def _fewer_seeds(group: Group, variant: Variant) -> bool:
+    """Whether a seed of the dense run has no run here: seeds differ by more than most variants."""
+    seeds = {run.seed for run in group.dense.runs} if group.dense else set()
+    return not seeds <= {run.seed for run in variant.runs}
+
+
 def _speedups(variant: Variant) -> _Places:
     speeds = variant.speedups()
     return speeds.values, speeds.estimated
@@ -223,10 +232,11 @@ def _scatter(
         if many and not (number in joined or one.dense or plain(group, one)):
             style = {"color": GREY, "marker": "o"}
             name, others = "_" if others else "others", True
+        face = "white" if _fewer_seeds(group, one) else style["color"]
         axes.errorbar(
             place.mean, gap.mean, xerr=place.error, yerr=gap.error, fmt=style["marker"],
-            color=style["color"], markersize=7, elinewidth=1, capsize=3, label=name,
-            zorder=3 if number in joined else 2,
+            color=style["color"], markerfacecolor=face, markersize=7, elinewidth=1, capsize=3,
+            label=name, zorder=3 if number in joined else 2,
         )  # fmt: skip
     axes.margins(0.1)
     _bend(axes, [gap.mean for _, _, gap, _ in points])

@@ -11,7 +11,7 @@ from typing import Any
 
 from sat_jax.errors import UserError
 from sat_jax.sweep.board import Board, make_board
-from sat_jax.sweep.launch import Job, Launcher, Submitted
+from sat_jax.sweep.launch import Job, Launcher, Submitted, failure
 from sat_jax.sweep.runs import Run
 from sat_jax.sweep.watch import State, Watched
 from sat_jax.train.files import read_json, write_json
@@ -155,7 +155,7 @@ class _Drive:
             one.state = State.FINISHED
             self._tell_finished(one)
         elif job.paths.result_pickle.exists():
-            one.state, one.error = State.FAILED, job.result() or "ended without a summary"
+            one.state, one.error = State.FAILED, failure(job)
         elif self.asked():
             one.state = State.STOPPED
         else:

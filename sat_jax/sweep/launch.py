@@ -25,6 +25,7 @@ from sat_jax.train.loop import train
 
 Submitted: TypeAlias = submitit.Job[str | None]
 
+_RULE = "\n----------------------\n"
 _NEVER = 60 * 24 * 365  # minutes
 _REQUEUES = 20  # of one job that reaches its time limit; it has saved each time
 _ALIVE = ("PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING", "SUSPENDED")
@@ -71,6 +72,17 @@ class Job:
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """What a requeued job does: the same."""
         return submitit.helpers.DelayedSubmission(self)
+
+
+def failure(job: Submitted) -> str:
+    """The line that says why an ended job is no finished run: the run's own, or what it ended with
+    outside of the run, as where its process lacks a module or the disk is full."""
+    try:
+        return job.result() or "ended without a summary"
+    except Exception as error:  # of any class that a job can end with
+        _, ruled, rest = str(error).partition(_RULE)  # submitit's, around the job's trace
+        lines = (rest.partition(_RULE)[0] if ruled else str(error)).strip().splitlines()
+        return lines[-1] if lines else type(error).__name__
 
 
 class _Stops:
