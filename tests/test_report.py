@@ -22,7 +22,7 @@ from sat_jax.config import (
 from sat_jax.config_values import fingerprint, to_dict
 from sat_jax.errors import UserError
 from sat_jax.report import figures
-from sat_jax.report.axes import slices
+from sat_jax.report.axes import says_something, slices
 from sat_jax.report.collect import collect
 from sat_jax.report.groups import make_groups
 from sat_jax.report.page import write_report
@@ -246,6 +246,19 @@ def test_settings_without_effect_are_not_shown(tmp_path: Path) -> None:
     assert sorted(row[:3] for row in schedules.texts) == [
         ["auto", "0.5", "0.02"], ["constant", "", ""], ["ladder", "0.5", ""], ["s2d", "0.25", ""],
     ]  # fmt: skip
+    (tmp_path / "rows.jsonl").unlink()
+    metrics: list[dict[str, Any]] = [
+        {"refresh_every": 1, "probe_tokens": 64}, {"metric": "maxip"},
+        {"metric": "maxip", "refresh_every": 0},
+    ]  # fmt: skip
+    records = runs(
+        tmp_path,
+        *((config_of(0, rate=0.4, **one), summary_of(9.0, 18.0, SPARSE)) for one in metrics),
+    )
+    refresh = table(records, "refresh")
+    assert refresh.header[:2] == ("refresh every", "seeds")
+    assert says_something(records[0].sparse, "probe_tokens")
+    assert not any(says_something(one.sparse, "probe_tokens") for one in records[1:])
 
 
 def test_runs_are_compared_by_their_kernels(tmp_path: Path) -> None:

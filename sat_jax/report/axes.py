@@ -2,12 +2,13 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from sat_jax.config_values import name_of
 from sat_jax.report.groups import Group, Variant
 from sat_jax.report.records import SPARSE, Settings
+from sat_jax.sparsity.importance import METRICS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +49,20 @@ _NAMED = (
 _LEFT = tuple(key for key in SPARSE if not any(key in axis.keys for axis in _NAMED))
 AXES = (*_NAMED, Axis("others", "Other settings of sparsity", _LEFT))
 
-# Settings that say something only beside these values of another.
-_BESIDE: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "temperature": ("selection", ("sample",)),
-    "rungs": ("schedule", ("ladder", "auto", "linear", "cosine", "cubic")),
-    "split": ("schedule", ("ladder", "auto", "s2d")),
-    "patience": ("schedule", ("auto",)),
-    "min_gain": ("schedule", ("auto",)),
+
+def _probes(settings: Settings) -> bool:
+    return settings["refresh_every"] > 0 and METRICS[settings["metric"]].probes
+
+
+# Settings that say something only beside certain others.
+_BESIDE: Mapping[str, Callable[[Settings], bool]] = {
+    "temperature": lambda settings: settings["selection"] == "sample",
+    "rungs": lambda settings: settings["schedule"] not in ("constant", "s2d"),
+    "split": lambda settings: settings["schedule"] in ("ladder", "auto", "s2d"),
+    "patience": lambda settings: settings["schedule"] == "auto",
+    "min_gain": lambda settings: settings["schedule"] == "auto",
+    "probe_tokens": _probes,
+    "probe_sampling": _probes,
 }
 
 _FEW = 3  # settings that a name has room for
@@ -113,8 +121,7 @@ def told(group: Group) -> dict[int, dict[str, Any]]:
 
 def says_something(settings: Settings, key: str) -> bool:
     """Whether a setting has any effect beside the others."""
-    other, values = _BESIDE.get(key, (key, (settings[key],)))
-    return settings[other] in values
+    return key not in _BESIDE or _BESIDE[key](settings)
 
 
 def plain(group: Group, variant: Variant) -> bool:
