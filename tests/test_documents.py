@@ -13,7 +13,7 @@ from sat_jax.report.documents import RESULTS, filled, outdated
 from sat_jax.report.pictures import outdated_pictures
 from scripts.tables import PICTURES
 from tests.conftest import ROOT
-from tests.test_report import study
+from tests.report_runs import study
 
 
 def test_a_table_in_a_document_is_made_of_rows(tmp_path: Path) -> None:
@@ -35,7 +35,10 @@ def test_a_table_in_a_document_is_made_of_rows(tmp_path: Path) -> None:
     of_setting = text.replace("rows.rates commit=a", "set.rates optimizer.momentum=1e-1")
     assert "| 0.2 " in filled(of_setting, tmp_path, "x.md")
     for wrong, why in (
-        (text.replace("rates", "moments"), "no rows for moments; there are rows for: rates, eff"),
+        (
+            text.replace("rates", "moments"),
+            "no rows for moments; there are rows for: rates, losses",
+        ),
         (text.replace("rows.", "none."), "no such results file"),
         (text.replace("<!-- /table -->", ""), "is not closed"),
         (text.replace("table: rows", "table:rows"), "is no mark of a table; accepted"),

@@ -16,7 +16,7 @@ from sat_jax.report.groups import make_groups
 from sat_jax.report.pictures import pictures
 from sat_jax.report.records import Record
 from sat_jax.report.tables import tables_of
-from tests.test_report import DENSE, SPARSE, config_of, runs, summary_of
+from tests.report_runs import DENSE, SPARSE, config_of, runs, summary_of
 from tests.test_report_figures import legends
 from tests.tolerances import assert_close
 
@@ -74,7 +74,7 @@ def study(tmp_path: Path) -> list[Record]:
 
 def test_a_table_has_them_as_rows_and_a_column(tmp_path: Path) -> None:
     """By hand: 12 is 20 % from 10, and 11.4 is 5 % below 12; seed 1 has one length alone."""
-    rates, efficiency = tables_of(make_groups(study(tmp_path)))
+    rates, _, efficiency = tables_of(make_groups(study(tmp_path)))
     assert rates.header[4:6] == ("from dense", "at equal FLOPs")
     assert [row[:1] + row[4:] for row in rates.texts] == [
         ["dense", "-", "-", "100 %", "-", "-"],

@@ -10,14 +10,9 @@ from typing import Any
 import pytest
 
 from sat_jax.analysis.curves import curve_of
-from sat_jax.analysis.results import record_run
 from sat_jax.config import (
-    Config,
     DataConfig,
     ModelConfig,
-    OptimizerConfig,
-    SparsityConfig,
-    TrainConfig,
 )
 from sat_jax.config_values import fingerprint, to_dict
 from sat_jax.errors import UserError
@@ -27,162 +22,9 @@ from sat_jax.report.collect import collect
 from sat_jax.report.groups import make_groups
 from sat_jax.report.page import write_report
 from sat_jax.report.records import Record, newest
-from sat_jax.report.tables import Table, tables_of
-from tests.test_tables import rung
+from sat_jax.report.tables import tables_of
+from tests.report_runs import DENSE, RECORDS, SPARSE, config_of, runs, study, summary_of, table
 from tests.tolerances import assert_close
-
-DEVICE = {"platform": "gpu", "kind": "NVIDIA H200", "count": 1, "processes": 1, "host_cpus": 16}
-
-
-PREPARED = {
-    "splits": {"train": {"documents": 90, "useful_share": 0.87, "long_documents": 3},
-               "held_out": {"documents": 10, "useful_share": 0.5, "long_documents": 1}},
-    "left_out": {"without an answer": 2}, "form": {"format": "messages", "too_long": "drop"},
-}  # fmt: skip
-
-
-def config_of(seed: int, **changed: Any) -> Config:
-    """`moments`, `schedule` and other settings of sparsity by name."""
-    optimizer = {k: changed.pop(k) for k in ("moments", "bias_correction") if k in changed}
-    model = ModelConfig(kernels=changed.pop("kernels", None))
-    return Config(
-        seed=seed,
-        model=model,
-        train=TrainConfig(eval_every=5 if changed.get("schedule") == "auto" else 0),
-        optimizer=OptimizerConfig(**optimizer),
-        sparsity=SparsityConfig(**changed),
-    )
-
-
-def summary_of(
-    after: float, step: float, rungs: list[dict[str, Any]], **changed: Any
-) -> dict[str, Any]:
-    return {
-        "steps": 8, "tokens": 4000, "loss_tokens": 4000, "perplexity_before": 20.0,
-        "perplexity_after": after, "spent_flops": 8e9, "dense_flops": 1e10, "rungs": rungs,
-        "selections": 2, "probes": 2, "compile_seconds": 5.0, "data": "d" * 20,
-        "seconds": {"compile": 9.0, "data": 1.0, "step": step, "refresh": 0.5, "evaluate": 7.0,
-                    "checkpoint": 0.5, "other": 3.0, "total": 21.0 + step},
-        "prepared": PREPARED, "peak_memory": {"bytes": 2_000_000_000, "of": "device"},
-        "versions": {"python": "3.11.7"}, "device": DEVICE, "commit": "a" * 40,
-    } | changed  # fmt: skip
-
-
-RECORDS = [
-    {"step": 0, "eval_loss": 3.0},
-    *(
-        {"step": step, "loss": 4.0 - step / 4, "tokens": 500 * step, "seconds": 1.0,
-         "tokens_per_second": 500.0, "flops_per_second": 1e9, "omission_rate": 0.5}
-        for step in range(1, 8)
-    ),
-    {"step": 8, "loss": 2.0, "tokens": 4000, "seconds": 1.0, "tokens_per_second": 500.0,
-     "flops_per_second": 1e9, "omission_rate": 0.0, "eval_loss": float("inf")},
-]  # fmt: skip
-
-
-def runs(tmp_path: Path, *given: tuple[Config, dict[str, Any]]) -> list[Record]:
-    """As rows that were recorded and read again."""
-    file = tmp_path / "rows.jsonl"
-    for config, summary in given:
-        record_run(file, "experiments/x.py", config, summary, RECORDS)
-    return collect([], [file], print)
-
-
-DENSE = [rung(0.0, 100.0)]
-SPARSE = [rung(0.5, 150.0, tokens=3000), rung(0.0, 100.0, tokens=1000)]
-
-
-def study(tmp_path: Path) -> list[Record]:
-    return runs(
-        tmp_path,
-        (config_of(0), summary_of(10.0, 38.0, DENSE, spent_flops=1e10)),
-        (config_of(1), summary_of(20.0, 38.0, DENSE, spent_flops=1e10)),
-        (config_of(0, rate=0.4), summary_of(11.0, 18.0, SPARSE)),
-        (config_of(1, rate=0.4), summary_of(24.0, 14.0, SPARSE)),
-        (config_of(0, rate=0.2), summary_of(10.5, 18.0, SPARSE, commit="b" * 40)),
-    )
-
-
-def table(records: list[Record], name: str) -> Table:
-    (found,) = [one for one in tables_of(make_groups(newest(records))) if one.name == name]
-    return found
-
-
-def test_numbers_of_the_quality_table(tmp_path: Path) -> None:
-    """By hand: gaps 10 % and 20 %; times 40 s dense, 20 s and 16 s sparse."""
-    rates = table(study(tmp_path), "rates")
-    assert rates.header == (
-        "rate", "seeds", "held-out perplexity before", "after", "from dense", "FLOPs", "whole run",
-        "bound",
-    )  # fmt: skip
-    assert rates.texts == [
-        ["dense", "2", "20.000", "15.000 ± 5.000", "-", "100 %", "-", "-"],
-        ["0.2", "1", "20.000", "10.500", "+5.0 %", "80 %", "2.00×†", "1.25×"],
-        ["0.4", "2", "20.000", "17.500 ± 6.500", "+15.0 % ± 5.0 %", "80 %",
-         "2.25× ± 0.25×", "1.25×"],
-    ]  # fmt: skip
-    assert rates.notes == ["† The runs that this is made of are of several commits."]
-    gap, whole = rates.rows[2][4], rates.rows[2][6]
-    assert_close([gap.value, gap.error], [15.0, 5.0], "float64", "forward")
-    assert_close([whole.value, whole.error], [2.25, 0.25], "float64", "forward")
-
-
-def test_numbers_of_the_efficiency_table(tmp_path: Path) -> None:
-    efficiency = table(study(tmp_path), "efficiency")
-    assert efficiency.header[2:] == (
-        "tokens/s", "time", "memory", "FLOPs", "of dense", "first rung", "bound", "whole run",
-        "bound",
-    )  # fmt: skip
-    dense, at_4, at_2 = efficiency.texts
-    assert dense[2:] == ["100 ± 0", "40.0 s ± 0.0 s", "2.00 GB", "10.00 GFLOP", "100 %", *"----"]
-    assert at_4[2:] == [
-        "150 ± 0", "18.0 s ± 2.0 s", "2.00 GB", "8.00 GFLOP", "80 %", "1.50× ± 0.00×", "1.33×",
-        "2.25× ± 0.25×", "1.25×",
-    ]  # fmt: skip
-    assert at_2[-4:] == ["1.50×", "1.33×", "2.00×†", "1.25×"]
-
-
-def test_dense_runs_alone_have_tables_and_a_page(tmp_path: Path) -> None:
-    alone = study(tmp_path)[:2]
-    assert table(alone, "rates").texts == [
-        ["dense", "2", "20.000", "15.000 ± 5.000", "-", "100 %", "-", "-"]
-    ]
-    assert [row[0] for row in table(alone, "efficiency").texts] == ["dense"]
-    assert "15.000 ± 5.000" in write_report(alone, tmp_path / "out")[0].read_text()
-
-
-def test_a_speed_without_a_twin_is_told_as_estimated(tmp_path: Path) -> None:
-    """3000 tokens at 150 and 1000 at 100 a second: 30 s, where dense steps take 40 s."""
-    other = {**DEVICE, "kind": "TPU v5e"}
-    records = runs(
-        tmp_path,
-        (config_of(0), summary_of(10.0, 38.0, DENSE, device=other)),
-        (config_of(0, rate=0.4), summary_of(11.0, 18.0, SPARSE)),
-        (config_of(0, rate=0.2), summary_of(11.0, 18.0, SPARSE[:1])),
-        (config_of(1, rate=0.2), summary_of(11.0, 18.0, SPARSE[:1], device=other)),
-    )
-    rates = table(records, "rates")
-    assert [row[-2] for row in rates.texts] == ["-", "-", "≈ 1.33×"]
-    # Of two seeds at 0.2 one has a dense run: what is known of that is told, and that it is of it.
-    assert [row[4].text for row in rates.rows] == ["-", "+10.0 %§", "+10.0 %"]
-    assert "fewer pairs" in rates.notes[0] and "own dense rung" in rates.notes[1]
-    efficiency = table(records, "efficiency")
-    assert efficiency.rows[2][2].text == "150 ± 0‡" and "several devices" in efficiency.notes[0]
-    assert efficiency.rows[2][7].text == "-"  # a dense rung of no run on the device of seed 0
-    assert efficiency.rows[1][7].text == "1.50×"
-
-
-def test_a_fine_tuning_table_says_how_full_rows_are(tmp_path: Path) -> None:
-    tuned = dataclasses.replace(config_of(0), data=DataConfig(format="messages"))
-    records = runs(tmp_path, (tuned, summary_of(10.0, 38.0, DENSE, loss_tokens=1000)))
-    caption = table(records, "sft").caption
-    assert "25 % of them learnt; 87 % of the slots useful; 100 examples, not as" in caption
-    assert "were: 2 without an answer, 4 longer than a row (dropped); learning rate" in caption
-    summary = summary_of(10.0, 38.0, DENSE, loss_tokens=1000)
-    del summary["prepared"]  # as older versions wrote it
-    (tmp_path / "older").mkdir()
-    assert "slots" not in table(runs(tmp_path / "older", (tuned, summary)), "sft").caption
-    assert "slots" not in table(study(tmp_path), "rates").caption
 
 
 def compared(records: list[Record]) -> dict[str, list[tuple[Any, ...]]]:
@@ -391,7 +233,7 @@ def test_the_page_needs_nothing_else_and_has_every_number(tmp_path: Path) -> Non
     out = tmp_path / "out"
     written = write_report([*records, records[0]], out)
     assert [path.name for path in written] == [
-        "report.html", "tables.md", "tables.tex", "rates.csv", "efficiency.csv",
+        "report.html", "tables.md", "tables.tex", "rates.csv", "losses.csv", "efficiency.csv",
     ]  # fmt: skip
     text = (out / "report.html").read_text()
     assert "http" not in text and "url(" not in text and "@import" not in text

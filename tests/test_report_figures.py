@@ -10,7 +10,7 @@ from sat_jax.report import figures
 from sat_jax.report.groups import make_groups
 from sat_jax.report.records import Record
 from sat_jax.sparsity.importance import METRICS
-from tests.test_report import DENSE, SPARSE, config_of, runs, summary_of
+from tests.report_runs import DENSE, SPARSE, config_of, runs, summary_of
 from tests.test_tables import rung
 
 

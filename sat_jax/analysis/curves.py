@@ -59,6 +59,20 @@ def curve_of(
     }
 
 
+def part_means(curve: Mapping[str, Sequence[float | None]], parts: int) -> list[float | None]:
+    """The mean training loss of each of `parts` equal parts of a run's tokens. A point that lies
+    over the end of a part counts to both by its tokens. None from the first loss on that is not
+    finite; empty for a curve of fewer points than parts."""
+    if len(curve.get("tokens", ())) < parts:
+        return []
+    tokens = np.array([0, *curve["tokens"]], float)
+    losses = np.array(curve["loss"], float)
+    sums = np.array([0, *np.cumsum(losses * np.diff(tokens))])
+    ends = np.linspace(0, tokens[-1], parts + 1)
+    means = np.diff(np.interp(ends, tokens, sums)) / np.diff(ends)
+    return [float(mean) if math.isfinite(mean) else None for mean in means]
+
+
 def _sums(parts: Float[np.ndarray, " N"], total: float) -> Float[np.ndarray, " N"]:
     """Up to each part, scaled to end at `total`."""
     sums = np.cumsum(parts)

@@ -7,7 +7,7 @@ from sat_jax.analysis.tables import markdown, percent, sides
 from sat_jax.config_values import name_of
 from sat_jax.errors import UserError
 from sat_jax.report.records import SPARSE, Record
-from sat_jax.report.tables import named, rate_of
+from sat_jax.report.wording import named, rate_of
 
 Row = dict[str, Any]
 _ASIDE = ("generations", "rows")  # options of how it was done, not of what

@@ -20,7 +20,7 @@ from sat_jax.analysis.plots import GREY, INK, new_figure, tidy
 from sat_jax.analysis.twins import ESTIMATED
 from sat_jax.report.axes import SCHEDULES, foremost, keys_told, plain, varied
 from sat_jax.report.groups import Group, Variant, whole_bounds
-from sat_jax.report.tables import caption_of, dense_name, named, shown, value_of
+from sat_jax.report.wording import caption_of, dense_name, named, shown, value_of
 
 # Okabe and Ito's, which colour-blind readers can tell apart; the dense run is black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A7A00")

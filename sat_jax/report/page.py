@@ -8,11 +8,12 @@ from typing import Any
 import jinja2
 
 from sat_jax.errors import UserError, why_no_folder
+from sat_jax.report.cells import Table
 from sat_jax.report.figures import Picture, pictures_of
 from sat_jax.report.groups import Group, make_groups
 from sat_jax.report.records import Record, newest
 from sat_jax.report.render import as_csv, as_latex, as_markdown
-from sat_jax.report.tables import Table, tables_of
+from sat_jax.report.tables import tables_of
 from sat_jax.train.files import write_atomically
 
 _TEMPLATE = Path(__file__).parent / "page.html"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from sat_jax.analysis.tables import markdown
-from sat_jax.report.tables import Table
+from sat_jax.report.cells import Table
 
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
