@@ -13,7 +13,7 @@ from sat_jax.config_values import experiment, experiment_sweep, load
 from sat_jax.errors import UserError
 from sat_jax.sweep.axes import combine, cross, listed, parse_axes, read_runs, short_names, told
 from sat_jax.sweep.board import make_board
-from sat_jax.sweep.drive import SweepDir
+from sat_jax.sweep.drive import SweepDir, by_turns
 from sat_jax.sweep.launch import Job, Local, Slurm, failure, slurm_options
 from sat_jax.sweep.runs import Run, make_runs, prepare_all
 from sat_jax.sweep.watch import State
@@ -231,6 +231,16 @@ def test_the_folder_remembers_what_was_asked(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {})
     with pytest.raises(UserError, match="holds a run; a sweep needs"), ExitStack() as stack:
         SweepDir(tmp_path).hold(stack)
+
+
+def test_seeds_of_a_variant_do_not_start_together(tmp_path: Path) -> None:
+    folder = SweepDir(tmp_path / "sweep")
+    runs = runs_of("sparsity.rate=0,0.25,0.5", "seed=0,1")
+    (extra,) = runs_of("sparsity.rate=0.5", fixed={"seed": 2})
+    watched = [folder.watched(run) for run in [*runs, extra]]
+    assert [(o.run.config.seed, o.run.config.sparsity.rate) for o in by_turns(watched)] == [
+        (0, 0.0), (0, 0.25), (0, 0.5), (1, 0.0), (1, 0.25), (1, 0.5), (2, 0.5),
+    ]  # fmt: skip
 
 
 def test_options_of_a_launcher_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

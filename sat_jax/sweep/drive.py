@@ -4,6 +4,7 @@ recorded."""
 import dataclasses
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -76,6 +77,17 @@ def drive(
         _Drive(folder, watched, launcher, finished, board, lambda: interrupt.asked(0)).run()
 
 
+def by_turns(watched: Sequence[Watched]) -> list[Watched]:
+    """The first seed of every variant before the second of any. Seeds have the same programs: side
+    by side each would compile them, later ones find them in the cache."""
+    seen = Counter[str]()
+    turns = []
+    for one in watched:
+        turns.append(seen[one.run.group])
+        seen[one.run.group] += 1
+    return [one for _, one in sorted(zip(turns, watched, strict=True), key=lambda pair: pair[0])]
+
+
 @dataclasses.dataclass
 class _Drive:
     folder: SweepDir
@@ -110,7 +122,7 @@ class _Drive:
             one.look()
             if one.state is State.FINISHED:
                 self._tell_finished(one)
-        return [one for one in self.watched if one.state is State.WAITING]
+        return [one for one in by_turns(self.watched) if one.state is State.WAITING]
 
     def _attach(self, waiting: list[Watched]) -> list[Watched]:
         """Finds the jobs that an earlier command left in a cluster's hands."""
