@@ -7,8 +7,9 @@
 What is between `<!-- table: FILE.KIND -->` and `<!-- /table -->` is replaced, by a table of the
 rows in experiments/results/FILE.jsonl. KIND is rates, metrics, schedules, refresh, modules,
 moments, others, sft, losses or efficiency; steps, memory, speed or kernels of the benchmarks;
-answers or choices of evaluations. Behind it may stand what a row's fields have to start with, or as
-numbers equal: `<!-- table: runs.rates twin=1c393d steps=48,40 optimizer.learning_rate=3e-4 -->`.
+perplexity, choices, answers or harness of evaluations. Behind it may stand what a row's fields have
+to start with, or as numbers equal:
+`<!-- table: runs.rates twin=1c393d steps=48,40 optimizer.learning_rate=3e-4 -->`.
 """
 
 from pathlib import Path

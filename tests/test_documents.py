@@ -2,12 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from sat_jax.analysis.rows import read
-from sat_jax.config_values import name_of
 from sat_jax.errors import UserError
 from sat_jax.report.documents import RESULTS, filled, outdated
 from sat_jax.report.pictures import outdated_pictures
@@ -55,50 +53,6 @@ def test_a_table_in_a_document_is_made_of_rows(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=f"x.md: .*{why}"):
             filled(wrong, tmp_path, "x.md")
-
-
-def test_evaluations_stand_beside_each_other_where_the_same_was_asked(tmp_path: Path) -> None:
-    device = {"platform": "cpu", "kind": "a CPU", "count": 1, "host_cpus": 2}
-    asked = {"measure": "answers", "data": "q.jsonl", "device": device, "questions": 50}
-    figures = {"accuracy": 0.1, "stderr": 0.0424, "no_result": 0.5, "cut": 0.25}
-    base = asked | figures | {"model": "m", "run": None, "options": {"chat": True, "limit": None}}
-
-    def run(**settings: Any) -> dict[str, Any]:
-        settings = {f"sparsity.{key}": value for key, value in settings.items()}
-        settings |= {"data.sources": ["a.jsonl"], "optimizer.learning_rate": 0.1}
-        return base | {"run": {"seed": 1, "twin": "abcdef012", "settings": settings}}
-
-    trained = run(rate_mlp=0.4, dense_layers=[0, 1])
-    rows = [base, trained, trained | {"accuracy": 0.2}, base | {"options": {"chat": False}}]
-    rows += [run(rate=0.4, rate_attention=0, rate_mlp=0), run(rate=0.4, metric="wanda")]
-    rows += [run(layer_rates_mlp=[0.2, 0.6], layer_rates_attention=[0.2, 0.6]), run(metric="svd")]
-    choices = base | {"measure": "choices", "accuracy_per_byte": 0.3, "stderr_per_byte": 0.01}
-    rows.append(choices | {"chance": 0.25})
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    text = "<!-- table: rows.answers -->\n<!-- /table -->\n"
-    first, note, second, _ = filled(text, tmp_path, "x.md").split("\n\n")[1:5]
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in first.splitlines()]
-    assert cells[2:] == [
-        ["m", "10.0 % ± 4.2 %", "50 %", "25 %"],
-        [
-            "a.jsonl: rate 0 of heads, 0.4 of channels, dense layers 0,1, seed 1",
-            *("20.0 % ± 4.2 %", "50 %", "25 %"),
-        ],
-        [f"a.jsonl: dense, seed 1 ({name_of(rows[4]['run'])[:6]})", *cells[2][1:]],
-        ["a.jsonl: rate 0.4, metric wanda, seed 1", *cells[2][1:]],
-        ["a.jsonl: rate 0.2 to 0.6, seed 1", *cells[2][1:]],
-        [f"a.jsonl: dense, seed 1 ({name_of(rows[7]['run'])[:6]})", *cells[2][1:]],
-    ]
-    assert note.startswith("q.jsonl, 50 questions; chat True; a CPU, 2 cores.")
-    assert len(second.splitlines()) == 3
-    picked = filled(text.replace("answers", "choices"), tmp_path, "x.md")
-    assert "| 10.0 % ± 4.2 % | 30.0 % ± 1.0 % |      25 % |" in picked
-    alone = base | {"questions": 1, "stderr": None}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(alone) + "\n")
-    assert "| m     |      10.0 % |" in filled(text, tmp_path, "x.md")
-    (tmp_path / "rows.jsonl").write_text("")
-    with pytest.raises(UserError, match="no evaluation by answers among the rows"):
-        filled(text, tmp_path, "x.md")
 
 
 def test_the_documents_are_what_the_rows_make_of_them() -> None:

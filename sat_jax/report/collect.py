@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sat_jax.analysis.results import row_of
-from sat_jax.analysis.rows import ORIGIN, read
+from sat_jax.analysis.rows import ORIGIN, Row, read
 from sat_jax.config_values import from_config_dict
 from sat_jax.errors import UserError
+from sat_jax.report.evaluations import MEASURES
 from sat_jax.report.records import Record, record_of
 from sat_jax.train.files import read_json
 from sat_jax.train.metrics import read_metrics
@@ -25,12 +26,19 @@ def collect(
     records = [record for folder in folders for record in _in_folder(folder, log)]
     for file in files:
         rows = [(number, row) for number, row in enumerate(read(file), 1) if "twin" in row]
-        if not rows:
-            raise UserError(f"{file} holds no run; accepted: rows that --record wrote")
+        if not rows and not evaluations([file]):
+            raise UserError(
+                f"{file} holds no run and no evaluation; accepted: rows that --record wrote"
+            )
         records += [record_of(row, None, f"{file}:{number}") for number, row in rows]
     if not records:
         raise UserError("no finished run to report on")
     return records
+
+
+def evaluations(files: Sequence[Path]) -> list[Row]:
+    """The rows of evaluations in `files` of rows."""
+    return [row for file in files for row in read(file) if row.get("measure") in MEASURES]
 
 
 def _in_folder(folder: Path, log: Callable[[str], None]) -> list[Record]:

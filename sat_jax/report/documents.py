@@ -6,7 +6,7 @@
 
 FILE is a file of rows, `experiments/results/FILE.jsonl`; KIND is a table of `sat_jax.report.tables`
 (rates, metrics, ..., efficiency), of `sat_jax.report.sizes` (steps, memory, speed, kernels) or of
-`sat_jax.report.evaluations` (answers, choices). Only
+`sat_jax.report.evaluations` (perplexity, choices, answers, harness). Only
 rows count whose FIELD (twin, data, commit, ..., or a setting that the run was given, by its dotted
 path) starts with a START, or, being a number, equals one.
 """
@@ -19,13 +19,13 @@ from typing import Any
 from sat_jax.analysis.rows import read
 from sat_jax.analysis.tables import markdown
 from sat_jax.errors import UserError
-from sat_jax.report import evaluations, sizes
+from sat_jax.report import sizes
+from sat_jax.report.evaluations import tables_of_evaluations
 from sat_jax.report.groups import make_groups
 from sat_jax.report.records import newest, record_of
 from sat_jax.report.tables import tables_of
 
 RESULTS = Path("experiments") / "results"
-_TABLES = {**sizes.TABLES, **evaluations.TABLES}  # of rows that are not of runs
 _OPEN = re.compile(r"<!-- table: (\S+)((?: [\w.]+=\S+)*) -->\n")
 _CLOSE = "<!-- /table -->"
 _LIKE = re.compile(r"^[ \t]*<!--\s*/?\s*table\b.*\n?", re.IGNORECASE | re.MULTILINE)
@@ -90,10 +90,10 @@ def _table(results: Path, name: str, fields: Mapping[str, str]) -> str:
         for row in read(results / f"{stem}.jsonl")
         if all(_matches(row, field, starts) for field, starts in fields.items())
     ]
-    if kind in _TABLES:
-        return _TABLES[kind](rows)
+    if kind in sizes.TABLES:
+        return sizes.TABLES[kind](rows)
     runs = newest(record_of(row, None, stem) for row in rows if "twin" in row)
-    tables = tables_of(make_groups(runs))
+    tables = [*tables_of(make_groups(runs)), *tables_of_evaluations(rows)]
     found = [table for table in tables if table.name == kind]
     if not found:
         there = ", ".join(dict.fromkeys(table.name for table in tables)) or "none"

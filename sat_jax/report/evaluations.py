@@ -1,62 +1,133 @@
-"""Tables of evaluations on questions: rows of `scripts.evaluate --record`, not of runs."""
+"""Tables of evaluations: rows of `scripts.evaluate --record`, not of runs."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from sat_jax.analysis.tables import markdown, percent, sides
+from sat_jax.analysis.tables import sides
 from sat_jax.config_values import name_of
-from sat_jax.errors import UserError
+from sat_jax.report.cells import Cell, Table
 from sat_jax.report.records import SPARSE, Record
 from sat_jax.report.wording import named, rate_of
 
-Row = dict[str, Any]
-_ASIDE = ("generations", "rows")  # options of how it was done, not of what
+Row = Mapping[str, Any]
+_ASIDE = ("generations", "rows", "length", "stride")  # options of how it was done, or told anyway
 _RATES = ("rate", "rate_attention", "rate_mlp", "layer_rates_attention", "layer_rates_mlp")
 
 
-def answers(rows: Sequence[Row]) -> str:
-    """Exact match of generated answers, a table for each set of questions."""
+class _Kind(NamedTuple):
+    """A table: `measures` are those of its rows, `asked` the columns that say more of what was
+    asked, `figures` those that say what came out."""
 
-    def line(row: Row) -> list[str]:
-        return [_score(row, "accuracy", "stderr"), percent(row["no_result"]), percent(row["cut"])]
-
-    return _by_questions(rows, "answers", ("exact match", "no result", "cut short"), line)
-
-
-def choices(rows: Sequence[Row]) -> str:
-    """Multiple choice, a table for each set of questions."""
-
-    def line(row: Row) -> list[str]:
-        per_byte = _score(row, "accuracy_per_byte", "stderr_per_byte")
-        return [_score(row, "accuracy", "stderr"), per_byte, percent(row["chance"])]
-
-    return _by_questions(rows, "choices", ("accuracy", "per byte", "by chance"), line)
+    title: str
+    measures: tuple[str, ...]
+    asked: tuple[str, ...]
+    figures: Mapping[str, Callable[[Row], Cell]]
 
 
-def _by_questions(rows: Sequence[Row], measure: str, titles: Sequence[str], line: Any) -> str:
-    """Models in the order of their first rows; of a model the newest row counts."""
-    asked: dict[str, dict[str, Row]] = {}
+def _figure(value: str, error: str | None = None, text: str = "{:.3f}") -> Callable[[Row], Cell]:
+    """With its standard error, which one question alone does not have. Only a perplexity can be
+    None: what JSON has for infinite."""
+
+    def cell(row: Row) -> Cell:
+        if row[value] is None:
+            return Cell("infinite")
+        known = [row[key] for key in (value, error) if key and row[key] is not None]
+        return Cell(" ± ".join(map(text.format, known)).replace("%", " %"), *known)
+
+    return cell
+
+
+_KINDS = {
+    "perplexity": _Kind(
+        "Perplexity of texts",
+        ("text", "prepared"),
+        (),
+        {
+            "tokens": _figure("tokens", text="{:,}"),
+            "per token": _figure("perplexity"),
+            "per byte": _figure("byte_perplexity"),
+            "bits per byte": _figure("bits_per_byte"),
+        },
+    ),
+    "choices": _Kind(
+        "Multiple choice",
+        ("choices",),
+        (),
+        {
+            "accuracy": _figure("accuracy", "stderr", "{:.1%}"),
+            "per byte": _figure("accuracy_per_byte", "stderr_per_byte", "{:.1%}"),
+            "by chance": _figure("chance", text="{:.0%}"),
+        },
+    ),
+    "answers": _Kind(
+        "Generated answers",
+        ("answers",),
+        (),
+        {
+            "exact match": _figure("accuracy", "stderr", "{:.1%}"),
+            "no result": _figure("no_result", text="{:.0%}"),
+            "cut short": _figure("cut", text="{:.0%}"),
+        },
+    ),
+    "harness": _Kind(
+        "lm-evaluation-harness",
+        ("lm_eval",),
+        ("task", "metric"),
+        {"value": _figure("value", "stderr")},
+    ),
+}
+MEASURES = tuple(measure for kind in _KINDS.values() for measure in kind.measures)
+
+
+def tables_of_evaluations(rows: Sequence[Row]) -> list[Table]:
+    """Of each kind a table for each thing that was asked: figures compare where the same is asked
+    in the same way. Models in the order of their first rows; of a model the newest row counts."""
+    return [table for name in _KINDS for table in _of_kind(name, _KINDS[name], rows)]
+
+
+def _of_kind(name: str, kind: _Kind, rows: Sequence[Row]) -> list[Table]:
+    asked: dict[str, dict[tuple[str, ...], Row]] = {}
     for row in rows:
-        if row.get("measure") == measure:
-            # Figures compare where the same is asked in the same way.
-            same = asked.setdefault(f"{row['data']} {_told(row)}", {})
-            same[name_of(row["run"] or {"model": row["model"]})] = row
-    if not asked:
-        raise UserError(f"no evaluation by {measure} among the rows")
-    parts = []
-    for models in asked.values():
-        names = [_name(row) for row in models.values()]
-        body = [
-            [name if names.count(name) == 1 else f"{name} ({key[:6]})", *line(row)]
-            for name, (key, row) in zip(names, models.items(), strict=True)
-        ]
-        parts.append(markdown(("model", *titles), body, sides(1, len(titles))))
-        row = next(iter(models.values()))
-        parts.append(
-            f"{row['data']}, {row['questions']:,} questions; {_told(row)}; {Record(row).device}."
-            " ± is the standard error over questions."
+        if row.get("measure") in kind.measures:
+            models = asked.setdefault(_asked(row), {})
+            model = name_of(row["run"] or {"model": row["model"]})
+            models[(model, *(str(row[key]) for key in kind.asked))] = row
+    header = ("model", *kind.asked, *kind.figures)
+    align = sides(1 + len(kind.asked), len(kind.figures))
+    made = []
+    for same, models in asked.items():
+        body = _body(kind, models)
+        device = Record(next(iter(models.values()))).device
+        errors = any(cell.error is not None for line in body for cell in line)
+        over = ["± is the standard error over questions"] if errors else []
+        caption = "; ".join([same, device, *over])
+        made.append(Table(name, kind.title, caption, header, align, tuple(body)))
+    return made
+
+
+def _body(kind: _Kind, models: Mapping[tuple[str, ...], Row]) -> list[tuple[Cell, ...]]:
+    """A line a row; models of one name are told apart by their own."""
+    names = {model: _name(row) for (model, *_), row in models.items()}
+    many = Counter(names.values())
+    return [
+        (
+            Cell(names[model] if many[names[model]] == 1 else f"{names[model]} ({model[:6]})"),
+            *map(Cell, more),
+            *(figure(row) for figure in kind.figures.values()),
         )
-    return "\n\n".join(parts)
+        for (model, *more), row in models.items()
+    ]
+
+
+def _asked(row: Row) -> str:
+    """On what, how much of it, and how."""
+    parts = [row["data"] if isinstance(row["data"], str) else ", ".join(row["data"])]
+    if "questions" in row:
+        parts.append(f"{row['questions']:,} questions")
+    if "length" in row:
+        parts.append(f"windows of {row['length']:,} with a stride of {row['stride']:,}")
+    return "; ".join(filter(None, (", ".join(parts), _told(row))))
 
 
 def _told(row: Row) -> str:
@@ -78,12 +149,3 @@ def _name(row: Row) -> str:
     rate = rate_of(sparse)
     how = "dense" if rate == "0" else named({"rate": rate, **rest})
     return f"{', '.join(settings['data.sources'])}: {how}, seed {row['run']['seed']}"
-
-
-def _score(row: Row, value: str, error: str) -> str:
-    """With its standard error, which one question alone does not have."""
-    score = f"{100 * row[value]:.1f} %"
-    return score if row[error] is None else f"{score} ± {100 * row[error]:.1f} %"
-
-
-TABLES = {"answers": answers, "choices": choices}

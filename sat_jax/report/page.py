@@ -7,8 +7,10 @@ from typing import Any
 
 import jinja2
 
+from sat_jax.analysis.rows import Row
 from sat_jax.errors import UserError, why_no_folder
 from sat_jax.report.cells import Table
+from sat_jax.report.evaluations import tables_of_evaluations
 from sat_jax.report.figures import Picture, pictures_of
 from sat_jax.report.groups import Group, make_groups
 from sat_jax.report.records import Record, newest
@@ -19,12 +21,13 @@ from sat_jax.train.files import write_atomically
 _TEMPLATE = Path(__file__).parent / "page.html"
 
 
-def write_report(records: Sequence[Record], out: Path) -> list[Path]:
+def write_report(records: Sequence[Record], out: Path, evaluated: Sequence[Row] = ()) -> list[Path]:
     """Writes `report.html`, `tables.md`, `tables.tex` and a CSV file a table into the folder `out`,
-    which is made; returns their paths. Raises `UserError` where it cannot be."""
+    which is made; returns their paths. `evaluated` are rows of evaluations. Raises
+    `UserError` where it cannot be."""
     runs = newest(records)
     groups = make_groups(runs)
-    tables = tables_of(groups)
+    tables = [*tables_of(groups), *tables_of_evaluations(evaluated)]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

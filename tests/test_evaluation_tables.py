@@ -1,0 +1,89 @@
+"""Tables of evaluations, in documents and in reports."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sat_jax.config_values import name_of
+from sat_jax.errors import UserError
+from sat_jax.report.collect import collect, evaluations
+from sat_jax.report.documents import filled
+from sat_jax.report.evaluations import tables_of_evaluations
+from sat_jax.report.page import write_report
+from tests.report_runs import study
+
+DEVICE = {"platform": "cpu", "kind": "a CPU", "count": 1, "host_cpus": 2}
+
+
+def test_evaluations_stand_beside_each_other_where_the_same_was_asked(tmp_path: Path) -> None:
+    asked = {"measure": "answers", "data": "q.jsonl", "device": DEVICE, "questions": 50}
+    figures = {"accuracy": 0.1, "stderr": 0.0424, "no_result": 0.5, "cut": 0.25}
+    base = asked | figures | {"model": "m", "run": None, "options": {"chat": True, "limit": None}}
+
+    def run(**settings: Any) -> dict[str, Any]:
+        settings = {f"sparsity.{key}": value for key, value in settings.items()}
+        settings |= {"data.sources": ["a.jsonl"], "optimizer.learning_rate": 0.1}
+        return base | {"run": {"seed": 1, "twin": "abcdef012", "settings": settings}}
+
+    trained = run(rate_mlp=0.4, dense_layers=[0, 1])
+    rows = [base, trained, trained | {"accuracy": 0.2}, base | {"options": {"chat": False}}]
+    rows += [run(rate=0.4, rate_attention=0, rate_mlp=0), run(rate=0.4, metric="wanda")]
+    rows += [run(layer_rates_mlp=[0.2, 0.6], layer_rates_attention=[0.2, 0.6]), run(metric="svd")]
+    choices = base | {"measure": "choices", "accuracy_per_byte": 0.3, "stderr_per_byte": 0.01}
+    rows.append(choices | {"chance": 0.25})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    text = "<!-- table: rows.answers -->\n<!-- /table -->\n"
+    first, note, second, _ = filled(text, tmp_path, "x.md").split("\n\n")[1:5]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in first.splitlines()]
+    assert cells[2:] == [
+        ["m", "10.0 % ± 4.2 %", "50 %", "25 %"],
+        [
+            "a.jsonl: rate 0 of heads, 0.4 of channels, dense layers 0,1, seed 1",
+            *("20.0 % ± 4.2 %", "50 %", "25 %"),
+        ],
+        [f"a.jsonl: dense, seed 1 ({name_of(rows[4]['run'])[:6]})", *cells[2][1:]],
+        ["a.jsonl: rate 0.4, metric wanda, seed 1", *cells[2][1:]],
+        ["a.jsonl: rate 0.2 to 0.6, seed 1", *cells[2][1:]],
+        [f"a.jsonl: dense, seed 1 ({name_of(rows[7]['run'])[:6]})", *cells[2][1:]],
+    ]
+    assert note.startswith("q.jsonl, 50 questions; chat True; a CPU, 2 cores; ± is the")
+    assert len(second.splitlines()) == 3
+    picked = filled(text.replace("answers", "choices"), tmp_path, "x.md")
+    assert "| 10.0 % ± 4.2 % | 30.0 % ± 1.0 % |      25 % |" in picked
+    alone = base | {"questions": 1, "stderr": None}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(alone) + "\n")
+    assert "| m     |      10.0 % |" in filled(text, tmp_path, "x.md")
+    (tmp_path / "rows.jsonl").write_text("")
+    with pytest.raises(UserError, match="no rows for answers; there are rows for: none"):
+        filled(text, tmp_path, "x.md")
+
+
+def test_texts_and_tasks_of_the_harness_have_tables(tmp_path: Path) -> None:
+    base = {"model": "m", "run": None, "device": DEVICE, "options": {"dtype": "float32"}}
+    windows = {"length": 512, "stride": 256}
+    text = base | windows | {"measure": "text", "data": ["a.txt", "b.txt"], "options": windows}
+    text |= {"tokens": 1200, "perplexity": 8.0, "byte_perplexity": 2.0, "bits_per_byte": 1.0}
+    broken = text | {"model": "n", "perplexity": None, "byte_perplexity": None}
+    task = base | {"measure": "lm_eval", "data": ["gk"], "task": "gk", "metric": "acc"}
+    task |= {"value": 0.5, "stderr": 0.125}
+    rows = [text, broken | {"bits_per_byte": None}, task, task | {"metric": "f1", "stderr": None}]
+    perplexity, harness = tables_of_evaluations(rows)
+    assert perplexity.texts == [
+        ["m", "1,200", "8.000", "2.000", "1.000"],
+        ["n", "1,200", "infinite", "infinite", "infinite"],
+    ]
+    assert perplexity.caption == (
+        "a.txt, b.txt, windows of 512 with a stride of 256; a CPU, 2 cores"
+    )
+    assert harness.header == ("model", "task", "metric", "value")
+    assert harness.texts == [["m", "gk", "acc", "0.500 ± 0.125"], ["m", "gk", "f1", "0.500"]]
+    assert harness.rows[0][3][1:] == (0.5, 0.125)
+    study(tmp_path)
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    files = [tmp_path / "rows.jsonl"]
+    written = write_report(collect([], files, print), tmp_path / "out", evaluations(files))
+    assert [path.name for path in written][-2:] == ["perplexity.csv", "harness.csv"]
+    assert "0.500 ± 0.125" in written[0].read_text()
