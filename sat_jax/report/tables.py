@@ -108,7 +108,7 @@ def _losses(group: Group) -> Table | None:
     caption = f"Nats a token; {_caption_of_all(group)}"
     align = sides(len(names), 1 + PARTS)
     return Table(
-        "losses", "Training loss less dense training's", caption, header, align, tuple(rows)
+        "losses", "Training loss above the dense run's", caption, header, align, tuple(rows)
     )
 
 
