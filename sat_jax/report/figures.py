@@ -303,10 +303,13 @@ def _shared(variants: Sequence[Variant], keys: Sequence[str]) -> str:
 
 
 def _legend(figure: Figure, title: str | None = None) -> None:
-    """Below the picture, so that it hides nothing, in as many columns as names have room."""
+    """Below the picture, so that it hides nothing: many names in two columns, few in as many as
+    have room."""
     handles, names = figure.axes[0].get_legend_handles_labels()
-    names = [textwrap.fill(name, 64) for name in names]
-    columns = 1 if max(map(len, names)) > 5 * figure.get_figwidth() else 2
+    half = int(5 * figure.get_figwidth())  # characters
+    width = max(half, 40) if len(names) > _MANY else 64
+    names = [textwrap.fill(name, width) for name in names]
+    columns = 1 if max(len(line) for name in names for line in name.split("\n")) > half else 2
     lines = sum(name.count("\n") + 1 for name in names) / columns
     figure.set_figheight(_SIZE["height"] + max(0.0, lines - _MANY / 2) * _LINE)
     figure.legend(
