@@ -99,7 +99,7 @@ def test_a_stopped_run_goes_on_where_it_was(
     assert said[-1] == "stopped and saved after step 3; the same command continues"
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
     summary = train(settings(**changes), tmp_path / "stopped", said.append)
-    assert "restored after step 3" in said
+    assert "continuing after step 3" in said
     unbroken = train(settings(**changes), tmp_path / "unbroken", said.append)
     assert [rung["steps"] for rung in summary["rungs"]] == [sparse_steps, 6 - sparse_steps]
     assert losses(tmp_path / "stopped") == losses(tmp_path / "unbroken")

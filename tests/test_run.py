@@ -277,7 +277,7 @@ def test_a_killed_run_is_continued_by_the_same_command_bit_by_bit(
 
     continued = run_python("-m", "scripts.train", *arguments)
     assert continued.returncode == 0, continued.stderr
-    assert "restored after step 5" in continued.stderr
+    assert "continuing after step 5" in continued.stderr
     assert "Held-out perplexity" in continued.stdout
     records = read_metrics(path / "metrics.jsonl")
     assert len(records) == STEPS + 1
@@ -366,7 +366,7 @@ def test_a_run_cut_short_at_its_very_end_is_ended_anew(other: Finished, tmp_path
     )
     said: list[str] = []
     summary = train(config, path, said.append)
-    assert "restored after step 12" in said
+    assert "continuing after step 12" in said
     assert sat_jax.load_model(path / "huggingface").config.n_layers == 2
     for name in ("loss", "eval_loss", "tokens", "selections", "spent_flops"):
         assert summary[name] == other.summary[name], name

@@ -97,7 +97,7 @@ def test_ctrl_c_stops_and_saves_and_the_same_command_continues(tmp_path: Path) -
     done = sweep(tmp_path, *arguments)
     assert done.returncode == 0, done.stderr
     log = (tmp_path / "logs" / f"{metrics.parent.name}.log").read_text()
-    assert f"restored after step {stopped}\n" in log
+    assert f"continuing after step {stopped}\n" in log
     assert read_metrics(metrics)[-1]["step"] == 600
 
 
@@ -142,7 +142,7 @@ def test_slurm_runs_an_array_and_a_job_out_of_time_is_queued_again(
     assert (state / "0.requeued").exists()
     assert len(done.stdout.splitlines()) == 3
     logs = [path.read_text() for path in (directory / "logs").glob("*.log")]
-    assert sorted("restored after step " in log for log in logs) == [False, True]
+    assert sorted("continuing after step " in log for log in logs) == [False, True]
     assert len(list((directory / "logs" / "slurm").glob("*_submission.sh"))) == 1
     for path in directory.glob("*/metrics.jsonl"):
         assert [r["step"] for r in read_metrics(path)] == list(range(0, 4001, 10))

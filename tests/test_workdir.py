@@ -99,11 +99,10 @@ def test_a_path_that_cannot_be_a_folder_is_one_line(tmp_path: Path, place: str, 
         pass
 
 
-def settle(workdir: WorkDir, config: dict[str, Any], *free: str) -> bool:
+def settle(workdir: WorkDir, config: dict[str, Any], *free: str) -> None:
     with workdir.lock():
-        existed = workdir.compare(config, free)
+        workdir.compare(config, free)
         workdir.begin(config)
-        return existed
 
 
 CONFIG: dict[str, Any] = {
@@ -120,9 +119,9 @@ def changed(group: str, **values: Any) -> dict[str, Any]:
 
 def test_config_is_written_once_and_compared(tmp_path: Path) -> None:
     workdir = WorkDir(tmp_path)
-    assert settle(workdir, CONFIG) is False
+    settle(workdir, CONFIG)
     written = workdir.config.read_text()
-    assert settle(workdir, CONFIG) is True  # tuples are lists in JSON, and the same setting
+    settle(workdir, CONFIG)  # tuples are lists in JSON, and the same setting
 
     def refused(config: dict[str, Any], *free: str) -> str:
         with pytest.raises(UserError) as caught:
@@ -137,14 +136,14 @@ def test_config_is_written_once_and_compared(tmp_path: Path) -> None:
     assert refused({**CONFIG, "seed": "ü"}) == 'seed was 0 and is "ü"'
     another = "({}); accepted: that version, or a new work directory"
     assert refused(changed("sparsity", new=None)) == another.format("sparsity.new")
-    assert settle(workdir, changed("sparsity", new=None), "sparsity.new") is True
+    settle(workdir, changed("sparsity", new=None), "sparsity.new")
     assert refused(changed("sparsity", rungs=(2, 1))) == ("sparsity.rungs was [1, 2] and is [2, 1]")
     without = {key: value for key, value in CONFIG.items() if key != "export"}
     assert refused(without) == another.format("export.huggingface")
     # A key is no prefix of a longer word.
     assert refused(changed("train", log_every=2), "train.log") == ("train.log_every was 1 and is 2")
-    assert settle(workdir, changed("train", log_every=2), "train.log_every") is True
-    assert settle(workdir, changed("export", huggingface=True), "export") is True
+    settle(workdir, changed("train", log_every=2), "train.log_every")
+    settle(workdir, changed("export", huggingface=True), "export")
     assert workdir.config.read_text() == written
 
 

@@ -1,7 +1,6 @@
 """The training loop: plain Python between compiled steps."""
 
 import dataclasses
-import enum
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -35,14 +34,6 @@ from sat_jax.train.workdir import WorkDir
 from sat_jax.train.working import Working
 
 
-class _Found(enum.IntEnum):
-    """What a work directory holds when a run starts in it."""
-
-    NOTHING = enum.auto()
-    INTERRUPTED = enum.auto()
-    FINISHED = enum.auto()
-
-
 def train(config: Config, directory: Path, log: Callable[[str], None]) -> dict[str, Any]:
     """Runs, or continues, the run in `directory`, and returns its summary.
 
@@ -55,12 +46,9 @@ def train(config: Config, directory: Path, log: Callable[[str], None]) -> dict[s
     clock = Clock()
     tell = log if is_primary() else _say_nothing
     with ExitStack() as held:
-        found = decide(lambda: _claim(workdir, config, held))
-        if found == _Found.FINISHED:
+        if decide(lambda: _claim(workdir, config, held)):
             tell(f"{workdir.path} holds this run, finished; nothing to do")
         else:
-            if found == _Found.INTERRUPTED:
-                tell(f"continuing the run in {workdir.path}")
             with clock("setup"):
                 task = set_up(config, tell)
             try:
@@ -79,13 +67,12 @@ def train(config: Config, directory: Path, log: Callable[[str], None]) -> dict[s
         return summary
 
 
-def _claim(workdir: WorkDir, config: Config, held: ExitStack) -> _Found:
-    """Locks the work directory for as long as `held` is open, and compares settings."""
+def _claim(workdir: WorkDir, config: Config, held: ExitStack) -> bool:
+    """Locks the work directory for as long as `held` is open, and compares settings; returns
+    whether the run in it is finished."""
     held.enter_context(workdir.lock())
-    existed = workdir.compare(to_dict(config), free_paths(config))
-    if workdir.finished() is not None:
-        return _Found.FINISHED
-    return _Found.INTERRUPTED if existed else _Found.NOTHING
+    workdir.compare(to_dict(config), free_paths(config))
+    return workdir.finished() is not None
 
 
 def _say_nothing(line: str) -> None:
@@ -368,7 +355,7 @@ class Run:
                 self._compiled_before = self._account.compile_seconds
                 self._clock.add(restored.meta["seconds"])
                 self._working = Working(programs.state._replace(**state), stats, masks)
-                self._log(f"restored after step {newest.step}")
+                self._log(f"continuing after step {newest.step}")
                 return newest.step
         with self._clock("setup"):
             params = initial_params(self._task)

@@ -66,15 +66,15 @@ class WorkDir:
                 # Emptied, not removed: another process may be waiting on this very file.
                 file.truncate(0)
 
-    def compare(self, config: Mapping[str, Any], free: Collection[str] = ()) -> bool:
+    def compare(self, config: Mapping[str, Any], free: Collection[str] = ()) -> None:
         """Compares `config` (nested, JSON) with that of the run that is there, if one is.
 
         `free` names keys that may change between two starts of a run ("train.log_every"), or groups
-        of them ("export"). Returns whether the run existed. Raises `UserError` naming every other
-        key that differs, with the old and the new value.
+        of them ("export"). Raises `UserError` naming every other key that differs, with the old
+        and the new value.
         """
         if not self.config.exists():
-            return False
+            return
         old = _flat(read_json(self.config))
         new = _flat(json.loads(json.dumps(config, allow_nan=False)))  # tuples become lists
         changes = [
@@ -92,7 +92,6 @@ class WorkDir:
                 f"{self.path} was started with other settings: {'; '.join(changes)}; "
                 "give the old values or another work directory"
             )
-        return True
 
     def begin(self, config: Mapping[str, Any]) -> None:
         """Writes `config` if the run is new. After everything that can refuse a run, so that a
