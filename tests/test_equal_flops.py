@@ -89,6 +89,10 @@ def test_they_are_a_group_where_there_is_no_longer_one(tmp_path: Path) -> None:
     alone = study(tmp_path)[2:3]
     (rates, _) = tables_of(make_groups(alone))
     assert [row[0] for row in rates.texts] == ["dense"]
+    dense = study(tmp_path)[:3]
+    (rates, _) = tables_of(make_groups(dense))
+    assert [row[0] for row in rates.texts] == ["dense", "dense, 6 steps"]
+    assert "at equal FLOPs" not in rates.header
 
 
 def test_they_have_their_name_where_the_dense_run_is_missing(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ def test_evaluations_stand_beside_each_other_where_the_same_was_asked(tmp_path: 
     asked = {"measure": "answers", "data": "q.jsonl", "device": DEVICE, "questions": 50}
     figures = {"accuracy": 0.1, "stderr": 0.0424, "no_result": 0.5, "cut": 0.25}
     base = asked | figures | {"model": "m", "run": None, "options": {"chat": True, "limit": None}}
+    base["date"] = "2026-01-02T00:00:00+00:00"
 
     def run(**settings: Any) -> dict[str, Any]:
         settings = {f"sparsity.{key}": value for key, value in settings.items()}
@@ -28,7 +29,8 @@ def test_evaluations_stand_beside_each_other_where_the_same_was_asked(tmp_path: 
         return base | {"run": {"seed": 1, "twin": "abcdef012", "settings": settings}}
 
     trained = run(rate_mlp=0.4, dense_layers=[0, 1])
-    rows = [base, trained, trained | {"accuracy": 0.2}, base | {"options": {"chat": False}}]
+    older = trained | {"date": "2026-01-01T00:00:00+00:00"}  # further down in the file
+    rows = [base, trained, trained | {"accuracy": 0.2}, older, base | {"options": {"chat": False}}]
     rows += [run(rate=0.4, rate_attention=0, rate_mlp=0), run(rate=0.4, metric="wanda")]
     rows += [run(layer_rates_mlp=[0.2, 0.6], layer_rates_attention=[0.2, 0.6]), run(metric="svd")]
     choices = base | {"measure": "choices", "accuracy_per_byte": 0.3, "stderr_per_byte": 0.01}
@@ -43,10 +45,10 @@ def test_evaluations_stand_beside_each_other_where_the_same_was_asked(tmp_path: 
             "a.jsonl: rate 0 of heads, 0.4 of channels, dense layers 0,1, seed 1",
             *("20.0 % ± 4.2 %", "50 %", "25 %"),
         ],
-        [f"a.jsonl: dense, seed 1 ({name_of(rows[4]['run'])[:6]})", *cells[2][1:]],
+        [f"a.jsonl: dense, seed 1 ({name_of(rows[5]['run'])[:6]})", *cells[2][1:]],
         ["a.jsonl: rate 0.4, metric wanda, seed 1", *cells[2][1:]],
         ["a.jsonl: rate 0.2 to 0.6, seed 1", *cells[2][1:]],
-        [f"a.jsonl: dense, seed 1 ({name_of(rows[7]['run'])[:6]})", *cells[2][1:]],
+        [f"a.jsonl: dense, seed 1 ({name_of(rows[8]['run'])[:6]})", *cells[2][1:]],
     ]
     assert note.startswith("q.jsonl, 50 questions; chat True; a CPU, 2 cores; ± is the")
     assert len(second.splitlines()) == 3
@@ -60,30 +62,45 @@ def test_evaluations_stand_beside_each_other_where_the_same_was_asked(tmp_path: 
         filled(text, tmp_path, "x.md")
 
 
-def test_texts_and_tasks_of_the_harness_have_tables(tmp_path: Path) -> None:
+def test_texts_and_tasks_of_the_harness_have_tables() -> None:
     base = {"model": "m", "run": None, "device": DEVICE, "options": {"dtype": "float32"}}
+    base |= {"date": "2026-01-02T00:00:00+00:00", "commit": "c" * 40, "versions": {"jax": "0.1"}}
     windows = {"length": 512, "stride": 256}
     text = base | windows | {"measure": "text", "data": ["a.txt", "b.txt"], "options": windows}
     text |= {"tokens": 1200, "perplexity": 8.0, "byte_perplexity": 2.0, "bits_per_byte": 1.0}
     broken = text | {"model": "n", "perplexity": None, "byte_perplexity": None}
+    broken["device"] = DEVICE | {"kind": "another"}
     task = base | {"measure": "lm_eval", "data": ["gk"], "task": "gk", "metric": "acc"}
     task |= {"value": 0.5, "stderr": 0.125}
     rows = [text, broken | {"bits_per_byte": None}, task, task | {"metric": "f1", "stderr": None}]
     perplexity, harness = tables_of_evaluations(rows)
     assert perplexity.texts == [
         ["m", "1,200", "8.000", "2.000", "1.000"],
-        ["n", "1,200", "infinite", "infinite", "infinite"],
+        ["n", "1,200", "not finite", "not finite", "not finite"],
     ]
     assert perplexity.caption == (
-        "a.txt, b.txt, windows of 512 with a stride of 256; a CPU, 2 cores"
+        "a.txt, b.txt, windows of 512 with a stride of 256; a CPU, 2 cores and another, 2 cores"
     )
     assert harness.header == ("model", "task", "metric", "value")
     assert harness.texts == [["m", "gk", "acc", "0.500 ± 0.125"], ["m", "gk", "f1", "0.500"]]
     assert harness.rows[0][3][1:] == (0.5, 0.125)
+
+
+def test_a_report_has_them_beside_runs_and_alone(tmp_path: Path) -> None:
+    task = {"measure": "lm_eval", "model": "m", "run": None, "device": DEVICE, "data": ["gk"]}
+    task |= {"options": {}, "task": "gk", "metric": "acc", "value": 0.5, "stderr": 0.125}
+    task |= {"date": "2026-01-02T00:00:00+00:00", "commit": "c" * 40, "versions": {"jax": "0.1"}}
+    alone = tmp_path / "alone.jsonl"
+    alone.write_text(json.dumps(task) + "\n")
     study(tmp_path)
-    with (tmp_path / "rows.jsonl").open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    files = [tmp_path / "rows.jsonl"]
-    written = write_report(collect([], files, print), tmp_path / "out", evaluations(files))
-    assert [path.name for path in written][-2:] == ["perplexity.csv", "harness.csv"]
-    assert "0.500 ± 0.125" in written[0].read_text()
+    both = [tmp_path / "rows.jsonl", alone]
+    for files, heading, tables in (
+        (both, "5 runs and 1 evaluation", ["rates", "losses", "efficiency", "harness"]),
+        ([alone], "1 evaluation", ["harness"]),
+    ):
+        written = write_report(collect([], files, print), tmp_path / "out", evaluations(files))
+        assert [path.name for path in written[3:]] == [f"{name}.csv" for name in tables]
+        page = written[0].read_text()
+        assert f"Sparsity-Accelerated Training: {heading}</h1>" in page
+        assert "0.500 ± 0.125" in page and "cccccccccc" in page
+        assert ("How it is counted" in page) == (files is both)

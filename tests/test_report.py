@@ -246,7 +246,7 @@ def test_the_page_needs_nothing_else_and_has_every_number(tmp_path: Path) -> Non
         cell for one in tables for row in (one.header, *one.texts) for cell in row
     ]  # fmt: skip
     assert page.cells == expected
-    assert "NVIDIA H200" in text and "aaaaaaaaaa (4 runs)" in text and "1 more was left" in text
+    assert "NVIDIA H200" in text and "aaaaaaaaaa (4 of 5)" in text and "1 more was left" in text
     for row in tables[0].texts:
         assert [cell.strip() for cell in row] in [
             [cell.strip() for cell in line.strip("|").split("|")]

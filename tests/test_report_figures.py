@@ -37,14 +37,6 @@ def test_every_curve_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     best = [f"metric {m}, selection topk" for m in METRICS]
     assert set(loss) == {"dense", *best, "metric output, selection sample"}
     assert "metric output, selection topk" in front
-    # A wide picture has room for more names.
-    monkeypatch.setattr(figures, "_MANY_POINTS", 5)
-    (group,) = make_groups(records)
-    for width, counted in ((5.2, 3), (15.6, len(pairs) + 1)):
-        figure = figures.flops_figure(group, width)
-        assert figure is not None
-        names = figure.axes[0].get_legend_handles_labels()[1]
-        assert (len(names), "others" in names) == (counted, width == 5.2)
 
     ladders: list[dict[str, Any]] = [
         {},
@@ -73,6 +65,36 @@ def test_every_curve_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     loss = legends(records, monkeypatch)[0]
     assert loss[0] == "metric output, rungs 4, split 0.5, refresh every 10"
     assert loss[1:3] == ["rungs 2", "rungs 2, split 0.25"]
+
+
+def test_many_points_are_named_by_what_they_differ_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From most of them, whose settings are not the defaults; rates have their own names. A wide
+    picture has room for more."""
+    given: list[dict[str, Any]] = [
+        {}, {"rate": 0.2}, {"metric": "svd"}, {"metric": "wanda"}, {"refresh_every": 5},
+        {"metric": "svd", "refresh_every": 5},
+    ]  # fmt: skip
+    usual = {"rate": 0.4, "refresh_every": 8}
+    records = runs(
+        tmp_path,
+        (config_of(0), summary_of(10.0, 38.0, DENSE)),
+        *((config_of(0, **(usual | one)), summary_of(11.0, 18.0, SPARSE)) for one in given),
+    )
+    monkeypatch.setattr(figures, "_MANY_POINTS", 5)
+    (group,) = make_groups(records)
+
+    def names(width: float) -> list[str]:
+        figure = figures.flops_figure(group, width)
+        assert figure is not None
+        return list(figure.axes[0].get_legend_handles_labels()[1])
+
+    assert names(5.2) == [
+        "rate 0.4, metric output, refresh every 8", "rate 0.2, metric output, refresh every 8",
+        "Metric and selection", "Refreshes and their probes", "Several of these", "dense",
+    ]  # fmt: skip
+    assert len(names(15.6)) == len(given) + 1
 
 
 def test_rates_of_heads_and_channels_are_said_once(

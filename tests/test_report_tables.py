@@ -113,7 +113,7 @@ def test_a_speed_without_a_twin_is_told_as_estimated(tmp_path: Path) -> None:
     assert [row[-2] for row in rates.texts] == ["-", "-", "≈ 1.33×"]
     # Of two seeds at 0.2 one has a dense run: what is known of that is told, and that it is of it.
     assert [row[4].text for row in rates.rows] == ["-", "+10.0 %§", "+10.0 %"]
-    assert "fewer pairs" in rates.notes[0] and "own dense rung" in rates.notes[1]
+    assert "fewer seeds" in rates.notes[0] and "own dense rung" in rates.notes[1]
     efficiency = table(records, "efficiency")
     assert efficiency.rows[2][2].text == "150 ± 0‡" and "several devices" in efficiency.notes[0]
     assert efficiency.rows[2][7].text == "-"  # a dense rung of no run on the device of seed 0

@@ -2,8 +2,10 @@
 
 import io
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from sat_jax.config_values import experiment, experiment_sweep, load
 from sat_jax.errors import UserError
 from sat_jax.sweep.axes import combine, cross, listed, parse_axes, read_runs, short_names, told
 from sat_jax.sweep.board import make_board
-from sat_jax.sweep.drive import SweepDir, by_turns
+from sat_jax.sweep.drive import SweepDir, drive
 from sat_jax.sweep.launch import Job, Local, Slurm, failure, slurm_options
 from sat_jax.sweep.runs import Run, make_runs, prepare_all
 from sat_jax.sweep.watch import State
@@ -233,12 +235,38 @@ def test_the_folder_remembers_what_was_asked(tmp_path: Path) -> None:
         SweepDir(tmp_path).hold(stack)
 
 
+class _AtOnce:
+    """A launcher of two jobs at a time that are finished when they are handed over."""
+
+    outlives, seconds = False, 0.0
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+
+    def room(self) -> int:
+        return 2
+
+    def submit(self, jobs: Sequence[Job]) -> list[Any]:
+        self.jobs += jobs
+        for job in jobs:
+            job.directory.mkdir(parents=True)
+            write_json(job.directory / "summary.json", {})
+        return [SimpleNamespace(done=lambda: True) for _ in jobs]
+
+    def attach(self, job_id: str) -> None:
+        del job_id
+
+    def stop(self) -> None:
+        raise AssertionError("nothing asked to stop")
+
+
 def test_seeds_of_a_variant_do_not_start_together(tmp_path: Path) -> None:
     folder = SweepDir(tmp_path / "sweep")
     runs = runs_of("sparsity.rate=0,0.25,0.5", "seed=0,1")
     (extra,) = runs_of("sparsity.rate=0.5", fixed={"seed": 2})
-    watched = [folder.watched(run) for run in [*runs, extra]]
-    assert [(o.run.config.seed, o.run.config.sparsity.rate) for o in by_turns(watched)] == [
+    launcher = _AtOnce()
+    drive(folder, [folder.watched(run) for run in [*runs, extra]], launcher, lambda *_: None)
+    assert [(job.config.seed, job.config.sparsity.rate) for job in launcher.jobs] == [
         (0, 0.0), (0, 0.25), (0, 0.5), (1, 0.0), (1, 0.25), (1, 0.5), (2, 0.5),
     ]  # fmt: skip
 

@@ -14,7 +14,8 @@ _SLACK = 1.01  # steps are whole: no length costs exactly what another run did
 
 ESTIMATED, PAIRS = "≈", "§"
 NOTES = {
-    PAIRS: f"{PAIRS} Of fewer pairs than seeds: some have no dense run.",
+    PAIRS: f"{PAIRS} Of fewer seeds: some have no dense run to compare with, or none around their"
+    " FLOPs.",
     ESTIMATED: f"{ESTIMATED} Estimated from the run's own dense rung: its dense twin was not timed"
     " on this device.",
 }

@@ -124,21 +124,20 @@ def says_something(settings: Settings, key: str) -> bool:
     return key not in _BESIDE or _BESIDE[key](settings)
 
 
-def plain(group: Group, variant: Variant) -> bool:
-    """Whether what varies in the group is at its default in a sparse variant, but for the rate."""
-    keys = _telling(group)
-    return all(variant.settings[key] == SPARSE[key] for key in keys if key not in RATES.keys)
+def axis_of(told_of_it: Iterable[str]) -> Axis | None:
+    """The axis of the settings that tell a variant from most, by what `told` has for it: that of
+    the rates where nothing else does, None where those of several do."""
+    axes = [
+        axis for axis in AXES if axis is not RATES and not set(axis.keys).isdisjoint(told_of_it)
+    ]
+    return axes[0] if len(axes) == 1 else None if axes else RATES
 
 
 def foremost(group: Group) -> list[Variant]:
-    """The sparse variants, those first that are worth showing where there is no room for all: with
-    what varies at its default, then those that differ from most in the fewest settings."""
+    """The sparse variants, those first that are worth showing where there is no room for all: that
+    differ from most in the fewest settings but the rate."""
     settings = told(group)
-
-    def place(one: Variant) -> tuple[bool, int]:
-        return not plain(group, one), len(settings[id(one)].keys() - set(RATES.keys))
-
-    return sorted(group.sparse, key=place)
+    return sorted(group.sparse, key=lambda one: len(settings[id(one)].keys() - set(RATES.keys)))
 
 
 def keys_told(group: Group, variant: Variant) -> tuple[str, ...]:

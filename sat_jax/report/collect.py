@@ -21,7 +21,7 @@ def collect(
     """The runs in `folders` (of a run or of a sweep) and in `files` of rows, in that order.
 
     `log` is told of runs that have not finished. Raises `UserError` for what is neither, and where
-    there is no run at all.
+    there is neither a run nor an evaluation.
     """
     records = [record for folder in folders for record in _in_folder(folder, log)]
     for file in files:
@@ -31,7 +31,7 @@ def collect(
                 f"{file} holds no run and no evaluation; accepted: rows that --record wrote"
             )
         records += [record_of(row, None, f"{file}:{number}") for number, row in rows]
-    if not records:
+    if not records and not evaluations(files):
         raise UserError("no finished run to report on")
     return records
 

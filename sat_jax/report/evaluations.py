@@ -26,12 +26,12 @@ class _Kind(NamedTuple):
 
 
 def _figure(value: str, error: str | None = None, text: str = "{:.3f}") -> Callable[[Row], Cell]:
-    """With its standard error, which one question alone does not have. Only a perplexity can be
-    None: what JSON has for infinite."""
+    """With its standard error, which one question alone does not have. None is what JSON has for
+    a number that is not finite."""
 
     def cell(row: Row) -> Cell:
         if row[value] is None:
-            return Cell("infinite")
+            return Cell("not finite")
         known = [row[key] for key in (value, error) if key and row[key] is not None]
         return Cell(" ± ".join(map(text.format, known)).replace("%", " %"), *known)
 
@@ -92,16 +92,17 @@ def _of_kind(name: str, kind: _Kind, rows: Sequence[Row]) -> list[Table]:
         if row.get("measure") in kind.measures:
             models = asked.setdefault(_asked(row), {})
             model = name_of(row["run"] or {"model": row["model"]})
-            models[(model, *(str(row[key]) for key in kind.asked))] = row
+            place = (model, *(str(row[key]) for key in kind.asked))
+            models[place] = max(row, models.get(place, row), key=lambda one: one["date"])
     header = ("model", *kind.asked, *kind.figures)
     align = sides(1 + len(kind.asked), len(kind.figures))
     made = []
     for same, models in asked.items():
         body = _body(kind, models)
-        device = Record(next(iter(models.values()))).device
+        devices = " and ".join(dict.fromkeys(Record(row).device for row in models.values()))
         errors = any(cell.error is not None for line in body for cell in line)
         over = ["± is the standard error over questions"] if errors else []
-        caption = "; ".join([same, device, *over])
+        caption = "; ".join([same, devices, *over])
         made.append(Table(name, kind.title, caption, header, align, tuple(body)))
     return made
 

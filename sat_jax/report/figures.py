@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from sat_jax.analysis.means import Estimate, estimate
-from sat_jax.analysis.plots import GREY, INK, new_figure, tidy
+from sat_jax.analysis.plots import INK, new_figure, tidy
 from sat_jax.analysis.twins import ESTIMATED
-from sat_jax.report.axes import SCHEDULES, foremost, keys_told, plain, varied
+from sat_jax.report.axes import AXES, RATES, SCHEDULES, axis_of, foremost, keys_told, told, varied
 from sat_jax.report.groups import Group, Variant, whole_bounds
 from sat_jax.report.wording import caption_of, dense_name, named, shown, value_of
 
@@ -27,6 +27,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 _MARKERS = "osD^vP*X<>"
 _FONT = 10
 _LINE = 0.19  # inches of height that a line of names takes
+_COLUMN = 40  # characters that a column of long names needs
 _MANY = 9  # lines or names beyond which a picture is a tangle
 _FAR = 10.0  # per cent from dense that a picture has room for
 _MANY_POINTS = 18  # points with names, in a picture of the usual width
@@ -119,6 +120,21 @@ def _styles(group: Group) -> dict[int, dict[str, Any]]:
     if group.dense:
         styles[id(group.dense)] = {"color": "black", "marker": "o"}
     return styles | {id(one): {"color": "black", "marker": "x"} for one in group.shorter}
+
+
+def _by_axis(group: Group) -> dict[int, dict[str, Any]]:
+    """As `_styles`, where there are more variants than a legend has room for: those that differ in
+    more than the rate have the look and the name (`label`) of what they differ in."""
+    settings, looks = told(group), _styles(group)
+    axes = {id(one): axis_of(settings[id(one)]) for one in group.sparse}
+    own = sum(axis is RATES for axis in axes.values())
+    for number, axis in enumerate((*AXES[1:], None), 1):
+        colour = COLOURS[(own + number - 1) % len(COLOURS)]
+        title = axis.title if axis else "Several of these"
+        for one in group.sparse:
+            if axes[id(one)] is axis:
+                looks[id(one)] = {"color": colour, "marker": _MARKERS[number], "label": title}
+    return looks
 
 
 def _losses(group: Group, variants: Sequence[Variant], against: str) -> Figure:
@@ -223,21 +239,19 @@ def _scatter(
         [places[i][0] for i in joined], [places[i][1] for i in joined], color=INK, linewidth=1,
         alpha=0.5, zorder=1,
     )  # fmt: skip
-    styles = _styles(group)
-    others = False
     many = len(points) > _MANY_POINTS * width / _SIZE["width"]
+    looks = _by_axis(group) if many else _styles(group)
+    names = set[str]()
     for number, (one, place, gap, estimated) in enumerate(points):
-        style = styles[id(one)]
-        name = f"{ESTIMATED} {label(group, one)}" if estimated else label(group, one)
-        if many and not (number in joined or one.dense or plain(group, one)):
-            style = {"color": GREY, "marker": "o"}
-            name, others = "_" if others else "others", True
+        style = looks[id(one)]
+        name = style.pop("label", None) or f"{ESTIMATED} " * estimated + label(group, one)
         face = "white" if _fewer_seeds(group, one) else style["color"]
         axes.errorbar(
             place.mean, gap.mean, xerr=place.error, yerr=gap.error, fmt=style["marker"],
             color=style["color"], markerfacecolor=face, markersize=7, elinewidth=1, capsize=3,
-            label=name, zorder=3 if number in joined else 2,
+            label="_" if name in names else name, zorder=3 if number in joined else 2,
         )  # fmt: skip
+        names.add(name)
     axes.margins(0.1)
     _bend(axes, [gap.mean for _, _, gap, _ in points])
     _legend(figure)
@@ -303,11 +317,11 @@ def _shared(variants: Sequence[Variant], keys: Sequence[str]) -> str:
 
 
 def _legend(figure: Figure, title: str | None = None) -> None:
-    """Below the picture, so that it hides nothing: many names in two columns, few in as many as
-    have room."""
+    """Below the picture, so that it hides nothing: in two columns, where the names have room, or
+    are many and can be broken to have it."""
     handles, names = figure.axes[0].get_legend_handles_labels()
     half = int(5 * figure.get_figwidth())  # characters
-    width = max(half, 40) if len(names) > _MANY else 64
+    width = half if len(names) > _MANY and half >= _COLUMN else 64
     names = [textwrap.fill(name, width) for name in names]
     columns = 1 if max(len(line) for name in names for line in name.split("\n")) > half else 2
     lines = sum(name.count("\n") + 1 for name in names) / columns

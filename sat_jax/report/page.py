@@ -23,8 +23,8 @@ _TEMPLATE = Path(__file__).parent / "page.html"
 
 def write_report(records: Sequence[Record], out: Path, evaluated: Sequence[Row] = ()) -> list[Path]:
     """Writes `report.html`, `tables.md`, `tables.tex` and a CSV file a table into the folder `out`,
-    which is made; returns their paths. `evaluated` are rows of evaluations. Raises
-    `UserError` where it cannot be."""
+    which is made; returns their paths. `evaluated` are rows of evaluations. Raises `UserError`
+    where it cannot be."""
     runs = newest(records)
     groups = make_groups(runs)
     tables = [*tables_of(groups), *tables_of_evaluations(evaluated)]
@@ -33,7 +33,7 @@ def write_report(records: Sequence[Record], out: Path, evaluated: Sequence[Row] 
     except OSError as error:
         raise UserError(f"--out {out}: {why_no_folder(error)}") from error
     texts = {
-        "report.html": page(groups, tables, repeated=len(records) - len(runs)),
+        "report.html": page(groups, tables, evaluated, repeated=len(records) - len(runs)),
         "tables.md": as_markdown(tables),
         "tables.tex": as_latex(tables),
     }
@@ -47,7 +47,9 @@ def write_report(records: Sequence[Record], out: Path, evaluated: Sequence[Row] 
     return [out / name for name in texts]
 
 
-def page(groups: Sequence[Group], tables: Sequence[Table], repeated: int = 0) -> str:
+def page(
+    groups: Sequence[Group], tables: Sequence[Table], evaluated: Sequence[Row], repeated: int
+) -> str:
     """One HTML document without a reference to anything outside it; `repeated` is how many runs
     were left out for a newer one of the same settings."""
     sections: dict[str, list[Table]] = {}
@@ -63,22 +65,36 @@ def page(groups: Sequence[Group], tables: Sequence[Table], repeated: int = 0) ->
     )
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
-        runs=runs, repeated=repeated, sections=sections, pictures=pictures, origin=origin(runs)
+        what=" and ".join(filter(None, [_many(runs, "run"), _many(evaluated, "evaluation")])),
+        runs=runs,
+        repeated=repeated,
+        sections=sections,
+        pictures=pictures,
+        origin=_origin([*runs, *map(Record, evaluated)]),
     )
 
 
-def origin(runs: Sequence[Record]) -> list[tuple[str, list[str]]]:
-    """Where the runs come from: each name with the values that occur, and how many runs have it
-    where there are several."""
-    dates = sorted(run.row["date"][:10] for run in runs)
+def _origin(rows: Sequence[Record]) -> list[tuple[str, list[str]]]:
+    """Where runs and evaluations come from: each name with the values that occur, and how many rows
+    have it where there are several."""
+    dates = sorted(one.row["date"][:10] for one in rows)
     between = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     return [
-        ("Device", _counted([run.device for run in runs])),
-        ("Commit", _counted([run.commit for run in runs])),
+        ("Device", _counted([one.device for one in rows])),
+        ("Commit", _counted([one.commit for one in rows])),
         ("Date", [between]),
-        ("Data", _counted([run.row["data"] for run in runs])),
-        ("Versions", _counted([_versions(run.row["versions"]) for run in runs])),
+        ("Data", _counted([_data(one.row["data"]) for one in rows])),
+        ("Versions", _counted([_versions(one.row["versions"]) for one in rows])),
     ]
+
+
+def _many(rows: Sequence[Any], name: str) -> str:
+    return f"{len(rows)} {name}{'s' * (len(rows) > 1)}" if rows else ""
+
+
+def _data(data: str | list[str]) -> str:
+    """Of a run what its data are called, of an evaluation its texts."""
+    return data if isinstance(data, str) else ", ".join(data)
 
 
 def _versions(versions: dict[str, Any]) -> str:
@@ -89,4 +105,4 @@ def _counted(values: Sequence[str]) -> list[str]:
     counts = Counter(values)
     if len(counts) == 1:
         return list(counts)
-    return [f"{value} ({n} run{'s' if n > 1 else ''})" for value, n in counts.items()]
+    return [f"{value} ({n} of {len(values)})" for value, n in counts.items()]

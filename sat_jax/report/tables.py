@@ -49,7 +49,9 @@ def _quality(group: Group, one: Slice, shorter: Sequence[Variant]) -> Table:
     keys = one.varied or ("rate",)
     variants = (*([group.dense] if group.dense else []), *shorter, *one.variants)
     equal = [_gap(variant.gaps_at_equal_flops(), variant) for variant in variants]
-    known = any(cell.value is not None for cell in equal)
+    known = any(
+        cell.value is not None and not one.dense for one, cell in zip(variants, equal, strict=True)
+    )
     rows = [
         (
             *_settings(variant, keys),
