@@ -123,18 +123,20 @@ def _styles(group: Group) -> dict[int, dict[str, Any]]:
 
 
 def _by_axis(group: Group) -> dict[int, dict[str, Any]]:
-    """As `_styles`, where there are more variants than a legend has room for: those that differ in
-    more than the rate have the look and the name (`label`) of what they differ in."""
-    settings, looks = told(group), _styles(group)
+    """Where there are more variants than a legend has room for: the look of those that differ in
+    more than the rate, and their name (`label`), by what they differ in."""
+    settings = told(group)
     axes = {id(one): axis_of(settings[id(one)]) for one in group.sparse}
-    own = sum(axis is RATES for axis in axes.values())
-    for number, axis in enumerate((*AXES[1:], None), 1):
-        colour = COLOURS[(own + number - 1) % len(COLOURS)]
-        title = axis.title if axis else "Several of these"
-        for one in group.sparse:
-            if axes[id(one)] is axis:
-                looks[id(one)] = {"color": colour, "marker": _MARKERS[number], "label": title}
-    return looks
+    own = sum(axis is RATES for axis in axes.values())  # these have the first colours
+    looks = {
+        axis: {
+            "color": COLOURS[(own + number) % len(COLOURS)],
+            "marker": _MARKERS[1 + number],
+            "label": axis.title if axis else "Several of these",
+        }
+        for number, axis in enumerate((*AXES[1:], None))
+    }
+    return {one: looks[axis] for one, axis in axes.items() if axis is not RATES}
 
 
 def _losses(group: Group, variants: Sequence[Variant], against: str) -> Figure:
@@ -240,10 +242,11 @@ def _scatter(
         alpha=0.5, zorder=1,
     )  # fmt: skip
     many = len(points) > _MANY_POINTS * width / _SIZE["width"]
-    looks = _by_axis(group) if many else _styles(group)
+    styles, kinds = _styles(group), _by_axis(group) if many else {}
     names = set[str]()
     for number, (one, place, gap, estimated) in enumerate(points):
-        style = looks[id(one)]
+        look = styles if number in joined else styles | kinds
+        style = dict(look[id(one)])
         name = style.pop("label", None) or f"{ESTIMATED} " * estimated + label(group, one)
         face = "white" if _fewer_seeds(group, one) else style["color"]
         axes.errorbar(
