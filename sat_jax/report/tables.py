@@ -127,9 +127,10 @@ def _loss_gaps(variant: Variant) -> list[list[float | None]]:
 
 def _efficiency(group: Group) -> Table:
     """Speed, time, memory and FLOPs; both speed-ups, each beside its bound."""
-    names, labels = _labels(group, group.variants)
+    variants = sorted((*group.variants, *group.shorter), key=lambda one: not one.dense)
+    names, labels = _labels(group, variants)
     rows = []
-    for variant, label in zip(group.variants, labels, strict=True):
+    for variant, label in zip(variants, labels, strict=True):
         dense = variant.dense
         rows.append(
             (
