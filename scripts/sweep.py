@@ -7,10 +7,10 @@
       --workdir=runs/metrics --launcher slurm --slurm partition=gpu,time=720,gpus_per_node=1
 
 Every combination of the axes is a run, an ordinary work directory of scripts.train under its
-fingerprint. The same command, or a larger one, skips what is finished and continues the rest. A
-run that fails stops no other one. Ctrl-C ends runs of this machine after their step, saved; jobs
-of a cluster go on, and the same command watches them. --config.NAME=VALUE is a setting of all
-runs; `python -m scripts.train --help` lists them.
+fingerprint. The first seed of all combinations comes first. The same command, or a larger one,
+skips what is finished and continues the rest. A run that fails stops no other one. Ctrl-C ends runs
+of this machine after their step, saved; jobs of a cluster go on, and the same command watches them.
+--config.NAME=VALUE is a setting of all runs; `python -m scripts.train --help` lists them.
 """
 
 import sys
