@@ -222,6 +222,11 @@ class SparsityConfig:
     rescale: bool = key(
         False, "what is kept of N neurons is multiplied by N / kept, to make up for the omitted"
     )
+    compensate: bool = key(
+        False,
+        "what is kept speaks for the omitted: what its outputs tell of theirs, by least squares"
+        " over the tokens of all probes, is added to its output weights while they are omitted",
+    )
     dense_tokens: bool = key(
         False, "tokens that bear loss, of an answer, use all MLP channels; heads are omitted still"
     )

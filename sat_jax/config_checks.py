@@ -65,6 +65,7 @@ def check_sparsity(config: "Config") -> None:
         return
     _check_dense_tokens(config)
     _check_forward(config)
+    _check_compensate(config)
     _check_schedule(config)
     if sparse.refresh_every == 0:
         _check_live(config)
@@ -122,6 +123,30 @@ def _check_forward(config: "Config") -> None:
                 " sparsity.forward is 'all'; accepted: 'kept', or another"
                 f" sparsity.{name}"
             )
+
+
+def _check_compensate(config: "Config") -> None:
+    """What is added belongs to a selection by probes, and to all tokens alike."""
+    sparse = config.sparsity
+    if not sparse.compensate:
+        return
+    others = (
+        *(("rescale", True), ("dense_tokens", True), ("forward", "all")),
+        *(("execution", "kernel"), ("refresh_every", 0)),
+    )
+    for name, meaningless in others:
+        if getattr(sparse, name) == meaningless:
+            raise UserError(
+                "sparsity.compensate adds to the kept rows of output matrices what probes tell of"
+                f" the omitted ones, for which sparsity.{name} {meaningless!r} leaves no place;"
+                f" accepted: compensate False, or another sparsity.{name}"
+            )
+    if not METRICS[sparse.metric].probes:
+        accepted = ", ".join(name for name, metric in METRICS.items() if metric.probes)
+        raise UserError(
+            "sparsity.compensate needs outputs, which probes see, and sparsity.metric"
+            f" {sparse.metric!r} has none at every refresh; accepted: the metrics {accepted}"
+        )
 
 
 def _check_schedule(config: "Config") -> None:

@@ -127,6 +127,17 @@ from tests.test_config import built, refusal
             " 'all'; accepted: 'kept', or another sparsity.rescale",
         ),
         (
+            {"sparsity__rate": 0.1, "sparsity__compensate": True, "sparsity__forward": "all"},
+            "sparsity.compensate adds to the kept rows of output matrices what probes tell of the"
+            " omitted ones, for which sparsity.forward 'all' leaves no place; accepted: compensate"
+            " False, or another sparsity.forward",
+        ),
+        (
+            {"sparsity__rate": 0.1, "sparsity__compensate": True, "sparsity__metric": "wanda"},
+            "sparsity.compensate needs outputs, which probes see, and sparsity.metric 'wanda' has"
+            " none at every refresh; accepted: the metrics output, svd, taylor",
+        ),
+        (
             {"sparsity__budget": "budget.json", "sparsity__dense_layers": (0,)},
             "sparsity.budget spreads the rates over all layers; accepted beside it: no"
             " layer_rates_attention, layer_rates_mlp or dense_layers",

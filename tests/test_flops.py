@@ -11,6 +11,7 @@ import pytest
 
 from sat_jax.analysis.flops import (
     FlopCount,
+    compensation_flops,
     forward_flops,
     probe_flops,
     speedup_bound,
@@ -183,6 +184,20 @@ def test_a_probe_of_gradients_leaves_out_those_of_weights() -> None:
     dense = forward_flops(GQA, LENGTH)
     weights = dense.attention_projections + dense.mlp + dense.head
     assert probe_flops(GQA, LENGTH, gradients=True) == step - weights
+
+
+def test_compensation_by_hand() -> None:
+    """12 heads of 4 columns and 24 channels; kept are 6 heads in each of 2 layers, and in one of
+    them 8 channels."""
+    assert probe_flops(GQA, LENGTH, products=True) == probe_flops(GQA, LENGTH) + 3 * 2 * (
+        48 * 48 + 24 * 24
+    )
+    segments = (Segment(0, 1, 4, 3, 24), Segment(1, 2, 2, 3, 24), Segment(2, 3, 2, 3, 8))
+    of_heads = 24**3 / 3 + 2 * 16 * (24 * 24 + 24 * 24)
+    of_channels = 8**3 / 3 + 2 * 16 * (8 * 16 + 8 * 8)
+    assert_close(
+        compensation_flops(GQA, segments), 2 * of_heads + of_channels, "float64", "forward"
+    )
 
 
 # Wide enough that what is not a matrix product (norms, rotations, softmax, SiLU: some 20 operations

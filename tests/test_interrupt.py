@@ -67,9 +67,18 @@ LIVE = {
 }
 
 
+# What kept neurons got for the omitted ones before the stop is what they have after it.
+COMPENSATED = {"sparsity__compensate": True}
+
+
 @pytest.mark.parametrize(
     ("number", "changes", "sparse_steps"),
-    [(signal.SIGINT, {}, 3), (signal.SIGTERM, AUTO, 4), (signal.SIGTERM, LIVE, 3)],
+    [
+        (signal.SIGINT, {}, 3),
+        (signal.SIGTERM, AUTO, 4),
+        (signal.SIGTERM, LIVE, 3),
+        (signal.SIGTERM, COMPENSATED, 3),
+    ],
 )
 def test_a_stopped_run_goes_on_where_it_was(
     tmp_path: Path,
@@ -104,7 +113,7 @@ def test_a_stopped_run_goes_on_where_it_was(
     assert [rung["steps"] for rung in summary["rungs"]] == [sparse_steps, 6 - sparse_steps]
     assert losses(tmp_path / "stopped") == losses(tmp_path / "unbroken")
     assert len(losses(tmp_path / "stopped")) == 6
-    for name in ("eval_loss", "selections", "probes"):
+    for name in ("eval_loss", "selections", "probes", "spent_flops"):
         assert summary[name] == unbroken[name]
 
 

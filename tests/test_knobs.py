@@ -162,6 +162,7 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "sparsity.balance": (2, selection, {}),
     "sparsity.rescale": (True, step, {}),
     "sparsity.forward": ("all", step, {}),
+    "sparsity.compensate": (True, step, {}),
     "sparsity.dense_tokens": (True, step, {"data.format": "messages"}),
     "sparsity.execution": ("mask", step, {}),
     "model.kernels": ("pallas_tpu", kernel_step, KERNELS),

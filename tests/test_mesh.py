@@ -30,7 +30,8 @@ config = from_config_dict({
     "train": {"steps": steps, "rows_per_step": rows},
     "data": {"row_length": length},
     "optimizer": {"learning_rate": 1e-2},
-    "sparsity": {"rate": 0.5, "rungs": 1, "refresh_every": 1, "balance": 2, "split": 0.75},
+    "sparsity": {"rate": 0.5, "rungs": 1, "refresh_every": 1, "balance": 2, "split": 0.75,
+                 "compensate": True},
     "mesh": mesh_sizes,
 })
 model = LlamaConfig(
@@ -65,10 +66,15 @@ for step in range(steps):
     if controller.refreshes(step):
         stats = probe(state.params, stats, batch, state.step)
     masks = rung.select(state, stats)
+    offsets = rung.compensate(state, stats, masks)
+    for path, offset in offsets.items():
+        whole = path.replace("/0/", "/").removesuffix("_offset")
+        assert offset.sharding == programs.state.params[whole].sharding, path
     working, resting = rung.enter(state, masks)
     for name, moment in working.optimizer[0].mu.items():
         assert moment.sharding == working.params[name].sharding, name
-    working, stats, metrics = rung.step(working, stats, masks, batch, resting_params(resting))
+    beside = (resting_params(resting), offsets)
+    working, stats, metrics = rung.step(working, stats, masks, batch, *beside)
     state = rung.leave(working, resting, masks)
     losses.append(float(metrics.loss))
     kept.append([np.asarray(leaf).tolist() for leaf in jax.tree.leaves(masks)])

@@ -4,13 +4,21 @@ import re
 from pathlib import Path
 from typing import Any, cast
 
+from sat_jax.analysis.flops import compensation_flops
 from sat_jax.analysis.means import mean_and_error
 from sat_jax.analysis.rows import latest, read
 from sat_jax.config_values import experiment
-from sat_jax.sweep.estimate import Speed, cost_of, dry_run, probes_of, speed_of
+from sat_jax.sweep.estimate import (
+    Speed,
+    cost_of,
+    dry_run,
+    probes_of,
+    selections_of,
+    speed_of,
+)
 from sat_jax.sweep.report import report
 from sat_jax.sweep.runs import make_runs
-from sat_jax.train.account import Account
+from sat_jax.train.account import Account, flops_of_probe
 from sat_jax.train.finish import rung_summaries
 from tests.conftest import ROOT
 from tests.test_sweep import runs_of
@@ -28,6 +36,18 @@ def test_costs_are_counted_from_shapes() -> None:
     costs = [cost_of(run) for run in (dense, uniform, wanda, output)]
     assert costs[0].spent == costs[0].dense == costs[1].dense > costs[3].spent
     assert costs[1].spent < costs[2].spent < costs[3].spent
+    (more,) = runs_of("sparsity.metric=output", fixed={"sparsity.compensate": True})
+    assert probes_of(more) == 5
+    solved = [
+        selections_of(more, rung) * compensation_flops(more.model, rung.plan.segments)
+        for rung in more.controller.rungs
+    ]
+    assert sum(selections_of(more, rung) for rung in more.controller.rungs) == 5
+    products = probes_of(more) * (
+        flops_of_probe(more.config, more.model) - flops_of_probe(output.config, output.model)
+    )
+    assert products > 0 and sum(solved) > 0
+    assert_close(cost_of(more).spent - costs[3].spent, products + sum(solved), "float64", "forward")
     # The quickstart's committed row: full rows are the most that its packed ones can be.
     rows = read(ROOT / "experiments/results/runs.jsonl")
     row = latest(rows, experiment="experiments/quickstart.py")

@@ -122,15 +122,37 @@ def training_flops(
     return TrainingFlops(forward, backward, again)
 
 
-def probe_flops(config: LlamaConfig, row_length: int, gradients: bool = False) -> float:
+def probe_flops(
+    config: LlamaConfig, row_length: int, gradients: bool = False, products: bool = False
+) -> float:
     """Operations a token of a probe: a dense forward pass without logits. With `gradients`, one
     with the loss and its gradient, and a backward pass to activations but not to weights: half of
-    a whole one, with the attention scores computed again."""
+    a whole one, with the attention scores computed again. `products`: those of all pairs of a
+    layer's columns, of heads and of channels."""
     forward = forward_flops(config, row_length)
+    columns = (config.n_heads * config.head_dim) ** 2 + config.d_ff**2
+    pairs = config.n_layers * 2.0 * columns if products else 0.0
     if not gradients:
-        return forward.neurons
+        return forward.neurons + pairs
     scores = forward.attention_scores
-    return forward.total + (forward.total - scores) + 2 * scores + scores / 2
+    return forward.total + (forward.total - scores) + 2 * scores + scores / 2 + pairs
+
+
+def compensation_flops(config: LlamaConfig, segments: Sequence[Segment]) -> float:
+    """Operations of solving for what the kept rows of output matrices get, once: k kept columns of
+    C have k² / 2 products of their own (Cholesky, k³ / 3), with the others k (C - k), and D right
+    sides."""
+    total = 0.0
+    for segment in segments:
+        heads = segment.kv_groups * segment.query_heads * config.head_dim
+        for kept, columns in (
+            (heads, config.n_heads * config.head_dim),
+            (segment.channels, config.d_ff),
+        ):
+            if kept < columns:
+                sides = 2 * config.d_model * (kept * (columns - kept) + kept**2)
+                total += segment.layers * (kept**3 / 3 + sides)
+    return total
 
 
 def speedup_bound(

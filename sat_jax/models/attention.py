@@ -13,11 +13,13 @@ from jaxtyping import Array, Bool, Float, Int
 from sat_jax.models.dot_product import Implementation, dot_product_attention
 from sat_jax.models.layers import (
     Mask,
+    Offset,
     WholeMatrices,
     indicator,
     normal,
     rms_norm,
     rows_in_place,
+    with_offset,
 )
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.rope import rotate
@@ -79,6 +81,9 @@ class Attention(nnx.Module):
         self.query_norm = nnx.Param(jnp.ones((layers, size))) if norm else None
         self.key_norm = nnx.Param(jnp.ones((layers, size))) if norm else None
         self.kept_heads = Mask(kept) if masked and kept is not None else None
+        adds = segment.compensate and kept is not None
+        kept_shape = (layers, segment.kv_groups, segment.query_heads, size, width)
+        self.output_offset = Offset(jnp.zeros(kept_shape)) if adds else None
         self.inverted = False
         whole = (config.n_kv_heads, config.query_heads)
         self.whole = self._whole(kept, whole) if in_place and kept is not None else None
@@ -167,7 +172,8 @@ class Attention(nnx.Module):
 
     def combine(self, o_BTKGE: Float[Array, "B T K G E"]) -> Float[Array, "B T D"]:
         """What the heads add to the residual stream."""
-        return self.scale * jnp.einsum("BTKGE,KGED->BTD", o_BTKGE, self.output[...])
+        output_KGED = with_offset(self.output[...], self.output_offset, self.kept_heads)
+        return self.scale * jnp.einsum("BTKGE,KGED->BTD", o_BTKGE, output_KGED)
 
 
 def _with_bias(x: Array, bias: nnx.Param | None) -> Array:

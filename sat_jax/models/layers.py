@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from sat_jax.sparsity.neurons import others
+from sat_jax.sparsity.neurons import add_at_kept, others
 
 # The axes of a mesh that rows and KV groups are split over, for what the compiler cannot split.
 ROW_AXES, GROUP_AXES = ("data", "fsdp"), ("tensor",)
@@ -16,6 +16,10 @@ ROW_AXES, GROUP_AXES = ("data", "fsdp"), ("tensor",)
 
 class Mask(nnx.Variable):
     """Indices of kept neurons, int32, sorted and unique; never trained, never a `Param`."""
+
+
+class Offset(nnx.Variable):
+    """What the kept rows of an output matrix get for those that are omitted; never trained."""
 
 
 class Whole(nnx.Variable):
@@ -63,6 +67,13 @@ def _rows_backward(_: None, gradient: Array) -> tuple[None, Array, None]:
 
 
 rows_in_place.defvjp(_rows_forward, _rows_backward)
+
+
+def with_offset(rows: Array, offset: Offset | None, kept: Mask | None) -> Array:
+    """An output matrix of one layer with what its kept rows get: all rows, or those at `kept`."""
+    if offset is None:
+        return rows
+    return rows + offset[...] if kept is None else add_at_kept(rows, offset[...], kept[...])
 
 
 def rms_norm(

@@ -16,12 +16,12 @@ from sat_jax.models.live import Live, layer_choices, saving_kept
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.loss import chunked_cross_entropy
 from sat_jax.models.mlp import MLP
-from sat_jax.models.observe import attention_input, channel_squares, mlp_input
+from sat_jax.models.observe import attention_input, channel_squares, column_products, mlp_input
 from sat_jax.models.rope import rotary_tables
 from sat_jax.ops import BlockSparse
 from sat_jax.sparsity.masks import SegmentMasks
 from sat_jax.sparsity.plan import Segment
-from sat_jax.sparsity.statistics import Gates, Observable, Statistics
+from sat_jax.sparsity.statistics import Gates, Observable, Products, Statistics
 
 Remat = Literal["none", "dots", "full"]
 
@@ -131,7 +131,7 @@ class Block(nnx.Module):
         if self.choose_channels is not None:
             mlp, channels = self.choose_channels(mlp, normed, weight_BT, key)
             kept = kept._replace(channels=channels)
-        if gates is None and "outputs" not in observe:
+        if gates is None and not {"outputs", "products"} & set(observe):
             x_BTD = x_BTD + mlp(normed, rows.learnt)
         else:
             a_BTF = mlp.activate(normed, rows.learnt)
@@ -140,6 +140,9 @@ class Block(nnx.Module):
             x_BTD = x_BTD + mlp.combine(a_BTF)
             if "outputs" in observe:
                 seen["channels"] = channel_squares(a_BTF, weight_BT)
+            if "products" in observe:
+                mixes = column_products(o_BTKGE, weight_BT)
+                seen["products"] = Products(mixes, column_products(a_BTF, weight_BT))
         if other_channels is not None:
             x_BTD = x_BTD + jax.lax.stop_gradient(other_channels(normed))
         elif self.omitted is not None and self.omitted.mlp is not None:

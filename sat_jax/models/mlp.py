@@ -5,7 +5,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from sat_jax.models.layers import Mask, WholeMatrices, indicator, normal, rows_in_place
+from sat_jax.models.layers import (
+    Mask,
+    Offset,
+    WholeMatrices,
+    indicator,
+    normal,
+    rows_in_place,
+    with_offset,
+)
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.ops import BlockSparse, InPlace, kept_mlp
 from sat_jax.sparsity.plan import Segment
@@ -45,6 +53,9 @@ class MLP(nnx.Module):
         self.down = nnx.Param(normal(rngs, shape, 0.02 / (2 * config.n_layers) ** 0.5))
         kept = jnp.broadcast_to(jnp.arange(segment.channels, dtype=jnp.int32), kept_shape)
         self.kept_channels = Mask(kept) if masked else None
+        adds = told and segment.compensate
+        offset_shape = (*kept_shape, config.d_model)
+        self.down_offset = Offset(jnp.zeros(offset_shape)) if adds else None
         self.inverted = False
         self.kernels = kernels
         in_place = told and kernels is not None
@@ -86,7 +97,8 @@ class MLP(nnx.Module):
 
     def combine(self, a_BTF: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
         """What the channels add to the residual stream."""
-        return self.scale * jnp.einsum("BTF,FD->BTD", a_BTF, self._rows("down"))
+        down_FD = with_offset(self._rows("down"), self.down_offset, self.kept_channels)
+        return self.scale * jnp.einsum("BTF,FD->BTD", a_BTF, down_FD)
 
     def others(self) -> "MLP | None":
         """One layer's module of the omitted channels, where the weights are whole; None: there are

@@ -53,6 +53,14 @@ def channel_squares(
     return jnp.einsum("BTF,BT->F", jnp.square(a_BTF.astype(jnp.float32)), weight_BT)
 
 
+def column_products(
+    a: Float[Array, "B T *columns"], weight_BT: Float[Array, "B T"]
+) -> Float[Array, "C C"]:
+    """Σ over tokens of a_i · a_j for every pair of columns, float32."""
+    a_BTC = a.reshape(*a.shape[:2], -1).astype(jnp.float32)
+    return jnp.einsum("BTC,BTF->CF", a_BTC * weight_BT[..., None], a_BTC)
+
+
 def _input_sums(x_BTD: Float[Array, "B T D"], weight_BT: Float[Array, "B T"]) -> InputSums:
     x = x_BTD.astype(jnp.float32)
     return InputSums(

@@ -14,6 +14,7 @@ from sat_jax.models.layers import ROW_AXES
 _LAYER_AXES: dict[str, tuple[str | None, ...]] = {
     "query": ("tensor", None, None, "fsdp"),
     "output": ("tensor", None, None, "fsdp"),
+    "output_offset": ("tensor", None, None, "fsdp"),
     "key": ("tensor", None, "fsdp"),
     "value": ("tensor", None, "fsdp"),
     "query_bias": ("tensor", None, None),
@@ -24,6 +25,7 @@ _LAYER_AXES: dict[str, tuple[str | None, ...]] = {
     "gate": ("tensor", "fsdp"),
     "up": ("tensor", "fsdp"),
     "down": ("tensor", "fsdp"),
+    "down_offset": ("tensor", "fsdp"),
     "attention_norm": (None,),
     "mlp_norm": (None,),
 }

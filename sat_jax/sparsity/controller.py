@@ -175,6 +175,7 @@ def make_controller(
             rescale=config.rescale,
             dense_tokens=dense_tokens,
             forward_all=config.forward == "all",
+            compensate=config.compensate,
         )
         if rungs and rungs[-1].plan == plan:
             rungs[-1] = dataclasses.replace(rungs[-1], stop=stair.stop)

@@ -157,9 +157,24 @@ def put_layer(
 
 def _places(kept: Int[Array, "L *K kept"], layer: int | Int[Array, ""]) -> tuple[int | Array, ...]:
     """An index for each neuron axis that together say where a layer's kept rows are."""
-    indices = kept[layer]
-    groups = jnp.ogrid[tuple(slice(size) for size in indices.shape)][:-1]
-    return layer, *groups, indices
+    return layer, *_in_layer(kept[layer])
+
+
+def _in_layer(kept: Int[Array, "*K kept"]) -> tuple[Array, ...]:
+    groups = jnp.ogrid[tuple(slice(size) for size in kept.shape)][:-1]
+    return *groups, kept
+
+
+def at_kept(rows: Array, kept: Int[Array, "*K kept"]) -> Array:
+    """The kept neurons' rows of one layer's array."""
+    taken: Array = rows.at[_in_layer(kept)].get(**_PROMISES)
+    return taken
+
+
+def add_at_kept(rows: Array, more: Array, kept: Int[Array, "*K kept"]) -> Array:
+    """One layer's array with `more` added to the kept neurons' rows."""
+    added: Array = rows.at[_in_layer(kept)].add(more, **_PROMISES)
+    return added
 
 
 def keep_only(new: Mapping[str, Array], old: Mapping[str, Array], masks: Masks) -> dict[str, Array]:

@@ -20,7 +20,7 @@ class Segment:
     asked for. `rescale`: what is kept of N neurons is multiplied by N / kept. `dense_tokens`: so
     many tokens of a row, those that bear loss, use the omitted channels too; 0: none.
     `forward_all`: the forward pass has the omitted neurons too, and only the backward pass omits
-    them.
+    them. `compensate`: something is added to the kept rows of output matrices for them.
     """
 
     start: int
@@ -31,6 +31,7 @@ class Segment:
     rescale: bool = False
     dense_tokens: int = 0
     forward_all: bool = False
+    compensate: bool = False
 
     @property
     def layers(self) -> int:
@@ -114,6 +115,7 @@ def make_plan(
     rescale: bool = False,
     dense_tokens: int = 0,
     forward_all: bool = False,
+    compensate: bool = False,
 ) -> Plan:
     """The counts that come nearest to the asked rates, one for all layers or one for each.
 
@@ -146,6 +148,7 @@ def make_plan(
             rescale=rescale and counts[start] != whole,
             dense_tokens=dense_tokens if counts[start][2] < neurons.channels else 0,
             forward_all=forward_all and counts[start] != whole,
+            compensate=compensate and counts[start] != whole,
         )
         for start, stop in _runs(counts)
     )

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 if TYPE_CHECKING:
     from sat_jax.sparsity.masks import Masks
 
-Observable = Literal["inputs", "outputs", "predicted", "gradients"]
+Observable = Literal["inputs", "outputs", "predicted", "gradients", "products"]
 
 
 class InputSums(NamedTuple):
@@ -25,6 +25,14 @@ class Gates(NamedTuple):
     channels: Float[Array, "L F"]
 
 
+class Products(NamedTuple):
+    """Σ over tokens of a_i · a_j, for every pair of a layer's columns: of the heads' value mixes
+    (K · G · E of them), and of the channels' activations."""
+
+    heads: Float[Array, "L C C"]
+    channels: Float[Array, "L F F"]
+
+
 class Statistics(NamedTuple):
     """Token-weighted float32 sums over `count` non-padding tokens; None where not observed.
 
@@ -32,8 +40,8 @@ class Statistics(NamedTuple):
     Σ⟨o_g W_o,g , o_h W_o,h⟩ of every pair of its query heads; `channels` `[L, F]` is Σa² of each
     channel's activation: of the real outputs, or of those that weights of low rank predict
     (`predicted`). `gradients` is Σ⟨a, ∂L/∂a⟩ of each neuron's output a: the gradient of the
-    loss L with respect to a unit gate on it. `kept` is no sum: what the layers of a live model
-    chose to keep for this batch.
+    loss L with respect to a unit gate on it. `products` are those of the outputs' columns. `kept`
+    is no sum: what the layers of a live model chose to keep for this batch.
     """
 
     count: Float[Array, ""]  # type: ignore[assignment]  # hides the method of tuples
@@ -42,6 +50,7 @@ class Statistics(NamedTuple):
     heads: Float[Array, "L K G G"] | None = None
     channels: Float[Array, "L F"] | None = None
     gradients: Gates | None = None
+    products: Products | None = None
     kept: "Masks | None" = None
 
 

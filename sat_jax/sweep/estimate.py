@@ -11,10 +11,11 @@ from sat_jax.analysis.flops import training_flops
 from sat_jax.analysis.rows import latest, read
 from sat_jax.analysis.tables import duration, fixed_width, quantity, sides
 from sat_jax.models.presets import preset
+from sat_jax.sparsity.controller import Rung
 from sat_jax.sparsity.importance import METRICS
 from sat_jax.sweep.axes import short_names, told
 from sat_jax.sweep.runs import Run
-from sat_jax.train.account import flops_of_probe, step_flops
+from sat_jax.train.account import flops_of_probe, flops_of_selection, step_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,7 @@ def cost_of(run: Run) -> Cost:
     spent = probes_of(run) * flops_of_probe(config, model)
     for rung in run.controller.rungs:
         spent += (rung.stop - rung.start) * tokens_a_step * step_flops(config, model, rung)
+        spent += selections_of(run, rung) * flops_of_selection(config, model, rung)
     return Cost(config.train.steps * tokens_a_step * step_flops(config, model), spent)
 
 
@@ -52,11 +54,15 @@ def probes_of(run: Run) -> int:
         return 0
     if not metric.probes:
         return 1
-    return sum(
-        math.ceil((rung.stop - rung.start) / controller.refresh_every)
-        for rung in controller.rungs
-        if not controller.neurons.is_dense(rung.plan)
-    )
+    return sum(selections_of(run, rung) for rung in controller.rungs)
+
+
+def selections_of(run: Run, rung: Rung) -> int:
+    """How often neurons are chosen between the steps of a rung."""
+    controller = run.controller
+    if controller.refresh_every == 0 or controller.neurons.is_dense(rung.plan):
+        return 0
+    return math.ceil((rung.stop - rung.start) / controller.refresh_every)
 
 
 def speed_of(

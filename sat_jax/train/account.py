@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from sat_jax.analysis.flops import probe_flops, training_flops
+from sat_jax.analysis.flops import compensation_flops, probe_flops, training_flops
 from sat_jax.config import Config
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.sparsity.controller import Controller, Rung
@@ -40,7 +40,7 @@ class Account:
             "channels": np.zeros((layers, neurons.channels), np.int32),
             "of_channels": np.zeros(layers, np.int32),
         }
-        self.selections = 0
+        self.rung_selections = [0] * len(controller.rungs)
         self.probes = 0
         # Of every start; most of it in the background.
         self.compile_seconds = 0.0
@@ -55,10 +55,15 @@ class Account:
         """Tokens trained on, those without loss among them."""
         return sum(self.rung_tokens)
 
+    @property
+    def selections(self) -> int:
+        """How often neurons were chosen."""
+        return sum(self.rung_selections)
+
     def to_json(self) -> dict[str, Any]:
         """All but `kept`."""
         return {
-            "selections": self.selections,
+            "rung_selections": self.rung_selections,
             "probes": self.probes,
             "rung_tokens": self.rung_tokens,
             "loss_tokens": self.loss_tokens,
@@ -69,7 +74,7 @@ class Account:
     def restore(self, kept: dict[str, Any], rest: dict[str, Any]) -> None:
         """The inverse of keeping `kept` and `to_json()`."""
         self.kept = {name: np.array(counts) for name, counts in kept.items()}
-        self.selections, self.probes = rest["selections"], rest["probes"]
+        self.rung_selections, self.probes = list(rest["rung_selections"]), rest["probes"]
         self.rung_tokens = list(rest["rung_tokens"])
         self.loss_tokens = rest["loss_tokens"]
         self.first_step_seconds = rest["first_step_seconds"]
@@ -77,7 +82,7 @@ class Account:
 
     def chosen(self, rung: Rung, masks: Masks, probed: bool) -> None:
         """Counts one selection."""
-        self.selections += 1
+        self.rung_selections[self._controller.rungs.index(rung)] += 1
         self.probes += probed
         self.count(rung.plan, masks)
 
@@ -94,11 +99,11 @@ class Account:
         self, rung: Rung, metrics: StepMetrics, seconds: float, task: "Task", steady: bool
     ) -> dict[str, Any]:
         """Counts a step's tokens and what its layers chose; its record for `metrics.jsonl`."""
+        number = self._controller.rungs.index(rung)
         if metrics.kept:
-            self.selections += 1
+            self.rung_selections[number] += 1
             self.count(rung.plan, metrics.kept)
         tokens = int(metrics.tokens)
-        number = self._controller.rungs.index(rung)
         self.rung_tokens[number] += tokens
         self.loss_tokens += int(metrics.loss_tokens)
         heads, channels = kept_shares(rung.plan, self._controller.neurons)
@@ -139,7 +144,12 @@ def flops_of_probe(config: Config, model: LlamaConfig) -> float:
         config.train.rows_per_step, config.data.row_length, config.sparsity.probe_tokens
     )
     gradients = "gradients" in METRICS[config.sparsity.metric].needs
-    return rows * length * probe_flops(model, length, gradients)
+    return rows * length * probe_flops(model, length, gradients, config.sparsity.compensate)
+
+
+def flops_of_selection(config: Config, model: LlamaConfig, rung: Rung) -> float:
+    """FLOPs of what follows a selection: making up for the omitted neurons."""
+    return compensation_flops(model, rung.plan.segments) if config.sparsity.compensate else 0.0
 
 
 def kept_shares(plan: Plan, neurons: Neurons) -> tuple[float, float]:

@@ -12,7 +12,13 @@ from sat_jax.analysis.plots import Kept, plot_kept, plot_loss, plot_speed
 from sat_jax.data.form import Form
 from sat_jax.interop.huggingface import write_directory
 from sat_jax.models.loss import perplexity_of
-from sat_jax.train.account import Account, flops_of_probe, kept_shares, step_flops
+from sat_jax.train.account import (
+    Account,
+    flops_of_probe,
+    flops_of_selection,
+    kept_shares,
+    step_flops,
+)
 from sat_jax.train.metrics import MetricsLog, read_metrics
 from sat_jax.train.setup import Task
 from sat_jax.train.summary import Clock, write_summary
@@ -94,11 +100,13 @@ def rung_summaries(
 
 
 def _flops(task: Task, account: Account) -> tuple[float, float]:
-    """Training FLOPs spent, probes included, and what the same tokens cost densely."""
+    """Training FLOPs spent, with probes and selections, and what the same tokens cost densely."""
     config = task.config
     spent = account.probes * flops_of_probe(config, task.model)
-    for rung, tokens in zip(task.controller.rungs, account.rung_tokens, strict=True):
+    done = zip(account.rung_tokens, account.rung_selections, strict=True)
+    for rung, (tokens, selections) in zip(task.controller.rungs, done, strict=True):
         spent += tokens * step_flops(config, task.model, rung)
+        spent += selections * flops_of_selection(config, task.model, rung)
     return spent, account.tokens * step_flops(config, task.model)
 
 

@@ -227,7 +227,7 @@ class Run:
                 assert working.masks is not None
                 self._account.chosen(rung, working.masks, probed=probe is not None)
             elif controller.refresh_every == 0 or controller.neurons.is_dense(rung.plan):
-                working.masks = programs.select(working.whole, working.stats)
+                working.cut(programs)
             working.enter(programs)
             working.wait()
         self._rung = rung
@@ -317,6 +317,7 @@ class Run:
             state = {
                 **working.whole._asdict(),
                 "masks": working.masks,
+                "offsets": working.offsets,
                 "stats": working.stats,
                 "kept": self._account.kept,
             }
@@ -344,6 +345,7 @@ class Run:
                 target = {
                     **programs.state._asdict(),
                     "masks": programs.masks(plan),
+                    "offsets": programs.offsets(plan),
                     "stats": programs.stats,
                     "kept": self._account.kept,
                 }
@@ -351,10 +353,11 @@ class Run:
                 assert restored is not None
                 state = dict(restored.state)
                 masks, stats = state.pop("masks"), state.pop("stats")
+                offsets = state.pop("offsets")
                 self._account.restore(state.pop("kept"), restored.meta["account"])
                 self._compiled_before = self._account.compile_seconds
                 self._clock.add(restored.meta["seconds"])
-                self._working = Working(programs.state._replace(**state), stats, masks)
+                self._working = Working(programs.state._replace(**state), stats, masks, offsets)
                 self._log(f"continuing after step {newest.step}")
                 return newest.step
         with self._clock("setup"):

@@ -24,11 +24,12 @@ from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.params import abstract, shapes
 from sat_jax.ops import BlockSparse
 from sat_jax.parallel.rules import BATCH, tree_shardings
+from sat_jax.sparsity.compensation import compensation
 from sat_jax.sparsity.controller import Controller
 from sat_jax.sparsity.importance import METRICS
 from sat_jax.sparsity.masks import Criteria, Masks, choose, selection_key
 from sat_jax.sparsity.plan import Plan
-from sat_jax.sparsity.statistics import Gates, InputSums, Statistics
+from sat_jax.sparsity.statistics import Gates, InputSums, Products, Statistics
 from sat_jax.train.moves import compile_moves, cut_only
 from sat_jax.train.optimizer import clipping, learning_rate, make_optimizer
 from sat_jax.train.probe import ProbeSettings, make_probe
@@ -42,13 +43,15 @@ class RungPrograms(NamedTuple):
     """Compiled for one plan. `enter` takes the whole state and masks to the state the step trains
     and what rests; `leave` goes back. Both give their arguments' buffers away; so does `step`.
 
-    `select(state, stats)` → masks; `enter(state, masks)` → (working state, resting);
-    `step(working, stats, masks, batch, resting)` → (working, stats, metrics), `resting` being
-    parameters, which are given away only by `leave`;
+    `select(state, stats)` → masks; `compensate(state, stats, masks)` → offsets;
+    `enter(state, masks)` → (working state, resting);
+    `step(working, stats, masks, batch, resting, offsets)` → (working, stats, metrics), `resting`
+    being parameters, which are given away only by `leave`;
     `leave(working, resting, masks)` → whole state. `seconds` is what compiling took.
     """
 
     select: Compiled
+    compensate: Compiled
     enter: Compiled
     step: Compiled
     leave: Compiled
@@ -71,7 +74,8 @@ class Programs:
         )
         # Where layers choose for themselves, nothing is observed beside what they see.
         observes = controller.sparse and not self._live
-        self.observe = METRICS[config.sparsity.metric].needs if observes else ()
+        needs = METRICS[config.sparsity.metric].needs if observes else ()
+        self.observe = (*needs, "products") if config.sparsity.compensate and observes else needs
         self.optimizer = make_optimizer(config.optimizer, config.train.steps)
         self.state = self._placed(
             jax.eval_shape(lambda p: new_state(p, self.optimizer), shapes(model))
@@ -134,7 +138,8 @@ class Programs:
         )
         batch = self.batch(config.train.rows_per_step)
         state = self.state
-        return self.submit(make_probe(graph, settings), state.params, self.stats, batch, state.step)
+        shapes = (state.params, self.stats, batch, state.step)
+        return self.submit(make_probe(graph, settings), *shapes, donate_argnums=1)
 
     def batch(self, rows: int) -> Batch:
         """Shapes of a batch of `rows` rows, split over the mesh."""
@@ -148,6 +153,13 @@ class Programs:
         """Shapes of a plan's masks."""
         masks: Masks = self._placed(jax.eval_shape(self._select(plan), self.state, self.stats))
         return masks
+
+    def offsets(self, plan: Plan) -> dict[str, Array]:
+        """Shapes of what a plan's kept rows get for the omitted ones."""
+        masks = self.masks(plan)
+        offsets = jax.eval_shape(self._compensate(plan), self.state, self.stats, masks)
+        placed: dict[str, Array] = self._placed(offsets)
+        return placed
 
     def no_statistics(self) -> Statistics:
         """Statistics of nothing, for what the metric needs."""
@@ -164,6 +176,10 @@ class Programs:
             heads = (model.n_layers, model.n_kv_heads, model.query_heads)
             gates = Gates(jnp.zeros(heads), jnp.zeros((model.n_layers, model.d_ff)))
             stats = stats._replace(gradients=gates)
+        if "products" in self.observe:
+            columns = (model.n_heads * model.head_dim, model.d_ff)
+            products = Products(*(jnp.zeros((model.n_layers, c, c)) for c in columns))
+            stats = stats._replace(products=products)
         return stats
 
     def _placed(self, tree: Any) -> Any:
@@ -196,9 +212,10 @@ class Programs:
             masks: Masks,
             batch: Batch,
             resting: dict[str, Array],
+            offsets: dict[str, Array],
         ) -> tuple[TrainState, Statistics, StepMetrics]:
             masks = () if self._gathers or live else masks
-            return train(working, stats, masks, batch, resting if forward_all else {})
+            return train(working, stats, masks, batch, resting if forward_all else {}, offsets)
 
         masks = self.masks(plan)
         cut = masks if self._gathers else cut_only(plan)
@@ -206,7 +223,8 @@ class Programs:
             jax.eval_shape(lambda state, masks: compact_state(state, masks, plan), self.state, cut)
         )
         batch, rest = self.batch(self._config.train.rows_per_step), resting_params(resting)
-        return self._lower(step, working, self.stats, masks, batch, rest, donate_argnums=(0, 1))
+        beside = (masks, batch, rest, self.offsets(plan))
+        return self._lower(step, working, self.stats, *beside, donate_argnums=(0, 1))
 
     def _compile_rung(self, plan: Plan) -> RungPrograms:
         started = time.perf_counter()
@@ -215,6 +233,9 @@ class Programs:
         )
         return RungPrograms(
             select=self._compile(self._select(plan), self.state, self.stats),
+            compensate=self._compile(
+                self._compensate(plan), self.state, self.stats, self.masks(plan)
+            ),
             enter=moves.enter,
             step=self.lower_step(plan).compile(self._options),
             leave=moves.leave,
@@ -265,6 +286,16 @@ class Programs:
             return choose(whole.params, stats, plan, self._neurons, self._criteria, key)
 
         return select
+
+    def _compensate(
+        self, plan: Plan
+    ) -> Callable[[TrainState, Statistics, Masks], dict[str, Array]]:
+        def compensate(whole: TrainState, stats: Statistics, masks: Masks) -> dict[str, Array]:
+            if stats.products is None or self._neurons.is_dense(plan):
+                return {}
+            return compensation(whole.params, stats.products, masks, plan)
+
+        return compensate
 
     def _step_settings(self, plan: Plan) -> StepSettings:
         config = self._config

@@ -61,7 +61,7 @@ def make_step(
     """`step(state, stats, masks, batch, resting)`: the state, running statistics and metrics after
     one update. `masks` is empty for a compacted, whole or live model, and given in mask and kernel
     execution. `resting`: of a compacted model whose forward pass has all neurons the parameters
-    that are not in the state."""
+    that are not in the state. `offsets`: what `compensation` says."""
 
     def step(
         state: TrainState,
@@ -69,11 +69,13 @@ def make_step(
         masks: Masks,
         batch: Batch,
         resting: Mapping[str, Array] = MappingProxyType({}),
+        offsets: Mapping[str, Array] = MappingProxyType({}),
     ) -> tuple[TrainState, Statistics, StepMetrics]:
         seed = settings.seed
         key = None if seed is None else selection_key(seed, state.step)
 
         params, told = state.params, mask_values(masks) | omitted_values(state.params, resting)
+        told |= offsets
         if settings.in_place:
             params, told = take_kept(params, masks), in_place_values(params, masks)
 

@@ -1,6 +1,7 @@
 """The state of a run in one of its two forms, and the moves between them."""
 
 import jax
+from jaxtyping import Array
 
 from sat_jax.data.batch import Batch
 from sat_jax.sparsity.masks import Masks
@@ -17,8 +18,14 @@ class Working:
     masks again to go on. Both are exact, so leaving and entering changes no bit.
     """
 
-    def __init__(self, whole: TrainState, stats: Statistics, masks: Masks | None):
-        self.stats, self.masks = stats, masks
+    def __init__(
+        self,
+        whole: TrainState,
+        stats: Statistics,
+        masks: Masks | None,
+        offsets: dict[str, Array] | None = None,
+    ):
+        self.stats, self.masks, self.offsets = stats, masks, offsets or {}
         self._state = whole
         self._resting: Resting = []
         self._entered: RungPrograms | None = None
@@ -46,13 +53,20 @@ class Working:
         """Chooses new masks for a rung; with `probe`, observes the whole model on `batch` first."""
         if probe is not None:
             self.stats = probe(self.whole.params, self.stats, batch, self.whole.step)
+        self.cut(programs)
+
+    def cut(self, programs: RungPrograms) -> None:
+        """New masks for a rung by the statistics at hand; where nothing is chosen, they only say
+        how layers are cut into segments."""
         self.masks = programs.select(self.whole, self.stats)
+        self.offsets = programs.compensate(self.whole, self.stats, self.masks)
 
     def step(self, batch: Batch) -> StepMetrics:
         """One optimizer step."""
         assert self._entered is not None, "enter a rung first"
         self._state, self.stats, metrics = self._entered.step(
-            self._state, self.stats, self.masks, batch, resting_params(self._resting)
+            *(self._state, self.stats, self.masks, batch),
+            *(resting_params(self._resting), self.offsets),
         )
         return metrics
 
