@@ -1,5 +1,5 @@
-"""SAT's parts in continued pre-training: heads of two kinds, channels; both passes or the backward
-one alone; moments frozen or decaying.
+"""SAT's parts in continued pre-training: heads of two kinds, channels; omitted neurons whose part the
+kept ones take, or that only the backward pass omits; moments frozen or decaying.
 
     python -m scripts.sweep --config=experiments/table_cpt.py:smoke \
         --config.data.sources=TEXT --workdir=runs/study
@@ -10,9 +10,9 @@ one alone; moments frozen or decaying.
 Moments decay only where everything is computed and multiplied by 0 and 1 (mask execution), so both
 are compared there: those two say something of quality, nothing of speed.
 
-Hours in all, estimated, not measured (experiments/scales.py says how): smoke 1.6 on two CPU cores,
-small 2.0 on one GPU, paper 73 on one accelerator of 40 GB, 27 runs each; paper-7b 37 and
-paper-13b 72 on eight of 80 GB, 9 runs.
+Hours in all, estimated, not measured (experiments/scales.py says how): smoke 1.9 on two CPU cores,
+small 2.4 on one GPU, paper 86 on one accelerator of 40 GB, 33 runs each; paper-7b 44 and
+paper-13b 84 on eight of 80 GB, 11 runs.
 """
 
 from typing import Any
@@ -36,6 +36,9 @@ def get_sweep(scale: str = "smoke") -> list[dict[str, Any]]:
         # In the backward pass alone: at the same rate, and at one that saves about as much.
         {"sparsity.forward": "all"},
         {"sparsity.forward": "all", "sparsity.rate": 0.6},
+        # What is kept speaks for the omitted, at the same rates.
+        {"sparsity.compensate": True},
+        {"sparsity.compensate": True, "sparsity.rate": 0.6},
     ]
     for moments in ("freeze", "decay"):
         runs.append({"sparsity.execution": "mask", "optimizer.moments": moments})
