@@ -1,5 +1,5 @@
-"""SAT's parts in continued pre-training: heads of two kinds, channels; omitted neurons whose part the
-kept ones take, or that only the backward pass omits; moments frozen or decaying.
+"""SAT's parts in continued pre-training: heads of two kinds, channels; omission in the backward
+pass alone, or by kept neurons that speak for the omitted; moments frozen or decaying.
 
     python -m scripts.sweep --config=experiments/table_cpt.py:smoke \
         --config.data.sources=TEXT --workdir=runs/study

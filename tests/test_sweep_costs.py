@@ -19,7 +19,7 @@ from sat_jax.sweep.estimate import (
 from sat_jax.sweep.report import report
 from sat_jax.sweep.runs import make_runs
 from sat_jax.train.account import Account, flops_of_probe
-from sat_jax.train.finish import rung_summaries
+from sat_jax.train.finish import flops_of_run, rung_summaries
 from tests.conftest import ROOT
 from tests.test_sweep import runs_of
 from tests.tolerances import assert_close
@@ -48,6 +48,10 @@ def test_costs_are_counted_from_shapes() -> None:
     )
     assert products > 0 and sum(solved) > 0
     assert_close(cost_of(more).spent - costs[3].spent, products + sum(solved), "float64", "forward")
+    # What a run is billed when it ends, which here has chosen and not trained.
+    account = Account(more.controller)
+    account.rung_selections = [selections_of(more, rung) for rung in more.controller.rungs]
+    assert_close(flops_of_run(cast(Any, more), account)[0], sum(solved), "float64", "forward")
     # The quickstart's committed row: full rows are the most that its packed ones can be.
     rows = read(ROOT / "experiments/results/runs.jsonl")
     row = latest(rows, experiment="experiments/quickstart.py")

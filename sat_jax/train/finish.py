@@ -46,7 +46,7 @@ def finish(
     export = None if read is None else _export(task, workdir, read)
     evaluations = [r["eval_loss"] for r in records if "eval_loss" in r]
     losses = [r["loss"] for r in records if "loss" in r]
-    spent, dense = _flops(task, account)
+    spent, dense = flops_of_run(task, account)
     write_summary(
         workdir,
         steps=task.config.train.steps,
@@ -99,7 +99,7 @@ def rung_summaries(
     return summaries
 
 
-def _flops(task: Task, account: Account) -> tuple[float, float]:
+def flops_of_run(task: Task, account: Account) -> tuple[float, float]:
     """Training FLOPs spent, with probes and selections, and what the same tokens cost densely."""
     config = task.config
     spent = account.probes * flops_of_probe(config, task.model)
