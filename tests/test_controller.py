@@ -114,7 +114,7 @@ def test_auto_goes_on_where_it_was() -> None:
 
 def test_other_plans_are_another_run() -> None:
     known = controller((0.0, 0.5), rungs=2).to_json()
-    with pytest.raises(UserError, match=r"^sparsity.budget: the file gives other rates"):
+    with pytest.raises(UserError, match=r"^the rungs are not those .* or the run is of an older"):
         controller((0.0, (0.25, 0.75)), rungs=2).restore(known)
 
 

@@ -123,8 +123,9 @@ class Controller:
         """The inverse of `to_json`. Raises `UserError` where the plans are others."""
         if known["plans"] != self._plans():
             raise UserError(
-                "sparsity.budget: the file gives other rates than when this run was started; give"
-                " the old one or another work directory"
+                "the rungs are not those that this run was started with: the file of"
+                " sparsity.budget is another, or the run is of an older version; accepted: the old"
+                " file, or another work directory"
             )
         for number, start in enumerate(known["starts"]):
             if number:
