@@ -127,6 +127,7 @@ DEPENDENT = {
         "sparsity.patience",
         "sparsity.min_gain",
         "sparsity.refresh_every",
+        "sparsity.compensate",
         "sparsity.forward",
     ),
     *("sparsity.layer_rates_attention", "sparsity.layer_rates_mlp", "sparsity.dense_layers"),
