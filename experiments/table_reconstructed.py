@@ -34,7 +34,7 @@ def get_config(scale: str = "smoke") -> ConfigDict:
     config.sparsity.dense_layers = ()  # no layer is said to stay dense
     # As by default: the most important neurons (topk), heads with their keys and values, channels
     # one by one, one rate for both, half of the run at it and then four stairs, omitted ones
-    # neither made up for (rescale) nor updated (moments).
+    # neither made up for (compensate) nor updated (moments).
     return config
 
 

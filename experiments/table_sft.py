@@ -1,5 +1,5 @@
-"""SAT in supervised fine-tuning: rates from 0.2 to 0.6, answers with all channels, the backward
-pass alone, kept neurons that speak for the omitted; and dense with as many FLOPs.
+"""SAT in supervised fine-tuning: rates from 0.2 to 0.6, the backward pass alone, compensation
+for omitted neurons; and dense with as many FLOPs.
 
     python -m scripts.sweep --config=experiments/table_sft.py:smoke \
         --config.data.sources=gsm8k-train.jsonl.gz --workdir=runs/study-sft
@@ -9,9 +9,9 @@ pass alone, kept neurons that speak for the omitted; and dense with as many FLOP
 
 The smaller two scales take JSON lines of question and answer, the others of messages.
 
-Hours in all, estimated, not measured (experiments/scales.py says how): smoke 1.9 on two CPU cores,
-small 0.3 on one GPU, paper 43 on one accelerator of 40 GB, 36 runs each; paper-7b 20 and
-paper-13b 39 on eight of 80 GB, 11 runs.
+Hours in all, estimated, not measured (experiments/scales.py says how): smoke 1.7 on two CPU cores,
+small 0.3 on one GPU, paper 39 on one accelerator of 40 GB, 33 runs each; paper-7b 18 and
+paper-13b 35 on eight of 80 GB, 10 runs.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ def get_config(scale: str = "smoke") -> ConfigDict:
 
 def get_sweep(scale: str = "smoke") -> list[dict[str, Any]]:
     runs: list[dict[str, Any]] = [{"sparsity.rate": rate} for rate in scales.RATES]
-    runs += [{"sparsity.dense_tokens": True}, {"sparsity.forward": "all"}]
+    runs += [{"sparsity.forward": "all"}]
     if scale in scales.COMPENSATED:
         runs += [{"sparsity.compensate": True}]
     return scales.over_seeds(scale, [*scales.shorter(get_config(scale)), *runs])

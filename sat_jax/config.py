@@ -18,7 +18,7 @@ from sat_jax.models.llama import Remat
 from sat_jax.models.presets import PRESETS
 from sat_jax.ops import Implementation as Kernels
 from sat_jax.sparsity.controller import overall
-from sat_jax.sparsity.importance import METRICS, Aggregate
+from sat_jax.sparsity.importance import METRICS
 from sat_jax.sparsity.plan import LayerRates
 from sat_jax.sparsity.schedule import Schedule
 
@@ -161,9 +161,6 @@ class SparsityConfig:
     rate_attention: float | None = key(None, "r0 of heads; None: rate", low=0.0, high=1.0)
     rate_mlp: float | None = key(None, "r0 of MLP channels; None: rate", low=0.0, high=1.0)
     metric: str = key("output", "what makes a neuron important", choices=METRICS)
-    aggregate: Aggregate = key(
-        "sum", "over a neuron's columns, then its matrices, where a metric scores columns"
-    )
     selection: Literal["topk", "sample"] = key(
         "topk", "the most important, or drawn without replacement in proportion to importance"
     )
@@ -211,24 +208,15 @@ class SparsityConfig:
     layer_rates_mlp: tuple[float, ...] = key(
         (), "r0 of MLP channels layer by layer, in place of rate_mlp", low=0.0, high=1.0
     )
-    budget: str | None = key(
-        None, "a file of scripts.calibrate, by which the rates are spread over layers; None: evenly"
-    )
     max_segments: int = key(4, "runs of layers with equal counts at most", low=1)
     block: int = key(1, "channels are chosen in aligned runs of this many", low=1)
     balance: int | None = key(
         None, "equal parts that keep equally many neurons; None: mesh.tensor", low=1
     )
-    rescale: bool = key(
-        False, "what is kept of N neurons is multiplied by N / kept, to make up for the omitted"
-    )
     compensate: bool = key(
         False,
         "what is kept speaks for the omitted: what its outputs tell of theirs, by least squares"
         " over the tokens of all probes, is added to its output weights while they are omitted",
-    )
-    dense_tokens: bool = key(
-        False, "tokens that bear loss, of an answer, use all MLP channels; heads are omitted still"
     )
     forward: Literal["kept", "all"] = key(
         "kept",

@@ -22,16 +22,10 @@ def check_sparsity(config: "Config") -> None:
             f"model.kernels {config.model.kernels!r} is for sparsity.execution 'kernel', not"
             f" {sparse.execution!r}"
         )
-    if sparse.execution == "kernel" and (sparse.block % 64 or sparse.dense_tokens):
+    if sparse.execution == "kernel" and sparse.block % 64:
         raise UserError(
-            f"sparsity.execution 'kernel' with sparsity.block {sparse.block} and dense_tokens"
-            f" {sparse.dense_tokens}; accepted: multiples of 64, and False"
-        )
-    if sparse.aggregate != "sum" and not METRICS[sparse.metric].by_column:
-        columns = ", ".join(name for name, metric in METRICS.items() if metric.by_column)
-        raise UserError(
-            f"sparsity.aggregate {sparse.aggregate!r} is for metrics that score columns"
-            f" ({columns}), not {sparse.metric!r}"
+            f"sparsity.execution 'kernel' with sparsity.block {sparse.block}; accepted: multiples"
+            " of 64"
         )
     if sparse.temperature != 1 and sparse.selection != "sample":
         raise UserError(
@@ -51,19 +45,12 @@ def check_sparsity(config: "Config") -> None:
                 f"sparsity.rate_{module} and sparsity.layer_rates_{module} are both given;"
                 " accepted: one of them"
             )
-    by_hand = sparse.layer_rates_attention or sparse.layer_rates_mlp or sparse.dense_layers
-    if sparse.budget is not None and by_hand:
-        raise UserError(
-            "sparsity.budget spreads the rates over all layers; accepted beside it: no"
-            " layer_rates_attention, layer_rates_mlp or dense_layers"
-        )
     if sparse.rate and sparse.layer_rates_attention and sparse.layer_rates_mlp:
         raise UserError(
             f"sparsity.rate {sparse.rate} says nothing beside the rates of all layers; accepted: 0"
         )
     if max(config.rates) == 0:
         return
-    _check_dense_tokens(config)
     _check_forward(config)
     _check_compensate(config)
     _check_schedule(config)
@@ -87,7 +74,7 @@ def _check_live(config: "Config") -> None:
             f" train.accumulate {config.train.accumulate} share one selection; accepted:"
             " train.accumulate 1, or refresh_every 1 or more"
         )
-    for name in ("probe_tokens", "probe_sampling", "stats_decay", "dense_tokens"):
+    for name in ("probe_tokens", "probe_sampling", "stats_decay"):
         default = getattr(type(sparse), name)
         if getattr(sparse, name) != default:
             raise UserError(
@@ -97,43 +84,22 @@ def _check_live(config: "Config") -> None:
             )
 
 
-def _check_dense_tokens(config: "Config") -> None:
-    sparse = config.sparsity
-    if not sparse.dense_tokens:
-        return
-    if config.data.format == "text":
-        raise UserError(
-            "sparsity.dense_tokens sets apart the tokens that bear loss, and of data.format"
-            " 'text' all do; accepted: a format of examples, or False"
-        )
-    if config.rates[1] == 0 or sparse.rescale:
-        raise UserError(
-            "sparsity.dense_tokens needs omitted channels, and sparsity.rescale has no meaning"
-            " for them; accepted: an omission rate of channels, and rescale False"
-        )
-
-
 def _check_forward(config: "Config") -> None:
-    """Where the forward pass omits nothing there is nothing to make up for, nor to choose in it."""
+    """Layers that select in the forward pass have to omit something there."""
     sparse = config.sparsity
-    for name, meaningless in (("rescale", True), ("dense_tokens", True), ("refresh_every", 0)):
-        if sparse.forward == "all" and getattr(sparse, name) == meaningless:
-            raise UserError(
-                f"sparsity.{name} {meaningless} is for forward passes that omit neurons, and"
-                " sparsity.forward is 'all'; accepted: 'kept', or another"
-                f" sparsity.{name}"
-            )
+    if sparse.forward == "all" and sparse.refresh_every == 0:
+        raise UserError(
+            "sparsity.refresh_every 0 is for forward passes that omit neurons, and"
+            " sparsity.forward is 'all'; accepted: 'kept', or another sparsity.refresh_every"
+        )
 
 
 def _check_compensate(config: "Config") -> None:
-    """What is added belongs to a selection by probes, and to all tokens alike."""
+    """Compensation needs a selection by probes and weights that are computed with as they are."""
     sparse = config.sparsity
     if not sparse.compensate:
         return
-    others = (
-        *(("rescale", True), ("dense_tokens", True), ("forward", "all")),
-        *(("execution", "kernel"), ("refresh_every", 0)),
-    )
+    others = (("forward", "all"), ("execution", "kernel"), ("refresh_every", 0))
     for name, meaningless in others:
         if getattr(sparse, name) == meaningless:
             raise UserError(

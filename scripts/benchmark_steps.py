@@ -46,16 +46,14 @@ Variant = Callable[[], Cost]
 
 def steps(model: LlamaConfig, given: Any) -> list[dict[str, Any]]:
     """The SAT step at every rate against the dense step, beside the FLOP bound; the other
-    executions; and half of the tokens with all channels."""
-    neurons, half = neurons_of(model), given.row_length // 2
-    wanted = [("dense", 0.0, 0), *(("gather", rate, 0) for rate in RATES)]
-    wanted += [("kernel", 0.5, 0), ("mask", 0.5, 0), ("gather", 0.5, half)]
+    executions."""
+    neurons = neurons_of(model)
+    wanted = [("dense", 0.0), *(("gather", rate) for rate in RATES)]
+    wanted += [("kernel", 0.5), ("mask", 0.5)]
     blocks = {"kernel": 128 if model.d_ff > 128 else 64}
     plans = {
-        (execution, rate, slots): make_plan(
-            neurons, rate, rate, dense_tokens=slots, block=blocks.get(execution, 1)
-        )
-        for execution, rate, slots in wanted
+        (execution, rate): make_plan(neurons, rate, rate, block=blocks.get(execution, 1))
+        for execution, rate in wanted
     }
     variants = {
         key: _training_step(model, plan, given, key[0] if key[1] else "gather")
@@ -65,14 +63,13 @@ def steps(model: LlamaConfig, given: Any) -> list[dict[str, Any]]:
     rows = []
     for key, plan in plans.items():
         heads, channels = kept_shares(plan, neurons)
-        execution, rate, slots = key
+        execution, rate = key
         wall, cpu = (_ratio(costs[wanted[0]], costs[key], field) for field in ("wall", "cpu"))
         bound = speedup_bound(model, given.row_length, plan.segments, given.remat)
         rows.append(
             {
                 "execution": execution,
                 "rate": rate,
-                "dense_tokens": slots / given.row_length,
                 "kept_heads": heads,
                 "kept_channels": channels,
                 **_medians(costs[key]),
@@ -200,9 +197,6 @@ def _training_step(
     shape = given.rows, given.row_length
     program = step_program(model, plan, _compute(given), shape, execution)
     state, masks, batch = filled(program, model, plan)
-    slots = max(segment.dense_tokens for segment in plan.segments)
-    if slots:
-        batch = batch._replace(loss_mask=batch.positions < slots)
     compiled = jax.jit(program.function, donate_argnums=0).lower(state, masks, batch).compile()
 
     def step() -> Any:

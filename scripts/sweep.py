@@ -91,7 +91,6 @@ def main() -> None:
         watched = [folder.watched(one) for one in runs]
         for one in watched:
             one.check_data(prepared[one.run.name])
-            one.check_kept()
         folder.asked({"command": sys.argv[1:]}, runs)
         drive(folder, watched, launcher, finished)
     if ended:

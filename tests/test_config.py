@@ -119,9 +119,8 @@ def valid(key: Key) -> st.SearchStrategy[Any]:
 DEPENDENT = {
     *("model.preset", "train.accumulate", "optimizer.warmup_steps", "optimizer.moments"),
     "optimizer.decay_share",
-    *("sparsity.split", "sparsity.rungs", "sparsity.aggregate", "sparsity.temperature"),
+    *("sparsity.split", "sparsity.rungs", "sparsity.temperature"),
     *(
-        "sparsity.dense_tokens",
         "sparsity.schedule",
         "sparsity.dense_start",
         "sparsity.patience",

@@ -35,13 +35,7 @@ from tests.test_config import built, refusal
         ),
         (
             {"sparsity__execution": "kernel", "sparsity__block": 96},
-            "sparsity.execution 'kernel' with sparsity.block 96 and dense_tokens False; accepted:"
-            " multiples of 64, and False",
-        ),
-        (
-            {"sparsity__aggregate": "max"},
-            "sparsity.aggregate 'max' is for metrics that score columns (magnitude, wanda, maxip),"
-            " not 'output'",
+            "sparsity.execution 'kernel' with sparsity.block 96; accepted: multiples of 64",
         ),
         (
             {"sparsity__temperature": 0.5},
@@ -108,23 +102,9 @@ from tests.test_config import built, refusal
             "sparsity.rate 0.1 says nothing beside the rates of all layers; accepted: 0",
         ),
         (
-            {"sparsity__rate": 0.1, "sparsity__dense_tokens": True},
-            "sparsity.dense_tokens sets apart the tokens that bear loss, and of data.format 'text'"
-            " all do; accepted: a format of examples, or False",
-        ),
-        (
-            {
-                "data__format": "messages",
-                "sparsity__rate_attention": 0.1,
-                "sparsity__dense_tokens": True,
-            },
-            "sparsity.dense_tokens needs omitted channels, and sparsity.rescale has no meaning for"
-            " them; accepted: an omission rate of channels, and rescale False",
-        ),
-        (
-            {"sparsity__rate": 0.1, "sparsity__rescale": True, "sparsity__forward": "all"},
-            "sparsity.rescale True is for forward passes that omit neurons, and sparsity.forward is"
-            " 'all'; accepted: 'kept', or another sparsity.rescale",
+            {"sparsity__rate": 0.1, "sparsity__refresh_every": 0, "sparsity__forward": "all"},
+            "sparsity.refresh_every 0 is for forward passes that omit neurons, and sparsity.forward"
+            " is 'all'; accepted: 'kept', or another sparsity.refresh_every",
         ),
         (
             {"sparsity__rate": 0.1, "sparsity__compensate": True, "sparsity__forward": "all"},
@@ -136,11 +116,6 @@ from tests.test_config import built, refusal
             {"sparsity__rate": 0.1, "sparsity__compensate": True, "sparsity__metric": "wanda"},
             "sparsity.compensate needs outputs, which probes see, and sparsity.metric 'wanda' has"
             " none at every refresh; accepted: the metrics output, svd, taylor",
-        ),
-        (
-            {"sparsity__budget": "budget.json", "sparsity__dense_layers": (0,)},
-            "sparsity.budget spreads the rates over all layers; accepted beside it: no"
-            " layer_rates_attention, layer_rates_mlp or dense_layers",
         ),
         (
             {"sparsity__layer_rates_mlp": (0.1, 1.1)},

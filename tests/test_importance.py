@@ -117,24 +117,6 @@ def test_columns_of_a_head_are_scored_one_by_one() -> None:
         assert_close(METRICS[metric].score(evidence), [[expected]], "float32", "forward")
 
 
-# The first group's query has columns of norms 5 and 1; its key and value one each, √2 and 2;
-# its output 1 and 13: columns are aggregated first, matrices then.
-@pytest.mark.parametrize(
-    ("aggregate", "group", "channel"),
-    [
-        ("sum", 5 + 1 + SQRT2 + 2 + 1 + 13, 5 + 2 + 10),
-        ("mean", (3 + SQRT2 + 2 + 7) / 4, 17 / 3),
-        ("l2", (25 + 1 + 2 + 4 + 1 + 169) ** 0.5, (25 + 4 + 100) ** 0.5),
-        ("max", 13, 10),
-    ],
-)
-def test_aggregates_by_hand(aggregate: Any, group: float, channel: float) -> None:
-    evidence = head_evidence(PARAMS, only(STATS, "magnitude"), "kv_group", KEY, aggregate)
-    assert_close(METRICS["magnitude"].score(evidence)[0, 0], group, "float32", "forward")
-    evidence = channel_evidence(PARAMS, only(STATS, "magnitude"), KEY, aggregate)
-    assert_close(METRICS["magnitude"].score(evidence)[0, 0], channel, "float32", "forward")
-
-
 @pytest.mark.parametrize("metric", ["magnitude", "wanda", "maxip"])
 def test_query_head_q_belongs_to_group_q_div_G(metric: str) -> None:
     config = CONFIGS["gqa"]

@@ -219,7 +219,6 @@ def test_kernels_and_gather_agree(name: str, unit: Any, kernels: BlockSparse, re
         attention_unit=unit,
         block=kernels.block,
         dense_layers=(1,),
-        rescale=True,
     )
     masks = random_masks(config, plan)
     by_kernel = in_place(config, plan, masks, Compute(remat=remat, kernels=kernels))
@@ -232,7 +231,7 @@ def test_kernels_and_gather_agree(name: str, unit: Any, kernels: BlockSparse, re
 
 def test_kernel_execution_shows_the_outputs_of_what_is_kept() -> None:
     config = dataclasses.replace(CONFIGS["mha"], d_ff=256)
-    plan = make_plan(*(neurons(config), 0.5, 0.5), block=64, rescale=True)
+    plan = make_plan(*(neurons(config), 0.5, 0.5), block=64)
     masks, rows = random_masks(config, plan), batch(config)
     small, _ = compact(random_params(config), masks, plan)
     results = []

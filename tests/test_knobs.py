@@ -50,9 +50,8 @@ def config_with(changes: dict[str, Any]) -> Config:
 def controller_of(config: Config, model: LlamaConfig = MODEL) -> Controller:
     neurons = Neurons(model.n_layers, model.n_kv_heads, model.query_heads, model.d_ff)
     balance = config.sparsity.balance or config.mesh.tensor
-    slots = 4 if config.sparsity.dense_tokens else 0
     steps, rates = config.train.steps, config.layer_rates
-    return make_controller(config.sparsity, neurons, steps, rates, balance, slots)
+    return make_controller(config.sparsity, neurons, steps, rates, balance)
 
 
 def programs_of(config: Config, model: LlamaConfig = MODEL) -> Programs:
@@ -143,7 +142,6 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "sparsity.rate_attention": (0.0, rungs, {}),
     "sparsity.rate_mlp": (0.0, rungs, {}),
     "sparsity.metric": ("magnitude", selection, {}),
-    "sparsity.aggregate": ("max", selection, {"sparsity.metric": "wanda"}),
     "sparsity.selection": ("sample", selection, {}),
     "sparsity.temperature": (0.5, selection, {"sparsity.selection": "sample"}),
     "sparsity.schedule": ("constant", rungs, {}),
@@ -160,10 +158,8 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "sparsity.dense_layers": ((0,), rungs, {}),
     "sparsity.block": (2, selection, {}),
     "sparsity.balance": (2, selection, {}),
-    "sparsity.rescale": (True, step, {}),
     "sparsity.forward": ("all", step, {}),
     "sparsity.compensate": (True, step, {}),
-    "sparsity.dense_tokens": (True, step, {"data.format": "messages"}),
     "sparsity.execution": ("mask", step, {}),
     "model.kernels": ("pallas_tpu", kernel_step, KERNELS),
     "mesh.data": (3, refused, {}),
@@ -192,7 +188,6 @@ ELSEWHERE = {
     "train.eval_every": "test_run.py",
     "train.eval_rows": "test_run.py",
     "sparsity.max_segments": "test_plan.py",
-    "sparsity.budget": "test_calibrate.py",
     "sparsity.patience": "test_controller.py",
     "sparsity.min_gain": "test_controller.py",
     "checkpoint.every": "test_run.py",

@@ -77,7 +77,7 @@ def plan_of(name: str, **rest: Any) -> Plan:
 
 
 GROUPS = plan_of("bias", dense_layers=(0,), balance=2, block=2)
-QUERY_HEADS = plan_of("gqa", attention_unit="query_head", rescale=True)
+QUERY_HEADS = plan_of("gqa", attention_unit="query_head")
 
 
 SLOW = pytest.mark.slow  # every case compiles two backward passes

@@ -132,10 +132,11 @@ def test_each_layer_may_have_rates_of_its_own() -> None:
     assert plan(mlp=(0.9, *(0.25,) * 5), dense_layers=(0,)) == plan(dense_layers=(0,))
 
 
-def test_only_what_omits_something_is_rescaled() -> None:
-    made = plan(dense_layers=(0,), rescale=True)
-    assert [segment.rescale for segment in made.segments] == [False, True]
-    assert plan(0.0, 0.001, rescale=True) == plan(0.0, 0.0)
+@pytest.mark.parametrize("setting", ["forward_all", "compensate"])
+def test_only_segments_that_omit_something_are_marked(setting: str) -> None:
+    made = plan(dense_layers=(0,), **{setting: True})
+    assert [getattr(segment, setting) for segment in made.segments] == [False, True]
+    assert plan(0.0, 0.001, **{setting: True}) == plan(0.0, 0.0)
 
 
 @given(st.sets(st.integers(-6, 5)), RATES, RATES)

@@ -125,7 +125,7 @@ def test_a_newer_run_stands_for_an_older_one(tmp_path: Path) -> None:
 
 
 def test_what_is_called_the_same_elsewhere_is_another(tmp_path: Path) -> None:
-    """Two models and two budgets; rows name no folder, and sources by name alone."""
+    """Two models; rows name no folder, and sources by name alone."""
     start = config_of(0)
     models = [
         dataclasses.replace(
@@ -135,16 +135,14 @@ def test_what_is_called_the_same_elsewhere_is_another(tmp_path: Path) -> None:
         )
         for folder in ("/a/runs/x", "/b/runs/x")
     ]
-    budgets = [config_of(0, rate=0.4, budget=f"/{part}/budget.json") for part in "ab"]
     summary = summary_of(9.0, 38.0, DENSE)
-    records = runs(tmp_path, *((config, summary) for config in (*models, *budgets, *models)))
-    assert len(newest(records)) == len(records) == 4
-    assert len({record.base for record in records[:2]}) == 2
-    assert records[2].base == records[3].base
-    names = [records[0].settings["model.path"], records[3].sparse["budget"]]
-    assert [name.partition("#")[0] for name in names] == ["huggingface", "budget.json"]
+    records = runs(tmp_path, *((config, summary) for config in (*models, *models)))
+    assert len(newest(records)) == len(records) == 2
+    assert len({record.base for record in records}) == 2
+    name = records[0].settings["model.path"]
+    assert name.partition("#")[0] == "huggingface"
     assert records[0].settings["data.sources"] == ["text.txt"]
-    assert "/" not in "".join(names)
+    assert "/" not in name
 
 
 def test_a_work_directory_and_its_row_say_the_same(tmp_path: Path) -> None:

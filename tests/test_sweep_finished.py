@@ -1,17 +1,14 @@
-"""What a sweep takes as finished: runs of the same data and the same rates."""
+"""What a sweep takes as finished: runs of the same data."""
 
 from pathlib import Path
 
 import pytest
 
-from sat_jax.config_values import experiment, load
+from sat_jax.config_values import experiment
 from sat_jax.errors import UserError
-from sat_jax.sparsity.budget import Sensitivity, save
 from sat_jax.sweep.drive import SweepDir
-from sat_jax.sweep.runs import Run, make_runs, prepare_all
+from sat_jax.sweep.runs import make_runs, prepare_all
 from sat_jax.train.files import write_json
-from sat_jax.train.setup import shape_of
-from sat_jax.train.trained import starting_point
 from scripts import sweep as script
 from tests.conftest import ROOT
 
@@ -44,33 +41,3 @@ def test_a_run_that_finished_on_other_data_is_not_finished(
         script.main()
     assert str(caught.value).startswith(f"run {run.name} in {folder} has finished on data that")
     assert not (folder / "sweep.json").exists()
-
-
-def test_a_run_that_finished_with_another_budget_is_not_finished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file, folder = tmp_path / "budget.json", tmp_path / "sweep"
-    fixed = {"sparsity.budget": str(file)}
-
-    def run_now(*rises: float) -> Run:
-        shape = shape_of(starting_point(load(TINY))[0])
-        save(Sensitivity((0, 1, 2), 0.5, 0.5, rises, rises, shape, "output"), file)
-        return make_runs(experiment(TINY), fixed, [{}])[0][0]
-
-    run = run_now(0.1, 0.3)
-    done = SweepDir(folder).watched(run)
-    done.workdir.path.mkdir(parents=True)
-    data = prepare_all([run], print)[0][run.name]
-    write_json(done.workdir.summary, {"data": data, "kept": run.controller.kept})
-    done.check_kept()
-    assert run_now(0.3, 0.1).name == run.name  # and other rates
-    (folder / "lock").touch()
-    line = ["sweep", f"--config={TINY}", f"--workdir={folder}", "--seeds=1"]
-    settings = [f"--config.{key}={value}" for key, value in fixed.items()]
-    monkeypatch.setattr("sys.argv", [*line, *settings])
-    with pytest.raises(UserError) as caught:
-        script.main()
-    assert str(caught.value).startswith(f"run {run.name} in {folder} has finished with other rates")
-    assert not (folder / "sweep.json").exists()
-    write_json(done.workdir.summary, {"data": data})  # of an older version
-    SweepDir(folder).watched(run_now(0.3, 0.1)).check_kept()

@@ -69,8 +69,7 @@ def forward_flops(
 ) -> FlopCount:
     """Operations a token of a forward pass with logits, on rows of `row_length` tokens.
 
-    `segments` None: the dense model. Of the tokens of a row that may use the channels which others
-    omit all are counted: they are all computed. What only the backward pass omits is left out.
+    `segments` None: the dense model. What only the backward pass omits is left out.
     """
     keys = (row_length + 1) / 2
     projections = scores = mlp = 0.0
@@ -79,9 +78,7 @@ def forward_flops(
         queries, key_values = heads * config.head_dim, segment.kv_groups * config.head_dim
         projections += segment.layers * 2 * config.d_model * (2 * queries + 2 * key_values)
         scores += segment.layers * 2 * 2 * queries * keys
-        omitted = config.d_ff - segment.channels
-        channels = segment.channels + omitted * segment.dense_tokens / row_length
-        mlp += segment.layers * 3 * 2 * config.d_model * channels
+        mlp += segment.layers * 3 * 2 * config.d_model * segment.channels
     return FlopCount(projections, scores, mlp, 2 * config.d_model * config.vocab_size)
 
 

@@ -66,7 +66,6 @@ def row_of(
     settings |= {path: own[path] for path in OF_SPARSITY if path in own}
     settings = {key: without_place(value, key) for key, value in settings.items()}
     row |= names | {"settings": settings, "sparsity": dataclasses.asdict(config.sparsity)}
-    row["sparsity"]["budget"] = without_place(config.sparsity.budget, "sparsity.budget")
     if "prepared" in summary:  # older versions wrote none
         row["prepared"] = _of_data(summary["prepared"])
     row["curve"] = curve_of(records, summary)

@@ -54,7 +54,6 @@ class SplitInfo:
     tokens: int  # bos and eos among them
     targets: int  # tokens that bear loss: all but the first of each document; of examples answers
     rows: int
-    row_targets: int  # targets of the row that has the most
     long_documents: int  # longer than a row: cut into several; examples are dropped or cut short
     useful_share: float  # of the rows' slots, that are not padding
 
@@ -195,7 +194,10 @@ def load_prepared(path: Path) -> Prepared:
     path = _prepared_folder(path)
     try:
         content = json.loads((path / _INFO).read_text())
-        splits = {name: SplitInfo(**split) for name, split in content.pop("splits").items()}
+        splits = content.pop("splits")
+        for split in splits.values():
+            split.pop("row_targets", None)  # of folders that were made up to commit 09323b3
+        splits = {name: SplitInfo(**split) for name, split in splits.items()}
         return Prepared(path, PreparedInfo(splits=splits, **content))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -324,14 +326,12 @@ def _write(
             )
         row_of_piece = assign_rows(pieces.lengths, row_length)
         slots, count = int(pieces.lengths.sum()), int(row_of_piece.max()) + 1
-        learnt = learnt_targets(tokens, pieces)
         splits[split] = SplitInfo(
             documents=len(taken.order),
             text_bytes=taken.text_bytes,
             tokens=int(taken.sizes.sum()),
-            targets=int(learnt.sum()),
+            targets=int(learnt_targets(tokens, pieces).sum()),
             rows=count,
-            row_targets=int(np.bincount(row_of_piece, weights=learnt).max()),
             long_documents=taken.long_documents,
             useful_share=slots / (count * row_length),
         )

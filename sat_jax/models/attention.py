@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from sat_jax.models.dot_product import Implementation, dot_product_attention
 from sat_jax.models.layers import (
@@ -30,18 +30,14 @@ _OF_GROUPS = ("key", "value", "key_bias", "value_bias")
 
 
 class Rows(NamedTuple):
-    """What a layer needs to know of the batch: documents, rotary angles, and what is learnt.
+    """What a layer needs to know of the batch: documents and rotary angles.
 
-    `segment_ids` int32 `[B, T]` (0 is padding); `cos` and `sin` float32 `[B, T, E/2]`. Where tokens
-    that bear loss use the channels that others omit: `learnt` says which they are, `slots` where
-    in a row, with other places behind them up to C.
+    `segment_ids` int32 `[B, T]` (0 is padding); `cos` and `sin` float32 `[B, T, E/2]`.
     """
 
     segment_ids: Int[Array, "B T"]
     cos: Float[Array, "B T half"]
     sin: Float[Array, "B T half"]
-    learnt: Bool[Array, "B T"] | None = None
-    slots: Int[Array, "B C"] | None = None
 
 
 class Attention(nnx.Module):
@@ -88,9 +84,6 @@ class Attention(nnx.Module):
         whole = (config.n_kv_heads, config.query_heads)
         self.whole = self._whole(kept, whole) if in_place and kept is not None else None
         self.norm_eps = config.norm_eps
-        self.scale = 1.0
-        if segment.rescale:
-            self.scale = config.n_heads / (segment.kv_groups * segment.query_heads)
 
     def _whole(self, kept: Int[Array, "L *K kept"], heads: tuple[int, int]) -> WholeMatrices:
         """Zeros in the place of the matrices, which `heads` (KV groups, query heads in each) say
@@ -173,7 +166,7 @@ class Attention(nnx.Module):
     def combine(self, o_BTKGE: Float[Array, "B T K G E"]) -> Float[Array, "B T D"]:
         """What the heads add to the residual stream."""
         output_KGED = with_offset(self.output[...], self.output_offset, self.kept_heads)
-        return self.scale * jnp.einsum("BTKGE,KGED->BTD", o_BTKGE, output_KGED)
+        return jnp.einsum("BTKGE,KGED->BTD", o_BTKGE, output_KGED)
 
 
 def _with_bias(x: Array, bias: nnx.Param | None) -> Array:

@@ -60,14 +60,13 @@ class Omitted(nnx.Module):
 
 
 def omitted_neurons(config: LlamaConfig, segment: Segment, rngs: nnx.Rngs) -> Omitted | None:
-    """Those that are computed somewhere, none otherwise: channels for tokens that bear loss, or all
-    that the segment omits for a forward pass that has them."""
-    attention, mlp, omitted = None, None, config.omitted(segment)
-    if omitted.kv_groups and segment.forward_all:
-        attention = Attention(config, omitted, rngs=rngs)
-    if omitted.channels and (segment.dense_tokens or segment.forward_all):
-        mlp = MLP(config, omitted, rngs=rngs)
-    return None if attention is None and mlp is None else Omitted(attention, mlp)
+    """What the segment omits, for a forward pass that has it; None: nothing is computed of it."""
+    if not segment.forward_all:
+        return None
+    omitted = config.omitted(segment)
+    attention = Attention(config, omitted, rngs=rngs) if omitted.kv_groups else None
+    mlp = MLP(config, omitted, rngs=rngs) if omitted.channels else None
+    return Omitted(attention, mlp)
 
 
 class Block(nnx.Module):
@@ -132,9 +131,9 @@ class Block(nnx.Module):
             mlp, channels = self.choose_channels(mlp, normed, weight_BT, key)
             kept = kept._replace(channels=channels)
         if gates is None and not {"outputs", "products"} & set(observe):
-            x_BTD = x_BTD + mlp(normed, rows.learnt)
+            x_BTD = x_BTD + mlp(normed)
         else:
-            a_BTF = mlp.activate(normed, rows.learnt)
+            a_BTF = mlp.activate(normed)
             if gates is not None:
                 a_BTF *= gates.channels[None, None].astype(a_BTF.dtype)
             x_BTD = x_BTD + mlp.combine(a_BTF)
@@ -145,8 +144,6 @@ class Block(nnx.Module):
                 seen["products"] = Products(mixes, column_products(a_BTF, weight_BT))
         if other_channels is not None:
             x_BTD = x_BTD + jax.lax.stop_gradient(other_channels(normed))
-        elif self.omitted is not None and self.omitted.mlp is not None:
-            x_BTD = _add_omitted(x_BTD, normed, self.omitted.mlp, rows)
         seen |= mlp_input(observe, self.mlp, normed, weight_BT)
         return x_BTD, seen | {"kept": kept}
 
@@ -157,21 +154,6 @@ class Block(nnx.Module):
         if self.omitted is not None:
             return self.omitted.attention, self.omitted.mlp
         return self.attention.others(), self.mlp.others()
-
-
-def _add_omitted(
-    x_BTD: Float[Array, "B T D"], normed: Float[Array, "B T D"], omitted: MLP, rows: Rows
-) -> Float[Array, "B T D"]:
-    """The stream with what the omitted channels add at the tokens that bear loss."""
-    assert rows.learnt is not None and rows.slots is not None
-    at_BC1 = rows.slots[..., None]
-    added_BCD = omitted(jnp.take_along_axis(normed, at_BC1, axis=1))
-    learnt_BC = jnp.take_along_axis(rows.learnt, rows.slots, axis=1)
-    added_BCD = jnp.where(learnt_BC[..., None], added_BCD, 0)
-    # Row by row, so that on a mesh no row leaves its device.
-    add = jax.vmap(lambda x_TD, at, more: x_TD.at[at].add(more, unique_indices=True))
-    out: Array = add(x_BTD, rows.slots, added_BCD)
-    return out
 
 
 class Llama(nnx.Module):
@@ -200,9 +182,6 @@ class Llama(nnx.Module):
                 Block(config, segment, masked=masked, live=live, kernels=compute.kernels, rngs=rngs)
                 for segment in segments or (config.dense,)
             ]
-        )
-        self.dense_tokens = max(
-            (segment.dense_tokens for segment in segments or (config.dense,)), default=0
         )
         self.final_norm = nnx.Param(jnp.ones(config.d_model))
         head_shape = (config.vocab_size, config.d_model)
@@ -236,23 +215,15 @@ class Llama(nnx.Module):
         positions: Int[Array, "B T"],
         observe: Collection[Observable] = (),
         gates: Gates | None = None,
-        learnt: Bool[Array, "B T"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], Statistics]:
         """The normed residual stream after the last layer, and what was asked to be observed.
 
-        `gates` multiply the neurons' outputs, of a whole model only. `learnt`: the tokens that bear
-        loss, for segments in which these use all channels; no more in a row than those allow. A
-        live model needs a `key`.
+        `gates` multiply the neurons' outputs, of a whole model only. A live model needs a `key`.
         """
         assert gates is None or len(self.layers) == 1, "gates are for a whole model"
         config, compute = self.config, self.compute
         rows = Rows(segment_ids, *rotary_tables(config.rope, config.head_dim, positions))
-        if self.dense_tokens:
-            assert learnt is not None, "which tokens bear loss?"
-            # Those that bear loss first, in their order.
-            slots = jnp.argsort(~learnt, axis=1, stable=True)[:, : self.dense_tokens]
-            rows = rows._replace(learnt=learnt, slots=slots)
         x_BTD = cast(jnp.take(self.embed[...], tokens, axis=0), compute.dtype)
         seen, kept, first = [], [], 0
         keys = None if key is None else jax.random.split(key, config.n_layers)
@@ -288,7 +259,7 @@ class Llama(nnx.Module):
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, ""], Statistics]:
         """Sum over the masked-in tokens of the next-token cross-entropy (natural logarithm)."""
-        x_BTD, seen = self.hidden(tokens, segment_ids, positions, observe, gates, loss_mask, key)
+        x_BTD, seen = self.hidden(tokens, segment_ids, positions, observe, gates, key)
         total = chunked_cross_entropy(
             x_BTD, self.head(), targets, loss_mask, self.compute.loss_chunk
         )

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from sat_jax.models.layers import (
     Mask,
@@ -62,43 +62,32 @@ class MLP(nnx.Module):
         whole_shape = (segment.layers, config.d_ff, config.d_model)
         matrices = dict.fromkeys(MATRICES, jnp.zeros(whole_shape)) if in_place else {}
         self.whole = WholeMatrices(kept, matrices) if in_place else None
-        self.scale = config.d_ff / segment.channels if segment.rescale else 1.0
 
-    def __call__(
-        self, x_BTD: Float[Array, "B T D"], whole_BT: Bool[Array, "B T"] | None = None
-    ) -> Float[Array, "B T D"]:
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """What one layer adds to the residual stream: `combine` of what `activate` makes, and where
         kernels compute it, all at once."""
         if self.whole is None or self.kernels is None:
-            return self.combine(self.activate(x_BTD, whole_BT))
-        assert whole_BT is None, "kernels omit the same for all tokens"
+            return self.combine(self.activate(x_BTD))
         gate, up, down = (
             InPlace(self.whole.matrix(name), getattr(self, name)[...]) for name in MATRICES
         )
         kept = self.whole.kept[...]
-        return self.scale * kept_mlp(x_BTD, gate, up, down, kept, self.kernels)
+        return kept_mlp(x_BTD, gate, up, down, kept, self.kernels)
 
-    def activate(
-        self, x_BTD: Float[Array, "B T D"], whole_BT: Bool[Array, "B T"] | None = None
-    ) -> Float[Array, "B T F"]:
-        """Each channel's activation silu(x·gate)·(x·up) of one layer (the L axis taken away).
-
-        `whole_BT`: tokens for which mask execution omits nothing.
-        """
+    def activate(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+        """Each channel's activation silu(x·gate)·(x·up) of one layer (the L axis taken away)."""
         gate_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, self._rows("gate"))
         up_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, self._rows("up"))
         a_BTF = jax.nn.silu(gate_BTF) * up_BTF
         if self.kept_channels is None:
             return a_BTF
         keep_BTF = indicator(self.kept_channels[...], a_BTF.shape[-1], a_BTF.dtype)[None, None]
-        if whole_BT is not None:
-            keep_BTF = jnp.where(whole_BT[..., None], 1, keep_BTF)
         return a_BTF * (1 - keep_BTF if self.inverted else keep_BTF)
 
     def combine(self, a_BTF: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
         """What the channels add to the residual stream."""
         down_FD = with_offset(self._rows("down"), self.down_offset, self.kept_channels)
-        return self.scale * jnp.einsum("BTF,FD->BTD", a_BTF, down_FD)
+        return jnp.einsum("BTF,FD->BTD", a_BTF, down_FD)
 
     def others(self) -> "MLP | None":
         """One layer's module of the omitted channels, where the weights are whole; None: there are

@@ -28,7 +28,7 @@ SCHEDULES = Axis(
 )
 _NAMED = (
     RATES,
-    Axis("metrics", "Metric and selection", ("metric", "aggregate", "selection", "temperature")),
+    Axis("metrics", "Metric and selection", ("metric", "selection", "temperature")),
     SCHEDULES,
     Axis(
         "refresh",

@@ -16,8 +16,12 @@ from sat_jax.errors import UserError
 Settings: TypeAlias = Mapping[str, Any]
 
 _BESIDE = {path.rpartition(".")[2]: path for path in OF_SPARSITY}  # by the short name
-SPARSE = {name: find(path).default for name, path in _BESIDE.items()} | dataclasses.asdict(
-    SparsityConfig()
+_REMOVED = {"aggregate": "sum", "budget": None, "rescale": False, "dense_tokens": False}
+"""Defaults of settings of sparsity up to commit 09323b3, which older rows have."""
+SPARSE = (
+    {name: find(path).default for name, path in _BESIDE.items()}
+    | dataclasses.asdict(SparsityConfig())
+    | _REMOVED
 )
 """What runs of one comparison differ in besides their seed, at its defaults."""
 

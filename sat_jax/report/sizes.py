@@ -18,7 +18,13 @@ def steps(rows: Sequence[Row]) -> str:
     dense = latest(rows, benchmark="steps", execution="dense")
     if dense is None:
         raise UserError("no dense step among the rows")
-    together = [r for r in rows if r.get("benchmark") == "steps" and r["date"] == dense["date"]]
+    together = [
+        r
+        for r in rows
+        if r.get("benchmark") == "steps"
+        and r["date"] == dense["date"]
+        and not r.get("dense_tokens")  # a variant up to commit 09323b3
+    ]
     body = []
     for row in together:
         name = "dense" if row["execution"] == "dense" else f"r = {row['rate']:g}"
@@ -26,8 +32,6 @@ def steps(rows: Sequence[Row]) -> str:
             "mask": ", as multiplications by 0 and 1",
             "kernel": ", all weights in place, kept blocks of 128 channels",
         }.get(row["execution"], "")
-        if row.get("dense_tokens"):
-            name += f", {percent(row['dense_tokens'])} of the tokens with all channels"
         numbers = [f"{row['wall_seconds']:.1f} s", f"{row['speedup_wall']:.2f}×"]
         # By 0 and 1 everything is computed: there is no bound to come near.
         bound = "-" if row["execution"] == "mask" else f"{row['bound']:.2f}×"

@@ -4,8 +4,8 @@ import dataclasses
 import hashlib
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from sat_jax.errors import UserError
 from sat_jax.sparsity.plan import LayerRates, Neurons, Plan, make_plan
@@ -13,9 +13,6 @@ from sat_jax.sparsity.schedule import stairs
 
 if TYPE_CHECKING:
     from sat_jax.config import SparsityConfig
-
-Spread: TypeAlias = Callable[[float, float], tuple[LayerRates, LayerRates]]
-"""Overall rates (attention, MLP) → those of every layer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,21 +62,6 @@ class Controller:
         """Whether any rung omits anything."""
         return not all(self.neurons.is_dense(rung.plan) for rung in self.rungs)
 
-    @property
-    def dense_tokens(self) -> int:
-        """How many tokens of a row may use all channels."""
-        return max(s.dense_tokens for rung in self.rungs for s in rung.plan.segments)
-
-    @property
-    def kept(self) -> str:
-        """A name for how many neurons each layer keeps on each rung, which a budget's file decides;
-        the rest of the plans follows from settings and data."""
-        counts = [
-            [(s.start, s.stop, s.kv_groups, s.query_heads, s.channels) for s in rung.plan.segments]
-            for rung in self.rungs
-        ]
-        return _name(repr(counts))
-
     def number_at(self, step: int) -> int:
         """Which rung, from 0, trains step `step` (from 0)."""
         return next(n for n, rung in enumerate(self.rungs) if rung.start <= step < rung.stop)
@@ -123,9 +105,8 @@ class Controller:
         """The inverse of `to_json`. Raises `UserError` where the plans are others."""
         if known["plans"] != self._plans():
             raise UserError(
-                "the rungs are not those that this run was started with: the file of"
-                " sparsity.budget is another, or the run is of an older version; accepted: the old"
-                " file, or another work directory"
+                "the rungs are not those that this run was started with: the run is of an older"
+                " version; accepted: another work directory"
             )
         for number, start in enumerate(known["starts"]):
             if number:
@@ -135,7 +116,7 @@ class Controller:
 
     def _plans(self) -> str:
         """A name for what all rungs keep."""
-        return _name(repr([rung.plan for rung in self.rungs]))
+        return hashlib.sha256(repr([rung.plan for rung in self.rungs]).encode()).hexdigest()[:20]
 
     def _begin(self, number: int, step: int) -> None:
         rungs = list(self.rungs)
@@ -150,20 +131,12 @@ def make_controller(
     steps: int,
     rates: tuple[LayerRates, LayerRates],
     balance: int,
-    dense_tokens: int = 0,
-    spread: Spread | None = None,
 ) -> Controller:
-    """The rungs of a run at r0 `rates` (attention, MLP); rungs with equal counts are one.
-
-    `dense_tokens`: how many tokens of a row may use all channels. `spread` gives each stair's rates
-    to the layers, in place of those of `rates`: what a layer can omit exactly depends on the stair.
-    """
+    """The rungs of a run at r0 `rates` (attention, MLP); rungs with equal counts are one."""
     rungs: list[Rung] = []
     for stair in stairs(config.schedule, steps, config.rungs, config.split, config.dense_start):
         attention, mlp = (_scaled(rate, stair.scale) for rate in rates)
         asked = [overall(attention), overall(mlp)]
-        if spread is not None:
-            attention, mlp = spread(*asked)
         plan = make_plan(
             neurons,
             attention,
@@ -173,8 +146,6 @@ def make_controller(
             max_segments=config.max_segments,
             block=config.block,
             balance=balance,
-            rescale=config.rescale,
-            dense_tokens=dense_tokens,
             forward_all=config.forward == "all",
             compensate=config.compensate,
         )
@@ -191,10 +162,6 @@ def make_controller(
 def overall(rates: LayerRates) -> float:
     """One rate for all layers: the mean of those that each has."""
     return statistics.fmean(rates) if isinstance(rates, Sequence) else rates
-
-
-def _name(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def _scaled(rates: LayerRates, scale: float) -> LayerRates:

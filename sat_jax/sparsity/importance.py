@@ -1,7 +1,7 @@
 """Statistics and weights → one score a neuron.
 
 A metric is a function of a few lines over one module's `Evidence`, and one entry in `METRICS`. One
-that scores columns aggregates over a neuron's columns and then over its matrices. Sources: Wanda
+that scores columns takes the sum over a neuron's columns and matrices. Sources: Wanda
 (arXiv:2306.11695) for `wanda`, the SAT paper (arXiv:2406.01392) for the choice of `uniform`,
 `magnitude`, `wanda` and `maxip`; `output` measures what a neuron adds to the residual stream, `svd`
 predicts it (after SparseLoRA, arXiv:2506.16500), `taylor` is what a neuron's absence would cost to
@@ -9,7 +9,7 @@ first order (Molchanov et al., arXiv:1611.06440).
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,6 @@ from sat_jax.sparsity.plan import AttentionUnit
 from sat_jax.sparsity.statistics import InputSums, Observable, Statistics
 
 Scores = Float[Array, "L N"]
-Aggregate = Literal["sum", "mean", "l2", "max"]
-
-AGGREGATES: Mapping[Aggregate, Callable[..., Array]] = {
-    "sum": jnp.sum,
-    "mean": jnp.mean,
-    "l2": jnp.linalg.norm,
-    "max": jnp.max,
-}
 
 
 class Evidence(NamedTuple):
@@ -45,20 +37,13 @@ class Evidence(NamedTuple):
     energy: Scores | None
     gradient: Scores | None
     key: PRNGKeyArray
-    aggregate: Aggregate = "sum"
-
-    def total(self, columns: Iterable[Float[Array, "L N C"]]) -> Scores:
-        """One score a neuron from those of its columns, `[L, N, C]` for each of its matrices."""
-        reduce = AGGREGATES[self.aggregate]
-        return reduce(jnp.stack([reduce(c, axis=-1) for c in columns], axis=-1), axis=-1)
 
 
 class Metric(NamedTuple):
-    """A score, what must be observed for it, and whether it scores columns, one by one."""
+    """A score, and what must be observed for it."""
 
     score: Callable[[Evidence], Scores]
     needs: tuple[Observable, ...] = ()
-    by_column: bool = False
 
     @property
     def probes(self) -> bool:
@@ -71,6 +56,11 @@ class Metric(NamedTuple):
         return set(self.needs) <= {"inputs", "predicted"}
 
 
+def total(columns: Iterable[Float[Array, "L N C"]]) -> Scores:
+    """Scores of neurons: sums of those of their columns, `[L, N, C]` for each matrix."""
+    return jnp.stack([c.sum(-1) for c in columns], axis=-1).sum(-1)
+
+
 def uniform(e: Evidence) -> Scores:
     """Random, new at every draw."""
     return jax.random.uniform(e.key, e.reads[0].shape[:2])
@@ -78,17 +68,17 @@ def uniform(e: Evidence) -> Scores:
 
 def magnitude(e: Evidence) -> Scores:
     """‖W_:j‖₂, over all matrices."""
-    return e.total(jnp.linalg.norm(w, axis=-1) for w in e.reads + e.writes)
+    return total(jnp.linalg.norm(w, axis=-1) for w in e.reads + e.writes)
 
 
 def wanda(e: Evidence) -> Scores:
     """Σ_i |W_ij| · rms(x_i)."""
-    return e.total(jnp.einsum("LNCD,LD->LNC", jnp.abs(w), e.rms) for w in e.reads)
+    return total(jnp.einsum("LNCD,LD->LNC", jnp.abs(w), e.rms) for w in e.reads)
 
 
 def maxip(e: Evidence) -> Scores:
     """|Σ_i W_ij · mean(x_i)|."""
-    return e.total(jnp.abs(jnp.einsum("LNCD,LD->LNC", w, e.mean)) for w in e.reads)
+    return total(jnp.abs(jnp.einsum("LNCD,LD->LNC", w, e.mean)) for w in e.reads)
 
 
 def output(e: Evidence) -> Scores:
@@ -108,9 +98,9 @@ def taylor(e: Evidence) -> Scores:
 
 METRICS: Mapping[str, Metric] = {
     "uniform": Metric(uniform),
-    "magnitude": Metric(magnitude, by_column=True),
-    "wanda": Metric(wanda, needs=("inputs",), by_column=True),
-    "maxip": Metric(maxip, needs=("inputs",), by_column=True),
+    "magnitude": Metric(magnitude),
+    "wanda": Metric(wanda, needs=("inputs",)),
+    "maxip": Metric(maxip, needs=("inputs",)),
     "output": Metric(output, needs=("outputs",)),
     "svd": Metric(output, needs=("predicted",)),
     "taylor": Metric(taylor, needs=("gradients",)),
@@ -122,7 +112,6 @@ def head_evidence(
     stats: Statistics,
     unit: AttentionUnit,
     key: PRNGKeyArray,
-    aggregate: Aggregate = "sum",
 ) -> Evidence:
     """KV groups `[L, K]`, or query heads `[L, K · G]`, of a whole model.
 
@@ -142,14 +131,13 @@ def head_evidence(
         gradient = stats.gradients.heads.reshape(layers, n, -1).sum(-1)
     writes = (output.reshape(layers, n, c, width),)
     weights = (tuple(reads), writes)
-    return _evidence(*weights, stats.attention, energy, gradient, stats.count, key, aggregate)
+    return _evidence(*weights, stats.attention, energy, gradient, stats.count, key)
 
 
 def channel_evidence(
     params: Mapping[str, Array],
     stats: Statistics,
     key: PRNGKeyArray,
-    aggregate: Aggregate = "sum",
 ) -> Evidence:
     """Channels `[L, F]` of a whole model."""
     gate, up, down = (params[f"layers/mlp/{name}"][:, :, None] for name in ("gate", "up", "down"))
@@ -158,7 +146,7 @@ def channel_evidence(
         energy = stats.channels * jnp.square(down).sum((-2, -1))
     gradient = None if stats.gradients is None else stats.gradients.channels
     weights = ((gate, up), (down,))
-    return _evidence(*weights, stats.mlp, energy, gradient, stats.count, key, aggregate)
+    return _evidence(*weights, stats.mlp, energy, gradient, stats.count, key)
 
 
 def _evidence(
@@ -169,7 +157,6 @@ def _evidence(
     gradient: Array | None,
     count: Array,
     key: PRNGKeyArray,
-    aggregate: Aggregate,
 ) -> Evidence:
     rms = mean = None
     if inputs is not None:
@@ -177,4 +164,4 @@ def _evidence(
     # Rounding can leave the energy of a head that adds nothing a little below zero.
     energy = None if energy is None else jnp.maximum(energy, 0) / count
     gradient = None if gradient is None else gradient / count
-    return Evidence(reads, writes, rms, mean, energy, gradient, key, aggregate)
+    return Evidence(reads, writes, rms, mean, energy, gradient, key)

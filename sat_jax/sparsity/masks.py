@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from sat_jax.sparsity.importance import METRICS, Aggregate, channel_evidence, head_evidence
+from sat_jax.sparsity.importance import METRICS, channel_evidence, head_evidence
 from sat_jax.sparsity.plan import AttentionUnit, Neurons, Plan, Segment
 from sat_jax.sparsity.selection import Selection, select
 from sat_jax.sparsity.statistics import Statistics
@@ -16,7 +16,6 @@ class Criteria(NamedTuple):
     """How neurons are judged and chosen: names and numbers of `SparsityConfig`."""
 
     metric: str = "output"
-    aggregate: Aggregate = "sum"
     selection: Selection = "topk"
     temperature: float = 1.0
 
@@ -52,7 +51,7 @@ def choose(
     key: PRNGKeyArray,
 ) -> Masks:
     """The masks of a plan for a whole model: all neurons of a layer are scored, the best kept."""
-    metric, aggregate, selection, temperature = criteria
+    metric, selection, temperature = criteria
     masks = []
     for segment in plan.segments:
         head_key, channel_key = jax.random.split(jax.random.fold_in(key, segment.start))
@@ -61,7 +60,7 @@ def choose(
             heads = _choose_heads(params, stats, plan, segment, neurons, criteria, head_key)
         if not neurons.channels_whole(segment):
             score_key, draw_key = jax.random.split(channel_key)
-            evidence = channel_evidence(params, stats, score_key, aggregate)
+            evidence = channel_evidence(params, stats, score_key)
             scores = METRICS[metric].score(evidence)
             channels = select(
                 scores[segment.start : segment.stop],
@@ -85,11 +84,11 @@ def _choose_heads(
     criteria: Criteria,
     key: PRNGKeyArray,
 ) -> Int[Array, "L *K kept"]:
-    metric, aggregate, selection, temperature = criteria
+    metric, selection, temperature = criteria
     score_key, draw_key = jax.random.split(key)
     by_group = segment.query_heads == neurons.query_heads
     unit: AttentionUnit = "kv_group" if by_group else "query_head"
-    evidence = head_evidence(params, stats, unit, score_key, aggregate)
+    evidence = head_evidence(params, stats, unit, score_key)
     scores = METRICS[metric].score(evidence)[segment.start : segment.stop]
     if by_group:
         keep, balance = segment.kv_groups, plan.balance

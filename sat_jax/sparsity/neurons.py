@@ -4,8 +4,7 @@ Between two refreshes the kept neurons form a smaller dense model. `compact` par
 (parameters, moments or update counts: anything keyed by parameter path) into it and the omitted
 neurons, which rest; `expand` puts both together, bit for bit. A whole tree stacks all layers
 (`layers/mlp/gate`), a parted one numbers its segments: what is kept (`layers/0/mlp/gate`) and what
-is not (`layers/0/omitted/mlp/gate`), in a segment with dense tokens a second, smaller MLP. What no
-segment gathers is moved, not copied.
+is not (`layers/0/omitted/mlp/gate`). What no segment gathers is moved, not copied.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from sat_jax.sparsity.masks import Masks, SegmentMasks
-from sat_jax.sparsity.plan import Plan, Segment
+from sat_jax.sparsity.plan import Plan
 
 _GROUP_LEAVES = frozenset({"key", "value", "key_bias", "value_bias"})
 _HEAD_LEAVES = frozenset({"query", "output", "query_bias"})
@@ -47,8 +46,7 @@ def compact(
             part = value if len(masks) == 1 else value[segment.start : segment.stop]
             kept = _kept(path, mask)
             if kept is not None:
-                rest = small if _splits(path, segment) else resting
-                rest[_omitted_path(path, number)] = _take_others(part, kept, plan.balance)
+                resting[_omitted_path(path, number)] = _take_others(part, kept, plan.balance)
                 part = _take(part, kept, plan.balance)
             small[_segment_path(path, number)] = part
     return small, resting
@@ -62,7 +60,7 @@ def expand(
     for path, value in small.items():
         if not path.startswith("layers/"):
             whole[path] = value
-        elif path.startswith("layers/0/") and not path.startswith("layers/0/omitted/"):
+        elif path.startswith("layers/0/"):
             name = f"layers/{path.removeprefix('layers/0/')}"
             whole[name] = _together(name, {**small, **resting}, masks, plan)
     return whole
@@ -77,11 +75,6 @@ def _together(path: str, rows: Mapping[str, Array], masks: Masks, plan: Plan) ->
             part = _merge(part, rows[_omitted_path(path, number)], kept, plan.balance)
         parts.append(part)
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-
-
-def _splits(path: str, segment: Segment) -> bool:
-    """Whether what is omitted of this parameter is trained as well."""
-    return segment.dense_tokens > 0 and _leaf(path) in _CHANNEL_LEAVES
 
 
 def mask_values(masks: Masks) -> dict[str, Array]:

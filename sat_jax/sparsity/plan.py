@@ -17,10 +17,8 @@ class Segment:
 
     Of the layer's KV groups `kv_groups` are kept, of the query heads in each kept group
     `query_heads`, of the MLP channels `channels`. The counts are what is computed, not what was
-    asked for. `rescale`: what is kept of N neurons is multiplied by N / kept. `dense_tokens`: so
-    many tokens of a row, those that bear loss, use the omitted channels too; 0: none.
-    `forward_all`: the forward pass has the omitted neurons too, and only the backward pass omits
-    them. `compensate`: something is added to the kept rows of output matrices for them.
+    asked for. `forward_all`: the forward pass has the omitted neurons too, and only the backward
+    pass omits them. `compensate`: something is added to the kept rows of output matrices for them.
     """
 
     start: int
@@ -28,8 +26,6 @@ class Segment:
     kv_groups: int
     query_heads: int
     channels: int
-    rescale: bool = False
-    dense_tokens: int = 0
     forward_all: bool = False
     compensate: bool = False
 
@@ -83,25 +79,6 @@ def kept_count(total: int, rate: float, unit: int = 1) -> int:
     return max(unit, unit * math.floor(units + 0.5))
 
 
-def layer_units(
-    neurons: Neurons,
-    rate_attention: float,
-    rate_mlp: float,
-    attention_unit: AttentionUnit,
-    block: int,
-    balance: int,
-) -> tuple[int, int]:
-    """Of how many equal parts, all or none of each, a layer's heads and its channels are omitted.
-
-    Raises `UserError` where some are omitted at these rates and `block` and `balance` do not divide
-    them.
-    """
-    by_group = _by_group(neurons, attention_unit)
-    _check_units(neurons, rate_attention > 0 and by_group, rate_mlp > 0, block, balance)
-    heads = neurons.kv_groups // balance if by_group else neurons.query_heads
-    return heads, neurons.channels // (block * balance)
-
-
 def make_plan(
     neurons: Neurons,
     rate_attention: LayerRates,
@@ -112,8 +89,6 @@ def make_plan(
     max_segments: int = 4,
     block: int = 1,
     balance: int = 1,
-    rescale: bool = False,
-    dense_tokens: int = 0,
     forward_all: bool = False,
     compensate: bool = False,
 ) -> Plan:
@@ -124,13 +99,17 @@ def make_plan(
     Raises `UserError` for neurons that are chosen and that `block` and `balance` do not divide, a
     layer that does not exist, and more than `max_segments` runs of layers.
     """
-    by_group = _by_group(neurons, attention_unit)
+    by_group = attention_unit == "kv_group" or neurons.query_heads == 1
     dense = _layer_numbers(dense_layers, neurons.layers)
     heads, channels = (
         [0.0 if layer in dense else rate for layer, rate in enumerate(rates)]
         for rates in (_by_layer(rate_attention, neurons), _by_layer(rate_mlp, neurons))
     )
-    _check_units(neurons, any(heads) and by_group, any(channels), block, balance)
+    if any(heads) and by_group:
+        _check_divides("sparsity.balance", balance, "KV groups", neurons.kv_groups)
+    if any(channels):
+        unit = block * balance
+        _check_divides("sparsity.block × sparsity.balance", unit, "channels", neurons.channels)
     counts = [
         (
             kept_count(neurons.kv_groups, h if by_group else 0.0, balance),
@@ -145,8 +124,6 @@ def make_plan(
             start,
             stop,
             *counts[start],
-            rescale=rescale and counts[start] != whole,
-            dense_tokens=dense_tokens if counts[start][2] < neurons.channels else 0,
             forward_all=forward_all and counts[start] != whole,
             compensate=compensate and counts[start] != whole,
         )
@@ -158,19 +135,6 @@ def make_plan(
             f" segments; accepted: up to sparsity.max_segments = {max_segments}"
         )
     return Plan(segments, balance, block)
-
-
-def _by_group(neurons: Neurons, attention_unit: AttentionUnit) -> bool:
-    return attention_unit == "kv_group" or neurons.query_heads == 1
-
-
-def _check_units(neurons: Neurons, groups: bool, channels: bool, block: int, balance: int) -> None:
-    """Raises `UserError` unless what is chosen, KV groups and channels, divides evenly."""
-    if groups:
-        _check_divides("sparsity.balance", balance, "KV groups", neurons.kv_groups)
-    if channels:
-        unit = block * balance
-        _check_divides("sparsity.block × sparsity.balance", unit, "channels", neurons.channels)
 
 
 def _by_layer(rates: LayerRates, neurons: Neurons) -> Sequence[float]:

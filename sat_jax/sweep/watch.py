@@ -50,18 +50,6 @@ class Watched:
                 " --workdir, or the old data"
             )
 
-    def check_kept(self) -> None:
-        """Raises `UserError` where the run has finished with other counts of kept neurons than it
-        would have now. A summary of an older version does not tell."""
-        summary = self.workdir.finished()
-        now = self.run.controller.kept
-        if summary is not None and summary.get("kept", now) != now:
-            raise UserError(
-                f"run {self.run.name} in {self.workdir.path.parent} has finished with other rates"
-                " of its layers than sparsity.budget gives now; accepted: another --workdir, or the"
-                " old file"
-            )
-
     def look(self) -> bool:
         """Reads what is new; whether there was something."""
         return self._metrics.read()

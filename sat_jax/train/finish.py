@@ -65,7 +65,6 @@ def finish(
             "first_step_seconds": account.first_step_seconds,
             "loss_tokens": account.loss_tokens,
             "data": task.data.info.fingerprint,
-            "kept": task.controller.kept,
             "prepared": dataclasses.asdict(task.data.info),
             "figures": figures,
             "export": export,

@@ -176,19 +176,8 @@ class Run:
         with Prefetcher(get, steps) as ahead:
             for step in steps:
                 with self._clock("data"):
-                    share = next(ahead)
-                    self._check_dense_tokens(share)
-                    batch = self._place(share, config.train.rows_per_step)
+                    batch = self._place(next(ahead), config.train.rows_per_step)
                 yield step, batch
-
-    def _check_dense_tokens(self, share: Batch) -> None:
-        """A token that bears loss and has no slot would be lost without a word."""
-        slots = self._task.controller.dense_tokens
-        if slots and share.loss_mask.sum(axis=1).max() > slots:
-            raise UserError(
-                f"{self._task.data.path}: a row has more tokens that bear loss than the {slots} its"
-                " info.json says; delete this folder to prepare it again"
-            )
 
     def _place(self, share: Batch, rows: int) -> Batch:
         """This process's share as part of a batch of `rows` rows over all devices."""

@@ -276,7 +276,7 @@ class Programs:
     @property
     def _criteria(self) -> Criteria:
         sparse = self._config.sparsity
-        return Criteria(sparse.metric, sparse.aggregate, sparse.selection, sparse.temperature)
+        return Criteria(sparse.metric, sparse.selection, sparse.temperature)
 
     def _select(self, plan: Plan) -> Callable[[TrainState, Statistics], Masks]:
         def select(whole: TrainState, stats: Statistics) -> Masks:
@@ -307,7 +307,6 @@ class Programs:
             observe=tuple(kind for kind in self.observe if kind == "inputs"),
             stats_decay=config.sparsity.stats_decay,
             freeze=config.optimizer.moments == "freeze",
-            freeze_channels=not any(segment.dense_tokens for segment in plan.segments),
             seed=config.seed if self._live else None,
             in_place=self._compute.kernels is not None
             and not self._live

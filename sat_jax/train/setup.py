@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -23,13 +22,9 @@ from sat_jax.models.params import initial, shapes
 from sat_jax.parallel.mesh import make_mesh
 from sat_jax.parallel.processes import check_joined
 from sat_jax.parallel.rules import check_divisible, tree_shardings
-from sat_jax.sparsity.budget import Sensitivity, allocate
-from sat_jax.sparsity.budget import load as load_budget
-from sat_jax.sparsity.controller import Controller, Spread, make_controller
-from sat_jax.sparsity.plan import Neurons, layer_units
+from sat_jax.sparsity.controller import Controller, make_controller
+from sat_jax.sparsity.plan import Neurons
 from sat_jax.train.trained import starting_point
-
-_ROUND = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,17 +58,11 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
     if max(config.rates) > 0 and not controller.sparse:
         log("sparsity: no layer omits anything at these rates; this is a dense run")
     tokenizer, data = prepared_data(config, model, log)
-    if config.sparsity.dense_tokens:
-        controller = controller_of(config, model, data.info.splits["train"].row_targets)
     return Task(config, model, weights, tokenizer, data, mesh, controller)
 
 
-def controller_of(config: Config, model: LlamaConfig, row_targets: int | None = None) -> Controller:
-    """The rungs of a run, from its settings and its model's shape.
-
-    `row_targets`: tokens that bear loss in the row that has the most, which matters to dense
-    tokens; None: not known yet, as many as a row has.
-    """
+def controller_of(config: Config, model: LlamaConfig) -> Controller:
+    """The rungs of a run, from its settings and its model's shape."""
     neurons = Neurons(model.n_layers, model.n_kv_heads, model.query_heads, model.d_ff)
     return make_controller(
         config.sparsity,
@@ -81,15 +70,7 @@ def controller_of(config: Config, model: LlamaConfig, row_targets: int | None = 
         config.train.steps,
         config.layer_rates,
         config.sparsity.balance or config.mesh.tensor,
-        _capacity(config, row_targets) if config.sparsity.dense_tokens else 0,
-        _spread(config, model, neurons),
     )
-
-
-def _capacity(config: Config, row_targets: int | None) -> int:
-    """Slots for the dense tokens of a row. Rounded up, so that not every text compiles anew."""
-    length = config.data.row_length
-    return length if row_targets is None else min(length, -(-row_targets // _ROUND) * _ROUND)
 
 
 def prepared_data(
@@ -126,29 +107,6 @@ def initial_params(task: Task) -> dict[str, jax.Array]:
 
 def _placed(value: np.ndarray, sharding: Sharding) -> jax.Array:
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
-
-
-def shape_of(model: LlamaConfig) -> str:
-    """What a calibration names its model by, to be read in a message."""
-    heads = f"{model.n_kv_heads} x {model.query_heads} heads of {model.head_dim}"
-    width = f"{model.d_model} wide, {model.d_ff} channels, {model.vocab_size} ids"
-    return f"{model.family}: {model.n_layers} layers, {heads}, {width}"
-
-
-def spread_by(sensitivity: Sensitivity, config: Config, neurons: Neurons) -> Spread:
-    """How a calibration spreads overall rates, at the settings of a run."""
-    sparse = config.sparsity
-    balance = sparse.balance or config.mesh.tensor
-    units = layer_units(neurons, *config.rates, sparse.attention_unit, sparse.block, balance)
-    return partial(allocate, sensitivity, max_segments=sparse.max_segments, units=units)
-
-
-def _spread(config: Config, model: LlamaConfig, neurons: Neurons) -> Spread | None:
-    if config.sparsity.budget is None:
-        return None
-    file = Path(config.sparsity.budget).expanduser()
-    sensitivity = load_budget(file, shape_of(model), config.sparsity.metric)
-    return spread_by(sensitivity, config, neurons)
 
 
 def _model_path(config: Config) -> Path | None:

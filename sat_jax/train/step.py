@@ -38,10 +38,9 @@ class StepMetrics(NamedTuple):
 
 class StepSettings(NamedTuple):
     """What a step is made of besides arrays. `clip` is done to gradients before the optimizer sees
-    them. `freeze`: where the state is whole, omitted neurons
-    stay; `freeze_channels`: channels too, which with dense tokens are all trained. `seed`: of what
-    a live model draws; None: the model is not live. `in_place`: kernel execution; the state is
-    whole, the model that of the kept rows, which alone are updated."""
+    them. `freeze`: where the state is whole, omitted neurons stay. `seed`: of what a live model
+    draws; None: the model is not live. `in_place`: kernel execution; the state is whole, the model
+    that of the kept rows, which alone are updated."""
 
     optimizer: optax.GradientTransformation
     clip: Clip
@@ -50,7 +49,6 @@ class StepSettings(NamedTuple):
     observe: tuple[Observable, ...]
     stats_decay: float
     freeze: bool
-    freeze_channels: bool = True
     seed: int | None = None
     in_place: bool = False
 
@@ -97,8 +95,6 @@ def make_step(
         else:
             after = update(settings.optimizer, grads, factor, state)
         if settings.freeze and frozen and not settings.in_place:
-            if not settings.freeze_channels:
-                frozen = tuple(mask._replace(channels=None) for mask in frozen)
             after = freeze_omitted(after, state, frozen)
         if settings.observe:
             stats = accumulate(stats, seen, settings.stats_decay)
