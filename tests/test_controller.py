@@ -114,5 +114,5 @@ def test_auto_goes_on_where_it_was() -> None:
 
 def test_other_plans_are_another_run() -> None:
     known = controller((0.0, 0.5), rungs=2).to_json()
-    with pytest.raises(UserError, match="^the rungs are not those .*: the run is of an older"):
+    with pytest.raises(UserError, match=r"^the rungs are not those .*: the run is of an older"):
         controller((0.0, (0.25, 0.75)), rungs=2).restore(known)
