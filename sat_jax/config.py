@@ -13,8 +13,8 @@ from sat_jax.config_checks import check_sparsity
 from sat_jax.data.chat_templates import TEMPLATES
 from sat_jax.data.form import Form, Format, LossOn, TooLong
 from sat_jax.errors import UserError
-from sat_jax.models.dot_product import Implementation
-from sat_jax.models.llama import Remat
+from sat_jax.nn.attention.dot_product import Implementation
+from sat_jax.nn.stack import Remat
 from sat_jax.models.presets import PRESETS
 from sat_jax.ops import Implementation as Kernels
 from sat_jax.sparsity.controller import overall
@@ -213,19 +213,18 @@ class SparsityConfig:
     balance: int | None = key(
         None, "equal parts that keep equally many neurons; None: mesh.tensor", low=1
     )
-    compensate: bool = key(
+    least_squares_correction: bool = key(
         False,
-        "what is kept speaks for the omitted: what its outputs tell of theirs, by least squares"
-        " over the tokens of all probes, is added to its output weights while they are omitted",
+        "correct the kept output weights by least squares for the omitted neurons, from the outputs"
+        " that probes observe",
     )
-    forward: Literal["kept", "all"] = key(
-        "kept",
-        "neurons of the forward pass: the kept ones, or all, so that the backward pass alone omits",
+    dense_forward: bool = key(
+        False, "compute omitted neurons in the forward pass too; the backward pass alone omits them"
     )
     execution: Literal["gather", "mask", "kernel"] = key(
         "gather",
-        "train the compacted model, compute everything and multiply by 0/1, or leave all weights"
-        " where they are and compute with the kept blocks (kernel)",
+        "train the compact model (gather), compute everything and multiply by 0/1 (mask), or leave"
+        " full weights in place and compute with their kept blocks (kernel)",
     )
 
 

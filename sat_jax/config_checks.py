@@ -51,20 +51,19 @@ def check_sparsity(config: "Config") -> None:
         )
     if max(config.rates) == 0:
         return
-    _check_forward(config)
-    _check_compensate(config)
+    _check_correction(config)
     _check_schedule(config)
     if sparse.refresh_every == 0:
-        _check_live(config)
+        _check_dynamic_selection(config)
 
 
-def _check_live(config: "Config") -> None:
-    """Layers that select from the batch at hand see inputs only, once a step."""
+def _check_dynamic_selection(config: "Config") -> None:
+    """Layers that select from the batch at hand observe their inputs alone, once a step."""
     sparse = config.sparsity
-    if not METRICS[sparse.metric].foresees:
-        accepted = ", ".join(name for name, metric in METRICS.items() if metric.foresees)
+    if not METRICS[sparse.metric].needs_inputs_only:
+        accepted = ", ".join(name for name, metric in METRICS.items() if metric.needs_inputs_only)
         raise UserError(
-            "sparsity.refresh_every 0 selects before neurons give the outputs that"
+            "sparsity.refresh_every 0 selects before the outputs are computed that"
             f" sparsity.metric {sparse.metric!r} needs; accepted: the metrics {accepted}, or"
             " refresh_every 1 or more"
         )
@@ -74,44 +73,39 @@ def _check_live(config: "Config") -> None:
             f" train.accumulate {config.train.accumulate} share one selection; accepted:"
             " train.accumulate 1, or refresh_every 1 or more"
         )
-    for name in ("probe_tokens", "probe_sampling", "stats_decay"):
+    for name in ("probe_tokens", "probe_sampling", "stats_decay", "dense_forward"):
         default = getattr(type(sparse), name)
         if getattr(sparse, name) != default:
             raise UserError(
-                f"sparsity.{name} {getattr(sparse, name)!r} has no place where"
-                " sparsity.refresh_every is 0 and each layer sees the whole batch; accepted:"
-                f" {default!r}"
+                f"sparsity.{name} {getattr(sparse, name)!r} has no meaning with"
+                " sparsity.refresh_every 0, where each layer selects from its own input; accepted:"
+                f" {default!r}, or refresh_every 1 or more"
             )
-
-
-def _check_forward(config: "Config") -> None:
-    """Layers that select in the forward pass have to omit something there."""
-    sparse = config.sparsity
-    if sparse.forward == "all" and sparse.refresh_every == 0:
+    if sparse.execution == "kernel":
         raise UserError(
-            "sparsity.refresh_every 0 is for forward passes that omit neurons, and"
-            " sparsity.forward is 'all'; accepted: 'kept', or another sparsity.refresh_every"
+            "sparsity.execution 'kernel' needs kept units before the step, and"
+            " sparsity.refresh_every is 0; accepted: 'gather', 'mask', or refresh_every 1 or more"
         )
 
 
-def _check_compensate(config: "Config") -> None:
-    """Compensation needs a selection by probes and weights that are computed with as they are."""
+def _check_correction(config: "Config") -> None:
+    """The correction needs probes, output rows that are plain arrays, and omitted outputs."""
     sparse = config.sparsity
-    if not sparse.compensate:
+    if not sparse.least_squares_correction:
         return
-    others = (("forward", "all"), ("execution", "kernel"), ("refresh_every", 0))
-    for name, meaningless in others:
-        if getattr(sparse, name) == meaningless:
+    for name, refused in (("dense_forward", True), ("execution", "kernel"), ("refresh_every", 0)):
+        if getattr(sparse, name) == refused:
             raise UserError(
-                "sparsity.compensate adds to the kept rows of output matrices what probes tell of"
-                f" the omitted ones, for which sparsity.{name} {meaningless!r} leaves no place;"
-                f" accepted: compensate False, or another sparsity.{name}"
+                "sparsity.least_squares_correction is added to kept output weights between two"
+                f" probes, which sparsity.{name} {refused!r} does not allow; accepted:"
+                f" least_squares_correction False, or another sparsity.{name}"
             )
     if not METRICS[sparse.metric].probes:
         accepted = ", ".join(name for name, metric in METRICS.items() if metric.probes)
         raise UserError(
-            "sparsity.compensate needs outputs, which probes see, and sparsity.metric"
-            f" {sparse.metric!r} has none at every refresh; accepted: the metrics {accepted}"
+            "sparsity.least_squares_correction needs the outputs that probes observe, and"
+            f" sparsity.metric {sparse.metric!r} has no probe at every refresh; accepted: the"
+            f" metrics {accepted}"
         )
 
 

@@ -10,7 +10,7 @@ from kernels.block_sparse_matmul import choose, kept_rows, swiglu_mlp
 Implementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
 
 
-class BlockSparse(NamedTuple):
+class KernelConfig(NamedTuple):
     """Channels are kept in aligned runs of `block`; `implementation` computes with them, None: the
     best there is here. Static under jit."""
 
@@ -38,7 +38,7 @@ class InPlace(NamedTuple):
     """A matrix that is computed with where it lies, and its kept rows once more: the gradient is
     theirs."""
 
-    whole: Float[Array, "F D"]
+    full: Float[Array, "F D"]
     rows: Float[Array, "kept D"]
 
 
@@ -48,14 +48,14 @@ def kept_mlp(
     up: InPlace,
     down: InPlace,
     kept: Int[Array, " kept"],
-    how: BlockSparse,
+    how: KernelConfig,
 ) -> Float[Array, "*B D"]:
     """What the kept channels alone add to the residual stream: silu(x·gate)·(x·up) · down."""
     # Kept channels come in whole blocks, whose ids say all.
     pattern = kept_rows(kept[:: how.block] // how.block, how.block)
     return swiglu_mlp(
         x,
-        *(gate.whole, up.whole, down.whole),
+        *(gate.full, up.full, down.full),
         pattern,
         rows=(gate.rows, up.rows, down.rows),
         implementation=how.implementation,

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sat_jax.analysis.flops import speedup_bound
+from sat_jax.sparsity.flops import speedup_bound
 from sat_jax.errors import UserError
-from sat_jax.models.llama import Compute
+from sat_jax.nn.decoder import Compute
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.params import abstract, whole
 from sat_jax.sparsity.masks import Criteria, choose

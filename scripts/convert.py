@@ -49,7 +49,7 @@ def main() -> None:
     from sat_jax.data.tokenizer import NoTokenizer, load_tokenizer
     from sat_jax.interop import locate, open_weights
     from sat_jax.interop.huggingface import write_directory
-    from sat_jax.models.params import shapes
+    from sat_jax.models.build import layout_of
     from sat_jax.train.trained import exported, is_run, open_run
 
     place = locate(given.source)
@@ -72,7 +72,7 @@ def main() -> None:
     write_directory(given.out, model, weights.read, dtype=given.dtype)
     if tokenizer is not None:
         tokenizer.save(given.out)
-    count = sum(leaf.size for leaf in shapes(weights.config).values())
+    count = sum(leaf.size for leaf in layout_of(weights.config).shapes.values())
     beside = "without a" if tokenizer is None else "with its"
     print(f"{given.out}: {count:,} parameters in {given.dtype}, {beside} tokenizer")
 

@@ -25,11 +25,11 @@ from sat_jax.evaluate.perplexity import Data, perplexity, prepared_data, read_te
 from sat_jax.evaluate.prompts import Prompting
 from sat_jax.evaluate.questions import read_answers, read_choices
 from sat_jax.evaluate.subject import Subject
-from sat_jax.models.llama import Llama
+from sat_jax.nn.decoder import Decoder
 
 Given = argparse.Namespace
 Figures = dict[str, Any]
-Work = Callable[[Llama], list[Figures]]  # a model to the lines that are printed of it
+Work = Callable[[Decoder], list[Figures]]  # a model to the lines that are printed of it
 
 LENGTH = 1024  # of a window, where the model has the positions
 
@@ -84,7 +84,7 @@ def _prepared(given: Given, subjects: list[Subject]) -> list[Work]:
     ]
 
 
-def _perplexity(data: Data, model: Llama) -> list[Figures]:
+def _perplexity(data: Data, model: Decoder) -> list[Figures]:
     meter = Meter(data.tokens)
     score = perplexity(model, _metered(data.batches, meter))
     return [
@@ -151,7 +151,7 @@ def _choices(given: Given, subjects: list[Subject]) -> list[Work]:
     return work
 
 
-def _choose(questions: list[Any], pairs: list[Any], rows: int, model: Llama) -> list[Figures]:
+def _choose(questions: list[Any], pairs: list[Any], rows: int, model: Decoder) -> list[Figures]:
     meter = Meter(sum(pair.length for pair in pairs))
     grade = choose(model, questions, pairs, rows, meter)
     return [
@@ -182,7 +182,7 @@ def _answers(given: Given, subjects: list[Subject]) -> list[Work]:
     if file is not None:
         _write(file, "w", [])
 
-    def work(name: str, tokenizer: Tokenizer, asked: list[Asked], model: Llama) -> list[Figures]:
+    def work(name: str, tokenizer: Tokenizer, asked: list[Asked], model: Decoder) -> list[Figures]:
         meter, stops = Meter(len(asked) * most), prompting.stops(tokenizer)
         found = answer(model, tokenizer, asked, rule, most, rows, stops=stops, done=meter)
         if file is not None:
@@ -229,7 +229,7 @@ def _lm_eval(given: Given, subjects: list[Subject]) -> list[Work]:
     manager = find_tasks(given.lm_eval, given.include_path)
     loaded = [(one.tokenizer(given.tokenizer), one.system(given.system)) for one in subjects]
 
-    def work(tokenizer: Tokenizer, system: str | None, model: Llama) -> list[Figures]:
+    def work(tokenizer: Tokenizer, system: str | None, model: Decoder) -> list[Figures]:
         lm = Harness(model, tokenizer, given.rows, system)
         return run_tasks(lm, manager, given.lm_eval, given.shots, given.limit, given.chat)
 

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from sat_jax.analysis.flops import speedup_bound, training_flops
+from sat_jax.sparsity.flops import speedup_bound, training_flops
 from sat_jax.analysis.rows import STEP_SETTING, append, read
 from sat_jax.config import OptimizerConfig
 from sat_jax.errors import UserError
-from sat_jax.models.llama import Compute
+from sat_jax.nn.decoder import Compute
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.presets import preset
 from sat_jax.ops import BlockSparse

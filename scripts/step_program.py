@@ -14,7 +14,7 @@ import optax
 
 from sat_jax.config import OptimizerConfig
 from sat_jax.data.batch import Batch
-from sat_jax.models.llama import Compute
+from sat_jax.nn.decoder import Compute
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.params import abstract, shapes
 from sat_jax.ops import BlockSparse

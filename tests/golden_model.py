@@ -13,7 +13,7 @@ from flax import nnx
 
 from sat_jax.data.tokenizer import load_tokenizer
 from sat_jax.interop import load_model
-from sat_jax.models.llama import Llama
+from sat_jax.nn.decoder import Decoder
 from scripts import evaluate
 
 GOLDEN = Path(__file__).parent / "golden"

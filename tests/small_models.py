@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sat_jax.models.llama_config import LlamaConfig
-from sat_jax.models.params import shapes
+from sat_jax.models.build import layout_of
 from sat_jax.sparsity.masks import Masks, SegmentMasks
 from sat_jax.sparsity.neurons import expand
 from sat_jax.sparsity.plan import Neurons, Plan

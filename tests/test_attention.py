@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from sat_jax.errors import UserError
 from sat_jax.models import attention_cudnn, attention_splash, attention_xla, dot_product
-from sat_jax.models.documents import number_documents
-from sat_jax.models.dot_product import dot_product_attention
+from sat_jax.nn.attention.documents import number_documents
+from sat_jax.nn.attention.dot_product import dot_product_attention
 from tests.tolerances import assert_close
 
 # Rows of several blocks and tiles, whose length none of them divides; padding last in the first

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sat_jax.models import attention_cudnn
-from sat_jax.models.dot_product import dot_product_attention
+from sat_jax.nn.attention.dot_product import dot_product_attention
 from sat_jax.models.layers import GROUP_AXES
 from sat_jax.parallel.rules import BATCH, parameter_spec
 from tests.test_attention import AMPERE, HOPPER, on
@@ -108,7 +108,7 @@ import re
 import jax, numpy as np, pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 from sat_jax.config import MeshConfig
-from sat_jax.models.dot_product import dot_product_attention
+from sat_jax.nn.attention.dot_product import dot_product_attention
 from sat_jax.parallel.mesh import make_mesh
 from tests.test_attention import HOPPER, arrays, on
 from tests.test_attention_devices import lowered, operand_shapes

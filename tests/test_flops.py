@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sat_jax.analysis.flops import (
+from sat_jax.sparsity.flops import (
     FlopCount,
     compensation_flops,
     forward_flops,
@@ -18,7 +18,7 @@ from sat_jax.analysis.flops import (
     training_flops,
 )
 from sat_jax.models.attention_xla import BLOCK
-from sat_jax.models.llama import Compute, Remat
+from sat_jax.nn.decoder import Compute, Remat
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.params import abstract, bind
 from sat_jax.models.presets import PRESETS

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sat_jax.models.llama import Compute
+from sat_jax.nn.decoder import Compute
 from sat_jax.models.params import abstract, bind, numbered
 from sat_jax.ops import BlockSparse
 from sat_jax.sparsity.neurons import (

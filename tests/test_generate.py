@@ -24,8 +24,8 @@ from sat_jax.evaluate.generate import GREEDY, Sampling, generate, stream
 from sat_jax.evaluate.text import TextStream
 from sat_jax.interop import load_model, open_weights
 from sat_jax.models.cache import empty_cache, extend, for_decoding
-from sat_jax.models.llama import Llama
-from sat_jax.models.rope import RopeConfig
+from sat_jax.nn.decoder import Decoder
+from sat_jax.nn.rope import RopeConfig
 from scripts import generate as script
 from tests.golden_model import tokenizer_with
 from tests.tolerances import assert_close

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from sat_jax.errors import UserError
 from sat_jax.interop import load_model, open_weights
 from sat_jax.interop.weights import TABLE
-from sat_jax.models.rope import RopeConfig, inverse_frequencies
+from sat_jax.nn.rope import RopeConfig, inverse_frequencies
 from tests.tolerances import assert_close
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -21,7 +21,7 @@ from sat_jax.evaluate.likelihood import Pair, encode_pairs, likelihoods
 from sat_jax.evaluate.prompts import Prompting
 from sat_jax.evaluate.questions import read_choices
 from sat_jax.interop import load_model
-from sat_jax.models.llama import Llama
+from sat_jax.nn.decoder import Decoder
 from scripts import evaluate as script
 from tests.tolerances import assert_close
 

@@ -19,7 +19,7 @@ from sat_jax.interop.huggingface import Dtype, write_directory
 from sat_jax.interop.huggingface_config import config_from_json, config_to_json
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.presets import preset
-from sat_jax.models.rope import RopeConfig
+from sat_jax.nn.rope import RopeConfig
 from tests.tolerances import assert_close
 
 GOLDEN = Path(__file__).parent / "golden"

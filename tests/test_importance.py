@@ -12,10 +12,10 @@ from flax import nnx
 
 from sat_jax.models.attention import Rows
 from sat_jax.models.layers import rms_norm
-from sat_jax.models.llama import Compute
+from sat_jax.nn.decoder import Compute
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.params import abstract, bind, numbered
-from sat_jax.models.rope import rotary_tables
+from sat_jax.nn.rope import rotary_tables
 from sat_jax.sparsity.importance import METRICS, channel_evidence, head_evidence
 from sat_jax.sparsity.plan import Segment
 from sat_jax.sparsity.statistics import Gates, InputSums, Statistics, accumulate

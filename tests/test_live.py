@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sat_jax.models.live import Live
-from sat_jax.models.llama import Compute, Remat
+from sat_jax.nn.decoder import Compute, Remat
 from sat_jax.models.params import abstract, bind
 from sat_jax.ops import BlockSparse
 from sat_jax.sparsity.importance import METRICS

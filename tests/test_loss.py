@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sat_jax.models.loss import chunked_cross_entropy
+from sat_jax.nn.loss import chunked_cross_entropy
 from tests.conftest import RunPython
 from tests.tolerances import assert_close
 
@@ -113,7 +113,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from sat_jax.config import MeshConfig
-from sat_jax.models.loss import chunked_cross_entropy
+from sat_jax.nn.loss import chunked_cross_entropy
 from sat_jax.parallel.mesh import make_mesh
 from sat_jax.parallel.rules import BATCH
 from tests.tolerances import assert_close

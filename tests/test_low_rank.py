@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sat_jax.models.low_rank import RANK, low_rank
+from sat_jax.nn.low_rank import RANK, low_rank
 from sat_jax.models.params import abstract, bind, numbered
 from sat_jax.sparsity.statistics import Statistics
 from sat_jax.train.probe import observed

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from sat_jax.interop import load_model, open_weights
 from sat_jax.interop.huggingface_config import config_from_json
 from sat_jax.interop.weights import TABLE
-from sat_jax.models.llama import Llama, cast
+from sat_jax.nn.decoder import Decoder, cast
 from sat_jax.models.params import flat_params
 from sat_jax.sparsity.plan import make_plan
 from tests.small_models import CONFIGS, neurons

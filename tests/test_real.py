@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sat_jax.interop import load_model, locate, open_weights, save_model
-from sat_jax.models.llama import Llama
+from sat_jax.nn.decoder import Decoder
 from sat_jax.models.presets import preset
 from tests.tolerances import assert_close
 

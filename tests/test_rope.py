@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sat_jax.models.rope import (
+from sat_jax.nn.rope import (
     RopeConfig,
     RopeType,
     attention_scaling,

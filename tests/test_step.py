@@ -13,7 +13,7 @@ import pytest
 
 from sat_jax.config import OptimizerConfig
 from sat_jax.models.live import Live
-from sat_jax.models.llama import Compute
+from sat_jax.nn.decoder import Compute
 from sat_jax.models.params import abstract, bind, numbered, whole
 from sat_jax.ops import BlockSparse
 from sat_jax.sparsity.masks import Criteria, Masks, SegmentMasks

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any, cast
 
-from sat_jax.analysis.flops import compensation_flops
+from sat_jax.sparsity.flops import compensation_flops
 from sat_jax.analysis.means import mean_and_error
 from sat_jax.analysis.rows import latest, read
 from sat_jax.config_values import experiment

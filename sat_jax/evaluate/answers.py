@@ -11,7 +11,7 @@ from sat_jax.errors import UserError
 from sat_jax.evaluate.choices import Mean, mean
 from sat_jax.evaluate.complete import Completion, complete
 from sat_jax.evaluate.prompts import Prompting, Shot
-from sat_jax.models.llama import Llama
+from sat_jax.nn.decoder import Decoder
 
 _NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
 RULES = {
@@ -104,7 +104,7 @@ class Answered(NamedTuple):
 
 
 def answer(
-    model: Llama,
+    model: Decoder,
     tokenizer: Tokenizer,
     asked: Sequence[Asked],
     rule: Rule,

@@ -11,7 +11,7 @@ from sat_jax.errors import UserError
 from sat_jax.evaluate.likelihood import Pair, encode_pairs, likelihoods
 from sat_jax.evaluate.prompts import Prompting
 from sat_jax.evaluate.questions import Choices
-from sat_jax.models.llama import Llama
+from sat_jax.nn.decoder import Decoder
 
 
 class Mean(NamedTuple):
@@ -81,7 +81,7 @@ def encode_choices(
 
 
 def choose(
-    model: Llama,
+    model: Decoder,
     questions: Sequence[Choices],
     pairs: Sequence[Pair],
     rows: int,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from sat_jax.data.end_of_turn import Stop
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.evaluate.generate import GREEDY, Sampling, stream
-from sat_jax.models.llama import Llama
+from sat_jax.nn.decoder import Decoder
 
 _EVERY = 32  # tokens between two looks at whether a stop text has come
 
@@ -20,7 +20,7 @@ class Completion(NamedTuple):
 
 
 def complete(
-    model: Llama,
+    model: Decoder,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
@@ -51,7 +51,7 @@ def complete(
 
 
 def _batch(
-    model: Llama,
+    model: Decoder,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,

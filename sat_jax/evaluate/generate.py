@@ -18,8 +18,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from sat_jax.errors import UserError
-from sat_jax.models.cache import Cache, empty_cache, extend, for_decoding
-from sat_jax.models.llama import Llama
+from sat_jax.nn.context import Cache
+from sat_jax.nn.decoder import Decoder, for_decoding
 from sat_jax.models.llama_config import LlamaConfig
 
 # Prompt tokens that go through the model at once. Lengths are rounded up to multiples of the
@@ -58,7 +58,7 @@ GREEDY = Sampling()
 
 
 def generate(
-    model: Llama,
+    model: Decoder,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
@@ -86,7 +86,7 @@ def generate(
 
 
 def stream(
-    model: Llama,
+    model: Decoder,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
@@ -148,7 +148,7 @@ class _State(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("graph", "slots", "length"))
 def _prefill(
-    graph: nnx.GraphDef[Llama],
+    graph: nnx.GraphDef[Decoder],
     params: nnx.State,
     tokens: Int[Array, "B T"],
     padding: Int[Array, " B"],
@@ -156,18 +156,18 @@ def _prefill(
     length: int,
 ) -> Cache:
     """A cache of `slots` with the prompts in it, a chunk of all rows at a time."""
-    model: Llama = nnx.merge(graph, params)
+    model: Decoder = nnx.merge(graph, params)
     batch, width = tokens.shape
     chunk = min(width, _CHUNK)
 
     def body(cache: Cache, tokens: Int[Array, "B C"]) -> tuple[Cache, None]:
         place = cache.used + jnp.arange(chunk)[None] - padding[:, None]
         segment_ids = (place >= 0).astype(jnp.int32)
-        _, cache = extend(model, cache, tokens, segment_ids, jnp.maximum(place, 0), length)
+        _, cache = model.extend(cache, tokens, segment_ids, jnp.maximum(place, 0), length)
         return cache, None
 
     chunks = jnp.moveaxis(tokens.reshape(batch, -1, chunk), 1, 0)
-    cache = empty_cache(model.config, batch, slots, model.compute.dtype)
+    cache = model.empty_cache(batch, slots)
     return jax.lax.scan(body, cache, chunks)[0]
 
 
@@ -175,7 +175,7 @@ def _prefill(
     jax.jit, static_argnames=("graph", "sampling", "length"), donate_argnames=("state",)
 )
 def _decode(
-    graph: nnx.GraphDef[Llama],
+    graph: nnx.GraphDef[Decoder],
     params: nnx.State,
     state: _State,
     key: Key[Array, ""],
@@ -185,13 +185,13 @@ def _decode(
     length: int,
 ) -> tuple[_State, Int[Array, "B _ROUND"], Int[Array, ""]]:
     """Up to `steps` more tokens of every row, fewer once all rows have ended; and how many."""
-    model: Llama = nnx.merge(graph, params)
+    model: Decoder = nnx.merge(graph, params)
     ones = jnp.ones((len(state.padding), 1), jnp.int32)
 
     def body(carry: tuple[_State, Array, Array]) -> tuple[_State, Array, Array]:
         state, out, count = carry
         place = (state.cache.used - state.padding)[:, None]
-        x_B1D, cache = extend(model, state.cache, state.newest[:, None], ones, place, length)
+        x_B1D, cache = model.extend(state.cache, state.newest[:, None], ones, place, length)
         newest = _choose(_logits(model, x_B1D[:, 0]), sampling, key, state.made)
         out = jax.lax.dynamic_update_slice(out, newest[:, None], (0, count))
         ended = state.ended | jnp.any(newest[:, None] == stop[None], axis=-1)
@@ -204,7 +204,7 @@ def _decode(
     return jax.lax.while_loop(unfinished, body, (state, out, jnp.zeros((), jnp.int32)))
 
 
-def _logits(model: Llama, x_BD: Float[Array, "B D"]) -> Float[Array, "B V"]:
+def _logits(model: Decoder, x_BD: Float[Array, "B D"]) -> Float[Array, "B V"]:
     return jnp.einsum("BD,VD->BV", x_BD, model.head(), preferred_element_type=jnp.float32)
 
 

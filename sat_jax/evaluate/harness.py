@@ -19,7 +19,7 @@ from sat_jax.evaluate.complete import complete
 from sat_jax.evaluate.generate import GREEDY, Sampling
 from sat_jax.evaluate.likelihood import Pair, encode_pairs, first_token, likelihoods
 from sat_jax.evaluate.prompts import chat_prompt
-from sat_jax.models.llama import Llama
+from sat_jax.nn.decoder import Decoder
 
 try:
     from lm_eval import evaluator
@@ -46,7 +46,7 @@ class Harness(LM):
     """
 
     def __init__(
-        self, model: Llama, tokenizer: Tokenizer, rows: int = 8, system: str | None = None
+        self, model: Decoder, tokenizer: Tokenizer, rows: int = 8, system: str | None = None
     ):
         super().__init__()
         self._model, self._tokenizer, self._rows = model, tokenizer, rows

@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, Float
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 from sat_jax.evaluate.rows import pack, row_width
-from sat_jax.models.llama import Llama
+from sat_jax.nn.decoder import Decoder
 from sat_jax.models.llama_config import LlamaConfig
-from sat_jax.models.loss import token_scores
+from sat_jax.nn.loss import token_scores
 
 _WIDTH = 256  # short pairs share rows of this many slots
 
@@ -75,7 +75,7 @@ def check_pairs(config: LlamaConfig, pairs: Sequence[Pair]) -> None:
 
 
 def likelihoods(
-    model: Llama,
+    model: Decoder,
     pairs: Sequence[Pair],
     rows: int,
     done: Callable[[int], object] = lambda _: None,
@@ -108,8 +108,8 @@ def likelihoods(
 
 @functools.partial(jax.jit, static_argnames=("graph",))
 def _scores(
-    graph: nnx.GraphDef[Llama], params: nnx.State, batch: Any
+    graph: nnx.GraphDef[Decoder], params: nnx.State, batch: Any
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    model: Llama = nnx.merge(graph, params)
+    model: Decoder = nnx.merge(graph, params)
     x_BTD, _ = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
     return token_scores(x_BTD, model.head(), batch.targets, model.compute.loss_chunk)

@@ -21,9 +21,9 @@ from sat_jax.data.sources import read_documents, resolve_sources
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 from sat_jax.evaluate.rows import pack, row_width
-from sat_jax.models.llama import Llama
+from sat_jax.nn.decoder import Decoder
 from sat_jax.models.llama_config import LlamaConfig
-from sat_jax.models.loss import perplexity_of
+from sat_jax.nn.loss import perplexity_of
 
 
 class Score(NamedTuple):
@@ -41,7 +41,7 @@ class Score(NamedTuple):
         return self.nll / count / math.log(2)
 
 
-def perplexity(model: Llama, batches: Iterable[Batch]) -> Score:
+def perplexity(model: Decoder, batches: Iterable[Batch]) -> Score:
     """The score of every token that the batches' `loss_mask` lets in. The same call, the same bits.
 
     Compiles once for each shape of batch. Raises `UserError` if there is no token to predict.
@@ -57,8 +57,8 @@ def perplexity(model: Llama, batches: Iterable[Batch]) -> Score:
 
 
 @functools.partial(jax.jit, static_argnames=("graph",))
-def _nll(graph: nnx.GraphDef[Llama], params: nnx.State, batch: Any) -> Float[Array, ""]:
-    model: Llama = nnx.merge(graph, params)
+def _nll(graph: nnx.GraphDef[Decoder], params: nnx.State, batch: Any) -> Float[Array, ""]:
+    model: Decoder = nnx.merge(graph, params)
     total, _ = model.loss(*batch)
     return total
 

@@ -9,8 +9,8 @@ from sat_jax.data.conversations import trained_with
 from sat_jax.data.form import Form
 from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sat_jax.interop import Weights, locate, open_weights
-from sat_jax.models.llama import Compute, Llama
-from sat_jax.models.params import build
+from sat_jax.nn.decoder import Compute, Decoder
+from sat_jax.models.build import build
 from sat_jax.train.trained import is_run, open_run
 
 
@@ -28,7 +28,7 @@ class Subject:
         """Of the data that it was trained on."""
         return Form() if self.config is None else Form.of(self.config.data)
 
-    def model(self, dtype: Literal["float32", "bfloat16"]) -> Llama:
+    def model(self, dtype: Literal["float32", "bfloat16"]) -> Decoder:
         """The model, with float32 parameters, computing in `dtype`."""
         return build(self.weights.config, self.weights.read, Compute(dtype=dtype))
 

@@ -8,8 +8,9 @@ from sat_jax.errors import UserError
 from sat_jax.interop import gguf, huggingface
 from sat_jax.interop.huggingface import Dtype
 from sat_jax.interop.weights import Weights
-from sat_jax.models.llama import Compute, Llama
-from sat_jax.models.params import build, flat_params
+from sat_jax.nn.decoder import Compute, Decoder
+from sat_jax.models.build import build
+from sat_jax.nn.layout import flat_values
 
 __all__ = [
     "Weights",
@@ -58,14 +59,14 @@ def open_weights(path: str | Path) -> Weights:
     )
 
 
-def load_model(path: str | Path, dtype: Literal["float32", "bfloat16"] = "float32") -> Llama:
+def load_model(path: str | Path, dtype: Literal["float32", "bfloat16"] = "float32") -> Decoder:
     """The model at `path` (see `open_weights`) with float32 parameters, computing in `dtype`."""
     weights = open_weights(path)
     return build(weights.config, weights.read, Compute(dtype=dtype))
 
 
 def save_model(
-    model: Llama,
+    model: Decoder,
     directory: str | Path,
     *,
     dtype: Dtype = "float32",
@@ -77,7 +78,7 @@ def save_model(
     `tokenizer_files_from`. None writes none, and text needs one. `scripts.convert` makes such a
     directory of a GGUF file.
     """
-    found = flat_params(model)
+    found = flat_values(model)
     huggingface.write_directory(
         Path(directory).expanduser(),
         model.config,

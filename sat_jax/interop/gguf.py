@@ -22,7 +22,7 @@ from sat_jax.interop.weights import (
     stacked_reader,
 )
 from sat_jax.models.llama_config import Family, LlamaConfig
-from sat_jax.models.rope import RopeConfig, inverse_frequencies
+from sat_jax.nn.rope import RopeConfig, inverse_frequencies
 
 # Mistral's GGUF files say `llama`, and that is what they compute.
 _FAMILIES: dict[str, Family] = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}

@@ -25,7 +25,7 @@ from sat_jax.interop.weights import (
     stored_tensors,
 )
 from sat_jax.models.llama_config import LlamaConfig
-from sat_jax.models.params import shapes
+from sat_jax.models.build import layout_of
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -178,7 +178,7 @@ def _write_tensors(
 ) -> None:
     number = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     shards = _plan_shards(config, number.itemsize, shard_bytes)
-    abstract = shapes(config)
+    abstract = layout_of(config).shapes
     weight_map: dict[str, str] = {}
     path, parameter = "", np.empty(0)
     for i, shard in enumerate(shards):

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from sat_jax.errors import UserError
 from sat_jax.models.llama_config import Family, LlamaConfig
-from sat_jax.models.rope import RopeConfig, RopeType
+from sat_jax.nn.rope import RopeConfig, RopeType
 
 Json = dict[str, Any]
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from sat_jax.errors import UserError
 from sat_jax.models.llama_config import LlamaConfig
-from sat_jax.models.params import shapes
+from sat_jax.models.build import layout_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Weights:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        return tuple(shapes(self.config))
+        return tuple(layout_of(self.config).shapes)
 
 
 # How a stored tensor becomes ours. `rows`: [out, in], out split into our leading axes.
@@ -110,7 +110,7 @@ def stored_tensors(
     config: LlamaConfig, form: Format
 ) -> Iterator[tuple[str, Row, int | None, tuple[int, ...]]]:
     """(name, row, layer or None, shape) of every tensor that `config` has in a format."""
-    for path, abstract in shapes(config).items():
+    for path, abstract in layout_of(config).shapes.items():
         row = TABLE[path]
         template, stored = getattr(row, form), row.stored_shape(abstract.shape)
         if row.stacked:
@@ -153,7 +153,7 @@ def stacked_reader(
     config: LlamaConfig, form: Format, fetch: Callable[[str], np.ndarray]
 ) -> Callable[[str], np.ndarray]:
     """`read(path)` from `fetch(name)`, which gives one stored tensor; one parameter at a time."""
-    abstract = shapes(config)
+    abstract = layout_of(config).shapes
 
     def read(path: str) -> np.ndarray:
         row, shape = TABLE[path], abstract[path].shape

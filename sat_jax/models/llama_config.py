@@ -4,8 +4,7 @@ import dataclasses
 from typing import Literal
 
 from sat_jax.errors import UserError
-from sat_jax.models.rope import RopeConfig
-from sat_jax.sparsity.plan import Segment
+from sat_jax.nn.rope import RopeConfig
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
 
@@ -45,18 +44,6 @@ class LlamaConfig:
             raise UserError(f"{name} {length} exceeds the model's {self.max_positions} positions")
 
     @property
-    def dense(self) -> Segment:
-        """The segment of all layers in which everything is kept."""
-        return Segment(0, self.n_layers, self.n_kv_heads, self.query_heads, self.d_ff)
-
-    def omitted(self, segment: Segment) -> Segment:
-        """Of the segment's layers what it does not keep: whole KV groups, or query heads of every
-        group, and channels; 0 where all are kept."""
-        groups, heads = self.n_kv_heads - segment.kv_groups, self.query_heads - segment.query_heads
-        return Segment(
-            segment.start,
-            segment.stop,
-            self.n_kv_heads if heads else groups,
-            heads or (self.query_heads if groups else 0),
-            self.d_ff - segment.channels,
-        )
+    def rotary_dims(self) -> int:
+        """Dimensions of a head that are rotated: all."""
+        return self.head_dim

@@ -6,7 +6,7 @@ from typing import Any
 
 from sat_jax.errors import UserError
 from sat_jax.models.llama_config import LlamaConfig
-from sat_jax.models.rope import RopeConfig
+from sat_jax.nn.rope import RopeConfig
 
 
 def _llama2(d_model: int, n_layers: int, n_heads: int, n_kv_heads: int, d_ff: int) -> LlamaConfig:

@@ -146,8 +146,6 @@ def make_controller(
             max_segments=config.max_segments,
             block=config.block,
             balance=balance,
-            forward_all=config.forward == "all",
-            compensate=config.compensate,
         )
         if rungs and rungs[-1].plan == plan:
             rungs[-1] = dataclasses.replace(rungs[-1], stop=stair.stop)

@@ -1,33 +1,33 @@
-"""Statistics and weights → one score a neuron.
+"""Statistics and weights → one score a unit.
 
-A metric is a function of a few lines over one module's `Evidence`, and one entry in `METRICS`. One
-that scores columns takes the sum over a neuron's columns and matrices. Sources: Wanda
-(arXiv:2306.11695) for `wanda`, the SAT paper (arXiv:2406.01392) for the choice of `uniform`,
-`magnitude`, `wanda` and `maxip`; `output` measures what a neuron adds to the residual stream, `svd`
-predicts it (after SparseLoRA, arXiv:2506.16500), `taylor` is what a neuron's absence would cost to
-first order (Molchanov et al., arXiv:1611.06440).
+A metric is a function of a few lines over one unit's `ScoreInputs`, and one entry in `METRICS`.
+Sources: Wanda (arXiv:2306.11695) for `wanda`, the SAT paper (arXiv:2406.01392) for the choice of
+`uniform`, `magnitude`, `wanda` and `maxip`; `output` measures what a unit adds to the residual
+stream, `svd` predicts it (after SparseLoRA, arXiv:2506.16500), `taylor` is what a unit's absence
+would cost to first order (Molchanov et al., arXiv:1611.06440).
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from sat_jax.sparsity.plan import AttentionUnit
-from sat_jax.sparsity.statistics import InputSums, Observable, Statistics
+from sat_jax.nn.layout import Layout
+from sat_jax.nn.param import EMBED
+from sat_jax.sparsity.statistics import Observable, Statistics
 
 Scores = Float[Array, "L N"]
 
 
-class Evidence(NamedTuple):
-    """What a metric may look at: N neurons a layer, each of C columns of width D.
+class ScoreInputs(NamedTuple):
+    """What a metric may use: N units a layer, each of C columns of width D.
 
-    `reads` and `writes` are the matrices `[L, N, C, D]` that take from and add to the residual
-    stream; `rms` and `mean` `[L, D]` describe the module's input over tokens; `energy` `[L, N]` is
-    the mean square norm of what each neuron added, `gradient` `[L, N]` the mean over tokens of
-    ⟨a, ∂L/∂a⟩ of its output a. None where not observed.
+    `reads` and `writes` are the matrices `[L, N, C, D]` that read from and write to the residual
+    stream; `rms` and `mean` `[L, D]` describe the branch's input over tokens; `energy` `[L, N]` is
+    the mean square norm of what each unit added, `gradient` `[L, N]` the mean over tokens of
+    ⟨a, ∂L/∂a⟩ of its activation a. None where not observed.
     """
 
     reads: tuple[Float[Array, "L N C D"], ...]
@@ -42,58 +42,53 @@ class Evidence(NamedTuple):
 class Metric(NamedTuple):
     """A score, and what must be observed for it."""
 
-    score: Callable[[Evidence], Scores]
+    score: Callable[[ScoreInputs], Scores]
     needs: tuple[Observable, ...] = ()
 
     @property
     def probes(self) -> bool:
-        """Whether every refresh needs a probe: inputs alone are seen with every step."""
+        """Whether every refresh needs a probe: inputs alone are observed with every step."""
         return not set(self.needs) <= {"inputs"}
 
     @property
-    def foresees(self) -> bool:
-        """Whether a module's input tells all that is needed, before its neurons have run."""
+    def needs_inputs_only(self) -> bool:
+        """Whether a branch's input is enough, before its units are computed."""
         return set(self.needs) <= {"inputs", "predicted"}
 
 
-def total(columns: Iterable[Float[Array, "L N C"]]) -> Scores:
-    """Scores of neurons: sums of those of their columns, `[L, N, C]` for each matrix."""
-    return jnp.stack([c.sum(-1) for c in columns], axis=-1).sum(-1)
+def uniform(inputs: ScoreInputs) -> Scores:
+    """Return random scores, new at every draw."""
+    return jax.random.uniform(inputs.key, inputs.reads[0].shape[:2])
 
 
-def uniform(e: Evidence) -> Scores:
-    """Random, new at every draw."""
-    return jax.random.uniform(e.key, e.reads[0].shape[:2])
+def magnitude(inputs: ScoreInputs) -> Scores:
+    """Return Σ ‖W_:j‖₂ over the columns of all matrices."""
+    return _sum(jnp.linalg.norm(w, axis=-1) for w in inputs.reads + inputs.writes)
 
 
-def magnitude(e: Evidence) -> Scores:
-    """‖W_:j‖₂, over all matrices."""
-    return total(jnp.linalg.norm(w, axis=-1) for w in e.reads + e.writes)
+def wanda(inputs: ScoreInputs) -> Scores:
+    """Return Σ_i |W_ij| · rms(x_i), over the columns of what reads."""
+    return _sum(jnp.einsum("LNCD,LD->LNC", jnp.abs(w), inputs.rms) for w in inputs.reads)
 
 
-def wanda(e: Evidence) -> Scores:
-    """Σ_i |W_ij| · rms(x_i)."""
-    return total(jnp.einsum("LNCD,LD->LNC", jnp.abs(w), e.rms) for w in e.reads)
+def maxip(inputs: ScoreInputs) -> Scores:
+    """Return |Σ_i W_ij · mean(x_i)|, summed over the columns of what reads."""
+    return _sum(jnp.abs(jnp.einsum("LNCD,LD->LNC", w, inputs.mean)) for w in inputs.reads)
 
 
-def maxip(e: Evidence) -> Scores:
-    """|Σ_i W_ij · mean(x_i)|."""
-    return total(jnp.abs(jnp.einsum("LNCD,LD->LNC", w, e.mean)) for w in e.reads)
+def output(inputs: ScoreInputs) -> Scores:
+    """Return ‖a_j‖₂ · ‖W_out,j‖₂ of a channel, ‖o_h W_o,h‖₂ of a head or group: an rms over tokens.
 
-
-def output(e: Evidence) -> Scores:
-    """‖a_j‖₂ · ‖W_out,j‖₂ of a channel, ‖o_h W_o,h‖₂ of a head or group: an rms over tokens.
-
-    `svd` is the same of outputs predicted by weights of low rank (see `models.low_rank`).
+    `svd` is the same of outputs predicted with weights of low rank (see `nn.low_rank`).
     """
-    assert e.energy is not None
-    return jnp.sqrt(e.energy)
+    assert inputs.energy is not None
+    return jnp.sqrt(inputs.energy)
 
 
-def taylor(e: Evidence) -> Scores:
-    """|Σ ⟨a_j, ∂L/∂a_j⟩|: how much the loss changes, to first order, where the neuron is gone."""
-    assert e.gradient is not None
-    return jnp.abs(e.gradient)
+def taylor(inputs: ScoreInputs) -> Scores:
+    """Return |Σ ⟨a_j, ∂L/∂a_j⟩|: the change of the loss, to first order, without the unit."""
+    assert inputs.gradient is not None
+    return jnp.abs(inputs.gradient)
 
 
 METRICS: Mapping[str, Metric] = {
@@ -107,61 +102,44 @@ METRICS: Mapping[str, Metric] = {
 }
 
 
-def head_evidence(
+def score_inputs(
+    layout: Layout[Any],
     params: Mapping[str, Array],
     stats: Statistics,
-    unit: AttentionUnit,
+    unit: str,
     key: PRNGKeyArray,
-) -> Evidence:
-    """KV groups `[L, K]`, or query heads `[L, K · G]`, of a whole model.
-
-    A query head is judged by its query and output matrices, a group by its key and value too.
-    """
-    query, output = (params[f"layers/attention/{name}"] for name in ("query", "output"))
-    layers, groups, heads, size, width = query.shape
-    n, c = (groups, heads * size) if unit == "kv_group" else (groups * heads, size)
-    reads = [query.reshape(layers, n, c, width)]
-    if unit == "kv_group":
-        reads += [params["layers/attention/key"], params["layers/attention/value"]]
-    energy = gradient = None
-    if stats.heads is not None:
-        diagonal = jnp.diagonal(stats.heads, axis1=-2, axis2=-1).reshape(layers, -1)
-        energy = stats.heads.sum((-2, -1)) if unit == "kv_group" else diagonal
-    if stats.gradients is not None:
-        gradient = stats.gradients.heads.reshape(layers, n, -1).sum(-1)
-    writes = (output.reshape(layers, n, c, width),)
-    weights = (tuple(reads), writes)
-    return _evidence(*weights, stats.attention, energy, gradient, stats.count, key)
-
-
-def channel_evidence(
-    params: Mapping[str, Array],
-    stats: Statistics,
-    key: PRNGKeyArray,
-) -> Evidence:
-    """Channels `[L, F]` of a whole model."""
-    gate, up, down = (params[f"layers/mlp/{name}"][:, :, None] for name in ("gate", "up", "down"))
-    energy = None
-    if stats.channels is not None:
-        energy = stats.channels * jnp.square(down).sum((-2, -1))
-    gradient = None if stats.gradients is None else stats.gradients.channels
-    weights = ((gate, up), (down,))
-    return _evidence(*weights, stats.mlp, energy, gradient, stats.count, key)
+) -> ScoreInputs:
+    """Return what metrics use for the units of this name, N in a layer: those within all units
+    around them, one after the other. `params` has at least the arrays of their branch."""
+    total = layout.totals(unit)
+    matrices: dict[str, list[Array]] = {"read": [], "write": []}
+    for path, leaf in layout.with_role("read", "write"):
+        if unit in leaf.axes and leaf.axes[-1] == EMBED:
+            weight = params[path]
+            matrices[leaf.role].append(weight.reshape(len(weight), total, -1, weight.shape[-1]))
+    branch = layout.branches[layout.units[unit].branch]
+    innermost = branch.units[-1]
+    rms = mean = energy = gradient = None
+    if innermost in stats.inputs:
+        sums = stats.inputs[innermost]
+        rms, mean = jnp.sqrt(sums.square / stats.count), sums.linear / stats.count
+    if innermost in stats.outputs:
+        energy = stats.outputs[innermost]
+        if energy.ndim == 1 + len(branch.units):  # squares of activations of one number
+            (write,) = matrices["write"]
+            energy = energy * jnp.square(write).sum((-2, -1))
+        elif unit == innermost:
+            energy = jnp.diagonal(energy, axis1=-2, axis2=-1)
+        energy = energy.reshape(len(energy), total, -1).sum(-1)
+        # Rounding can leave the energy of a head that adds nothing a little below zero.
+        energy = jnp.maximum(energy, 0) / stats.count
+    if innermost in stats.gradients:
+        gradient = stats.gradients[innermost]
+        gradient = gradient.reshape(len(gradient), total, -1).sum(-1) / stats.count
+    reads, writes = (tuple(matrices[role]) for role in ("read", "write"))
+    return ScoreInputs(reads, writes, rms, mean, energy, gradient, key)
 
 
-def _evidence(
-    reads: tuple[Array, ...],
-    writes: tuple[Array, ...],
-    inputs: InputSums | None,
-    energy: Array | None,
-    gradient: Array | None,
-    count: Array,
-    key: PRNGKeyArray,
-) -> Evidence:
-    rms = mean = None
-    if inputs is not None:
-        rms, mean = jnp.sqrt(inputs.square / count), inputs.linear / count
-    # Rounding can leave the energy of a head that adds nothing a little below zero.
-    energy = None if energy is None else jnp.maximum(energy, 0) / count
-    gradient = None if gradient is None else gradient / count
-    return Evidence(reads, writes, rms, mean, energy, gradient, key)
+def _sum(columns: Iterable[Float[Array, "L N C"]]) -> Scores:
+    """Return one score a unit from those of its columns, for each of its matrices."""
+    return jnp.sum(jnp.stack([jnp.sum(c, axis=-1) for c in columns], axis=-1), axis=-1)

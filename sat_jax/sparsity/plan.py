@@ -3,9 +3,11 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from sat_jax.errors import UserError
+from sat_jax.nn.layout import Layout, Unit
+from sat_jax.nn.param import CHANNEL
 
 AttentionUnit = Literal["kv_group", "query_head"]
 LayerRates = float | Sequence[float]
@@ -13,32 +15,31 @@ LayerRates = float | Sequence[float]
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Contiguous layers `[start, stop)` that keep the same number of neurons.
+    """Contiguous layers `[start, stop)` that keep the same numbers of units.
 
-    Of the layer's KV groups `kv_groups` are kept, of the query heads in each kept group
-    `query_heads`, of the MLP channels `channels`. The counts are what is computed, not what was
-    asked for. `forward_all`: the forward pass has the omitted neurons too, and only the backward
-    pass omits them. `compensate`: something is added to the kept rows of output matrices for them.
+    `counts`: (unit, kept) for every unit of the model, within one unit of those around it. The
+    counts are what is computed, not what was asked for.
     """
 
     start: int
     stop: int
-    kv_groups: int
-    query_heads: int
-    channels: int
-    forward_all: bool = False
-    compensate: bool = False
+    counts: tuple[tuple[str, int], ...]
 
     @property
     def layers(self) -> int:
+        """How many layers the segment has."""
         return self.stop - self.start
+
+    def kept(self, unit: str) -> int:
+        """Return how many units of this name are kept, within one unit of those around it."""
+        return dict(self.counts)[unit]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The segments of all layers, first to last, and how neurons are chosen inside a layer.
+    """The segments of all layers, first to last, and how units are chosen inside a layer.
 
-    The same number is kept in each of `balance` contiguous parts of the neurons, and channels are
+    The same number is kept in each of `balance` contiguous parts of the units, and channels are
     kept in aligned runs of `block`. Hashable; static under jit.
     """
 
@@ -49,29 +50,47 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Neurons:
-    """How many neurons every layer of the whole model has."""
+    """The units that every layer of a model has, by branch and outermost first."""
 
     layers: int
-    kv_groups: int
-    query_heads: int
-    channels: int
+    units: tuple[Unit, ...]
 
-    def heads_whole(self, segment: Segment) -> bool:
-        """Whether the segment keeps every head."""
-        return (segment.kv_groups, segment.query_heads) == (self.kv_groups, self.query_heads)
+    @property
+    def branches(self) -> dict[str, tuple[Unit, ...]]:
+        """The units of each branch, outermost first."""
+        names = dict.fromkeys(unit.branch for unit in self.units)
+        return {name: tuple(u for u in self.units if u.branch == name) for name in names}
 
-    def channels_whole(self, segment: Segment) -> bool:
-        """Whether the segment keeps every channel."""
-        return segment.channels == self.channels
+    def size(self, unit: str) -> int:
+        """Return how many units of this name there are within one unit of those around them."""
+        return next(u.size for u in self.units if u.name == unit)
+
+    def omitted(self, segment: Segment) -> tuple[Unit, ...]:
+        """Return the units of which the segment keeps fewer than all."""
+        return tuple(u for u in self.units if segment.kept(u.name) < u.size)
 
     def is_dense(self, plan: Plan) -> bool:
         """Whether the plan keeps everything."""
-        return all(self.heads_whole(s) and self.channels_whole(s) for s in plan.segments)
+        return not any(self.omitted(segment) for segment in plan.segments)
+
+    def dense_segment(self) -> Segment:
+        """Return the segment of all layers in which everything is kept."""
+        return Segment(0, self.layers, tuple((u.name, u.size) for u in self.units))
+
+    def kept_share(self, segment: Segment, branch: str) -> float:
+        """Return the share of the branch's innermost units that a layer of the segment keeps."""
+        units = self.branches[branch]
+        return math.prod(segment.kept(u.name) / u.size for u in units)
+
+
+def neurons_of(layout: Layout[Any]) -> Neurons:
+    """Return the units of a model."""
+    return Neurons(layout.layers, tuple(layout.units.values()))
 
 
 def kept_count(total: int, rate: float, unit: int = 1) -> int:
-    """Neurons kept of `total` at omission rate `rate`: the nearest multiple of `unit`, at least one
-    unit; halves round up. At rate 0 all, whatever the unit."""
+    """Return how many of `total` are kept at omission rate `rate`: the nearest multiple of `unit`,
+    at least one unit; halves round up. At rate 0 all, whatever the unit."""
     if rate == 0:
         return total
     # Rates are decimals: 1 - 0.9 of 15 is 1.5, though binary fractions make it a little less.
@@ -89,52 +108,60 @@ def make_plan(
     max_segments: int = 4,
     block: int = 1,
     balance: int = 1,
-    forward_all: bool = False,
-    compensate: bool = False,
 ) -> Plan:
-    """The counts that come nearest to the asked rates, one for all layers or one for each.
+    """Return the counts nearest to the asked rates, one for all layers or one for each.
 
-    Where a group has one query head (multi-head attention) the two attention units are the same,
-    and chosen as groups are. `dense_layers` keep everything (negative numbers count from the end).
-    Raises `UserError` for neurons that are chosen and that `block` and `balance` do not divide, a
+    `rate_attention` is of the units of every branch but MLPs: `attention_unit` where a branch has
+    nested ones. Where each group has one query head (multi-head attention) the two attention units
+    are the same, and chosen as groups are. `dense_layers` keep everything (negative numbers count
+    from the end). Raises `UserError` for chosen units that `block` and `balance` do not divide, a
     layer that does not exist, and more than `max_segments` runs of layers.
     """
-    by_group = attention_unit == "kv_group" or neurons.query_heads == 1
     dense = _layer_numbers(dense_layers, neurons.layers)
-    heads, channels = (
+    attention_rates, mlp_rates = (
         [0.0 if layer in dense else rate for layer, rate in enumerate(rates)]
         for rates in (_by_layer(rate_attention, neurons), _by_layer(rate_mlp, neurons))
     )
-    if any(heads) and by_group:
-        _check_divides("sparsity.balance", balance, "KV groups", neurons.kv_groups)
-    if any(channels):
-        unit = block * balance
-        _check_divides("sparsity.block × sparsity.balance", unit, "channels", neurons.channels)
-    counts = [
-        (
-            kept_count(neurons.kv_groups, h if by_group else 0.0, balance),
-            kept_count(neurons.query_heads, 0.0 if by_group else h),
-            kept_count(neurons.channels, c, block * balance),
-        )
-        for h, c in zip(heads, channels, strict=True)
-    ]
-    whole = (neurons.kv_groups, neurons.query_heads, neurons.channels)
-    segments = tuple(
-        Segment(
-            start,
-            stop,
-            *counts[start],
-            forward_all=forward_all and counts[start] != whole,
-            compensate=compensate and counts[start] != whole,
-        )
-        for start, stop in _runs(counts)
-    )
+    counts: list[dict[str, int]] = [{} for _ in range(neurons.layers)]
+    for units in neurons.branches.values():
+        is_mlp = units[0].name == CHANNEL
+        rates = mlp_rates if is_mlp else attention_rates
+        chosen = units[0] if is_mlp else _attention_unit(units, attention_unit)
+        multiple = balance * (block if is_mlp else 1) if chosen is units[0] else 1
+        if any(rates) and chosen.size % multiple:
+            name = "sparsity.block × sparsity.balance" if is_mlp else "sparsity.balance"
+            raise UserError(
+                f"{name} is {multiple}, which does not divide the {chosen.size} units"
+                f" {chosen.name!r} of a layer"
+            )
+        for layer, rate in enumerate(rates):
+            for unit in units:
+                asked = rate if unit is chosen else 0.0
+                counts[layer][unit.name] = kept_count(unit.size, asked, multiple)
+    ordered = [tuple((u.name, layer[u.name]) for u in neurons.units) for layer in counts]
+    segments = tuple(Segment(start, stop, ordered[start]) for start, stop in _runs(ordered))
     if len(segments) > max_segments:
         raise UserError(
-            f"sparsity: dense_layers and the rates of the layers cut them into {len(segments)}"
-            f" segments; accepted: up to sparsity.max_segments = {max_segments}"
+            f"sparsity: dense_layers and the rates of the layers make {len(segments)} segments;"
+            f" accepted: up to sparsity.max_segments = {max_segments}"
         )
     return Plan(segments, balance, block)
+
+
+def kept_shares(plan: Plan, neurons: Neurons) -> tuple[float, float]:
+    """Return the realised shares of all heads (units of all branches but MLPs) and of all
+    channels, each the mean over layers."""
+    shares: dict[bool, list[float]] = {True: [], False: []}
+    for name, units in neurons.branches.items():
+        kept = sum(s.layers * neurons.kept_share(s, name) for s in plan.segments)
+        shares[units[0].name == CHANNEL].append(kept / neurons.layers)
+    heads, channels = (sum(shares[key]) / len(shares[key]) for key in (False, True))
+    return heads, channels
+
+
+def _attention_unit(units: tuple[Unit, ...], asked: AttentionUnit) -> Unit:
+    outer, inner = units[0], units[-1]
+    return outer if asked == outer.name or inner.size == 1 else inner
 
 
 def _by_layer(rates: LayerRates, neurons: Neurons) -> Sequence[float]:
@@ -148,11 +175,6 @@ def _by_layer(rates: LayerRates, neurons: Neurons) -> Sequence[float]:
     return [rates] * neurons.layers
 
 
-def _check_divides(name: str, unit: int, what: str, total: int) -> None:
-    if total % unit:
-        raise UserError(f"{name} is {unit}, which does not divide the {total} {what} of a layer")
-
-
 def _layer_numbers(asked: tuple[int, ...], layers: int) -> set[int]:
     for layer in asked:
         if not -layers <= layer < layers:
@@ -162,8 +184,8 @@ def _layer_numbers(asked: tuple[int, ...], layers: int) -> set[int]:
     return {layer % layers for layer in asked}
 
 
-def _runs(counts: list[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
-    """(start, stop) of each run of equal counts."""
+def _runs(counts: Sequence[Any]) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of each run of equal counts."""
     start = 0
     for i in range(1, len(counts) + 1):
         if i == len(counts) or counts[i] != counts[start]:

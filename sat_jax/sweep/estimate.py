@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sat_jax.analysis.flops import training_flops
+from sat_jax.sparsity.flops import training_flops
 from sat_jax.analysis.rows import latest, read
 from sat_jax.analysis.tables import duration, fixed_width, quantity, sides
 from sat_jax.models.presets import preset
@@ -15,7 +15,7 @@ from sat_jax.sparsity.controller import Rung
 from sat_jax.sparsity.importance import METRICS
 from sat_jax.sweep.axes import short_names, told
 from sat_jax.sweep.runs import Run
-from sat_jax.train.account import flops_of_probe, flops_of_selection, step_flops
+from sat_jax.train.costs import flops_of_probe, flops_of_selection, step_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ def speed_of(
     row = latest(known, **wanted, model=name) or latest(known, **wanted)
     if row is None:
         return None
-    flops = training_flops(preset(row["model"]), row["row_length"], remat=row["remat"]).total
+    flops = training_flops(layout_of(preset(row["model"])), row["row_length"], remat=row["remat"]).total
     source = (
         f"the benchmark's dense step of {row['model']} in {row['dtype']} on"
         f" {row['device']['kind']}; other machines, models and shapes"

@@ -11,14 +11,10 @@ import numpy as np
 from sat_jax.analysis.plots import Kept, plot_kept, plot_loss, plot_speed
 from sat_jax.data.form import Form
 from sat_jax.interop.huggingface import write_directory
-from sat_jax.models.loss import perplexity_of
-from sat_jax.train.account import (
-    Account,
-    flops_of_probe,
-    flops_of_selection,
-    kept_shares,
-    step_flops,
-)
+from sat_jax.nn.loss import perplexity_of
+from sat_jax.sparsity.plan import kept_shares
+from sat_jax.train.costs import flops_of_probe, flops_of_selection, step_flops
+from sat_jax.train.counters import RunCounters
 from sat_jax.train.metrics import MetricsLog, read_metrics
 from sat_jax.train.setup import Task
 from sat_jax.train.summary import Clock, write_summary
@@ -30,7 +26,7 @@ def finish(
     task: Task,
     workdir: WorkDir,
     read: Callable[[str], np.ndarray] | None,
-    account: Account,
+    counters: RunCounters,
     metrics: MetricsLog,
     clock: Clock,
 ) -> None:
@@ -41,16 +37,16 @@ def finish(
     """
     metrics.flush()
     records = read_metrics(workdir.metrics)
-    rungs = rung_summaries(task, account, records)
-    figures = _draw(workdir, task, account, records, rungs)
+    rungs = rung_summaries(task, counters, records)
+    figures = _draw(workdir, task, counters, records, rungs)
     export = None if read is None else _export(task, workdir, read)
     evaluations = [r["eval_loss"] for r in records if "eval_loss" in r]
     losses = [r["loss"] for r in records if "loss" in r]
-    spent, dense = flops_of_run(task, account)
+    spent, dense = flops_of_run(task, counters)
     write_summary(
         workdir,
         steps=task.config.train.steps,
-        tokens=account.tokens,
+        tokens=counters.tokens,
         losses={"loss": losses[-1], "eval_loss": evaluations[-1]},
         dense_flops=dense,
         spent_flops=spent,
@@ -59,11 +55,11 @@ def finish(
             "perplexity_before": perplexity_of(evaluations[0]),
             "perplexity_after": perplexity_of(evaluations[-1]),
             "rungs": rungs,
-            "selections": account.selections,
-            "probes": account.probes,
-            "compile_seconds": account.compile_seconds,
-            "first_step_seconds": account.first_step_seconds,
-            "loss_tokens": account.loss_tokens,
+            "selections": counters.selections,
+            "probes": counters.probes,
+            "compile_seconds": counters.compile_seconds,
+            "first_step_seconds": counters.first_step_seconds,
+            "loss_tokens": counters.loss_tokens,
             "data": task.data.info.fingerprint,
             "prepared": dataclasses.asdict(task.data.info),
             "figures": figures,
@@ -73,7 +69,7 @@ def finish(
 
 
 def rung_summaries(
-    task: Task, account: Account, records: list[dict[str, Any]]
+    task: Task, counters: RunCounters, records: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """One mapping a rung, as `analysis.tables.end_of_run` reads them."""
     model, config, controller = task.model, task.config, task.controller
@@ -89,7 +85,7 @@ def rung_summaries(
                 "kept_heads": heads,
                 "kept_channels": channels,
                 "steps": rung.stop - rung.start,
-                "tokens": account.rung_tokens[number],
+                "tokens": counters.rung_tokens[number],
                 "steps_timed": len(speeds),
                 "tokens_per_second": statistics.median(speeds) if speeds else None,
                 "bound": step_flops(config, model) / step_flops(config, model, rung),
@@ -98,21 +94,21 @@ def rung_summaries(
     return summaries
 
 
-def flops_of_run(task: Task, account: Account) -> tuple[float, float]:
+def flops_of_run(task: Task, counters: RunCounters) -> tuple[float, float]:
     """Training FLOPs spent, with probes and selections, and what the same tokens cost densely."""
     config = task.config
-    spent = account.probes * flops_of_probe(config, task.model)
-    done = zip(account.rung_tokens, account.rung_selections, strict=True)
+    spent = counters.probes * flops_of_probe(config, task.model)
+    done = zip(counters.rung_tokens, counters.rung_selections, strict=True)
     for rung, (tokens, selections) in zip(task.controller.rungs, done, strict=True):
         spent += tokens * step_flops(config, task.model, rung)
         spent += selections * flops_of_selection(config, task.model, rung)
-    return spent, account.tokens * step_flops(config, task.model)
+    return spent, counters.tokens * step_flops(config, task.model)
 
 
 def _draw(
     workdir: WorkDir,
     task: Task,
-    account: Account,
+    counters: RunCounters,
     records: list[dict[str, Any]],
     rungs: list[dict[str, Any]],
 ) -> list[str]:
@@ -122,15 +118,15 @@ def _draw(
         plot_loss(records, folder / "loss.png"),
         plot_speed(rungs, folder / "speed.png"),
     ]
-    if account.selections:
+    if counters.selections:
         by_group = task.config.sparsity.attention_unit == "kv_group"
-        kept = account.kept
-        heads = kept["heads"]
-        heads = heads.max(axis=2) if by_group else heads.reshape(len(heads), -1)
+        heads, channels = counters.kept["attention"], counters.kept["mlp"]
+        times = heads["times"]
+        times = times.max(axis=2) if by_group else times.reshape(len(times), -1)
         figures.append(
             plot_kept(
-                Kept(heads, kept["of_heads"]),
-                Kept(kept["channels"], kept["of_channels"]),
+                Kept(times, heads["of"]),
+                Kept(channels["times"], channels["of"]),
                 folder / "kept.png",
                 head_unit="KV group" if by_group else "query head",
             )

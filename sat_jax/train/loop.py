@@ -19,7 +19,7 @@ from sat_jax.parallel.mesh import row_share
 from sat_jax.parallel.processes import decide, is_primary, on_host
 from sat_jax.sparsity.controller import Rung
 from sat_jax.sparsity.importance import METRICS
-from sat_jax.train.account import Account
+from sat_jax.train.counters import RunCounters
 from sat_jax.train.checkpoint import Checkpoints
 from sat_jax.train.finish import finish
 from sat_jax.train.interrupt import Interrupt
@@ -27,11 +27,11 @@ from sat_jax.train.metrics import MetricsLog
 from sat_jax.train.programs import Programs
 from sat_jax.train.progress import Progress
 from sat_jax.train.setup import Task, initial_params, set_up
-from sat_jax.train.state import new_state
+from sat_jax.sparsity.execution.state import new_state
 from sat_jax.train.step import StepMetrics
 from sat_jax.train.summary import Clock
 from sat_jax.train.workdir import WorkDir
-from sat_jax.train.working import Working
+from sat_jax.train.run_state import RunState
 
 
 def train(config: Config, directory: Path, log: Callable[[str], None]) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class Run:
         config = task.config
         self._task, self._config, self._workdir = task, config, workdir
         self._clock, self._log = clock, log
-        self._account = Account(task.controller)
+        self._counters = RunCounters(task.controller)
         self._held_out = open_split(task.data, "held_out")
         self._share = row_share(task.mesh)
         self._rung: Rung | None = None
@@ -143,10 +143,10 @@ class Run:
                 self._programs.check()
                 self._between_steps(step + 1, interrupt.asked(step))
         self._settle()
-        self._working.leave()
+        self._state.expand()
         with self._clock("checkpoint"):
             self._checkpoints.wait()
-        read = on_host(self._working.whole.params) if config.export.huggingface else None
+        read = on_host(self._state.full.params) if config.export.huggingface else None
         decide(lambda: self._finish(read))
 
     def _finish(self, read: Callable[[str], np.ndarray] | None) -> int:
@@ -156,7 +156,7 @@ class Run:
             self._task,
             self._workdir,
             read,
-            self._account,
+            self._counters,
             self._metrics,
             self._clock,
         )
@@ -199,26 +199,26 @@ class Run:
         steady = not self._programs.compiling
         with self._clock("step"):
             started = time.perf_counter()
-            metrics = self._working.step(batch)
+            metrics = self._state.step(batch)
             self._settle()
             self._running = _Step(step, rung, metrics, started, steady)
 
     def _change(self, step: int, rung: Rung, refresh: bool, batch: Batch) -> None:
         """Enters a rung, or enters it anew with other neurons."""
-        working, controller = self._working, self._task.controller
+        state, controller = self._state, self._task.controller
         with self._clock("compile"):
             programs = self._programs.rung(rung.plan)
             probe = self._probe_for(step) if refresh else None
         with self._clock("refresh"):
-            working.leave()
+            state.expand()
             if refresh:
-                working.choose(programs, probe, batch)
-                assert working.masks is not None
-                self._account.chosen(rung, working.masks, probed=probe is not None)
+                state.choose(programs, probe, batch)
+                assert state.kept is not None
+                self._counters.count_selection(rung, state.kept, probed=probe is not None)
             elif controller.refresh_every == 0 or controller.neurons.is_dense(rung.plan):
-                working.cut(programs)
-            working.enter(programs)
-            working.wait()
+                state.choose(programs)
+            state.compact(programs)
+            state.wait()
         self._rung = rung
 
     def _probe_for(self, step: int) -> Any:
@@ -239,9 +239,9 @@ class Run:
         now = time.perf_counter()
         seconds = now - max(running.started, self._done_at)
         self._done_at = now
-        if self._account.first_step_seconds is None:
-            self._account.first_step_seconds = self._clock.seconds()["total"]
-        record = self._account.step(running.rung, metrics, seconds, self._task, running.steady)
+        if self._counters.first_step_seconds is None:
+            self._counters.first_step_seconds = self._clock.seconds()["total"]
+        record = self._counters.count_step(running.rung, metrics, seconds, self._task, running.steady)
         done = running.number + 1
         if _due(done, self._config.train.log_every) or done == self._config.train.steps:
             self._record(done, record)
@@ -263,7 +263,7 @@ class Run:
             return
         self._settle()
         with self._clock("refresh"):
-            self._working.leave()
+            self._state.expand()
         self._rung = None  # entered anew by the next step, with the same neurons or others
         if evaluate:
             loss = self._held_out_loss()
@@ -292,31 +292,31 @@ class Run:
         with self._clock("evaluate"):
             rows, limit = self._eval_rows, self._config.train.eval_rows
             for share in in_order(self._held_out, rows, limit, *self._share):
-                loss, count = evaluate(self._working.whole.params, self._place(share, rows))
+                loss, count = evaluate(self._state.full.params, self._place(share, rows))
                 total += float(loss)
                 tokens += float(count)
         return total / tokens
 
     def _save(self, done: int) -> None:
-        working = self._working
-        self._account.compile_seconds = self._compiled_before + self._programs.seconds
+        state = self._state
+        self._counters.compile_seconds = self._compiled_before + self._programs.seconds
         with self._clock("checkpoint"):
             if self._metrics is not None:
                 self._metrics.flush()
-            state = {
-                **working.whole._asdict(),
-                "masks": working.masks,
-                "offsets": working.offsets,
-                "stats": working.stats,
-                "kept": self._account.kept,
+            values = {
+                **state.full._asdict(),
+                "kept": state.kept,
+                "corrections": state.corrections,
+                "stats": state.stats,
+                "kept_counts": self._counters.kept,
             }
             meta = {
                 "data": self._task.data.info.fingerprint,
-                "account": self._account.to_json(),
+                "counters": self._counters.to_json(),
                 "controller": self._task.controller.to_json(),
                 "seconds": self._clock.seconds(),
             }
-            self._checkpoints.save(done, state, meta)
+            self._checkpoints.save(done, values, meta)
 
     def _restore_or_begin(self) -> int:
         """Fills the state; returns the steps done."""
@@ -333,20 +333,21 @@ class Run:
                 plan = controller.rung_at(newest.step - 1).plan
                 target = {
                     **programs.state._asdict(),
-                    "masks": programs.masks(plan),
-                    "offsets": programs.offsets(plan),
+                    "kept": programs.kept(plan),
+                    "corrections": programs.corrections(plan),
                     "stats": programs.stats,
-                    "kept": self._account.kept,
+                    "kept_counts": self._counters.kept,
                 }
                 restored = self._checkpoints.restore(target)
                 assert restored is not None
-                state = dict(restored.state)
-                masks, stats = state.pop("masks"), state.pop("stats")
-                offsets = state.pop("offsets")
-                self._account.restore(state.pop("kept"), restored.meta["account"])
-                self._compiled_before = self._account.compile_seconds
+                values = dict(restored.state)
+                kept, stats, corrections, counts = (
+                    values.pop(name) for name in ("kept", "stats", "corrections", "kept_counts")
+                )
+                self._counters.restore(counts, restored.meta["counters"])
+                self._compiled_before = self._counters.compile_seconds
                 self._clock.add(restored.meta["seconds"])
-                self._working = Working(programs.state._replace(**state), stats, masks, offsets)
+                self._state = RunState(programs.state._replace(**values), stats, kept, corrections)
                 self._log(f"continuing after step {newest.step}")
                 return newest.step
         with self._clock("setup"):
@@ -361,7 +362,7 @@ class Run:
                 programs.no_statistics,
                 out_shardings=jax.tree.map(lambda leaf: leaf.sharding, programs.stats),
             )()
-            self._working = Working(begin(params), stats, None)
+            self._state = RunState(begin(params), stats, None)
         return 0
 
 

@@ -1,11 +1,11 @@
 """Optimizers over parameters keyed by path, with an update count for every neuron.
 
-Between refreshes only the kept neurons are trained, each therefore on its own clock: Adam's bias
-correction counts a neuron's own updates. With one global count, a neuron first chosen late would
-move several learning rates at once.
+Between refreshes only the kept neurons are trained, so that Adam's step count is kept per neuron.
+With one global count, a neuron first chosen late would move several learning rates at once.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,47 +14,53 @@ import optax
 from jaxtyping import Array
 
 from sat_jax.config import OptimizerConfig
-from sat_jax.sparsity.neurons import neuron_axes
+from sat_jax.nn.layout import Layout
+from sat_jax.sparsity.execution.state import map_arrays
 
 Schedule = Callable[[Any], Any]
 Clip = Callable[[Array], Array]
 
 _EPSILON = 1e-8
-_VECTORS = ("norm", "bias")
 
 
 class NeuronAdamState(NamedTuple):
-    """Update counts int32 over the neuron axes of each parameter, and both moments."""
+    """Update counts int32 over the layer and unit axes of each parameter, and both moments."""
 
-    counts: dict[str, Array]
-    mu: dict[str, Array]
-    nu: dict[str, Array]
+    counts: dict[str, Any]
+    mu: dict[str, Any]
+    nu: dict[str, Any]
 
 
 def scale_by_neuron_adam(
-    beta1: float, beta2: float, momentum_dtype: str = "float32"
+    beta1: float, beta2: float, layout: Layout[Any], momentum_dtype: str = "float32"
 ) -> optax.GradientTransformation:
     """Adam (arXiv:1412.6980) whose bias correction counts each neuron's own updates."""
 
-    def init(params: Mapping[str, Array]) -> NeuronAdamState:
-        counts = {p: jnp.zeros(x.shape[: neuron_axes(p)], jnp.int32) for p, x in params.items()}
-        mu = {p: jnp.zeros_like(x, momentum_dtype) for p, x in params.items()}
-        return NeuronAdamState(counts, mu, jax.tree.map(jnp.zeros_like, dict(params)))
+    def init(params: Mapping[str, Any]) -> NeuronAdamState:
+        def zeros(path: str, array: Array) -> Array:
+            return jnp.zeros(array.shape[: layout.count_axes(path)], jnp.int32)
+
+        mu = jax.tree.map(lambda x: jnp.zeros_like(x, momentum_dtype), dict(params))
+        nu = jax.tree.map(jnp.zeros_like, dict(params))
+        return NeuronAdamState(map_arrays(zeros, params), mu, nu)
 
     def update(
         grads: Mapping[str, Array], state: NeuronAdamState, params: Any = None
     ) -> tuple[dict[str, Array], NeuronAdamState]:
         del params
-        count = {path: n + 1 for path, n in state.counts.items()}
-        mu = {p: beta1 * state.mu[p].astype(g.dtype) + (1 - beta1) * g for p, g in grads.items()}
-        nu = {p: beta2 * state.nu[p] + (1 - beta2) * g * g for p, g in grads.items()}
-        updates = {}
-        for path, n in count.items():
-            n = n.astype(jnp.float32).reshape(n.shape + (1,) * (mu[path].ndim - n.ndim))
-            mean = mu[path] / (1 - beta1**n)
-            square = nu[path] / (1 - beta2**n)
-            updates[path] = mean / (jnp.sqrt(square) + _EPSILON)
-        mu = {p: m.astype(momentum_dtype) for p, m in mu.items()}
+        grads = dict(grads)
+        count = jax.tree.map(lambda n: n + 1, state.counts)
+        mu = jax.tree.map(
+            lambda m, g: beta1 * m.astype(g.dtype) + (1 - beta1) * g, state.mu, grads
+        )
+        nu = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, state.nu, grads)
+
+        def corrected(n: Array, m: Array, v: Array) -> Array:
+            n = n.astype(jnp.float32).reshape(n.shape + (1,) * (m.ndim - n.ndim))
+            return (m / (1 - beta1**n)) / (jnp.sqrt(v / (1 - beta2**n)) + _EPSILON)
+
+        updates = jax.tree.map(corrected, count, mu, nu)
+        mu = jax.tree.map(lambda m: m.astype(momentum_dtype), mu)
         return updates, NeuronAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
@@ -83,7 +89,9 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Schedule:
     return optax.join_schedules([ramp, after], [top])
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, steps: int, layout: Layout[Any]
+) -> optax.GradientTransformation:
     """Scale by the rule, decay matrices, scale by the learning rate; clipping comes before.
 
     All of it is elementwise: training the compacted model updates the kept neurons exactly as
@@ -92,14 +100,14 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     if config.name == "lion":
         rule = optax.scale_by_lion(config.beta1, config.beta2, config.momentum_dtype)
     elif config.bias_correction == "neuron":
-        rule = scale_by_neuron_adam(config.beta1, config.beta2, config.momentum_dtype)
+        rule = scale_by_neuron_adam(config.beta1, config.beta2, layout, config.momentum_dtype)
     else:
         rule = optax.scale_by_adam(
             config.beta1, config.beta2, _EPSILON, mu_dtype=config.momentum_dtype
         )
     return optax.chain(
         rule,
-        optax.add_decayed_weights(config.weight_decay, mask=_matrices),
+        optax.add_decayed_weights(config.weight_decay, mask=partial(_matrices, layout)),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
 
@@ -113,5 +121,6 @@ def clipping(config: OptimizerConfig) -> Clip:
     return lambda norm: jnp.where(norm <= limit, 1.0, limit / norm)
 
 
-def _matrices(params: Mapping[str, Array]) -> dict[str, bool]:
-    return {path: not path.endswith(_VECTORS) for path in params}
+def _matrices(layout: Layout[Any], params: Mapping[str, Any]) -> dict[str, bool]:
+    """Return by path whether weight decay applies: to all but norm scales and biases."""
+    return {path: layout.leaves[path].role != "vector" for path in params}

@@ -16,20 +16,20 @@ from sat_jax.data.prepare import Prepared, prepare
 from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sat_jax.errors import UserError
 from sat_jax.interop import Weights, locate
-from sat_jax.models.dot_product import refusals
+from sat_jax.nn.attention.dot_product import refusals
 from sat_jax.models.llama_config import LlamaConfig
-from sat_jax.models.params import initial, shapes
+from sat_jax.models.build import initial_values, layout_of
 from sat_jax.parallel.mesh import make_mesh
 from sat_jax.parallel.processes import check_joined
 from sat_jax.parallel.rules import check_divisible, tree_shardings
 from sat_jax.sparsity.controller import Controller, make_controller
-from sat_jax.sparsity.plan import Neurons
+from sat_jax.sparsity.plan import neurons_of
 from sat_jax.train.trained import starting_point
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is trained, on what, where, and how sparsely."""
+    """The resolved configuration, model, data, mesh and schedule of a run."""
 
     config: Config
     model: LlamaConfig
@@ -50,7 +50,7 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
     check_joined()
     mesh = make_mesh(config.mesh)
     model, weights = starting_point(config)
-    check_divisible(mesh, shapes(model))
+    check_divisible(mesh, layout_of(model))
     _check_rows(config, mesh)
     _check_attention(config, model)
     model.check_length("data.row_length", config.data.row_length)
@@ -63,10 +63,9 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
 
 def controller_of(config: Config, model: LlamaConfig) -> Controller:
     """The rungs of a run, from its settings and its model's shape."""
-    neurons = Neurons(model.n_layers, model.n_kv_heads, model.query_heads, model.d_ff)
     return make_controller(
         config.sparsity,
-        neurons,
+        neurons_of(layout_of(model)),
         config.train.steps,
         config.layer_rates,
         config.sparsity.balance or config.mesh.tensor,
@@ -94,14 +93,14 @@ def prepared_data(
 
 def initial_params(task: Task) -> dict[str, jax.Array]:
     """Float32 parameters by path, made or read straight into their place on the mesh."""
-    abstract = shapes(task.model)
-    shardings = tree_shardings(task.mesh, abstract)
+    layout = layout_of(task.model)
+    shardings = tree_shardings(task.mesh, layout, dict(layout.shapes))
     if task.weights is None:
-        make = jax.jit(lambda: initial(task.model, task.config.seed), out_shardings=shardings)
+        make = jax.jit(lambda: initial_values(task.model, task.config.seed), out_shardings=shardings)
         return make()
     return {
         path: _placed(np.asarray(task.weights.read(path), np.float32), shardings[path])
-        for path in abstract
+        for path in layout.shapes
     }
 
 

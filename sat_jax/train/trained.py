@@ -14,7 +14,7 @@ from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 from sat_jax.interop import Weights, open_weights
 from sat_jax.models.llama_config import LlamaConfig
-from sat_jax.models.params import shapes
+from sat_jax.models.build import layout_of
 from sat_jax.models.presets import preset
 from sat_jax.train.checkpoint import find
 from sat_jax.train.files import read_json
@@ -36,7 +36,7 @@ def open_run(path: Path, step: int | None = None) -> tuple[Weights, Config]:
     config = from_config_dict(read_json(workdir.config))
     model, _ = starting_point(config)
     stored = find(workdir.checkpoints, step)
-    for name, wanted in shapes(model).items():
+    for name, wanted in layout_of(model).shapes.items():
         found = stored.leaves.get(f"params/{name}")
         if found is None or found.shape != wanted.shape:
             raise UserError(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sat_jax.models.documents import pad_rows
+from sat_jax.nn.attention.documents import pad_rows
 
 # Tokens a block. Measured on CPU cores with 9 to 32 heads, 1,024 and 2,048 tokens: where a row is
 # one document, 64, 128 and 256 are within a tenth of each other and 512 is a third slower; rows of

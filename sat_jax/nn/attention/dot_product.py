@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from sat_jax.errors import UserError
-from sat_jax.models import attention_cudnn, attention_splash, attention_xla
-from sat_jax.models.documents import number_documents
-from sat_jax.models.layers import GROUP_AXES, ROW_AXES
+from sat_jax.nn.attention import cudnn, splash, xla
+from sat_jax.nn.attention.documents import number_documents
+from sat_jax.nn.mesh_axes import GROUP_AXES, ROW_AXES
 
 Implementation = Literal["xla", "splash", "cudnn"]
 
@@ -31,9 +31,9 @@ class _Backend(NamedTuple):
 
 # In the order of preference.
 _BACKENDS: dict[Implementation, _Backend] = {
-    "splash": _Backend(attention_splash.attend, attention_splash.refusal),
-    "cudnn": _Backend(attention_cudnn.attend, attention_cudnn.refusal),
-    "xla": _Backend(attention_xla.attend),
+    "splash": _Backend(splash.attend, splash.refusal),
+    "cudnn": _Backend(cudnn.attend, cudnn.refusal),
+    "xla": _Backend(xla.attend),
 }
 
 

@@ -2,13 +2,16 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from sat_jax.models.layers import ROW_AXES
+from sat_jax.nn.context import Observed
+from sat_jax.nn.decoder import Decoder
+from sat_jax.nn.mesh_axes import ROW_AXES
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -144,3 +147,21 @@ chunked_cross_entropy.defvjp(_forward, _backward)
 def perplexity_of(loss: float) -> float:
     """The perplexity of a mean loss in nats; infinite where no float is as large."""
     return math.exp(loss) if loss < 709 else math.inf
+
+
+def next_token_loss(
+    model: Decoder,
+    tokens: Int[Array, "B T"],
+    targets: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    loss_mask: Bool[Array, "B T"],
+    **options: Any,
+) -> tuple[Float[Array, ""], tuple[Observed, ...]]:
+    """Return the sum over the masked-in tokens of the cross-entropy (natural logarithm), and what
+    was observed; `options` are those of `Decoder.hidden`."""
+    x_BTD, observed = model.hidden(tokens, segment_ids, positions, **options)
+    loss = chunked_cross_entropy(
+        x_BTD, model.head(), targets, loss_mask, model.compute.loss_chunk
+    )
+    return loss, observed

@@ -8,7 +8,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Float, Int
 
-from sat_jax.models.documents import pad_rows
+from sat_jax.nn.attention.documents import pad_rows
 
 # The kernel's tiles are multiples of the TPU's 128 lanes; the larger ones are what other trainers
 # run with. Not measured here.

@@ -37,21 +37,3 @@ def predicted(
     """x · weightᵀ with the weight at low rank, float32."""
     basis, coordinates = low_rank(weight_ND)
     return (x_BTD.astype(jnp.float32) @ basis) @ coordinates.T
-
-
-def predicted_channels(
-    x_BTD: Float[Array, "B T D"], gate_FD: Float[Array, "F D"], up_FD: Float[Array, "F D"]
-) -> Float[Array, "B T F"]:
-    """Every channel's activation, gate and up projection at low rank."""
-    return jax.nn.silu(predicted(x_BTD, gate_FD)) * predicted(x_BTD, up_FD)
-
-
-def predicted_values(
-    x_BTD: Float[Array, "B T D"], value_KED: Float[Array, "K E D"], query_heads: int
-) -> Float[Array, "B T K G E"]:
-    """Every head's value at low rank, in the place of its mix: as if each token attended to itself,
-    since the weights of attention are what a cheap prediction cannot know."""
-    groups, size, width = value_KED.shape
-    flat = predicted(x_BTD, value_KED.reshape(groups * size, width))
-    value_BTKE = flat.reshape(*x_BTD.shape[:2], groups, size)
-    return jnp.broadcast_to(value_BTKE[:, :, :, None], (*value_BTKE.shape[:3], query_heads, size))

@@ -120,9 +120,15 @@ def rotary_tables(
 def rotate(
     x: Float[Array, "B T *heads E"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
 ) -> Float[Array, "B T *heads E"]:
-    """Rotates queries or keys `[B, T, ..., E]`, in float32; returned in the dtype of `x`."""
+    """Return queries or keys `[B, T, ..., E]` rotated in float32, in the dtype of `x`.
+
+    The first `2 · half` dimensions of a head are rotated, the others stay (partial rotary)."""
     lead = cos.shape[:2] + (1,) * (x.ndim - 3) + cos.shape[2:]
     cos, sin = cos.reshape(lead), sin.reshape(lead)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated_dims = 2 * cos.shape[-1]
+    first, second = jnp.split(x[..., :rotated_dims].astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    rotated = rotated.astype(x.dtype)
+    if rotated_dims == x.shape[-1]:
+        return rotated
+    return jnp.concatenate([rotated, x[..., rotated_dims:]], axis=-1)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as fused
 from jaxtyping import Array, Float, Int
 
-from sat_jax.models.documents import pad_rows
+from sat_jax.nn.attention.documents import pad_rows
 
 # Older ones read grouped heads at wrong offsets, without an error (jax pull request 39521), and
 # compute the gradient of a boolean mask (39512).

@@ -1,0 +1,108 @@
+"""A branch of a residual block: a sum over units (heads, channels), of which some may be omitted.
+
+The one place for masks, for the forward pass of omitted units, for observation and for selection
+from the batch at hand. A family's branches define `activations` and know nothing of these.
+"""
+
+from typing import Any, ClassVar
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from sat_jax.nn.context import Context
+from sat_jax.nn.linear import combine, dense
+from sat_jax.nn.observe import column_products, input_sums, output_energy
+from sat_jax.nn.param import Mask
+
+
+class Branch(nnx.Module):
+    """Base of attention, retention and MLP: one layer's branch, or with an axis L in front all.
+
+    `units` are nested, outermost first; their names are unique in a model and are axes of the
+    parameters. `masks` has a `Mask` for each unit. `complement` is the branch of the omitted units,
+    where the forward pass has them though the backward pass omits them; None: it has not.
+    """
+
+    units: ClassVar[tuple[str, ...]]
+
+    def __init__(self) -> None:
+        self.masks = nnx.Dict({unit: Mask(None) for unit in self.units})
+        self.complement: Branch | None = nnx.data(None)
+
+    def activations(self, x: Float[Array, "B T D"], context: Context) -> Array:
+        """Return the activation of each unit, `[B, T, *units, ...]`."""
+        raise NotImplementedError
+
+    def predicted_activations(self, x: Float[Array, "B T D"]) -> Array:
+        """Return activations, float32, predicted with weights of low rank."""
+        raise NotImplementedError
+
+    def apply(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
+        """Return what all units of the branch add to the residual stream."""
+        return combine(self.output_weight, self.activations(x, context))
+
+    def empty_cache(self, batch: int, slots: int, dtype: str) -> dict[str, Array]:
+        """Return the arrays `[L, B, ...]` that decoding keeps of this branch, with no slot used."""
+        del batch, slots, dtype
+        return {}
+
+    def mixing_flops(self, length: float) -> float:
+        """Return operations a token, for each innermost unit, beside the products with weights, on
+        rows of `length` tokens."""
+        del length
+        return 0.0
+
+    @property
+    def output_weight(self) -> nnx.Param:
+        """The parameter whose rows write to the residual stream."""
+        return next(p for p in vars(self).values() if getattr(p, "role", None) == "write")
+
+    def __call__(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
+        """Return what the branch adds to the residual stream, and report what was observed."""
+        branch = self
+        if context.selection is not None:
+            branch, kept = context.selection(self, x, context)
+            for unit, indices in kept.items():
+                context.report("kept", unit, indices)
+        self._observe_input(x, context)
+        masks = [m for mask in branch.masks.values() if (m := mask.get_value()) is not None]
+        if masks or {"outputs", "products"} & set(context.observe):
+            a = branch.activations(x, context)
+            for mask in masks:
+                shape = (1, 1, *mask.shape, *(1,) * (a.ndim - 2 - mask.ndim))
+                a = a * mask.reshape(shape).astype(a.dtype)
+            branch._observe_output(a, context)
+            y = combine(branch.output_weight, a)
+        else:
+            y = branch.apply(x, context)
+        if self.complement is not None:
+            y = y + jax.lax.stop_gradient(self.complement(x, _unobserved(context)))
+        return y
+
+    def _observe_input(self, x: Array, context: Context) -> None:
+        unit, weight = self.units[-1], context.weight_BT
+        if "inputs" in context.observe:
+            context.report("inputs", unit, input_sums(x, weight))
+        if "predicted" in context.observe:
+            a, write = self.predicted_activations(x), dense(self.output_weight)
+            context.report("outputs", unit, output_energy(a, write, weight, len(self.units)))
+
+    def _observe_output(self, a: Array, context: Context) -> None:
+        unit, weight = self.units[-1], context.weight_BT
+        if "outputs" in context.observe:
+            write = dense(self.output_weight)
+            context.report("outputs", unit, output_energy(a, write, weight, len(self.units)))
+        if "products" in context.observe:
+            context.report("products", unit, column_products(a, weight))
+
+
+def branches(block: Any) -> dict[str, Branch]:
+    """Return the branches of a block by name, in alphabetical order."""
+    return {k: v for k, v in sorted(vars(block).items()) if isinstance(v, Branch)}
+
+
+def _unobserved(context: Context) -> Context:
+    if context.cache is not None:
+        raise ValueError("a model whose forward pass has omitted units apart cannot decode")
+    return Context(context.segment_ids, context.rotary, context.attention)

@@ -1,0 +1,81 @@
+"""What the layers of a model share, and what one layer adds to it."""
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from sat_jax.nn.attention.dot_product import Implementation
+
+Observable = Literal["inputs", "outputs", "predicted", "products"]
+Observed = dict[str, dict[str, Any]]
+"""What was observed, by kind and by the innermost unit of the branch; kind `kept` has the units
+that a dynamic selection kept, by unit."""
+
+
+class Cache(NamedTuple):
+    """What decoding keeps of the tokens so far: arrays of all layers by the names of the branches.
+
+    Slots 0, 1, …, `used` - 1 of S are filled. `segment_ids`: 1 for a row's tokens, 0 for padding; a
+    slot is seen by later slots with the same number, so padding may stand anywhere.
+    """
+
+    arrays: dict[str, Float[Array, "L B ..."]]
+    segment_ids: Int[Array, "B S"]
+    used: Int[Array, ""]
+
+
+@dataclasses.dataclass
+class LayerCache:
+    """The cache inside layer `layer`: a branch writes to `arrays`. `segment_ids` of all slots have
+    the new tokens already, `used` does not count them."""
+
+    arrays: dict[str, Float[Array, "L B ..."]]
+    segment_ids: Int[Array, "B S"]
+    used: Int[Array, ""]
+    layer: Int[Array, ""]
+
+    def append(self, name: str, new: Float[Array, "B T ..."]) -> Float[Array, "B S ..."]:
+        """Write the new tokens' values to their slots; return all slots of this layer."""
+        start = (self.layer, 0, self.used) + (0,) * (new.ndim - 2)
+        self.arrays[name] = jax.lax.dynamic_update_slice(self.arrays[name], new[None], start)
+        return self.arrays[name][self.layer]
+
+
+class Selection(Protocol):
+    """A choice of units inside each layer, from the batch at hand (see `sparsity.dynamic`)."""
+
+    def __call__(self, branch: Any, x: Array, context: "Context") -> tuple[Any, dict[str, Array]]:
+        """Return the branch with the kept units alone, and the kept indices by unit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a layer needs besides the residual stream.
+
+    `segment_ids` int32 `[B, T]` number the documents of a row, 0 is padding. `rotary`: cosines and
+    sines float32 `[B, T, rotated / 2]`, None where positions are not rotated. `segment`: which run
+    of layers with equal counts this is. Inside a layer, `observed` collects what branches report.
+    """
+
+    segment_ids: Int[Array, "B T"]
+    rotary: tuple[Array, Array] | None = None
+    attention: Implementation | None = None
+    observe: Collection[Observable] = ()
+    selection: Selection | None = None
+    key: PRNGKeyArray | None = None
+    segment: int = 0
+    cache: LayerCache | None = None
+    observed: Observed = dataclasses.field(default_factory=dict)
+
+    @property
+    def weight_BT(self) -> Float[Array, "B T"]:
+        """1 for tokens and 0 for padding."""
+        return (self.segment_ids > 0).astype(jnp.float32)
+
+    def report(self, kind: str, unit: str, value: Any) -> None:
+        """Add an observation of the branch with this innermost unit."""
+        self.observed.setdefault(kind, {})[unit] = value

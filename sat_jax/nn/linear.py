@@ -1,0 +1,160 @@
+"""What a weight may be, and the two products that models compute with it.
+
+A weight is an array, or a `Weight`: a pytree that computes the same two products in another way.
+A new representation (quantized, low rank, with an adapter) is one subclass; models, branches and
+executions stay as they are, since they only call `project`, `combine` and `gated_mlp`.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from sat_jax.ops import InPlace, KernelConfig, kept_mlp
+
+Axes = tuple[str, ...]
+
+
+class Weight:
+    """Base of weights that are no plain array. Subclasses are registered frozen dataclasses."""
+
+    def dense(self) -> Array:
+        """Return the weight as one array `[*units, D]`."""
+        raise NotImplementedError
+
+    def describe(self, axes: Axes) -> dict[str, tuple[Axes, bool]]:
+        """Return for each array of the weight, by path inside it ("base/values"), its axes and
+        whether it is trained, given the axes of the parameter that the weight stands for."""
+        raise NotImplementedError
+
+    def project(self, x: Float[Array, "B T D"]) -> Array:
+        """Return `x · Wᵀ`, `[B, T, *units]`."""
+        return _project(self.dense(), x)
+
+    def combine(self, a: Array) -> Float[Array, "B T D"]:
+        """Return `a · W` for activations `[B, T, *units]`."""
+        return _combine(self.dense(), a)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("full", "rows", "kept"),
+    meta_fields=("kernel",),
+)
+@dataclasses.dataclass(frozen=True)
+class KeptRows(Weight):
+    """The rows `kept` of a full weight, read in place: no compact copy of all layers exists.
+
+    The gradient is that of `rows`, whose values are not used; None: there is no gradient. `kernel`:
+    the kernel that computes a gated MLP with such rows; None: the rows of one layer are gathered.
+    """
+
+    full: Float[Array, "*L N D"]
+    rows: Float[Array, "*L kept D"] | None
+    kept: Int[Array, "*L kept"]
+    kernel: KernelConfig | None = None
+
+    def dense(self) -> Array:
+        """Return the kept rows of one layer."""
+        if self.rows is None:
+            return jax.lax.stop_gradient(_take_rows(self.full, self.kept))
+        return rows_in_place(self.full, self.rows, self.kept)
+
+
+def value(weight: Any) -> Any:
+    """Return the array or `Weight` that a parameter holds."""
+    return weight.get_value() if isinstance(weight, nnx.Variable) else weight
+
+
+def dense(weight: Any) -> Array:
+    """Return the weight as one array."""
+    array = value(weight)
+    return array.dense() if isinstance(array, Weight) else array
+
+
+def project(
+    weight: Any, x: Float[Array, "B T D"], bias: Any = None
+) -> Float[Array, "B T *units"]:
+    """Return `x · Wᵀ + bias`. A bias is added in float32, the result has the dtype of `x`."""
+    w = value(weight)
+    y = w.project(x) if isinstance(w, Weight) else _project(w, x)
+    return y if bias is None else add_bias(y, bias)
+
+
+def combine(weight: Any, a: Float[Array, "B T *units"]) -> Float[Array, "B T D"]:
+    """Return `a · W`, which is added to the residual stream."""
+    w = value(weight)
+    return w.combine(a) if isinstance(w, Weight) else _combine(w, a)
+
+
+def add_bias(y: Float[Array, "B T *units"], bias: Any) -> Float[Array, "B T *units"]:
+    """Return `y + bias`, added in float32, so that the gradient of the bias, a sum over tokens, is
+    accumulated in float32 too; in the dtype of `y`."""
+    vector = dense(bias)
+    vector = vector.reshape((1,) * (y.ndim - vector.ndim) + vector.shape)
+    return (y.astype(jnp.float32) + vector).astype(y.dtype)
+
+
+def swiglu(gate: Any, up: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+    """Return silu(x · gateᵀ) · (x · upᵀ)."""
+    gate_x, up_x = project(gate, x), project(up, x)
+    return jax.nn.silu(gate_x) * up_x
+
+
+def gated_mlp(gate: Any, up: Any, down: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Return silu(x · gateᵀ) · (x · upᵀ) · down, by a fused kernel where the weights have one."""
+    weights = [value(w) for w in (gate, up, down)]
+    kernel = getattr(weights[0], "kernel", None)
+    if kernel is None:
+        return combine(down, swiglu(gate, up, x))
+    kept: Array = weights[0].kept
+    return kept_mlp(x, *(_in_place(w) for w in weights), kept, kernel)
+
+
+def _in_place(weight: KeptRows) -> InPlace:
+    rows = weight.rows
+    if rows is None:  # no gradient, so that these values are never read
+        rows = jnp.zeros((len(weight.kept), weight.full.shape[-1]), weight.full.dtype)
+    return InPlace(weight.full, rows)
+
+
+def _project(w: Array, x: Array) -> Array:
+    return jnp.tensordot(x, w, (-1, -1))
+
+
+def _combine(w: Array, a: Array) -> Array:
+    units = range(a.ndim - 3, -1, -1)  # innermost first
+    return jax.lax.dot_general(a, w, (([2 + n for n in units], list(units)), ((), ())))
+
+
+@jax.custom_vjp
+def rows_in_place(full: Array, rows: Array, kept: Int[Array, "*K kept"]) -> Array:
+    """Return the kept rows of one layer's array `full`. The gradient is that of `rows`, whose
+    values are not used."""
+    del rows
+    return _take_rows(full, kept)
+
+
+def _take_rows(full: Array, kept: Int[Array, "*K kept"]) -> Array:
+    """Rows at `kept`, which may have axes of units in front, of which each has rows of its own."""
+    take = functools.partial(
+        jnp.take, axis=0, unique_indices=True, indices_are_sorted=True, mode="clip"
+    )
+    for _ in kept.shape[1:]:
+        take = jax.vmap(take)
+    return take(full, kept)
+
+
+def _rows_forward(full: Array, rows: Array, kept: Array) -> tuple[Array, None]:
+    return rows_in_place(full, rows, kept), None
+
+
+def _rows_backward(_: None, gradient: Array) -> tuple[None, Array, None]:
+    return None, gradient, None
+
+
+rows_in_place.defvjp(_rows_forward, _rows_backward)

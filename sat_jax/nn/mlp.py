@@ -1,0 +1,80 @@
+"""MLPs, channel-major: a channel is a row of each matrix."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from sat_jax.nn.branch import Branch
+from sat_jax.nn.context import Context
+from sat_jax.nn.linear import dense, gated_mlp, project, swiglu
+from sat_jax.nn.low_rank import predicted
+from sat_jax.nn.param import CHANNEL, normal, param
+
+
+class GatedMLP(Branch):
+    """SwiGLU (Shazeer, arXiv:2002.05202): silu(x · gate) · (x · up) of each channel.
+
+    `gate`, `up` and `down` are `[L, F, D]`.
+    """
+
+    units = (CHANNEL,)
+
+    def __init__(self, *, layers: int, channels: int, embed: int, out_scale: float, rngs: nnx.Rngs):
+        super().__init__()
+        axes = {"layer": layers, "channel": channels, "embed": embed}
+        self.gate = param(normal(rngs, 0.02), **axes)
+        self.up = param(normal(rngs, 0.02), **axes)
+        self.down = param(normal(rngs, out_scale), "write", **axes)
+
+    def activations(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T F"]:
+        """Return silu(x · gate) · (x · up)."""
+        del context
+        return swiglu(self.gate, self.up, x)
+
+    def apply(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
+        """Return the sum over channels, by one fused operation where the weights allow it."""
+        del context
+        return gated_mlp(self.gate, self.up, self.down, x)
+
+    def predicted_activations(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+        """Return the activations with gate and up projection at low rank."""
+        return jax.nn.silu(predicted(x, dense(self.gate))) * predicted(x, dense(self.up))
+
+
+class MLP(Branch):
+    """A plain MLP: activation(x · up + bias) of each channel.
+
+    `up` and `down` are `[L, F, D]`, `up_bias` is `[L, F]`. The bias of the output belongs to the
+    block.
+    """
+
+    units = (CHANNEL,)
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        channels: int,
+        embed: int,
+        activation: Callable[[Array], Array],
+        out_scale: float,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__()
+        axes = {"layer": layers, "channel": channels, "embed": embed}
+        self.up = param(normal(rngs, 0.02), **axes)
+        self.up_bias = param(jnp.zeros, "vector", layer=layers, channel=channels)
+        self.down = param(normal(rngs, out_scale), "write", **axes)
+        self.activation = activation
+
+    def activations(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T F"]:
+        """Return activation(x · up + bias)."""
+        del context
+        return self.activation(project(self.up, x, self.up_bias))
+
+    def predicted_activations(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+        """Return the activations with the up projection at low rank."""
+        return self.activation(predicted(x, dense(self.up)) + dense(self.up_bias)[None, None])

@@ -1,0 +1,55 @@
+"""Observations of a branch: sums over the tokens of a batch, float32."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class InputSums(NamedTuple):
+    """Sums over tokens of a branch's normed input x: `square` Σx², `linear` Σx, both `[*L, D]`."""
+
+    square: Float[Array, "*L D"]
+    linear: Float[Array, "*L D"]
+
+
+def input_sums(x_BTD: Float[Array, "B T D"], weight_BT: Float[Array, "B T"]) -> InputSums:
+    """Return the sums over the tokens whose weight is 1."""
+    x = x_BTD.astype(jnp.float32)
+    return InputSums(
+        jnp.einsum("BTD,BT->D", x * x, weight_BT), jnp.einsum("BTD,BT->D", x, weight_BT)
+    )
+
+
+def output_energy(
+    a: Float[Array, "B T *units"],
+    write: Float[Array, "*units D"],
+    weight_BT: Float[Array, "B T"],
+    units: int,
+) -> Array:
+    """Return what each of `units` nested units adds to the residual stream, as a sum of squares.
+
+    An activation of one number a unit, `[B, T, F]`: Σa², `[F]`, without the norm of its output row,
+    which scores multiply it by. Vectors `[B, T, *outer, G, E]`: Σ⟨a_g W_g, a_h W_h⟩ of every pair
+    of innermost units, `[*outer, G, G]`. The diagonal is ‖a_g W_g‖² of each unit, and the sum over
+    all pairs that of the unit around them. Through Gram matrices, so that no `[tokens, units, D]`
+    array exists.
+    """
+    if a.ndim == 2 + units:
+        return jnp.einsum("BT...,BT->...", jnp.square(a.astype(jnp.float32)), weight_BT)
+    outer = a.shape[2 : 1 + units]
+    a = a.astype(jnp.float32) * weight_BT.reshape(weight_BT.shape + (1,) * (a.ndim - 2))
+    a_BTKGE = a.reshape(*a.shape[:2], -1, *a.shape[1 + units :])
+    w_KGED = write.astype(jnp.float32).reshape(-1, *write.shape[units - 1 :])
+    mixes = jnp.einsum("BTKGE,BTKHF->KGEHF", a_BTKGE, a_BTKGE)
+    weights = jnp.einsum("KGED,KHFD->KGEHF", w_KGED, w_KGED)
+    pairs = jnp.einsum("KGEHF,KGEHF->KGH", mixes, weights)
+    return pairs.reshape(*outer, *pairs.shape[1:])
+
+
+def column_products(
+    a: Float[Array, "B T *columns"], weight_BT: Float[Array, "B T"]
+) -> Float[Array, "C C"]:
+    """Return Σ a_i · a_j for every pair of columns."""
+    a_BTC = a.reshape(*a.shape[:2], -1).astype(jnp.float32)
+    return jnp.einsum("BTC,BTF->CF", a_BTC * weight_BT[..., None], a_BTC)

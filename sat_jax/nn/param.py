@@ -1,0 +1,38 @@
+"""Parameters with named axes: all that a model declares, and all that a method reads of it.
+
+Axes are ordered `layer, *within, unit, ...`: `query` has `layer, kv_group, query_head, head_dim,
+embed`. Two axes have a meaning of their own: `layer` is scanned over, and `channel` is the unit of
+every MLP. Vectors that scale or shift the residual stream have the axis `norm` in place of `embed`,
+so that they are not split over a mesh.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+Role = Literal["read", "write", "embedding", "vector"]
+"""`read`: rows that read the residual stream; `write`: rows that write to it; `embedding`: a table
+of tokens or positions; `vector`: norm scales and biases, which stay float32 until they are used and
+have no weight decay."""
+
+LAYER, CHANNEL, EMBED, NORM = "layer", "channel", "embed", "norm"
+
+
+class Mask(nnx.Variable):
+    """1 where a unit is kept and 0 where it is omitted, `[layer, *within, unit]`; None: all kept."""
+
+
+def param(
+    values: Callable[[tuple[int, ...]], Array], role: Role = "read", **axes: int
+) -> nnx.Param:
+    """Return a parameter whose axes have these names and sizes; `values` maps a shape to values."""
+    return nnx.Param(values(tuple(axes.values())), axes=tuple(axes), role=role)
+
+
+def normal(rngs: nnx.Rngs, scale: float) -> Callable[[tuple[int, ...]], Array]:
+    """Return an initializer with float32 values from N(0, scale²)."""
+    return lambda shape: scale * jax.random.normal(rngs.params(), shape, jnp.float32)

@@ -1,0 +1,110 @@
+"""Mask execution, the reference: all is computed, and activations are multiplied by 0 or 1."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+
+from sat_jax.nn.decoder import Decoder
+from sat_jax.sparsity.correction import Corrections
+from sat_jax.sparsity.execution.base import Execution
+from sat_jax.sparsity.execution.state import (
+    TrainState,
+    Tree,
+    map_arrays,
+    map_trees,
+    optimizer_step,
+)
+from sat_jax.sparsity.rows import Kept, add_at_rows, indicator
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask(Execution):
+    """Full arrays in one piece. `freeze`: omitted units stay as they are, moments included;
+    otherwise they are updated with zero gradient."""
+
+    freeze: bool = True
+    computes_omitted: ClassVar[bool] = True
+
+    def compact(self, tree: Tree, kept: Kept) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the full tree."""
+        del kept
+        return dict(tree), {}
+
+    def expand(self, tree: Tree, omitted: Tree, kept: Kept) -> dict[str, Any]:
+        """Return the full tree."""
+        del omitted, kept
+        return dict(tree)
+
+    def bind(
+        self, trained: Tree, params: Tree, omitted: Tree, kept: Kept, corrections: Corrections
+    ) -> Decoder:
+        """Return the full model with masks on its branches."""
+        del omitted
+        values = {**params, **trained}
+        corrected = {
+            path: self._corrected(path, values[path], parts, kept)
+            for path, parts in corrections.items()
+        }
+        masks = self.masks(kept)
+        model = self.layout.bind(values | corrected, _as_floats(masks))
+        if self.dense_forward and masks:
+            inverse = _as_floats({unit: ~mask for unit, mask in masks.items()})
+            self.add_complement(model, values, kept, masks=inverse)
+        return model
+
+    def update(
+        self,
+        optimizer: optax.GradientTransformation,
+        grads: dict[str, Any],
+        factor: Float[Array, ""],
+        state: TrainState,
+        kept: Kept,
+    ) -> TrainState:
+        """Return the state after one step."""
+        updated = optimizer_step(optimizer, grads, factor, state)
+        if not self.freeze:
+            return updated
+        masks = self.masks(kept)
+
+        def keep(path: str, new: Array, old: Array) -> Array:
+            unit = self.layout.unit_of(path, masks)
+            return new if unit is None else where_kept(masks[unit], new, old)
+
+        return map_trees(lambda new, old: map_arrays(keep, new, old), updated, state)
+
+    def masks(self, kept: Kept) -> dict[str, Bool[Array, "L *within N"]]:
+        """Return for each unit that some segment omits which are kept, in all layers."""
+        segments, units = self.plan.segments, {name for segment in kept for name in segment}
+        masks = {}
+        for name in sorted(units):
+            unit = self.layout.units[name]
+            sizes = [self.layout.units[outer].size for outer in unit.within]
+            parts = [
+                indicator(indices[name], unit.size)
+                if name in indices
+                else jnp.ones((segment.layers, *sizes, unit.size), bool)
+                for segment, indices in zip(segments, kept, strict=True)
+            ]
+            masks[name] = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+        return masks
+
+    def _corrected(
+        self, path: str, value: Array, parts: tuple[Array | None, ...], kept: Kept
+    ) -> Array:
+        pieces = []
+        for segment, more, indices in zip(self.plan.segments, parts, kept, strict=True):
+            piece, rows = value[segment.start : segment.stop], self.kept_of(path, indices)
+            pieces.append(piece if rows is None else add_at_rows(piece, more, rows))
+        return jnp.concatenate(pieces)
+
+
+def where_kept(mask: Bool[Array, "L *within N"], new: Array, old: Array) -> Array:
+    """Return `new` in the rows of kept units and `old` elsewhere."""
+    return jnp.where(jnp.expand_dims(mask, range(mask.ndim, new.ndim)), new, old)
+
+
+def _as_floats(masks: dict[str, Array]) -> dict[str, Float[Array, "L *within N"]]:
+    return {unit: mask.astype(jnp.float32) for unit, mask in masks.items()}

@@ -1,0 +1,253 @@
+"""Floating-point operations of a step, counted from the axes of a model's parameters.
+
+Counted are matrix products, two operations a multiply-add. Left out, all of them O(D) a token or
+less: norms, rotary embedding, softmax, activations, embedding look-up, loss, input statistics, the
+optimizer, and the scoring of units, at a refresh or inside a layer.
+
+Attention is counted for the causal half: query t of a row of T tokens meets t keys, (T + 1) / 2 on
+average. A row that packs several documents needs less and is counted the same, as throughput
+figures in the literature are.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sat_jax.nn.layout import Layout
+from sat_jax.nn.param import CHANNEL
+from sat_jax.nn.stack import Remat
+from sat_jax.sparsity.plan import Neurons, Segment, neurons_of
+
+
+@dataclasses.dataclass(frozen=True)
+class FlopCount:
+    """Operations a token. Of all branches: products with weights that read the residual stream and
+    with weights that write to it, and what mixes tokens (q · k and weights · v). `last_write` is
+    the part of `write` of each layer's last branch, whose value no gradient needs; `mlp_read` the
+    part of `read` of MLPs. `head`: logits."""
+
+    read: float = 0.0
+    write: float = 0.0
+    mixing: float = 0.0
+    head: float = 0.0
+    last_write: float = 0.0
+    mlp_read: float = 0.0
+
+    @property
+    def layers(self) -> float:
+        """What heads and channels cost: all but the logits."""
+        return self.read + self.write + self.mixing
+
+    @property
+    def total(self) -> float:
+        """All operations."""
+        return self.layers + self.head
+
+    def __add__(self, other: "FlopCount") -> "FlopCount":
+        names = [field.name for field in dataclasses.fields(self)]
+        return FlopCount(*(getattr(self, n) + getattr(other, n) for n in names))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingFlops:
+    """Operations a token of one step: forward, backward, and what the backward pass computes
+    again."""
+
+    forward: float
+    backward: float
+    recomputed: float
+
+    @property
+    def total(self) -> float:
+        """The sum of the three."""
+        return self.forward + self.backward + self.recomputed
+
+
+def forward_flops(
+    layout: Layout[Any], row_length: int, segments: Sequence[Segment] | None = None
+) -> FlopCount:
+    """Return the operations a token of a forward pass with logits, on rows of `row_length` tokens.
+
+    `segments` None: the dense model. Units that the segments omit are left out.
+    """
+    neurons = neurons_of(layout)
+    count = FlopCount(head=_head_flops(layout))
+    for segment in segments or (neurons.dense_segment(),):
+        kept = {name: neurons.kept_share(segment, name) for name in layout.branches}
+        count += _segment_flops(layout, row_length, segment, _kept_sizes(segment), kept)
+    return count
+
+
+def training_flops(
+    layout: Layout[Any],
+    row_length: int,
+    segments: Sequence[Segment] | None = None,
+    remat: Remat = "none",
+    *,
+    kernels: bool = False,
+    dense_forward: bool = False,
+) -> TrainingFlops:
+    """Return the operations a token of a training step; `segments` as in `forward_flops`.
+
+    Every matrix product costs its double in the backward pass: one product for each operand's
+    gradient. Attention scores are always computed again there (Dao et al., arXiv:2205.14135). What
+    `remat` adds: `dots` saves products with weights but not attention, which runs again; `full`
+    runs the layer again, all but its last product, whose value no gradient needs. The logits are
+    never computed again: the loss forms its gradient in the forward pass. `kernels`: segments that
+    omit channels save nothing of the MLP, and what its channels read runs again whatever `remat`
+    is. `dense_forward`: the forward pass has the omitted units too.
+    """
+    forward = forward_flops(layout, row_length, segments)
+    backward = 2 * forward.total
+    again = forward.mixing / 2
+    if remat != "none":
+        again += forward.mixing
+    if remat == "full":
+        again += forward.read + forward.write - forward.last_write
+    neurons = neurons_of(layout)
+    omitting = [s for s in segments or () if neurons.omitted(s)]
+    if kernels and remat != "full":
+        sparse = [s for s in omitting if s.kept(CHANNEL) < neurons.size(CHANNEL)]
+        again += forward_flops(layout, row_length, sparse).mlp_read if sparse else 0.0
+    total = forward.total
+    if dense_forward:
+        for segment in omitting:
+            # The backward pass needs the residual stream behind each branch but the last.
+            beside = _omitted_flops(layout, neurons, row_length, segment)
+            total += beside.layers
+            if remat == "full":
+                again += beside.layers - beside.last_write - beside.mlp_read
+    return TrainingFlops(total, backward, again)
+
+
+def probe_flops(
+    layout: Layout[Any], row_length: int, gradients: bool = False, products: bool = False
+) -> float:
+    """Return the operations a token of a probe: a dense forward pass without logits. With
+    `gradients`, one with the loss and its gradient, and a backward pass to activations but not to
+    weights: half of a full one, with attention scores computed again. `products`: those of all
+    pairs of a layer's columns, of every branch."""
+    forward = forward_flops(layout, row_length)
+    pairs = 2.0 * layout.layers * sum(c**2 for c in _columns(layout)) if products else 0.0
+    if not gradients:
+        return forward.layers + pairs
+    mixing = forward.mixing
+    return forward.total + (forward.total - mixing) + 2 * mixing + mixing / 2 + pairs
+
+
+def correction_flops(layout: Layout[Any], segments: Sequence[Segment]) -> float:
+    """Return the operations of the least-squares corrections of a selection, once: k kept columns
+    of C have k² / 2 products of their own (Cholesky, k³ / 3), with the others k (C - k), and D
+    right sides."""
+    total, neurons = 0.0, neurons_of(layout)
+    for segment in segments:
+        for (name, _), columns in zip(layout.branches.items(), _columns(layout), strict=True):
+            kept = columns * neurons.kept_share(segment, name)
+            if kept < columns:
+                sides = 2 * _width(layout) * (kept * (columns - kept) + kept**2)
+                total += segment.layers * (kept**3 / 3 + sides)
+    return total
+
+
+def speedup_bound(
+    layout: Layout[Any],
+    row_length: int,
+    segments: Sequence[Segment],
+    remat: Remat = "none",
+    **options: bool,
+) -> float:
+    """Return the operations of a dense step ÷ those of one with `segments`: the highest possible
+    speed-up. `options` are those of `training_flops`."""
+    dense = training_flops(layout, row_length, remat=remat)
+    return dense.total / training_flops(layout, row_length, segments, remat, **options).total
+
+
+def _kept_sizes(segment: Segment) -> dict[str, float]:
+    return {name: float(kept) for name, kept in segment.counts}
+
+
+def _omitted_flops(
+    layout: Layout[Any], neurons: Neurons, row_length: int, segment: Segment
+) -> FlopCount:
+    """Return what computing the segment's omitted units costs: in each branch that omits some, all
+    its arrays with an axis of theirs at the omitted size, its other arrays in full."""
+    sizes = {unit.name: float(unit.size) for unit in neurons.units}
+    shares = dict.fromkeys(layout.branches, 0.0)
+    for unit in neurons.omitted(segment):
+        sizes[unit.name] = float(unit.size - segment.kept(unit.name))
+        shares[unit.branch] = 1 - neurons.kept_share(segment, unit.branch)
+    return _segment_flops(layout, row_length, segment, sizes, shares)
+
+
+def _segment_flops(
+    layout: Layout[Any],
+    row_length: int,
+    segment: Segment,
+    sizes: dict[str, float],
+    shares: dict[str, float],
+) -> FlopCount:
+    """Return the operations of a segment's layers where units have these sizes; branches whose
+    share of innermost units is 0 are left out."""
+    last = list(layout.branches)[-1]
+    count = FlopCount()
+    for name, branch in layout.branches.items():
+        if shares[name] == 0:
+            continue
+        read, write = (
+            sum(2 * _size(layout, path, sizes) for path in _matrices(layout, name, role))
+            for role in ("read", "write")
+        )
+        units = shares[name] * layout.totals(branch.units[-1])
+        one = FlopCount(
+            read,
+            write,
+            units * branch.mixing_flops(row_length),
+            last_write=write if name == last else 0.0,
+            mlp_read=read if branch.units[-1] == CHANNEL else 0.0,
+        )
+        count += _times(one, segment.layers)
+    return count
+
+
+def _matrices(layout: Layout[Any], branch: str, role: Any) -> Iterator[str]:
+    for path, _ in layout.with_role(role):
+        if path.startswith(f"layers/{branch}/"):
+            yield path
+
+
+def _size(layout: Layout[Any], path: str, sizes: dict[str, float]) -> float:
+    """Return how many entries a layer of an array has where units have these sizes."""
+    leaf, shape = layout.leaves[path], layout.shapes[path].shape
+    axes = zip(leaf.axes[1:], shape[1:], strict=True)
+    return math.prod(sizes.get(name, float(size)) for name, size in axes)
+
+
+def _times(count: FlopCount, factor: float) -> FlopCount:
+    values = dataclasses.asdict(count)
+    return FlopCount(**{name: factor * value for name, value in values.items()})
+
+
+def _head_flops(layout: Layout[Any]) -> float:
+    """Return the operations of the logits; the output embedding may be that of the tokens."""
+    shape = next(
+        layout.shapes[path].shape for path, leaf in layout.leaves.items() if "vocab" in leaf.axes
+    )
+    return 2.0 * math.prod(shape)
+
+
+def _columns(layout: Layout[Any]) -> list[int]:
+    """Return how many columns the activations of each branch have."""
+    width = _width(layout)
+    return [
+        sum(
+            math.prod(layout.shapes[p].shape[1:]) // width
+            for p in _matrices(layout, name, "write")
+        )
+        for name in layout.branches
+    ]
+
+
+def _width(layout: Layout[Any]) -> int:
+    path, _ = next(layout.with_role("write"))
+    return layout.shapes[path].shape[-1]
