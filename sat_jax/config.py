@@ -13,9 +13,9 @@ from sat_jax.config_checks import check_sparsity
 from sat_jax.data.chat_templates import TEMPLATES
 from sat_jax.data.form import Form, Format, LossOn, TooLong
 from sat_jax.errors import UserError
+from sat_jax.models.presets import PRESETS
 from sat_jax.nn.attention.dot_product import Implementation
 from sat_jax.nn.stack import Remat
-from sat_jax.models.presets import PRESETS
 from sat_jax.ops import Implementation as Kernels
 from sat_jax.sparsity.controller import overall
 from sat_jax.sparsity.importance import METRICS

@@ -28,7 +28,7 @@ from sat_jax.analysis.rows import append
 from sat_jax.analysis.tables import fixed_width
 from sat_jax.cli import Parser, run
 from sat_jax.errors import UserError
-from sat_jax.models.llama_config import LlamaConfig
+from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.presets import preset
 from scripts.benchmark_steps import moves, peer, steps
 
@@ -84,7 +84,7 @@ def main() -> None:
         print(_table(rows, setting), flush=True)
 
 
-def _check(given: Any, model: LlamaConfig, parts: Sequence[str]) -> None:
+def _check(given: Any, model: DecoderConfig, parts: Sequence[str]) -> None:
     """Refuses before anything is measured: a part takes minutes."""
     for name in ("rows", "row_length", "turns"):
         if getattr(given, name) < 1:

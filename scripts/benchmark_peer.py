@@ -9,14 +9,14 @@ import sys
 import time
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DecoderConfig, LlamaForCausalLM
 
 
 def main() -> None:
     """Arguments: the model's config as JSON, rows, row length, dtype, and what is recomputed."""
     shape, rows, length, dtype, remat = sys.argv[1:6]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = LlamaConfig(**json.loads(shape), attn_implementation="sdpa", use_cache=False)
+    config = DecoderConfig(**json.loads(shape), attn_implementation="sdpa", use_cache=False)
     model = LlamaForCausalLM(config).to(device)
     if remat == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})

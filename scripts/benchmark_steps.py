@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from sat_jax.sparsity.flops import speedup_bound
 from sat_jax.errors import UserError
 from sat_jax.nn.decoder import Compute
-from sat_jax.models.llama_config import LlamaConfig
+from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.params import abstract, whole
 from sat_jax.sparsity.masks import Criteria, choose
 from sat_jax.sparsity.plan import Plan, make_plan
@@ -44,7 +44,7 @@ class Cost(NamedTuple):
 Variant = Callable[[], Cost]
 
 
-def steps(model: LlamaConfig, given: Any) -> list[dict[str, Any]]:
+def steps(model: DecoderConfig, given: Any) -> list[dict[str, Any]]:
     """The SAT step at every rate against the dense step, beside the FLOP bound; the other
     executions."""
     neurons = neurons_of(model)
@@ -82,7 +82,7 @@ def steps(model: LlamaConfig, given: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def peer(model: LlamaConfig, given: Any) -> list[dict[str, Any]]:
+def peer(model: DecoderConfig, given: Any) -> list[dict[str, Any]]:
     """Our dense step against transformers' (torch, sdpa attention) on the same shapes."""
     shape = json.dumps(
         {
@@ -131,7 +131,7 @@ def peer(model: LlamaConfig, given: Any) -> list[dict[str, Any]]:
     ]
 
 
-def moves(model: LlamaConfig, given: Any) -> list[dict[str, Any]]:
+def moves(model: DecoderConfig, given: Any) -> list[dict[str, Any]]:
     """What a refresh costs (probe, selection, compact, expand) against a SAT step, at r = 0.4."""
     neurons = neurons_of(model)
     plan = make_plan(neurons, 0.4, 0.4)
@@ -191,7 +191,7 @@ def moves(model: LlamaConfig, given: Any) -> list[dict[str, Any]]:
 
 
 def _training_step(
-    model: LlamaConfig, plan: Plan, given: Any, execution: str = "gather"
+    model: DecoderConfig, plan: Plan, given: Any, execution: str = "gather"
 ) -> Variant:
     """One optimizer step of what a plan trains, timed."""
     shape = given.rows, given.row_length

@@ -19,7 +19,7 @@ from sat_jax.analysis.rows import STEP_SETTING, append, read
 from sat_jax.config import OptimizerConfig
 from sat_jax.errors import UserError
 from sat_jax.nn.decoder import Compute
-from sat_jax.models.llama_config import LlamaConfig
+from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.presets import preset
 from sat_jax.ops import BlockSparse
 from sat_jax.provenance import environment
@@ -49,7 +49,7 @@ class Case(NamedTuple):
     rate: float
 
 
-def checked(given: Namespace) -> LlamaConfig:
+def checked(given: Namespace) -> DecoderConfig:
     """The model of the options. Raises `UserError` for those that cannot be."""
     model = preset(given.model)
     for name in ("rows", "row_length"):
@@ -72,7 +72,7 @@ def sparse_cases(part: str, given: Namespace) -> Iterator[Case]:
 
 
 def described(
-    model: LlamaConfig, case: Case, given: Namespace, attention: Any
+    model: DecoderConfig, case: Case, given: Namespace, attention: Any
 ) -> tuple[Row, Program]:
     """What is known of a case before it is compiled, and its program.
 
@@ -96,7 +96,7 @@ def described(
     return row, program
 
 
-def plan_of(model: LlamaConfig, case: Case) -> Plan:
+def plan_of(model: DecoderConfig, case: Case) -> Plan:
     """What a case keeps."""
     block = 1 if case.execution != "kernel" else 128 if model.d_ff > 128 else 64
     return make_plan(neurons_of(model), case.rate, case.rate, block=block)
@@ -109,7 +109,7 @@ def optimizer_of(given: Namespace) -> OptimizerConfig:
 
 
 def refresh_bytes(
-    model: LlamaConfig, case: Case, given: Namespace, analysed: Callable[..., Any]
+    model: DecoderConfig, case: Case, given: Namespace, analysed: Callable[..., Any]
 ) -> int:
     """The most memory while kept and omitted neurons are parted or put together: the whole state,
     and what is made of one parcel before its source is freed. `analysed(function, shapes,
@@ -183,7 +183,7 @@ def _or_error(row_of: Callable[[Case], Row], case: Case) -> Row:
 
 
 def _program(
-    model: LlamaConfig, case: Case, plan: Plan, given: Namespace, attention: Any
+    model: DecoderConfig, case: Case, plan: Plan, given: Namespace, attention: Any
 ) -> Program:
     config = optimizer_of(given)
     execution = "gather" if case.execution == "dense" else case.execution

@@ -15,7 +15,7 @@ import optax
 from sat_jax.config import OptimizerConfig
 from sat_jax.data.batch import Batch
 from sat_jax.nn.decoder import Compute
-from sat_jax.models.llama_config import LlamaConfig
+from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.params import abstract, shapes
 from sat_jax.ops import BlockSparse
 from sat_jax.sparsity.masks import Masks, SegmentMasks
@@ -39,7 +39,7 @@ class Program(NamedTuple):
 
 
 def step_program(
-    model: LlamaConfig,
+    model: DecoderConfig,
     plan: Plan,
     compute: Compute,
     rows: tuple[int, int],
@@ -72,7 +72,7 @@ def step_program(
 
 
 def optimizer_program(
-    model: LlamaConfig, plan: Plan, execution: str, config: OptimizerConfig
+    model: DecoderConfig, plan: Plan, execution: str, config: OptimizerConfig
 ) -> Program:
     """What the optimizer does in a step, clipping included; `given` are the gradients."""
     optimizer, clip = make_optimizer(config, 1000), clipping(config)
@@ -89,7 +89,7 @@ def optimizer_program(
     return Program(function, state, masks, grads)
 
 
-def filled(program: Program, model: LlamaConfig, plan: Plan) -> tuple[TrainState, Masks, Any]:
+def filled(program: Program, model: DecoderConfig, plan: Plan) -> tuple[TrainState, Masks, Any]:
     """Random parameters and gradients, zero moments, masks that keep random neurons of each layer,
     and random tokens, each row one document."""
 
@@ -124,7 +124,7 @@ def filled(program: Program, model: LlamaConfig, plan: Plan) -> tuple[TrainState
     return jax.jit(state)(), masks, jax.jit(given)()
 
 
-def whole_state(model: LlamaConfig, config: OptimizerConfig) -> TrainState:
+def whole_state(model: DecoderConfig, config: OptimizerConfig) -> TrainState:
     """Shapes of the state outside of any rung."""
     state: TrainState = jax.eval_shape(
         lambda params: new_state(params, make_optimizer(config, 1000)), shapes(model)
@@ -132,13 +132,13 @@ def whole_state(model: LlamaConfig, config: OptimizerConfig) -> TrainState:
     return state
 
 
-def neurons_of(model: LlamaConfig) -> Neurons:
+def neurons_of(model: DecoderConfig) -> Neurons:
     """What there is to omit."""
     return Neurons(model.n_layers, model.n_kv_heads, model.query_heads, model.d_ff)
 
 
 def _state(
-    model: LlamaConfig, plan: Plan, execution: str, config: OptimizerConfig
+    model: DecoderConfig, plan: Plan, execution: str, config: OptimizerConfig
 ) -> tuple[TrainState, Masks]:
     """Shapes of what is trained (compacted, or whole and cut into segments) and of the masks."""
     gathers = execution == "gather"
@@ -149,7 +149,7 @@ def _state(
     return state, () if gathers else masks_of(model, plan)
 
 
-def masks_of(model: LlamaConfig, plan: Plan) -> Masks:
+def masks_of(model: DecoderConfig, plan: Plan) -> Masks:
     """Shapes of a plan's masks of KV groups and channels."""
 
     def kept(layers: int, kept: int, total: int) -> Any:

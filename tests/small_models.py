@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sat_jax.models.llama_config import LlamaConfig
+from sat_jax.models.llama import LlamaConfig
 from sat_jax.models.build import layout_of
 from sat_jax.sparsity.masks import Masks, SegmentMasks
 from sat_jax.sparsity.neurons import expand

@@ -19,7 +19,7 @@ from sat_jax.sparsity.flops import (
 )
 from sat_jax.models.attention_xla import BLOCK
 from sat_jax.nn.decoder import Compute, Remat
-from sat_jax.models.llama_config import LlamaConfig
+from sat_jax.models.llama import LlamaConfig
 from sat_jax.models.params import abstract, bind
 from sat_jax.models.presets import PRESETS
 from sat_jax.ops import BlockSparse

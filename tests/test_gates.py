@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sat_jax.models.llama_config import LlamaConfig
+from sat_jax.models.llama import LlamaConfig
 from sat_jax.models.params import abstract, bind, numbered
 from sat_jax.sparsity.neurons import compact, mask_values
 from sat_jax.sparsity.plan import make_plan

@@ -1,4 +1,4 @@
-"""GGUF files in: dequantised, un-permuted, the config from their metadata, misfits named."""
+"""GGUF files in: dequantized, un-permuted, the config from their metadata, misfits named."""
 
 import json
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from sat_jax.errors import UserError
 from sat_jax.interop import load_model, open_weights
-from sat_jax.interop.weights import TABLE
+from sat_jax.models import registry
 from sat_jax.nn.rope import RopeConfig, inverse_frequencies
 from tests.tolerances import assert_close
 
@@ -56,9 +56,11 @@ def golden_tensors(name: str) -> dict[str, np.ndarray]:
     """The tensors of a golden model under the names and in the row order of GGUF."""
     stored = load_file(GOLDEN / name / "model.safetensors")
     tensors = {}
-    for row in TABLE.values():
+    for tensor in registry.MODEL_TYPES["llama"].tensors:
         for layer in range(3):
-            source, target = row.huggingface.format(layer=layer), row.gguf.format(layer=layer)
+            source, target = (
+                tensor.stored(form).name.format(layer=layer) for form in ("huggingface", "gguf")
+            )
             if source in stored:
                 tensors[target] = stored[source]
     if name.startswith("llama"):
@@ -161,7 +163,7 @@ def test_tied_embeddings(tmp_path: Path) -> None:
         (Quant.Q4_0, 1 / 8),
     ],
 )
-def test_quantised_tensors(kind: Quant, step: float, tmp_path: Path) -> None:
+def test_quantized_tensors(kind: Quant, step: float, tmp_path: Path) -> None:
     """Within one step of the largest of a block, and exactly what the file holds."""
 
     def choose(_: str, tensor: np.ndarray) -> Quant:

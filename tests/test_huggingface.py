@@ -17,7 +17,7 @@ from sat_jax.errors import UserError
 from sat_jax.interop import load_model, locate, open_weights, save_model
 from sat_jax.interop.huggingface import Dtype, write_directory
 from sat_jax.interop.huggingface_config import config_from_json, config_to_json
-from sat_jax.models.llama_config import LlamaConfig
+from sat_jax.models.llama import LlamaConfig
 from sat_jax.models.presets import preset
 from sat_jax.nn.rope import RopeConfig
 from tests.tolerances import assert_close
@@ -98,6 +98,8 @@ def test_a_parameter_is_asked_for_once_and_one_at_a_time(tmp_path: Path) -> None
     assert asked == dict.fromkeys(weights.paths, 1)
 
 
+SMALL: dict[str, Any] = {"vocab_size": 32, "d_model": 16, "n_layers": 2, "n_heads": 4, "d_ff": 48}
+SMALL |= {"n_kv_heads": 2, "head_dim": 4, "max_positions": 64}
 ROPES = [
     RopeConfig(5e5),
     RopeConfig(1e4, "linear", 4.0),
@@ -112,7 +114,7 @@ ROPES = [
 @pytest.mark.parametrize("form", ["old", "new", "both"])
 def test_either_form_of_config_is_complete(rope: RopeConfig, form: str) -> None:
     """transformers 4 reads rope_theta and rope_scaling, transformers 5 rope_parameters."""
-    config = LlamaConfig(32, 16, 2, 4, 2, 4, 48, 4096, rope=rope, eos_token_ids=(3, 4))
+    config = LlamaConfig(**SMALL | {"max_positions": 4096, "rope": rope, "eos_token_ids": (3, 4)})
     raw = config_to_json(config, "float32")
     if form == "old":
         del raw["rope_parameters"], raw["dtype"]
@@ -137,7 +139,7 @@ def test_the_oldest_configs() -> None:
         "pretraining_tp": 2,
     }
     expected = LlamaConfig(
-        32, 16, 2, 4, 4, 4, 48, 64, rope=RopeConfig(1e4, "linear", 2.0), norm_eps=1e-6
+        **SMALL | {"n_kv_heads": 4, "rope": RopeConfig(1e4, "linear", 2.0), "norm_eps": 1e-6}
     )
     assert config_from_json(raw, "config.json") == expected
 
@@ -360,12 +362,11 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_model_that_no_architecture_has_is_not_written(tmp_path: Path) -> None:
-    config = LlamaConfig(32, 16, 2, 4, 2, 4, 48, 64, qk_norm=True, qkv_bias=True, family="qwen3")
+    config = LlamaConfig(**SMALL, qk_norm=True, qkv_bias=True, family="qwen3")
     with pytest.raises(UserError, match="no Qwen3ForCausalLM has qkv_bias=True and qk_norm=True"):
         write_directory(tmp_path / "out", config, open_weights(GOLDEN / "qwen3").read)
-    rope = RopeConfig(1e4, "dynamic", 2.0, 32)
     with pytest.raises(UserError, match="dynamic RoPE with original_max_positions 32"):
-        config_to_json(LlamaConfig(32, 16, 2, 4, 2, 4, 48, 64, rope=rope), "float32")
+        config_to_json(LlamaConfig(**SMALL, rope=RopeConfig(1e4, "dynamic", 2.0, 32)), "float32")
 
 
 def test_tokenizer_and_generation_files(tmp_path: Path) -> None:

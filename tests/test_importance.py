@@ -12,8 +12,8 @@ from flax import nnx
 
 from sat_jax.models.attention import Rows
 from sat_jax.models.layers import rms_norm
-from sat_jax.nn.decoder import Compute
-from sat_jax.models.llama_config import LlamaConfig
+from sat_jax.models.llama import Compute
+from sat_jax.models.llama import LlamaConfig
 from sat_jax.models.params import abstract, bind, numbered
 from sat_jax.nn.rope import rotary_tables
 from sat_jax.sparsity.importance import METRICS, channel_evidence, head_evidence
@@ -115,6 +115,24 @@ def test_columns_of_a_head_are_scored_one_by_one() -> None:
     evidence = head_evidence(params, STATS, "query_head", KEY)
     for metric, expected in {"magnitude": 20.0, "wanda": 20.0, "maxip": 4.0}.items():
         assert_close(METRICS[metric].score(evidence), [[expected]], "float32", "forward")
+
+
+# The first group's query has columns of norms 5 and 1; its key and value one each, √2 and 2;
+# its output 1 and 13: columns are aggregated first, matrices then.
+@pytest.mark.parametrize(
+    ("aggregate", "group", "channel"),
+    [
+        ("sum", 5 + 1 + SQRT2 + 2 + 1 + 13, 5 + 2 + 10),
+        ("mean", (3 + SQRT2 + 2 + 7) / 4, 17 / 3),
+        ("l2", (25 + 1 + 2 + 4 + 1 + 169) ** 0.5, (25 + 4 + 100) ** 0.5),
+        ("max", 13, 10),
+    ],
+)
+def test_aggregates_by_hand(aggregate: Any, group: float, channel: float) -> None:
+    evidence = head_evidence(PARAMS, only(STATS, "magnitude"), "kv_group", KEY, aggregate)
+    assert_close(METRICS["magnitude"].score(evidence)[0, 0], group, "float32", "forward")
+    evidence = channel_evidence(PARAMS, only(STATS, "magnitude"), KEY, aggregate)
+    assert_close(METRICS["magnitude"].score(evidence)[0, 0], channel, "float32", "forward")
 
 
 @pytest.mark.parametrize("metric", ["magnitude", "wanda", "maxip"])
@@ -275,7 +293,16 @@ def test_statistics_in_bfloat16_are_summed_in_float32() -> None:
 def test_output_is_what_masking_the_neuron_removes(unit: str) -> None:
     """Root mean square, over tokens, of the difference in the module's addition to the stream."""
     # Query heads in one group of three, where a mask omits one neuron and not one a group.
-    config = LlamaConfig(32, 16, 1, 3, 1 if unit == "query_head" else 3, 4, 8, 32)
+    config = LlamaConfig(
+        vocab_size=32,
+        d_model=16,
+        n_layers=1,
+        n_heads=3,
+        n_kv_heads=1 if unit == "query_head" else 3,
+        head_dim=4,
+        d_ff=8,
+        max_positions=32,
+    )
     params = {path: jnp.asarray(value) for path, value in random_params(config).items()}
     _, stats = observed(config)
     if unit == "channel":

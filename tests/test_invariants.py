@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sat_jax.nn.decoder import Compute, Remat
-from sat_jax.models.llama_config import LlamaConfig
+from sat_jax.models.llama import LlamaConfig
 from sat_jax.models.params import abstract, bind, numbered
 from sat_jax.ops import BlockSparse
 from sat_jax.sparsity.masks import Masks, SegmentMasks

@@ -17,7 +17,7 @@ import pytest
 from sat_jax.config import Config
 from sat_jax.config_values import from_config_dict, keys
 from sat_jax.errors import UserError
-from sat_jax.models.llama_config import LlamaConfig
+from sat_jax.models.llama import LlamaConfig
 from sat_jax.parallel.mesh import make_mesh
 from sat_jax.sparsity.controller import Controller, make_controller
 from sat_jax.sparsity.plan import Neurons

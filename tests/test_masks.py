@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sat_jax.models.llama_config import LlamaConfig
+from sat_jax.models.llama import LlamaConfig
 from sat_jax.models.params import abstract, bind, numbered
 from sat_jax.sparsity.importance import METRICS, channel_evidence, head_evidence
 from sat_jax.sparsity.masks import Criteria, Masks, choose

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from sat_jax.config_values import from_config_dict
 from sat_jax.data.batch import Batch
-from sat_jax.models.llama_config import LlamaConfig
+from sat_jax.models.llama import LlamaConfig
 from sat_jax.models.params import initial
 from sat_jax.parallel.mesh import make_mesh
 from sat_jax.sparsity.controller import make_controller

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sat_jax.models.llama_config import LlamaConfig
+from sat_jax.models.llama import LlamaConfig
 from sat_jax.models.params import abstract, shapes
 from sat_jax.sparsity.masks import SegmentMasks
 from sat_jax.sparsity.neurons import compact, expand, keep_only, mask_values, neuron_axes

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file
 
 from sat_jax.interop import load_model, open_weights
 from sat_jax.interop.huggingface_config import config_from_json
-from sat_jax.interop.weights import TABLE
-from sat_jax.nn.decoder import Decoder, cast
+from sat_jax.models import registry
+from sat_jax.models.llama import Llama, cast
 from sat_jax.models.params import flat_params
 from sat_jax.sparsity.plan import make_plan
 from tests.small_models import CONFIGS, neurons
@@ -81,12 +81,13 @@ def loss_and_gradients(name: str) -> tuple[jax.Array, dict[str, np.ndarray]]:
         return total / tokens.size
 
     loss, gradients = jax.jit(jax.value_and_grad(mean_loss))(params)
+    flat = flat_params(nnx.merge(graph, gradients))
     stored = {}
-    for path, gradient in flat_params(nnx.merge(graph, gradients)).items():
-        row, value = TABLE[path], np.asarray(gradient)
-        for layer in range(len(value)) if row.stacked else [None]:
-            one = value if layer is None else value[layer]
-            stored[row.huggingface.format(layer=layer)] = row.stored(one)
+    config = model_of(name).config
+    for one in registry.format_of(config).stored_tensors(registry.shapes(config), "huggingface"):
+        layer = ... if one.layer is None else one.layer
+        held = [np.asarray(flat[path])[layer] for path in one.tensor.paths]
+        stored[one.name] = one.tensor.huggingface.join(held)
     return loss, stored
 
 

@@ -18,9 +18,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from sat_jax.errors import UserError
+from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.context import Cache
 from sat_jax.nn.decoder import Decoder, for_decoding
-from sat_jax.models.llama_config import LlamaConfig
 
 # Prompt tokens that go through the model at once. Lengths are rounded up to multiples of the
 # smaller number, so that not every length is a compilation of its own.
@@ -238,7 +238,7 @@ def _rounded(length: int) -> int:
 
 
 def check_prompts(
-    config: LlamaConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    config: DecoderConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> None:
     """Raises `UserError` for prompts that the model of `config` cannot take."""
     if max_new_tokens < 1:

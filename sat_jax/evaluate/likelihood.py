@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 from sat_jax.evaluate.rows import pack, row_width
+from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.decoder import Decoder
-from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.nn.loss import token_scores
 
 _WIDTH = 256  # short pairs share rows of this many slots
@@ -68,7 +68,7 @@ def first_token(tokenizer: Tokenizer) -> int:
     return first
 
 
-def check_pairs(config: LlamaConfig, pairs: Sequence[Pair]) -> None:
+def check_pairs(config: DecoderConfig, pairs: Sequence[Pair]) -> None:
     """Raises `UserError` for a pair that the model of `config` has no positions for."""
     longest = max((pair.length for pair in pairs), default=0)
     config.check_length("a prompt and what follows it: the length", longest)

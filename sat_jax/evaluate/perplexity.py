@@ -21,8 +21,8 @@ from sat_jax.data.sources import read_documents, resolve_sources
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 from sat_jax.evaluate.rows import pack, row_width
+from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.decoder import Decoder
-from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.nn.loss import perplexity_of
 
 
@@ -88,7 +88,7 @@ def text_data(
     )
 
 
-def prepared_data(path: Path, split: str, config: LlamaConfig, rows: int) -> Data:
+def prepared_data(path: Path, split: str, config: DecoderConfig, rows: int) -> Data:
     """A split of prepared data, in its rows, `rows` at a time; the ends of documents are predicted.
 
     Raises `UserError` where `path` is something else, or has ids or rows that the model of `config`

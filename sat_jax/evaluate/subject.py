@@ -9,8 +9,8 @@ from sat_jax.data.conversations import trained_with
 from sat_jax.data.form import Form
 from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sat_jax.interop import Weights, locate, open_weights
-from sat_jax.nn.decoder import Compute, Decoder
 from sat_jax.models.build import build
+from sat_jax.nn.decoder import Compute, Decoder
 from sat_jax.train.trained import is_run, open_run
 
 

@@ -8,8 +8,8 @@ from sat_jax.errors import UserError
 from sat_jax.interop import gguf, huggingface
 from sat_jax.interop.huggingface import Dtype
 from sat_jax.interop.weights import Weights
-from sat_jax.nn.decoder import Compute, Decoder
 from sat_jax.models.build import build
+from sat_jax.nn.decoder import Compute, Decoder
 from sat_jax.nn.layout import flat_values
 
 __all__ = [

@@ -1,7 +1,6 @@
 """Hugging Face directories: safetensors weights, sharded or not, in and out."""
 
 import json
-import re
 import shutil
 import uuid
 from collections.abc import Callable
@@ -17,15 +16,15 @@ from sat_jax.errors import UserError
 from sat_jax.interop.huggingface_config import config_from_json, config_to_json, read_json
 from sat_jax.interop.weights import (
     LFS_POINTER,
-    Row,
     Weights,
     check_tensors,
     is_lfs_pointer,
     stacked_reader,
-    stored_tensors,
 )
-from sat_jax.models.llama_config import LlamaConfig
-from sat_jax.models.build import layout_of
+from sat_jax.models import registry
+from sat_jax.models.build import shapes
+from sat_jax.models.decoder_config import DecoderConfig
+from sat_jax.models.formats import ModelFormat, StoredTensor
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -42,58 +41,62 @@ TOKENIZER_FILES = (
 )
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-# Tables that old files carry among the weights; they follow from the config.
-_NOT_PARAMETERS = re.compile(r"(model\.layers\.\d+\.self_attn|model)\.rotary_emb\.inv_freq")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def open_directory(directory: Path) -> Weights:
-    """The model in a Hugging Face directory. Only headers are read until a value is asked for."""
+    """Return the model in a Hugging Face directory. Only headers are read before a value is."""
     config_path = directory / "config.json"
     if not config_path.is_file():
         raise UserError(f"{directory}: no config.json; expected a Hugging Face directory")
     config = config_from_json(read_json(config_path), str(config_path))
-    tensors = _Tensors(directory)
-    found = {n: s for n, s in tensors.shapes.items() if not _NOT_PARAMETERS.fullmatch(n)}
-    if config.tie_embeddings and "lm_head.weight" in found:
-        _check_tied(tensors, directory)
-        del found["lm_head.weight"]
+    tensors = _Tensors(directory, registry.format_of(config))
+    found = dict(tensors.shapes)
+    if config.tie_embeddings:
+        _check_tied(tensors, config, directory)
+        found.pop(_name_of(config, "lm_head"), None)
     check_tensors(config, "huggingface", found, directory)
     return Weights(config, stacked_reader(config, "huggingface", tensors.fetch))
 
 
 class _Tensors:
-    """The tensors of all safetensors files of a directory, by name, memory-mapped."""
+    """The parameters' tensors in all safetensors files of a directory, by declared name."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, declared: ModelFormat):
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._files: dict[str, tuple[Path, Any]] = {}
+        self._stored: dict[str, tuple[Path, Any, str]] = {}
         for path in _safetensors_files(directory):
             try:
                 handle = safe_open(path, framework="np").__enter__()
                 for name in handle.keys():
-                    piece = handle.get_slice(name)
-                    if name in self.shapes:
-                        raise UserError(f"{path}: tensor {name} is also in another shard")
-                    if piece.get_dtype() not in _FLOATS:
-                        raise UserError(
-                            f"{path}: tensor {name} has dtype {piece.get_dtype()}; "
-                            f"accepted: {', '.join(_FLOATS)}"
-                        )
-                    self.shapes[name] = tuple(piece.get_shape())
-                    self._files[name] = (path, handle)
+                    if not declared.is_ignored(name):
+                        self._add(declared.full_name(name), path, handle, name)
             except (SafetensorError, OSError) as error:
                 pointer = isinstance(error, SafetensorError) and is_lfs_pointer(path)
                 why = LFS_POINTER if pointer else error
                 raise UserError(f"{path}: cannot be read as safetensors: {why}") from error
 
+    def _add(self, name: str, path: Path, handle: Any, stored_name: str) -> None:
+        piece = handle.get_slice(stored_name)
+        if name in self.shapes:
+            other = self._stored[name][2]
+            where = "in another shard" if other == stored_name else f"stored as {other}"
+            raise UserError(f"{path}: tensor {stored_name} is also {where}")
+        if piece.get_dtype() not in _FLOATS:
+            raise UserError(
+                f"{path}: tensor {stored_name} has dtype {piece.get_dtype()}; "
+                f"accepted: {', '.join(_FLOATS)}"
+            )
+        self.shapes[name] = tuple(piece.get_shape())
+        self._stored[name] = (path, handle, stored_name)
+
     def fetch(self, name: str) -> np.ndarray:
-        """One tensor, in the dtype it is stored in."""
-        path, handle = self._files[name]
+        """Return one tensor, in the dtype it is stored in."""
+        path, handle, stored_name = self._stored[name]
         try:
-            return handle.get_tensor(name)
+            return handle.get_tensor(stored_name)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: tensor {name} cannot be read: {error}") from error
+            raise UserError(f"{path}: tensor {stored_name} cannot be read: {error}") from error
 
 
 def _safetensors_files(directory: Path) -> list[Path]:
@@ -114,30 +117,33 @@ def _safetensors_files(directory: Path) -> list[Path]:
     return files
 
 
-def _check_tied(tensors: _Tensors, directory: Path) -> None:
-    """A duplicate of the tied embedding is harmless only while it is equal to it."""
-    if not np.array_equal(
-        tensors.fetch("lm_head.weight"), tensors.fetch("model.embed_tokens.weight")
-    ):
+def _name_of(config: DecoderConfig, path: str) -> str:
+    return registry.format_of(config).tensor_of(path).huggingface.name
+
+
+def _check_tied(tensors: _Tensors, config: DecoderConfig, directory: Path) -> None:
+    """Refuse a tied head that is stored and differs from the embedding."""
+    head, embed = (_name_of(config, path) for path in ("lm_head", "embed"))
+    stored = {head, embed} <= tensors.shapes.keys()
+    if stored and not np.array_equal(tensors.fetch(head), tensors.fetch(embed)):
         raise UserError(
-            f"{directory}: lm_head.weight differs from model.embed_tokens.weight, "
-            "but config.json says tie_word_embeddings"
+            f"{directory}: {head} differs from {embed}, but config.json says tie_word_embeddings"
         )
 
 
 def write_directory(
     directory: Path,
-    config: LlamaConfig,
+    config: DecoderConfig,
     read: Callable[[str], Any],
     *,
     dtype: Dtype = "float32",
     tokenizer_files_from: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a model so that transformers 4 and 5 load it; all of it or nothing.
+    """Write a model so that transformers 4 and 5 load it. If it fails, nothing is left behind.
 
-    `read(path)` gives one stacked parameter and is called once for each. The directory must be new
-    or empty. Tokenizer files are copied from the directory `tokenizer_files_from`.
+    `read(path)` returns one stacked parameter and is called once for each. The directory must be
+    new or empty. Tokenizer files are copied from the directory `tokenizer_files_from`.
     """
     if dtype not in get_args(Dtype):
         raise UserError(
@@ -171,49 +177,56 @@ def write_directory(
 
 def _write_tensors(
     directory: Path,
-    config: LlamaConfig,
+    config: DecoderConfig,
     read: Callable[[str], Any],
     dtype: Dtype,
     shard_bytes: int,
 ) -> None:
     number = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     shards = _plan_shards(config, number.itemsize, shard_bytes)
-    abstract = layout_of(config).shapes
     weight_map: dict[str, str] = {}
-    path, parameter = "", np.empty(0)
+    held: dict[str, np.ndarray] = {}
     for i, shard in enumerate(shards):
         file = _SINGLE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         tensors = {}
-        for name, row, layer in shard:
-            if row.path != path:
-                path, parameter = row.path, np.asarray(read(row.path))
-                if parameter.shape != abstract[path].shape:
-                    raise ValueError(f"{path} is {parameter.shape}, not {abstract[path].shape}")
-            one = row.stored(parameter if layer is None else parameter[layer])
-            # safetensors writes the memory as it lies, so it has to lie in row order.
-            tensors[name] = np.ascontiguousarray(one.astype(number))
-            weight_map[name] = file
+        for stored in shard:
+            if held.keys() != set(stored.tensor.paths):
+                held.clear()
+                held |= {path: _read(config, read, path) for path in stored.tensor.paths}
+            layer = ... if stored.layer is None else stored.layer
+            one = stored.tensor.huggingface.join(
+                [held[path][layer] for path in stored.tensor.paths]
+            )
+            # safetensors writes the memory as it is, so it has to be in row-major order.
+            tensors[stored.name] = np.ascontiguousarray(one.astype(number))
+            weight_map[stored.name] = file
         save_file(tensors, directory / file, metadata={"format": "pt"})
         # safetensors makes its files private; give them the mode that any new file has here.
         (directory / file).chmod((directory / "config.json").stat().st_mode)
     if len(shards) > 1:
-        size = sum(_count(shape) for *_, shape in stored_tensors(config, "huggingface"))
+        size = sum(_count(stored.shape) for shard in shards for stored in shard)
         metadata = {"total_size": size * number.itemsize}
         _write_json(directory / _INDEX, {"metadata": metadata, "weight_map": weight_map})
 
 
-def _plan_shards(
-    config: LlamaConfig, itemsize: int, limit: int
-) -> list[list[tuple[str, Row, int | None]]]:
-    """Which tensors go into which file, known before any is read. One parameter stays together."""
-    shards: list[list[tuple[str, Row, int | None]]] = [[]]
+def _read(config: DecoderConfig, read: Callable[[str], Any], path: str) -> np.ndarray:
+    parameter, shape = np.asarray(read(path)), shapes(config)[path].shape
+    if parameter.shape != shape:
+        raise ValueError(f"{path} is {parameter.shape}, not {shape}")
+    return parameter
+
+
+def _plan_shards(config: DecoderConfig, itemsize: int, limit: int) -> list[list[StoredTensor]]:
+    """Return which tensors each file holds, before any is read. One parameter stays together."""
+    shards: list[list[StoredTensor]] = [[]]
     used = 0
-    for name, row, layer, shape in stored_tensors(config, "huggingface"):
-        size = _count(shape) * itemsize
+    declared = registry.format_of(config)
+    for stored in declared.stored_tensors(shapes(config), "huggingface"):
+        size = _count(stored.shape) * itemsize
         if used and used + size > limit:
             shards.append([])
             used = 0
-        shards[-1].append((name, row, layer))
+        shards[-1].append(stored)
         used += size
     return shards
 

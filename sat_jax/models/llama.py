@@ -1,10 +1,44 @@
-"""The Llama family: Llama, TinyLlama, SmolLM2, Mistral, Qwen2 (q/k/v bias), Qwen3 (q/k norm)."""
+"""The Llama family: Llama, TinyLlama, SmolLM2, Mistral, Qwen2 (q/k/v bias), Qwen3 (q/k norm).
+
+The `llama` architecture of GGUF, which Mistral's files name too, rotates adjacent dimensions. Its
+query and key rows are therefore stored in pairs. The Qwen architectures keep the order of Hugging
+Face.
+"""
+
+import dataclasses
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from sat_jax.models.llama_config import LlamaConfig
+from sat_jax.errors import UserError
+from sat_jax.models.decoder_config import DecoderConfig
+from sat_jax.models.format_fields import (
+    GGUF_KEYS,
+    GGUF_NEUTRAL,
+    JSON_NEUTRAL,
+    GgufFields,
+    Json,
+    JsonFields,
+)
+from sat_jax.models.formats import (
+    GgufFormat,
+    Layout,
+    ModelFormat,
+    Stored,
+    Tensor,
+    layer_paths,
+    tensor,
+)
+from sat_jax.models.rope_formats import (
+    ROPE_FREQS,
+    ROPE_KEYS,
+    ROPE_NEUTRAL,
+    rope_from_gguf,
+    rope_from_json,
+    rope_to_json,
+)
 from sat_jax.nn.attention.grouped_query import Attention
 from sat_jax.nn.context import Context
 from sat_jax.nn.decoder import Compute, Decoder
@@ -12,6 +46,31 @@ from sat_jax.nn.linear import dense
 from sat_jax.nn.mlp import GatedMLP
 from sat_jax.nn.norms import rms_norm
 from sat_jax.nn.param import normal, param
+from sat_jax.nn.rope import RopeConfig
+
+Family = Literal["llama", "mistral", "qwen2", "qwen3"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig(DecoderConfig):
+    """Shape and function of a model. `n_heads` is a multiple of `n_kv_heads`."""
+
+    n_kv_heads: int
+    head_dim: int
+    rope: RopeConfig = RopeConfig()
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    family: Family = "llama"
+
+    @property
+    def query_heads(self) -> int:
+        """Query heads in each KV group, G."""
+        return self.n_heads // self.n_kv_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Rotated dimensions of a head: all."""
+        return self.head_dim
 
 
 class Block(nnx.Module):
@@ -72,3 +131,213 @@ class Llama(Decoder):
     def head_weight(self) -> nnx.Param:
         """Return the output embedding `[V, D]`: that of the tokens where they are tied."""
         return self.embed if self.lm_head is None else self.lm_head
+
+
+def _layer(
+    path: str, huggingface: str, gguf: str, layout: Layout = "rows", rotary_pairs: bool = False
+) -> Tensor:
+    """Declare a tensor of each layer; `rotary_pairs` is the order of its rows in GGUF."""
+    return Tensor(
+        layer_paths(path),
+        Stored(f"model.layers.{{layer}}.{huggingface}", layout),
+        Stored(f"blk.{{layer}}.{gguf}", layout, rotary_pairs=rotary_pairs),
+    )
+
+
+def _tensors(rotary_pairs: bool) -> tuple[Tensor, ...]:
+    return (
+        tensor("embed", "model.embed_tokens.weight", "token_embd.weight"),
+        tensor("final_norm", "model.norm.weight", "output_norm.weight", "vector"),
+        tensor("lm_head", "lm_head.weight", "output.weight"),
+        _layer("attention_norm", "input_layernorm.weight", "attn_norm.weight", "vector"),
+        _layer("mlp_norm", "post_attention_layernorm.weight", "ffn_norm.weight", "vector"),
+        _layer("attention/query", "self_attn.q_proj.weight", "attn_q.weight", "rows", rotary_pairs),
+        _layer("attention/key", "self_attn.k_proj.weight", "attn_k.weight", "rows", rotary_pairs),
+        _layer("attention/value", "self_attn.v_proj.weight", "attn_v.weight"),
+        _layer("attention/output", "self_attn.o_proj.weight", "attn_output.weight", "columns"),
+        _layer("attention/query_bias", "self_attn.q_proj.bias", "attn_q.bias", "vector"),
+        _layer("attention/key_bias", "self_attn.k_proj.bias", "attn_k.bias", "vector"),
+        _layer("attention/value_bias", "self_attn.v_proj.bias", "attn_v.bias", "vector"),
+        _layer("attention/query_norm", "self_attn.q_norm.weight", "attn_q_norm.weight", "vector"),
+        _layer("attention/key_norm", "self_attn.k_norm.weight", "attn_k_norm.weight", "vector"),
+        _layer("mlp/gate", "mlp.gate_proj.weight", "ffn_gate.weight"),
+        _layer("mlp/up", "mlp.up_proj.weight", "ffn_up.weight"),
+        _layer("mlp/down", "mlp.down_proj.weight", "ffn_down.weight", "columns"),
+    )
+
+
+# Whether a model type has biases on q, k and v, and norms on q and k.
+_FLAGS: dict[Family, tuple[bool, bool]] = {
+    "llama": (False, False),
+    "mistral": (False, False),
+    "qwen2": (True, False),
+    "qwen3": (False, True),
+}
+_ARCHITECTURES: dict[Family, str] = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **JSON_NEUTRAL,
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "attention_out_bias": (False, None),
+    "partial_rotary_factor": (1.0, None),
+    "rope_interleaved": (False, None),
+    "use_mrope": (False, None),
+    "original_max_position_embeddings": (None,),
+    "no_rope_layers": (None,),
+    "use_parallel_residual": (False, None),
+}
+_GGUF_KEYS = frozenset(
+    [
+        "attention.key_length",
+        "attention.value_length",
+        "attention.layer_norm_rms_epsilon",
+        "attention.sliding_window",
+    ]
+)
+_GGUF_NEUTRAL = {**GGUF_NEUTRAL, **ROPE_NEUTRAL, "use_parallel_residual": (False,)}
+
+
+def _read_config(fields: JsonFields) -> LlamaConfig:
+    family: Family = fields.raw["model_type"]
+    n_heads = fields.count("num_attention_heads")
+    d_model = fields.count("hidden_size")
+    # Only old Llama files lack the number of KV heads; the other model types' default is not H.
+    n_kv_heads = fields.count("num_key_value_heads", n_heads if family == "llama" else None)
+    if n_heads % n_kv_heads:
+        raise fields.refuse("num_key_value_heads", f"a divisor of num_attention_heads = {n_heads}")
+    if fields.raw.get("head_dim") is None and d_model % n_heads:
+        raise fields.refuse(
+            "head_dim", "a size, as num_attention_heads does not divide hidden_size"
+        )
+    # Qwen3's head size is a number of its own that never follows from the others.
+    head_dim = fields.count("head_dim", None if family == "qwen3" else d_model // n_heads)
+    if head_dim % 2:
+        raise fields.refuse("head_dim", "an even number")
+    n_layers = fields.count("num_hidden_layers")
+    max_positions = fields.count("max_position_embeddings")
+    _refuse_sliding_window(fields, family, n_layers, max_positions)
+    bos = fields.token_ids("bos_token_id")
+    qkv_bias, qk_norm = _FLAGS[family]
+    return LlamaConfig(
+        vocab_size=fields.count("vocab_size"),
+        d_model=d_model,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        d_ff=fields.count("intermediate_size"),
+        max_positions=max_positions,
+        rope=rope_from_json(fields, max_positions, fields.number("rope_theta", 10_000.0)),
+        norm_eps=fields.number("rms_norm_eps"),
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
+        qkv_bias=qkv_bias,
+        qk_norm=qk_norm,
+        family=family,
+        bos_token_id=bos[0] if bos else None,
+        eos_token_ids=fields.token_ids("eos_token_id"),
+    )
+
+
+def _refuse_sliding_window(
+    fields: JsonFields, family: Family, n_layers: int, max_positions: int
+) -> None:
+    """Refuse a window, unless no layer uses it or it is as long as any row may be."""
+    layer_types = fields.raw.get("layer_types")
+    if layer_types is not None and layer_types != ["full_attention"] * len(layer_types):
+        raise fields.refuse("layer_types", '"full_attention" for every layer')
+    window = fields.raw.get("sliding_window")
+    if window is None or (type(window) is int and window >= max_positions):
+        return
+    if family in ("qwen2", "qwen3"):
+        # The first `max_window_layers` layers of these model types attend in full.
+        full = layer_types is not None or fields.count("max_window_layers", 28) >= n_layers
+        if not fields.flag("use_sliding_window", False) or full:
+            return
+    raise fields.refuse("sliding_window", "null, or no less than max_position_embeddings")
+
+
+def _write_config(config: LlamaConfig) -> Json:
+    if (config.qkv_bias, config.qk_norm) != _FLAGS[config.family]:
+        raise UserError(
+            f"no {_ARCHITECTURES[config.family]} has qkv_bias={config.qkv_bias} and "
+            f"qk_norm={config.qk_norm}; the model cannot be written as a Hugging Face directory"
+        )
+    raw: Json = {
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "attention_dropout": 0.0,
+        "rope_theta": config.rope.theta,
+        **rope_to_json(config.rope, config.max_positions),
+    }
+    match config.family:
+        case "llama":
+            return raw | {"attention_bias": False, "mlp_bias": False}
+        case "mistral":
+            return raw | {"sliding_window": None}
+    window = {"use_sliding_window": False, "sliding_window": None}
+    return raw | window | {"max_window_layers": config.n_layers}
+
+
+def _read_gguf(fields: GgufFields) -> LlamaConfig:
+    decoder = fields.decoder()
+    d_model, n_heads = decoder["d_model"], decoder["n_heads"]
+    n_kv_heads = fields.count("attention.head_count_kv", n_heads)
+    if n_heads % n_kv_heads:
+        raise fields.refuse("attention.head_count_kv", f"a divisor of {n_heads} heads")
+    head_dim = fields.count("attention.key_length", d_model // n_heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if fields.count(key, head_dim) != head_dim:
+            raise fields.refuse(key, f"the head size {head_dim}")
+    max_positions = decoder["max_positions"]
+    window = fields.own.get("attention.sliding_window", 0)
+    if window and window < max_positions:
+        raise fields.refuse("attention.sliding_window", f"0 or at least {max_positions}")
+    family: Family = fields.architecture  # type: ignore[assignment]  # one of those declared below
+    qkv_bias, qk_norm = _FLAGS[family]
+    return LlamaConfig(
+        **decoder,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        rope=rope_from_gguf(fields, head_dim, max_positions),
+        norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
+        qkv_bias=qkv_bias,
+        qk_norm=qk_norm,
+        family=family,
+    )
+
+
+def _format(family: Family, gguf: bool = True) -> ModelFormat:
+    return ModelFormat(
+        model_type=family,
+        architecture=_ARCHITECTURES[family],
+        tensors=_tensors(rotary_pairs=family == "llama"),
+        neutral=_NEUTRAL,
+        read_config=_read_config,
+        write_config=_write_config,
+        gguf=GgufFormat(
+            architecture=family,
+            keys=GGUF_KEYS | ROPE_KEYS | _GGUF_KEYS,
+            neutral=_GGUF_NEUTRAL,
+            read_config=_read_gguf,
+            ignored=frozenset({ROPE_FREQS}),
+        )
+        if gguf
+        else None,
+        ignored=r"(model\.layers\.\d+\.self_attn|model)\.rotary_emb\.inv_freq",
+    )
+
+
+FORMATS = (_format("llama"), _format("mistral", gguf=False), _format("qwen2"), _format("qwen3"))

@@ -1,11 +1,12 @@
-"""Models by name: the numbers of their published `config.json` files."""
+"""Models by name: the sizes of their published `config.json` files."""
 
 import dataclasses
 import difflib
 from typing import Any
 
 from sat_jax.errors import UserError
-from sat_jax.models.llama_config import LlamaConfig
+from sat_jax.models.decoder_config import DecoderConfig
+from sat_jax.models.llama import LlamaConfig
 from sat_jax.nn.rope import RopeConfig
 
 
@@ -103,7 +104,7 @@ def _qwen3(d_model: int, n_layers: int, n_heads: int, d_ff: int, **rest: Any) ->
 
 _QWEN_LARGE_VOCABULARY = {"vocab_size": 152_064, "tie_embeddings": False}
 
-PRESETS: dict[str, LlamaConfig] = {
+PRESETS: dict[str, DecoderConfig] = {
     # Two layers of two KV groups with two query heads each, for tests and a first look; the
     # vocabulary is bytes and a few control tokens.
     "tiny": LlamaConfig(
@@ -152,8 +153,8 @@ PRESETS: dict[str, LlamaConfig] = {
 }
 
 
-def preset(name: str) -> LlamaConfig:
-    """The published shape called `name`; a miss lists the near names."""
+def preset(name: str) -> DecoderConfig:
+    """Return the published configuration called `name`; a miss lists the near names."""
     if name in PRESETS:
         return PRESETS[name]
     near = difflib.get_close_matches(name.lower(), PRESETS, n=4, cutoff=0.5)

@@ -41,7 +41,7 @@ class Shape(Protocol):
         """Rotary positions; None: positions are not rotated."""
 
     @property
-    def rotary_dims(self) -> int:
+    def rotary_dim(self) -> int:
         """How many dimensions of a head are rotated."""
 
 
@@ -151,7 +151,7 @@ class Decoder(nnx.Module):
         rope = self.config.rope
         if rope is None:
             return None
-        return rotary_tables(rope, self.config.rotary_dims, positions, length)
+        return rotary_tables(rope, self.config.rotary_dim, positions, length)
 
 
 def for_decoding(model: Decoder) -> Decoder:

@@ -76,9 +76,7 @@ def dense(weight: Any) -> Array:
     return array.dense() if isinstance(array, Weight) else array
 
 
-def project(
-    weight: Any, x: Float[Array, "B T D"], bias: Any = None
-) -> Float[Array, "B T *units"]:
+def project(weight: Any, x: Float[Array, "B T D"], bias: Any = None) -> Float[Array, "B T *units"]:
     """Return `x · Wᵀ + bias`. A bias is added in float32, the result has the dtype of `x`."""
     w = value(weight)
     y = w.project(x) if isinstance(w, Weight) else _project(w, x)

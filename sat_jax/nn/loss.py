@@ -161,7 +161,5 @@ def next_token_loss(
     """Return the sum over the masked-in tokens of the cross-entropy (natural logarithm), and what
     was observed; `options` are those of `Decoder.hidden`."""
     x_BTD, observed = model.hidden(tokens, segment_ids, positions, **options)
-    loss = chunked_cross_entropy(
-        x_BTD, model.head(), targets, loss_mask, model.compute.loss_chunk
-    )
+    loss = chunked_cross_entropy(x_BTD, model.head(), targets, loss_mask, model.compute.loss_chunk)
     return loss, observed

@@ -18,8 +18,8 @@ from sat_jax.nn.layout import Layout
 from sat_jax.sparsity.plan import Plan
 from sat_jax.sparsity.rows import Kept, complement, gather_rows
 
-Corrections = dict[str, tuple[Array | None, ...]]
-"""By path of an output matrix, for each segment what its kept rows get; None: nothing is omitted."""
+Corrections = Mapping[str, tuple[Array | None, ...]]
+"""By path of an output matrix and by segment, what kept rows get; None: nothing is omitted."""
 
 
 def least_squares_correction(
@@ -30,7 +30,7 @@ def least_squares_correction(
     plan: Plan,
 ) -> Corrections:
     """Return the corrections; `params` are those of the full model."""
-    corrections: Corrections = {}
+    corrections: dict[str, tuple[Array | None, ...]] = {}
     for path, leaf in layout.with_role("write"):
         innermost = next(name for name in reversed(leaf.axes) if name in layout.units)
         parts: list[Array | None] = []

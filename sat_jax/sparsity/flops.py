@@ -241,8 +241,7 @@ def _columns(layout: Layout[Any]) -> list[int]:
     width = _width(layout)
     return [
         sum(
-            math.prod(layout.shapes[p].shape[1:]) // width
-            for p in _matrices(layout, name, "write")
+            math.prod(layout.shapes[p].shape[1:]) // width for p in _matrices(layout, name, "write")
         )
         for name in layout.branches
     ]

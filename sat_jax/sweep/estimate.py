@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sat_jax.sparsity.flops import training_flops
 from sat_jax.analysis.rows import latest, read
 from sat_jax.analysis.tables import duration, fixed_width, quantity, sides
+from sat_jax.models.build import layout_of
 from sat_jax.models.presets import preset
 from sat_jax.sparsity.controller import Rung
+from sat_jax.sparsity.flops import training_flops
 from sat_jax.sparsity.importance import METRICS
 from sat_jax.sweep.axes import short_names, told
 from sat_jax.sweep.runs import Run
@@ -79,7 +80,9 @@ def speed_of(
     row = latest(known, **wanted, model=name) or latest(known, **wanted)
     if row is None:
         return None
-    flops = training_flops(layout_of(preset(row["model"])), row["row_length"], remat=row["remat"]).total
+    flops = training_flops(
+        layout_of(preset(row["model"])), row["row_length"], remat=row["remat"]
+    ).total
     source = (
         f"the benchmark's dense step of {row['model']} in {row['dtype']} on"
         f" {row['device']['kind']}; other machines, models and shapes"

@@ -8,7 +8,7 @@ from sat_jax.analysis.results import OF_SPARSITY, dense_twin, dense_version
 from sat_jax.config import Config
 from sat_jax.config_values import build, fingerprint, free_paths, without_free
 from sat_jax.errors import UserError
-from sat_jax.models.llama_config import LlamaConfig
+from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.sparsity.controller import Controller
 from sat_jax.sweep.axes import Settings
 from sat_jax.train.setup import controller_of, prepared_data
@@ -21,7 +21,7 @@ class Run:
 
     settings: Settings
     config: Config
-    model: LlamaConfig
+    model: DecoderConfig
     controller: Controller
 
     @property
@@ -63,7 +63,7 @@ def make_runs(
     """
     runs: dict[str, Run] = {}
     refused = []
-    models: dict[tuple[str | None, str | None], LlamaConfig] = {}
+    models: dict[tuple[str | None, str | None], DecoderConfig] = {}
     for settings in asked:
         try:
             config = build(values, {**fixed, **settings})

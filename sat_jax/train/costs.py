@@ -1,16 +1,15 @@
 """Floating-point operations of the parts of a run, from its settings."""
 
-from typing import Any
-
 from sat_jax.config import Config
 from sat_jax.models.build import layout_of
+from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.sparsity.controller import Rung
 from sat_jax.sparsity.flops import correction_flops, probe_flops, training_flops
 from sat_jax.sparsity.importance import METRICS
 from sat_jax.train.probe import probe_shape
 
 
-def step_flops(config: Config, model: Any, rung: Rung | None = None) -> float:
+def step_flops(config: Config, model: DecoderConfig, rung: Rung | None = None) -> float:
     """Return the training FLOPs a token on a rung, recomputation included; None: densely. Mask
     execution computes everything on every rung."""
     segments, sparse = None, config.sparsity
@@ -24,7 +23,7 @@ def step_flops(config: Config, model: Any, rung: Rung | None = None) -> float:
     return flops.total
 
 
-def flops_of_probe(config: Config, model: Any) -> float:
+def flops_of_probe(config: Config, model: DecoderConfig) -> float:
     """Return the FLOPs of one probe."""
     sparse = config.sparsity
     rows, length = probe_shape(
@@ -36,7 +35,7 @@ def flops_of_probe(config: Config, model: Any) -> float:
     return rows * length * token
 
 
-def flops_of_selection(config: Config, model: Any, rung: Rung) -> float:
+def flops_of_selection(config: Config, model: DecoderConfig, rung: Rung) -> float:
     """Return the FLOPs of what follows a selection: the least-squares correction."""
     if not config.sparsity.least_squares_correction:
         return 0.0

@@ -18,20 +18,20 @@ from sat_jax.errors import UserError
 from sat_jax.parallel.mesh import row_share
 from sat_jax.parallel.processes import decide, is_primary, on_host
 from sat_jax.sparsity.controller import Rung
+from sat_jax.sparsity.execution.state import new_state
 from sat_jax.sparsity.importance import METRICS
-from sat_jax.train.counters import RunCounters
 from sat_jax.train.checkpoint import Checkpoints
+from sat_jax.train.counters import RunCounters
 from sat_jax.train.finish import finish
 from sat_jax.train.interrupt import Interrupt
 from sat_jax.train.metrics import MetricsLog
 from sat_jax.train.programs import Programs
 from sat_jax.train.progress import Progress
+from sat_jax.train.run_state import RunState
 from sat_jax.train.setup import Task, initial_params, set_up
-from sat_jax.sparsity.execution.state import new_state
 from sat_jax.train.step import StepMetrics
 from sat_jax.train.summary import Clock
 from sat_jax.train.workdir import WorkDir
-from sat_jax.train.run_state import RunState
 
 
 def train(config: Config, directory: Path, log: Callable[[str], None]) -> dict[str, Any]:
@@ -241,7 +241,9 @@ class Run:
         self._done_at = now
         if self._counters.first_step_seconds is None:
             self._counters.first_step_seconds = self._clock.seconds()["total"]
-        record = self._counters.count_step(running.rung, metrics, seconds, self._task, running.steady)
+        record = self._counters.count_step(
+            running.rung, metrics, seconds, self._task, running.steady
+        )
         done = running.number + 1
         if _due(done, self._config.train.log_every) or done == self._config.train.steps:
             self._record(done, record)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import Array
 
 from sat_jax.sparsity.execution.base import Execution
 from sat_jax.sparsity.execution.state import OmittedState, TrainState, path_trees

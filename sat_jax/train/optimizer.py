@@ -50,9 +50,7 @@ def scale_by_neuron_adam(
         del params
         grads = dict(grads)
         count = jax.tree.map(lambda n: n + 1, state.counts)
-        mu = jax.tree.map(
-            lambda m, g: beta1 * m.astype(g.dtype) + (1 - beta1) * g, state.mu, grads
-        )
+        mu = jax.tree.map(lambda m, g: beta1 * m.astype(g.dtype) + (1 - beta1) * g, state.mu, grads)
         nu = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, state.nu, grads)
 
         def corrected(n: Array, m: Array, v: Array) -> Array:

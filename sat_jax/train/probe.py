@@ -1,4 +1,4 @@
-"""A forward pass of the full model between steps: what its units output, and what they are worth."""
+"""Forward passes of the full model between steps, which observe what its units output."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Literal, NamedTuple

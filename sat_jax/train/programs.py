@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from sat_jax.config import Config
 from sat_jax.data.batch import Batch
 from sat_jax.models.build import layout_of
+from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.decoder import Compute
 from sat_jax.parallel.rules import BATCH, tree_shardings
 from sat_jax.sparsity.choose import Criteria, choose, selection_key
@@ -61,13 +62,11 @@ class Programs:
     A compilation that fails raises where its result is asked for, and in `check`.
     """
 
-    def __init__(self, config: Config, model: Any, mesh: Mesh, controller: Controller):
+    def __init__(self, config: Config, model: DecoderConfig, mesh: Mesh, controller: Controller):
         self._config, self._mesh = config, mesh
         self._neurons = controller.neurons
         settings = config.model
-        compute = Compute(
-            settings.dtype, settings.remat, settings.loss_chunk, settings.attention
-        )
+        compute = Compute(settings.dtype, settings.remat, settings.loss_chunk, settings.attention)
         self.layout = layout_of(model, compute)
         self.observe = _observed_by_probes(config, controller)
         self.optimizer = make_optimizer(config.optimizer, config.train.steps, self.layout)
@@ -182,9 +181,7 @@ class Programs:
     def _compile_rung(self, plan: Plan) -> RungPrograms:
         started = time.perf_counter()
         kept = self.kept(plan)
-        moves = compile_moves(
-            self.state, kept, self.execution(plan), self._placed, self._compile
-        )
+        moves = compile_moves(self.state, kept, self.execution(plan), self._placed, self._compile)
         return RungPrograms(
             select=self._compile(self._select(plan), self.state, self.stats),
             correct=self._compile(self._correct(plan), self.state, self.stats, kept),

@@ -16,9 +16,9 @@ from sat_jax.data.prepare import Prepared, prepare
 from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sat_jax.errors import UserError
 from sat_jax.interop import Weights, locate
-from sat_jax.nn.attention.dot_product import refusals
-from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.build import initial_values, layout_of
+from sat_jax.models.decoder_config import DecoderConfig
+from sat_jax.nn.attention.dot_product import refusals
 from sat_jax.parallel.mesh import make_mesh
 from sat_jax.parallel.processes import check_joined
 from sat_jax.parallel.rules import check_divisible, tree_shardings
@@ -32,7 +32,7 @@ class Task:
     """The resolved configuration, model, data, mesh and schedule of a run."""
 
     config: Config
-    model: LlamaConfig
+    model: DecoderConfig
     weights: Weights | None
     tokenizer: Tokenizer
     data: Prepared
@@ -61,7 +61,7 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
     return Task(config, model, weights, tokenizer, data, mesh, controller)
 
 
-def controller_of(config: Config, model: LlamaConfig) -> Controller:
+def controller_of(config: Config, model: DecoderConfig) -> Controller:
     """The rungs of a run, from its settings and its model's shape."""
     return make_controller(
         config.sparsity,
@@ -73,7 +73,7 @@ def controller_of(config: Config, model: LlamaConfig) -> Controller:
 
 
 def prepared_data(
-    config: Config, model: LlamaConfig, log: Callable[[str], None]
+    config: Config, model: DecoderConfig, log: Callable[[str], None]
 ) -> tuple[Tokenizer, Prepared]:
     """The run's tokenizer, and its data, prepared if they are not yet. Starts no device."""
     form = Form.of(config.data)
@@ -96,7 +96,9 @@ def initial_params(task: Task) -> dict[str, jax.Array]:
     layout = layout_of(task.model)
     shardings = tree_shardings(task.mesh, layout, dict(layout.shapes))
     if task.weights is None:
-        make = jax.jit(lambda: initial_values(task.model, task.config.seed), out_shardings=shardings)
+        make = jax.jit(
+            lambda: initial_values(task.model, task.config.seed), out_shardings=shardings
+        )
         return make()
     return {
         path: _placed(np.asarray(task.weights.read(path), np.float32), shardings[path])
@@ -112,7 +114,7 @@ def _model_path(config: Config) -> Path | None:
     return None if config.model.path is None else locate(config.model.path)
 
 
-def _check_attention(config: Config, model: LlamaConfig) -> None:
+def _check_attention(config: Config, model: DecoderConfig) -> None:
     if config.model.attention is None:
         return
     rows = config.train.rows_per_step // config.train.accumulate

@@ -1,6 +1,7 @@
 """One optimizer step, one evaluation: pure functions of arrays, to be jitted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,8 @@ from sat_jax.sparsity.execution.state import TrainState, Tree
 from sat_jax.sparsity.rows import Kept
 from sat_jax.sparsity.statistics import Observable, Statistics, accumulate, statistics_of
 from sat_jax.train.optimizer import Clip, Schedule
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class StepMetrics(NamedTuple):
@@ -61,8 +64,8 @@ def make_step(
         stats: Statistics,
         kept: Kept,
         batch: Batch,
-        omitted: Tree = {},
-        corrections: Corrections = {},
+        omitted: Tree = _NOTHING,
+        corrections: Corrections = _NOTHING,
     ) -> tuple[TrainState, Statistics, StepMetrics]:
         options: dict[str, Any] = {}
         if execution.selection is not None:

@@ -13,8 +13,8 @@ from sat_jax.data.form import Form
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 from sat_jax.interop import Weights, open_weights
-from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.build import layout_of
+from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.presets import preset
 from sat_jax.train.checkpoint import find
 from sat_jax.train.files import read_json
@@ -50,7 +50,7 @@ def open_run(path: Path, step: int | None = None) -> tuple[Weights, Config]:
     return Weights(model, read), config
 
 
-def starting_point(config: Config) -> tuple[LlamaConfig, Weights | None]:
+def starting_point(config: Config) -> tuple[DecoderConfig, Weights | None]:
     """The model that is trained, and its pretrained weights, opened, where it has some."""
     if config.model.path is not None:
         weights = open_weights(config.model.path)
@@ -59,7 +59,7 @@ def starting_point(config: Config) -> tuple[LlamaConfig, Weights | None]:
     return preset(config.model.preset), None
 
 
-def exported(model: LlamaConfig, tokenizer: Tokenizer, form: Form) -> LlamaConfig:
+def exported(model: DecoderConfig, tokenizer: Tokenizer, form: Form) -> DecoderConfig:
     """The config that a model trained on data of this form is written with: a token that ended its
     answers is one of its ends, behind its own, or other programs would not stop there."""
     learnt = [] if form.text else end_of_turn(tokenizer)

@@ -40,7 +40,7 @@ class Execution:
     def compact(self, tree: Tree, kept: Kept) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the tree that is trained, and what of it is not: nothing."""
         del kept
-        return self.map_segments(lambda path, number, part: part, tree), {}
+        return self.map_segments(lambda _path, _number, part: part, tree), {}
 
     def expand(self, tree: Tree, omitted: Tree, kept: Kept) -> dict[str, Any]:
         """Return the full tree: the inverse of `compact`, bit for bit."""

@@ -44,9 +44,7 @@ class Kernel(Execution):
             indices, rows = self.kept_of(path, kept[number]), trained.get(path)
             if indices is None:
                 return full if rows is None else rows[number]
-            return self._kept_rows(
-                path, full, None if rows is None else rows[number], indices
-            )
+            return self._kept_rows(path, full, None if rows is None else rows[number], indices)
 
         def complement_view(path: str, number: int, full: Array) -> Any:
             indices = self.kept_of(path, kept[number])

@@ -1,0 +1,34 @@
+"""The configuration fields that all decoder families share."""
+
+import dataclasses
+from typing import Literal
+
+from sat_jax.errors import UserError
+
+# "gelu": x Φ(x). "gelu_new": its tanh approximation (Hendrycks and Gimpel, arXiv:1606.08415).
+Activation = Literal["gelu", "gelu_new"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Shape and function of a decoder-only language model: everything that a checkpoint fixes.
+
+    `family` is the Hugging Face model type. `max_positions` is the longest row in tokens.
+    """
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_heads: int
+    d_ff: int
+    max_positions: int
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    family: str
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def check_length(self, name: str, length: int) -> None:
+        """Raise `UserError` if a row of `length` tokens, which is called `name`, is too long."""
+        if length > self.max_positions:
+            raise UserError(f"{name} {length} exceeds the model's {self.max_positions} positions")

@@ -1,0 +1,216 @@
+"""How a model family declares its file formats: tensors, config.json and GGUF metadata.
+
+A family declares one `ModelFormat` for each Hugging Face model type. `sat_jax.interop` reads and
+writes files from these declarations alone.
+
+A parameter's path is its place in the model (`layers/attention/query`). Its value is float32 and
+stacks all layers on the first axis where the path starts with `layers/`; files hold one tensor a
+layer.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from sat_jax.models.decoder_config import DecoderConfig
+from sat_jax.models.format_fields import GgufFields, Json, JsonFields
+from sat_jax.nn.decoder import Decoder
+
+Format = Literal["huggingface", "gguf"]
+Layout = Literal["rows", "columns", "vector"]
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Name and layout of a tensor in one format. `{layer}` in the name is the layer's number.
+
+    `rows` is `[out, in]`: all axes of a parameter but the last are flattened into `out`. `columns`
+    is the transpose of `rows`. `vector` has one axis: all axes of a parameter flattened.
+
+    A tensor that holds several parameters concatenates them along `out`. With `by_head` it
+    concatenates them within each entry of the parameters' first axis: head by head.
+    With `rotary_pairs` the dimensions of a head (axis -2) are stored in the order
+    0, E/2, 1, E/2 + 1, ..., as rotation of adjacent dimensions needs them.
+    """
+
+    name: str
+    layout: Layout
+    by_head: bool = False
+    rotary_pairs: bool = False
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        """Return the stored shape of parameters that have `shapes` in one layer."""
+        tail = self._tail(shapes[0])
+        out = sum(math.prod(shape) for shape in shapes) // math.prod(tail)
+        return (*tail, out) if self.layout == "columns" else (out, *tail)
+
+    def join(self, parameters: Sequence[np.ndarray]) -> np.ndarray:
+        """Return one layer's stored tensor from the parameters that it holds."""
+        tail = self._tail(parameters[0].shape)
+        lead = len(parameters[0]) if self.by_head else 1
+        if self.rotary_pairs:
+            parameters = [_exchange(p, (2, -1)) for p in parameters]
+        parts = [parameter.reshape(lead, -1, *tail) for parameter in parameters]
+        joined = np.concatenate(parts, axis=1).reshape(-1, *tail)
+        return joined.T if self.layout == "columns" else joined
+
+    def split(self, stored: np.ndarray, shapes: Sequence[Shape]) -> list[np.ndarray]:
+        """Return the parameters of one layer, which have `shapes`: the inverse of `join`."""
+        tail = self._tail(shapes[0])
+        lead = shapes[0][0] if self.by_head else 1
+        rows = stored.T if self.layout == "columns" else stored
+        sizes = [math.prod(shape) // math.prod(tail) // lead for shape in shapes]
+        parts = np.split(rows.reshape(lead, -1, *tail), np.cumsum(sizes)[:-1], axis=1)
+        parameters = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+        if self.rotary_pairs:
+            parameters = [_exchange(p, (-1, 2)) for p in parameters]
+        return parameters
+
+    def _tail(self, shape: Shape) -> Shape:
+        return () if self.layout == "vector" else shape[-1:]
+
+
+def _exchange(parameter: np.ndarray, factors: tuple[int, int]) -> np.ndarray:
+    """Split axis -2 into `factors`, exchange the two and flatten them again."""
+    *lead, size, width = parameter.shape
+    return parameter.reshape(*lead, *factors, width).swapaxes(-3, -2).reshape(*lead, size, width)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """The parameters that one stored tensor holds, and where each format keeps it.
+
+    `gguf` is None if GGUF has no such tensor. A model without these parameters has no such tensor.
+    """
+
+    paths: tuple[str, ...]
+    huggingface: Stored
+    gguf: Stored | None
+
+    @property
+    def stacked(self) -> bool:
+        """Whether files hold one tensor a layer."""
+        return self.paths[0].startswith("layers/")
+
+    def stored(self, form: Format) -> Stored:
+        """Return name and layout in a format that has the tensor."""
+        stored: Stored | None = getattr(self, form)
+        if stored is None:
+            raise ValueError(f"{form} has no tensor for {', '.join(self.paths)}")
+        return stored
+
+
+def layer_paths(names: str) -> tuple[str, ...]:
+    """Return the paths of a layer's parameters, whose names are separated by spaces."""
+    return tuple(f"layers/{name}" for name in names.split())
+
+
+def tensor(path: str, huggingface: str, gguf: str, layout: Layout = "rows") -> Tensor:
+    """Return the tensor of one parameter, which both formats store in the same layout."""
+    return Tensor((path,), Stored(huggingface, layout), Stored(gguf, layout))
+
+
+def weight_and_bias(
+    weight: tuple[str, ...], bias: tuple[str, ...], huggingface: Stored, gguf: Stored
+) -> tuple[Tensor, Tensor]:
+    """Return the tensors `NAME.weight`, laid out as `Stored` says, and `NAME.bias`, a vector."""
+    places = (huggingface, gguf)
+    weights = [dataclasses.replace(place, name=f"{place.name}.weight") for place in places]
+    biases = [
+        dataclasses.replace(place, name=f"{place.name}.bias", layout="vector") for place in places
+    ]
+    return Tensor(weight, *weights), Tensor(bias, *biases)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a file: its name and shape, what it holds, and of which layer."""
+
+    name: str
+    tensor: Tensor
+    layer: int | None
+    shape: Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class GgufFormat:
+    """How GGUF describes a model type.
+
+    `keys` are the metadata keys, without the architecture's prefix, that `read_config` uses or that
+    change nothing. `neutral` lists for other keys the values that change nothing; a key in neither
+    is refused. `ignored` are tensors that are not parameters.
+    """
+
+    architecture: str
+    keys: frozenset[str]
+    neutral: Mapping[str, tuple[Any, ...]]
+    read_config: Callable[[GgufFields], DecoderConfig]
+    ignored: frozenset[str] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFormat:
+    """How files describe one model type.
+
+    `neutral` lists fields of config.json that would change the function, with the values that do
+    not; any other value is refused. `write_config(config)` returns the fields of config.json that
+    the model type adds to those common to all. `ignored` is a regular expression for the names of
+    Hugging Face tensors that are not parameters. Names on disk may lack `optional_prefix`; written
+    names have it.
+    """
+
+    model_type: str
+    architecture: str
+    tensors: tuple[Tensor, ...]
+    neutral: Mapping[str, tuple[Any, ...]]
+    read_config: Callable[[JsonFields], DecoderConfig]
+    write_config: Callable[[Any], Json]
+    gguf: GgufFormat | None = None
+    ignored: str = r"(?!)"
+    optional_prefix: str = ""
+
+    def is_ignored(self, name: str) -> bool:
+        """Return whether a Hugging Face tensor is not a parameter."""
+        return re.fullmatch(self.ignored, name) is not None
+
+    def full_name(self, name: str) -> str:
+        """Return the declared name of a Hugging Face tensor, with the optional prefix."""
+        full = self.optional_prefix + name
+        templates = (re.escape(tensor.huggingface.name) for tensor in self.tensors)
+        patterns = (template.replace(r"\{layer\}", r"\d+") for template in templates)
+        return full if any(re.fullmatch(pattern, full) for pattern in patterns) else name
+
+    def tensor_of(self, path: str) -> Tensor:
+        """Return the declaration of the tensor that holds the parameter at `path`."""
+        return next(declared for declared in self.tensors if path in declared.paths)
+
+    def stored_tensors(
+        self, shapes: Mapping[str, jax.ShapeDtypeStruct], form: Format
+    ) -> Iterator[StoredTensor]:
+        """Yield every tensor of a file that holds the parameters of `shapes`, in declared order."""
+        declared = {path for tensor in self.tensors for path in tensor.paths}
+        if missing := shapes.keys() - declared:
+            raise ValueError(f"{self.model_type} declares no tensor for {sorted(missing)}")
+        for held in self.tensors:
+            if not shapes.keys() & set(held.paths):
+                continue
+            full = [shapes[path].shape for path in held.paths]
+            own = [shape[1:] for shape in full] if held.stacked else full
+            stored = held.stored(form)
+            for layer in range(full[0][0]) if held.stacked else [None]:
+                name = stored.name.format(layer=layer)
+                yield StoredTensor(name, held, layer, stored.shape(own))
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A model family: the class of its models, and its file formats by model type."""
+
+    model: Callable[..., Decoder]
+    formats: tuple[ModelFormat, ...]
