@@ -18,7 +18,7 @@ from sat_jax.models.loss import chunked_cross_entropy
 from sat_jax.models.mlp import MLP
 from sat_jax.models.observe import attention_input, channel_squares, column_products, mlp_input
 from sat_jax.models.rope import rotary_tables
-from sat_jax.ops import BlockSparse
+from sat_jax.ops import KernelConfig
 from sat_jax.sparsity.masks import SegmentMasks
 from sat_jax.sparsity.plan import Segment
 from sat_jax.sparsity.statistics import Gates, Observable, Products, Statistics
@@ -41,7 +41,7 @@ class Compute:
     remat: Remat = "none"
     loss_chunk: int = 512
     attention: Implementation | None = None
-    kernels: BlockSparse | None = None
+    kernels: KernelConfig | None = None
 
 
 _POLICIES: dict[Remat, Callable[..., Any]] = {
@@ -80,7 +80,7 @@ class Block(nnx.Module):
         *,
         masked: bool = False,
         live: Live | None = None,
-        kernels: BlockSparse | None = None,
+        kernels: KernelConfig | None = None,
         rngs: nnx.Rngs,
     ):
         kind: Any = {"masked": masked, "live": live is not None, "rngs": rngs}

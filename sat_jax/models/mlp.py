@@ -15,7 +15,7 @@ from sat_jax.models.layers import (
     with_offset,
 )
 from sat_jax.models.llama_config import LlamaConfig
-from sat_jax.ops import BlockSparse, InPlace, kept_mlp
+from sat_jax.ops import InPlace, KernelConfig, kept_mlp
 from sat_jax.sparsity.plan import Segment
 
 MATRICES = ("gate", "up", "down")
@@ -37,7 +37,7 @@ class MLP(nnx.Module):
         *,
         masked: bool = False,
         live: bool = False,
-        kernels: BlockSparse | None = None,
+        kernels: KernelConfig | None = None,
         rngs: nnx.Rngs,
     ):
         told = not live and segment.channels < config.d_ff

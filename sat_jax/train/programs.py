@@ -22,7 +22,7 @@ from sat_jax.models.live import Live
 from sat_jax.models.llama import Compute
 from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.params import abstract, shapes
-from sat_jax.ops import BlockSparse
+from sat_jax.ops import KernelConfig
 from sat_jax.parallel.rules import BATCH, tree_shardings
 from sat_jax.sparsity.compensation import compensation
 from sat_jax.sparsity.controller import Controller
@@ -253,11 +253,11 @@ class Programs:
         return self._config.sparsity.execution == "gather"
 
     @staticmethod
-    def _kernels(config: Config, model: LlamaConfig, mesh: Mesh) -> BlockSparse | None:
+    def _kernels(config: Config, model: LlamaConfig, mesh: Mesh) -> KernelConfig | None:
         """The kernels of kernel execution, refused where they cannot be."""
         if config.sparsity.execution != "kernel" or not max(config.rates):
             return None
-        kernels = BlockSparse(config.sparsity.block, config.model.kernels)
+        kernels = KernelConfig(config.sparsity.block, config.model.kernels)
         if mesh.size > 1:
             raise UserError(
                 f"sparsity.execution 'kernel' on {mesh.size} devices; accepted: one, or another"
