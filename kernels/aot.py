@@ -104,8 +104,7 @@ def check(target: str) -> bool:
         return False
     success = True
     for name, program in _cases(TARGETS[target][0]):
-        with _on(sharding):
-            summary, failure = compile_program(program, sharding)
+        summary, failure = compile_program(program, sharding)
         if target == "h200" and not failure and "registers" not in summary:
             failure = _NO_REGISTER_REPORT
         print(f"{target}  {name}: {failure or summary}", flush=True)
@@ -127,8 +126,8 @@ def check_candidates(target: str) -> bool:
             print(f"{target}  {reason}", flush=True)
             continue
         for pattern, operation in tuned.OPERATIONS:
-            key = kernels.NAME, pattern, operation, "bfloat16", block, workload.tokens
-            case = tuned.Case(*key)
+            name, tokens = kernels.NAME, workload.tokens
+            case = tuned.Case(name, pattern, operation, "bfloat16", block, tokens)
             result = _check_case(target, case, workload._replace(block=block), sharding)
             success, reported = success and result[0], reported or result[1]
     if target == "h200" and not reported:
@@ -158,8 +157,7 @@ def _check_case(
         if program_hash in compiled:
             continue
         compiled.add(program_hash)
-        with _on(sharding):
-            summary, failure = compile_program(program, sharding)
+        summary, failure = compile_program(program, sharding)
         reported |= "registers" in summary
         if failure:
             print(f"{name}  {tune.describe_tiles(tiles)}: {failure}", flush=True)
@@ -252,7 +250,7 @@ def _placed(arguments: Any, sharding: NamedSharding) -> Any:
 def compile_program(program: Program, sharding: NamedSharding) -> tuple[str, str | None]:
     """Return a summary of memory and registers, and the failure or None."""
     arguments = _placed(program.arguments, sharding)
-    with capture_stdout() as output:
+    with _on(sharding), capture_stdout() as output:
         try:
             compiled = jax.jit(program.function).lower(*arguments).compile()
         except Exception as error:

@@ -99,20 +99,17 @@ def _key(row: Mapping[str, Any]) -> Key:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = measure.parser(
         "python -m kernels.benchmark",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        __doc__,
+        models=[workload.model for workload in LLAMA_2],
+        densities=[0.125, 0.25, 0.5, 0.75, 1.0],
+        blocks=[128],
+        tokens=[1024, 4096, 16_384, 65_536],
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="FILE", help="JSON lines; rows are appended")
-    add("--model", nargs="+", choices=MODELS, default=[workload.model for workload in LLAMA_2])
-    add("--program", nargs="+", choices=_PROGRAMS, default=_PROGRAMS)
-    add("--tokens", nargs="+", type=measure.count, default=[1024, 4096, 16_384, 65_536])
-    add("--density", nargs="+", type=measure.density, default=[0.125, 0.25, 0.5, 0.75, 1.0])
-    add("--block", nargs="+", type=int, choices=(64, 128), default=[128])
-    add("--repeat", type=measure.count, default=20, help="timings per row (default 20)")
-    add("--minutes", type=float, help="start no measurement after this time")
+    add("--program", nargs="+", choices=_PROGRAMS, default=_PROGRAMS, help="default: all")
     add("--profile", type=Path, metavar="DIR", help="also write profiler traces to DIR")
     return parser
 

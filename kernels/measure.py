@@ -1,4 +1,4 @@
-"""Timing of calls, for the benchmark and for tuning."""
+"""Timing of calls, and the options that the benchmark and tuning share."""
 
 import argparse
 import contextlib
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.block_sparse_matmul.workloads import Program
+from kernels.block_sparse_matmul.workloads import MODELS, Program
 
 # Shorter calls are queued several times per timing, so that launching them is not measured.
 _SHORT_CALL = 5e-3
@@ -73,16 +73,41 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
-def count(text: str) -> int:
-    """Parse a command-line argument that is an integer of at least 1."""
+def parser(
+    command: str,
+    description: str | None,
+    *,
+    models: list[str],
+    densities: list[float],
+    blocks: list[int],
+    tokens: list[int],
+) -> argparse.ArgumentParser:
+    """Return a parser with the options that the benchmark and tuning share, and their defaults."""
+    result = argparse.ArgumentParser(
+        command, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def add_list(name: str, values: list[Any], text: str, **options: Any) -> None:
+        text += f" (default: {', '.join(map(str, values))})"
+        result.add_argument(name, nargs="+", default=values, help=text, **options)
+
+    add_list("--model", models, "sizes of the MLP", choices=MODELS)
+    add_list("--density", densities, "kept fractions, 0.125 to 1", type=_density)
+    add_list("--block", blocks, "block sizes", type=int, choices=(64, 128, 256))
+    add_list("--tokens", tokens, "numbers of tokens", type=_count)
+    result.add_argument("--repeat", type=_count, default=20, help="timings of each (default: 20)")
+    result.add_argument("--minutes", type=float, help="start no measurement after this time")
+    return result
+
+
+def _count(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text}, accepted 1 and more")
     return number
 
 
-def density(text: str) -> float:
-    """Parse a density. With less than 0.125 the smallest model would keep no block."""
+def _density(text: str) -> float:
     number = float(text)
     if not 0.125 <= number <= 1:
         raise argparse.ArgumentTypeError(f"{text}, accepted 0.125 to 1")

@@ -65,20 +65,17 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = measure.parser(
         "python -m kernels.tune",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        __doc__,
+        models=["llama-2-7b"],
+        densities=[0.5],
+        blocks=[128, 64],
+        tokens=[1024, 4096, 16_384],
     )
     add = parser.add_argument
     add("--out", type=Path, metavar="DIR", help="default: the folder that the kernels read")
-    add("--model", nargs="+", choices=MODELS, default=["llama-2-7b"], help="the sizes of its MLP")
-    add("--density", nargs="+", type=measure.density, default=[0.5])
-    add("--operation", nargs="+", choices=_OPERATIONS, default=_OPERATIONS)
-    add("--block", nargs="+", type=measure.count, default=[128, 64])
-    add("--tokens", nargs="+", type=measure.count, default=[1024, 4096, 16_384])
-    add("--repeat", type=measure.count, default=20, help="timings per program (default 20)")
-    add("--minutes", type=float, help="start no measurement after this time")
+    add("--operation", nargs="+", choices=_OPERATIONS, default=_OPERATIONS, help="default: all")
     add("--interpret", action="store_true", help="run on a CPU, to test the search")
     return parser
 

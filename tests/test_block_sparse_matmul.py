@@ -160,24 +160,6 @@ def test_several_tiles_on_gpu(name: str) -> None:
     check(name, "pallas_gpu", "bfloat16", mask, operands(mask, tokens=300, width=0))
 
 
-@pytest.mark.parametrize("ids", [[0, 2, 3], []])
-@pytest.mark.parametrize("backend", ["xla", "pallas_tpu"])
-def test_products_into_a_matrix(backend: str, ids: list[int]) -> None:
-    pattern = kept_rows(jnp.array(ids, jnp.int32), BLOCK)
-    arrays = operands(pattern, tokens=40, width=256)
-    h, x, w = (arrays[key] for key in "hxw")
-
-    def into(h: jax.Array, x: jax.Array, w: jax.Array) -> jax.Array:
-        return sampled_matmul(h, x, pattern, into=w, implementation=backend)
-
-    value, vjp = jax.vjp(into, h, x, w)
-    expected, expected_vjp = jax.vjp(lambda h, x, w: reference.sampled(h, x, pattern, w), h, x, w)
-    assert_close(value, expected, "float32", "product")
-    ds = normal(9, *value.shape)
-    for gradient, desired in zip(vjp(ds), expected_vjp(ds), strict=True):
-        assert_close(gradient, desired, "float32", "product")
-
-
 @pytest.mark.parametrize("name", ["column", "row", "swiglu_mlp"])
 @pytest.mark.parametrize("backend", ["xla", "pallas_tpu"])
 def test_gradients_of_rows(backend: str, name: str) -> None:
@@ -311,8 +293,6 @@ X, W, BLOCKS = jnp.zeros((4, 256)), jnp.zeros((512, 256)), jnp.zeros((2, BLOCK, 
             r"down: float32\[256, 256\], expected that of",
         ),
         (lambda: sampled_matmul(X, X[:3], KEPT), "c: .*, expected the leading axes of a"),
-        (lambda: sampled_matmul(X, X, KEPT, into=W[:, :9]), r"into: \[512, 9\], expected \[F, 256"),
-        (lambda: sampled_matmul(X, X, MASK, into=W), "into: accepted with kept rows"),
         (
             lambda: column_matmul(X, W, KEPT, rows=W),
             r"rows: float32\[512, 256\], expected the kept",
@@ -337,10 +317,6 @@ X, W, BLOCKS = jnp.zeros((4, 256)), jnp.zeros((512, 256)), jnp.zeros((2, BLOCK, 
         (lambda: kept_rows(jnp.array([0]), "128"), "block: '128', expected an int"),
         (lambda: BlockMask.of(np.full((2, 2), 0.5), 128), "kept: other values than 0 and 1"),
         (lambda: column_matmul(X, W, jnp.array([0])), "pattern: .*, expected KeptRows or a"),
-        (
-            lambda: sampled_matmul(X, X, KEPT, into=W.astype(int)),
-            "into: int32, expected the dtype of a, float32",
-        ),
         (lambda: sampled_matmul(X[0, 0], X[0, 0], KEPT), "c: .*, expected the leading axes"),
         (lambda: BlockMask.of(np.zeros((0, 3)), 128), r"kept: shape \(0, 3\), expected"),
         (

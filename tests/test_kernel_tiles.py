@@ -65,7 +65,7 @@ def check_operations(
             "row_pairs": lambda: row((h, 2 * h), (w, v)),
             "swiglu": lambda: backend.swiglu(x, w / 8, v / 8, KEPT),
             "swiglu_gradients": lambda: backend.swiglu_gradients(x, w / 8, v / 8, h, KEPT),
-            "sampled": lambda: backend.sampled(h, c, MASK, None),
+            "sampled": lambda: backend.sampled(h, c, MASK),
         }
 
     def pairs(xs: Any, ws: Any) -> Any:

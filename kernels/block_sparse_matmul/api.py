@@ -84,34 +84,27 @@ def sampled_matmul(
     c: Float[Array, "*B D"],
     pattern: Pattern,
     *,
-    into: Float[Array, "F D"] | None = None,
     implementation: str | None = None,
 ) -> Array:
     """Return aᵀ · c at the blocks of the pattern: the weight gradient of both other products.
 
-    With a `BlockMask`, the result is `[nonzero, block, block]`. With kept rows it is these rows,
-    `[N, D]`, or, with `into`, that matrix with its kept rows replaced. The replacement is in place
-    if the buffer of `into` is donated.
+    The result is `[nonzero, block, block]` with a `BlockMask`, and `[N, D]` with kept rows.
     """
     a, c = as_array("a", a), as_array("c", c)
     if a.shape[:-1] != c.shape[:-1] or not a.ndim or not c.ndim:
         raise ValueError(f"c: {list(c.shape)}, expected the leading axes of a, {list(a.shape)}")
+    shape: tuple[int, ...]
     if isinstance(pattern, BlockMask):
         rows, columns = (count * pattern.block for count in pattern.shape)
-        if into is not None:
-            raise ValueError("into: accepted with kept rows, not with a BlockMask")
+        shape = pattern.nonzero, pattern.block, pattern.block
     else:
-        rows, columns = pattern.kept, c.shape[-1]
-        if into is not None and _sizes("into", into, pattern)[1] != columns:
-            raise ValueError(f"into: {list(into.shape)}, expected [F, {columns}]")
-        if into is not None and into.dtype != a.dtype:
-            raise TypeError(f"into: {into.dtype}, expected the dtype of a, {a.dtype}")
+        rows, columns = shape = pattern.kept, c.shape[-1]
     _check("a", a, rows, c.dtype)
     _check("c", c, columns, a.dtype)
     backend = _choose(implementation, a, columns, pattern)
     if _is_empty(a, pattern):
-        return _zeros(a, c, pattern, into)
-    return vjp.sampled(backend, _flatten(a), _flatten(c), pattern, into)
+        return jnp.zeros(shape, a.dtype)
+    return vjp.sampled(backend, _flatten(a), _flatten(c), pattern)
 
 
 def swiglu_mlp(
@@ -207,16 +200,6 @@ def _choose(implementation: str | None, x: Array, columns: int, pattern: Pattern
 def _is_empty(x: Array, pattern: Pattern) -> bool:
     blocks = pattern.ids.shape[0] if isinstance(pattern, KeptRows) else pattern.nonzero
     return not blocks or not math.prod(x.shape)
-
-
-def _zeros(a: Array, c: Array, pattern: Pattern, into: Array | None) -> Array:
-    """Return the sampled product of empty operands."""
-    if isinstance(pattern, BlockMask):
-        return jnp.zeros((pattern.nonzero, pattern.block, pattern.block), a.dtype)
-    if into is None or not pattern.kept:
-        return jnp.zeros((pattern.kept, c.shape[-1]), a.dtype) if into is None else into
-    blocks = into.reshape(-1, pattern.block, into.shape[1])
-    return blocks.at[pattern.ids].set(0).reshape(into.shape)
 
 
 def _flatten(x: Float[Array, "*B N"]) -> Float[Array, "T N"]:

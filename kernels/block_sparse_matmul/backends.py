@@ -18,7 +18,8 @@ from kernels.block_sparse_matmul.tuned import Case, Matrix
 class Backend(Protocol):
     """The operations of `reference`, for operands of matching shapes that are not empty.
 
-    `row` sums over pairs (x, W). `swiglu_gradients` returns the gradients of x · Gᵀ and x · Uᵀ, and
+    `row` sums over pairs (x, W). With kept rows, a sampled product is
+    dense and needs no backend. `swiglu_gradients` returns the gradients of x · Gᵀ and x · Uᵀ, and
     the result of `swiglu`.
     """
 
@@ -26,7 +27,7 @@ class Backend(Protocol):
 
     def row(self, xs: Sequence[Array], ws: Sequence[Array], pattern: Pattern) -> Array: ...
 
-    def sampled(self, a: Array, c: Array, pattern: Pattern, into: Array | None) -> Array: ...
+    def sampled(self, a: Array, c: Array, mask: BlockMask) -> Array: ...
 
     def swiglu(self, x: Array, gate: Array, up: Array, pattern: Pattern) -> Array: ...
 
@@ -57,11 +58,9 @@ class Measured:
         operation = "row" if len(xs) == 1 else "row_pairs"
         return self._choose(operation, xs[0], ws[0], pattern).row(xs, ws, pattern)
 
-    def sampled(self, a: Array, c: Array, pattern: Pattern, into: Array | None) -> Array:
-        """aᵀ · c; no backend has a kernel for kept rows."""
-        masked = isinstance(pattern, BlockMask)
-        backend = self._choose("sampled", a, c, pattern) if masked else xla
-        return backend.sampled(a, c, pattern, into)
+    def sampled(self, a: Array, c: Array, mask: BlockMask) -> Array:
+        """aᵀ · c at the blocks of the mask."""
+        return self._choose("sampled", a, c, mask).sampled(a, c, mask)
 
     def swiglu(self, x: Array, gate: Array, up: Array, pattern: Pattern) -> Array:
         """silu(x · Gᵀ) · (x · Uᵀ)."""

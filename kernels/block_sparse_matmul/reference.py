@@ -21,13 +21,11 @@ def row(x: Float[Array, "T N"], w: Array, pattern: Pattern) -> Float[Array, "T D
     return _product(x, dense(w, pattern)).astype(x.dtype)
 
 
-def sampled(
-    a: Float[Array, "T N"], c: Float[Array, "T D"], pattern: Pattern, into: Array | None = None
-) -> Array:
+def sampled(a: Float[Array, "T N"], c: Float[Array, "T D"], pattern: Pattern) -> Array:
     """aᵀ · c at the blocks of the pattern."""
     product = _product(a.T, c).astype(a.dtype)
     if isinstance(pattern, KeptRows):
-        return product if into is None else into.at[_rows(pattern)].set(product.astype(into.dtype))
+        return product
     (rows, columns), block = pattern.shape, pattern.block
     blocks = product.reshape(rows, block, columns, block).swapaxes(1, 2)
     return blocks[pattern.rows, pattern.columns]

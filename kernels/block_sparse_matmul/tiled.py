@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.block_sparse_matmul import tuned, xla
+from kernels.block_sparse_matmul import tuned
 from kernels.block_sparse_matmul.patterns import BlockMask, BlockOrder, KeptRows, Pattern
 from kernels.block_sparse_matmul.tiles import Tiles, UnsupportedTiles
 
@@ -162,11 +162,9 @@ class Tiled:
         (y,) = self.kernels.contract(product._replace(sum_pairs=True), tiles)
         return y
 
-    def sampled(self, a: Array, c: Array, pattern: Pattern, into: Array | None) -> Array:
-        """aᵀ · c. With kept rows it is a dense product, computed by XLA."""
-        if isinstance(pattern, BlockMask):
-            return self.kernels.sample(a, c, pattern, self._tiles("sampled", a, pattern))
-        return xla.sampled(a, c, pattern, into)
+    def sampled(self, a: Array, c: Array, mask: BlockMask) -> Array:
+        """aᵀ · c at the blocks of the mask."""
+        return self.kernels.sample(a, c, mask, self._tiles("sampled", a, mask))
 
     def swiglu(self, x: Array, gate: Array, up: Array, pattern: Pattern) -> Array:
         """silu(x · Gᵀ) · (x · Uᵀ)."""

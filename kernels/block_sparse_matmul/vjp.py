@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from kernels.block_sparse_matmul.backends import BACKENDS
-from kernels.block_sparse_matmul.patterns import KeptRows, Pattern
+from kernels.block_sparse_matmul.patterns import BlockMask, KeptRows, Pattern
 
 Rows = tuple[Array, ...] | None
 # Whether `rows` are given, as a residual: () or None. A bool would become an array, and the rows
@@ -73,30 +73,28 @@ def _row_backward(backend: str, residuals: Any, dy: Array) -> Any:
 row.defvjp(_row_forward, _row_backward)
 
 
+def sampled(backend: str, a: Array, c: Array, pattern: Pattern) -> Array:
+    """aᵀ · c at the blocks of the pattern; with kept rows a dense product."""
+    if isinstance(pattern, KeptRows):
+        return jnp.matmul(a.T, c)
+    return _sampled_by_mask(backend, a, c, pattern)
+
+
 @_differentiable
-def sampled(backend: str, a: Array, c: Array, pattern: Pattern, into: Array | None) -> Array:
-    """aᵀ · c at the blocks of the pattern."""
-    return BACKENDS[backend].sampled(a, c, pattern, into)
+def _sampled_by_mask(backend: str, a: Array, c: Array, mask: BlockMask) -> Array:
+    return BACKENDS[backend].sampled(a, c, mask)
 
 
-def _sampled_forward(backend: str, a: Array, c: Array, pattern: Pattern, into: Array | None) -> Any:
-    return sampled(backend, a, c, pattern, into), (a, c, pattern, into is not None)
+def _sampled_forward(backend: str, a: Array, c: Array, mask: BlockMask) -> Any:
+    return _sampled_by_mask(backend, a, c, mask), (a, c, mask)
 
 
 def _sampled_backward(backend: str, residuals: Any, ds: Array) -> Any:
-    a, c, pattern, has_into = residuals
-    if isinstance(pattern, KeptRows) and not has_into:
-        return (c @ ds.T).astype(a.dtype), (a @ ds).astype(c.dtype), None, None
-    weights = ds.astype(a.dtype)
-    da = column(backend, c, weights, pattern, None)
-    dc = row(backend, (a,), (weights,), pattern, None)
-    if not has_into:
-        return da, dc, None, None
-    blocks = ds.reshape(-1, pattern.block, ds.shape[1])
-    return da, dc, None, blocks.at[pattern.ids].set(0).reshape(ds.shape)
+    a, c, mask = residuals
+    return column(backend, c, ds, mask, None), row(backend, (a,), (ds,), mask, None), None
 
 
-sampled.defvjp(_sampled_forward, _sampled_backward)
+_sampled_by_mask.defvjp(_sampled_forward, _sampled_backward)
 
 
 @_differentiable
@@ -178,12 +176,21 @@ def _weight_gradients(
 
     The gradients of the others are None.
     """
-    full_size = isinstance(pattern, KeptRows) and has_rows is None
-    gradients = tuple(
-        sampled(backend, a, c, pattern, jnp.zeros_like(w) if full_size else None).astype(w.dtype)
-        for a, c, w in factors
-    )
-    return (gradients, None) if has_rows is None else ((None,) * len(factors), gradients)
+    gradients = tuple(sampled(backend, a, c, pattern).astype(w.dtype) for a, c, w in factors)
+    if has_rows is not None:
+        return (None,) * len(factors), gradients
+    if isinstance(pattern, KeptRows):
+        pairs = zip(gradients, factors, strict=True)
+        gradients = tuple(_expand(gradient, w, pattern) for gradient, (_, _, w) in pairs)
+    return gradients, None
+
+
+def _expand(rows: Array, w: Array, pattern: KeptRows) -> Array:
+    """Return an array of the shape of w with the kept rows, and zeros elsewhere."""
+    blocks = jnp.zeros_like(w).reshape(-1, pattern.block, w.shape[1])
+    kept = rows.reshape(-1, *blocks.shape[1:])
+    sorted_ids: Any = {"indices_are_sorted": True, "unique_indices": True}
+    return blocks.at[pattern.ids].set(kept, **sorted_ids).reshape(w.shape)
 
 
 def _guard(values: Any, has_rows: HasRows) -> Any:

@@ -24,8 +24,8 @@ class Workload(NamedTuple):
 
     @property
     def kept(self) -> int:
-        """Number of kept blocks of rows."""
-        return round(self.density * self.neurons / self.block)
+        """Number of kept blocks of rows, at least one."""
+        return max(1, round(self.density * self.neurons / self.block))
 
     def mask(self) -> BlockMask:
         """Return a random block mask of this density."""
@@ -128,7 +128,7 @@ def operations(workload: Workload, backend: Backend) -> dict[tuple[str, str], Pr
         ("rows", "row_pairs"): rows(row_pairs, 2, h, h, w, w),
         ("mask", "column"): masked(backend.column, x, values),
         ("mask", "row"): masked(row, y, values),
-        ("mask", "sampled"): masked(lambda a, c, p: backend.sampled(a, c, p, None), y, x),
+        ("mask", "sampled"): masked(backend.sampled, y, x),
     }
 
 

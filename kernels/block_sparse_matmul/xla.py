@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from kernels.block_sparse_matmul.patterns import KeptRows, Pattern
+from kernels.block_sparse_matmul.patterns import BlockMask, KeptRows, Pattern
 from kernels.block_sparse_matmul.reference import scatter
 
 _SORTED: dict[str, Any] = {"indices_are_sorted": True, "unique_indices": True}
@@ -28,18 +28,11 @@ def row(xs: Sequence[Array], ws: Sequence[Array], pattern: Pattern) -> Array:
     return sum(products[1:], products[0]).astype(xs[0].dtype)
 
 
-def sampled(a: Array, c: Array, pattern: Pattern, into: Array | None) -> Array:
-    """aᵀ · c at the blocks of the pattern."""
-    product = jnp.matmul(a.T, c)
-    if isinstance(pattern, KeptRows):
-        if into is None:
-            return product
-        blocks = product.reshape(-1, pattern.block, c.shape[1]).astype(into.dtype)
-        full = into.reshape(-1, pattern.block, c.shape[1])
-        return full.at[pattern.ids].set(blocks, **_SORTED).reshape(into.shape)
-    (rows, columns), block = pattern.shape, pattern.block
-    blocks = product.reshape(rows, block, columns, block).swapaxes(1, 2)
-    return blocks[pattern.rows, pattern.columns]
+def sampled(a: Array, c: Array, mask: BlockMask) -> Array:
+    """aᵀ · c at the blocks of the mask."""
+    (rows, columns), block = mask.shape, mask.block
+    blocks = jnp.matmul(a.T, c).reshape(rows, block, columns, block).swapaxes(1, 2)
+    return blocks[mask.rows, mask.columns]
 
 
 def swiglu(x: Array, gate: Array, up: Array, pattern: Pattern) -> Array:
