@@ -1,1 +1,1 @@
-"""Block-sparse kernels, importable on their own: nothing here knows of sat_jax."""
+"""Block-sparse kernels: a package that does not depend on sat_jax."""

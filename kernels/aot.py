@@ -1,15 +1,17 @@
-"""Compiles the kernels for accelerators that are not there: `make aot`.
+"""Compile the kernels ahead of time for absent accelerators: `make aot`.
 
   python -m kernels.aot --target h200 v5e v5p
   python -m kernels.aot --target h200 --candidates
 
-At Llama-2 sizes, with XLA's compiler for TPU (libtpu) and for CUDA (the plug-in, and ptxas from the
-CUDA toolkit on PATH): 4,096 tokens in bfloat16 and blocks of 128, and of both directions other
-numbers of tokens, dtypes and blocks. Fails where a kernel does not compile, asks for more memory on
-the chip than there is, or spills registers. Prints a line a program. With --candidates it compiles
-all tiles that `kernels.tune` may try instead, which takes minutes, and lists those that fail or
-spill, and those that do not fit, which the search leaves out by itself. Needs the extra `aot`,
-which `make aot` installs in an environment of its own.
+Compiles every program at Llama-2 sizes (4,096 tokens, bfloat16, blocks of 128), and the programs
+with gradients for other numbers of tokens, dtypes and block sizes. Uses XLA's compilers for TPU
+(libtpu) and for CUDA (the plug-in, and ptxas of the CUDA toolkit on PATH). Fails if a kernel does
+not compile, exceeds the memory of the chip or spills registers. Prints one line per program.
+
+With --candidates it compiles all tiles that `kernels.tune` may try instead, in minutes. It lists
+those that fail or spill registers, and those that do not fit, which tuning skips.
+
+Needs the compilers, which `make aot` installs in a separate environment.
 """
 
 import argparse
@@ -22,7 +24,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# Before jax is imported: this machine has none of these devices.
+# Set before jax is imported, since the compilers would otherwise look for a device.
 os.environ.update(
     JAX_PLATFORMS="cpu",
     JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1",
@@ -40,10 +42,11 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels import tune
-from kernels.block_sparse_matmul import pallas_gpu, pallas_tpu, tuned
-from kernels.block_sparse_matmul.arg_specs import LLAMA_2, Program, Spec, operations, programs
-from kernels.block_sparse_matmul.tiled import Loops, Tiled
-from kernels.block_sparse_matmul.tiles import Misfit
+from kernels.block_sparse_matmul import tuned
+from kernels.block_sparse_matmul.backends import KERNELS
+from kernels.block_sparse_matmul.tiled import Tiled
+from kernels.block_sparse_matmul.tiles import UnsupportedTiles
+from kernels.block_sparse_matmul.workloads import LLAMA_2, Program, Workload, operations, programs
 
 _H200 = """
 gpu_device_info {
@@ -58,17 +61,16 @@ gpu_device_info {
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 12 } runtime_version { major: 13 }
 device_description_str: "NVIDIA H200"
 """
-# Implementation, and what describes the target to its compiler.
+# The implementation, and the description of the target for its compiler.
 TARGETS: dict[str, tuple[str, dict[str, str]]] = {
     "h200": ("pallas_gpu", {"platform": "cuda", "target_config": _H200, "topology": "1x1x1"}),
     "v5e": ("pallas_tpu", {"platform": "tpu", "topology_name": "v5e:2x2"}),
     "v5p": ("pallas_tpu", {"platform": "tpu", "topology_name": "v5p:2x2x1"}),
 }
-_SILENT = "the compiler said nothing of registers"
-_LOOPS: dict[str, Loops] = {"pallas_gpu": pallas_gpu, "pallas_tpu": pallas_tpu}
-# Beside the usual 4,096 tokens, blocks of 128 and bfloat16; those that a target does not take are
-# passed over. Two programs have every operation of a step in them.
-_OTHERS: tuple[tuple[dict[str, Any], str], ...] = (
+_NO_REGISTER_REPORT = "the compiler reported no register counts"
+# Compiled beside 4,096 tokens, blocks of 128 and bfloat16, where the target supports them. The two
+# programs contain every operation of a training step.
+_OTHER_SETTINGS: tuple[tuple[dict[str, Any], str], ...] = (
     ({"tokens": 1024}, "bfloat16"),
     ({"tokens": 65_536}, "bfloat16"),
     ({"block": 64}, "bfloat16"),
@@ -76,134 +78,144 @@ _OTHERS: tuple[tuple[dict[str, Any], str], ...] = (
     ({}, "float16"),
     ({}, "float32"),
 )
-_ALL_OPERATIONS = ("mlp, both ways", "mask, both ways")
+_ALL_OPERATIONS = ("mlp_gradients", "mask_gradients")
 
 
 def main() -> None:
-    """Compiles for each target, though another failed."""
+    """Compile for each target, also after the failure of another."""
     parser = argparse.ArgumentParser(
         "python -m kernels.aot",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--candidates", action="store_true", help="all tiles that tuning may try")
-    given = parser.parse_args()
-    look = check_candidates if given.candidates else check
-    sys.exit(sum(not look(target) for target in given.target))
+    parser.add_argument(
+        "--candidates", action="store_true", help="compile all tiles that tuning may try"
+    )
+    args = parser.parse_args()
+    check_target = check_candidates if args.candidates else check
+    sys.exit(sum(not check_target(target) for target in args.target))
 
 
 def check(target: str) -> bool:
-    """Compiles every program for one target and prints what became of it; whether all is well."""
+    """Compile every program for one target and print the results; return whether all succeeded."""
     sharding = _sharding(target)
     if sharding is None:
         return False
-    sound = True
+    success = True
     for name, program in _cases(TARGETS[target][0]):
-        said, failure = _compiled(target, program, sharding)
-        print(f"{target}  {name}: {failure or said}", flush=True)
-        sound &= failure is None
-    return sound
+        summary, failure = compile_program(program, sharding)
+        if target == "h200" and not failure and "registers" not in summary:
+            failure = _NO_REGISTER_REPORT
+        print(f"{target}  {name}: {failure or summary}", flush=True)
+        success &= failure is None
+    return success
 
 
 def check_candidates(target: str) -> bool:
-    """Compiles every operation with all tiles that tuning may try, each program once, and prints a
-    line a case and one a failure; whether all that fits is well."""
-    sharding, loops = _sharding(target), _LOOPS[TARGETS[target][0]]
+    """Compile every operation with all tiles that tuning may try, and each program once.
+
+    Prints a line per case and per failure. Returns whether all supported tiles succeeded.
+    """
+    sharding, kernels = _sharding(target), KERNELS[TARGETS[target][0]]
     if sharding is None:
         return False
-    sound, spoken, spec = True, False, LLAMA_2[0]
+    success, reported, workload = True, False, LLAMA_2[0]
     for block in (128, 64):
-        if reason := loops.refusal(jnp.dtype(jnp.bfloat16), spec.width, block):
+        if reason := kernels.refusal(jnp.dtype(jnp.bfloat16), workload.width, block):
             print(f"{target}  {reason}", flush=True)
             continue
         for pattern, operation in tuned.OPERATIONS:
-            case = tuned.Case(loops.NAME, pattern, operation, "bfloat16", block, spec.tokens)
-            well, heard = _check_case(target, case, spec._replace(block=block), sharding)
-            sound, spoken = sound and well, spoken or heard
-    if target == "h200" and not spoken:
-        print(f"{target}: {_SILENT}", flush=True)
-    return sound and (spoken or target != "h200")
+            name, tokens = kernels.NAME, workload.tokens
+            case = tuned.Case(name, pattern, operation, "bfloat16", block, tokens)
+            result = _check_case(target, case, workload._replace(block=block), sharding)
+            success, reported = success and result[0], reported or result[1]
+    if target == "h200" and not reported:
+        print(f"{target}: {_NO_REGISTER_REPORT}", flush=True)
+    return success and (reported or target != "h200")
 
 
 def _check_case(
-    target: str, case: tuned.Case, spec: Spec, sharding: NamedSharding
+    target: str, case: tuned.Case, workload: Workload, sharding: NamedSharding
 ) -> tuple[bool, bool]:
-    """Whether all is well, and whether the compiler spoke of registers: of a kernel that it has
-    compiled in another program it does not once more."""
-    loops, sound, spoken = _LOOPS[case.backend], True, False
-    seen: set[str] = set()
-    unfit: dict[str, list[str]] = collections.defaultdict(list)
-    where = f"{target}  {case.pattern}  {case.operation}  {case.block}"
+    """Return whether all tiles succeeded, and whether the compiler reported register counts.
+
+    It does not report them again for a kernel that it has compiled in another program.
+    """
+    kernels, success, reported = KERNELS[case.backend], True, False
+    compiled: set[str] = set()
+    unsupported: dict[str, list[str]] = collections.defaultdict(list)
+    name = f"{target}  {case.pattern}  {case.operation}  {case.block}"
     for tiles in tune.candidates(case):
-        program = operations(spec, Tiled(loops, tiles))[case.pattern, case.operation]
+        program = operations(workload, Tiled(kernels, tiles))[case.pattern, case.operation]
         try:
-            with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
-                same = tune.identity(program)
-        except Misfit as error:
-            unfit[str(error)].append(tune.named(tiles))
+            with _on(sharding):
+                program_hash = tune.program_hash(program)
+        except UnsupportedTiles as error:
+            unsupported[str(error)].append(tune.describe_tiles(tiles))
             continue
-        if same in seen:
+        if program_hash in compiled:
             continue
-        seen.add(same)
-        with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
-            said, failure = compiled(program, sharding)
-        spoken |= "registers" in said
+        compiled.add(program_hash)
+        summary, failure = compile_program(program, sharding)
+        reported |= "registers" in summary
         if failure:
-            print(f"{where}  {tune.named(tiles)}: {failure}", flush=True)
-            sound = False
-    for reason, several in unfit.items():
-        # Other settings beside these do not help.
-        shortest = min(several, key=len)
-        print(f"{where}  {shortest} (and {len(several) - 1} more) do not fit: {reason}", flush=True)
-    print(f"{where}: {len(seen)} programs", flush=True)
-    return sound, spoken
+            print(f"{name}  {tune.describe_tiles(tiles)}: {failure}", flush=True)
+            success = False
+    for reason, settings in unsupported.items():
+        # The shortest has only the settings that cause the failure.
+        shortest, others = min(settings, key=len), len(settings) - 1
+        print(f"{name}  {shortest} (and {others} more) do not fit: {reason}", flush=True)
+    print(f"{name}: {len(compiled)} programs", flush=True)
+    return success, reported
 
 
 def _cases(implementation: str) -> Iterator[tuple[str, Program]]:
-    """Every program at the usual settings, and two at others."""
-    for spec in LLAMA_2:
-        for name, program in programs(spec, implementation).items():
-            yield f"{spec.model}  {name}", program
-    for changes, dtype in _OTHERS:
-        spec = LLAMA_2[0]._replace(**changes)
-        if _LOOPS[implementation].refusal(jnp.dtype(dtype), spec.width, spec.block):
+    """Yield every program at the default settings, and two at other settings, with names."""
+    for workload in LLAMA_2:
+        for name, program in programs(workload, implementation).items():
+            yield f"{workload.model}  {name}", program
+    for changes, dtype in _OTHER_SETTINGS:
+        workload = LLAMA_2[0]._replace(**changes)
+        if KERNELS[implementation].refusal(jnp.dtype(dtype), workload.width, workload.block):
             continue
-        made = programs(spec, implementation)
-        what = ", ".join(f"{name} {value}" for name, value in changes.items()) or dtype
+        available = programs(workload, implementation)
+        setting = ", ".join(f"{name} {value}" for name, value in changes.items()) or dtype
         for name in _ALL_OPERATIONS:
-            yield f"{spec.model}  {what}  {name}", _of_dtype(made[name], dtype)
+            yield f"{workload.model}  {setting}  {name}", _cast(available[name], dtype)
 
 
-def _of_dtype(program: Program, dtype: str) -> Program:
-    def changed(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+def _cast(program: Program, dtype: str) -> Program:
+    """Return the program with its floating-point arguments in another dtype."""
+
+    def cast(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         floating = jnp.issubdtype(a.dtype, jnp.floating)
         return jax.ShapeDtypeStruct(a.shape, dtype if floating else a.dtype)
 
-    return program._replace(arguments=jax.tree.map(changed, program.arguments))
+    return program._replace(arguments=jax.tree.map(cast, program.arguments))
 
 
 def _sharding(target: str) -> NamedSharding | None:
-    """On one device of the target; None: its compiler cannot be loaded, which is said."""
-    if reason := missing(target):
+    """Return a sharding on one device of the target; print an error and return None without one."""
+    if reason := compiler_error(target):
         print(f"error: {target}: {reason}", file=sys.stderr)
         return None
+    return _one_device(target)
+
+
+def _one_device(target: str) -> NamedSharding:
     topology = topologies.get_topology_desc(**TARGETS[target][1])
-    mesh = Mesh(np.array(topology.devices[:1]), ("one",))
+    mesh = Mesh(np.array(topology.devices[:1]), ("device",))
     return NamedSharding(mesh, PartitionSpec())
 
 
-def _compiled(target: str, program: Program, sharding: NamedSharding) -> tuple[str, str | None]:
-    """As `compiled`, by the tiles that were measured for the target."""
-    with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
-        said, failure = compiled(program, sharding)
-    if target == "h200" and not failure and "registers" not in said:
-        failure = _SILENT
-    return said, failure
+def _on(sharding: NamedSharding) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which kernels use the tiles and the processors of the target."""
+    return jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh)
 
 
-def missing(target: str) -> str | None:
-    """Why a target's compiler cannot be loaded; None: it can."""
+def compiler_error(target: str) -> str | None:
+    """Return why the compiler of a target cannot be loaded, or None if it can."""
     try:
         topologies.get_topology_desc(**TARGETS[target][1])
     except Exception as error:
@@ -215,18 +227,18 @@ def memory(
     target: str,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
-    given_up: tuple[int, ...] = (0,),
+    donated: tuple[int, ...] = (0,),
 ) -> Any:
-    """XLA's analysis of the memory that a program needs on a target; `arguments` are shapes, of
-    which some are given up. Raises what its compiler raises."""
-    topology = topologies.get_topology_desc(**TARGETS[target][1])
-    mesh = Mesh(np.array(topology.devices[:1]), ("one",))
-    shapes = _placed(arguments, NamedSharding(mesh, PartitionSpec()))
-    with captured():
-        # Without a device there is nothing to try matrix products on.
+    """Return XLA's analysis of the memory that a program needs on a target.
+
+    `arguments` are shapes. Raises the exceptions of the compiler.
+    """
+    shapes = _placed(arguments, _one_device(target))
+    with capture_stdout():
+        # Autotuning needs a device.
         options: dict[str, Any] = {"xla_gpu_autotune_level": 0} if target == "h200" else {}
-        done = jax.jit(function, donate_argnums=given_up).lower(*shapes).compile(options)
-    return done.memory_analysis()
+        compiled = jax.jit(function, donate_argnums=donated).lower(*shapes).compile(options)
+    return compiled.memory_analysis()
 
 
 def _placed(arguments: Any, sharding: NamedSharding) -> Any:
@@ -235,38 +247,38 @@ def _placed(arguments: Any, sharding: NamedSharding) -> Any:
     )
 
 
-def compiled(program: Program, sharding: NamedSharding) -> tuple[str, str | None]:
-    """What the compiler says of memory and registers, and why the program is no good, or None."""
+def compile_program(program: Program, sharding: NamedSharding) -> tuple[str, str | None]:
+    """Return a summary of memory and registers, and the failure or None."""
     arguments = _placed(program.arguments, sharding)
-    with captured() as output:
+    with _on(sharding), capture_stdout() as output:
         try:
-            done = jax.jit(program.function).lower(*arguments).compile()
+            compiled = jax.jit(program.function).lower(*arguments).compile()
         except Exception as error:
             return "", f"{type(error).__name__}: {error}".splitlines()[0]
     text = output[0]
-    memory = done.memory_analysis()
+    memory = compiled.memory_analysis()
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", text)]
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill", text)]
     assert memory is not None
-    said = f"{memory.temp_size_in_bytes / 2**20:.0f} MiB of temporaries"
+    summary = f"{memory.temp_size_in_bytes / 2**20:.0f} MiB of temporaries"
     if registers:
-        said += f", at most {max(registers)} registers"
-    return said, f"spills up to {max(spills)} bytes of registers" if any(spills) else None
+        summary += f", at most {max(registers)} registers"
+    return summary, f"spills up to {max(spills)} bytes of registers" if any(spills) else None
 
 
 @contextlib.contextmanager
-def captured() -> Iterator[list[str]]:
-    """What is written to standard output meanwhile, by compilers too."""
+def capture_stdout() -> Iterator[list[str]]:
+    """Collect in a list the text that the body writes to standard output, compilers included."""
     output: list[str] = []
     sys.stdout.flush()
     with tempfile.TemporaryFile("w+") as file:
-        before = os.dup(1)
+        stdout = os.dup(1)
         os.dup2(file.fileno(), 1)
         try:
             yield output
         finally:
-            os.dup2(before, 1)
-            os.close(before)
+            os.dup2(stdout, 1)
+            os.close(stdout)
             file.seek(0)
             output.append(file.read())
 

@@ -1,4 +1,4 @@
-"""The door to `kernels/`: an MLP's products with the channels that are kept, whole matrices in."""
+"""Wrapper around `kernels`: the MLP of the kept channels, computed from full weight matrices."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -11,15 +11,20 @@ Implementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
 
 
 class KernelConfig(NamedTuple):
-    """Channels are kept in aligned runs of `block`; `implementation` computes with them, None: the
-    best there is here. Static under jit."""
+    """Kernel configuration, static under jit.
+
+    `block`: channels are kept in aligned groups of this size. `implementation`: the kernel by name;
+    None chooses the fastest measured one for the device.
+    """
 
     block: int
     implementation: Implementation | None = None
 
     def refusal(self, dtype: str, width: int, device: Any) -> str | None:
-        """Why matrices `[F, width]` cannot be on a jax device; None: they can. On a CPU, kernels
-        for TPU are interpreted."""
+        """Return why a jax device does not support matrices `[F, width]`, or None if it does.
+
+        On a CPU, the TPU kernels run in interpret mode.
+        """
         platforms = {"pallas_tpu": ("tpu", "cpu"), "pallas_gpu": ("gpu",)}
         accepted = platforms.get(self.implementation or "", (device.platform,))
         if device.platform not in accepted:
@@ -35,8 +40,10 @@ class KernelConfig(NamedTuple):
 
 
 class InPlace(NamedTuple):
-    """A matrix that is computed with where it lies, and its kept rows once more: the gradient is
-    theirs."""
+    """A full matrix, which the kernel reads, and a copy of its kept rows, which gets the gradient.
+
+    The values of `rows` are not read.
+    """
 
     full: Float[Array, "F D"]
     rows: Float[Array, "kept D"]
@@ -48,15 +55,18 @@ def kept_mlp(
     up: InPlace,
     down: InPlace,
     kept: Int[Array, " kept"],
-    how: KernelConfig,
+    config: KernelConfig,
 ) -> Float[Array, "*B D"]:
-    """What the kept channels alone add to the residual stream: silu(x·gate)·(x·up) · down."""
-    # Kept channels come in whole blocks, whose ids say all.
-    pattern = kept_rows(kept[:: how.block] // how.block, how.block)
+    """Return the output of the kept channels: (silu(x · gateᵀ) · (x · upᵀ)) · down.
+
+    `kept`: sorted channel indices, in complete blocks of `config.block`.
+    """
+    # Channels are kept in complete blocks, so the first index of each block is sufficient.
+    pattern = kept_rows(kept[:: config.block] // config.block, config.block)
     return swiglu_mlp(
         x,
         *(gate.full, up.full, down.full),
         pattern,
         rows=(gate.rows, up.rows, down.rows),
-        implementation=how.implementation,
+        implementation=config.implementation,
     )

@@ -21,7 +21,7 @@ from sat_jax.errors import UserError
 from sat_jax.nn.decoder import Compute
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.presets import preset
-from sat_jax.ops import BlockSparse
+from sat_jax.ops import KernelConfig
 from sat_jax.provenance import environment
 from sat_jax.sparsity.plan import Plan, make_plan
 from sat_jax.train.account import kept_shares
@@ -189,6 +189,6 @@ def _program(
     execution = "gather" if case.execution == "dense" else case.execution
     if case.part == "optimizer":
         return optimizer_program(model, plan, execution, config)
-    kernels = BlockSparse(plan.block, given.kernels) if execution == "kernel" else None
+    kernels = KernelConfig(plan.block, given.kernels) if execution == "kernel" else None
     compute = Compute(given.dtype, given.remat, attention=attention, kernels=kernels)
     return step_program(model, plan, compute, (given.rows, given.row_length), execution, config)

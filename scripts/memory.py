@@ -45,7 +45,7 @@ def main() -> None:
 
     if given.target not in aot.TARGETS:
         raise UserError(f"--target {given.target}; accepted: {', '.join(aot.TARGETS)}")
-    if reason := aot.missing(given.target):
+    if reason := aot.compiler_error(given.target):
         raise UserError(f"--target {given.target}: {reason}; `make memory` installs its compiler")
     model = checked(given)
 

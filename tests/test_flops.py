@@ -22,7 +22,7 @@ from sat_jax.nn.decoder import Compute, Remat
 from sat_jax.models.llama import LlamaConfig
 from sat_jax.models.params import abstract, bind
 from sat_jax.models.presets import PRESETS
-from sat_jax.ops import BlockSparse
+from sat_jax.ops import KernelConfig
 from sat_jax.sparsity.plan import Segment
 from tests.small_models import CONFIGS
 from tests.tolerances import assert_close
@@ -54,7 +54,7 @@ class Traced:
         remat: Remat,
         rows: int,
         length: int,
-        kernels: BlockSparse | None = None,
+        kernels: KernelConfig | None = None,
     ):
         compute = Compute(remat=remat, kernels=kernels)
         self.graph, self.values = abstract(config, segments, compute)
@@ -150,8 +150,10 @@ def test_training_counts_every_matrix_product(plan: str, remat: Remat) -> None:
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize("plan", ["groups", "query heads", "channels"])
-@pytest.mark.parametrize("kernels", [None, BlockSparse(8, "xla")], ids=["gather", "kernel"])
-def test_only_the_backward_pass_omits(plan: str, remat: Remat, kernels: BlockSparse | None) -> None:
+@pytest.mark.parametrize("kernels", [None, KernelConfig(8, "xla")], ids=["gather", "kernel"])
+def test_only_the_backward_pass_omits(
+    plan: str, remat: Remat, kernels: KernelConfig | None
+) -> None:
     kept = tuple(dataclasses.replace(s, forward_all=s != GQA.dense) for s in PLANS[plan])
     model = Traced(GQA, kept, remat, ROWS, LENGTH, kernels)
     count = training_flops(GQA, LENGTH, kept, remat, kernels=kernels is not None)
@@ -161,7 +163,7 @@ def test_only_the_backward_pass_omits(plan: str, remat: Remat, kernels: BlockSpa
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize("plan", ["query heads", "channels"])
 def test_kernels_save_nothing_of_the_mlp(plan: str, remat: Remat) -> None:
-    model = Traced(GQA, PLANS[plan], remat, ROWS, LENGTH, BlockSparse(8, "xla"))
+    model = Traced(GQA, PLANS[plan], remat, ROWS, LENGTH, KernelConfig(8, "xla"))
     expected = whole_block(training_flops(GQA, LENGTH, PLANS[plan], remat, kernels=True).all)
     assert matrix_product_flops(*model.step) == ROWS * LENGTH * expected.total
 

@@ -9,7 +9,7 @@ import pytest
 
 from sat_jax.nn.decoder import Compute
 from sat_jax.models.params import abstract, bind, numbered
-from sat_jax.ops import BlockSparse
+from sat_jax.ops import KernelConfig
 from sat_jax.sparsity.neurons import (
     compact,
     in_place_values,
@@ -23,7 +23,7 @@ from tests.test_step import CONFIG, close, cut_only, rows, start, train
 from tests.tolerances import assert_close
 
 UNITS = ["kv_group", pytest.param("query_head", marks=pytest.mark.slow)]
-KERNELS = BlockSparse(8, "xla")
+KERNELS = KernelConfig(8, "xla")
 LAST = CONFIG.n_layers - 1
 
 

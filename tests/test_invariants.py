@@ -12,7 +12,7 @@ import pytest
 from sat_jax.nn.decoder import Compute, Remat
 from sat_jax.models.llama import LlamaConfig
 from sat_jax.models.params import abstract, bind, numbered
-from sat_jax.ops import BlockSparse
+from sat_jax.ops import KernelConfig
 from sat_jax.sparsity.masks import Masks, SegmentMasks
 from sat_jax.sparsity.neurons import (
     compact,
@@ -206,12 +206,14 @@ def test_mask_and_gather_agree_and_the_omitted_get_no_gradient(case: str) -> Non
 @pytest.mark.parametrize(
     ("name", "unit", "kernels", "remat"),
     [
-        ("gqa", "kv_group", BlockSparse(128, "pallas_tpu"), "full"),
-        ("bias", "query_head", BlockSparse(64, "xla"), "none"),
-        pytest.param("norm", "kv_group", BlockSparse(64), "dots", marks=pytest.mark.slow),
+        ("gqa", "kv_group", KernelConfig(128, "pallas_tpu"), "full"),
+        ("bias", "query_head", KernelConfig(64, "xla"), "none"),
+        pytest.param("norm", "kv_group", KernelConfig(64), "dots", marks=pytest.mark.slow),
     ],
 )
-def test_kernels_and_gather_agree(name: str, unit: Any, kernels: BlockSparse, remat: Remat) -> None:
+def test_kernels_and_gather_agree(
+    name: str, unit: Any, kernels: KernelConfig, remat: Remat
+) -> None:
     """One layer being dense."""
     config = dataclasses.replace(CONFIGS[name], d_ff=512)
     plan = make_plan(
@@ -237,7 +239,7 @@ def test_kernel_execution_shows_the_outputs_of_what_is_kept() -> None:
     results = []
     for kernels, values in (
         (None, (small, {})),
-        (BlockSparse(64, "xla"), kept_and_whole(config, plan, masks)),
+        (KernelConfig(64, "xla"), kept_and_whole(config, plan, masks)),
     ):
         graph, _ = abstract(config, plan.segments, Compute(kernels=kernels))
         model = bind(graph, values[0] | values[1])

@@ -1,4 +1,4 @@
-"""Compiling for devices that are not there: what fails is said, and the command fails with it."""
+"""Ahead-of-time compilation for absent devices: failures are printed, and the command fails."""
 
 import os
 from collections.abc import Callable
@@ -12,23 +12,23 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kernels.block_sparse_matmul.arg_specs import LLAMA_2, Program
 from kernels.block_sparse_matmul.tiles import GpuTiles
+from kernels.block_sparse_matmul.workloads import LLAMA_2, Program
 
 SHARDING = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("one",)), PartitionSpec())
 
 
 @pytest.fixture
 def aot() -> ModuleType:
-    """The command, whose settings for compilers stay its own."""
+    """The module; its environment variables do not affect other tests."""
     with mock.patch.dict(os.environ):
         from kernels import aot
     return aot
 
 
 @pytest.fixture
-def described(aot: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every compiler is there."""
+def compilers(aot: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every compiler can be loaded."""
     topology = SimpleNamespace(devices=jax.devices())
     monkeypatch.setattr(aot.topologies, "get_topology_desc", lambda **_: topology)
 
@@ -37,12 +37,12 @@ def program(function: Callable[[jax.Array], jax.Array]) -> Program:
     return Program(function, (jax.ShapeDtypeStruct((4,), jnp.float32),), 1.0, 128)
 
 
-def refused(_: jax.Array) -> jax.Array:
+def failing(_: jax.Array) -> jax.Array:
     raise NotImplementedError("no such tile\nand why")
 
 
-def saying(text: str) -> Program:
-    """As if the assembler had written that."""
+def printing(text: str) -> Program:
+    """Return a program that writes a text to standard output when traced, as the assembler does."""
 
     def function(x: jax.Array) -> jax.Array:
         os.write(1, text.encode())
@@ -51,84 +51,90 @@ def saying(text: str) -> Program:
     return program(function)
 
 
-def test_what_the_compilers_say(aot: ModuleType) -> None:
+def test_compiler_output_is_summarised(aot: ModuleType) -> None:
     failure = "NotImplementedError: no such tile"
-    assert aot.compiled(program(refused), SHARDING) == ("", failure)
+    assert aot.compile_program(program(failing), SHARDING) == ("", failure)
     text = "Used 90 registers\n0 bytes spill stores\nUsed 168 registers"
-    said, failure = aot.compiled(saying(text), SHARDING)
-    assert said.endswith("MiB of temporaries, at most 168 registers") and failure is None
-    _, failure = aot.compiled(saying("80 bytes spill stores, 40 bytes spill loads"), SHARDING)
+    summary, failure = aot.compile_program(printing(text), SHARDING)
+    assert summary.endswith("MiB of temporaries, at most 168 registers") and failure is None
+    _, failure = aot.compile_program(
+        printing("80 bytes spill stores, 40 bytes spill loads"), SHARDING
+    )
     assert failure == "spills up to 80 bytes of registers"
 
 
-@pytest.mark.usefixtures("described")
-def test_a_failure_of_one_program_is_that_of_its_target(
+@pytest.mark.usefixtures("compilers")
+def test_a_failing_program_fails_its_target(
     aot: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(aot, "_OTHERS", ())
-    made = {"silent": lambda: saying(""), "sound": lambda: saying("Used 9 registers")}
-    monkeypatch.setattr(aot, "programs", lambda *_: {name: make() for name, make in made.items()})
+    monkeypatch.setattr(aot, "_OTHER_SETTINGS", ())
+    programs = {"silent": lambda: printing(""), "good": lambda: printing("Used 9 registers")}
+    monkeypatch.setattr(aot, "programs", lambda *_: {n: make() for n, make in programs.items()})
     assert aot.check("v5e")
     assert not aot.check("h200")
     out = capfd.readouterr().out
-    assert f"h200  {LLAMA_2[0].model}  silent: the compiler said nothing of registers" in out
-    assert out.count("said nothing") == len(LLAMA_2)
-    made["silent"] = lambda: program(refused)
+    assert f"h200  {LLAMA_2[0].model}  silent: the compiler reported no register counts" in out
+    assert out.count("reported no register") == len(LLAMA_2)
+    programs["silent"] = lambda: program(failing)
     assert not aot.check("v5e")
     assert "silent: NotImplementedError: no such tile\n" in capfd.readouterr().out
 
 
-@pytest.mark.usefixtures("described")
-def test_other_settings_are_compiled_where_a_target_takes_them(
+@pytest.mark.usefixtures("compilers")
+def test_other_settings_are_compiled_where_a_target_supports_them(
     aot: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     seen: list[tuple[Any, ...]] = []
 
-    def compiled(program: Program, _: Any) -> tuple[str, None]:
+    def compile_program(program: Program, _: Any) -> tuple[str, None]:
         x = program.arguments[0]
         seen.append((x.shape[0], str(x.dtype), program.block))
         return "at most 9 registers", None
 
-    monkeypatch.setattr(aot, "compiled", compiled)
+    monkeypatch.setattr(aot, "compile_program", compile_program)
     for target, others in (
         ("h200", [(4096, "bfloat16", 64), (4096, "float16", 128)]),
         ("v5e", [(4096, "bfloat16", 256), (4096, "float32", 128)]),
     ):
         seen.clear()
         assert aot.check(target)
-        taken = [(1024, "bfloat16", 128), (65_536, "bfloat16", 128), *others]
-        assert seen[12:] == [case for case in taken for _ in range(2)]
+        expected = [(1024, "bfloat16", 128), (65_536, "bfloat16", 128), *others]
+        assert seen[12:] == [case for case in expected for _ in range(2)]
         assert set(seen[:12]) == {(4096, "bfloat16", 128)}
-    assert "h200  llama-2-7b  float16  mask, both ways: at most" in capfd.readouterr().out
+    assert "h200  llama-2-7b  float16  mask_gradients: at most" in capfd.readouterr().out
 
 
-@pytest.mark.usefixtures("described")
+@pytest.mark.usefixtures("compilers")
 def test_candidates_of_tuning_are_compiled_once(
     aot: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Default and six stages are one program."""
-    tried = [GpuTiles(), GpuTiles(stages=6), GpuTiles(tall=512), GpuTiles(tall=512, snake=1)]
-    monkeypatch.setattr(aot.tune, "candidates", lambda _: tried)
+    """The default tiles and those with six stages result in the same program."""
+    large = GpuTiles(tile_m=512)
+    candidates = [GpuTiles(), GpuTiles(stages=6), large, GpuTiles(tile_m=512, grid_tile_width=1)]
+    monkeypatch.setattr(aot.tune, "candidates", lambda _: candidates)
     monkeypatch.setattr(aot.tuned, "OPERATIONS", (("rows", "swiglu_gradients"),))
     spill = "spills up to 8 bytes of registers"
-    found = iter((("at most 9 registers", None), ("at most 9 registers", spill), ("", None)))
-    monkeypatch.setattr(aot, "compiled", lambda *_: next(found))
-    monkeypatch.setattr(aot.pallas_gpu, "refusal", lambda *_: None if _[2] == 128 else "too small")
+    results = iter((("at most 9 registers", None), ("at most 9 registers", spill), ("", None)))
+    monkeypatch.setattr(aot, "compile_program", lambda *_: next(results))
+    monkeypatch.setattr(
+        aot.KERNELS["pallas_gpu"], "refusal", lambda *_: None if _[2] == 128 else "too small"
+    )
     assert aot.check_candidates("h200")
-    reason = "2 × 256 × 128 sums of a warpgroup, accepted 16384 in all, of multiples of 64"
-    where = "h200  rows  swiglu_gradients  128"
+    reason = "2 × 256 × 128 sums per warpgroup, accepted at most 16384, and sizes that are"
+    reason += " multiples of 64"
+    name = "h200  rows  swiglu_gradients  128"
     assert capfd.readouterr().out.splitlines() == [
-        f"{where}  tall 512 (and 1 more) do not fit: {reason}",
-        f"{where}: 1 programs",
+        f"{name}  tile_m 512 (and 1 more) do not fit: {reason}",
+        f"{name}: 1 programs",
         "h200  too small",
     ]
     assert not aot.check_candidates("h200")
-    assert f"{where}  default: {spill}\n" in capfd.readouterr().out
+    assert f"{name}  default: {spill}\n" in capfd.readouterr().out
     assert not aot.check_candidates("h200")
-    assert capfd.readouterr().out.endswith("h200: the compiler said nothing of registers\n")
+    assert capfd.readouterr().out.endswith("h200: the compiler reported no register counts\n")
 
 
-def test_a_compiler_that_is_not_there(
+def test_a_missing_compiler(
     aot: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def missing(**_: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 from sat_jax.models.live import Live
 from sat_jax.nn.decoder import Compute, Remat
 from sat_jax.models.params import abstract, bind
-from sat_jax.ops import BlockSparse
+from sat_jax.ops import KernelConfig
 from sat_jax.sparsity.importance import METRICS
 from sat_jax.sparsity.masks import Criteria, choose
 from sat_jax.sparsity.neurons import compact, mask_values
@@ -114,7 +114,7 @@ def test_kernels_compute_what_a_layer_chooses() -> None:
     params, _ = compact(random_params(config), nothing_omitted(plan), plan)
     how = Live(Criteria("wanda"), plan.balance, plan.block)
     results = []
-    for kernels in (None, BlockSparse(64, "xla")):
+    for kernels in (None, KernelConfig(64, "xla")):
         graph, _ = abstract(config, plan.segments, Compute(kernels=kernels), live=how)
         (loss, _), gradients = differentiated(graph, params, {}, KEY)
         results.append((loss, gradients))

@@ -94,7 +94,7 @@ def test_the_newest_that_works_is_taken(setup: Setup, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("version", ["3.10.9", "3.14.0"])
-def test_none_that_fits_is_one_line(setup: Setup, tmp_path: Path, version: str) -> None:
+def test_an_unsupported_python_is_one_line(setup: Setup, tmp_path: Path, version: str) -> None:
     stand_in(tmp_path, "python3", version=version)
     done = setup("test")
     assert (done.returncode, done.stdout) == (2, "")
@@ -103,11 +103,11 @@ def test_none_that_fits_is_one_line(setup: Setup, tmp_path: Path, version: str) 
     assert f"(python3 is Python {version})" in line
 
 
-def test_none_that_runs_is_one_line(setup: Setup) -> None:
+def test_a_missing_python_is_one_line(setup: Setup) -> None:
     done = setup("test")
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
-    assert "(python3 is nothing that runs)" in line
+    assert "(python3 is missing or broken)" in line
 
 
 @pytest.mark.parametrize("version", ["3.11.0", "3.13.9"])

@@ -15,7 +15,7 @@ from sat_jax.config import OptimizerConfig
 from sat_jax.models.live import Live
 from sat_jax.nn.decoder import Compute
 from sat_jax.models.params import abstract, bind, numbered, whole
-from sat_jax.ops import BlockSparse
+from sat_jax.ops import KernelConfig
 from sat_jax.sparsity.masks import Criteria, Masks, SegmentMasks
 from sat_jax.sparsity.neurons import keep_only
 from sat_jax.sparsity.plan import Plan, Segment, make_plan
@@ -58,7 +58,7 @@ def compiled(
     freeze: bool,
     microbatches: int,
     live: Live | None = None,
-    kernels: BlockSparse | None = None,
+    kernels: KernelConfig | None = None,
 ) -> Step:
     """The step of one execution, jitted; compiled once for all tests."""
     settings = StepSettings(
@@ -108,7 +108,7 @@ def train(
     batches: range,
     masked: bool = False,
     freeze: bool = True,
-    kernels: BlockSparse | None = None,
+    kernels: KernelConfig | None = None,
 ) -> TrainState:
     """The whole state after a step on each of `batches`, between one compact and one expand."""
     step = compiled(plan.segments, masked, freeze, 1, kernels=kernels)
@@ -211,7 +211,7 @@ def test_gather_and_mask_train_alike_over_a_refresh() -> None:
 @pytest.mark.parametrize("unit", ["kv_group", pytest.param("query_head", marks=pytest.mark.slow)])
 def test_kernels_train_as_gather_does(unit: Any) -> None:
     """In place: neither of the omitted nor of a dense layer's does a bit get lost."""
-    kernels = BlockSparse(8, "xla")
+    kernels = KernelConfig(8, "xla")
     plan = make_plan(*(neurons(CONFIG), 0.5, 0.5), attention_unit=unit, block=8, dense_layers=(0,))
     one, other = (random_masks(CONFIG, plan, seed) for seed in (1, 2))
     results = []

@@ -1,4 +1,4 @@
-"""Block-sparse matrix products: see `api`."""
+"""Block-sparse matrix products; `api` describes the functions."""
 
 from kernels.block_sparse_matmul.api import (
     column_matmul,

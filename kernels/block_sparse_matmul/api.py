@@ -1,6 +1,6 @@
-"""Products with matrices of which some blocks take part: differentiable, on any platform.
+"""Differentiable products with block-sparse matrices, on any platform.
 
-    pattern = kept_rows(ids, block=128)         # rows of blocks of w [F, D]
+    pattern = kept_rows(ids, block=128)         # blocks of rows of a matrix [F, D]
     y = swiglu_mlp(x, gate, up, down, pattern)  # [T, D] → [T, D]
     h = column_matmul(x, gate, pattern)         # [T, D] → [T, kept]
     y = row_matmul(h, down, pattern)            # [T, kept] → [T, D]
@@ -8,13 +8,16 @@
     pattern = BlockMask.of(kept, block=128)     # any blocks of a matrix [N, D]
     y = column_matmul(x, blocks, pattern)       # [T, D] → [T, N], blocks [nonzero, 128, 128]
 
-Leading axes of the activations are free. Sums are float32 (how exact products of float32 are, is
-jax's default for `xla`, the highest for the others), results have the dtype of the operands.
-`implementation`: `xla`, `pallas_tpu` (interpreted on other platforms) or `pallas_gpu` (Hopper); a
-named one never gives way to another. None is, operation by operation, Pallas where it takes the
-shapes and was timed no slower than XLA on this kind of device, else XLA (`explain`). Wrong shapes,
-dtypes and blocks are a `ValueError` or `TypeError` before anything runs; wrong ids only under
-`jax_enable_checks`, and without it what they do is undefined.
+Activations may have any leading axes. Sums are float32, and results have the dtype of the operands.
+Float32 products have jax's default precision in `xla` and the highest in the other implementations.
+
+`implementation`: `xla`, `pallas_tpu` (interpret mode on other platforms) or `pallas_gpu` (Hopper).
+A named implementation is used or refused, never replaced. None chooses for each operation: Pallas
+where it supports the shapes and was measured not slower than XLA on this device kind, XLA otherwise
+(`explain`).
+
+Unsupported shapes, dtypes and blocks raise a `ValueError` or `TypeError` before anything runs. Ids
+are checked under `jax_enable_checks` only; otherwise the result of invalid ids is undefined.
 """
 
 import math
@@ -41,20 +44,20 @@ def column_matmul(
     rows: Float[Array, "N D"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "*B N"]:
-    """x · Wᵀ: of each row of W that takes part its product with x.
+    """Return x · Wᵀ.
 
-    `w` is `[F, D]` and N the kept rows, or `[nonzero, block, block]` and N all rows. `rows`: the
-    kept rows of `w` once more. They take no part, but the gradient is theirs, as large as they are,
-    and `w` has none.
+    With kept rows, `w` is `[F, D]` and N the number of kept rows. With a `BlockMask`, `w` is
+    `[nonzero, block, block]` and N the number of all rows. `rows`: a copy of the kept rows of `w`,
+    which gets the gradient in place of `w`; its values are not read.
     """
     x, w = as_array("x", x), as_array("w", w)
     height, columns = _sizes("w", w, pattern)
     _check("x", x, columns, w.dtype)
-    own = _rows((w,), None if rows is None else (rows,), pattern)
+    copies = _check_rows((w,), None if rows is None else (rows,), pattern)
     backend = _choose(implementation, x, columns, pattern)
-    if _nothing(x, pattern):
+    if _is_empty(x, pattern):
         return jnp.zeros((*x.shape[:-1], height), x.dtype)
-    return _leading(vjp.column(backend, _flat(x), w, pattern, own), x)
+    return _unflatten(vjp.column(backend, _flatten(x), w, pattern, copies), x)
 
 
 def row_matmul(
@@ -65,16 +68,15 @@ def row_matmul(
     rows: Float[Array, "N D"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "*B D"]:
-    """x · W over the rows of W that take part; shapes and `rows` as in `column_matmul`, the other
-    way."""
+    """Return x · W, summed over the rows of W; `w`, N and `rows` are those of `column_matmul`."""
     x, w = as_array("x", x), as_array("w", w)
     height, columns = _sizes("w", w, pattern)
     _check("x", x, height, w.dtype)
-    own = _rows((w,), None if rows is None else (rows,), pattern)
+    copies = _check_rows((w,), None if rows is None else (rows,), pattern)
     backend = _choose(implementation, x, columns, pattern)
-    if _nothing(x, pattern):
+    if _is_empty(x, pattern):
         return jnp.zeros((*x.shape[:-1], columns), x.dtype)
-    return _leading(vjp.row(backend, (_flat(x),), (w,), pattern, own), x)
+    return _unflatten(vjp.row(backend, (_flatten(x),), (w,), pattern, copies), x)
 
 
 def sampled_matmul(
@@ -82,33 +84,27 @@ def sampled_matmul(
     c: Float[Array, "*B D"],
     pattern: Pattern,
     *,
-    into: Float[Array, "F D"] | None = None,
     implementation: str | None = None,
 ) -> Array:
-    """aᵀ · c where the pattern has blocks, which is the gradient of both products' weights.
+    """Return aᵀ · c at the blocks of the pattern: the weight gradient of both other products.
 
-    Of a `BlockMask` `[nonzero, block, block]`. Of kept rows these rows alone, `[N, D]`, or, with
-    `into`, that matrix with its kept rows replaced, in place where its buffer is given up.
+    The result is `[nonzero, block, block]` with a `BlockMask`, and `[N, D]` with kept rows.
     """
     a, c = as_array("a", a), as_array("c", c)
     if a.shape[:-1] != c.shape[:-1] or not a.ndim or not c.ndim:
         raise ValueError(f"c: {list(c.shape)}, expected the leading axes of a, {list(a.shape)}")
+    shape: tuple[int, ...]
     if isinstance(pattern, BlockMask):
         rows, columns = (count * pattern.block for count in pattern.shape)
-        if into is not None:
-            raise ValueError("into: a BlockMask stores no other blocks; accepted with kept rows")
+        shape = pattern.nonzero, pattern.block, pattern.block
     else:
-        rows, columns = pattern.kept, c.shape[-1]
-        if into is not None and _sizes("into", into, pattern)[1] != columns:
-            raise ValueError(f"into: {list(into.shape)}, expected [F, {columns}]")
-        if into is not None and into.dtype != a.dtype:
-            raise TypeError(f"into: {into.dtype}, and a is {a.dtype}; one float")
+        rows, columns = shape = pattern.kept, c.shape[-1]
     _check("a", a, rows, c.dtype)
     _check("c", c, columns, a.dtype)
     backend = _choose(implementation, a, columns, pattern)
-    if _nothing(a, pattern):
-        return _no_product(a, c, pattern, into)
-    return vjp.sampled(backend, _flat(a), _flat(c), pattern, into)
+    if _is_empty(a, pattern):
+        return jnp.zeros(shape, a.dtype)
+    return vjp.sampled(backend, _flatten(a), _flatten(c), pattern)
 
 
 def swiglu_mlp(
@@ -121,35 +117,34 @@ def swiglu_mlp(
     rows: tuple[Array, Array, Array] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "*B D"]:
-    """(silu(x · Gᵀ) · (x · Uᵀ)) · W, of matrices G, U and W (`down`) that have the same pattern.
+    """Return (silu(x · Gᵀ) · (x · Uᵀ)) · W of matrices G, U and W (`down`) with the same pattern.
 
-    Shapes and `rows`, of all three, as in `column_matmul`. The backward pass keeps x alone and
-    computes the first two products once more, the activations with them: 11 products in all, and as
-    many where the forward pass itself is computed again (`jax.checkpoint`). The Pallas backends
-    never write these two products to memory.
+    Shapes and `rows` are those of `column_matmul`, for each matrix. x is the only residual: the
+    backward pass recomputes the first two products. Forward and backward pass compute 11 products,
+    also under `jax.checkpoint`. The Pallas kernels do not write the first two products to memory.
     """
-    named = {"x": x, "gate": gate, "up": up, "down": down}
-    x, gate, up, down = (as_array(name, value) for name, value in named.items())
+    arguments = {"x": x, "gate": gate, "up": up, "down": down}
+    x, gate, up, down = (as_array(name, value) for name, value in arguments.items())
     _, columns = _sizes("gate", gate, pattern)
     for name, w in (("up", up), ("down", down)):
         if w.shape != gate.shape or w.dtype != gate.dtype:
             raise ValueError(
-                f"{name}: {w.dtype}{list(w.shape)}, expected as gate,"
+                f"{name}: {w.dtype}{list(w.shape)}, expected that of gate,"
                 f" {gate.dtype}{list(gate.shape)}"
             )
     _check("x", x, columns, gate.dtype)
     ws = gate, up, down
-    own = _rows(ws, rows, pattern)
+    copies = _check_rows(ws, rows, pattern)
     backend = _choose(implementation, x, columns, pattern)
-    if _nothing(x, pattern):
+    if _is_empty(x, pattern):
         return jnp.zeros_like(x)
-    return _leading(vjp.swiglu_mlp(backend, _flat(x), ws, pattern, own), x)
+    return _unflatten(vjp.swiglu_mlp(backend, _flatten(x), ws, pattern, copies), x)
 
 
 def _sizes(name: str, w: Array, pattern: Pattern) -> tuple[int, int]:
-    """Rows and columns of the matrix that takes part."""
+    """Return the kept rows and the columns of a matrix; raises if it does not fit the pattern."""
     if not isinstance(pattern, KeptRows | BlockMask):
-        raise TypeError(f"pattern: {type(pattern).__name__}, expected of kept_rows or a BlockMask")
+        raise TypeError(f"pattern: {type(pattern).__name__}, expected KeptRows or a BlockMask")
     block = pattern.block
     if isinstance(pattern, BlockMask):
         if w.shape != (pattern.nonzero, block, block):
@@ -162,28 +157,28 @@ def _sizes(name: str, w: Array, pattern: Pattern) -> tuple[int, int]:
         )
     if pattern.kept > w.shape[0]:
         raise ValueError(
-            f"ids: {pattern.ids.shape[0]} of {block} rows, and {name} has {w.shape[0]} rows"
+            f"ids: {pattern.ids.shape[0]} blocks of {block} rows, but {name} has {w.shape[0]} rows"
         )
     check_ids(pattern, w.shape[0] // block)
     return pattern.kept, w.shape[1]
 
 
-def _rows(
+def _check_rows(
     ws: tuple[Array, ...], rows: tuple[Array, ...] | None, pattern: Pattern
 ) -> tuple[Array, ...] | None:
-    """Kept rows that fit the matrices they are of."""
+    """Return `rows`; raises if they are not the kept rows of the matrices."""
     if rows is None:
         return None
     if isinstance(pattern, BlockMask):
-        raise ValueError("rows: a BlockMask stores no other blocks; accepted with kept rows")
+        raise ValueError("rows: accepted with kept rows, not with a BlockMask")
     if len(rows) != len(ws):
         raise ValueError(
-            f"rows: {len(rows)} matrices, expected {len(ws)}, those of gate, up and down"
+            f"rows: {len(rows)} matrices, expected {len(ws)}, one for each of gate, up and down"
         )
-    for w, own in zip(ws, rows, strict=True):
-        if own.shape != (pattern.kept, w.shape[1]) or own.dtype != w.dtype:
+    for w, copy in zip(ws, rows, strict=True):
+        if copy.shape != (pattern.kept, w.shape[1]) or copy.dtype != w.dtype:
             raise ValueError(
-                f"rows: {own.dtype}{list(own.shape)}, expected the kept rows,"
+                f"rows: {copy.dtype}{list(copy.shape)}, expected the kept rows,"
                 f" {w.dtype}{[pattern.kept, w.shape[1]]}"
             )
     return rows
@@ -193,30 +188,23 @@ def _check(name: str, x: Array, width: int, dtype: jnp.dtype) -> None:
     if x.ndim < 1 or x.shape[-1] != width:
         raise ValueError(f"{name}: shape {list(x.shape)}, expected [..., {width}]")
     if x.dtype != dtype or not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{name}: {x.dtype}, and what it is multiplied with is {dtype}; one float")
+        raise TypeError(
+            f"{name}: {x.dtype}, and the other operand is {dtype}; expected one float dtype"
+        )
 
 
 def _choose(implementation: str | None, x: Array, columns: int, pattern: Pattern) -> str:
     return choose(implementation, x.dtype, columns, pattern.block)
 
 
-def _nothing(x: Array, pattern: Pattern) -> bool:
+def _is_empty(x: Array, pattern: Pattern) -> bool:
     blocks = pattern.ids.shape[0] if isinstance(pattern, KeptRows) else pattern.nonzero
     return not blocks or not math.prod(x.shape)
 
 
-def _no_product(a: Array, c: Array, pattern: Pattern, into: Array | None) -> Array:
-    if isinstance(pattern, BlockMask):
-        return jnp.zeros((pattern.nonzero, pattern.block, pattern.block), a.dtype)
-    if into is None or not pattern.kept:
-        return jnp.zeros((pattern.kept, c.shape[-1]), a.dtype) if into is None else into
-    blocks = into.reshape(-1, pattern.block, into.shape[1])
-    return blocks.at[pattern.ids].set(0).reshape(into.shape)
-
-
-def _flat(x: Float[Array, "*B N"]) -> Float[Array, "T N"]:
+def _flatten(x: Float[Array, "*B N"]) -> Float[Array, "T N"]:
     return x.reshape(-1, x.shape[-1])
 
 
-def _leading(y: Float[Array, "T N"], x: Float[Array, "*B M"]) -> Float[Array, "*B N"]:
+def _unflatten(y: Float[Array, "T N"], x: Float[Array, "*B M"]) -> Float[Array, "*B N"]:
     return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -1,6 +1,6 @@
-"""The loops for Hopper GPUs: a persistent grid, each block of threads taking tile after tile.
+"""The kernels for Hopper GPUs: a persistent grid, in which each thread block computes many tiles.
 
-Tiles come into shared memory by TMA while others are multiplied by wgmma.
+TMA loads tiles into shared memory while wgmma multiplies earlier ones.
 """
 
 import functools
@@ -15,20 +15,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from kernels.block_sparse_matmul.patterns import BlockMask
-from kernels.block_sparse_matmul.tiled import Product, Steps, finer, largest_tile, split
-from kernels.block_sparse_matmul.tiles import GpuTiles, Misfit
+from kernels.block_sparse_matmul.tiled import Product, Steps, largest_tile, split, split_reduction
+from kernels.block_sparse_matmul.tiles import GpuTiles, UnsupportedTiles
 
 NAME = "pallas_gpu"
-# Two warpgroups compute, each for its own tokens, and a third one brings the tiles. One holds
-# 128 × 128 float32 sums in its registers, or two of 64 × 128.
-_WORKERS = 2
-_SUMS = 128 * 128
+# Two warpgroups compute, each for its own tokens; a third one loads the tiles. The registers of a
+# warpgroup hold 128 × 128 float32 sums, or two accumulators of 64 × 128.
+_COMPUTE_WARPGROUPS = 2
+_MAX_SUMS = 128 * 128
 _UNIT = 64
-_CARRIER_REGISTERS = 40
-# Places of a result in shared memory, taken in turn where there are more of them. What is loaded to
-# make results of lies in the last place.
-_PLACES = 2
-_SHARED_BYTES = 216 * 1024  # of the 227 KiB that a block of threads may have
+_LOADER_REGISTERS = 40
+# Buffers for results in shared memory, used in turn if there are more results. Inputs of
+# `Product.finish` are loaded into the last buffers.
+_RESULT_BUFFERS = 2
+_SHARED_BYTES = 216 * 1024  # of the 227 KiB that a thread block can use
 
 
 def refusal(dtype: jnp.dtype, width: int, block: int) -> str | None:
@@ -42,126 +42,129 @@ def refusal(dtype: jnp.dtype, width: int, block: int) -> str | None:
     return None
 
 
-def factor_tile(size: int, _dtype: jnp.dtype, tiles: GpuTiles) -> int:
-    """See `tiled.Loops`."""
-    return largest_tile(size, _UNIT, tiles.factor)
+def reduction_tile(size: int, _dtype: jnp.dtype, tiles: GpuTiles) -> int:
+    """See `tiled.Kernels`."""
+    return largest_tile(size, _UNIT, tiles.tile_k)
 
 
 def result_tile(size: int, _dtype: jnp.dtype, tiles: GpuTiles) -> int:
-    """See `tiled.Loops`."""
-    return largest_tile(size, _UNIT, tiles.result)
+    """See `tiled.Kernels`."""
+    return largest_tile(size, _UNIT, tiles.tile_n)
 
 
 def contract(product: Product, tiles: GpuTiles) -> tuple[Float[Array, "T N"], ...]:
     """See `tiled.Product`."""
-    product = finer(product, tiles.factor)
+    product = split_reduction(product, tiles.tile_k)
     tokens, dtype = product.xs[0].shape[0], product.xs[0].dtype
-    # Two sums share the registers; two pairs, the shared memory.
-    tall = tiles.tall // len(product.ws)
-    if tall % _UNIT or product.sums * tall * product.result > _SUMS:
-        sums = f"{product.sums} × {tall} × {product.result} sums"
-        raise Misfit(f"{sums} of a warpgroup, accepted {_SUMS} in all, of multiples of {_UNIT}")
-    # Padding is of no consequence: each token's results are its own.
-    padded = -tokens % (tall * _WORKERS)
+    # Two accumulators share the registers, and two pairs of operands share the shared memory.
+    tile_m = tiles.tile_m // len(product.ws)
+    if tile_m % _UNIT or product.sums * tile_m * product.tile_n > _MAX_SUMS:
+        raise UnsupportedTiles(
+            f"{product.sums} × {tile_m} × {product.tile_n} sums per warpgroup, accepted at most"
+            f" {_MAX_SUMS}, and sizes that are multiples of {_UNIT}"
+        )
+    # Padding tokens do not change the results of other tokens.
+    padding = -tokens % (tile_m * _COMPUTE_WARPGROUPS)
     xs, extras = (
-        [jnp.pad(part, ((0, padded), (0, 0))) if padded else part for part in parts]
-        for parts in (product.xs, product.extras)
+        [jnp.pad(array, ((0, padding), (0, 0))) if padding else array for array in arrays]
+        for arrays in (product.xs, product.extras)
     )
     kernel = _kernel(
-        functools.partial(_contract, product=product, tall=tall, settings=tiles),
-        [jax.ShapeDtypeStruct((tokens + padded, product.width), dtype)] * product.outputs,
+        functools.partial(_contract, product=product, tile_m=tile_m, settings=tiles),
+        [jax.ShapeDtypeStruct((tokens + padding, product.width), dtype)] * product.outputs,
         product.name,
-        threads=_WORKERS + 1,
+        warpgroups=_COMPUTE_WARPGROUPS + 1,
     )
     steps = product.steps
-    # Steps that are not live are the only ones of their results.
-    runs = () if product.even else _runs(steps, product.width // product.result)
-    found = kernel(*runs, steps.factor, steps.row, steps.column, *xs, *product.ws, *extras)
-    return tuple(y[:tokens] if padded else y for y in found)
+    # A padding step is the only step of its result.
+    ranges = () if product.uniform else _step_ranges(steps, product.width // product.tile_n)
+    results = kernel(*ranges, steps.reduction, steps.row, steps.column, *xs, *product.ws, *extras)
+    return tuple(y[:tokens] if padding else y for y in results)
 
 
-def _contract(*refs: Any, product: Product, tall: int, settings: GpuTiles) -> None:
-    runs, (factors, rows, columns), xs, ws, extras, outputs = split(
+def _contract(*refs: Any, product: Product, tile_m: int, settings: GpuTiles) -> None:
+    ranges, (reductions, rows, columns), xs, ws, extras, outputs = split(
         refs,
-        *(0 if product.even else 2, 3),
+        *(0 if product.uniform else 2, 3),
         *(len(product.xs), len(product.ws), len(product.extras), product.outputs),
     )
-    dtype, tile = xs[0].dtype, (tall, product.result)
-    x_tile = (tall * _WORKERS, product.factor)
-    w_tile = (product.factor, product.result)
+    dtype, tile = xs[0].dtype, (tile_m, product.tile_n)
+    x_tile = (tile_m * _COMPUTE_WARPGROUPS, product.tile_k)
+    w_tile = (product.tile_k, product.tile_n)
     if product.transposed:
         w_tile = w_tile[::-1]
     tiles = [x_tile] * len(xs) + [w_tile] * len(ws)
-    places = min(len(outputs), _PLACES)
-    assert len(extras) < places
-    stages = _stages(settings, tiles, [tile] * _WORKERS * places, dtype)
-    shape = (outputs[0].shape[0] // x_tile[0], product.width // product.result)
+    buffers = min(len(outputs), _RESULT_BUFFERS)
+    assert len(extras) < buffers
+    stages = _stages(settings, tiles, [tile] * _COMPUTE_WARPGROUPS * buffers, dtype)
+    shape = (outputs[0].shape[0] // x_tile[0], product.width // product.tile_n)
 
     def pipeline(m: Any, n: Any, step: Any = None, compute: Any = None) -> Any:
-        """Over the steps of one result, for one tile of tokens."""
-        if product.even:
+        """Return the pipeline over the steps of result tile n, for token tile m."""
+        if product.uniform:
             count = product.steps.result.shape[0] // shape[1]
             start = n * count
         else:
-            start, count = (run[n] for run in runs)
-        x_spec = _spec(x_tile, dtype, lambda s: (m, factors[start + s]))
+            start, count = (part[n] for part in ranges)
+        x_spec = _spec(x_tile, dtype, lambda s: (m, reductions[start + s]))
         w_spec = _spec(w_tile, dtype, lambda s: (rows[start + s], columns[start + s]))
         return plgpu.emit_pipeline_warp_specialized(
             step,
             grid=(count,),
-            memory_registers=_CARRIER_REGISTERS,
+            memory_registers=_LOADER_REGISTERS,
             in_specs=[x_spec] * len(xs) + [w_spec] * len(ws),
             max_concurrent_steps=stages,
             wg_axis="warpgroup",
-            num_compute_wgs=_WORKERS,
+            num_compute_wgs=_COMPUTE_WARPGROUPS,
             compute_context=compute,
         )
 
-    def work(room: Any, rests: Sequence[Any], barriers: Any) -> None:
-        worker = jax.lax.axis_index("warpgroup")
-        mine = pl.ds(worker * tall, tall)
+    def compute_tiles(allocations: Any, buffer_refs: Sequence[Any], barriers: Any) -> None:
+        warpgroup = jax.lax.axis_index("warpgroup")
+        own_tokens = pl.ds(warpgroup * tile_m, tile_m)
 
-        def step(_: Any, *given: Any) -> Any:
-            *tiles, sums = given
+        def step(_: Any, *operands: Any) -> Any:
+            *tiles, sums = operands
             x_tiles, w_tiles = tiles[: len(xs)], tiles[len(xs) :]
             for i, w in enumerate(w_tiles):
                 w = w.transpose((1, 0)) if product.transposed else w
-                plgpu.wgmma(sums[i % len(sums)], x_tiles[i % len(x_tiles)].at[mine], w)
+                plgpu.wgmma(sums[i % len(sums)], x_tiles[i % len(x_tiles)].at[own_tokens], w)
             plgpu.wgmma_wait(0)
             return sums
 
         @plgpu.nd_loop((shape[0] * shape[1],), collective_axes="sm")
         def _(loop: Any) -> None:
-            m, n = plgpu.planar_snake(loop.index[0], shape, 0, min(settings.snake, shape[0]))
-            here = (
-                pl.ds((m * _WORKERS + worker) * tall, tall),
-                pl.ds(n * product.result, product.result),
+            width = min(settings.grid_tile_width, shape[0])
+            m, n = plgpu.planar_snake(loop.index[0], shape, 0, width)
+            window = (
+                pl.ds((m * _COMPUTE_WARPGROUPS + warpgroup) * tile_m, tile_m),
+                pl.ds(n * product.tile_n, product.tile_n),
             )
 
-            def compute(run: Any) -> None:
-                def sum_up(*sums: Any) -> None:
-                    run(sums)
+            def compute(run_pipeline: Any) -> None:
+                def accumulate(*sums: Any) -> None:
+                    run_pipeline(sums)
                     _finish(
                         product,
                         [total[...] for total in sums],
-                        barriers.at[worker],
-                        [ref.at[here] for ref in extras],
-                        [ref.at[here] for ref in outputs],
-                        [ref.at[worker] for ref in rests],
+                        barriers.at[warpgroup],
+                        [ref.at[window] for ref in extras],
+                        [ref.at[window] for ref in outputs],
+                        [ref.at[warpgroup] for ref in buffer_refs],
                     )
 
-                pl.run_scoped(sum_up, *[plgpu.ACC(tile, jnp.float32)] * product.sums)
+                pl.run_scoped(accumulate, *[plgpu.ACC(tile, jnp.float32)] * product.sums)
 
-            pipeline(m, n, step, compute)(*xs, *ws, allocations=room)
+            pipeline(m, n, step, compute)(*xs, *ws, allocations=allocations)
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    shared = plgpu.SMEM((_WORKERS, *tile), dtype, transforms=_transforms(tile, dtype))
+    buffer = plgpu.SMEM((_COMPUTE_WARPGROUPS, *tile), dtype, transforms=_transforms(tile, dtype))
     pl.run_scoped(
-        work,
+        compute_tiles,
         pipeline(0, 0).get_allocations(*xs, *ws),
-        [shared] * places,
-        plgpu.Barrier(num_barriers=_WORKERS),
+        [buffer] * buffers,
+        plgpu.Barrier(num_barriers=_COMPUTE_WARPGROUPS),
         collective_axes="warpgroup",
     )
 
@@ -172,45 +175,45 @@ def _finish(
     barrier: Any,
     sources: Sequence[Any],
     targets: Sequence[Any],
-    places: Sequence[Any],
+    buffers: Sequence[Any],
 ) -> None:
-    """Makes one worker's results of its sums and `sources`, and sends them on their way."""
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # those of the tile before
-    loaded = places[len(places) - len(sources) :]
-    for source, there in zip(sources, loaded, strict=True):
-        plgpu.copy_gmem_to_smem(source, there, barrier)
+    """Compute a warpgroup's result tiles from its sums and `sources`, and start writing them."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the results of the previous tile
+    source_buffers = buffers[len(buffers) - len(sources) :]
+    for source, buffer in zip(sources, source_buffers, strict=True):
+        plgpu.copy_gmem_to_smem(source, buffer, barrier)
         plgpu.barrier_wait(barrier)
-    tiles = [there[...].astype(jnp.float32) for there in loaded]
+    tiles = [buffer[...].astype(jnp.float32) for buffer in source_buffers]
     results = product.finish(*totals, *tiles)
     for i, (values, target) in enumerate(zip(results, targets, strict=True)):
-        there = places[i % len(places)]
-        if i >= len(places):
-            plgpu.wait_smem_to_gmem(len(places) - 1, wait_read_only=True)
-        there[...] = values.astype(there.dtype)
-        plgpu.commit_smem()  # by then all threads have read what was loaded
-        plgpu.copy_smem_to_gmem(there, target)
+        buffer = buffers[i % len(buffers)]
+        if i >= len(buffers):
+            plgpu.wait_smem_to_gmem(len(buffers) - 1, wait_read_only=True)
+        buffer[...] = values.astype(buffer.dtype)
+        plgpu.commit_smem()  # all threads have read `tiles` before their buffer is overwritten
+        plgpu.copy_smem_to_gmem(buffer, target)
 
 
 def sample(
     a: Float[Array, "T N"], c: Float[Array, "T D"], mask: BlockMask, tiles: GpuTiles
 ) -> Float[Array, "nonzero b b"]:
-    """See `tiled.Loops`."""
+    """See `tiled.Kernels`."""
     block = mask.block
-    if padded := -a.shape[0] % tiles.factor:
-        a, c = (jnp.pad(part, ((0, padded), (0, 0))) for part in (a, c))
+    if padding := -a.shape[0] % tiles.tile_k:
+        a, c = (jnp.pad(operand, ((0, padding), (0, 0))) for operand in (a, c))
     kernel = _kernel(
         functools.partial(_sample, block=block, settings=tiles),
         [jax.ShapeDtypeStruct((mask.nonzero * block, block), a.dtype)],
         "sampled",
     )
-    (found,) = kernel(mask.rows, mask.columns, a, c)
-    return found.reshape(-1, block, block)
+    (blocks,) = kernel(mask.rows, mask.columns, a, c)
+    return blocks.reshape(-1, block, block)
 
 
 def _sample(
     rows: Any, columns: Any, a: Any, c: Any, output: Any, *, block: int, settings: GpuTiles
 ) -> None:
-    tile, step_tile, dtype = (block, block), (settings.factor, block), a.dtype
+    tile, step_tile, dtype = (block, block), (settings.tile_k, block), a.dtype
     stages = _stages(settings, [step_tile] * 2, [tile], dtype)
 
     @plgpu.nd_loop((output.shape[0] // block,), collective_axes="sm")
@@ -225,7 +228,7 @@ def _sample(
 
             pipeline = plgpu.emit_pipeline(
                 step,
-                grid=(a.shape[0] // settings.factor,),
+                grid=(a.shape[0] // settings.tile_k,),
                 in_specs=[
                     _spec(step_tile, dtype, lambda t: (t, row), delay=1),
                     _spec(step_tile, dtype, lambda t: (t, column), delay=1),
@@ -237,65 +240,74 @@ def _sample(
 
         total = pl.run_scoped(multiply, plgpu.ACC(tile, jnp.float32))
 
-        def write(stored: Any) -> None:
-            stored[...] = total.astype(dtype)
+        def write(buffer: Any) -> None:
+            buffer[...] = total.astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(stored, output.at[pl.ds(n * block, block)])
+            plgpu.copy_smem_to_gmem(buffer, output.at[pl.ds(n * block, block)])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         pl.run_scoped(write, plgpu.SMEM(tile, dtype, transforms=_transforms(tile, dtype)))
 
 
-def _runs(steps: Steps, results: int) -> tuple[Int[Array, " r"], Int[Array, " r"]]:
-    """Of each result its first step and how many are live."""
-    places = jnp.arange(results, dtype=jnp.int32)
-    starts = jnp.searchsorted(steps.result, places).astype(jnp.int32)
-    counts = jax.ops.segment_sum(steps.live, steps.result, results, indices_are_sorted=True)
+def _step_ranges(steps: Steps, results: int) -> tuple[Int[Array, " r"], Int[Array, " r"]]:
+    """Return the first step and the number of valid steps of each result."""
+    tiles = jnp.arange(results, dtype=jnp.int32)
+    starts = jnp.searchsorted(steps.result, tiles).astype(jnp.int32)
+    counts = jax.ops.segment_sum(steps.valid, steps.result, results, indices_are_sorted=True)
     return starts, counts
 
 
 def _kernel(
-    body: Callable[..., None], out: Sequence[jax.ShapeDtypeStruct], name: str, threads: int = 1
+    body: Callable[..., None], out: Sequence[jax.ShapeDtypeStruct], name: str, warpgroups: int = 1
 ) -> Callable[..., Any]:
-    """By `threads` warpgroups on every multiprocessor."""
-    several: Any = {"num_threads": threads, "thread_name": "warpgroup"} if threads > 1 else {}
+    """Return a kernel with one thread block of `warpgroups` on every multiprocessor."""
+    threads: Any = {"num_threads": warpgroups, "thread_name": "warpgroup"} if warpgroups > 1 else {}
     return plgpu.kernel(
         body,
         out_type=list(out),
-        grid=(_processors(),),
+        grid=(_multiprocessors(),),
         grid_names=("sm",),
         kernel_name=name,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        **several,
+        **threads,
     )
 
 
-def _processors() -> int:
-    """Streaming multiprocessors: of the mesh's device where one is set, else of the default one, or
-    those of an H200."""
-    described = getattr(jax.sharding.get_abstract_mesh().abstract_device, "num_cores", None)
-    return described or getattr(jax.devices()[0], "core_count", None) or 132
+def _multiprocessors() -> int:
+    """Return the number of streaming multiprocessors of the current mesh's or the default device.
+
+    132, that of an H200, if neither says it.
+    """
+    of_mesh = getattr(jax.sharding.get_abstract_mesh().abstract_device, "num_cores", None)
+    return of_mesh or getattr(jax.devices()[0], "core_count", None) or 132
 
 
 def _stages(
     settings: GpuTiles,
     step: Sequence[tuple[int, int]],
-    resting: Sequence[tuple[int, int]],
+    resident: Sequence[tuple[int, int]],
     dtype: jnp.dtype,
 ) -> int:
-    """For how many steps the tiles find room beside those that stay: two at the least."""
-    sizes = [sum(map(math.prod, tiles)) * jnp.dtype(dtype).itemsize for tiles in (step, resting)]
-    room = (_SHARED_BYTES - sizes[1]) // sizes[0]
-    if min(room, settings.stages) < 2:
-        raise Misfit(f"shared memory for {room} of {settings.stages} stages, accepted 2 and more")
-    return min(settings.stages, room)
+    """Return the number of stages: steps whose tiles fit shared memory beside the resident tiles.
+
+    Raises `UnsupportedTiles` for fewer than two.
+    """
+    step_bytes, resident_bytes = (
+        sum(map(math.prod, tiles)) * jnp.dtype(dtype).itemsize for tiles in (step, resident)
+    )
+    fitting = (_SHARED_BYTES - resident_bytes) // step_bytes
+    if min(fitting, settings.stages) < 2:
+        raise UnsupportedTiles(
+            f"shared memory for {fitting} of {settings.stages} stages, accepted 2 and more"
+        )
+    return min(settings.stages, fitting)
 
 
 def _spec(
-    tile: tuple[int, int], dtype: jnp.dtype, place: Callable[..., Any], delay: int = 0
+    tile: tuple[int, int], dtype: jnp.dtype, index: Callable[..., Any], delay: int = 0
 ) -> plgpu.BlockSpec:
-    """A tile that is given up `delay` steps later, where wgmma may still read it."""
-    return plgpu.BlockSpec(tile, place, transforms=_transforms(tile, dtype), delay_release=delay)
+    """Return a block spec. Its buffer is reused `delay` steps later, if wgmma still reads it."""
+    return plgpu.BlockSpec(tile, index, transforms=_transforms(tile, dtype), delay_release=delay)
 
 
 def _transforms(tile: tuple[int, int], dtype: jnp.dtype) -> tuple[Any, ...]:

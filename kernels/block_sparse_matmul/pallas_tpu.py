@@ -1,6 +1,6 @@
-"""The loops for TPU: the grid walks over steps, whose tiles' places are scalars fetched ahead.
+"""The kernels for TPU. The grid iterates over steps; prefetched scalars hold the tile indices.
 
-On any other platform the same program is interpreted.
+On other platforms the same program runs in interpret mode.
 """
 
 import functools
@@ -16,69 +16,71 @@ from jaxtyping import Array, Float
 
 from kernels.block_sparse_matmul.patterns import BlockMask
 from kernels.block_sparse_matmul.tiled import Product, Steps, largest_tile, split
-from kernels.block_sparse_matmul.tiles import Misfit, TpuTiles
+from kernels.block_sparse_matmul.tiles import TpuTiles, UnsupportedTiles
 
 NAME = "pallas_tpu"
-_VMEM = 64 * 2**20
+_VMEM_BYTES = 64 * 2**20
 _SUBLANES = 16
 
 
 def refusal(dtype: jnp.dtype, width: int, block: int) -> str | None:
-    """See `backends.Backend`. The rules are the chip's; the interpreter keeps them too."""
+    """See `backends.Backend`. Interpret mode has the same restrictions as the TPU."""
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"{dtype} operands, accepted float32 and bfloat16"
     if block not in (128, 256, 512):
         return f"blocks of {block}, accepted 128, 256 and 512"
-    longest = TpuTiles().row // dtype.itemsize
+    longest = TpuTiles().row_bytes // dtype.itemsize
     if width % 128 and width > longest:
-        return f"rows of {width}, accepted multiples of 128, and up to {longest} anything"
+        return f"rows of {width}, accepted multiples of 128, and any width up to {longest}"
     return None
 
 
-def factor_tile(size: int, dtype: jnp.dtype, tiles: TpuTiles) -> int:
-    """See `tiled.Loops`. A row that cannot be cut is a tile, which `refusal` allows by the default
-    settings, whatever these are."""
-    longest = tiles.row // jnp.dtype(dtype).itemsize
+def reduction_tile(size: int, dtype: jnp.dtype, tiles: TpuTiles) -> int:
+    """See `tiled.Kernels`. A row that cannot be divided is one tile, for any tile settings.
+
+    `refusal` limits its size, by the default settings.
+    """
+    longest = tiles.row_bytes // jnp.dtype(dtype).itemsize
     return size if size <= longest else largest_tile(size, 128, longest) or size
 
 
-result_tile = factor_tile
+result_tile = reduction_tile
 
 
 def contract(product: Product, tiles: TpuTiles) -> tuple[Float[Array, "T N"], ...]:
     """See `tiled.Product`."""
     tokens, dtype = product.xs[0].shape[0], product.xs[0].dtype
-    tall = _tall(tokens, dtype, tiles.tokens)
-    w_tile = (product.factor, product.result)
-    x_spec = _spec((tall, product.factor), lambda m, n, steps: (m, steps.factor[n]))
+    tile_m = _token_tile(tokens, dtype, tiles.token_bytes)
+    w_tile = (product.tile_k, product.tile_n)
+    x_spec = _spec((tile_m, product.tile_k), lambda m, n, steps: (m, steps.reduction[n]))
     w_spec = _spec(
         w_tile[::-1] if product.transposed else w_tile,
         lambda _, n, steps: (steps.row[n], steps.column[n]),
     )
-    y_spec = _spec((tall, product.result), lambda m, n, steps: (m, steps.result[n]))
+    y_spec = _spec((tile_m, product.tile_n), lambda m, n, steps: (m, steps.result[n]))
     call = _call(
         functools.partial(_contract, product=product),
         product.name,
-        grid=(pl.cdiv(tokens, tall), product.steps.result.shape[0]),
+        grid=(pl.cdiv(tokens, tile_m), product.steps.result.shape[0]),
         in_specs=[
             *[x_spec] * len(product.xs),
             *[w_spec] * len(product.ws),
             *[y_spec] * len(product.extras),
         ],
         out_specs=[y_spec] * product.outputs,
-        sums=[pltpu.VMEM((tall, product.result), jnp.float32)] * product.sums,
+        sums=[pltpu.VMEM((tile_m, product.tile_n), jnp.float32)] * product.sums,
         out_shape=[jax.ShapeDtypeStruct((tokens, product.width), dtype)] * product.outputs,
     )
     return tuple(call(*product.steps, *product.xs, *product.ws, *product.extras))
 
 
 def _contract(*refs: Any, product: Product) -> None:
-    places, xs, ws, extras, outputs, sums = split(
+    indices, xs, ws, extras, outputs, sums = split(
         refs,
         len(Steps._fields),
         *(len(product.xs), len(product.ws), len(product.extras), product.outputs, product.sums),
     )
-    steps = Steps(*places)
+    steps = Steps(*indices)
     n, end = pl.program_id(1), pl.num_programs(1) - 1
     result = steps.result
 
@@ -87,7 +89,7 @@ def _contract(*refs: Any, product: Product) -> None:
         for total in sums:
             total[...] = jnp.zeros_like(total)
 
-    @pl.when(steps.live[n] > 0)
+    @pl.when(steps.valid[n] > 0)
     def _() -> None:
         for i, w in enumerate(ws):
             x, total = xs[i % len(xs)], sums[i % len(sums)]
@@ -104,18 +106,18 @@ def _contract(*refs: Any, product: Product) -> None:
 def sample(
     a: Float[Array, "T N"], c: Float[Array, "T D"], mask: BlockMask, tiles: TpuTiles
 ) -> Float[Array, "nonzero b b"]:
-    """See `tiled.Loops`."""
+    """See `tiled.Kernels`."""
     tokens, block = a.shape[0], mask.block
-    tall = _tall(tokens, a.dtype, tiles.sampled)
+    tile_m = _token_tile(tokens, a.dtype, tiles.sampled_bytes)
     slots = jnp.arange(mask.nonzero, dtype=jnp.int32)
     steps = Steps(mask.rows, mask.columns, slots, jnp.zeros_like(slots), jnp.ones_like(slots))
     call = _call(
         functools.partial(_sample, tokens=tokens),
         "sampled",
-        grid=(mask.nonzero, pl.cdiv(tokens, tall)),
+        grid=(mask.nonzero, pl.cdiv(tokens, tile_m)),
         in_specs=[
-            _spec((tall, block), lambda n, t, steps: (t, steps.result[n])),
-            _spec((tall, block), lambda n, t, steps: (t, steps.factor[n])),
+            _spec((tile_m, block), lambda n, t, steps: (t, steps.result[n])),
+            _spec((tile_m, block), lambda n, t, steps: (t, steps.reduction[n])),
         ],
         out_specs=_spec((block, block), lambda n, _, steps: (steps.row[n], steps.column[n])),
         sums=[pltpu.VMEM((block, block), jnp.float32)],
@@ -126,36 +128,36 @@ def sample(
 
 def _sample(*refs: Any, tokens: int) -> None:
     a, c, output, total = refs[len(Steps._fields) :]
-    t, tall = pl.program_id(1), a.shape[0]
+    t, tile_m = pl.program_id(1), a.shape[0]
 
     @pl.when(t == 0)
     def _() -> None:
         total[...] = jnp.zeros_like(total)
 
-    # What lies beyond the last token is anything, NaN too.
-    inside = jax.lax.broadcasted_iota(jnp.int32, a.shape, 0) < tokens - t * tall
-    known_a, known_c = (jnp.where(inside, tile[...], 0) for tile in (a, c))
-    total[...] += _dot(known_a, known_c, 0, 0)
+    # Rows after the last token are undefined, possibly NaN.
+    valid = jax.lax.broadcasted_iota(jnp.int32, a.shape, 0) < tokens - t * tile_m
+    valid_a, valid_c = (jnp.where(valid, tile[...], 0) for tile in (a, c))
+    total[...] += _dot(valid_a, valid_c, 0, 0)
 
     @pl.when(t == pl.num_programs(1) - 1)
     def _() -> None:
         output[...] = total[...].astype(output.dtype)
 
 
-def _tall(tokens: int, dtype: jnp.dtype, most_bytes: int) -> int:
-    return min(most_bytes // dtype.itemsize, -(-tokens // _SUBLANES) * _SUBLANES)
+def _token_tile(tokens: int, dtype: jnp.dtype, max_bytes: int) -> int:
+    return min(max_bytes // dtype.itemsize, -(-tokens // _SUBLANES) * _SUBLANES)
 
 
 def _dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
-    """Their product over one axis of each, exact products of float32 included."""
+    """Return the product over one axis of each, for float32 at the highest precision."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     axes = (((a_axis,), (b_axis,)), ((), ()))
     return jax.lax.dot_general(a, b, axes, precision, jnp.float32)
 
 
-def _spec(tile: tuple[int, int], place: Callable[..., tuple[Any, Any]]) -> pl.BlockSpec:
-    """A tile whose place is a function of the grid's two indices and the steps."""
-    return pl.BlockSpec(tile, lambda i, j, *steps: place(i, j, Steps(*steps)))
+def _spec(tile: tuple[int, int], index: Callable[..., tuple[Any, Any]]) -> pl.BlockSpec:
+    """Return a block spec; `index` maps two grid indices and the steps to a tile index."""
+    return pl.BlockSpec(tile, lambda i, j, *steps: index(i, j, Steps(*steps)))
 
 
 def _call(
@@ -184,7 +186,7 @@ def _call(
             interpret=interpret,
             name=name,
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
+                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
             ),
         )(*arguments)
 
@@ -197,10 +199,10 @@ def _call(
 def _check_memory(
     in_specs: Sequence[pl.BlockSpec], out_specs: Any, sums: Sequence[Any], out_shape: Any
 ) -> None:
-    """Each operand's tile is there twice, one of them on its way."""
+    """Raise `UnsupportedTiles` if the tiles exceed VMEM. Operands are double-buffered."""
     size = jax.tree.leaves(out_shape)[0].dtype.itemsize
     specs = [*in_specs, *jax.tree.leaves(out_specs)]
     tiles = sum(2 * size * math.prod(spec.block_shape) for spec in specs)
     needed = tiles + sum(4 * math.prod(total.shape) for total in sums)
-    if needed > _VMEM:
-        raise Misfit(f"tiles of {needed} bytes of VMEM, accepted {_VMEM}")
+    if needed > _VMEM_BYTES:
+        raise UnsupportedTiles(f"tiles of {needed} bytes of VMEM, accepted {_VMEM_BYTES}")

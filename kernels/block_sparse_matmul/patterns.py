@@ -1,7 +1,7 @@
-"""Which blocks of a matrix take part: whole rows of blocks, or any pattern.
+"""Sparsity patterns: kept blocks of rows, or a mask of square blocks.
 
-Both are pytrees of int32 arrays, so that one compiled program serves every selection of the same
-size; block size and counts are static.
+Both are pytrees of int32 arrays with static block size and counts. One compiled program therefore
+serves every selection of the same size.
 """
 
 import dataclasses
@@ -13,16 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-Kind = Literal["rows", "mask"]  # of a pattern: what is measured apart
+Kind = Literal["rows", "mask"]  # of a pattern; each has its own tuning entries
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["ids"], meta_fields=["block"])
 @dataclasses.dataclass(frozen=True)
 class KeptRows:
-    """Whole runs of `block` rows of a matrix `[F, D]`: rows `[id · block, (id + 1) · block)`.
+    """Kept blocks of rows of a matrix `[F, D]`: rows `[id · block, (id + 1) · block)` of each id.
 
-    `ids` are sorted and unique; the kept rows of the matrix, in that order, are the neurons that
-    `[T, kept]` arrays hold.
+    `ids` are sorted and unique. Arrays `[T, kept]` have one column per kept row, in that order.
     """
 
     ids: Int[Array, " k"]
@@ -31,24 +30,28 @@ class KeptRows:
 
     @property
     def kept(self) -> int:
-        """Kept rows of the matrix."""
+        """Number of kept rows of the matrix."""
         return self.ids.shape[-1] * self.block
 
 
-# A walk's entry (one product of two tiles) → which tile of the result, of the other factor, and
-# which stored block. Entries of one result follow each other; an entry that is not live adds
-# nothing, and makes an empty result be written.
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["result", "factor", "slot", "live"],
+    data_fields=["result", "reduction", "slot", "valid"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
-class Walk:
+class BlockOrder:
+    """The order in which a product visits the stored blocks; entries of one result are adjacent.
+
+    `result` and `reduction`: tile indices in the result and in the other operand. `slot`: index of
+    the stored block. `valid`: 0 for the padding entry of a result without blocks, which is written
+    as zeros.
+    """
+
     result: Int[Array, " n"]
-    factor: Int[Array, " n"]
+    reduction: Int[Array, " n"]
     slot: Int[Array, " n"]
-    live: Int[Array, " n"]
+    valid: Int[Array, " n"]
 
 
 @functools.partial(
@@ -58,24 +61,24 @@ class Walk:
 )
 @dataclasses.dataclass(frozen=True)
 class BlockMask:
-    """Any pattern of square blocks of a matrix `[R · block, C · block]`.
+    """Mask of square blocks of a matrix `[R · block, C · block]`.
 
-    Its values are `[nonzero, block, block]`, block n standing at block row `rows[n]` and block
-    column `columns[n]`, rows first. `by_row` and `by_column` are the two orders in which a product
-    with the matrix and one with its transpose walk over them.
+    The values are `[nonzero, block, block]` in row-major order; block n is at block row `rows[n]`
+    and block column `columns[n]`. Products x · Wᵀ visit the blocks in the order `by_row`, products
+    x · W in the order `by_column`.
     """
 
     rows: Int[Array, " nonzero"]
     columns: Int[Array, " nonzero"]
-    by_row: Walk
-    by_column: Walk
+    by_row: BlockOrder
+    by_column: BlockOrder
     shape: tuple[int, int]
     block: int
     kind: ClassVar[Kind] = "mask"
 
     @classmethod
     def of(cls, kept: Bool[np.ndarray, "R C"], block: int) -> Self:
-        """The pattern of a concrete 0/1 matrix, one entry a block."""
+        """Return the mask of a concrete 0/1 matrix with one entry per block."""
         kept = np.asarray(kept)
         if kept.ndim != 2 or not kept.size:
             raise ValueError(f"kept: shape {kept.shape}, expected [block rows, block columns]")
@@ -87,15 +90,15 @@ class BlockMask:
         return cls(
             rows=jnp.asarray(rows, jnp.int32),
             columns=jnp.asarray(columns, jnp.int32),
-            by_row=_walk(rows, columns, slots, kept.shape[0]),
-            by_column=_walk(columns, rows, slots, kept.shape[1]),
+            by_row=_block_order(rows, columns, slots, kept.shape[0]),
+            by_column=_block_order(columns, rows, slots, kept.shape[1]),
             shape=(kept.shape[0], kept.shape[1]),
             block=block,
         )
 
     @property
     def nonzero(self) -> int:
-        """Stored blocks."""
+        """Number of stored blocks."""
         return self.rows.shape[-1]
 
 
@@ -103,7 +106,7 @@ Pattern = KeptRows | BlockMask
 
 
 def kept_rows(ids: Int[Array, " k"], block: int) -> KeptRows:
-    """Rows of blocks by their ids, which are sorted and unique: see `check_ids`."""
+    """Return a pattern of kept blocks of rows; `ids` must be sorted and unique (`check_ids`)."""
     ids = as_array("ids", ids)
     ids = ids if ids.size else ids.astype(jnp.int32)
     if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
@@ -113,7 +116,7 @@ def kept_rows(ids: Int[Array, " k"], block: int) -> KeptRows:
 
 
 def as_array(name: str, value: Any) -> Array:
-    """Of what is one, or a list; raises `TypeError` that names the argument for what is none."""
+    """Convert an argument to an array; raises a `TypeError` that names the argument."""
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError):
@@ -122,9 +125,9 @@ def as_array(name: str, value: Any) -> Array:
 
 
 def check_ids(pattern: KeptRows, blocks: int) -> None:
-    """Under `jax_enable_checks`: the ids are sorted, unique and of `blocks` blocks, traced or not.
+    """Check under `jax_enable_checks` that ids, traced or not, are sorted, unique and in range.
 
-    Without it nobody looks, as that would wait for the device.
+    They are not checked otherwise, since reading them would block on the device.
     """
     if jax.config.values["jax_enable_checks"]:
         check = functools.partial(_check_ids, blocks)
@@ -144,12 +147,15 @@ def _check_ids(blocks: int, ids: Int[np.ndarray, " k"]) -> None:
         raise ValueError(f"ids: {ids.tolist()}, expected sorted, unique, from 0 to {blocks - 1}")
 
 
-def _walk(result: np.ndarray, factor: np.ndarray, slot: np.ndarray, results: int) -> Walk:
-    """Entries in the order of their results, with an idle one for each result that has none."""
+def _block_order(
+    result: np.ndarray, reduction: np.ndarray, slot: np.ndarray, results: int
+) -> BlockOrder:
+    """Sort the entries by result, and add a padding entry for each result without blocks."""
     empty = np.setdiff1d(np.arange(results), result)
-    live = np.concatenate([np.ones_like(result), np.zeros_like(empty)])
-    nowhere = np.zeros_like(empty)
-    columns = [np.concatenate([result, empty])]
-    columns += [np.concatenate([part, nowhere]) for part in (factor, slot)]
-    order = np.argsort(columns[0], kind="stable")
-    return Walk(*(jnp.asarray(part[order], jnp.int32) for part in (*columns, live)))
+    zeros, valid = np.zeros_like(empty), np.ones_like(result)
+    fields = [
+        np.concatenate(parts)
+        for parts in ((result, empty), (reduction, zeros), (slot, zeros), (valid, zeros))
+    ]
+    order = np.argsort(fields[0], kind="stable")
+    return BlockOrder(*(jnp.asarray(field[order], jnp.int32) for field in fields))

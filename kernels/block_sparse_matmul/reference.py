@@ -1,7 +1,7 @@
-"""What the operations mean: the sparse matrix is made dense, and multiplied.
+"""Reference implementations, which define the operations: dense products of the expanded matrix.
 
-Every backend is tested against these functions. Sums and activations are float32 and are rounded
-once, to the dtype of the first operand.
+Every backend is tested against these functions. Sums and activations are computed in float32 and
+rounded once, to the dtype of the first operand.
 """
 
 import jax
@@ -21,13 +21,11 @@ def row(x: Float[Array, "T N"], w: Array, pattern: Pattern) -> Float[Array, "T D
     return _product(x, dense(w, pattern)).astype(x.dtype)
 
 
-def sampled(
-    a: Float[Array, "T N"], c: Float[Array, "T D"], pattern: Pattern, into: Array | None = None
-) -> Array:
-    """aᵀ · c, where the pattern has blocks."""
+def sampled(a: Float[Array, "T N"], c: Float[Array, "T D"], pattern: Pattern) -> Array:
+    """aᵀ · c at the blocks of the pattern."""
     product = _product(a.T, c).astype(a.dtype)
     if isinstance(pattern, KeptRows):
-        return product if into is None else into.at[_rows(pattern)].set(product.astype(into.dtype))
+        return product
     (rows, columns), block = pattern.shape, pattern.block
     blocks = product.reshape(rows, block, columns, block).swapaxes(1, 2)
     return blocks[pattern.rows, pattern.columns]
@@ -47,14 +45,14 @@ def swiglu_mlp(
 
 
 def dense(w: Array, pattern: Pattern) -> Float[Array, "N D"]:
-    """The matrix as it takes part in products: its kept rows, or all of it with zeros."""
+    """Return the kept rows of the matrix, or the full matrix with zeros outside the mask."""
     if isinstance(pattern, KeptRows):
         return w[_rows(pattern)]
     return scatter(w, pattern)
 
 
 def scatter(w: Float[Array, "nonzero b b"], mask: BlockMask) -> Float[Array, "R C"]:
-    """The dense matrix of stored blocks."""
+    """Return the dense matrix of the stored blocks."""
     (rows, columns), block = mask.shape, mask.block
     blocks = jnp.zeros((rows, columns, block, block), w.dtype)
     blocks = blocks.at[mask.rows, mask.columns].set(w)
@@ -62,8 +60,8 @@ def scatter(w: Float[Array, "nonzero b b"], mask: BlockMask) -> Float[Array, "R 
 
 
 def _rows(pattern: KeptRows) -> Array:
-    inside = jnp.arange(pattern.block, dtype=jnp.int32)
-    return (pattern.ids[:, None] * pattern.block + inside[None]).reshape(-1)
+    offsets = jnp.arange(pattern.block, dtype=jnp.int32)
+    return (pattern.ids[:, None] * pattern.block + offsets[None]).reshape(-1)
 
 
 def _product(a: Array, b: Array) -> Array:

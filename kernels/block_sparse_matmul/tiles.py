@@ -1,47 +1,46 @@
-"""Sizes of tiles: settings that change how fast a kernel is, never what it computes.
+"""Tile sizes: settings that change the speed of a kernel and not its result.
 
-The defaults come from arithmetic. `tuned` has those that were measured on a device.
+The defaults were derived by arithmetic. `tuned` returns those that were measured on a device.
 """
 
 import dataclasses
 
 
-class Misfit(ValueError):
-    """Tiles that the registers or the memory of a processor do not hold."""
+class UnsupportedTiles(ValueError):
+    """Raised for tiles that do not fit the registers or the memory of a processor."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GpuTiles:
-    """Of the loops for Hopper. Sizes are elements, and multiples of 64.
+    """Tile sizes of the kernels for Hopper, in elements; multiples of 64.
 
-    tall: tokens of one warpgroup's tile, shared out among the pairs of operands of one product.
-    factor: of the axis that is summed over, a step; tokens, where products are sampled.
-    result: columns of a result, where no block gives them.
-    stages: steps at most whose tiles are in shared memory at once.
-    snake: tiles of tokens that are worked on side by side, so that L2 holds their x.
+    tile_m: tokens per warpgroup, divided by the number of weight matrices of the product.
+    tile_k: elements per step of the axis that is summed over. Sampled products sum over tokens.
+    tile_n: columns of a result tile, where no block of the pattern determines them.
+    stages: maximum number of steps whose tiles are in shared memory at the same time.
+    grid_tile_width: token tiles that are processed side by side, so that their x stays in L2.
     """
 
-    tall: int = 128
-    factor: int = 64
-    result: int = 128
+    tile_m: int = 128
+    tile_k: int = 64
+    tile_n: int = 128
     stages: int = 4
-    snake: int = 8
+    grid_tile_width: int = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class TpuTiles:
-    """Of the loops for TPU. Sizes are bytes of a tile's row or column, whatever the dtype.
+    """Tile sizes of the kernels for TPU, in bytes of one row or column, for every dtype.
 
-    row: of an axis that no block cuts, so that at Llama's widths (4,096 and 5,120 bfloat16) one
-      tile spans it: a tile of x is then read once for all results.
-    tokens: of products. With 512 tokens (bfloat16) a step does 475 FLOPs for each byte that it
-      reads.
-    sampled: tokens that are summed over at once, where products are sampled.
+    row_bytes: of an axis that is not divided into blocks. At Llama's widths (4,096 and 5,120 in
+      bfloat16) one tile spans the axis: a tile of x is then read once for all results.
+    token_bytes: of the token axis. With 512 tokens (bfloat16) a step computes 475 FLOPs per byte.
+    sampled_bytes: of the token axis of sampled products, which sum over it.
     """
 
-    row: int = 10_240
-    tokens: int = 1_024
-    sampled: int = 4_096
+    row_bytes: int = 10_240
+    token_bytes: int = 1_024
+    sampled_bytes: int = 4_096
 
 
 Tiles = GpuTiles | TpuTiles

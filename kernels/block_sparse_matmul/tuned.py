@@ -1,7 +1,7 @@
-"""What was measured on a device: which tiles are fastest, and whether XLA is faster still.
+"""Measured kernel times of a device: the fastest tiles, and whether XLA is faster.
 
-`tuning/<device>.json`, written by `python -m kernels.tune`, lists an entry for each `Case` and
-`Matrix`. Where there is no file, the default tiles hold, and kernels run where they are named.
+`python -m kernels.tune` writes `tuning/<device>.json`, with an entry for each `Case` and `Matrix`.
+Without a file, kernels use the default tiles and run only where they are named.
 """
 
 import functools
@@ -17,7 +17,7 @@ from kernels.block_sparse_matmul.patterns import Kind
 from kernels.block_sparse_matmul.tiles import DEFAULTS, Tiles
 
 FOLDER = Path(__file__).parent / "tuning"
-# Pattern and operation, whatever has tiles of its own in a step of training.
+# Pattern and operation of every kernel of a training step; each has its own tiles.
 OPERATIONS: tuple[tuple[Kind, str], ...] = (
     *(("rows", name) for name in ("column", "row", "row_pairs", "swiglu", "swiglu_gradients")),
     *(("mask", name) for name in ("column", "row", "sampled")),
@@ -25,11 +25,11 @@ OPERATIONS: tuple[tuple[Kind, str], ...] = (
 
 
 class Case(NamedTuple):
-    """What tiles are chosen for. `pattern`: `rows` or `mask`.
+    """The key by which tiles are chosen. `pattern`: `rows` or `mask`.
 
-    Tokens, since they decide how many tiles there are to share out among the processors; an entry
-    serves the numbers that are nearer to its own, as ratios, than to another's. Matrices change the
-    length of the sums more than which tiles suit, and are told apart by `verdict` alone.
+    The entry with the nearest number of tokens, as a ratio, applies, since the number of tokens
+    determines how many tiles the processors share. The matrix size matters for `xla_advantage`
+    only: it changes the length of the sums more than the best tiles.
     """
 
     backend: str
@@ -41,7 +41,7 @@ class Case(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """`[neurons, width]`, of which the share `density` takes part."""
+    """Size of a matrix `[neurons, width]` and its density, the kept fraction."""
 
     width: int
     neurons: int
@@ -49,36 +49,37 @@ class Matrix(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """Medians of a call in seconds, None: it does not run here. `tiles` None: none do."""
+    """Measured median seconds per call, None where it does not run. `tiles`: None if none run."""
 
     case: Case
     matrix: Matrix
     tiles: Tiles | None
     seconds: float | None
-    default_seconds: float | None
     xla_seconds: float | None
 
 
 def path(device: str, folder: Path = FOLDER) -> Path:
-    """The file of a kind of device, as jax calls it: of NVIDIA H200 `nvidia-h200.json`."""
+    """Return the file of a device kind of jax: `nvidia-h200.json` for NVIDIA H200."""
     return folder / (re.sub("[^a-z0-9]+", "-", device.lower()).strip("-") + ".json")
 
 
 def device_kind() -> str:
-    """Of the mesh's device where one is set, else of the default one."""
-    described = getattr(jax.sharding.get_abstract_mesh().abstract_device, "device_kind", None)
-    return described or jax.devices()[0].device_kind
+    """Return the device kind of the current mesh, or of the default device without a mesh."""
+    kind = getattr(jax.sharding.get_abstract_mesh().abstract_device, "device_kind", None)
+    return kind or jax.devices()[0].device_kind
 
 
 @functools.cache
 def entries(device: str, folder: Path = FOLDER) -> tuple[Entry, ...]:
-    """Of that kind of device, those that are measured to the end; read once. Raises as `read`."""
+    """Return the complete entries of a device kind. Reads the file once; raises as `read`."""
     return read(path(device, folder))[1]
 
 
 def read(file: Path) -> tuple[list[dict[str, Any]], tuple[Entry, ...]]:
-    """All that a file says, if there is one, and what is measured to the end. Raises `ValueError`
-    where it is none of ours."""
+    """Return all rows of a file and its complete entries; empty if there is no file.
+
+    Raises `ValueError` if the file is not a tuning file.
+    """
     if not file.exists():
         return [], ()
     try:
@@ -89,52 +90,55 @@ def read(file: Path) -> tuple[list[dict[str, Any]], tuple[Entry, ...]]:
         raise ValueError(f"{file}: {reason}; `python -m kernels.tune` writes such files") from None
 
 
-def best(device: str, case: Case, folder: Path = FOLDER) -> Tiles:
-    """The tiles that are fastest for the nearest number of tokens, or the default."""
-    known = _of(device, case, folder)
-    nearest = min(known, key=lambda entry: _apart(entry.case.tokens, case.tokens), default=None)
+def best_tiles(device: str, case: Case, folder: Path = FOLDER) -> Tiles:
+    """Return the fastest tiles of the nearest measured number of tokens, or the default tiles."""
+    nearest = min(
+        _same_kernel(device, case, folder),
+        key=lambda entry: _log_ratio(entry.case.tokens, case.tokens),
+        default=None,
+    )
     return (nearest and nearest.tiles) or DEFAULTS[case.backend]
 
 
-def verdict(device: str, case: Case, matrix: Matrix, folder: Path = FOLDER) -> str | None:
-    """Why XLA is to be preferred for one operation; None: of what was timed, the kernel took no
-    longer at the nearest number of tokens, sizes and density together."""
+def xla_advantage(device: str, case: Case, matrix: Matrix, folder: Path = FOLDER) -> str | None:
+    """Return why XLA is preferred for an operation, or None if the kernel was not slower.
+
+    The nearest entry decides, by the ratios of tokens, sizes and density.
+    """
 
     def distance(entry: Entry) -> tuple[float, Case]:
         pairs = zip((entry.case.tokens, *entry.matrix), (case.tokens, *matrix), strict=True)
-        return sum(_apart(*pair) for pair in pairs), entry.case  # of two as near, fewer tokens
+        return sum(_log_ratio(*pair) for pair in pairs), entry.case  # a tie: fewer tokens
 
-    known = _of(device, case, folder)
+    known = _same_kernel(device, case, folder)
     if not known:
-        what = f"{case.operation} of {case.dtype} in blocks of {case.block}"
-        return f"{what} is not timed on {device}; `make tune` does that"
+        operation = f"{case.operation} of {case.dtype} in blocks of {case.block}"
+        return f"{operation} is not timed on {device}; `make tune` does that"
     nearest = min(known, key=distance)
     (width, neurons, density), tokens = nearest.matrix, nearest.case.tokens
-    where = f"on {device} ({tokens} tokens, {density:.4g} of {neurons} x {width})"
+    setting = f"on {device} ({tokens} tokens, {density:.4g} of {neurons} x {width})"
     if nearest.seconds is None:
-        return f"does not run {where}"
+        return f"does not run {setting}"
     if nearest.xla_seconds is None or nearest.seconds <= nearest.xla_seconds:
         return None
-    return f"{nearest.seconds / nearest.xla_seconds:.2f}x the time of XLA {where}"
+    return f"{nearest.seconds / nearest.xla_seconds:.2f}x the time of XLA {setting}"
 
 
-def _of(device: str, case: Case, folder: Path) -> list[Entry]:
-    """Entries that differ from a case in tokens at most."""
+def _same_kernel(device: str, case: Case, folder: Path) -> list[Entry]:
+    """Return the entries that differ from a case at most in the number of tokens."""
     known = entries(device, folder)
     return [entry for entry in known if entry.case._replace(tokens=case.tokens) == case]
 
 
-def _apart(one: float, other: float) -> float:
-    """How far, as a ratio."""
-    return abs(math.log(one / other))
+def _log_ratio(a: float, b: float) -> float:
+    return abs(math.log(a / b))
 
 
 def _entry(row: dict[str, Any]) -> Entry | None:
-    """None: it is not measured to its end."""
+    """Return the entry of a row, or None if its measurement is not complete."""
     case = Case(*(row[name] for name in Case._fields))
     matrix = Matrix(*(row[name] for name in Matrix._fields))
     if "tiles" not in row:
         return None
-    given = row["tiles"]
-    tiles = given and type(DEFAULTS[case.backend])(**given)
-    return Entry(case, matrix, tiles, *(row[name] for name in Entry._fields[3:]))
+    tiles = row["tiles"] and type(DEFAULTS[case.backend])(**row["tiles"])
+    return Entry(case, matrix, tiles, row["seconds"], row["xla_seconds"])

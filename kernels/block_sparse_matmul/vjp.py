@@ -1,10 +1,9 @@
-"""Gradients, in reverse mode. Each is made of the operations themselves, so that it can be
-differentiated again.
+"""Reverse-mode gradients. Each consists of the operations themselves, and is differentiable again.
 
-`backend` is the name of an implementation, `pattern` whatever the operations take; of its integers
-there is no gradient. The gradient of weights `[F, D]` of which some rows are kept is `[F, D]`, zero
-elsewhere; or, where `rows` are given, which are these kept rows once more, `[kept, D]` and theirs:
-nothing of the size of F is made, and it cannot be differentiated again.
+`backend` is the key of an implementation in `BACKENDS`. With kept rows, the gradient of weights
+`[F, D]` is `[F, D]` and zero elsewhere. If `rows`, a copy of the kept rows `[kept, D]`, is given,
+it gets the gradient instead: no array of the size of F is computed, and the gradient cannot be
+differentiated again.
 """
 
 import functools
@@ -15,9 +14,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from kernels.block_sparse_matmul.backends import BACKENDS
-from kernels.block_sparse_matmul.patterns import KeptRows, Pattern
+from kernels.block_sparse_matmul.patterns import BlockMask, KeptRows, Pattern
 
 Rows = tuple[Array, ...] | None
+# Whether `rows` are given, as a residual: () or None. A bool would become an array, and the rows
+# themselves would be stored as a copy.
+HasRows = tuple[()] | None
 
 _differentiable = functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 
@@ -30,14 +32,14 @@ def column(backend: str, x: Array, w: Array, pattern: Pattern, rows: Rows) -> Ar
 
 
 def _column_forward(backend: str, x: Array, w: Array, pattern: Pattern, rows: Rows) -> Any:
-    return column(backend, x, w, pattern, rows), (x, w, pattern, _given(rows))
+    return column(backend, x, w, pattern, rows), (x, w, pattern, _has_rows(rows))
 
 
-def _column_backward(backend: str, kept: Any, dy: Array) -> Any:
-    x, w, pattern, given = kept
-    x, dy = _last((x, dy), given)
+def _column_backward(backend: str, residuals: Any, dy: Array) -> Any:
+    x, w, pattern, has_rows = residuals
+    x, dy = _guard((x, dy), has_rows)
     dx = row(backend, (dy,), (w,), pattern, None)
-    (dw,), drows = _of_weights(backend, ((dy, x, w),), pattern, given)
+    (dw,), drows = _weight_gradients(backend, ((dy, x, w),), pattern, has_rows)
     return dx, dw, None, drows
 
 
@@ -48,7 +50,7 @@ column.defvjp(_column_forward, _column_backward)
 def row(
     backend: str, xs: tuple[Array, ...], ws: tuple[Array, ...], pattern: Pattern, rows: Rows
 ) -> Array:
-    """Σ of x · W over pairs."""
+    """Σ x · W over the pairs (x, W)."""
     del rows
     return BACKENDS[backend].row(xs, ws, pattern)
 
@@ -56,53 +58,50 @@ def row(
 def _row_forward(
     backend: str, xs: tuple[Array, ...], ws: tuple[Array, ...], pattern: Pattern, rows: Rows
 ) -> Any:
-    return row(backend, xs, ws, pattern, rows), (xs, ws, pattern, _given(rows))
+    return row(backend, xs, ws, pattern, rows), (xs, ws, pattern, _has_rows(rows))
 
 
-def _row_backward(backend: str, kept: Any, dy: Array) -> Any:
-    xs, ws, pattern, given = kept
-    xs, dy = _last((xs, dy), given)
+def _row_backward(backend: str, residuals: Any, dy: Array) -> Any:
+    xs, ws, pattern, has_rows = residuals
+    xs, dy = _guard((xs, dy), has_rows)
     dxs = tuple(column(backend, dy, w, pattern, None) for w in ws)
-    triples = tuple((x, dy, w) for x, w in zip(xs, ws, strict=True))
-    dws, drows = _of_weights(backend, triples, pattern, given)
+    factors = tuple((x, dy, w) for x, w in zip(xs, ws, strict=True))
+    dws, drows = _weight_gradients(backend, factors, pattern, has_rows)
     return dxs, dws, None, drows
 
 
 row.defvjp(_row_forward, _row_backward)
 
 
+def sampled(backend: str, a: Array, c: Array, pattern: Pattern) -> Array:
+    """aᵀ · c at the blocks of the pattern; with kept rows a dense product."""
+    if isinstance(pattern, KeptRows):
+        return jnp.matmul(a.T, c)
+    return _sampled_by_mask(backend, a, c, pattern)
+
+
 @_differentiable
-def sampled(backend: str, a: Array, c: Array, pattern: Pattern, into: Array | None) -> Array:
-    """aᵀ · c where the pattern has blocks."""
-    return BACKENDS[backend].sampled(a, c, pattern, into)
+def _sampled_by_mask(backend: str, a: Array, c: Array, mask: BlockMask) -> Array:
+    return BACKENDS[backend].sampled(a, c, mask)
 
 
-def _sampled_forward(backend: str, a: Array, c: Array, pattern: Pattern, into: Array | None) -> Any:
-    return sampled(backend, a, c, pattern, into), (a, c, pattern, into is not None)
+def _sampled_forward(backend: str, a: Array, c: Array, mask: BlockMask) -> Any:
+    return _sampled_by_mask(backend, a, c, mask), (a, c, mask)
 
 
-def _sampled_backward(backend: str, kept: Any, ds: Array) -> Any:
-    a, c, pattern, inside = kept
-    if isinstance(pattern, KeptRows) and not inside:
-        return (c @ ds.T).astype(a.dtype), (a @ ds).astype(c.dtype), None, None
-    factors = ds.astype(a.dtype)
-    da = column(backend, c, factors, pattern, None)
-    dc = row(backend, (a,), (factors,), pattern, None)
-    if not inside:
-        return da, dc, None, None
-    blocks = ds.reshape(-1, pattern.block, ds.shape[1])
-    return da, dc, None, blocks.at[pattern.ids].set(0).reshape(ds.shape)
+def _sampled_backward(backend: str, residuals: Any, ds: Array) -> Any:
+    a, c, mask = residuals
+    return column(backend, c, ds, mask, None), row(backend, (a,), (ds,), mask, None), None
 
 
-sampled.defvjp(_sampled_forward, _sampled_backward)
+_sampled_by_mask.defvjp(_sampled_forward, _sampled_backward)
 
 
 @_differentiable
 def swiglu_mlp(
     backend: str, x: Array, ws: tuple[Array, ...], pattern: Pattern, rows: Rows
 ) -> Array:
-    """(silu(x · Gᵀ) · (x · Uᵀ)) · W, of G, U and W. Of all that is computed nothing is kept: the
-    backward pass needs x alone."""
+    """(silu(x · Gᵀ) · (x · Uᵀ)) · W of G, U and W. x is the only residual of activations."""
     del rows
     gate, up, down = ws
     h = BACKENDS[backend].swiglu(x, gate, up, pattern)
@@ -112,18 +111,18 @@ def swiglu_mlp(
 def _mlp_forward(
     backend: str, x: Array, ws: tuple[Array, ...], pattern: Pattern, rows: Rows
 ) -> Any:
-    return swiglu_mlp(backend, x, ws, pattern, rows), (x, ws, pattern, _given(rows))
+    return swiglu_mlp(backend, x, ws, pattern, rows), (x, ws, pattern, _has_rows(rows))
 
 
-def _mlp_backward(backend: str, kept: Any, dy: Array) -> Any:
-    x, ws, pattern, given = kept
+def _mlp_backward(backend: str, residuals: Any, dy: Array) -> Any:
+    x, ws, pattern, has_rows = residuals
     gate, up, down = ws
-    x, dy = _last((x, dy), given)
+    x, dy = _guard((x, dy), has_rows)
     dh = column(backend, dy, down, pattern, None)
     dg, du, h = _swiglu_gradients(backend, x, gate, up, dh, pattern)
     dx = row(backend, (dg, du), (gate, up), pattern, None)
-    triples = ((dg, x, gate), (du, x, up), (h, dy, down))
-    dws, drows = _of_weights(backend, triples, pattern, given)
+    factors = ((dg, x, gate), (du, x, up), (h, dy, down))
+    dws, drows = _weight_gradients(backend, factors, pattern, has_rows)
     return dx, dws, None, drows
 
 
@@ -134,7 +133,7 @@ swiglu_mlp.defvjp(_mlp_forward, _mlp_backward)
 def _swiglu_gradients(
     backend: str, x: Array, gate: Array, up: Array, dh: Array, pattern: Pattern
 ) -> tuple[Array, Array, Array]:
-    """The gradients of x · Gᵀ and x · Uᵀ, and what SwiGLU makes of them."""
+    """Return the gradients of x · Gᵀ and x · Uᵀ, and the result of SwiGLU."""
     return BACKENDS[backend].swiglu_gradients(x, gate, up, dh, pattern)
 
 
@@ -142,57 +141,68 @@ def _gradients_forward(backend: str, *operands: Any) -> Any:
     return _swiglu_gradients(backend, *operands), operands
 
 
-def _gradients_backward(backend: str, kept: Any, cotangents: tuple[Array, ...]) -> Any:
-    """Not fused: second derivatives are for studies, and take the memory that they need."""
-    x, gate, up, dh, pattern = kept
-    wide = [column(backend, x, w, pattern, None) for w in (gate, up)]
-    _, back = jax.vjp(_activated, *(a.astype(jnp.float32) for a in (*wide, dh)))
-    found = back(tuple(a.astype(jnp.float32) for a in cotangents))
-    dg, du, ddh = (a.astype(x.dtype) for a in found)
+def _gradients_backward(backend: str, residuals: Any, cotangents: tuple[Array, ...]) -> Any:
+    """Compute second derivatives. They are not fused and store every intermediate product."""
+    x, gate, up, dh, pattern = residuals
+    products = [column(backend, x, w, pattern, None) for w in (gate, up)]
+    _, vjp = jax.vjp(_activate_gradients, *(a.astype(jnp.float32) for a in (*products, dh)))
+    gradients = vjp(tuple(a.astype(jnp.float32) for a in cotangents))
+    dg, du, ddh = (a.astype(x.dtype) for a in gradients)
     dx = row(backend, (dg, du), (gate, up), pattern, None)
-    dws, _ = _of_weights(backend, ((dg, x, gate), (du, x, up)), pattern, None)
+    dws, _ = _weight_gradients(backend, ((dg, x, gate), (du, x, up)), pattern, None)
     return dx, *dws, ddh, None
 
 
-def _activated(g: Array, u: Array, dh: Array) -> tuple[Array, Array, Array]:
-    h, back = jax.vjp(lambda g, u: jax.nn.silu(g) * u, g, u)
-    dg, du = back(dh)
+def _activate_gradients(g: Array, u: Array, dh: Array) -> tuple[Array, Array, Array]:
+    h, vjp = jax.vjp(lambda g, u: jax.nn.silu(g) * u, g, u)
+    dg, du = vjp(dh)
     return dg, du, h
 
 
 _swiglu_gradients.defvjp(_gradients_forward, _gradients_backward)
 
 
-def _given(rows: Rows) -> tuple[()] | None:
-    """Whether there are rows, as what a backward pass may keep: their values would be a copy."""
+def _has_rows(rows: Rows) -> HasRows:
     return None if rows is None else ()
 
 
-def _of_weights(
+def _weight_gradients(
     backend: str,
-    triples: tuple[tuple[Array, Array, Array], ...],
+    factors: tuple[tuple[Array, Array, Array], ...],
     pattern: Pattern,
-    given: tuple[()] | None,
+    has_rows: HasRows,
 ) -> tuple[tuple[Array | None, ...], Rows]:
-    """Of each (a, c, w) the gradient aᵀ · c of w, and of its rows: one of both is None."""
-    whole = isinstance(pattern, KeptRows) and given is None
-    found = tuple(
-        sampled(backend, a, c, pattern, jnp.zeros_like(w) if whole else None).astype(w.dtype)
-        for a, c, w in triples
-    )
-    return (found, None) if given is None else ((None,) * len(triples), found)
+    """Return the gradients aᵀ · c for each (a, c, w), as those of the matrices or of their rows.
+
+    The gradients of the others are None.
+    """
+    gradients = tuple(sampled(backend, a, c, pattern).astype(w.dtype) for a, c, w in factors)
+    if has_rows is not None:
+        return (None,) * len(factors), gradients
+    if isinstance(pattern, KeptRows):
+        pairs = zip(gradients, factors, strict=True)
+        gradients = tuple(_expand(gradient, w, pattern) for gradient, (_, _, w) in pairs)
+    return gradients, None
 
 
-def _last(values: Any, given: tuple[()] | None) -> Any:
-    return values if given is None else jax.tree.map(_never_again, values)
+def _expand(rows: Array, w: Array, pattern: KeptRows) -> Array:
+    """Return an array of the shape of w with the kept rows, and zeros elsewhere."""
+    blocks = jnp.zeros_like(w).reshape(-1, pattern.block, w.shape[1])
+    kept = rows.reshape(-1, *blocks.shape[1:])
+    sorted_ids: Any = {"indices_are_sorted": True, "unique_indices": True}
+    return blocks.at[pattern.ids].set(kept, **sorted_ids).reshape(w.shape)
+
+
+def _guard(values: Any, has_rows: HasRows) -> Any:
+    """Return `values`; with `rows`, their differentiation raises, since it would ignore `rows`."""
+    return values if has_rows is None else jax.tree.map(_not_differentiable, values)
 
 
 @jax.custom_jvp
-def _never_again(x: Array) -> Array:
-    """x, which refuses to be differentiated: `rows` would be forgotten."""
+def _not_differentiable(x: Array) -> Array:
     return x
 
 
-@_never_again.defjvp
+@_not_differentiable.defjvp
 def _refuse(_primals: Any, _tangents: Any) -> Any:
     raise TypeError("rows: gradients of kept rows cannot be differentiated again; accepted: None")

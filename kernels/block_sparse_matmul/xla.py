@@ -1,7 +1,7 @@
-"""The operations by gathering the kept blocks and multiplying densely: any platform, any size.
+"""Implementation in plain XLA, for every platform and size.
 
-Of kept rows this is a smaller dense product and a copy of the kept weights. Other patterns are made
-dense, zeros included: the baseline that a kernel has to beat.
+For kept rows it gathers the kept weights and computes a smaller dense product. For a block mask it
+computes a dense product of the full matrix, zeros included.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from kernels.block_sparse_matmul.patterns import KeptRows, Pattern
+from kernels.block_sparse_matmul.patterns import BlockMask, KeptRows, Pattern
 from kernels.block_sparse_matmul.reference import scatter
 
 _SORTED: dict[str, Any] = {"indices_are_sorted": True, "unique_indices": True}
@@ -23,44 +23,36 @@ def column(x: Array, w: Array, pattern: Pattern) -> Array:
 
 
 def row(xs: Sequence[Array], ws: Sequence[Array], pattern: Pattern) -> Array:
-    """Σ of x · W over pairs."""
-    wide: Any = {"preferred_element_type": jnp.float32}
-    products = [jnp.matmul(x, _dense(w, pattern), **wide) for x, w in zip(xs, ws, strict=True)]
+    """Σ x · W over the pairs (x, W)."""
+    products = [_float32_matmul(x, _dense(w, pattern)) for x, w in zip(xs, ws, strict=True)]
     return sum(products[1:], products[0]).astype(xs[0].dtype)
 
 
-def sampled(a: Array, c: Array, pattern: Pattern, into: Array | None) -> Array:
-    """aᵀ · c where the pattern has blocks."""
-    product = jnp.matmul(a.T, c)
-    if isinstance(pattern, KeptRows):
-        if into is None:
-            return product
-        blocks = product.reshape(-1, pattern.block, c.shape[1]).astype(into.dtype)
-        whole = into.reshape(-1, pattern.block, c.shape[1])
-        return whole.at[pattern.ids].set(blocks, **_SORTED).reshape(into.shape)
-    (rows, columns), block = pattern.shape, pattern.block
-    blocks = product.reshape(rows, block, columns, block).swapaxes(1, 2)
-    return blocks[pattern.rows, pattern.columns]
+def sampled(a: Array, c: Array, mask: BlockMask) -> Array:
+    """aᵀ · c at the blocks of the mask."""
+    (rows, columns), block = mask.shape, mask.block
+    blocks = jnp.matmul(a.T, c).reshape(rows, block, columns, block).swapaxes(1, 2)
+    return blocks[mask.rows, mask.columns]
 
 
 def swiglu(x: Array, gate: Array, up: Array, pattern: Pattern) -> Array:
     """silu(x · Gᵀ) · (x · Uᵀ)."""
-    g, u = (_wide_column(x, w, pattern) for w in (gate, up))
+    g, u = (_float32_matmul(x, _dense(w, pattern).T) for w in (gate, up))
     return _activate(g, u).astype(x.dtype)
 
 
 def swiglu_gradients(
     x: Array, gate: Array, up: Array, dh: Array, pattern: Pattern
 ) -> tuple[Array, Array, Array]:
-    """The gradients of x · Gᵀ and x · Uᵀ, and what `swiglu` makes of them."""
-    g, u = (_wide_column(x, w, pattern) for w in (gate, up))
-    h, back = jax.vjp(_activate, g, u)
-    dg, du = back(dh.astype(jnp.float32))
+    """Return the gradients of x · Gᵀ and x · Uᵀ, and the result of `swiglu`."""
+    g, u = (_float32_matmul(x, _dense(w, pattern).T) for w in (gate, up))
+    h, vjp = jax.vjp(_activate, g, u)
+    dg, du = vjp(dh.astype(jnp.float32))
     return dg.astype(x.dtype), du.astype(x.dtype), h.astype(x.dtype)
 
 
 def refusal(_dtype: jnp.dtype, _width: int, _block: int) -> str | None:
-    """None: it takes everything."""
+    """Return None: every dtype and size is supported."""
     return None
 
 
@@ -68,9 +60,8 @@ def _activate(g: Array, u: Array) -> Array:
     return jax.nn.silu(g) * u
 
 
-def _wide_column(x: Array, w: Array, pattern: Pattern) -> Array:
-    """x · Wᵀ in float32."""
-    return jnp.matmul(x, _dense(w, pattern).T, preferred_element_type=jnp.float32)
+def _float32_matmul(x: Array, w: Array) -> Array:
+    return jnp.matmul(x, w, preferred_element_type=jnp.float32)
 
 
 def _dense(w: Array, pattern: Pattern) -> Array:

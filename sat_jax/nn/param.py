@@ -23,7 +23,7 @@ LAYER, CHANNEL, EMBED, NORM = "layer", "channel", "embed", "norm"
 
 
 class Mask(nnx.Variable):
-    """1 where a unit is kept and 0 where it is omitted, `[layer, *within, unit]`; None: keep all."""
+    """1 where a unit is kept and 0 where it is omitted, `[L, *within, unit]`; None: keep all."""
 
 
 def param(
