@@ -1,4 +1,4 @@
-"""What every script shares: bad input is one line on stderr and exit code 2, never a traceback."""
+"""Command lines of all scripts: bad input is one line on stderr and exit code 2, no traceback."""
 
 import argparse
 import sys
@@ -9,14 +9,14 @@ from sat_jax.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """The command line of a script, whose module's text is `doc`; it complains by `UserError`."""
+    """Argument parser of script `name` with the help text `doc`; it raises `UserError`."""
 
     def __init__(self, name: str, doc: str | None):
-        head, _, rest = (doc or "").partition("\n")
+        summary, _, details = (doc or "").partition("\n")
         super().__init__(
             f"python -m scripts.{name}",
-            description=head,
-            epilog=rest,
+            description=summary,
+            epilog=details,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls `main`; a `UserError` becomes one line and exit code 2, an interrupt exit code 130."""
+    """Call `main`; a `UserError` becomes one line and exit code 2, an interrupt exit code 130."""
     try:
         main()
     except UserError as error:

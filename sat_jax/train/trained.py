@@ -8,8 +8,8 @@ import numpy as np
 
 from sat_jax.config import Config
 from sat_jax.config_values import from_config_dict
+from sat_jax.data.data_format import DataFormat
 from sat_jax.data.end_of_turn import end_of_turn
-from sat_jax.data.form import Form
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 from sat_jax.interop import Weights, open_weights
@@ -59,9 +59,9 @@ def starting_point(config: Config) -> tuple[LlamaConfig, Weights | None]:
     return preset(config.model.preset), None
 
 
-def exported(model: LlamaConfig, tokenizer: Tokenizer, form: Form) -> LlamaConfig:
+def exported(model: LlamaConfig, tokenizer: Tokenizer, form: DataFormat) -> LlamaConfig:
     """The config that a model trained on data of this form is written with: a token that ended its
     answers is one of its ends, behind its own, or other programs would not stop there."""
-    learnt = [] if form.text else end_of_turn(tokenizer)
+    learnt = [] if form.is_text else end_of_turn(tokenizer)
     ends = [end for end in learnt if isinstance(end, int) and end not in model.eos_token_ids]
     return replace(model, eos_token_ids=(*model.eos_token_ids, *ends))
