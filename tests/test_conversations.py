@@ -53,7 +53,7 @@ def write(folder: Path, examples: list[Any]) -> Path:
     return file
 
 
-def prepared_from(file: Path, data_format: DataFormat | None = None, **changes: Any) -> Prepared:
+def data_of(file: Path, data_format: DataFormat | None = None, **changes: Any) -> Prepared:
     settings: dict[str, Any] = {"row_length": 64, "held_out": 0.2, "root": file.parent / "prepared"}
     data_format = data_format or DataFormat("prompt_completion", chat_template="plain")
     settings |= {"data_format": data_format, **changes}
@@ -95,7 +95,7 @@ def test_tokens_and_mask_of_an_example(tmp_path: Path) -> None:
     turns = [("user", "q"), ("assistant", "ab"), ("user", "r"), ("assistant", " c\n")]
     messages = {"messages": [{"role": role, "content": text} for role, text in turns]}
     file = write(tmp_path, [messages, {"messages": [*messages["messages"][:1], *_answer("x")]}])
-    prepared = prepared_from(file, DataFormat("messages", chat_template="plain"))
+    prepared = data_of(file, DataFormat("messages", chat_template="plain"))
     assert sorted(as_text(*segment) for segment in all_segments(prepared)) == [
         "q\n<ab/r\n< c\n/",
         "q\n<x/",
@@ -115,7 +115,7 @@ def _answer(text: str) -> list[dict[str, str]]:
 
 def test_examples_are_packed_without_splitting(tmp_path: Path) -> None:
     examples = lines(80)
-    prepared = prepared_from(write(tmp_path, examples))
+    prepared = data_of(write(tmp_path, examples))
     expected = [f"{line['prompt']}\n<{line['completion']}/" for line in examples]
     assert sorted(as_text(*segment) for segment in all_segments(prepared)) == sorted(expected)
     assert prepared.info.documents == 80
@@ -129,13 +129,13 @@ def test_examples_are_packed_without_splitting(tmp_path: Path) -> None:
         assert info.text_bytes == info.targets - count  # without the eos of each
         assert info.rows < count  # they share rows
     lines_of_log: list[str] = []
-    prepared_from(tmp_path / "x.jsonl", log=lines_of_log.append)
+    data_of(tmp_path / "x.jsonl", log=lines_of_log.append)
     assert lines_of_log[0].startswith("data: 64 train examples, loss on ")
     assert lines_of_log[0].endswith("; none skipped")
 
 
 def test_batches_depend_only_on_the_step(tmp_path: Path) -> None:
-    prepared = prepared_from(write(tmp_path, lines(80)))
+    prepared = data_of(write(tmp_path, lines(80)))
     run, again = (batches(open_split(prepared, "train"), 4, seed=1) for _ in range(2))
     first = [run(step) for step in range(4)]
     for step in (3, 0, 2):
@@ -160,11 +160,11 @@ def test_the_same_conversation_has_the_same_hash_in_every_format(tmp_path: Path)
             for e in examples
         ],
     }
-    held_out = sorted(segments(prepared_from(write(tmp_path, examples)), "held_out"))
+    held_out = sorted(segments(data_of(write(tmp_path, examples)), "held_out"))
     assert len(held_out) == 8
     for name, written in by_format.items():
         data_format = DataFormat(name, chat_template="plain")  # type: ignore[arg-type]
-        prepared = prepared_from(write(tmp_path / name, written), data_format)
+        prepared = data_of(write(tmp_path / name, written), data_format)
         assert sorted(segments(prepared, "held_out")) == held_out
 
 
@@ -177,7 +177,7 @@ def test_longer_than_a_row(tmp_path: Path, too_long: Any, documents: int) -> Non
     file = write(tmp_path, [*examples, *over, *no_room])
     data_format = DataFormat("prompt_completion", chat_template="plain", too_long=too_long)
     lines_of_log: list[str] = []
-    prepared = prepared_from(file, data_format, row_length=15, log=lines_of_log.append)
+    prepared = data_of(file, data_format, row_length=15, log=lines_of_log.append)
     texts = sorted(as_text(*segment) for segment in all_segments(prepared))
     complete = sorted(f"p\n<{n:013}/" for n in range(9))
     assert texts == complete + ["p\n<" + "x" * 14] * (documents - 9)
@@ -191,30 +191,28 @@ def test_longer_than_a_row(tmp_path: Path, too_long: Any, documents: int) -> Non
         f"skipped or truncated: 3 longer than a row ({action[too_long]})"
     )
     refused = DataFormat("prompt_completion", chat_template="plain", too_long="refuse")
-    message = reason(lambda: prepared_from(file, refused, row_length=15))
+    message = reason(lambda: data_of(file, refused, row_length=15))
     assert message.startswith(f"{file}, line 10 (byte ")
     assert "17 tokens, but a row of data.row_length 15 holds at most 16" in message
-    assert "all 12 examples are longer" in reason(lambda: prepared_from(file, row_length=2))
+    assert "all 12 examples are longer" in reason(lambda: data_of(file, row_length=2))
 
 
 def test_max_tokens_truncates_no_example(tmp_path: Path) -> None:
     file = write(tmp_path, lines(200))
-    full = {tuple(ids) for ids, _ in all_segments(prepared_from(file))}
-    capped = prepared_from(file, max_tokens=1000)
+    full = {tuple(ids) for ids, _ in all_segments(data_of(file))}
+    capped = data_of(file, max_tokens=1000)
     assert {tuple(ids) for ids, _ in all_segments(capped)} < full
     tokens = [split.tokens for split in capped.info.splits.values()]
     assert 900 < sum(tokens) <= 1000 and tokens[0] <= 800
-    assert "no example of the train split fits" in reason(
-        lambda: prepared_from(file, max_tokens=10)
-    )
+    assert "no example of the train split fits" in reason(lambda: data_of(file, max_tokens=10))
 
 
 def test_skipped_and_too_few_examples(tmp_path: Path) -> None:
     file = write(tmp_path, [*lines(20), {"prompt": "q", "completion": " "}])
-    prepared = prepared_from(file)
+    prepared = data_of(file)
     assert (prepared.info.documents, prepared.info.left_out) == (20, {"without an answer": 1})
     single = write(tmp_path / "single", lines(1))  # never split, so that its end is not held out
-    assert reason(lambda: prepared_from(single)).endswith("leaves none of 1 documents to train on")
+    assert reason(lambda: data_of(single)).endswith("leaves none of 1 documents to train on")
 
 
 CHATS = [
@@ -251,7 +249,7 @@ def test_every_setting_of_the_format_changes_the_rows(
     values["chat_template"] = values["chat_template"].format(path=path)
     data = from_config_dict({"data": values}).data
     file = write(tmp_path, CHATS)
-    prepared = prepared_from(
+    prepared = data_of(
         file,
         DataFormat.from_settings(data),
         row_length=data.row_length if changes.get("row_length") else 128,
@@ -260,7 +258,7 @@ def test_every_setting_of_the_format_changes_the_rows(
     assert len(texts) == 8
     assert first is None or texts[0] == first
     if changes:
-        plain = prepared_from(file, DataFormat("messages", chat_template="plain"), row_length=128)
+        plain = data_of(file, DataFormat("messages", chat_template="plain"), row_length=128)
         assert prepared.info.fingerprint != plain.info.fingerprint
 
 
@@ -275,9 +273,9 @@ def test_the_config_refuses_settings_without_an_effect() -> None:
 
 def test_rows_of_text_store_no_answer_spans(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text " * 50)
-    text = prepared_from(tmp_path / "a.txt", DataFormat())
+    text = data_of(tmp_path / "a.txt", DataFormat())
     assert set(open_split(text, "train")._source[0]) == {"tokens", "lengths"}
-    examples = prepared_from(write(tmp_path, lines(20)))
+    examples = data_of(write(tmp_path, lines(20)))
     assert set(open_split(examples, "train")._source[0]) == {"tokens", "lengths", "answers"}
 
 
@@ -289,7 +287,7 @@ def test_unpacking_of_answer_spans() -> None:
 
 
 def test_evaluation_counts_answers(tmp_path: Path) -> None:
-    prepared = prepared_from(write(tmp_path, lines(40)))
+    prepared = data_of(write(tmp_path, lines(40)))
     wide = replace(CONFIGS["mha"], vocab_size=257, max_positions=64)
     data = prepared_data(prepared.path, "held_out", wide, 2)
     info = prepared.info.splits["held_out"]
@@ -346,7 +344,7 @@ def test_evaluation_prompts_a_run_with_the_tokens_of_its_training(
         data_format = DataFormat.from_settings(data)
         if option:
             data_format = replace(data_format, system=option[1] or None)
-        rows = all_segments(prepared_from(file, data_format, row_length=128))
+        rows = all_segments(data_of(file, data_format, row_length=128))
         assert prompts(*option) == sorted(ids[: mask.index(True)] for ids, mask in rows)
     row, *_ = recorded = read(tmp_path / "rows.jsonl")
     assert len(recorded) == 3 and str(tmp_path) not in json.dumps(recorded)

@@ -40,7 +40,7 @@ def random_texts(count: int, length: int = 30) -> list[str]:
     return [f"{number} {''.join(text)}" for number, text in enumerate(letters)]
 
 
-def prepared_from(folder: Path, **changes: object) -> Prepared:
+def data_of(folder: Path, **changes: object) -> Prepared:
     settings = {
         "sources": str(folder),
         "tokenizer": BYTES,
@@ -62,9 +62,8 @@ def documents_in(prepared: Prepared, split: str) -> list[str]:
             for segment in range(1, segments.max() + 1):
                 inside = (segments == segment) & mask
                 ids = [*tokens[inside], targets[inside][-1]]
-                documents.append(
-                    bytes(ids[: -1 if ids[-1] == EOS else None]).decode(errors="ignore")
-                )
+                text = bytes(ids[: -1 if ids[-1] == EOS else None])
+                documents.append(text.decode(errors="ignore"))
     return documents
 
 
@@ -78,7 +77,7 @@ def reason(call: Callable[[], object]) -> str:
 def test_every_document_is_in_one_split(tmp_path: Path) -> None:
     documents = random_texts(60)
     with_empty = [text for pair in zip(documents, [" ", ""] * 30, strict=True) for text in pair]
-    prepared = prepared_from(write(tmp_path / "in", with_empty), row_length=80)
+    prepared = data_of(write(tmp_path / "in", with_empty), row_length=80)
     assert (prepared.info.documents, prepared.info.left_out) == (60, {"empty": 60})
     train, held_out = (documents_in(prepared, split) for split in ("train", "held_out"))
     assert sorted(train + held_out) == sorted(documents)
@@ -96,7 +95,7 @@ def test_every_document_is_in_one_split(tmp_path: Path) -> None:
 
 def test_long_documents_are_counted_and_keep_all_targets(tmp_path: Path) -> None:
     documents = ["x" * 16, "y" * 17, "z" * 40, "short", "long enough to be split in two"]
-    prepared = prepared_from(write(tmp_path / "in", documents), held_out=1)
+    prepared = data_of(write(tmp_path / "in", documents), held_out=1)
     splits = prepared.info.splits.values()
     assert sum(split.long_documents for split in splits) == 3
     targets = [
@@ -109,31 +108,29 @@ def test_long_documents_are_counted_and_keep_all_targets(tmp_path: Path) -> None
 
 def test_the_split_depends_only_on_the_content(tmp_path: Path) -> None:
     documents = random_texts(40)
-    first = prepared_from(write(tmp_path / "a", documents), row_length=80)
+    first = data_of(write(tmp_path / "a", documents), row_length=80)
     shuffled = [documents[i] for i in np.random.default_rng(0).permutation(40)]
     folder = write(tmp_path / "b", shuffled[:11], "z.jsonl")
-    other = prepared_from(write(folder, shuffled[11:], "y.jsonl"), row_length=80)
+    other = data_of(write(folder, shuffled[11:], "y.jsonl"), row_length=80)
     for split in ("train", "held_out"):
         assert sorted(documents_in(first, split)) == sorted(documents_in(other, split))
     assert first.info.fingerprint != other.info.fingerprint  # the rows may differ
     # All copies of a held-out document are held out.
-    copied = prepared_from(write(tmp_path / "c", documents * 3), row_length=80)
+    copied = data_of(write(tmp_path / "c", documents * 3), row_length=80)
     assert sorted(documents_in(copied, "held_out")) == sorted(documents_in(first, "held_out") * 3)
 
 
 def test_held_out_by_count_and_its_limits(tmp_path: Path) -> None:
     folder = write(tmp_path / "in", random_texts(10))
-    assert prepared_from(folder, held_out=3).info.splits["held_out"].documents == 3
-    assert prepared_from(folder, held_out=1e-9).info.splits["held_out"].documents == 1
-    assert prepared_from(folder, held_out=9).info.splits["train"].documents == 1
+    assert data_of(folder, held_out=3).info.splits["held_out"].documents == 3
+    assert data_of(folder, held_out=1e-9).info.splits["held_out"].documents == 1
+    assert data_of(folder, held_out=9).info.splits["train"].documents == 1
     for value in (10, 0.99):
-        assert "leaves none of 10 documents" in reason(
-            lambda v=value: prepared_from(folder, held_out=v)
-        )
+        assert "leaves none of 10 documents" in reason(lambda v=value: data_of(folder, held_out=v))
     for value in (0, -0.1, 1.5, float("nan"), float("inf")):
-        assert f"held-out {value};" in reason(lambda v=value: prepared_from(folder, held_out=v))
+        assert f"held-out {value};" in reason(lambda v=value: data_of(folder, held_out=v))
     same = write(tmp_path / "same", ["same"] * 5)
-    assert "all documents are copies of one text" in reason(lambda: prepared_from(same))
+    assert "all documents are copies of one text" in reason(lambda: data_of(same))
 
 
 def test_max_tokens_selects_from_all_sources_evenly(
@@ -142,7 +139,7 @@ def test_max_tokens_selects_from_all_sources_evenly(
     documents = random_texts(2000)
     for part in range(4):
         write(tmp_path / "in", documents[part::4], f"{part}.jsonl")
-    full = prepared_from(tmp_path / "in", row_length=80)
+    full = data_of(tmp_path / "in", row_length=80)
     original, tokenized = Tokenizer.encode_documents, []
 
     def counted(self: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
@@ -150,7 +147,7 @@ def test_max_tokens_selects_from_all_sources_evenly(
         return original(self, texts)
 
     monkeypatch.setattr(Tokenizer, "encode_documents", counted)
-    capped = prepared_from(tmp_path / "in", row_length=80, max_tokens=3000)
+    capped = data_of(tmp_path / "in", row_length=80, max_tokens=3000)
     size = {name: split.tokens for name, split in capped.info.splits.items()}
     assert size == {"train": 2400, "held_out": 600}
     assert sum(tokenized) < 6 * 3000 < full.info.splits["train"].text_bytes
@@ -169,10 +166,10 @@ def test_max_tokens_does_not_depend_on_the_estimate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write(tmp_path / "in", random_texts(300))
-    expected = prepared_from(folder, max_tokens=1500)
+    expected = data_of(folder, max_tokens=1500)
     monkeypatch.setattr(corpus, "_BYTES_PER_TOKEN", 0.01)  # many rounds
     monkeypatch.setattr(corpus, "_BATCH", 50)
-    again = prepared_from(folder, max_tokens=1500, root=tmp_path / "other")
+    again = data_of(folder, max_tokens=1500, root=tmp_path / "other")
     assert again.info == expected.info
     for split in ("train", "held_out"):
         assert rows_of(again, split) == rows_of(expected, split)
@@ -180,18 +177,15 @@ def test_max_tokens_does_not_depend_on_the_estimate(
 
 def test_max_tokens_above_the_corpus_size_has_no_effect(tmp_path: Path) -> None:
     folder = write(tmp_path / "in", random_texts(50))
-    assert prepared_from(folder, max_tokens=10**6).info.splits == prepared_from(folder).info.splits
+    assert data_of(folder, max_tokens=10**6).info.splits == data_of(folder).info.splits
 
 
 def test_max_tokens_below_one_document(tmp_path: Path) -> None:
     folder = write(tmp_path / "in", ["x" * 100, "y" * 100])
-    tokens = {
-        name: split.tokens
-        for name, split in prepared_from(folder, max_tokens=9).info.splits.items()
-    }
-    assert sorted(tokens.values()) == [4, 5]
-    assert "max tokens 3" in reason(lambda: prepared_from(folder, max_tokens=3))
-    assert "row length 1;" in reason(lambda: prepared_from(folder, row_length=1))
+    splits = data_of(folder, max_tokens=9).info.splits.values()
+    assert sorted(split.tokens for split in splits) == [4, 5]
+    assert "max tokens 3" in reason(lambda: data_of(folder, max_tokens=3))
+    assert "row length 1;" in reason(lambda: data_of(folder, row_length=1))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +197,7 @@ def test_the_end_of_a_single_document_is_held_out(
     text = "".join(map(str, range(100)))[:104]  # 105 tokens with the eos
     (tmp_path / "one.txt").write_text(text)
     lines: list[str] = []
-    prepared = prepared_from(
+    prepared = data_of(
         tmp_path / "one.txt", row_length=128, max_tokens=max_tokens, log=lines.append
     )
     train_end, start, end = cut
@@ -224,15 +218,15 @@ def rows_of(prepared: Prepared, split: str) -> list[bytes]:
 def test_the_same_input_is_prepared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write(tmp_path / "in", random_texts(30))
     lines: list[str] = []
-    first = prepared_from(folder, log=lines.append)
+    first = data_of(folder, log=lines.append)
     monkeypatch.setattr(prepare_module, "read_index", None)  # the sources are not read again
-    assert prepared_from(folder, log=lines.append) == first
+    assert data_of(folder, log=lines.append) == first
     assert len(lines) == 2
     assert lines[0].startswith("data: prepared, ")
     assert lines[1] == lines[0].replace("data: prepared", "data: already prepared")
     (tmp_path / "moved").mkdir()
     (folder / "a.jsonl").rename(tmp_path / "moved" / "b.jsonl")
-    assert prepared_from(tmp_path / "moved", sources=str(tmp_path / "moved")) == first
+    assert data_of(tmp_path / "moved", sources=str(tmp_path / "moved")) == first
 
 
 def test_every_setting_changes_the_fingerprint(tmp_path: Path) -> None:
@@ -245,7 +239,7 @@ def test_every_setting_changes_the_fingerprint(tmp_path: Path) -> None:
         *({}, {"row_length": 17}, {"held_out": 0.3}, {"max_tokens": 100}),
         *({"data_format": DataFormat(text_field="body")}, {"tokenizer": small}),
     ]
-    names = {prepared_from(folder, **change).info.fingerprint for change in changes}
+    names = {data_of(folder, **change).info.fingerprint for change in changes}
     assert len(names) == len(changes)
 
 
@@ -255,19 +249,19 @@ def test_content_is_hashed_once_and_changes_are_detected(
     folder = write(tmp_path / "in", random_texts(30))
     file = folder / "a.jsonl"
     os.utime(file, (1, 1))
-    first = prepared_from(folder)
+    first = data_of(folder)
     with monkeypatch.context() as patch:
         patch.setattr(prepare_module.Source, "content_hash", None)
-        assert prepared_from(folder) == first
+        assert data_of(folder) == first
     content = file.read_text()
     file.write_text(content.replace("a", "A", 1))  # the same size
-    changed = prepared_from(folder)
+    changed = data_of(folder)
     assert changed.info.fingerprint != first.info.fingerprint
     # A file that was just written may change with the same time stamp: its hash is not cached.
     before = file.stat()
     file.write_text(content.replace("a", "B", 1))
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert prepared_from(folder).info.fingerprint != changed.info.fingerprint
+    assert data_of(folder).info.fingerprint != changed.info.fingerprint
 
 
 def test_a_killed_preparation_is_not_used(tmp_path: Path) -> None:
@@ -294,9 +288,9 @@ prepare.prepare(sources={str(folder)!r}, tokenizer=load_tokenizer("bytes"), row_
     names = [path.name for path in (tmp_path / "prepared").iterdir()]
     assert any(name.endswith(".unfinished") for name in names)
     lines: list[str] = []
-    prepared = prepared_from(folder, log=lines.append)
+    prepared = data_of(folder, log=lines.append)
     assert lines[0].startswith("data: prepared, ")
-    assert len(documents_in(prepared_from(folder, row_length=80), "train")) == 24
+    assert len(documents_in(data_of(folder, row_length=80), "train")) == 24
     assert not list((tmp_path / "prepared").glob("*.unfinished"))
     assert prepared.path.name in {name.partition(".")[0] for name in names}
 
@@ -305,7 +299,7 @@ def test_a_failed_preparation_leaves_nothing(tmp_path: Path) -> None:
     folder = write(tmp_path / "in", random_texts(30))
     with (folder / "a.jsonl").open("a") as file:
         file.write("\n{")
-    assert "line 31" in reason(lambda: prepared_from(folder))
+    assert "line 31" in reason(lambda: data_of(folder))
     assert not list((tmp_path / "prepared").iterdir())
 
 
@@ -329,9 +323,9 @@ def test_two_processes_prepare_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     lines: list[str] = []
     monkeypatch.setattr(prepare_module, "_write", slow)
     with ThreadPoolExecutor() as threads:
-        first = threads.submit(prepared_from, folder)
+        first = threads.submit(data_of, folder)
         assert started.wait(30)
-        second = threads.submit(prepared_from, folder, log=log)
+        second = threads.submit(data_of, folder, log=log)
         assert first.result() == second.result()
     assert len(written) == 1
     assert [line.split(",")[0].split(";")[0] for line in lines] == [
@@ -344,20 +338,18 @@ def test_a_corpus_without_targets_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "in", ["", " "])
     (tmp_path / "in" / "a.txt").write_text("")
     assert "no document of the sources can be used: 3 empty" in reason(
-        lambda: prepared_from(tmp_path / "in")
+        lambda: data_of(tmp_path / "in")
     )
     (tmp_path / "in" / "b.txt").write_text("b")
-    assert "no document of the train split has two" in reason(
-        lambda: prepared_from(tmp_path / "in")
-    )
-    assert "leaves none of 1 doc" in reason(lambda: prepared_from(tmp_path / "in", held_out=1))
+    assert "no document of the train split has two" in reason(lambda: data_of(tmp_path / "in"))
+    assert "leaves none of 1 doc" in reason(lambda: data_of(tmp_path / "in", held_out=1))
     (tmp_path / "in" / "c.txt").write_text("c")
-    info = prepared_from(tmp_path / "in").info
+    info = data_of(tmp_path / "in").info
     assert (info.documents, info.left_out, info.files) == (2, {"empty": 3}, 4)
     without_eos = load_tokenizer("bytes", model_vocab_size=256)
-    message = reason(lambda: prepared_from(tmp_path / "in", tokenizer=without_eos))
+    message = reason(lambda: data_of(tmp_path / "in", tokenizer=without_eos))
     assert "no document of the train split has two tokens" in message
-    assert "ids up to 256" in reason(lambda: prepared_from(tmp_path / "in", model_vocab_size=256))
+    assert "ids up to 256" in reason(lambda: data_of(tmp_path / "in", model_vocab_size=256))
 
 
 @pytest.mark.parametrize("changed", [random_texts(29), [text.upper() for text in random_texts(30)]])
@@ -373,9 +365,7 @@ def test_a_source_that_changes_during_reading_is_detected(
         return index
 
     monkeypatch.setattr(prepare_module, "read_index", then_change)
-    assert reason(lambda: prepared_from(folder)).endswith(
-        "a.jsonl: changed while it was being read"
-    )
+    assert reason(lambda: data_of(folder)).endswith("a.jsonl: changed while it was being read")
 
 
 def test_a_folder_that_cannot_be_written_is_named(
@@ -385,16 +375,16 @@ def test_a_folder_that_cannot_be_written_is_named(
     (tmp_path / "file").write_text("")
     for cache in (tmp_path / "file", "/proc/x", "~no_such_user/x"):
         monkeypatch.setenv("SAT_JAX_CACHE", str(cache))
-        message = reason(lambda: prepared_from(folder, root=None))
+        message = reason(lambda: data_of(folder, root=None))
         assert message.startswith(f"cache folder {cache}: cannot be used: ")
         assert message.endswith("set $SAT_JAX_CACHE to another one")
-    message = reason(lambda: prepared_from(folder, root=tmp_path / "file"))
+    message = reason(lambda: data_of(folder, root=tmp_path / "file"))
     assert message == f"{tmp_path / 'file'}: is a file, not a folder"
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "fewer", "info"])
 def test_damage_is_detected(tmp_path: Path, damage: str) -> None:
-    prepared = prepared_from(write(tmp_path / "in", random_texts(400, 200)), row_length=64)
+    prepared = data_of(write(tmp_path / "in", random_texts(400, 200)), row_length=64)
     (file,) = prepared.path.glob("**/*-train.array_record*")
     data = bytearray(file.read_bytes())
     if damage == "flipped":

@@ -86,7 +86,7 @@ def test_generate_until() -> None:
     first, second, third = harness.generate_until(requests(*arguments))
     assert (first, third) == (full.text, after.text)
     assert second == first[: first.index(stop)]
-    with pytest.raises(UserError, match="generate with num_beams"):
+    with pytest.raises(UserError, match="generates with num_beams"):
         harness.generate_until(requests(("x", {"num_beams": 3})))
     with pytest.raises(UserError, match="leaves no positions for a"):
         harness.generate_until(requests(("x", {"max_gen_toks": 128})))

@@ -98,7 +98,7 @@ class Tokenizer:
         if self.vocab_size > model_vocab_size:
             raise UserError(
                 f"tokenizer {self.name} has ids up to {self.vocab_size - 1}, but the model's"
-                f" vocabulary ends at {model_vocab_size - 1}: they do not belong together"
+                f" vocabulary ends at {model_vocab_size - 1}: they do not match"
             )
 
     def save(self, directory: Path) -> None:
