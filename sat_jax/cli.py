@@ -7,6 +7,22 @@ from typing import NoReturn
 
 from sat_jax.errors import UserError
 
+# Help texts of options that several scripts have.
+MODEL_HELP = (
+    "a Hugging Face directory, a .gguf file, package:NAME for a model in an installed package, or"
+    " the work directory of a run (its newest checkpoint)"
+)
+SOURCES_HELP = (
+    "files, folders or globs of text, Markdown or JSON-lines, also .gz or .zst;"
+    " package:NAME[/path or glob] for the files of an installed Python package;"
+    " tfds:FOLDER[:split] for a prepared TFDS dataset in array_record"
+)
+SYSTEM_HELP = "for --chat: the system prompt, '' for none; default: that of the run's training"
+TOKENIZER_HELP = (
+    "model (that of the model), bytes, or the path of a tokenizer.json or its folder; default:"
+    " model, or the tokenizer of the run"
+)
+
 
 class Parser(argparse.ArgumentParser):
     """Argument parser of script `name` with the help text `doc`; it raises `UserError`."""

@@ -10,7 +10,7 @@ Training needs no conversion: model.path accepts all of these except the work di
 import sys
 from pathlib import Path
 
-from sat_jax.cli import Parser, run
+from sat_jax.cli import MODEL_HELP, Parser, run
 
 
 def parser() -> Parser:
@@ -20,8 +20,7 @@ def parser() -> Parser:
     add(
         "source",
         metavar="PATH",
-        help="a Hugging Face directory, a .gguf file, package:NAME for a model in an installed"
-        " package, or the work directory of a run",
+        help=MODEL_HELP,
     )
     add("--out", required=True, type=Path, metavar="DIR", help="a new or empty directory")
     add(
@@ -34,7 +33,7 @@ def parser() -> Parser:
         "--step",
         type=int,
         metavar="N",
-        help="checkpoint of a run after N steps; default the newest",
+        help="the checkpoint of a run after N steps, instead of the newest",
     )
     return options
 

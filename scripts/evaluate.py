@@ -43,7 +43,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sat_jax.cli import Parser, run
+from sat_jax.cli import (
+    MODEL_HELP,
+    SOURCES_HELP,
+    SYSTEM_HELP,
+    TOKENIZER_HELP,
+    Parser,
+    run,
+)
 from sat_jax.errors import UserError
 
 # The options of each mode, and their defaults.
@@ -89,17 +96,10 @@ def parser() -> Parser:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="one or more models: a Hugging Face directory, a .gguf file, package:NAME for a model"
-        " in an installed package, or the work directory of a run (its newest checkpoint)",
+        help=f"one or more models: {MODEL_HELP}",
     )
     mode = options.add_mutually_exclusive_group(required=True)
-    mode.add_argument(
-        "--text",
-        nargs="+",
-        metavar="SOURCE",
-        help="files, folders or globs of text, Markdown or JSON-lines, also .gz or .zst;"
-        " package:NAME[/path or glob]; tfds:FOLDER[:split]",
-    )
+    mode.add_argument("--text", nargs="+", metavar="SOURCE", help=SOURCES_HELP)
     mode.add_argument(
         "--prepared",
         type=Path,
@@ -116,11 +116,7 @@ def parser() -> Parser:
         metavar="TASK",
         help="tasks of lm-evaluation-harness (needs the extra `eval`), or of --include-path",
     )
-    add(
-        "--tokenizer",
-        help="for all modes except --prepared: model (that of the model), bytes, or the path of a"
-        " tokenizer.json or its folder; default: model, or the tokenizer of the run",
-    )
+    add("--tokenizer", help=f"not for --prepared: {TOKENIZER_HELP}")
     add("--text-field", metavar="NAME", help="for --text: field of JSON lines; default text")
     add("--max-bytes", type=int, metavar="N", help="for --text: only the first N bytes")
     add("--length", type=int, metavar="N", help="for --text: tokens per window; default 1024")
@@ -128,11 +124,7 @@ def parser() -> Parser:
     add("--split", choices=("held_out", "train"), help="for --prepared; default held_out")
     add("--limit", type=int, metavar="N", help="only the first N questions of the file or task")
     add("--chat", action="store_true", default=None, help="use the model's chat template")
-    add(
-        "--system",
-        metavar="TEXT",
-        help="for --chat: the system prompt, '' for none; default: that of the run's training",
-    )
+    add("--system", metavar="TEXT", help=SYSTEM_HELP)
     add(
         "--prompt",
         metavar="TEXT",

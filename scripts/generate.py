@@ -9,7 +9,7 @@ Standard output has only the new text; standard error has the number of tokens a
 import sys
 import time
 
-from sat_jax.cli import Parser, run
+from sat_jax.cli import MODEL_HELP, SYSTEM_HELP, TOKENIZER_HELP, Parser, run
 from sat_jax.errors import UserError
 
 
@@ -17,13 +17,7 @@ def parser() -> Parser:
     """Return the parser of the command line."""
     options = Parser("generate", __doc__)
     add = options.add_argument
-    add(
-        "--model",
-        required=True,
-        metavar="PATH",
-        help="a Hugging Face directory, a .gguf file, package:NAME for a model in an installed"
-        " package, or the work directory of a run (its newest checkpoint)",
-    )
+    add("--model", required=True, metavar="PATH", help=MODEL_HELP)
     add(
         "--prompt",
         required=True,
@@ -31,16 +25,8 @@ def parser() -> Parser:
         help="the text to continue, or with --chat the message to answer",
     )
     add("--chat", action="store_true", help="use the model's chat template")
-    add(
-        "--system",
-        metavar="TEXT",
-        help="for --chat: the system prompt, '' for none; default: that of the run's training",
-    )
-    add(
-        "--tokenizer",
-        help="model (that of the model), bytes, or the path of a tokenizer.json or its folder;"
-        " default: model, or the tokenizer of the run",
-    )
+    add("--system", metavar="TEXT", help=SYSTEM_HELP)
+    add("--tokenizer", help=TOKENIZER_HELP)
     add(
         "--max-new-tokens",
         type=int,

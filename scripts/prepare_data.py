@@ -12,7 +12,7 @@ prepared again. Training reads only the cache, $SAT_JAX_CACHE (default ~/.cache/
 
 from pathlib import Path
 
-from sat_jax.cli import Parser, run
+from sat_jax.cli import SOURCES_HELP, Parser, run
 from sat_jax.errors import UserError
 
 
@@ -25,9 +25,7 @@ def parser() -> Parser:
         nargs="+",
         required=True,
         metavar="SOURCE",
-        help="files, folders or globs of text, Markdown or JSON-lines, also .gz or .zst; "
-        "package:NAME[/path or glob] for the files of an installed Python package; "
-        "tfds:FOLDER[:split] for a prepared TFDS dataset in array_record",
+        help=SOURCES_HELP,
     )
     add(
         "--tokenizer",

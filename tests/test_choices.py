@@ -28,14 +28,8 @@ def by_hand(pair: Pair) -> tuple[float, bool]:
 
 
 def test_likelihoods_do_not_depend_on_the_batch() -> None:
-    sizes = [
-        (1, 1),
-        (3, 2),
-        (40, 1),
-        (2, 60),
-        (7, 7),
-        (64, 65),
-    ]  # the last one has 128 inputs: all positions
+    # The last pair has 128 inputs: all positions.
+    sizes = [(1, 1), (3, 2), (40, 1), (2, 60), (7, 7), (64, 65)]
     rng = np.random.default_rng(0)
     pairs = [Pair(*(rng.integers(0, 256, size).tolist() for size in pair)) for pair in sizes]
     expected = [by_hand(pair) for pair in pairs]
@@ -150,9 +144,16 @@ def test_big_bench_and_limits(tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     examples = [{"input": f"q{n}", "target_scores": {"x": 1, "y": 0}} for n in range(3)]
     file.write_text(json.dumps({"canary": "...", "examples": examples}, indent=1))
-    assert [one.question for one in read_choices(str(file), None, None)] == ["q0", "q1", "q2"]
-    assert [one.question for one in read_choices(str(file), None, None, 2)] == ["q0", "q1"]
-    # The same records one a line, which a .json file may also hold.
+    assert [question.question for question in read_choices(str(file), None, None)] == [
+        "q0",
+        "q1",
+        "q2",
+    ]
+    assert [question.question for question in read_choices(str(file), None, None, 2)] == [
+        "q0",
+        "q1",
+    ]
+    # A .json file may also contain JSON lines.
     file.write_text("\n".join(map(json.dumps, examples)))
     assert len(read_choices(str(file), None, None)) == 3
 

@@ -34,6 +34,7 @@ from scripts import prepare_data as script
 from tests.conftest import ROOT
 from tests.small_models import CONFIGS
 from tests.tolerances import assert_close
+from tests.user_errors import user_error
 
 GOLDEN = ROOT / "tests/golden"
 BYTES = load_tokenizer("bytes")
@@ -82,13 +83,6 @@ def as_text(ids: list[int], mask: list[bool]) -> str:
         text += b"<" if has_loss and not previous else b""
         text += b"/" if token == EOS else bytes([token])
     return text.decode(errors="replace")
-
-
-def reason(call: Any) -> str:
-    with pytest.raises(UserError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_tokens_and_mask_of_an_example(tmp_path: Path) -> None:
@@ -191,10 +185,10 @@ def test_longer_than_a_row(tmp_path: Path, too_long: Any, documents: int) -> Non
         f"skipped or truncated: 3 longer than a row ({action[too_long]})"
     )
     refused = DataFormat("prompt_completion", chat_template="plain", too_long="refuse")
-    message = reason(lambda: data_of(file, refused, row_length=15))
+    message = user_error(lambda: data_of(file, refused, row_length=15))
     assert message.startswith(f"{file}, line 10 (byte ")
     assert "17 tokens, but a row of data.row_length 15 holds at most 16" in message
-    assert "all 12 examples are longer" in reason(lambda: data_of(file, row_length=2))
+    assert "all 12 examples are longer" in user_error(lambda: data_of(file, row_length=2))
 
 
 def test_max_tokens_truncates_no_example(tmp_path: Path) -> None:
@@ -204,7 +198,7 @@ def test_max_tokens_truncates_no_example(tmp_path: Path) -> None:
     assert {tuple(ids) for ids, _ in all_segments(capped)} < full
     tokens = [split.tokens for split in capped.info.splits.values()]
     assert 900 < sum(tokens) <= 1000 and tokens[0] <= 800
-    assert "no example of the train split fits" in reason(lambda: data_of(file, max_tokens=10))
+    assert "no example of the train split fits" in user_error(lambda: data_of(file, max_tokens=10))
 
 
 def test_skipped_and_too_few_examples(tmp_path: Path) -> None:
@@ -212,7 +206,7 @@ def test_skipped_and_too_few_examples(tmp_path: Path) -> None:
     prepared = data_of(file)
     assert (prepared.info.documents, prepared.info.left_out) == (20, {"without an answer": 1})
     single = write(tmp_path / "single", lines(1))  # never split, so that its end is not held out
-    assert reason(lambda: data_of(single)).endswith("leaves none of 1 documents to train on")
+    assert user_error(lambda: data_of(single)).endswith("leaves none of 1 documents to train on")
 
 
 CHATS = [
@@ -309,7 +303,7 @@ def test_the_script_accepts_the_settings_of_the_format(
     assert out.startswith("data: ")
     assert out.endswith("1 files, 9 examples; skipped: 1 without an answer\n")
     monkeypatch.setattr("sys.argv", [*arguments, "--tokenizer", "bytes", "--system", "S"])
-    assert "data.system 'S' has no effect with data.format 'text'" in reason(script.main)
+    assert "data.system 'S' has no effect with data.format 'text'" in user_error(script.main)
 
 
 @pytest.mark.parametrize("system", ["Be brief.", None])

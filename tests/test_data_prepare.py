@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,8 +20,8 @@ from sat_jax.data.data_format import DataFormat
 from sat_jax.data.prepare import Prepared, load_prepared, prepare
 from sat_jax.data.splits import split_budget
 from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
-from sat_jax.errors import UserError
 from tests.conftest import ROOT
+from tests.user_errors import user_error
 
 BYTES = load_tokenizer("bytes")
 EOS = 256
@@ -65,13 +65,6 @@ def documents_in(prepared: Prepared, split: str) -> list[str]:
                 text = bytes(ids[: -1 if ids[-1] == EOS else None])
                 documents.append(text.decode(errors="ignore"))
     return documents
-
-
-def reason(call: Callable[[], object]) -> str:
-    with pytest.raises(UserError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_every_document_is_in_one_split(tmp_path: Path) -> None:
@@ -126,11 +119,13 @@ def test_held_out_by_count_and_its_limits(tmp_path: Path) -> None:
     assert data_of(folder, held_out=1e-9).info.splits["held_out"].documents == 1
     assert data_of(folder, held_out=9).info.splits["train"].documents == 1
     for value in (10, 0.99):
-        assert "leaves none of 10 documents" in reason(lambda v=value: data_of(folder, held_out=v))
+        assert "leaves none of 10 documents" in user_error(
+            lambda v=value: data_of(folder, held_out=v)
+        )
     for value in (0, -0.1, 1.5, float("nan"), float("inf")):
-        assert f"held-out {value};" in reason(lambda v=value: data_of(folder, held_out=v))
+        assert f"held-out {value};" in user_error(lambda v=value: data_of(folder, held_out=v))
     same = write(tmp_path / "same", ["same"] * 5)
-    assert "all documents are copies of one text" in reason(lambda: data_of(same))
+    assert "all documents are copies of one text" in user_error(lambda: data_of(same))
 
 
 def test_max_tokens_selects_from_all_sources_evenly(
@@ -184,8 +179,8 @@ def test_max_tokens_below_one_document(tmp_path: Path) -> None:
     folder = write(tmp_path / "in", ["x" * 100, "y" * 100])
     splits = data_of(folder, max_tokens=9).info.splits.values()
     assert sorted(split.tokens for split in splits) == [4, 5]
-    assert "max tokens 3" in reason(lambda: data_of(folder, max_tokens=3))
-    assert "row length 1;" in reason(lambda: data_of(folder, row_length=1))
+    assert "max tokens 3" in user_error(lambda: data_of(folder, max_tokens=3))
+    assert "row length 1;" in user_error(lambda: data_of(folder, row_length=1))
 
 
 @pytest.mark.parametrize(
@@ -299,7 +294,7 @@ def test_a_failed_preparation_leaves_nothing(tmp_path: Path) -> None:
     folder = write(tmp_path / "in", random_texts(30))
     with (folder / "a.jsonl").open("a") as file:
         file.write("\n{")
-    assert "line 31" in reason(lambda: data_of(folder))
+    assert "line 31" in user_error(lambda: data_of(folder))
     assert not list((tmp_path / "prepared").iterdir())
 
 
@@ -337,19 +332,19 @@ def test_two_processes_prepare_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_corpus_without_targets_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "in", ["", " "])
     (tmp_path / "in" / "a.txt").write_text("")
-    assert "no document of the sources can be used: 3 empty" in reason(
+    assert "no document of the sources can be used: 3 empty" in user_error(
         lambda: data_of(tmp_path / "in")
     )
     (tmp_path / "in" / "b.txt").write_text("b")
-    assert "no document of the train split has two" in reason(lambda: data_of(tmp_path / "in"))
-    assert "leaves none of 1 doc" in reason(lambda: data_of(tmp_path / "in", held_out=1))
+    assert "no document of the train split has two" in user_error(lambda: data_of(tmp_path / "in"))
+    assert "leaves none of 1 doc" in user_error(lambda: data_of(tmp_path / "in", held_out=1))
     (tmp_path / "in" / "c.txt").write_text("c")
     info = data_of(tmp_path / "in").info
     assert (info.documents, info.left_out, info.files) == (2, {"empty": 3}, 4)
     without_eos = load_tokenizer("bytes", model_vocab_size=256)
-    message = reason(lambda: data_of(tmp_path / "in", tokenizer=without_eos))
+    message = user_error(lambda: data_of(tmp_path / "in", tokenizer=without_eos))
     assert "no document of the train split has two tokens" in message
-    assert "ids up to 256" in reason(lambda: data_of(tmp_path / "in", model_vocab_size=256))
+    assert "ids up to 256" in user_error(lambda: data_of(tmp_path / "in", model_vocab_size=256))
 
 
 @pytest.mark.parametrize("changed", [random_texts(29), [text.upper() for text in random_texts(30)]])
@@ -365,7 +360,7 @@ def test_a_source_that_changes_during_reading_is_detected(
         return index
 
     monkeypatch.setattr(prepare_module, "read_index", then_change)
-    assert reason(lambda: data_of(folder)).endswith("a.jsonl: changed while it was being read")
+    assert user_error(lambda: data_of(folder)).endswith("a.jsonl: changed while it was being read")
 
 
 def test_a_folder_that_cannot_be_written_is_named(
@@ -375,10 +370,10 @@ def test_a_folder_that_cannot_be_written_is_named(
     (tmp_path / "file").write_text("")
     for cache in (tmp_path / "file", "/proc/x", "~no_such_user/x"):
         monkeypatch.setenv("SAT_JAX_CACHE", str(cache))
-        message = reason(lambda: data_of(folder, root=None))
+        message = user_error(lambda: data_of(folder, root=None))
         assert message.startswith(f"cache folder {cache}: cannot be used: ")
         assert message.endswith("set $SAT_JAX_CACHE to another one")
-    message = reason(lambda: data_of(folder, root=tmp_path / "file"))
+    message = user_error(lambda: data_of(folder, root=tmp_path / "file"))
     assert message == f"{tmp_path / 'file'}: is a file, not a folder"
 
 
@@ -405,7 +400,7 @@ def test_damage_is_detected(tmp_path: Path, damage: str) -> None:
         rows = open_split(load_prepared(prepared.path), "train")
         rows.batch(range(len(rows)))
 
-    message = reason(read_all)
+    message = user_error(read_all)
     assert message.startswith(str(prepared.path)) and "delete" in message
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from sat_jax.errors import UserError
 from scripts import prepare_data
 from tests.conftest import RunPython
+from tests.user_errors import user_error
 
 
 def texts(folder: Path) -> Path:
@@ -72,6 +72,4 @@ def test_the_script_checks_its_arguments(
 ) -> None:
     folder = texts(tmp_path)
     monkeypatch.setattr(sys, "argv", ["prepare_data", "--sources", str(folder), *arguments])
-    with pytest.raises(UserError) as caught:
-        prepare_data.main()
-    assert problem in str(caught.value)
+    assert problem in user_error(prepare_data.main)

@@ -14,6 +14,7 @@ import zstandard
 
 from sat_jax.data.sources import Document, Source, package_path, read_documents, resolve_sources
 from sat_jax.errors import UserError
+from tests.user_errors import user_error
 
 
 def read(*sources: str | Path, field: str = "text") -> list[Document]:
@@ -26,10 +27,7 @@ def texts(*sources: str | Path, field: str = "text") -> list[str]:
 
 
 def error(*sources: str | Path, field: str = "text") -> str:
-    with pytest.raises(UserError) as caught:
-        read(*sources, field=field)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return user_error(lambda: read(*sources, field=field))
 
 
 def compressed(data: bytes, suffix: str) -> bytes:

@@ -1,7 +1,6 @@
 """Tokenizers: bytes, Hugging Face folders and GGUF files."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
-from sat_jax.errors import UserError
+from tests.user_errors import user_error
 
 CORPUS = [
     "The theorem that 2024 = 2 * 1012, isn't it? It's 12345 of them.",
@@ -89,12 +88,6 @@ def write_gguf(path: Path, backend: tokenizers.Tokenizer, pre: str, **more: Any)
     return path
 
 
-def reason(load: Callable[[], object]) -> str:
-    with pytest.raises(UserError) as caught:
-        load()
-    return str(caught.value)
-
-
 def test_bytes() -> None:
     tokenizer = load_tokenizer("bytes")
     text = "héllo  \n日本 \x00 don't"
@@ -106,7 +99,7 @@ def test_bytes() -> None:
     small = load_tokenizer("bytes", model_vocab_size=256)
     assert (small.vocab_size, small.eos_id) == (256, None)
     assert small.encode_documents(["ab"]) == [list(b"ab")]
-    assert "ids up to 255" in reason(lambda: load_tokenizer("bytes", model_vocab_size=255))
+    assert "ids up to 255" in user_error(lambda: load_tokenizer("bytes", model_vocab_size=255))
 
 
 @settings(max_examples=50)
@@ -137,9 +130,9 @@ def test_gguf_tokenizer_gives_the_ids_of_the_original(tmp_path: Path, pre: str) 
         tokenizer.decode(ids) for ids in expected
     ]
     # Other pre-tokenizers give other ids for these texts.
-    others = [write_gguf(tmp_path / f"{o}.gguf", original, o) for o in PRE_TOKENIZERS if o != pre]
-    for other in others:
-        assert load_tokenizer("model", other).encode_batch(TRICKY) != expected
+    for other in PRE_TOKENIZERS.keys() - {pre}:
+        path = write_gguf(tmp_path / f"{other}.gguf", original, other)
+        assert load_tokenizer("model", path).encode_batch(TRICKY) != expected
 
 
 def test_gguf_special_tokens(tmp_path: Path) -> None:
@@ -160,18 +153,22 @@ def test_gguf_special_tokens(tmp_path: Path) -> None:
 def test_unsupported_gguf_tokenizers_are_refused(tmp_path: Path) -> None:
     backend = trained("smollm")
     path = write_gguf(tmp_path / "a.gguf", backend, "tekken")
-    assert "'gpt2' with pre-tokenizer 'tekken'" in reason(lambda: load_tokenizer("model", path))
+    assert "'gpt2' with pre-tokenizer 'tekken'" in user_error(lambda: load_tokenizer("model", path))
     path = write_gguf(tmp_path / "b.gguf", backend, "default", model="llama")
-    message = reason(lambda: load_tokenizer("model", path))
+    message = user_error(lambda: load_tokenizer("model", path))
     assert "'llama'" in message and "tokenizer.json" in message
     path = write_gguf(tmp_path / "c.gguf", backend, "smollm", merges=["zz zz"])
-    assert "the merges of its tokenizer do not match" in reason(
+    assert "the merges of its tokenizer do not match" in user_error(
         lambda: load_tokenizer("model", path)
     )
     (tmp_path / "d.gguf").write_bytes(b"GGUF")
-    assert "cannot be read as GGUF" in reason(lambda: load_tokenizer("model", tmp_path / "d.gguf"))
+    assert "cannot be read as GGUF" in user_error(
+        lambda: load_tokenizer("model", tmp_path / "d.gguf")
+    )
     (tmp_path / "e.gguf").write_bytes(b"something else, and long enough for a header")
-    assert "cannot be read as GGUF" in reason(lambda: load_tokenizer("model", tmp_path / "e.gguf"))
+    assert "cannot be read as GGUF" in user_error(
+        lambda: load_tokenizer("model", tmp_path / "e.gguf")
+    )
 
 
 def test_huggingface_folder(tmp_path: Path) -> None:
@@ -237,23 +234,25 @@ def test_saved_truncation_and_padding_are_ignored(tmp_path: Path) -> None:
 
 
 def test_errors_name_the_file(tmp_path: Path) -> None:
-    assert "needs the path of a pretrained model" in reason(lambda: load_tokenizer("model"))
+    assert "needs the path of a pretrained model" in user_error(lambda: load_tokenizer("model"))
     missing = tmp_path / "none"
-    assert f"{missing} does not exist" in reason(lambda: load_tokenizer(str(missing)))
-    assert f"{tmp_path / 'tokenizer.json'}" in reason(lambda: load_tokenizer("model", tmp_path))
+    assert f"{missing} does not exist" in user_error(lambda: load_tokenizer(str(missing)))
+    assert f"{tmp_path / 'tokenizer.json'}" in user_error(lambda: load_tokenizer("model", tmp_path))
     (tmp_path / "tokenizer.json").write_text("{}")
-    message = reason(lambda: load_tokenizer(str(tmp_path)))
+    message = user_error(lambda: load_tokenizer(str(tmp_path)))
     assert message.startswith(f"{tmp_path / 'tokenizer.json'}: not a tokenizer.json")
     folder = write_folder(tmp_path / "a", trained("smollm"), tokenizer_config={"eos_token": "</s>"})
-    assert "eos_token '</s>'" in reason(lambda: load_tokenizer(str(folder)))
+    assert "eos_token '</s>'" in user_error(lambda: load_tokenizer(str(folder)))
     for wrong in (5, ["</s>"], {"content": 5}):
         write_folder(tmp_path / "a", trained("smollm"), tokenizer_config={"eos_token": wrong})
-        assert f"{folder}: eos_token is " in reason(lambda: load_tokenizer(str(folder)))
+        assert f"{folder}: eos_token is " in user_error(lambda: load_tokenizer(str(folder)))
     write_folder(tmp_path / "b", trained("smollm"), config={"eos_token_id": ["5"]})
-    assert "eos_token_id is ['5']" in reason(lambda: load_tokenizer(str(tmp_path / "b")))
+    assert "eos_token_id is ['5']" in user_error(lambda: load_tokenizer(str(tmp_path / "b")))
     for content, problem in (("{", "not JSON"), ("[]", "not a JSON object")):
         (folder / "tokenizer_config.json").write_text(content)
-        assert f"tokenizer_config.json: {problem}" in reason(lambda: load_tokenizer(str(folder)))
+        assert f"tokenizer_config.json: {problem}" in user_error(
+            lambda: load_tokenizer(str(folder))
+        )
 
 
 def test_ids_outside_the_vocabulary_of_the_model_are_refused(tmp_path: Path) -> None:
@@ -261,7 +260,7 @@ def test_ids_outside_the_vocabulary_of_the_model_are_refused(tmp_path: Path) -> 
     size = backend.get_vocab_size()
     folder = write_folder(tmp_path / "a", backend)
     assert load_tokenizer(str(folder), model_vocab_size=size).vocab_size == size
-    message = reason(lambda: load_tokenizer(str(folder), model_vocab_size=size - 1))
+    message = user_error(lambda: load_tokenizer(str(folder), model_vocab_size=size - 1))
     assert f"ids up to {size - 1}" in message and f"ends at {size - 2}" in message
     # The largest id counts, even if ids below it are unused.
     content = json.loads((folder / "tokenizer.json").read_text())

@@ -19,6 +19,7 @@ from sat_jax.data.examples import (
 )
 from sat_jax.data.sources import resolve_sources
 from sat_jax.errors import UserError
+from tests.user_errors import user_error
 
 ASKED = [("user", "q"), ("assistant", "a")]
 SYSTEM = ("system", "s")
@@ -40,10 +41,8 @@ def read(folder: Path, data_format: DataFormat, *lines: Any) -> list[Any]:
 
 
 def error(folder: Path, data_format: DataFormat, line: Any) -> str:
-    with pytest.raises(UserError) as caught:
-        read(folder, data_format, line)
-    assert "\n" not in str(caught.value)
-    return str(caught.value).removeprefix(f"{folder / 'x.jsonl'}, line 1 (byte 0)")
+    message = user_error(lambda: read(folder, data_format, line))
+    return message.removeprefix(f"{folder / 'x.jsonl'}, line 1 (byte 0)")
 
 
 @pytest.mark.parametrize(
@@ -259,6 +258,4 @@ def test_files_without_a_usable_example_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_settings_without_an_effect_are_refused(settings: Any, problem: str) -> None:
-    with pytest.raises(UserError) as caught:
-        DataFormat(**settings)
-    assert problem in str(caught.value)
+    assert problem in user_error(lambda: DataFormat(**settings))

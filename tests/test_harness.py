@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,20 +19,12 @@ from sat_jax.evaluate.likelihood import Pair, encode_pairs, likelihoods
 from sat_jax.evaluate.multiple_choice import encode_choices, evaluate_choices
 from sat_jax.evaluate.prompts import PromptFormat
 from sat_jax.evaluate.question_files import read_choices
-from sat_jax.interop import load_model
-from sat_jax.models.llama import Llama
-from scripts import evaluate as script
+from tests.golden_model import golden, run_evaluate
 from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of the harness
 
-GOLDEN = Path(__file__).parent / "golden"
 BYTES = load_tokenizer("bytes")  # its eos 256 replaces an empty context
-
-
-@functools.cache
-def golden() -> Llama:
-    return load_model(GOLDEN / "llama_gqa")
 
 
 def requests(*arguments: tuple[Any, ...]) -> list[Any]:
@@ -150,9 +141,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
-    options = ("--model", GOLDEN / "llama_gqa", "--tokenizer", "bytes", *arguments)
-    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, options)])
-    script.main()
+    run_evaluate(monkeypatch, "--tokenizer", "bytes", *arguments)
 
 
 def test_a_task_gives_our_own_results(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

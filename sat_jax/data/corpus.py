@@ -56,15 +56,12 @@ class TextReader:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """See `Reader`."""
         return {"text_field": self._text_field}
 
     def read(self, source: Source) -> Iterator[Document]:
-        """See `Reader`."""
         return read_documents(source, self._text_field)
 
     def encode(self, documents: Sequence[Document]) -> list[Encoded]:
-        """See `Reader`."""
         texts = [document.text for document in documents]
         encodings = self._tokenizer.encode_documents(texts)
         return [

@@ -57,8 +57,7 @@ class HarnessModel(LM):
         """Return (log p, is greedy) for the (context, continuation) of each request."""
         pairs = encode_pairs(self._tokenizer, [request.args for request in requests])
         results = self._likelihoods(pairs)
-        for request, result in zip(requests, results, strict=True):
-            self.cache_hook.add_partial("loglikelihood", request.args, result)
+        self._cache("loglikelihood", requests, results)
         return results
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
@@ -77,8 +76,7 @@ class HarnessModel(LM):
         totals = [0.0] * len(requests)
         for index, (log_p, _) in zip(request_of_pair, self._likelihoods(pairs), strict=True):
             totals[index] += log_p
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        self._cache("loglikelihood_rolling", requests, totals)
         return totals
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
@@ -92,7 +90,7 @@ class HarnessModel(LM):
             completions = self._generate(contexts, requests[indices[0]].args[1])
             for index, text in zip(indices, completions, strict=True):
                 texts[index] = text
-                self.cache_hook.add_partial("generate_until", requests[index].args, text)
+            self._cache("generate_until", [requests[index] for index in indices], completions)
         return texts
 
     @property
@@ -118,6 +116,10 @@ class HarnessModel(LM):
             )
         self._turn_ends = end_of_turn(self._tokenizer)
         return chat_prompt(self._tokenizer, chat_history, self._system)
+
+    def _cache(self, method: str, requests: Sequence[Any], results: Sequence[Any]) -> None:
+        for request, result in zip(requests, results, strict=True):
+            self.cache_hook.add_partial(method, request.args, result)
 
     def _likelihoods(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
         limit = self._model.config.max_positions
