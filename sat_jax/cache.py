@@ -1,4 +1,4 @@
-"""Where prepared data and compiled programs live between runs."""
+"""Folders for prepared data and compiled programs, shared by all runs."""
 
 import os
 from pathlib import Path
@@ -7,17 +7,17 @@ from sat_jax.errors import UserError
 
 
 def cache_dir(name: str) -> Path:
-    """Folder `name` under `$SAT_JAX_CACHE` (default `~/.cache/sat_jax`), made if missing.
+    """Return folder `name` under `$SAT_JAX_CACHE` (default `~/.cache/sat_jax`), created if missing.
 
-    Raises `UserError` where it cannot be.
+    Raises `UserError` if it cannot be created.
     """
     root = os.environ.get("SAT_JAX_CACHE") or "~/.cache/sat_jax"
     try:
         path = Path(root).expanduser() / name
         path.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:  # the latter where there is no home
-        why = getattr(error, "strerror", None) or error
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"cache folder {root}: cannot be used: {why}; $SAT_JAX_CACHE names it"
+            f"cache folder {root}: cannot be used: {reason}; set $SAT_JAX_CACHE to another one"
         ) from error
     return path

@@ -1,4 +1,4 @@
-"""What every script shares: bad input is one line on stderr and exit code 2, never a traceback."""
+"""Command lines of all scripts: bad input is one line on stderr and exit code 2, no traceback."""
 
 import argparse
 import sys
@@ -7,16 +7,32 @@ from typing import NoReturn
 
 from sat_jax.errors import UserError
 
+# Help texts of options that several scripts have.
+MODEL_HELP = (
+    "a Hugging Face directory, a .gguf file, package:NAME for a model in an installed package, or"
+    " the work directory of a run (its newest checkpoint)"
+)
+SOURCES_HELP = (
+    "files, folders or globs of text, Markdown or JSON-lines, also .gz or .zst;"
+    " package:NAME[/path or glob] for the files of an installed Python package;"
+    " tfds:FOLDER[:split] for a prepared TFDS dataset in array_record"
+)
+SYSTEM_HELP = "for --chat: the system prompt, '' for none; default: that of the run's training"
+TOKENIZER_HELP = (
+    "model (that of the model), bytes, or the path of a tokenizer.json or its folder; default:"
+    " model, or the tokenizer of the run"
+)
+
 
 class Parser(argparse.ArgumentParser):
-    """The command line of a script, whose module's text is `doc`; it complains by `UserError`."""
+    """Argument parser of script `name` with the help text `doc`; it raises `UserError`."""
 
     def __init__(self, name: str, doc: str | None):
-        head, _, rest = (doc or "").partition("\n")
+        summary, _, details = (doc or "").partition("\n")
         super().__init__(
             f"python -m scripts.{name}",
-            description=head,
-            epilog=rest,
+            description=summary,
+            epilog=details,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -26,7 +42,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls `main`; a `UserError` becomes one line and exit code 2, an interrupt exit code 130."""
+    """Call `main`; a `UserError` becomes one line and exit code 2, an interrupt exit code 130."""
     try:
         main()
     except UserError as error:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from sat_jax.config_checks import check_sparsity
 from sat_jax.data.chat_templates import TEMPLATES
-from sat_jax.data.form import Form, Format, LossOn, TooLong
+from sat_jax.data.data_format import DataFormat, Format, LossOn, TooLong
 from sat_jax.errors import UserError
 from sat_jax.models.presets import PRESETS
 from sat_jax.nn.attention.dot_product import Implementation
@@ -263,7 +263,7 @@ class Config:
 
     def __post_init__(self) -> None:
         self._check_model()
-        Form.of(self.data)  # refuses a setting that says nothing to the format
+        DataFormat.from_settings(self.data)  # refuses a setting that the format does not use
         self._check_steps()
         check_sparsity(self)
 

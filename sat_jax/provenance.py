@@ -1,4 +1,4 @@
-"""Where a figure comes from: versions, device and commit."""
+"""Provenance of a measurement: package versions, device and commit."""
 
 import os
 import platform
@@ -14,18 +14,18 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 
 def environment() -> dict[str, Any]:
-    """Versions, device and commit: what a measured row has to say about where it comes from."""
+    """Return versions, device and commit, to be stored with every measured row."""
     return {"versions": _versions(), "device": _device(), "commit": _commit()}
 
 
 def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    return found
+            versions[package] = None
+    return versions
 
 
 def _device() -> dict[str, Any]:
@@ -43,7 +43,7 @@ def _device() -> dict[str, Any]:
 
 
 def _cores() -> int | None:
-    """Processor cores that this process may use: on a cluster seldom all of the machine's."""
+    """Return the number of processor cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()  # not Linux
@@ -59,7 +59,7 @@ def _processor() -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit that runs, "-dirty" if files differ from it; None outside a clone."""
+    """Return the current commit, with "-dirty" if files differ from it; None outside a clone."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -70,7 +70,7 @@ def _commit() -> str | None:
             return None
         return result.stdout.strip() if result.returncode == 0 else None
 
-    # Installed into the environment of another repository, that repository's commit says nothing.
+    # The package may be installed in an environment inside another repository.
     if git("rev-parse", "--show-toplevel") != str(_ROOT):
         return None
     commit = git("rev-parse", "HEAD")

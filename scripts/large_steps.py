@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from sat_jax.train.account import kept_shares
+from sat_jax.train.state import TrainState
 
-from sat_jax.sparsity.flops import speedup_bound, training_flops
 from sat_jax.analysis.rows import STEP_SETTING, append, read
 from sat_jax.config import OptimizerConfig
 from sat_jax.errors import UserError
-from sat_jax.nn.decoder import Compute
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.presets import preset
+from sat_jax.nn.decoder import Compute
 from sat_jax.ops import KernelConfig
 from sat_jax.provenance import environment
+from sat_jax.sparsity.flops import speedup_bound, training_flops
 from sat_jax.sparsity.plan import Plan, make_plan
-from sat_jax.train.account import kept_shares
 from sat_jax.train.moves import compile_moves
-from sat_jax.train.state import TrainState
 from scripts.step_program import (
     Program,
     masks_of,

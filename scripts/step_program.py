@@ -11,21 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from sat_jax.models.params import abstract, shapes
+from sat_jax.sparsity.masks import Masks, SegmentMasks
+from sat_jax.sparsity.neurons import take_kept
+from sat_jax.train.state import TrainState, new_state
+from sat_jax.train.update import update, update_in_place
 
 from sat_jax.config import OptimizerConfig
 from sat_jax.data.batch import Batch
-from sat_jax.nn.decoder import Compute
 from sat_jax.models.decoder_config import DecoderConfig
-from sat_jax.models.params import abstract, shapes
+from sat_jax.nn.decoder import Compute
 from sat_jax.ops import KernelConfig
-from sat_jax.sparsity.masks import Masks, SegmentMasks
-from sat_jax.sparsity.neurons import take_kept
 from sat_jax.sparsity.plan import Neurons, Plan
 from sat_jax.sparsity.statistics import Statistics
 from sat_jax.train.optimizer import clipping, learning_rate, make_optimizer
-from sat_jax.train.state import TrainState, new_state
 from sat_jax.train.step import StepSettings, make_step
-from sat_jax.train.update import update, update_in_place
 
 
 class Program(NamedTuple):

@@ -1,4 +1,4 @@
-"""The golden Llama that evaluations are tested on, and `scripts.evaluate` on it."""
+"""The golden Llama model for tests of evaluation, and runs of `scripts.evaluate` on it."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ def _logits(graph, params, tokens, segment_ids):
 
 
 def logits_of(ids: Sequence[int], width: int) -> np.ndarray:
-    """Of one document, `[len(ids), V]`, in a row of `width`: compiled once for each width."""
+    """Return the logits `[len(ids), V]` of one document; compiled once for each `width`."""
     row = np.zeros((1, width), np.int32)
     row[0, : len(ids)] = ids
     segment_ids = (np.arange(width) < len(ids)).astype(np.int32)[None]
@@ -38,7 +38,7 @@ def logits_of(ids: Sequence[int], width: int) -> np.ndarray:
 
 
 def tokenizer_with(folder: Path, template: str, *special: str) -> Path:
-    """A folder with the tokenizer of 256 bytes, a chat template, and bytes that are special."""
+    """Write the tokenizer of 256 bytes with a chat template and `special` tokens to a folder."""
     tokenizer = load_tokenizer("bytes", None, 256)
     tokenizer.backend.add_special_tokens(list(special))
     folder.mkdir()
@@ -47,6 +47,6 @@ def tokenizer_with(folder: Path, template: str, *special: str) -> Path:
 
 
 def run_evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
-    given = ("--model", GOLDEN / "llama_gqa", *arguments)
-    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, given)])
+    options = ("--model", GOLDEN / "llama_gqa", *arguments)
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, options)])
     evaluate.main()

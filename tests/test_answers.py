@@ -1,4 +1,4 @@
-"""Exact match: what is taken out of an answer, when two are equal, and where answers end."""
+"""Exact match: extraction of results, their comparison, and the ends of completions."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,17 @@ import pytest
 
 from sat_jax.data.tokenizer import load_tokenizer
 from sat_jax.errors import UserError
-from sat_jax.evaluate.answers import Answered, Asked, Rule, marks, same
-from sat_jax.evaluate.complete import Completion, complete
+from sat_jax.evaluate.completions import Completion, complete
+from sat_jax.evaluate.exact_match import (
+    ExtractionRule,
+    PromptedQuestion,
+    ScoredAnswer,
+    equal_results,
+    exact_match_score,
+)
 from sat_jax.evaluate.generate import generate
-from sat_jax.evaluate.prompts import Shot
-from sat_jax.evaluate.questions import read_answers
+from sat_jax.evaluate.prompts import QuestionAnswer
+from sat_jax.evaluate.question_files import read_answers
 from tests.golden_model import golden, run_evaluate, tokenizer_with
 
 BYTES = load_tokenizer("bytes", None, 256)
@@ -34,60 +40,61 @@ BYTES = load_tokenizer("bytes", None, 256)
         (r"(x)?y", "y", ""),
     ],
 )
-def test_what_a_rule_takes(rule: str, text: str, expected: str | None) -> None:
-    assert Rule(rule)(text) == expected
+def test_extracted_results(rule: str, text: str, expected: str | None) -> None:
+    assert ExtractionRule(rule)(text) == expected
 
 
 @pytest.mark.parametrize(
     ("rule", "message"), [("(", "accepted: number, hashes, text"), ("(a)(b)", "has 2 groups")]
 )
-def test_bad_rules(rule: str, message: str) -> None:
+def test_invalid_rules(rule: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Rule(rule)
+        ExtractionRule(rule)
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "expected"),
+    ("result", "other", "expected"),
     [
         *(("18", "18.0", True), ("18", "18.1", False), ("paris", "paris", True)),
         *((None, None, False), ("18", None, False), ("a", "18", False), ("nan", "nan", True)),
     ],
 )
-def test_equal_results(one: str | None, other: str | None, expected: bool) -> None:
-    assert same(one, other) is expected
+def test_equal_results(result: str | None, other: str | None, expected: bool) -> None:
+    assert equal_results(result, other) is expected
 
 
-def test_marks() -> None:
-    def answered(found: str | None, cut: bool) -> Answered:
-        return Answered(Asked("q", "p", [1], "2"), Completion("", 1, cut), found)
+def test_exact_match_score() -> None:
+    def answer(result: str | None, truncated: bool) -> ScoredAnswer:
+        question = PromptedQuestion("q", "p", [1], "2")
+        return ScoredAnswer(question, Completion("", 1, truncated), result)
 
-    result = marks([answered("2", False), answered(None, True), answered("3", True)])
-    assert result.accuracy.value == pytest.approx(1 / 3)
-    assert result.accuracy.error == pytest.approx(1 / 3)
-    assert (result.without_result, result.cut) == pytest.approx((1 / 3, 2 / 3))
+    score = exact_match_score([answer("2", False), answer(None, True), answer("3", True)])
+    assert score.accuracy.value == pytest.approx(1 / 3)
+    assert score.accuracy.standard_error == pytest.approx(1 / 3)
+    assert (score.no_result, score.truncated) == pytest.approx((1 / 3, 2 / 3))
 
 
-def test_completions_are_those_of_each_prompt_alone() -> None:
+def test_completions_do_not_depend_on_the_batch() -> None:
     prompts = [list(text) for text in (b"a", b"Once upon", b"it is a truth univ", b"x")]
-    alone = [generate(golden(), [prompt], 40)[0] for prompt in prompts]
-    seen: list[int] = []
-    made = complete(golden(), BYTES, prompts, 40, 3, done=seen.append)
-    assert [one.text for one in made] == [BYTES.decode(ids) for ids in alone]
-    assert [one.tokens for one in made] == [len(ids) for ids in alone]
-    assert [one.cut for one in made] == [len(ids) == 40 for ids in alone]
-    assert (len(seen), sum(seen)) == (2, sum(map(len, alone)))
+    expected = [generate(golden(), [prompt], 40)[0] for prompt in prompts]
+    batches: list[int] = []
+    completions = complete(golden(), BYTES, prompts, 40, 3, on_batch=batches.append)
+    assert [c.text for c in completions] == [BYTES.decode(ids) for ids in expected]
+    assert [c.tokens for c in completions] == [len(ids) for ids in expected]
+    assert [c.truncated for c in completions] == [len(ids) == 40 for ids in expected]
+    assert (len(batches), sum(batches)) == (2, sum(map(len, expected)))
 
 
 def test_a_completion_ends_before_a_stop_text() -> None:
     prompt = list(b"Once upon")
-    whole = complete(golden(), BYTES, [prompt], 100, 1)[0]
-    assert whole.cut
-    stop = whole.text[4:6]
-    short = complete(golden(), BYTES, [prompt], 100, 1, stops=["never", stop, whole.text[60:63]])[0]
-    assert short.text == whole.text[: whole.text.index(stop)]
-    assert not short.cut
-    assert short.tokens == 32  # nothing is made once all rows have stopped
-    assert not complete(golden(), BYTES, [prompt], 32, 1, stops=[stop])[0].cut
+    full = complete(golden(), BYTES, [prompt], 100, 1)[0]
+    assert full.truncated
+    stop = full.text[4:6]
+    short = complete(golden(), BYTES, [prompt], 100, 1, stops=["never", stop, full.text[60:63]])[0]
+    assert short.text == full.text[: full.text.index(stop)]
+    assert not short.truncated
+    assert short.tokens == 32  # generation ends once all rows have stopped
+    assert not complete(golden(), BYTES, [prompt], 32, 1, stops=[stop])[0].truncated
 
 
 def test_a_completion_ends_before_a_stop_token() -> None:
@@ -95,15 +102,18 @@ def test_a_completion_ends_before_a_stop_token() -> None:
     ids = generate(golden(), [prompt], 100)[0]
     end = ids[40]
     expected = BYTES.decode(ids[: ids.index(end)])
-    made = complete(golden(), BYTES, [prompt], 100, 1, stops=[end, "never"])[0]
-    assert made == (expected, ids.index(end), False)
+    completion = complete(golden(), BYTES, [prompt], 100, 1, stops=[end, "never"])[0]
+    assert completion == (expected, ids.index(end), False)
 
 
-def test_fields_of_questions(tmp_path: Path) -> None:
+def test_fields_of_question_files(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     lines = [{"question": "a", "answer": "b"}, {"prompt": "c", "target": 3}, {"x": "d", "y": "e"}]
     file.write_text("\n".join(map(json.dumps, lines)))
-    assert read_answers(str(file), None, None, 2) == [Shot("a", "b"), Shot("c", "3")]
+    assert read_answers(str(file), None, None, 2) == [
+        QuestionAnswer("a", "b"),
+        QuestionAnswer("c", "3"),
+    ]
     with pytest.raises(UserError, match=r"line 3 .*no field any of answer, .* \(it has x, y\)"):
         read_answers(str(file), None, None)
     with pytest.raises(UserError, match=r"line 1 .*no field y"):
@@ -119,17 +129,17 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
 
 @pytest.fixture
 def questions(tmp_path: Path) -> Path:
-    """Three questions; the model's own answer to the first and the third is the expected one."""
+    """Three questions; the model answers the first and the third one as expected."""
     file = tmp_path / "q.jsonl"
-    asked = ["Once", "upon", "a time"]
-    answers = [BYTES.decode(generate(golden(), [list(text.encode())], 8)[0]) for text in asked]
+    texts = ["Once", "upon", "a time"]
+    answers = [BYTES.decode(generate(golden(), [list(text.encode())], 8)[0]) for text in texts]
     answers[1] = "another"
-    records = [{"question": q, "answer": a} for q, a in zip(asked, answers, strict=True)]
+    records = [{"question": q, "answer": a} for q, a in zip(texts, answers, strict=True)]
     file.write_text("\n".join(map(json.dumps, records)))
     return file
 
 
-def test_script_counts_right_answers(
+def test_script_counts_correct_answers(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, questions: Path
 ) -> None:
     command(
@@ -150,7 +160,7 @@ def test_script_counts_right_answers(
 
 
 @pytest.mark.parametrize("end", ['"', "<end>"])
-def test_script_ends_an_answer_where_its_turn_ends(
+def test_script_ends_an_answer_at_the_end_of_turn(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, end: str
 ) -> None:
     ids = generate(golden(), [list(b"upon")], 60)[0]
@@ -159,9 +169,9 @@ def test_script_ends_an_answer_where_its_turn_ends(
     )
     chatty = tokenizer_with(tmp_path / "chatty", template.replace("END", repr(end)), '"')
     (tmp_path / "q.jsonl").write_text('{"question": "upon", "answer": "x"}')
-    given = ("--answers", tmp_path / "q.jsonl", "--extract", "text", "--max-new-tokens", "60")
+    arguments = ("--answers", tmp_path / "q.jsonl", "--extract", "text", "--max-new-tokens", "60")
     written = tmp_path / "out.jsonl"
-    run_evaluate(monkeypatch, "--tokenizer", chatty, *given, "--chat", "--generations", written)
+    run_evaluate(monkeypatch, "--tokenizer", chatty, *arguments, "--chat", "--generations", written)
     line = json.loads(written.read_text())
     size = ids.index(ord(end)) if end in '"' else 60
     assert (line["text"], line["tokens"]) == (BYTES.decode(ids[:size]), size)
@@ -171,13 +181,13 @@ def test_script_ends_an_answer_where_its_turn_ends(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--include-path", "."], "--include-path says nothing to --answers"),
-        (["--extract", "number"], "nothing to extract from the answer 'another'"),
-        (["--extract", "text", "--max-new-tokens", "127"], "tokens and 127 new ones are more than"),
+        (["--include-path", "."], "--include-path has no effect with --answers"),
+        (["--extract", "number"], "no result in the answer 'another'"),
+        (["--extract", "text", "--max-new-tokens", "127"], "tokens and 127 new tokens exceed"),
         (["--generations", "nowhere/x"], "there is no folder nowhere"),
         (["--generations", "."], "is a folder"),
         (["--shots", "2", "--shots-from", "one.jsonl"], "has 1 questions; --shots 2"),
-        (["--shots", "0", "--shots-from", "one.jsonl"], "--shots 0; of questions accepted: 1 or"),
+        (["--shots", "0", "--shots-from", "one.jsonl"], "--shots 0; accepted for questions: 1 or"),
     ],
 )
 def test_script_refuses(
@@ -185,6 +195,6 @@ def test_script_refuses(
 ) -> None:
     monkeypatch.chdir(questions.parent)
     Path("one.jsonl").write_text('{"question": "a", "answer": "b"}')
-    monkeypatch.setattr("scripts.evaluate_ways.answer", None)  # all this is known before the work
+    monkeypatch.setattr("scripts.evaluation_modes.answer_questions", None)  # checked before
     with pytest.raises(UserError, match=message):
         command(monkeypatch, "--answers", questions, *arguments)

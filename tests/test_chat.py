@@ -1,4 +1,4 @@
-"""Where the answers stand in what a chat template writes, and which tokens they are."""
+"""Chat templates: the spans of the answers in a rendered conversation, and their tokens."""
 
 import json
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from sat_jax.data.chat import Rendered, render_answers, render_chat
+from sat_jax.data.chat import Rendered, render_chat, render_with_answer_spans
 from sat_jax.data.chat_templates import TEMPLATES
-from sat_jax.data.conversations import Conversations, chat_template, trained_with
+from sat_jax.data.conversations import ConversationReader, chat_template, training_tokenizer
+from sat_jax.data.data_format import DataFormat
 from sat_jax.data.end_of_turn import end_of_turn
-from sat_jax.data.form import Form
 from sat_jax.data.sources import Document
 from sat_jax.data.tokenizer import load_tokenizer
 from sat_jax.errors import UserError
@@ -28,44 +28,48 @@ ASKED = [{"role": "user", "content": "q"}, {"role": "assistant", "content": " a\
 TWICE = [*ASKED, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
-def answers(template: str, messages: Sequence[Any], learnt: Sequence[int]) -> tuple[str, list[str]]:
-    text, runs = render_answers(template, messages, SPECIAL, learnt)
-    return text, [text[first:last] for first, last in runs]
+def answers(template: str, messages: Sequence[Any], turns: Sequence[int]) -> tuple[str, list[str]]:
+    text, spans = render_with_answer_spans(template, messages, SPECIAL, turns)
+    return text, [text[first:last] for first, last in spans]
 
 
-@pytest.mark.parametrize("form", ["template", "marked"])
+@pytest.mark.parametrize("variant", ["template", "marked"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
-def test_ids_and_masks_are_those_of_transformers(case: Any, form: str, tmp_path: Path) -> None:
+def test_ids_and_masks_are_those_of_transformers(case: Any, variant: str, tmp_path: Path) -> None:
     file = tmp_path / "x.jinja"
-    file.write_text(case[form])
+    file.write_text(case[variant])
     tokenizer = load_tokenizer(str(GOLDEN))
-    settings = Form("messages", chat_template=str(file))
+    settings = DataFormat("messages", chat_template=str(file))
     turns = [(message["role"], message["content"]) for message in case["messages"]]
-    (code,) = Conversations(settings, tokenizer, 500).encode([Document(json.dumps(turns), "x")])
-    assert code.ids == case["ids"]
-    assert code.answers is not None
-    mask = [any(a <= i < b for a, b in code.answers) for i in range(len(code.ids))]
+    (encoded,) = ConversationReader(settings, tokenizer, 500).encode(
+        [Document(json.dumps(turns), "x")]
+    )
+    assert encoded.ids == case["ids"]
+    assert encoded.answer_spans is not None
+    mask = [any(a <= i < b for a, b in encoded.answer_spans) for i in range(len(encoded.ids))]
     assert mask == list(map(bool, case["mask"]))
 
 
 def test_white_space_at_the_end_of_an_answer_is_part_of_it(tmp_path: Path) -> None:
-    file = tmp_path / "x.jinja"  # no end of turn; this tokenizer takes white space off the offsets
+    file = (
+        tmp_path / "x.jinja"
+    )  # no end of turn; the post-processor of this tokenizer trims white space off the offsets
     file.write_text(
         "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}"
         "{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}"
     )
     tokenizer = load_tokenizer(str(GOLDEN))
-    reader = Conversations(Form("messages", chat_template=str(file)), tokenizer, 500)
-    (code,) = reader.encode([Document('[["user", "q"], ["assistant", " again\\n\\n"]]', "x")])
-    assert tokenizer.decode(code.ids) == "q again\n\n"
-    assert code.answers == [(1, len(code.ids))]
-    assert code.text_bytes == len(" again\n\n")
-    (alone,) = reader.encode([Document('[["user", ""], ["assistant", "xy"]]', "x")])
-    assert alone.answers == [(1, 2)]  # nothing predicts a first token
+    reader = ConversationReader(DataFormat("messages", chat_template=str(file)), tokenizer, 500)
+    (encoded,) = reader.encode([Document('[["user", "q"], ["assistant", " again\\n\\n"]]', "x")])
+    assert tokenizer.decode(encoded.ids) == "q again\n\n"
+    assert encoded.answer_spans == [(1, len(encoded.ids))]
+    assert encoded.text_bytes == len(" again\n\n")
+    (short,) = reader.encode([Document('[["user", ""], ["assistant", "xy"]]', "x")])
+    assert short.answer_spans == [(1, 2)]  # the first token is never a target
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "learnt"),
+    ("name", "text", "with_loss"),
     [
         (
             "chatml",
@@ -89,17 +93,17 @@ def test_white_space_at_the_end_of_an_answer_is_part_of_it(tmp_path: Path) -> No
         ("plain", "<s>q\n a\n</s>a\nb</s>", [" a\n</s>", "b</s>"]),
     ],
 )
-def test_built_in_templates(name: str, text: str, learnt: list[str]) -> None:
-    assert answers(TEMPLATES[name], TWICE, [1, 3]) == (text, learnt)
-    assert answers(TEMPLATES[name], TWICE, [3]) == (text, learnt[1:])
-    # What asks for an answer is what stands before it.
-    assert text.startswith(render_chat(TEMPLATES[name], TWICE[:3], SPECIAL) + learnt[1])
+def test_built_in_templates(name: str, text: str, with_loss: list[str]) -> None:
+    assert answers(TEMPLATES[name], TWICE, [1, 3]) == (text, with_loss)
+    assert answers(TEMPLATES[name], TWICE, [3]) == (text, with_loss[1:])
+    # The prompt for an answer is the text before it.
+    assert text.startswith(render_chat(TEMPLATES[name], TWICE[:3], SPECIAL) + with_loss[1])
     system = [{"role": "system", "content": "S!"}, *ASKED]
     assert "S!" in answers(TEMPLATES[name], system, [2])[0]
 
 
-def test_what_a_template_puts_before_its_answer_is_learnt() -> None:
-    # As Qwen 3: the last answer thinks, earlier ones have thought.
+def test_text_that_a_template_adds_before_an_answer_has_a_loss() -> None:
+    # As Qwen 3: only the last answer has a thinking block.
     template = (
         "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' and loop.last %}<think>"
         "{% endif %}{{ m.content }}[end]\n{% endfor %}"
@@ -107,7 +111,7 @@ def test_what_a_template_puts_before_its_answer_is_learnt() -> None:
     )
     assert answers(template, ASKED, [1])[1] == ["<think> a\n[end]"]
     assert answers(template, TWICE, [3])[1] == ["<think>b[end]"]
-    with pytest.raises(UserError, match=r"before answer 2 in another way.*data\.loss_on='last'"):
+    with pytest.raises(UserError, match=r"before answer 2 differently.*data\.loss_on='last'"):
         answers(template, TWICE, [1, 3])
 
 
@@ -118,19 +122,19 @@ def test_what_a_template_puts_before_its_answer_is_learnt() -> None:
             "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}",
             "no generation prompt",
         ),
-        ("{% for m in messages %}{{ m.content if m.role == 'user' }}{% endfor %}", "prompt|leaves"),
+        ("{% for m in messages %}{{ m.content if m.role == 'user' }}{% endfor %}", "prompt|omits"),
         ("{% generation %}x{% endgeneration %}{{ messages[0].content }}", "marks 1 parts"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{% generation %}", "chat template fails"),
     ],
 )
-def test_no_mask_is_guessed(template: str, message: str) -> None:
+def test_spans_that_cannot_be_determined_are_an_error(template: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         answers(template, TWICE, [1, 3])
     assert "\n" not in str(caught.value)
 
 
-def test_marks_are_kept_out_of_texts_and_prompts() -> None:
+def test_marks_are_removed_from_prompts_and_refused_in_messages() -> None:
     template = (
         "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
     )
@@ -140,38 +144,38 @@ def test_marks_are_kept_out_of_texts_and_prompts() -> None:
         answers(template, marked, [1])
 
 
-def test_the_date_is_fixed_for_what_is_prepared() -> None:
+def test_the_date_is_fixed_in_data_preparation() -> None:
     template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
     assert answers(template, ASKED, [1])[0].startswith("26 Jul 2024")
 
 
-def test_a_template_is_named(tmp_path: Path) -> None:
+def test_template_names(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(GOLDEN))
     assert chat_template("chatml", tokenizer) == TEMPLATES["chatml"]
     assert chat_template("llama2", tokenizer) == TEMPLATES["llama2"]  # its tokenizer adds a bos
     plain = load_tokenizer("bytes")
     assert "bos_token" not in chat_template("zephyr", plain)
     assert render_chat(chat_template("plain", plain), ASKED[:1], plain.special_tokens) == "q\n"
-    (tmp_path / "own.jinja").write_text("own")
-    assert chat_template(str(tmp_path / "own.jinja"), plain) == "own"
+    (tmp_path / "custom.jinja").write_text("custom")
+    assert chat_template(str(tmp_path / "custom.jinja"), plain) == "custom"
     for name, problem in (
         ("model", "tokenizer bytes has no chat template; accepted: model, chatml"),
-        ("chatml", "which is no token of this tokenizer; accepted: llama2, zephyr"),
+        ("chatml", "which is not a token of this tokenizer; accepted: llama2, zephyr"),
         ("chatlm", "No such file"),
     ):
         with pytest.raises(UserError, match=problem):
             chat_template(name, plain)
-    with pytest.raises(UserError, match="needs an eos"):
+    with pytest.raises(UserError, match="needs an eos token"):
         chat_template("plain", load_tokenizer("bytes", model_vocab_size=256))
 
 
-def test_the_model_that_is_written_has_the_template_it_learnt(tmp_path: Path) -> None:
+def test_the_exported_tokenizer_has_the_template_of_the_training(tmp_path: Path) -> None:
     for name in (str(GOLDEN), "bytes"):
         tokenizer = load_tokenizer(name)
-        assert trained_with(tokenizer, Form()) is tokenizer
+        assert training_tokenizer(tokenizer, DataFormat()) is tokenizer
         folder = tmp_path / Path(name).name
         folder.mkdir()
-        trained_with(tokenizer, Form("alpaca", chat_template="zephyr")).save(folder)
+        training_tokenizer(tokenizer, DataFormat("alpaca", chat_template="zephyr")).save(folder)
         template = load_tokenizer(str(folder)).chat_template
         assert template == chat_template("zephyr", tokenizer)
 
@@ -180,7 +184,7 @@ def test_the_model_that_is_written_has_the_template_it_learnt(tmp_path: Path) ->
     ("template", "ends"),
     [
         (TEMPLATES["chatml"], [3]),
-        (TEMPLATES["llama2"], [1]),  # a space before it
+        (TEMPLATES["llama2"], [1]),  # after a space
         (TEMPLATES["zephyr"], [1]),
         ("{% for m in messages %}[{{ m.content }}]\n{% endfor %}", ["]"]),
         ("{% for m in messages %}{{ m.content }}\n##\n<|im_end|>{% endfor %}", ["\n##\n"]),
@@ -189,28 +193,28 @@ def test_the_model_that_is_written_has_the_template_it_learnt(tmp_path: Path) ->
             "{% endfor %}",
             [6],
         ),
-        # Nothing that a model could learn to stop at.
+        # Nothing follows the answer.
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", []),
         ("{{ messages[0].content }}<|im_end|>", []),
         ("{{ raise_exception('no') }}", []),
     ],
 )
-def test_what_ends_a_turn(template: str, ends: list[int | str]) -> None:
+def test_end_of_turn(template: str, ends: list[int | str]) -> None:
     tokenizer = replace(load_tokenizer(str(GOLDEN)), chat_template=template)
     assert end_of_turn(tokenizer) == ends
     assert end_of_turn(replace(tokenizer, chat_template=None)) == []
 
 
 @pytest.mark.parametrize(("name", "ends"), [("chatml", (7, 3)), ("zephyr", (7, 1))])
-def test_the_model_that_is_written_ends_where_its_answers_did(
+def test_the_exported_model_stops_at_the_end_of_turn(
     name: str, ends: tuple[int, ...], tmp_path: Path
 ) -> None:
     base = replace(preset("tiny"), vocab_size=320, eos_token_ids=(7,))
-    form = Form("messages", chat_template=name)
-    tokenizer = trained_with(load_tokenizer(str(GOLDEN)), form)
-    assert exported(base, tokenizer, Form()) == base
-    model = exported(base, tokenizer, form)
-    assert exported(model, tokenizer, form) == model
+    data_format = DataFormat("messages", chat_template=name)
+    tokenizer = training_tokenizer(load_tokenizer(str(GOLDEN)), data_format)
+    assert exported(base, tokenizer, DataFormat()) == base
+    model = exported(base, tokenizer, data_format)
+    assert exported(model, tokenizer, data_format) == model
     params = initial(model, 0)
     write_directory(tmp_path / "out", model, params.__getitem__)
     for file in ("config.json", "generation_config.json"):
@@ -218,5 +222,5 @@ def test_the_model_that_is_written_ends_where_its_answers_did(
         assert written["eos_token_id"] == list(ends)
 
 
-def test_rendered_is_what_it_says() -> None:
-    assert render_answers("{{ messages[0].content }}", ASKED, {}, []) == Rendered("q", [])
+def test_rendered_without_answers() -> None:
+    assert render_with_answer_spans("{{ messages[0].content }}", ASKED, {}, []) == Rendered("q", [])

@@ -21,7 +21,7 @@ from sat_jax.config_values import (
     load,
     to_dict,
 )
-from sat_jax.data.form import Form
+from sat_jax.data.data_format import DataFormat
 from sat_jax.errors import UserError
 from sat_jax.models.presets import PRESETS
 from sat_jax.sparsity.importance import METRICS
@@ -131,7 +131,7 @@ DEPENDENT = {
     ),
     *("sparsity.layer_rates_attention", "sparsity.layer_rates_mlp", "sparsity.dense_layers"),
     *("mesh.data", "mesh.tensor", "sparsity.execution", "model.kernels"),
-    *(f"data.{field.name}" for field in dataclasses.fields(Form)),
+    *(f"data.{field.name}" for field in dataclasses.fields(DataFormat)),
 }
 VALID = {path: valid(key) for path, key in KEYS.items() if path not in DEPENDENT}
 

@@ -1,4 +1,4 @@
-"""Examples, prepared: exact tokens and masks, one segment each, never cut; every key matters."""
+"""Preparation of conversations: exact tokens and loss masks, one segment each, never split."""
 
 import json
 from collections.abc import Iterator
@@ -14,14 +14,14 @@ from sat_jax.analysis.rows import read
 from sat_jax.cache import cache_dir
 from sat_jax.config import Config, DataConfig
 from sat_jax.config_values import from_config_dict, load
-from sat_jax.data.batches import BLANK, Row, batches, in_order, open_split, unpack
-from sat_jax.data.form import Form
+from sat_jax.data.batches import EMPTY_ROW, Row, batches, in_order, open_split, unpack
+from sat_jax.data.data_format import DataFormat
 from sat_jax.data.prepare import Prepared, prepare
 from sat_jax.data.tokenizer import load_tokenizer
 from sat_jax.errors import UserError
-from sat_jax.evaluate import subject as subject_module
+from sat_jax.evaluate import eval_model as module
+from sat_jax.evaluate.eval_model import open_eval_model
 from sat_jax.evaluate.perplexity import perplexity, prepared_data
-from sat_jax.evaluate.subject import open_subject
 from sat_jax.interop import open_weights
 from sat_jax.train.loop import train
 from sat_jax.train.metrics import read_metrics
@@ -30,6 +30,7 @@ from scripts import prepare_data as script
 from tests.conftest import ROOT
 from tests.small_models import CONFIGS
 from tests.tolerances import assert_close
+from tests.user_errors import user_error
 
 GOLDEN = ROOT / "tests/golden"
 BYTES = load_tokenizer("bytes")
@@ -49,50 +50,47 @@ def write(folder: Path, examples: list[Any]) -> Path:
     return file
 
 
-def made(file: Path, form: Form | None = None, **changes: Any) -> Prepared:
-    settings: dict[str, Any] = {"row_length": 64, "held_out": 0.2, "root": file.parent / "made"}
-    form = form or Form("prompt_completion", chat_template="plain")
-    return prepare(sources=str(file), tokenizer=BYTES, form=form, **(settings | changes))
+def data_of(file: Path, data_format: DataFormat | None = None, **changes: Any) -> Prepared:
+    settings: dict[str, Any] = {"row_length": 64, "held_out": 0.2, "root": file.parent / "prepared"}
+    data_format = data_format or DataFormat("prompt_completion", chat_template="plain")
+    settings |= {"data_format": data_format, **changes}
+    return prepare(sources=str(file), tokenizer=BYTES, **settings)
 
 
 def segments(prepared: Prepared, split: str) -> Iterator[tuple[list[int], list[bool]]]:
-    """The tokens of every segment, and which of them are learnt."""
+    """Yield the tokens of every segment and which of them have a loss."""
     for batch in in_order(open_split(prepared, split), 3):
         assert not batch.loss_mask[batch.segment_ids == 0].any()
-        for tokens, targets, numbers, positions, mask in zip(*batch, strict=True):
-            for number in range(1, numbers.max() + 1):
-                inside = numbers == number
+        for tokens, targets, segment_ids, positions, mask in zip(*batch, strict=True):
+            for segment in range(1, segment_ids.max() + 1):
+                inside = segment_ids == segment
                 assert positions[inside].tolist() == list(range(inside.sum()))
                 yield [tokens[inside][0], *targets[inside]], [False, *mask[inside]]
 
 
-def everything(prepared: Prepared) -> list[tuple[list[int], list[bool]]]:
-    return [one for split in prepared.info.splits for one in segments(prepared, split)]
+def all_segments(prepared: Prepared) -> list[tuple[list[int], list[bool]]]:
+    return [s for split in prepared.info.splits for s in segments(prepared, split)]
 
 
-def shown(ids: list[int], mask: list[bool]) -> str:
-    """The text, "<" where something learnt begins and "/" for the eos."""
+def as_text(ids: list[int], mask: list[bool]) -> str:
+    """Return the text with "<" where a span with a loss begins and "/" for the eos."""
     text = b""
-    for token, on, before in zip(ids, mask, [False, *mask[:-1]], strict=True):
-        text += b"<" if on and not before else b""
+    for token, has_loss, previous in zip(ids, mask, [False, *mask[:-1]], strict=True):
+        text += b"<" if has_loss and not previous else b""
         text += b"/" if token == EOS else bytes([token])
     return text.decode(errors="replace")
-
-
-def reason(call: Any) -> str:
-    with pytest.raises(UserError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_tokens_and_mask_of_an_example(tmp_path: Path) -> None:
     turns = [("user", "q"), ("assistant", "ab"), ("user", "r"), ("assistant", " c\n")]
     messages = {"messages": [{"role": role, "content": text} for role, text in turns]}
     file = write(tmp_path, [messages, {"messages": [*messages["messages"][:1], *_answer("x")]}])
-    prepared = made(file, Form("messages", chat_template="plain"))
-    assert sorted(shown(*one) for one in everything(prepared)) == ["q\n<ab/r\n< c\n/", "q\n<x/"]
-    long = next(one for one in everything(prepared) if len(one[0]) > 9)
+    prepared = data_of(file, DataFormat("messages", chat_template="plain"))
+    assert sorted(as_text(*segment) for segment in all_segments(prepared)) == [
+        "q\n<ab/r\n< c\n/",
+        "q\n<x/",
+    ]
+    long = next(s for s in all_segments(prepared) if len(s[0]) > 9)
     assert long[0] == [113, 10, 97, 98, 256, 114, 10, 32, 99, 10, 256]
     assert np.flatnonzero(long[1]).tolist() == [2, 3, 4, 7, 8, 9, 10]
     splits = prepared.info.splits.values()
@@ -105,37 +103,38 @@ def _answer(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 
-def test_examples_are_packed_whole(tmp_path: Path) -> None:
+def test_examples_are_packed_without_splitting(tmp_path: Path) -> None:
     examples = lines(80)
-    prepared = made(write(tmp_path, examples))
+    prepared = data_of(write(tmp_path, examples))
     expected = [f"{line['prompt']}\n<{line['completion']}/" for line in examples]
-    assert sorted(shown(*one) for one in everything(prepared)) == sorted(expected)
+    assert sorted(as_text(*segment) for segment in all_segments(prepared)) == sorted(expected)
     assert prepared.info.documents == 80
     for split, info in prepared.info.splits.items():
-        found = list(segments(prepared, split))
-        assert (info.documents, info.long_documents) == (len(found), 0)
-        assert info.targets == sum(sum(mask) for _, mask in found)
-        assert info.tokens == sum(len(ids) for ids, _ in found)
-        assert info.useful_share == pytest.approx((info.tokens - len(found)) / (info.rows * 64))
-        assert info.text_bytes == info.targets - len(found)  # without the eos of each
-        assert info.rows < len(found)  # they share rows
+        pieces = list(segments(prepared, split))
+        count = len(pieces)
+        assert (info.documents, info.long_documents) == (count, 0)
+        assert info.targets == sum(sum(mask) for _, mask in pieces)
+        assert info.tokens == sum(len(ids) for ids, _ in pieces)
+        assert info.useful_share == pytest.approx((info.tokens - count) / (info.rows * 64))
+        assert info.text_bytes == info.targets - count  # without the eos of each
+        assert info.rows < count  # they share rows
     lines_of_log: list[str] = []
-    made(tmp_path / "x.jsonl", log=lines_of_log.append)
+    data_of(tmp_path / "x.jsonl", log=lines_of_log.append)
     assert lines_of_log[0].startswith("data: 64 train examples, loss on ")
-    assert lines_of_log[0].endswith("; none left out")
+    assert lines_of_log[0].endswith("; none skipped")
 
 
-def test_batches_of_a_step_depend_on_the_step_alone(tmp_path: Path) -> None:
-    prepared = made(write(tmp_path, lines(80)))
+def test_batches_depend_only_on_the_step(tmp_path: Path) -> None:
+    prepared = data_of(write(tmp_path, lines(80)))
     run, again = (batches(open_split(prepared, "train"), 4, seed=1) for _ in range(2))
     first = [run(step) for step in range(4)]
     for step in (3, 0, 2):
         assert all(map(np.array_equal, again(step), first[step]))
 
 
-def test_the_same_conversation_has_the_same_key_in_every_form(tmp_path: Path) -> None:
+def test_the_same_conversation_has_the_same_hash_in_every_format(tmp_path: Path) -> None:
     examples = lines(40)
-    others: dict[str, list[Any]] = {
+    by_format: dict[str, list[Any]] = {
         "messages": [
             {"messages": [{"role": "user", "content": e["prompt"]}, *_answer(e["completion"])]}
             for e in examples
@@ -151,11 +150,11 @@ def test_the_same_conversation_has_the_same_key_in_every_form(tmp_path: Path) ->
             for e in examples
         ],
     }
-    held_out = sorted(segments(made(write(tmp_path, examples)), "held_out"))
+    held_out = sorted(segments(data_of(write(tmp_path, examples)), "held_out"))
     assert len(held_out) == 8
-    for name, written in others.items():
-        form = Form(name, chat_template="plain")  # type: ignore[arg-type]
-        prepared = made(write(tmp_path / name, written), form)
+    for name, written in by_format.items():
+        data_format = DataFormat(name, chat_template="plain")  # type: ignore[arg-type]
+        prepared = data_of(write(tmp_path / name, written), data_format)
         assert sorted(segments(prepared, "held_out")) == held_out
 
 
@@ -166,42 +165,44 @@ def test_longer_than_a_row(tmp_path: Path, too_long: Any, documents: int) -> Non
     over = [{"prompt": "p", "completion": "x" * size} for size in (14, 40)]
     no_room = [{"prompt": "p" * 30, "completion": "y"}]
     file = write(tmp_path, [*examples, *over, *no_room])
-    form = Form("prompt_completion", chat_template="plain", too_long=too_long)
+    data_format = DataFormat("prompt_completion", chat_template="plain", too_long=too_long)
     lines_of_log: list[str] = []
-    prepared = made(file, form, row_length=15, log=lines_of_log.append)
-    found = sorted(shown(*one) for one in everything(prepared))
-    whole = sorted(f"p\n<{n:013}/" for n in range(9))
-    assert found == whole + ["p\n<" + "x" * 14] * (documents - 9)
+    prepared = data_of(file, data_format, row_length=15, log=lines_of_log.append)
+    texts = sorted(as_text(*segment) for segment in all_segments(prepared))
+    complete = sorted(f"p\n<{n:013}/" for n in range(9))
+    assert texts == complete + ["p\n<" + "x" * 14] * (documents - 9)
     splits = prepared.info.splits.values()
     assert sum(split.documents for split in splits) == documents
     assert sum(split.long_documents for split in splits) == 3
     assert sum(split.text_bytes for split in splits) == 9 * 13 + 14 * (documents - 9)
-    # Of those that are cut, one has no room for an answer.
-    done = {"drop": "dropped", "cut_end": "cut short, or dropped where no answer is left"}
-    assert lines_of_log[0].endswith(f"not as they were: 3 longer than a row ({done[too_long]})")
-    refused = Form("prompt_completion", chat_template="plain", too_long="refuse")
-    message = reason(lambda: made(file, refused, row_length=15))
+    # One of the truncated examples has no answer left.
+    action = {"drop": "dropped", "cut_end": "truncated, or dropped if no answer remains"}
+    assert lines_of_log[0].endswith(
+        f"skipped or truncated: 3 longer than a row ({action[too_long]})"
+    )
+    refused = DataFormat("prompt_completion", chat_template="plain", too_long="refuse")
+    message = user_error(lambda: data_of(file, refused, row_length=15))
     assert message.startswith(f"{file}, line 10 (byte ")
-    assert "17 tokens, but a row of data.row_length 15 holds 16" in message
-    assert "all 12 examples are longer" in reason(lambda: made(file, row_length=2))
+    assert "17 tokens, but a row of data.row_length 15 holds at most 16" in message
+    assert "all 12 examples are longer" in user_error(lambda: data_of(file, row_length=2))
 
 
-def test_a_cap_takes_whole_examples(tmp_path: Path) -> None:
+def test_max_tokens_truncates_no_example(tmp_path: Path) -> None:
     file = write(tmp_path, lines(200))
-    full = {tuple(ids) for ids, _ in everything(made(file))}
-    capped = made(file, max_tokens=1000)
-    assert {tuple(ids) for ids, _ in everything(capped)} < full
+    full = {tuple(ids) for ids, _ in all_segments(data_of(file))}
+    capped = data_of(file, max_tokens=1000)
+    assert {tuple(ids) for ids, _ in all_segments(capped)} < full
     tokens = [split.tokens for split in capped.info.splits.values()]
     assert 900 < sum(tokens) <= 1000 and tokens[0] <= 800
-    assert "no example of the train split fits" in reason(lambda: made(file, max_tokens=10))
+    assert "no example of the train split fits" in user_error(lambda: data_of(file, max_tokens=10))
 
 
-def test_left_out_and_too_few(tmp_path: Path) -> None:
+def test_skipped_and_too_few_examples(tmp_path: Path) -> None:
     file = write(tmp_path, [*lines(20), {"prompt": "q", "completion": " "}])
-    prepared = made(file)
+    prepared = data_of(file)
     assert (prepared.info.documents, prepared.info.left_out) == (20, {"without an answer": 1})
-    one = write(tmp_path / "one", lines(1))  # whole, so that no end of it is held out
-    assert reason(lambda: made(one)).endswith("leaves none of 1 documents to train on")
+    single = write(tmp_path / "single", lines(1))  # never split, so that its end is not held out
+    assert user_error(lambda: data_of(single)).endswith("leaves none of 1 documents to train on")
 
 
 CHATS = [
@@ -226,10 +227,10 @@ CHATS = [
         ({"too_long": "cut_end", "row_length": 20}, "q0\n<a/r\n<" + "b" * 14),
     ],
 )
-def test_every_key_of_a_form_changes_the_rows(
+def test_every_setting_of_the_format_changes_the_rows(
     tmp_path: Path, changes: dict[str, Any], first: str | None
 ) -> None:
-    path = tmp_path / "own.jinja"
+    path = tmp_path / "custom.jinja"
     path.write_text(
         "{% for m in messages %}{% if m.role == 'user' %}Q:{{ m.content }}A:{% else %}"
         "{{ m.content + eos_token }}{% endif %}{% endfor %}"
@@ -238,41 +239,45 @@ def test_every_key_of_a_form_changes_the_rows(
     values["chat_template"] = values["chat_template"].format(path=path)
     data = from_config_dict({"data": values}).data
     file = write(tmp_path, CHATS)
-    prepared = made(
-        file, Form.of(data), row_length=data.row_length if changes.get("row_length") else 128
+    prepared = data_of(
+        file,
+        DataFormat.from_settings(data),
+        row_length=data.row_length if changes.get("row_length") else 128,
     )
-    found = sorted(shown(*one) for one in everything(prepared))
-    assert len(found) == 8
-    assert first is None or found[0] == first
+    texts = sorted(as_text(*segment) for segment in all_segments(prepared))
+    assert len(texts) == 8
+    assert first is None or texts[0] == first
     if changes:
-        plain = made(file, Form("messages", chat_template="plain"), row_length=128)
+        plain = data_of(file, DataFormat("messages", chat_template="plain"), row_length=128)
         assert prepared.info.fingerprint != plain.info.fingerprint
 
 
-def test_the_config_refuses_what_says_nothing() -> None:
-    with pytest.raises(UserError, match=r"data\.completion_field 'a' says nothing to data\.format"):
+def test_the_config_refuses_settings_without_an_effect() -> None:
+    with pytest.raises(
+        UserError, match=r"data\.completion_field 'a' has no effect with data\.format"
+    ):
         from_config_dict({"data": {"completion_field": "a"}})
-    with pytest.raises(UserError, match=r"data\.prompt_field 'a' says nothing to"):
+    with pytest.raises(UserError, match=r"data\.prompt_field 'a' has no effect"):
         from_config_dict({"data": {"prompt_field": "a", "format": "alpaca"}})
 
 
-def test_rows_of_text_pay_nothing(tmp_path: Path) -> None:
+def test_rows_of_text_store_no_answer_spans(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text " * 50)
-    text = made(tmp_path / "a.txt", Form())
+    text = data_of(tmp_path / "a.txt", DataFormat())
     assert set(open_split(text, "train")._source[0]) == {"tokens", "lengths"}
-    examples = made(write(tmp_path, lines(20)))
+    examples = data_of(write(tmp_path, lines(20)))
     assert set(open_split(examples, "train")._source[0]) == {"tokens", "lengths", "answers"}
 
 
-def test_unpacking_answers() -> None:
+def test_unpacking_of_answer_spans() -> None:
     row = Row(np.arange(9, dtype=np.int32), np.array([3, 4]), np.array([1, 3, 3, 4, 6, 7]))
-    batch = unpack([row, BLANK], 8)
+    batch = unpack([row, EMPTY_ROW], 8)
     assert batch.targets[0].tolist() == [1, 2, 3, 5, 6, 7, 8, 0]
     assert batch.loss_mask.astype(int).tolist() == [[0, 1, 1, 1, 0, 0, 1, 0], [0] * 8]
 
 
 def test_evaluation_counts_answers(tmp_path: Path) -> None:
-    prepared = made(write(tmp_path, lines(40)))
+    prepared = data_of(write(tmp_path, lines(40)))
     wide = replace(CONFIGS["mha"], vocab_size=257, max_positions=64)
     data = prepared_data(prepared.path, "held_out", wide, 2)
     info = prepared.info.splits["held_out"]
@@ -280,25 +285,25 @@ def test_evaluation_counts_answers(tmp_path: Path) -> None:
     assert data.text_bytes == info.text_bytes
 
 
-def test_the_script_has_the_same_settings(
+def test_the_script_accepts_the_settings_of_the_format(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     examples = [{"q": f"{n}", "a": "x"} for n in range(9)]
     file = write(tmp_path, [*examples, {"q": "none", "a": ""}])
     options = ["--format", "prompt_completion", "--prompt-field", "q", "--completion-field", "a"]
     options += ["--chat-template", "plain", "--system", "S", "--tokenizer", "bytes"]
-    given = ["prepare_data", "--sources", str(file), "--out", str(tmp_path / "out")]
-    monkeypatch.setattr("sys.argv", [*given, *options])
+    arguments = ["prepare_data", "--sources", str(file), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", [*arguments, *options])
     script.main()
     out = capsys.readouterr().out
     assert out.startswith("data: ")
-    assert out.endswith("1 files, 9 examples; left out: 1 without an answer\n")
-    monkeypatch.setattr("sys.argv", [*given, "--tokenizer", "bytes", "--system", "S"])
-    assert "data.system 'S' says nothing to data.format 'text'" in reason(script.main)
+    assert out.endswith("1 files, 9 examples; skipped: 1 without an answer\n")
+    monkeypatch.setattr("sys.argv", [*arguments, "--tokenizer", "bytes", "--system", "S"])
+    assert "data.system 'S' has no effect with data.format 'text'" in user_error(script.main)
 
 
 @pytest.mark.parametrize("system", ["Be brief.", None])
-def test_a_run_is_asked_with_the_tokens_that_it_was_trained_on(
+def test_evaluation_prompts_a_run_with_the_tokens_of_its_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str | None
 ) -> None:
     file, template = write(tmp_path, lines(4)), tmp_path / "chat.jinja"
@@ -311,8 +316,8 @@ def test_a_run_is_asked_with_the_tokens_that_it_was_trained_on(
         chat_template=str(template), system=system,
     )  # fmt: skip
     trained = open_weights(GOLDEN / "llama_gqa"), Config(data=data, seed=3)
-    monkeypatch.setattr(subject_module, "is_run", lambda _: True)
-    monkeypatch.setattr(subject_module, "open_run", lambda _: trained)
+    monkeypatch.setattr(module, "is_run", lambda _: True)
+    monkeypatch.setattr(module, "open_run", lambda *_: trained)
 
     def prompts(*more: str) -> list[list[int]]:
         out = tmp_path / "out.jsonl"
@@ -326,8 +331,10 @@ def test_a_run_is_asked_with_the_tokens_that_it_was_trained_on(
         return sorted(BYTES.encode_batch(texts))
 
     for option in ((), ("--system", "Be long."), ("--system", "")):
-        form = replace(Form.of(data), system=option[1] or None) if option else Form.of(data)
-        rows = everything(made(file, form, row_length=128))
+        data_format = DataFormat.from_settings(data)
+        if option:
+            data_format = replace(data_format, system=option[1] or None)
+        rows = all_segments(data_of(file, data_format, row_length=128))
         assert prompts(*option) == sorted(ids[: mask.index(True)] for ids, mask in rows)
     row, *_ = recorded = read(tmp_path / "rows.jsonl")
     assert len(recorded) == 3 and str(tmp_path) not in json.dumps(recorded)
@@ -351,18 +358,20 @@ def answering(file: Path) -> Config:
 
 
 @pytest.mark.slow
-def test_a_run_learns_the_answers(tmp_path: Path) -> None:
+def test_a_run_trains_on_the_answers(tmp_path: Path) -> None:
     config = answering(write(tmp_path, lines(200, longest=40)))
     summary = train(config, tmp_path / "run", lambda _: None)
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
     assert 0.5 * last["tokens"] < last["loss_tokens"] < 0.9 * last["tokens"]
     assert (summary["tokens"], summary["loss_tokens"]) == (last["tokens"], last["loss_tokens"])
     assert summary["prepared"]["splits"]["train"]["documents"] == 180
-    subject = open_subject(str(tmp_path / "run"))
-    data = prepared_data(cache_dir("data") / summary["data"], "held_out", subject.weights.config, 2)
-    score = perplexity(subject.model("float32"), data.batches)
+    eval_model = open_eval_model(str(tmp_path / "run"))
+    data = prepared_data(
+        cache_dir("data") / summary["data"], "held_out", eval_model.weights.config, 2
+    )
+    score = perplexity(eval_model.model("float32"), data.batches)
     assert_close(score.nll / score.tokens, summary["eval_loss"], "float32", "forward")
     exported = load_tokenizer(summary["export"]).chat_template
     assert exported is not None
-    assert exported == subject.tokenizer().chat_template
+    assert exported == eval_model.tokenizer().chat_template
     assert EOS in open_weights(summary["export"]).config.eos_token_ids

@@ -1,4 +1,4 @@
-"""scripts/convert.py: every source becomes a Hugging Face directory, and misuse is one line."""
+"""scripts/convert.py: every kind of source, and errors for misuse."""
 
 import io
 import json
@@ -29,7 +29,7 @@ Convert = Callable[..., str]
 
 @pytest.fixture
 def convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Convert:
-    """Runs the script with arguments and returns what it prints."""
+    """Return a function that runs the script with arguments and returns its output."""
 
     def run(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
@@ -41,7 +41,7 @@ def convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 @pytest.fixture
 def finished_run(tmp_path: Path) -> Path:
-    """A work directory with the checkpoints of steps 1 and 2 of the tiny model."""
+    """A work directory with checkpoints of the tiny model after steps 1 and 2."""
     directory = tmp_path / "run"
     directory.mkdir()
     config = from_config_dict({"model": {"preset": "tiny"}, "data": {"tokenizer": "bytes"}})
@@ -53,12 +53,12 @@ def finished_run(tmp_path: Path) -> Path:
 
 
 def test_a_gguf_file(convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    noted = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", noted)
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
     file = write(tmp_path / "model.gguf", golden_tensors("llama_gqa"), METADATA)
     printed = convert(file, "--out", tmp_path / "out")
     assert printed.endswith("165,312 parameters in float32, without a tokenizer\n")
-    assert noted.getvalue().startswith(f"note: {file}: its tokenizer is None")
+    assert stderr.getvalue().startswith(f"note: {file}: its tokenizer is None")
     original, written = open_weights(GOLDEN / "llama_gqa"), open_weights(tmp_path / "out")
     assert written.config == original.config
     for path in original.paths:
@@ -85,7 +85,9 @@ def test_a_run(
     assert load_tokenizer("model", tmp_path / "out").encode_batch(["né"]) == [[110, 195, 169]]
 
 
-def test_a_run_that_learnt_answers(finished_run: Path, convert: Convert, tmp_path: Path) -> None:
+def test_a_run_trained_on_conversations(
+    finished_run: Path, convert: Convert, tmp_path: Path
+) -> None:
     file = finished_run / "config.json"
     content = json.loads(file.read_text())
     content["data"] |= {"format": "alpaca", "chat_template": "zephyr"}
@@ -97,7 +99,7 @@ def test_a_run_that_learnt_answers(finished_run: Path, convert: Convert, tmp_pat
     assert tokenizer.chat_template == chat_template("zephyr", tokenizer)
 
 
-def test_a_damaged_tokenizer_is_no_missing_one(convert: Convert, tmp_path: Path) -> None:
+def test_a_damaged_tokenizer_is_an_error(convert: Convert, tmp_path: Path) -> None:
     shutil.copytree(GOLDEN / "qwen3", tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").write_text('{"version": ')
     with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer\.json"):
@@ -106,7 +108,7 @@ def test_a_damaged_tokenizer_is_no_missing_one(convert: Convert, tmp_path: Path)
 
 
 def test_misuse_is_a_user_error(finished_run: Path, convert: Convert, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--step is for the work directory of a run"):
+    with pytest.raises(UserError, match="--step needs the work directory of a run"):
         convert(GOLDEN / "qwen3", "--out", tmp_path / "out", "--step", 1)
     with pytest.raises(UserError, match="holds no step 7"):
         convert(finished_run, "--out", tmp_path / "out", "--step", 7)

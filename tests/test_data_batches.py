@@ -1,4 +1,4 @@
-"""What a step reads depends on the seed and the step alone."""
+"""Batches: what a step reads depends only on the seed and the step."""
 
 import threading
 import time
@@ -20,7 +20,7 @@ LENGTH = 3
 
 
 class NumberedRows:
-    """Rows as they are stored, each filled with its number."""
+    """Stored rows, each filled with its number."""
 
     def __init__(self, size: int):
         self.size = size
@@ -49,7 +49,7 @@ def joined(parts: Sequence[Batch]) -> Batch:
 
 @settings(max_examples=20)
 @given(st.integers(1, 20), st.integers(1, 8), st.integers(0, 2**31 - 1))
-def test_every_epoch_takes_every_row_once(size: int, rows_per_step: int, seed: int) -> None:
+def test_every_epoch_reads_every_row_once(size: int, rows_per_step: int, seed: int) -> None:
     get = batches(numbered(size), rows_per_step, seed)
     steps = -(-3 * size // rows_per_step)
     read = [row for step in range(steps) for row in numbers(get(step))]
@@ -57,7 +57,7 @@ def test_every_epoch_takes_every_row_once(size: int, rows_per_step: int, seed: i
         assert sorted(read[epoch * size : (epoch + 1) * size]) == list(range(size))
 
 
-def test_epochs_and_seeds_differ_and_a_seed_repeats() -> None:
+def test_order_depends_on_epoch_and_seed() -> None:
     first, again, other = (
         [numbers(batches(numbered(50), 50, seed)(step)) for step in range(2)] for seed in (0, 0, 1)
     )
@@ -67,16 +67,16 @@ def test_epochs_and_seeds_differ_and_a_seed_repeats() -> None:
 
 
 @pytest.mark.parametrize("process_count", [2, 4])
-def test_processes_share_a_step_without_changing_it(process_count: int) -> None:
-    whole = batches(numbered(23), 8, seed=3)
+def test_rows_of_a_step_do_not_depend_on_the_number_of_processes(process_count: int) -> None:
+    single = batches(numbered(23), 8, seed=3)
     parts = [batches(numbered(23), 8, 3, index, process_count) for index in range(process_count)]
     for step in range(10):
         together = joined([part(step) for part in parts])
-        assert all(map(np.array_equal, together, whole(step)))
+        assert all(map(np.array_equal, together, single(step)))
 
 
-def test_rows_a_step_cannot_be_shared_unequally() -> None:
-    with pytest.raises(UserError, match="8 rows a step cannot be shared by 3 processes"):
+def test_rows_per_step_must_be_divisible_by_processes() -> None:
+    with pytest.raises(UserError, match="8 rows per step are not divisible by 3 processes"):
         batches(numbered(5), 8, 0, process_count=3)
     with pytest.raises(UserError, match="by 3 processes"):
         next(in_order(numbered(5), 8, process_count=3))
@@ -84,7 +84,7 @@ def test_rows_a_step_cannot_be_shared_unequally() -> None:
 
 @pytest.mark.parametrize(("size", "limit", "expected"), [(10, None, 10), (10, 5, 5), (3, 9, 3)])
 @pytest.mark.parametrize("process_count", [1, 2, 4])
-def test_in_order_reads_each_row_once_and_fills_up(
+def test_in_order_reads_each_row_once_and_pads(
     size: int, limit: int | None, expected: int, process_count: int
 ) -> None:
     parts = [
@@ -99,7 +99,7 @@ def test_in_order_reads_each_row_once_and_fills_up(
     assert not any(array[expected:].any() for array in everything)
 
 
-def test_prepared_rows_resume_at_any_step(tmp_path: Path) -> None:
+def test_prepared_rows_can_be_read_from_any_step(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for index in range(20):
         (tmp_path / "in" / f"{index}.txt").write_text(f"{index} " * (index + 1))
@@ -119,32 +119,32 @@ def test_prepared_rows_resume_at_any_step(tmp_path: Path) -> None:
         open_split(prepared, "test")
 
 
-def test_prefetching_keeps_the_order_and_the_depth() -> None:
-    made: list[int] = []
+def test_prefetcher_keeps_order_and_depth() -> None:
+    computed: list[int] = []
 
     def get(step: int) -> int:
-        made.append(step)
+        computed.append(step)
         return step * step
 
     with Prefetcher(get, range(3, 9), depth=2) as ahead:
         assert next(ahead) == 9
         deadline = time.monotonic() + 10
-        while len(made) < 3 and time.monotonic() < deadline:
+        while len(computed) < 3 and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(0.01)
-        assert made == [3, 4, 5]  # the one that was taken, and two ahead
+        assert computed == [3, 4, 5]  # the requested step and two steps ahead
         assert list(ahead) == [16, 25, 36, 49, 64]
-    assert made == [3, 4, 5, 6, 7, 8]
+    assert computed == [3, 4, 5, 6, 7, 8]
 
 
-def test_prefetching_is_done_by_another_thread_that_ends() -> None:
+def test_prefetcher_uses_one_thread_and_ends_it() -> None:
     with Prefetcher(lambda _: threading.current_thread(), range(100)) as ahead:
         thread = next(ahead)
         assert thread is not threading.current_thread()
     assert not thread.is_alive()
 
 
-def test_an_error_arrives_at_its_step_and_the_thread_ends() -> None:
+def test_prefetcher_raises_an_error_at_its_step() -> None:
     def get(step: int) -> int:
         if step == 2:
             raise UserError("damaged")

@@ -1,4 +1,4 @@
-"""No pair of any document is lost or seen twice, and rows are what they say."""
+"""Packing: every input-target pair occurs once, and rows are packed tightly."""
 
 from itertools import pairwise
 
@@ -7,32 +7,32 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sat_jax.data.batch import Batch
-from sat_jax.data.batches import BLANK, Row, unpack
-from sat_jax.data.packing import assign_rows, cut
+from sat_jax.data.batches import EMPTY_ROW, Row, unpack
+from sat_jax.data.packing import assign_rows, split_into_pieces
 
 documents_strategy = st.lists(st.integers(0, 30), min_size=1, max_size=40)
 length_strategy = st.integers(1, 12)
 
 
 def pack(sizes: list[int], row_length: int) -> tuple[Batch, np.ndarray]:
-    """Documents of these many tokens, all tokens different, as the rows of one batch."""
+    """Pack documents of these sizes, with distinct tokens, into the rows of one batch."""
     sizes_array = np.array(sizes)
     starts = np.cumsum(sizes_array) - sizes_array
     flat = np.arange(1, sizes_array.sum() + 1, dtype=np.int32)
-    pieces = cut(starts, sizes_array, row_length)
+    pieces = split_into_pieces(starts, sizes_array, row_length)
     rows = assign_rows(pieces.lengths, row_length)
     stored = []
     for row in range(rows.max() + 1 if len(rows) else 0):
         members = np.flatnonzero(rows == row)
         runs = [flat[pieces.starts[p] : pieces.starts[p] + pieces.lengths[p] + 1] for p in members]
         stored.append(Row(np.concatenate(runs), pieces.lengths[members]))
-    return unpack(stored or [BLANK], row_length), flat
+    return unpack(stored or [EMPTY_ROW], row_length), flat
 
 
 @given(documents_strategy, length_strategy)
 @example([1], 1)
 @example([13, 2, 1, 0, 24, 12], 12)
-def test_every_pair_of_every_document_once(sizes: list[int], row_length: int) -> None:
+def test_every_pair_of_every_document_occurs_once(sizes: list[int], row_length: int) -> None:
     batch, flat = pack(sizes, row_length)
     ends = np.cumsum(sizes)
     expected = [
@@ -40,17 +40,17 @@ def test_every_pair_of_every_document_once(sizes: list[int], row_length: int) ->
         for end, size in zip(ends, sizes, strict=True)
         for pair in pairwise(flat[end - size : end])
     ]
-    used = batch.loss_mask
-    pairs = list(zip(batch.tokens[used], batch.targets[used], strict=True))
-    assert sorted(pairs) == expected  # tokens are numbered along the documents
+    mask = batch.loss_mask
+    pairs = list(zip(batch.tokens[mask], batch.targets[mask], strict=True))
+    assert sorted(pairs) == expected  # tokens are numbered in the order of the documents
 
 
 @given(documents_strategy, length_strategy)
-def test_segments_are_runs_of_one_document(sizes: list[int], row_length: int) -> None:
+def test_segments_are_contiguous_runs_of_one_document(sizes: list[int], row_length: int) -> None:
     batch, _ = pack(sizes, row_length)
-    for tokens, targets, segments, positions, used in zip(*batch, strict=True):
-        filled = int(used.sum())
-        assert used[:filled].all()  # padding only behind
+    for tokens, targets, segments, positions, mask in zip(*batch, strict=True):
+        filled = int(mask.sum())
+        assert mask[:filled].all()  # padding only at the end
         padding = np.stack([tokens, targets, segments, positions])[:, filled:]
         assert not padding.any()
         for slot in range(filled):
@@ -63,8 +63,10 @@ def test_segments_are_runs_of_one_document(sizes: list[int], row_length: int) ->
 
 
 @given(documents_strategy, length_strategy)
-def test_only_documents_longer_than_a_row_are_cut(sizes: list[int], row_length: int) -> None:
-    pieces = cut(np.cumsum(sizes) - np.array(sizes), np.array(sizes), row_length)
+def test_only_documents_longer_than_a_row_are_split_into_pieces(
+    sizes: list[int], row_length: int
+) -> None:
+    pieces = split_into_pieces(np.cumsum(sizes) - np.array(sizes), np.array(sizes), row_length)
     expected = [
         length
         for size in sizes
@@ -75,17 +77,17 @@ def test_only_documents_longer_than_a_row_are_cut(sizes: list[int], row_length: 
 
 
 @given(st.lists(st.integers(1, 12), max_size=60))
-def test_rows_hold_what_fits_and_are_tight(lengths: list[int]) -> None:
+def test_rows_do_not_overflow_and_are_tight(lengths: list[int]) -> None:
     rows = assign_rows(np.array(lengths, np.int64), 12)
     filled = np.bincount(rows, weights=lengths) if lengths else np.zeros(0)
     assert (filled > 0).all()  # no row number is skipped
     assert (filled <= 12).all()
-    # Any two rows together overflow one: that holds for best-fit and bounds the waste by half.
+    # The two emptiest rows do not fit into one. Best-fit guarantees this.
     assert len(filled) < 2 or sorted(filled)[0] + sorted(filled)[1] > 12
 
 
-def test_best_fit_takes_the_tightest_row() -> None:
-    # 7 and 6 leave 3 and 4: 3 fits both, and the first exactly.
+def test_best_fit_chooses_the_tightest_row() -> None:
+    # 7 and 6 leave 3 and 4 free slots: 3 fits both, and the first exactly.
     assert assign_rows(np.array([3, 6, 7]), 10).tolist() == [0, 1, 0]
     assert assign_rows(np.array([3, 6, 4, 7]), 10).tolist() == [0, 1, 1, 0]
     assert assign_rows(np.array([5, 5, 10, 5]), 10).tolist() == [1, 1, 0, 2]
@@ -94,7 +96,7 @@ def test_best_fit_takes_the_tightest_row() -> None:
 def test_rows_by_hand() -> None:
     stored = [
         Row(np.array([5, 6, 7, 8, 9], np.int32), np.array([2, 1], np.int32)),
-        BLANK,
+        EMPTY_ROW,
         Row(np.array([1, 2, 3, 4, 5], np.int32), np.array([4], np.int32)),
     ]
     batch = unpack(stored, 4)
@@ -104,4 +106,4 @@ def test_rows_by_hand() -> None:
     assert batch.segment_ids.tolist() == [[1, 1, 2, 0], [0] * 4, [1, 1, 1, 1]]
     assert batch.positions.tolist() == [[0, 1, 0, 0], [0] * 4, [0, 1, 2, 3]]
     assert batch.loss_mask.tolist() == [[True] * 3 + [False], [False] * 4, [True] * 4]
-    assert not unpack([BLANK], 4).loss_mask.any()
+    assert not unpack([EMPTY_ROW], 4).loss_mask.any()

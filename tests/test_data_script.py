@@ -1,4 +1,4 @@
-"""The command line of preparing, and what a process that prepares and reads must not touch."""
+"""scripts/prepare_data.py; and that preparing needs neither TensorFlow nor a network."""
 
 import json
 import sys
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from sat_jax.errors import UserError
 from scripts import prepare_data
 from tests.conftest import RunPython
+from tests.user_errors import user_error
 
 
 def texts(folder: Path) -> Path:
@@ -17,7 +17,7 @@ def texts(folder: Path) -> Path:
     return folder / "in.jsonl"
 
 
-def test_tensorflow_and_the_network_are_never_touched(
+def test_preparing_needs_neither_tensorflow_nor_a_network(
     tmp_path: Path, run_python: RunPython
 ) -> None:
     folder = texts(tmp_path)
@@ -34,8 +34,8 @@ prepared = prepare(sources={str(folder)!r}, tokenizer=load_tokenizer("bytes"), r
 batches(open_split(prepared, "train"), 2, seed=0)(5)
 assert "tensorflow" not in sys.modules and "torch" not in sys.modules
 """
-    done = run_python("-c", code)
-    assert (done.returncode, done.stderr) == (0, "")
+    process = run_python("-c", code)
+    assert (process.returncode, process.stderr) == (0, "")
 
 
 def test_the_script(tmp_path: Path, run_python: RunPython) -> None:
@@ -46,7 +46,7 @@ def test_the_script(tmp_path: Path, run_python: RunPython) -> None:
     first, table, train, held_out, last = out.stdout.splitlines()
     assert first.startswith("data: prepared, ")
     assert len(table.split()) == len(train.split()) == len(held_out.split())
-    assert last.startswith("1 files, 30 documents with text, 0 empty; tokenizer of 257 ids")
+    assert last.startswith("1 files, 30 documents with text, 0 empty; tokenizer with 257 ids")
     out = run_python(*command, "--sources", str(tmp_path / "none"))
     assert (out.returncode, out.stdout) == (2, "")
     assert out.stderr.startswith("error: ") and out.stderr.count("\n") == 1
@@ -63,15 +63,13 @@ def test_the_script(tmp_path: Path, run_python: RunPython) -> None:
         (["--tokenizer", "bytes", "--max-tokens", "1"], "max tokens 1;"),
         (["--tokenizer", "bytes", "--row-length", "1"], "row length 1;"),
         (["--tokenizer", "bytes", "--vocab-size", "-5"], "--vocab-size -5; accepted: 1 or more"),
-        (["--model-path", "none"], "there is no none"),
-        ([], "and none is named"),
+        (["--model-path", "none"], "none does not exist"),
+        ([], "tokenizer 'model' needs the path of a pretrained model"),
     ],
 )
-def test_the_script_passes_its_arguments_on(
+def test_the_script_checks_its_arguments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], problem: str
 ) -> None:
     folder = texts(tmp_path)
     monkeypatch.setattr(sys, "argv", ["prepare_data", "--sources", str(folder), *arguments])
-    with pytest.raises(UserError) as caught:
-        prepare_data.main()
-    assert problem in str(caught.value)
+    assert problem in user_error(prepare_data.main)

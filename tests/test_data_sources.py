@@ -1,4 +1,4 @@
-"""Every form of text is read the same, and whatever cannot be read names its file and place."""
+"""Sources of text: all file formats, and errors that name the file and the place."""
 
 import gzip
 import importlib
@@ -14,11 +14,12 @@ import zstandard
 
 from sat_jax.data.sources import Document, Source, package_path, read_documents, resolve_sources
 from sat_jax.errors import UserError
+from tests.user_errors import user_error
 
 
 def read(*sources: str | Path, field: str = "text") -> list[Document]:
-    found = resolve_sources([str(source) for source in sources])
-    return [document for source in found for document in read_documents(source, field)]
+    resolved = resolve_sources([str(source) for source in sources])
+    return [document for source in resolved for document in read_documents(source, field)]
 
 
 def texts(*sources: str | Path, field: str = "text") -> list[str]:
@@ -26,10 +27,7 @@ def texts(*sources: str | Path, field: str = "text") -> list[str]:
 
 
 def error(*sources: str | Path, field: str = "text") -> str:
-    with pytest.raises(UserError) as caught:
-        read(*sources, field=field)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return user_error(lambda: read(*sources, field=field))
 
 
 def compressed(data: bytes, suffix: str) -> bytes:
@@ -39,7 +37,7 @@ def compressed(data: bytes, suffix: str) -> bytes:
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-def test_text_and_json_lines_plain_or_compressed(tmp_path: Path, suffix: str) -> None:
+def test_text_and_json_lines_with_and_without_compression(tmp_path: Path, suffix: str) -> None:
     text = "\ufeffline\r\nünïcode 日本\n"
     (tmp_path / f"a.md{suffix}").write_bytes(compressed(text.encode(), suffix))
     lines = b'{"text": "one\\nline", "id": 1}\n\n{"text": "zwei"}'
@@ -50,22 +48,22 @@ def test_text_and_json_lines_plain_or_compressed(tmp_path: Path, suffix: str) ->
     assert c.origin == f"{tmp_path / f'b.jsonl{suffix}'}, line 3 (byte 32)"
 
 
-def test_zstandard_frames_in_a_row_and_large(tmp_path: Path) -> None:
-    # More than a chunk, and compressible, so that one chunk in gives many out.
+def test_several_large_zstandard_frames(tmp_path: Path) -> None:
+    # Larger than a chunk and compressible, so that one input chunk gives many output chunks.
     parts = ["x" * 3_000_000 + "é", "second"]
     data = b"".join(compressed(part.encode(), ".zst") for part in parts)
     (tmp_path / "a.txt.zst").write_bytes(data)
     assert texts(tmp_path / "a.txt.zst") == ["".join(parts)]
 
 
-def test_folders_are_searched_in_a_fixed_order(tmp_path: Path) -> None:
+def test_folders_are_read_in_a_fixed_order(tmp_path: Path) -> None:
     for name in ("b.txt", "a/z.py", "a/c.rst", ".hidden.txt", ".git/x.txt", "image.png", "x.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     assert texts(tmp_path) == ["a/c.rst", "a/z.py", "b.txt"]
     assert texts(f"{tmp_path}/**/*.py") == ["a/z.py"]
-    assert texts(f"{tmp_path}/*.p?g") == ["image.png"]  # a glob takes what it is told to
-    # Named twice is read once, where it comes first.
+    assert texts(f"{tmp_path}/*.p?g") == ["image.png"]  # a glob accepts any suffix
+    # A file that is named twice is read once, at its first position.
     assert texts(tmp_path / "b.txt", tmp_path) == ["b.txt", "a/c.rst", "a/z.py"]
     one_string = resolve_sources(f"{tmp_path}/b.txt, {tmp_path}/a")
     assert [source.path.name for source in one_string] == ["b.txt", "c.rst", "z.py"]
@@ -93,10 +91,10 @@ def test_a_package_is_found_without_being_imported(
     assert "no such file" in error("package:sat_jax_test_package/none")
 
 
-def test_what_is_missing_is_refused(tmp_path: Path) -> None:
+def test_missing_sources_are_refused(tmp_path: Path) -> None:
     assert str(tmp_path / "none") in error(tmp_path / "none")
-    assert error(f"{tmp_path}/*.txt").endswith("no documents here; no file matches")
-    assert "no documents here" in error(tmp_path)
+    assert error(f"{tmp_path}/*.txt").endswith("no documents: no file matches")
+    assert "no documents: no file has one of the suffixes" in error(tmp_path)
     with pytest.raises(UserError, match="no sources; accepted: a file"):
         resolve_sources(" , ")
     unreadable = tmp_path / "loop.txt"
@@ -106,13 +104,13 @@ def test_what_is_missing_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "  \n\t"])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-def test_an_empty_file_is_an_error_if_named_and_counted_if_found(
+def test_an_empty_file_is_an_error_only_if_it_is_named(
     tmp_path: Path, content: str, name: str
 ) -> None:
     (tmp_path / name).write_text(content)
     (tmp_path / "b.txt").write_text("b")
     assert [text for text in texts(tmp_path) if text] == ["b"]
-    assert error(tmp_path / name) == f"{tmp_path / name}: holds no text"
+    assert error(tmp_path / name) == f"{tmp_path / name}: contains no text"
 
 
 def test_empty_fields_are_empty_documents(tmp_path: Path) -> None:
@@ -132,44 +130,44 @@ def test_invalid_utf8_names_the_byte(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-@pytest.mark.parametrize("harm", ["truncated", "flipped", "not at all"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "not at all"])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-def test_broken_compression_names_the_place(
-    tmp_path: Path, suffix: str, harm: str, name: str
+def test_invalid_compression_names_the_place(
+    tmp_path: Path, suffix: str, damage: str, name: str
 ) -> None:
     rng = np.random.default_rng(0)
     lines = [json.dumps({"text": rng.bytes(40).hex()}) for _ in range(6_000)]
     data = bytearray(compressed("\n".join(lines).encode(), suffix))
-    if harm == "truncated":
+    if damage == "truncated":
         del data[-len(data) // 3 :]
-    elif harm == "flipped":
+    elif damage == "flipped":
         data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
     else:
         data = bytearray(b"plain text, and more of it than a header")
     file = tmp_path / f"{name}{suffix}"
     file.write_bytes(data)
     message = error(file)
-    assert message.startswith(f"{file}: broken {suffix[1:]}, after byte ")
+    assert message.startswith(f"{file}: invalid {suffix[1:]} after byte ")
     place = int(message.split("after byte ")[1].split()[0])
-    assert place == 0 if harm == "not at all" else name == "a.txt" or place > 100_000
+    assert place == 0 if damage == "not at all" else name == "a.txt" or place > 100_000
 
 
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
         ('{"text": "a"', "not JSON at character 12"),
-        ("{", "accepted: one JSON object a line, no array and no object over several lines"),
-        ("[1]", "an array, not an object; accepted: one JSON object a line"),
         (
-            '{"id": 1, "body": "b"}',
-            "no field 'text' (it has id, body); name the one with the text",
+            "{",
+            "accepted: one JSON object per line, not an array and not an object over several lines",
         ),
+        ("[1]", "an array, not an object; accepted: one JSON object per line"),
+        ('{"id": 1, "body": "b"}', "no field 'text' (it has id, body)"),
         ("{}", "no field 'text' (it has no fields)"),
         ('{"text": null}', "field 'text' is null, not a string"),
         ('{"text": 1.5}', "field 'text' is a number, not a string"),
-        ('{"text": true}', "field 'text' is a truth value, not a string"),
+        ('{"text": true}', "field 'text' is a boolean, not a string"),
         ('{"text": ["a"]}', "field 'text' is an array, not a string"),
-        ('{"text": "a\\ud800"}', "half a surrogate pair at character 1"),
+        ('{"text": "a\\ud800"}', "lone surrogate at character 1"),
         ("[" * 100_000, "JSON that cannot be read"),
         ("1" * 5_000, "JSON that cannot be read"),
     ],
@@ -188,11 +186,11 @@ def test_the_text_field_can_be_named(tmp_path: Path) -> None:
     assert texts(tmp_path / "a.json", field="body") == ["b"]
 
 
-def test_the_content_hash_is_of_the_content(tmp_path: Path) -> None:
+def test_the_content_hash_depends_on_content_and_kind(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt", "c.jsonl"):
         (tmp_path / name).write_text('{"text": "a"}')
     a, b, c = (source.content_hash() for source in resolve_sources(str(tmp_path)))
-    assert a == b != c  # the same bytes, read in another way
+    assert a == b != c  # the same bytes, but another kind
     (tmp_path / "a.txt").write_text("other")
     assert resolve_sources(str(tmp_path / "a.txt"))[0].content_hash() != a
 
@@ -244,7 +242,7 @@ def test_a_damaged_tfds_dataset(dataset: Path, tmp_path: Path) -> None:
     assert "TFDS cannot open it" in error(f"tfds:{tmp_path}")
 
 
-def test_another_tfds_format_is_refused_by_name(dataset: Path, tmp_path: Path) -> None:
+def test_another_tfds_file_format_is_refused(dataset: Path, tmp_path: Path) -> None:
     for file in dataset.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     info = json.loads((tmp_path / "dataset_info.json").read_text())
@@ -253,6 +251,6 @@ def test_another_tfds_format_is_refused_by_name(dataset: Path, tmp_path: Path) -
     assert "accepted: array_record" in error(f"tfds:{tmp_path}")
 
 
-def test_a_source_says_where_it_is() -> None:
+def test_a_source_as_text() -> None:
     assert str(Source(Path("a"), "text", named=True)) == "a"
     assert str(Source(Path("a"), "tfds", named=True, split="test")) == "a:test"

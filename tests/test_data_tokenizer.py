@@ -1,7 +1,6 @@
-"""Text to ids and back, from each place where a tokenizer may come from."""
+"""Tokenizers: bytes, Hugging Face folders and GGUF files."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
-from sat_jax.errors import UserError
+from tests.user_errors import user_error
 
 CORPUS = [
     "The theorem that 2024 = 2 * 1012, isn't it? It's 12345 of them.",
@@ -45,7 +44,7 @@ PRE_TOKENIZERS = {
 
 
 def trained(pre: str) -> tokenizers.Tokenizer:
-    """A small byte-level BPE with merges that only `pre` keeps apart."""
+    """Return a small byte-level BPE whose merges depend on the pre-tokenizer `pre`."""
     backend = tokenizers.Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
     if pre == "qwen2":
         backend.normalizer = normalizers.NFC()
@@ -89,12 +88,6 @@ def write_gguf(path: Path, backend: tokenizers.Tokenizer, pre: str, **more: Any)
     return path
 
 
-def reason(load: Callable[[], object]) -> str:
-    with pytest.raises(UserError) as caught:
-        load()
-    return str(caught.value)
-
-
 def test_bytes() -> None:
     tokenizer = load_tokenizer("bytes")
     text = "héllo  \n日本 \x00 don't"
@@ -106,7 +99,7 @@ def test_bytes() -> None:
     small = load_tokenizer("bytes", model_vocab_size=256)
     assert (small.vocab_size, small.eos_id) == (256, None)
     assert small.encode_documents(["ab"]) == [list(b"ab")]
-    assert "ids up to 255" in reason(lambda: load_tokenizer("bytes", model_vocab_size=255))
+    assert "ids up to 255" in user_error(lambda: load_tokenizer("bytes", model_vocab_size=255))
 
 
 @settings(max_examples=50)
@@ -127,7 +120,7 @@ TRICKY = [
 
 
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
-def test_gguf_gives_the_ids_of_the_original(tmp_path: Path, pre: str) -> None:
+def test_gguf_tokenizer_gives_the_ids_of_the_original(tmp_path: Path, pre: str) -> None:
     original = trained(pre)
     path = write_gguf(tmp_path / "model.gguf", original, pre, add_bos_token=False)
     tokenizer = load_tokenizer("model", path, 400)
@@ -136,10 +129,10 @@ def test_gguf_gives_the_ids_of_the_original(tmp_path: Path, pre: str) -> None:
     assert [original.decode(ids, False) for ids in expected] == [
         tokenizer.decode(ids) for ids in expected
     ]
-    # The others split these texts differently, so that the comparison above says something.
-    others = [write_gguf(tmp_path / f"{o}.gguf", original, o) for o in PRE_TOKENIZERS if o != pre]
-    for other in others:
-        assert load_tokenizer("model", other).encode_batch(TRICKY) != expected
+    # Other pre-tokenizers give other ids for these texts.
+    for other in PRE_TOKENIZERS.keys() - {pre}:
+        path = write_gguf(tmp_path / f"{other}.gguf", original, other)
+        assert load_tokenizer("model", path).encode_batch(TRICKY) != expected
 
 
 def test_gguf_special_tokens(tmp_path: Path) -> None:
@@ -152,24 +145,30 @@ def test_gguf_special_tokens(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "b.gguf", backend, "smollm", add_bos_token=True)
     tokenizer = load_tokenizer("model", path)
     assert tokenizer.encode_documents(["a"])[0][::2] == [1, 2]
-    # Llama 3 begins documents with its bos where the file does not say.
+    # Llama 3 adds its bos to documents if the file has no setting.
     path = write_gguf(tmp_path / "c.gguf", trained("llama-bpe"), "llama-bpe")
     assert load_tokenizer("model", path).adds_bos
 
 
-def test_gguf_that_cannot_be_rebuilt_is_refused_by_name(tmp_path: Path) -> None:
+def test_unsupported_gguf_tokenizers_are_refused(tmp_path: Path) -> None:
     backend = trained("smollm")
     path = write_gguf(tmp_path / "a.gguf", backend, "tekken")
-    assert "'gpt2' with pre-tokenizer 'tekken'" in reason(lambda: load_tokenizer("model", path))
+    assert "'gpt2' with pre-tokenizer 'tekken'" in user_error(lambda: load_tokenizer("model", path))
     path = write_gguf(tmp_path / "b.gguf", backend, "default", model="llama")
-    message = reason(lambda: load_tokenizer("model", path))
+    message = user_error(lambda: load_tokenizer("model", path))
     assert "'llama'" in message and "tokenizer.json" in message
     path = write_gguf(tmp_path / "c.gguf", backend, "smollm", merges=["zz zz"])
-    assert "merges" in reason(lambda: load_tokenizer("model", path))
+    assert "the merges of its tokenizer do not match" in user_error(
+        lambda: load_tokenizer("model", path)
+    )
     (tmp_path / "d.gguf").write_bytes(b"GGUF")
-    assert "cannot be read as GGUF" in reason(lambda: load_tokenizer("model", tmp_path / "d.gguf"))
+    assert "cannot be read as GGUF" in user_error(
+        lambda: load_tokenizer("model", tmp_path / "d.gguf")
+    )
     (tmp_path / "e.gguf").write_bytes(b"something else, and long enough for a header")
-    assert "cannot be read as GGUF" in reason(lambda: load_tokenizer("model", tmp_path / "e.gguf"))
+    assert "cannot be read as GGUF" in user_error(
+        lambda: load_tokenizer("model", tmp_path / "e.gguf")
+    )
 
 
 def test_huggingface_folder(tmp_path: Path) -> None:
@@ -192,30 +191,30 @@ def test_huggingface_folder(tmp_path: Path) -> None:
     assert load_tokenizer(str(folder)).chat_template == "J"
 
 
-def test_huggingface_bos_from_the_post_processor_or_the_setting(tmp_path: Path) -> None:
+def test_huggingface_bos_from_post_processor_or_setting(tmp_path: Path) -> None:
     backend = trained("smollm")
     names = {"bos_token": "<|im_start|>", "eos_token": "<|endoftext|>"}
     plain = write_folder(tmp_path / "plain", backend, special_tokens_map=names)
     assert load_tokenizer(str(plain)).encode_batch(["a"]) == [backend.encode("a").ids]
-    asked = {**names, "add_bos_token": True}
-    asked_for = write_folder(tmp_path / "asked", backend, tokenizer_config=asked)
+    enabled = {**names, "add_bos_token": True}
+    with_setting = write_folder(tmp_path / "setting", backend, tokenizer_config=enabled)
     backend.post_processor = processors.TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
     )
     adds = write_folder(tmp_path / "adds", backend, special_tokens_map=names)
-    for folder in (asked_for, adds):
+    for folder in (with_setting, adds):
         tokenizer = load_tokenizer(str(folder))
         assert tokenizer.adds_bos
         (ids,) = tokenizer.encode_documents(["a"])
         assert (ids[0], len(ids), ids[-1]) == (1, 3, 0)
-        # A text that begins with it, as chat templates write, gets no second one.
+        # A text that begins with the bos, as chat templates write it, gets no second one.
         assert tokenizer.encode_batch(["<|im_start|>a"])[0] == ids[:-1]
-    off = {**names, "add_bos_token": False}
-    refused = write_folder(tmp_path / "off", backend, tokenizer_config=off)
-    assert not load_tokenizer(str(refused)).adds_bos
+    disabled = {**names, "add_bos_token": False}
+    folder = write_folder(tmp_path / "off", backend, tokenizer_config=disabled)
+    assert not load_tokenizer(str(folder)).adds_bos
 
 
-def test_huggingface_special_tokens_of_the_model_are_the_last_resort(tmp_path: Path) -> None:
+def test_special_tokens_default_to_those_of_the_model(tmp_path: Path) -> None:
     backend = trained("smollm")
     config = {"eos_token_id": [2, 0], "bos_token_id": 1}
     folder = write_folder(tmp_path / "a", backend, config=config)
@@ -225,7 +224,7 @@ def test_huggingface_special_tokens_of_the_model_are_the_last_resort(tmp_path: P
     assert load_tokenizer(str(bare)).encode_documents(["a"]) == [backend.encode("a").ids]
 
 
-def test_a_saved_truncation_and_padding_do_not_cut_documents(tmp_path: Path) -> None:
+def test_saved_truncation_and_padding_are_ignored(tmp_path: Path) -> None:
     backend = trained("smollm")
     expected = [backend.encode(text).ids for text in TRICKY]
     backend.enable_truncation(3)
@@ -234,41 +233,43 @@ def test_a_saved_truncation_and_padding_do_not_cut_documents(tmp_path: Path) -> 
     assert tokenizer.encode_batch(TRICKY) == expected
 
 
-def test_what_cannot_be_loaded_names_its_file(tmp_path: Path) -> None:
-    assert "and none is named" in reason(lambda: load_tokenizer("model"))
+def test_errors_name_the_file(tmp_path: Path) -> None:
+    assert "needs the path of a pretrained model" in user_error(lambda: load_tokenizer("model"))
     missing = tmp_path / "none"
-    assert f"there is no {missing}" in reason(lambda: load_tokenizer(str(missing)))
-    assert f"{tmp_path / 'tokenizer.json'}" in reason(lambda: load_tokenizer("model", tmp_path))
+    assert f"{missing} does not exist" in user_error(lambda: load_tokenizer(str(missing)))
+    assert f"{tmp_path / 'tokenizer.json'}" in user_error(lambda: load_tokenizer("model", tmp_path))
     (tmp_path / "tokenizer.json").write_text("{}")
-    message = reason(lambda: load_tokenizer(str(tmp_path)))
+    message = user_error(lambda: load_tokenizer(str(tmp_path)))
     assert message.startswith(f"{tmp_path / 'tokenizer.json'}: not a tokenizer.json")
     folder = write_folder(tmp_path / "a", trained("smollm"), tokenizer_config={"eos_token": "</s>"})
-    assert "eos_token '</s>'" in reason(lambda: load_tokenizer(str(folder)))
+    assert "eos_token '</s>'" in user_error(lambda: load_tokenizer(str(folder)))
     for wrong in (5, ["</s>"], {"content": 5}):
         write_folder(tmp_path / "a", trained("smollm"), tokenizer_config={"eos_token": wrong})
-        assert f"{folder}: eos_token is " in reason(lambda: load_tokenizer(str(folder)))
+        assert f"{folder}: eos_token is " in user_error(lambda: load_tokenizer(str(folder)))
     write_folder(tmp_path / "b", trained("smollm"), config={"eos_token_id": ["5"]})
-    assert "eos_token_id is ['5']" in reason(lambda: load_tokenizer(str(tmp_path / "b")))
+    assert "eos_token_id is ['5']" in user_error(lambda: load_tokenizer(str(tmp_path / "b")))
     for content, problem in (("{", "not JSON"), ("[]", "not a JSON object")):
         (folder / "tokenizer_config.json").write_text(content)
-        assert f"tokenizer_config.json: {problem}" in reason(lambda: load_tokenizer(str(folder)))
+        assert f"tokenizer_config.json: {problem}" in user_error(
+            lambda: load_tokenizer(str(folder))
+        )
 
 
-def test_ids_that_the_model_lacks_are_refused(tmp_path: Path) -> None:
+def test_ids_outside_the_vocabulary_of_the_model_are_refused(tmp_path: Path) -> None:
     backend = trained("smollm")
     size = backend.get_vocab_size()
     folder = write_folder(tmp_path / "a", backend)
     assert load_tokenizer(str(folder), model_vocab_size=size).vocab_size == size
-    message = reason(lambda: load_tokenizer(str(folder), model_vocab_size=size - 1))
+    message = user_error(lambda: load_tokenizer(str(folder), model_vocab_size=size - 1))
     assert f"ids up to {size - 1}" in message and f"ends at {size - 2}" in message
-    # An id counts even where ids below it are unused.
+    # The largest id counts, even if ids below it are unused.
     content = json.loads((folder / "tokenizer.json").read_text())
     content["model"]["vocab"]["unused"] = 1000
     (folder / "tokenizer.json").write_text(json.dumps(content))
     assert load_tokenizer(str(folder)).vocab_size == 1001
 
 
-def test_the_fingerprint_follows_the_ids(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_ids(tmp_path: Path) -> None:
     backend = trained("smollm")
     names = [{"eos_token": token} for token in SPECIAL[:2]]
     names.append({"eos_token": SPECIAL[0], "bos_token": SPECIAL[1], "add_bos_token": True})
@@ -277,17 +278,17 @@ def test_the_fingerprint_follows_the_ids(tmp_path: Path) -> None:
         for index, content in enumerate(names)
     ]
     folders.append(write_folder(tmp_path / "x", trained("gpt-2"), tokenizer_config=names[0]))
-    seen = [load_tokenizer(str(folder)).fingerprint for folder in folders]
-    assert len(set(seen)) == len(seen)
-    template = names[0] | {"chat_template": "x"}  # no part in what a document becomes
+    fingerprints = [load_tokenizer(str(folder)).fingerprint for folder in folders]
+    assert len(set(fingerprints)) == len(fingerprints)
+    template = names[0] | {"chat_template": "x"}  # does not change the ids
     same = write_folder(tmp_path / "y", backend, tokenizer_config=template)
-    assert load_tokenizer(str(same)).fingerprint == seen[0]
+    assert load_tokenizer(str(same)).fingerprint == fingerprints[0]
 
 
-def check_same(one: Tokenizer, other: Tokenizer) -> None:
-    assert one.encode_documents(TRICKY) == other.encode_documents(TRICKY)
-    assert one.fingerprint == other.fingerprint
-    assert one.chat_template == other.chat_template
+def check_same(tokenizer: Tokenizer, expected: Tokenizer) -> None:
+    assert tokenizer.encode_documents(TRICKY) == expected.encode_documents(TRICKY)
+    assert tokenizer.fingerprint == expected.fingerprint
+    assert tokenizer.chat_template == expected.chat_template
 
 
 def test_saved_files_give_the_same_tokenizer(tmp_path: Path) -> None:
@@ -300,7 +301,7 @@ def test_saved_files_give_the_same_tokenizer(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         tokenizer.save(tmp_path / name)
         check_same(load_tokenizer(str(tmp_path / name)), tokenizer)
-    # What came from a folder is copied as it is, the settings that we do not read included.
+    # Files of a folder are copied, including settings that are not read.
     settings = {"eos_token": "<|im_end|>", "unknown_setting": 1}
     folder = write_folder(tmp_path / "b", backend, tokenizer_config=settings)
     (tmp_path / "copy").mkdir()

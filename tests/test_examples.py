@@ -1,4 +1,4 @@
-"""Lines of JSON in four forms, to turns; what is left out, and what is refused."""
+"""Reading of conversations in four formats; skipped examples and errors."""
 
 import json
 from pathlib import Path
@@ -6,19 +6,20 @@ from typing import Any
 
 import pytest
 
+from sat_jax.data.data_format import DataFormat, Format
 from sat_jax.data.examples import (
-    DEVELOPER,
+    DEVELOPER_TURN,
     NO_ANSWER,
     NO_PROMPT,
-    NO_TEXT,
-    TOOLS,
-    learnt,
+    NULL_TURN,
+    TOOL_TURN,
+    decode_turns,
     read_examples,
-    turns_of,
+    turns_with_loss,
 )
-from sat_jax.data.form import Form, Format
 from sat_jax.data.sources import resolve_sources
 from sat_jax.errors import UserError
+from tests.user_errors import user_error
 
 ASKED = [("user", "q"), ("assistant", "a")]
 SYSTEM = ("system", "s")
@@ -30,17 +31,18 @@ def written(folder: Path, *lines: Any) -> Path:
     return file
 
 
-def read(folder: Path, form: Form, *lines: Any) -> list[Any]:
-    """The turns of each line, or why it is left out."""
+def read(folder: Path, data_format: DataFormat, *lines: Any) -> list[Any]:
+    """Return the turns of each line, or why it is skipped."""
     (source,) = resolve_sources([str(written(folder, *lines))])
-    return [d.why or [tuple(t) for t in turns_of(d.text)] for d in read_examples(source, form)]
+    return [
+        d.skip_reason or [tuple(t) for t in decode_turns(d.text)]
+        for d in read_examples(source, data_format)
+    ]
 
 
-def error(folder: Path, form: Form, line: Any) -> str:
-    with pytest.raises(UserError) as caught:
-        read(folder, form, line)
-    assert "\n" not in str(caught.value)
-    return str(caught.value).removeprefix(f"{folder / 'x.jsonl'}, line 1 (byte 0)")
+def error(folder: Path, data_format: DataFormat, line: Any) -> str:
+    message = user_error(lambda: read(folder, data_format, line))
+    return message.removeprefix(f"{folder / 'x.jsonl'}, line 1 (byte 0)")
 
 
 @pytest.mark.parametrize(
@@ -102,16 +104,18 @@ def error(folder: Path, form: Form, line: Any) -> str:
         ("prompt_completion", {"prompt": "q", "completion": "a"}, ASKED),
     ],
 )
-def test_every_form_becomes_turns(tmp_path: Path, name: Format, line: Any, turns: Any) -> None:
-    assert read(tmp_path, Form(name), line) == [turns]
+def test_turns_of_every_format(tmp_path: Path, name: Format, line: Any, turns: Any) -> None:
+    assert read(tmp_path, DataFormat(name), line) == [turns]
 
 
-def test_fields_can_be_named(tmp_path: Path) -> None:
-    form = Form("prompt_completion", prompt_field="question", completion_field="answer")
-    assert read(tmp_path, form, {"question": "q", "answer": "a"}) == [ASKED]
+def test_field_names_can_be_set(tmp_path: Path) -> None:
+    data_format = DataFormat(
+        "prompt_completion", prompt_field="question", completion_field="answer"
+    )
+    assert read(tmp_path, data_format, {"question": "q", "answer": "a"}) == [ASKED]
 
 
-def test_what_teaches_nothing_is_left_out(tmp_path: Path) -> None:
+def test_examples_without_a_loss_are_skipped(tmp_path: Path) -> None:
     def line(*turns: tuple[str, str]) -> Any:
         return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
@@ -120,49 +124,52 @@ def test_what_teaches_nothing_is_left_out(tmp_path: Path) -> None:
         *(line(ASKED[1]), line(SYSTEM, ASKED[1], *ASKED), line(*ASKED, *ASKED)),
         line(*ASKED, ASKED[0], ("assistant", "")),
     ]
-    none, start = [NO_ANSWER] * 4, [NO_PROMPT] * 2
-    *left_out, whole, half = read(tmp_path, Form("messages"), *lines)
-    assert left_out == none + start
-    assert (len(whole), len(half)) == (4, 4)
-    assert read(tmp_path, Form("messages", loss_on="last"), *lines)[-1] == NO_ANSWER
+    *skipped, first, last = read(tmp_path, DataFormat("messages"), *lines)
+    assert skipped == [NO_ANSWER] * 4 + [NO_PROMPT] * 2
+    assert (len(first), len(last)) == (4, 4)
+    assert read(tmp_path, DataFormat("messages", loss_on="last"), *lines)[-1] == NO_ANSWER
 
 
-def test_speakers_of_sharegpt(tmp_path: Path) -> None:
-    def line(*speakers: str) -> Any:
-        return {"conversations": [{"from": one, "value": "x"} for one in speakers]}
+def test_roles_of_sharegpt(tmp_path: Path) -> None:
+    def line(*roles: str) -> Any:
+        return {"conversations": [{"from": role, "value": "x"} for role in roles]}
 
-    lines = [line("human", one) for one in ("gpt", "bing", "bard")]
-    lines += [line("human", one, "gpt") for one in ("tool", "function_call", "observation")]
-    *whole, first, second, third = read(tmp_path, Form("sharegpt"), *lines)
-    assert whole == [[("user", "x"), ("assistant", "x")]] * 3
-    assert first == second == third == TOOLS
+    lines = [line("human", role) for role in ("gpt", "bing", "bard")]
+    lines += [line("human", role, "gpt") for role in ("tool", "function_call", "observation")]
+    *read_turns, first, second, third = read(tmp_path, DataFormat("sharegpt"), *lines)
+    assert read_turns == [[("user", "x"), ("assistant", "x")]] * 3
+    assert first == second == third == TOOL_TURN
 
 
-def test_messages_that_are_not_all_said(tmp_path: Path) -> None:
+def test_messages_with_tool_developer_or_null_turns_are_skipped(tmp_path: Path) -> None:
     q, a = ({"role": role, "content": text} for role, text in ASKED)
     call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}
     without = {"role": "assistant", "function_call": {"name": "f"}}
-    others = [
-        *((call, TOOLS), (without, TOOLS), ({**a, "tool_calls": call["tool_calls"]}, TOOLS)),
-        *(({"role": role, "content": "x"}, TOOLS) for role in ("tool", "function")),
-        *(({"role": "tool", "content": None}, TOOLS), ({**a, "content": None}, NO_TEXT)),
-        ({"role": "developer", "content": "x"}, DEVELOPER),
+    turns = [
+        *(
+            (call, TOOL_TURN),
+            (without, TOOL_TURN),
+            ({**a, "tool_calls": call["tool_calls"]}, TOOL_TURN),
+        ),
+        *(({"role": role, "content": "x"}, TOOL_TURN) for role in ("tool", "function")),
+        *(({"role": "tool", "content": None}, TOOL_TURN), ({**a, "content": None}, NULL_TURN)),
+        ({"role": "developer", "content": "x"}, DEVELOPER_TURN),
     ]
-    lines = [{"messages": [q, other, a]} for other, _ in others]
-    *left_out, whole = read(tmp_path, Form("messages"), *lines, {"messages": [q, a]})
-    assert left_out == [reason for _, reason in others]
-    assert whole == ASKED
+    lines = [{"messages": [q, turn, a]} for turn, _ in turns]
+    *skipped, complete = read(tmp_path, DataFormat("messages"), *lines, {"messages": [q, a]})
+    assert skipped == [reason for _, reason in turns]
+    assert complete == ASKED
 
 
-def test_which_answers_are_learnt(tmp_path: Path) -> None:
+def test_which_answers_have_a_loss(tmp_path: Path) -> None:
     line = [*ASKED, ("user", "q"), ("assistant", ""), ("user", "q"), ("assistant", "b"), ASKED[0]]
     messages = {"messages": [{"role": role, "content": content} for role, content in line]}
     written(tmp_path, messages)
     (source,) = resolve_sources([str(tmp_path / "x.jsonl")])
     for loss_on, expected in (("all", [1, 5]), ("last", [5])):
-        form = Form("messages", loss_on=loss_on)  # type: ignore[arg-type]
-        (document,) = read_examples(source, form)
-        assert learnt(turns_of(document.text), form) == expected
+        data_format = DataFormat("messages", loss_on=loss_on)  # type: ignore[arg-type]
+        (document,) = read_examples(source, data_format)
+        assert turns_with_loss(decode_turns(document.text), data_format) == expected
 
 
 @pytest.mark.parametrize(
@@ -217,40 +224,38 @@ def test_which_answers_are_learnt(tmp_path: Path) -> None:
         (
             "prompt_completion",
             {"prompt": "\ud800", "completion": ""},
-            ": half a surrogate pair at character 0 of field 'prompt'",
+            ": lone surrogate at character 0 of field 'prompt'",
         ),
-        ("alpaca", ["x"], ": an array, not an object; accepted: one JSON object a line,"),
+        ("alpaca", ["x"], ": an array, not an object; accepted: one JSON object per line,"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, name: Format, line: Any, problem: str) -> None:
-    assert error(tmp_path, Form(name), line).startswith(problem)
+def test_errors_name_the_line(tmp_path: Path, name: Format, line: Any, problem: str) -> None:
+    assert error(tmp_path, DataFormat(name), line).startswith(problem)
 
 
-def test_files_of_nothing_to_learn_are_refused(tmp_path: Path) -> None:
-    message = error(tmp_path, Form("messages"), {"messages": []})
-    assert message.endswith("x.jsonl: holds no example with an answer")
+def test_files_without_a_usable_example_are_refused(tmp_path: Path) -> None:
+    message = error(tmp_path, DataFormat("messages"), {"messages": []})
+    assert message.endswith("x.jsonl: contains no example with an answer")
     (tmp_path / "x.txt").write_text("x")
     (source,) = resolve_sources([str(tmp_path / "x.txt")])
-    with pytest.raises(UserError, match=r"not JSON lines; data\.format 'alpaca' reads nothing"):
-        next(read_examples(source, Form("alpaca")))
+    with pytest.raises(UserError, match=r"data\.format 'alpaca' accepts only JSON lines"):
+        next(read_examples(source, DataFormat("alpaca")))
 
 
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"prompt_field": "q"}, "data.prompt_field 'q' says nothing to data.format 'text'"),
-        ({"format": "alpaca", "text_field": "t"}, "it is for text"),
-        ({"format": "messages", "completion_field": "a"}, "it is for prompt_completion"),
-        ({"loss_on": "last"}, "it is for messages, sharegpt, alpaca, prompt_completion"),
-        ({"chat_template": "chatml"}, "says nothing to data.format 'text'"),
-        ({"system": "s"}, "says nothing"),
-        ({"too_long": "cut_end"}, "says nothing"),
+        ({"prompt_field": "q"}, "data.prompt_field 'q' has no effect with data.format 'text'"),
+        ({"format": "alpaca", "text_field": "t"}, "it is used by text"),
+        ({"format": "messages", "completion_field": "a"}, "it is used by prompt_completion"),
+        ({"loss_on": "last"}, "it is used by messages, sharegpt, alpaca, prompt_completion"),
+        ({"chat_template": "chatml"}, "has no effect with data.format 'text'"),
+        ({"system": "s"}, "has no effect"),
+        ({"too_long": "cut_end"}, "has no effect"),
         ({"format": "chatml"}, "data.format 'chatml'; accepted: text, messages, sharegpt"),
         ({"format": "alpaca", "too_long": "cut"}, "accepted: drop, cut_end, refuse"),
         ({"format": "alpaca", "loss_on": "first"}, "accepted: all, last"),
     ],
 )
-def test_settings_that_say_nothing_are_refused(settings: Any, problem: str) -> None:
-    with pytest.raises(UserError) as caught:
-        Form(**settings)
-    assert problem in str(caught.value)
+def test_settings_without_an_effect_are_refused(settings: Any, problem: str) -> None:
+    assert problem in user_error(lambda: DataFormat(**settings))

@@ -1,4 +1,4 @@
-"""Generation: the cache says what repeated full forwards say, and stops where it should."""
+"""Generation: agreement of cached decoding with full forward passes; stops and sampling."""
 
 import dataclasses
 import functools
@@ -18,10 +18,10 @@ from sat_jax.config import Config, DataConfig
 from sat_jax.data.chat import render_chat
 from sat_jax.data.tokenizer import load_tokenizer
 from sat_jax.errors import UserError
+from sat_jax.evaluate import eval_model
 from sat_jax.evaluate import generate as module
-from sat_jax.evaluate import subject
 from sat_jax.evaluate.generate import GREEDY, Sampling, generate, stream
-from sat_jax.evaluate.text import TextStream
+from sat_jax.evaluate.text_stream import TextStream
 from sat_jax.interop import load_model, open_weights
 from sat_jax.models.cache import empty_cache, extend, for_decoding
 from sat_jax.nn.decoder import Decoder
@@ -57,15 +57,15 @@ def _forward(graph, params, tokens, segment_ids):
 
 
 def full_logits(model: Llama, tokens: Sequence[int], length: int) -> np.ndarray:
-    """Logits of a plain forward pass over `tokens`, in a row of `length`."""
+    """Return the logits of a forward pass over `tokens`, in a row of `length`."""
     row = np.zeros((1, length), np.int32)
     row[0, : len(tokens)] = tokens
-    used = (np.arange(length) < len(tokens)).astype(np.int32)[None]
-    return np.asarray(_forward(*nnx.split(model), row, used))[0, : len(tokens)]
+    segment_ids = (np.arange(length) < len(tokens)).astype(np.int32)[None]
+    return np.asarray(_forward(*nnx.split(model), row, segment_ids))[0, : len(tokens)]
 
 
-def repeated(model: Llama, prompt: Sequence[int], count: int, length: int) -> list[int]:
-    """Greedy tokens, each from a forward pass over everything before it."""
+def greedy_without_cache(model: Llama, prompt: Sequence[int], count: int, length: int) -> list[int]:
+    """Return greedy tokens, each from a forward pass over all tokens before it."""
     tokens = list(prompt)
     for _ in range(count):
         tokens.append(int(full_logits(model, tokens, length)[-1].argmax()))
@@ -80,7 +80,7 @@ def _extend(graph, params, cache, tokens, segment_ids, positions, length):
 
 
 def left_padded(prompts: list[list[int]], fill: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens `[B, T]`, and how many of each row are `fill` and not its prompt's."""
+    """Return tokens `[B, T]`, and the number of `fill` tokens before the prompt of each row."""
     width = max(map(len, prompts))
     padding = np.array([width - len(prompt) for prompt in prompts])
     rows = [[fill] * n + prompt for n, prompt in zip(padding, prompts, strict=True)]
@@ -88,16 +88,17 @@ def left_padded(prompts: list[list[int]], fill: int) -> tuple[np.ndarray, np.nda
 
 
 def cached_logits(model: Llama, tokens: np.ndarray, padding: np.ndarray) -> np.ndarray:
-    """Logits `[B, T, V]` through the cache, two slots at a time."""
+    """Return logits `[B, T, V]` computed with the cache, two slots at a time."""
     graph, params = nnx.split(for_decoding(model))
     batch, slots = tokens.shape
-    places = np.arange(slots)[None] - padding[:, None]
+    all_positions = np.arange(slots)[None] - padding[:, None]
     cache = empty_cache(model.config, batch, slots, model.compute.dtype)
     parts = []
     for start in range(0, slots, 2):
         stop = start + 2
-        place = places[:, start:stop]
-        ids, positions = (place >= 0).astype(np.int32), np.maximum(place, 0)
+        positions = all_positions[:, start:stop]
+        ids = (positions >= 0).astype(np.int32)
+        positions = np.maximum(positions, 0)
         logits, cache = _extend(graph, params, cache, tokens[:, start:stop], ids, positions, slots)
         parts.append(np.asarray(logits))
     return np.concatenate(parts, axis=1)
@@ -137,23 +138,23 @@ def test_cache_gives_the_logits_of_a_forward_pass(
 def test_padding_is_never_attended_to() -> None:
     model = golden("llama_gqa")
     prompts = prompts_of(model, 14, 5)
-    zeros, others = (cached_logits(model, *left_padded(prompts, fill))[1] for fill in (0, 200))
-    assert_close(zeros[9:], others[9:], "float32", "exact")
-    assert (zeros[:9] != others[:9]).any()
+    zeros, nonzeros = (cached_logits(model, *left_padded(prompts, fill))[1] for fill in (0, 200))
+    assert_close(zeros[9:], nonzeros[9:], "float32", "exact")
+    assert (zeros[:9] != nonzeros[:9]).any()
 
 
 def test_prompts_of_several_lengths_and_chunks() -> None:
-    # Beyond the trained length: `dynamic` plans for the longest prompt and all that is asked for.
+    # Beyond the trained length: `dynamic` uses the longest prompt plus the new tokens.
     model = changed(golden("llama_gqa"), rope=DYNAMIC, max_positions=8)
     prompts = prompts_of(model, 700, 3)
-    expected = [repeated(model, prompt, 2, 702) for prompt in prompts]
+    expected = [greedy_without_cache(model, prompt, 2, 702) for prompt in prompts]
     assert generate(model, prompts, 2, stop_ids=()) == expected
 
 
 def test_rows_end_at_their_stop_token(monkeypatch: pytest.MonkeyPatch) -> None:
     model = golden("llama_gqa")
     prompts = prompts_of(model, 9, 5)
-    first, second = free = generate(model, prompts, 12, stop_ids=())
+    first, second = unstopped = generate(model, prompts, 12, stop_ids=())
     steps: list[int] = []
     decode = module._decode
 
@@ -164,36 +165,36 @@ def test_rows_end_at_their_stop_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(module, "_decode", counted)
     for stop in ({first[2], second[5]}, {first[0], second[7]}, {first[0], second[0]}):
-        ends = [next((i for i, token in enumerate(row) if token in stop), 12) for row in free]
+        ends = [next((i for i, token in enumerate(row) if token in stop), 12) for row in unstopped]
         assert min(ends) < max(ends) or ends == [0, 0]
         steps.clear()
         rows = generate(model, prompts, 12, stop_ids=stop)
-        assert rows == [row[:end] for row, end in zip(free, ends, strict=True)]
-        # The stop token of the last row is made, and nothing after it.
+        assert rows == [row[:end] for row, end in zip(unstopped, ends, strict=True)]
+        # The last token that is generated is the stop token of the last row.
         assert sum(steps) == min(max(ends) + 1, 12)
 
 
-def test_the_models_own_end_of_text_ends_a_row() -> None:
+def test_end_of_text_token_of_the_model_ends_a_row() -> None:
     prompts = prompts_of(golden("llama_gqa"), 9, 5)
-    free = generate(golden("llama_gqa"), prompts, 12, stop_ids=())
-    model = changed(golden("llama_gqa"), eos_token_ids=(256, free[0][4]))
-    assert generate(model, prompts, 12)[0] == free[0][: free[0].index(free[0][4])]
+    row = generate(golden("llama_gqa"), prompts, 12, stop_ids=())[0]
+    model = changed(golden("llama_gqa"), eos_token_ids=(256, row[4]))
+    assert generate(model, prompts, 12)[0] == row[: row.index(row[4])]
 
 
 def test_stream_is_generate_in_parts() -> None:
     model = golden("llama_gqa")
     prompts = prompts_of(model, 4, 6)
-    whole = generate(model, prompts, 70, stop_ids=())
-    assert [len(row) for row in whole] == [70, 70]
+    full = generate(model, prompts, 70, stop_ids=())
+    assert [len(row) for row in full] == [70, 70]
     parts = list(stream(model, prompts, 70, stop_ids=(), every=8))
     assert [len(part[0]) for part in parts] == [8] * 8 + [6]
-    at_most = stream(model, prompts, 70, stop_ids=(), every=100)
-    assert [part[0] for part in at_most] == [whole[0][:64], whole[0][64:]]
-    assert [[t for part in parts for t in part[row]] for row in (0, 1)] == whole
-    assert generate(model, prompts, 1, stop_ids=()) == [row[:1] for row in whole]
+    large_parts = stream(model, prompts, 70, stop_ids=(), every=100)
+    assert [part[0] for part in large_parts] == [full[0][:64], full[0][64:]]
+    assert [[t for part in parts for t in part[row]] for row in (0, 1)] == full
+    assert generate(model, prompts, 1, stop_ids=()) == [row[:1] for row in full]
 
 
-def test_samples_follow_the_seed_and_not_the_neighbours() -> None:
+def test_samples_depend_on_the_seed_and_not_on_other_rows() -> None:
     model = golden("llama_gqa")
     prompts = prompts_of(model, 4, 6)
     draw = functools.partial(generate, model, sampling=Sampling(1.0), stop_ids=())
@@ -202,7 +203,7 @@ def test_samples_follow_the_seed_and_not_the_neighbours() -> None:
     assert both[0] != draw(prompts, 10, seed=2)[0]
     assert draw(prompts[:1], 10, seed=1) == both[:1]
     assert draw([prompts[0]] * 2, 10, seed=1)[0] != draw([prompts[0]] * 2, 10, seed=1)[1]
-    assert len(set(both[0])) > 5, "each step draws anew"
+    assert len(set(both[0])) > 5, "each step has its own key"
 
 
 @pytest.mark.parametrize(
@@ -215,15 +216,15 @@ def test_samples_follow_the_seed_and_not_the_neighbours() -> None:
         (Sampling(1.0, top_k=2), [0, 0.3, 0.5, 0]),
         (Sampling(1.0, top_p=0.75), [0, 0.3, 0.5, 0]),
         (Sampling(1.0, top_p=0.85), [0.15, 0.3, 0.5, 0]),
-        # Of the two likeliest the first has 0.625: top_p counts after top_k.
+        # top_p applies after top_k: the first of the two tokens then has 0.625.
         (Sampling(1.0, top_k=2, top_p=0.6), [0, 0, 1, 0]),
         (Sampling(1.0, top_k=9, top_p=1.0), [0.15, 0.3, 0.5, 0.05]),
     ],
 )
-def test_what_is_drawn(sampling: Sampling, expected: list[float]) -> None:
+def test_sampling_distribution(sampling: Sampling, expected: list[float]) -> None:
     draws = 8_000
     logits = jnp.broadcast_to(jnp.log(jnp.array([0.15, 0.3, 0.5, 0.05])) + 3, (draws, 4))
-    tokens = module._choose(logits, sampling, jax.random.key(0), jnp.int32(5))
+    tokens = module._sample(logits, sampling, jax.random.key(0), jnp.int32(5))
     share = np.bincount(np.asarray(tokens), minlength=4) / draws
     expected = np.array(expected) / np.sum(expected)
     assert (share[expected == 0] == 0).all()
@@ -235,10 +236,13 @@ def test_what_is_drawn(sampling: Sampling, expected: list[float]) -> None:
     [
         (lambda m: generate(m, [], 1), "no prompt"),
         (lambda m: generate(m, [[1], []], 1), "prompt 1 has no tokens"),
-        (lambda m: generate(m, [[1, 256]], 1), "prompt 0 has the id 256; the model's are 0 to 255"),
+        (lambda m: generate(m, [[1, 256]], 1), "prompt 0 has the id 256; accepted: 0 to 255"),
         (lambda m: generate(m, [[-1]], 1), "has the id -1"),
         (lambda m: generate(m, [[1]], 0), "0 new tokens"),
-        (lambda m: generate(m, [[1] * 100], 29), "100 tokens and 29 new .* 128 positions"),
+        (
+            lambda m: generate(m, [[1] * 100], 29),
+            "100 tokens and 29 new tokens exceed .* 128 positions",
+        ),
         (lambda m: generate(m, [[1]], 1, seed=-1), "seed -1"),
         (lambda _: Sampling(-1.0), "temperature -1"),
         (lambda _: Sampling(float("nan")), "temperature nan"),
@@ -268,7 +272,7 @@ def test_a_sparse_model_is_refused(masked: bool) -> None:
 
 
 @given(st.text(max_size=12), st.lists(st.integers(1, 4), max_size=40))
-def test_streamed_bytes_are_whole_characters(text: str, sizes: list[int]) -> None:
+def test_streamed_text_has_complete_characters(text: str, sizes: list[int]) -> None:
     tokenizer = load_tokenizer("bytes", None, 256)
     ids = list(text.encode())
     out, parts = TextStream(tokenizer.decode, list(b"before")), []
@@ -280,7 +284,7 @@ def test_streamed_bytes_are_whole_characters(text: str, sizes: list[int]) -> Non
     assert "".join(parts) + out.close() == text
 
 
-def test_text_comes_as_soon_as_it_is_certain() -> None:
+def test_text_is_returned_as_soon_as_it_is_final() -> None:
     out = TextStream(load_tokenizer("bytes", None, 256).decode)
     pushed = [out.push([byte]) for byte in "aé€".encode()]
     assert pushed == ["a", "", "é", "", "", "€"]
@@ -289,10 +293,10 @@ def test_text_comes_as_soon_as_it_is_certain() -> None:
     assert out.close() == ""
 
 
-def test_the_first_space_survives() -> None:
+def test_leading_space_is_kept() -> None:
     words = ["<s>", "▁Once", "▁upon", "▁a", "▁time"]
 
-    def decode(ids: Sequence[int]) -> str:  # as SentencePiece does: the leading space is dropped
+    def decode(ids: Sequence[int]) -> str:  # SentencePiece removes the leading space
         return "".join(words[i] for i in ids).replace("▁", " ").removeprefix(" ")
 
     out = TextStream(decode, [1, 2])
@@ -348,7 +352,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
     script.main()
 
 
-def test_script_streams_what_generate_says(
+def test_script_prints_the_tokens_of_generate(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ids = generate(golden("llama_gqa"), [list(b"Once")], 20)[0]
@@ -359,12 +363,12 @@ def test_script_streams_what_generate_says(
     )
     printed = capsys.readouterr()
     assert printed.out == load_tokenizer("bytes", None, 256).decode(ids) + "\n"
-    assert f"[prompt 4 tokens, {len(ids)} new ones; the first after" in printed.err
+    assert f"[prompt 4 tokens, {len(ids)} new tokens; the first after" in printed.err
     assert "tokens/s" in printed.err
 
 
-@pytest.mark.parametrize("end", ["=", "=5", "5Q"])  # a token, and texts
-def test_script_ends_where_the_turn_ends(
+@pytest.mark.parametrize("end", ["=", "=5", "5Q"])  # a token, and two texts
+def test_script_ends_at_the_end_of_turn(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, end: str
 ) -> None:
     ids = generate(golden("llama_gqa"), [list(b"Once")], 20)[0]
@@ -372,10 +376,10 @@ def test_script_ends_where_the_turn_ends(
         "{% for m in messages %}{{ m.content }}{{ 'END' if m.role == 'assistant' }}{% endfor %}"
     )
     chatty = tokenizer_with(tmp_path / "chatty", template.replace("END", end), "=")
-    asked = ("--model", GOLDEN / "llama_gqa", "--tokenizer", chatty, "--prompt", "Once")
+    arguments = ("--model", GOLDEN / "llama_gqa", "--tokenizer", chatty, "--prompt", "Once")
     text = load_tokenizer("bytes", None, 256).decode(ids)
     for chat, expected in (((), text), (("--chat",), text.partition(end)[0])):
-        command(monkeypatch, *asked, "--max-new-tokens", "20", *chat)
+        command(monkeypatch, *arguments, "--max-new-tokens", "20", *chat)
         assert capsys.readouterr().out == expected + "\n"
 
 
@@ -385,7 +389,7 @@ def test_script_ends_where_the_turn_ends(
         (["--prompt", ""], "--prompt is empty"),
         (["--prompt", "a\udcffb"], "--prompt is not UTF-8 at character 1"),
         (["--prompt", "x", "--chat"], "no chat template"),
-        (["--prompt", "x", "--system", "S"], "--system says nothing without --chat"),
+        (["--prompt", "x", "--system", "S"], "--system has no effect without --chat"),
         (["--prompt", "x", "--max-new-tokens", "many"], "--help lists what is accepted"),
         (["--prompt", "x", "--max-new", "3"], "unrecognized arguments"),
     ],
@@ -397,13 +401,15 @@ def test_script_refuses(
         command(monkeypatch, "--model", GOLDEN / "llama_gqa", "--tokenizer", "bytes", *arguments)
 
 
-def test_a_run_stands_for_its_newest_checkpoint(
+def test_a_run_is_opened_at_its_newest_checkpoint(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     config = Config(data=DataConfig(tokenizer="bytes"))
     trained = open_weights(GOLDEN / "llama_gqa"), config
-    monkeypatch.setattr(subject, "is_run", lambda path: path == tmp_path)
-    monkeypatch.setattr(subject, "open_run", lambda path: {tmp_path: trained}[path])
+    monkeypatch.setattr(eval_model, "is_run", lambda path: path == tmp_path)
+    monkeypatch.setattr(
+        eval_model, "open_run", lambda path, step: {(tmp_path, None): trained}[path, step]
+    )
     command(monkeypatch, "--model", tmp_path, "--prompt", "Once", "--max-new-tokens", 20)
     ids = generate(golden("llama_gqa"), [list(b"Once")], 20)[0]
     assert capsys.readouterr().out == load_tokenizer("bytes", None, 256).decode(ids) + "\n"

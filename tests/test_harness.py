@@ -1,9 +1,8 @@
-"""lm-evaluation-harness drives our models: a task of its own, without a network."""
+"""Adapter for lm-evaluation-harness: requests, and a local task without a network."""
 
 import functools
 import json
 import math
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,42 +13,34 @@ pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 
 from sat_jax.data.tokenizer import load_tokenizer
 from sat_jax.errors import UserError
-from sat_jax.evaluate.choices import choose, encode_choices
-from sat_jax.evaluate.complete import complete
-from sat_jax.evaluate.harness import Harness
+from sat_jax.evaluate.completions import complete
+from sat_jax.evaluate.harness import HarnessModel
 from sat_jax.evaluate.likelihood import Pair, encode_pairs, likelihoods
-from sat_jax.evaluate.prompts import Prompting
-from sat_jax.evaluate.questions import read_choices
-from sat_jax.interop import load_model
-from sat_jax.nn.decoder import Decoder
-from scripts import evaluate as script
+from sat_jax.evaluate.multiple_choice import encode_choices, evaluate_choices
+from sat_jax.evaluate.prompts import PromptFormat
+from sat_jax.evaluate.question_files import read_choices
+from tests.golden_model import golden, run_evaluate
 from tests.tolerances import assert_close
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # those of the harness are not ours to mend
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of the harness
 
-GOLDEN = Path(__file__).parent / "golden"
-BYTES = load_tokenizer("bytes")  # with the eos 256, which only stands in front
-
-
-@functools.cache
-def golden() -> Llama:
-    return load_model(GOLDEN / "llama_gqa")
+BYTES = load_tokenizer("bytes")  # its eos 256 replaces an empty context
 
 
 def requests(*arguments: tuple[Any, ...]) -> list[Any]:
-    return [SimpleNamespace(args=one) for one in arguments]
+    return [SimpleNamespace(args=args) for args in arguments]
 
 
 def test_likelihoods() -> None:
-    harness = Harness(golden(), load_tokenizer("bytes", None, 256), rows=2)
+    harness = HarnessModel(golden(), load_tokenizer("bytes", None, 256), rows=2)
     texts = [("Once upon", " a time"), ("x" * 200 + "once upon", "yz")]
     short, long = harness.loglikelihood(requests(*texts))
     pairs = encode_pairs(
         BYTES, [texts[0], (("x" * 200 + "once upon")[-127:], "yz")]
     )  # 128 positions
-    for found, expected in zip((short, long), likelihoods(golden(), pairs, 2), strict=True):
-        assert_close(found[0], expected.log_p, "float32", "forward")
-        assert found[1] == expected.greedy
+    for result, expected in zip((short, long), likelihoods(golden(), pairs, 2), strict=True):
+        assert_close(result[0], expected.log_p, "float32", "forward")
+        assert result[1] == expected.greedy
     with pytest.raises(UserError, match="a continuation of 129 tokens"):
         harness.loglikelihood(requests(("x", "y" * 129)))
 
@@ -59,61 +50,65 @@ def test_rolling_predicts_every_token_once() -> None:
     object.__setattr__(tokenizer, "eos_id", 0)
     ids = list(b"it is a truth " * 20)  # 280: windows of 128 and 128, and the last 24
     ends = [(0, 0, 128), (127, 128, 256), (151, 256, 280)]
-    (found,) = Harness(golden(), tokenizer).loglikelihood_rolling(requests((bytes(ids).decode(),)))
+    (log_p,) = HarnessModel(golden(), tokenizer).loglikelihood_rolling(
+        requests((bytes(ids).decode(),))
+    )
     pairs = [
         ([0, *ids[start:first]] if not start else ids[start:first], ids[first:last])
         for start, first, last in ends
     ]
-    expected = sum(one.log_p for one in likelihoods(golden(), [Pair(*pair) for pair in pairs], 1))
-    assert_close(found, expected, "float32", "forward")
+    expected = sum(
+        result.log_p for result in likelihoods(golden(), [Pair(*pair) for pair in pairs], 1)
+    )
+    assert_close(log_p, expected, "float32", "forward")
 
 
 def test_generate_until() -> None:
-    harness = Harness(golden(), load_tokenizer("bytes", None, 256), rows=2)
+    harness = HarnessModel(golden(), load_tokenizer("bytes", None, 256), rows=2)
     prompts = [list(b"Once"), list(b"x" * 60 + b"Once")]
-    whole, after = complete(golden(), BYTES, prompts, 64, 2)
-    stop = whole.text[5:7]
-    asked = [
+    full, after = complete(golden(), BYTES, prompts, 64, 2)
+    stop = full.text[5:7]
+    arguments = [
         ("Once", {"until": [], "max_gen_toks": 64}),
         ("Once", {"until": [stop], "max_gen_toks": 64, "do_sample": False}),
-        # The 64 tokens that the model still has positions for.
+        # Truncated to the 64 tokens for which the model has positions.
         ("x" * 300 + "Once", {"until": [], "max_gen_toks": 64, "temperature": 0.0}),
     ]
-    first, second, third = harness.generate_until(requests(*asked))
-    assert (first, third) == (whole.text, after.text)
+    first, second, third = harness.generate_until(requests(*arguments))
+    assert (first, third) == (full.text, after.text)
     assert second == first[: first.index(stop)]
-    with pytest.raises(UserError, match="generate with num_beams"):
+    with pytest.raises(UserError, match="generates with num_beams"):
         harness.generate_until(requests(("x", {"num_beams": 3})))
-    with pytest.raises(UserError, match="leave no room"):
+    with pytest.raises(UserError, match="leaves no positions for a"):
         harness.generate_until(requests(("x", {"max_gen_toks": 128})))
 
 
 def test_chat_templates() -> None:
     tokenizer = load_tokenizer("bytes", None, 256)
     object.__setattr__(tokenizer, "chat_template", "{{ messages[0].content }}!")
-    harness = Harness(golden(), tokenizer)
+    harness = HarnessModel(golden(), tokenizer)
     assert harness.apply_chat_template([{"role": "user", "content": "x"}]) == "x!"
-    asked = Harness(golden(), tokenizer, system="S")
-    assert asked.apply_chat_template([{"role": "user", "content": "x"}]) == "S!"
-    assert asked.apply_chat_template([{"role": "system", "content": "T"}]) == "T!"
+    with_system = HarnessModel(golden(), tokenizer, system="S")
+    assert with_system.apply_chat_template([{"role": "user", "content": "x"}]) == "S!"
+    assert with_system.apply_chat_template([{"role": "system", "content": "T"}]) == "T!"
     assert harness.chat_template(True) == tokenizer.chat_template
     assert harness.tokenizer_name.startswith("bytes-")
     with pytest.raises(UserError, match="begins the model's turn"):
         harness.apply_chat_template([], add_generation_prompt=False)
 
 
-def test_a_chat_ends_with_its_turn() -> None:
+def test_a_chat_answer_ends_at_the_end_of_turn() -> None:
     tokenizer = load_tokenizer("bytes", None, 256)
-    asked = requests(("Once", {"until": [], "max_gen_toks": 32}))
-    harness = Harness(golden(), tokenizer)
-    (whole,) = harness.generate_until(asked)
+    chat_requests = requests(("Once", {"until": [], "max_gen_toks": 32}))
+    harness = HarnessModel(golden(), tokenizer)
+    (full,) = harness.generate_until(chat_requests)
     template = (
         "{% for m in messages %}{{ m.content }}{{ 'END' if m.role == 'assistant' }}{% endfor %}"
     )
-    object.__setattr__(tokenizer, "chat_template", template.replace("END", whole[5:7]))
-    assert harness.generate_until(asked) == [whole]  # no chat
+    object.__setattr__(tokenizer, "chat_template", template.replace("END", full[5:7]))
+    assert harness.generate_until(chat_requests) == [full]  # no chat
     assert harness.apply_chat_template([{"role": "user", "content": "Once"}]) == "Once"
-    assert harness.generate_until(asked) == [whole[: whole.index(whole[5:7])]]
+    assert harness.generate_until(chat_requests) == [full[: full.index(full[5:7])]]
 
 
 TASK = """
@@ -146,27 +141,26 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
-    given = ("--model", GOLDEN / "llama_gqa", "--tokenizer", "bytes", *arguments)
-    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, given)])
-    script.main()
+    run_evaluate(monkeypatch, "--tokenizer", "bytes", *arguments)
 
 
-def test_a_task_gives_what_we_give(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_a_task_gives_our_own_results(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     command(
         monkeypatch,
         *("--lm-eval", "small", "--include-path", folder, "--json", folder / "out.json"),
     )
-    found = json.loads((folder / "out.json").read_text())["models"]
+    results = json.loads((folder / "out.json").read_text())["models"]
     questions = read_choices(str(folder / "q.jsonl"), None, None)
-    pairs = encode_choices(load_tokenizer("bytes", None, 256), Prompting(), questions)
-    ours = choose(golden(), questions, pairs, 4)
-    expected = {"acc": ours.accuracy, "acc_bytes": ours.per_byte}
-    assert {one["metric"] for one in found} >= set(expected)
-    for one in found:
-        if one["metric"] in expected:
-            assert one["task"] == "small"
-            assert one["value"] == expected[one["metric"]].value
-            assert math.isclose(one["stderr"], expected[one["metric"]].error)
+    pairs = encode_choices(load_tokenizer("bytes", None, 256), PromptFormat(), questions)
+    score = evaluate_choices(golden(), questions, pairs, 4)
+    expected = {"acc": score.accuracy, "acc_bytes": score.accuracy_per_byte}
+    assert {result["metric"] for result in results} >= set(expected)
+    for result in results:
+        if result["metric"] in expected:
+            mean = expected[result["metric"]]
+            assert result["task"] == "small"
+            assert result["value"] == mean.value
+            assert math.isclose(result["stderr"], mean.standard_error)
 
 
 @pytest.mark.parametrize(
@@ -188,16 +182,16 @@ def test_a_task_that_cannot_be_loaded(
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_not_there(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    # The harness's own tasks are thousands of files, which take seconds to index.
+def test_unknown_tasks_folders_and_options(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    # Indexing the thousands of task files of the harness takes seconds.
     from lm_eval.tasks import TaskManager
 
-    few = functools.partial(TaskManager, include_defaults=False)
-    monkeypatch.setattr("sat_jax.evaluate.harness.TaskManager", few)
+    without_defaults = functools.partial(TaskManager, include_defaults=False)
+    monkeypatch.setattr("sat_jax.evaluate.harness.TaskManager", without_defaults)
     for arguments, message in [
         (["other", "--include-path", str(folder)], "no task other in lm-evaluation-harness or in"),
-        (["small", "--include-path", "nowhere"], "nowhere: there is no such folder"),
-        (["small", "--prompt", "x"], "--prompt says nothing to --lm-eval"),
+        (["small", "--include-path", "nowhere"], "nowhere: no such folder"),
+        (["small", "--prompt", "x"], "--prompt has no effect with --lm-eval"),
     ]:
         with pytest.raises(UserError, match=message):
             command(monkeypatch, "--lm-eval", *arguments)

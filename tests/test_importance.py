@@ -12,7 +12,7 @@ from flax import nnx
 
 from sat_jax.models.attention import Rows
 from sat_jax.models.layers import rms_norm
-from sat_jax.models.llama import Compute
+from sat_jax.nn.decoder import Compute
 from sat_jax.models.llama import LlamaConfig
 from sat_jax.models.params import abstract, bind, numbered
 from sat_jax.nn.rope import rotary_tables

@@ -1,4 +1,4 @@
-"""Perplexity: every token is predicted once, in the context that the windows say."""
+"""Perplexity: every token is predicted once, with the context of its window."""
 
 import functools
 import json
@@ -23,9 +23,9 @@ from sat_jax.evaluate.perplexity import (
     text_data,
     windows,
 )
-from sat_jax.evaluate.recording import evaluation_row
+from sat_jax.evaluate.result_rows import evaluation_row
 from scripts import evaluate as script
-from scripts.evaluate_ways import Meter
+from scripts.evaluation_modes import Meter
 from tests.golden_model import GOLDEN, golden, logits_of, run_evaluate
 from tests.tolerances import assert_close
 
@@ -34,14 +34,14 @@ TEXTS = ["It is a truth universally acknowledged,", "that", "a single man in pos
 
 @functools.cache
 def log_probabilities(tokens: tuple[int, ...]) -> np.ndarray:
-    """log p of every token after the first, each from all before it, float64."""
+    """Return log p of every token after the first, given all tokens before it, in float64."""
     logits = logits_of(tokens, 64).astype(np.float64)
     logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     return logits[np.arange(len(tokens) - 1), tokens[1:]]
 
 
 def by_hand(document: Sequence[int], length: int, stride: int) -> float:
-    """The windows' negative log-likelihood, one window after the other, as the text defines it."""
+    """Return the negative log-likelihood, window by window, from the definition."""
     total, predicted, start = 0.0, 1, 0
     while predicted < len(document):
         window = tuple(document[start : start + length + 1])
@@ -65,19 +65,19 @@ def test_every_token_but_the_first_is_predicted_once(
     for batch in windows(documents, length, stride, rows):
         assert {array.shape for array in batch} == {(rows, length)}
         for segments, mask in zip(batch.segment_ids, batch.loss_mask, strict=True):
-            # No window is read for nothing.
+            # Every window predicts a token.
             assert set(segments[mask]) == set(segments[segments > 0])
         for row, column in zip(*batch.loss_mask.nonzero(), strict=True):
             target, position = batch.targets[row, column], batch.positions[row, column]
             assert batch.tokens[row, column] == target - 1
             predicted.append(int(target))
-            # As much context as there is, and length - stride + 1 inputs if there is more.
+            # All inputs of the document, or at least length - stride + 1 of them.
             assert position + 1 >= min(target % 100, length - stride + 1)
     assert sorted(predicted) == [token for document in documents for token in document[1:]]
 
 
 @pytest.mark.parametrize(("length", "stride"), [(16, 16), (16, 5), (8, 1), (64, 64)])
-def test_windows_score_what_they_say(length: int, stride: int) -> None:
+def test_windows_give_the_expected_score(length: int, stride: int) -> None:
     documents = [list(text.encode()) for text in TEXTS]
     score = perplexity(golden(), windows(documents, length, stride, 2))
     expected = sum(by_hand(document, length, stride) for document in documents)
@@ -92,7 +92,7 @@ def test_loss_of_the_reference() -> None:
     assert_close(score.nll / 64, reference["loss"], "float32", "forward")
 
 
-def test_the_same_call_gives_the_same_bits() -> None:
+def test_perplexity_is_deterministic() -> None:
     documents = [list(text.encode()) for text in TEXTS]
     first, second = (perplexity(golden(), windows(documents, 16, 5, 2)) for _ in range(2))
     assert first == second
@@ -130,9 +130,9 @@ def test_rows_are_no_longer_than_the_longest_document_needs() -> None:
         (4, 4, 0, "rows 0"),
     ],
 )
-def test_windows_that_make_no_sense(length: int, stride: int, rows: int, message: str) -> None:
+def test_invalid_windows(length: int, stride: int, rows: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        windows([[1, 2]], length, stride, rows)  # at once, not with the first batch
+        windows([[1, 2]], length, stride, rows)  # raised by the call, not by the first batch
 
 
 def test_nothing_to_predict() -> None:
@@ -147,7 +147,7 @@ def test_nothing_to_predict() -> None:
         *((4, ["aé", "b"]), (3, ["aé"]), (2, ["a"])),
     ],
 )
-def test_text_is_cut_at_a_character(
+def test_text_is_truncated_at_a_character(
     tmp_path: Path, max_bytes: int | None, expected: list[str]
 ) -> None:
     lines = [json.dumps({"story": text}) for text in ("aé", "", "b€")]
@@ -155,7 +155,7 @@ def test_text_is_cut_at_a_character(
     assert read_text(str(tmp_path / "x.jsonl"), "story", max_bytes) == expected
 
 
-def test_prepared_data_is_what_training_reads(tmp_path: Path) -> None:
+def test_prepared_data(tmp_path: Path) -> None:
     for name, text in enumerate(["held " * 3, "some text to train on " * 2, "another one of them"]):
         (tmp_path / f"{name}.txt").write_text(text)
     tokenizer = load_tokenizer("bytes", None, 256)
@@ -166,13 +166,13 @@ def test_prepared_data_is_what_training_reads(tmp_path: Path) -> None:
         held_out=0.3,
         root=tmp_path / "out",
     )
-    seen, config = 0, golden().config
+    total_bytes, config = 0, golden().config
     for split, info in prepared.info.splits.items():
         data = prepared_data(prepared.path, split, config, 2)
         score = perplexity(golden(), data.batches)
         assert score.tokens == data.tokens == info.targets
         assert data.text_bytes == info.text_bytes
-        seen += data.text_bytes
+        total_bytes += data.text_bytes
         if info.documents == 1:
             (document,) = [
                 text.encode()
@@ -185,12 +185,12 @@ def test_prepared_data_is_what_training_reads(tmp_path: Path) -> None:
                 "float32",
                 "forward",
             )
-    assert seen == sum(file.stat().st_size for file in tmp_path.glob("*.txt"))
+    assert total_bytes == sum(file.stat().st_size for file in tmp_path.glob("*.txt"))
     with pytest.raises(UserError, match="tokenizer of 256 ids, but the model has 255"):
         prepared_data(prepared.path, "train", replace(config, vocab_size=255), 2)
     with pytest.raises(UserError, match="the row length 16 exceeds the model's 15 positions"):
         prepared_data(prepared.path, "train", replace(config, max_positions=15), 2)
-    # The folder that was asked for holds the one that was made.
+    # A folder that contains one folder of prepared data is accepted too.
     assert prepared_data(tmp_path / "out", "train", config, 2).text_bytes > 0
     other = tmp_path / "out" / "other"
     other.mkdir()
@@ -230,15 +230,16 @@ def test_script_prints_a_table_and_writes_json(
     assert lines[0].split()[1:4] == [str(len(document) - 1), str(len(document)), f"{nll:,.4f}"]
 
 
-def test_what_is_no_number_is_null(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_nonfinite_figures_are_null(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     figures = {"nll": math.nan, "perplexity": math.inf, "tokens": 3}
-    monkeypatch.setattr("scripts.evaluate_ways._perplexity", lambda *_: [figures])
+    monkeypatch.setattr("scripts.evaluation_modes._perplexity", lambda *_: [figures])
     (tmp_path / "x.txt").write_text(TEXTS[0])
-    given = ("--text", tmp_path / "x.txt", "--tokenizer", "bytes", "--length", "16")
-    run_evaluate(monkeypatch, *given, "--json", tmp_path / "out.json")
-    (found,) = json.loads((tmp_path / "out.json").read_text(), parse_constant=pytest.fail)["models"]
-    assert (found["nll"], found["perplexity"], found["tokens"]) == (None, None, 3)
-    assert found["nonfinite"] == {"nll": "nan", "perplexity": "inf"}
+    arguments = ("--text", tmp_path / "x.txt", "--tokenizer", "bytes", "--length", "16")
+    run_evaluate(monkeypatch, *arguments, "--json", tmp_path / "out.json")
+    content = json.loads((tmp_path / "out.json").read_text(), parse_constant=pytest.fail)
+    (record,) = content["models"]
+    assert (record["nll"], record["perplexity"], record["tokens"]) == (None, None, 3)
+    assert record["nonfinite"] == {"nll": "nan", "perplexity": "inf"}
 
 
 @pytest.mark.parametrize(
@@ -246,9 +247,9 @@ def test_what_is_no_number_is_null(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     [
         ([], "one of the arguments --text --prepared .* is required"),
         (["--text", "nowhere"], "nowhere: no such file or folder"),
-        (["--text", "x", "--split", "train"], "--split says nothing to --text"),
-        (["--prepared", "x", "--max-bytes", "3"], "--max-bytes says nothing to --prepared"),
-        (["--prepared", "nowhere"], "nowhere: there is no such folder"),
+        (["--text", "x", "--split", "train"], "--split has no effect with --text"),
+        (["--prepared", "x", "--max-bytes", "3"], "--max-bytes has no effect with --prepared"),
+        (["--prepared", "nowhere"], "nowhere: no such folder"),
         (["--text", "x", "--rows", "0"], "--rows 0"),
         (
             ["--text", __file__, "--tokenizer", "bytes", "--length", "129"],
@@ -264,24 +265,24 @@ def test_script_refuses(
     monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.setattr(
-        "scripts.evaluate_ways._perplexity", None
-    )  # all this is known before the work
+        "scripts.evaluation_modes._perplexity", None
+    )  # checked before the evaluation
     with pytest.raises(UserError, match=message):
         run_evaluate(monkeypatch, *arguments)
 
 
-def test_the_speed_leaves_out_the_first_batch() -> None:
+def test_speed_excludes_the_first_batch() -> None:
     meter = Meter(37)
     assert meter.speed() is None
-    meter.counted += [(100.0, 7), (101.0, 10), (102.0, 20)]
+    meter.batches += [(100.0, 7), (101.0, 10), (102.0, 20)]
     assert meter.speed() == 15
     assert script._cell(None) == "-"
 
 
-def test_rows_tell_apart_models_of_one_name_and_name_no_place() -> None:
-    one, other = (
+def test_result_rows_distinguish_models_without_paths() -> None:
+    first, second = (
         evaluation_row("text", f"/{home}/runs/x", ["/data/t.txt"], {}, {"loss": 1.0}, None)
         for home in ("a", "b")
     )
-    assert one["model"] != other["model"] and one["model"].startswith("x#")
-    assert one["data"] == ["t.txt"]
+    assert first["model"] != second["model"] and first["model"].startswith("x#")
+    assert first["data"] == ["t.txt"]

@@ -166,11 +166,11 @@ def test_the_harness_measures_the_same_through_transformers(
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from sat_jax.evaluate.harness import Harness
+    from sat_jax.evaluate.harness import HarnessModel
 
     save_model(model, tmp_path / "out")
     tokenizer.save(tmp_path / "out")
-    ours = Harness(model, tokenizer, rows=2)
+    ours = HarnessModel(model, tokenizer, rows=2)
     theirs = HFLM(str(tmp_path / "out"), device="cpu", dtype="float64", batch_size=2)
 
     def asked(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:

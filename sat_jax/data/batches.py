@@ -1,7 +1,7 @@
-"""Prepared rows to batches, each a pure function of the step: the data position is the step.
+"""Batches of prepared rows, each a pure function of the step: the data position is the step.
 
-Row i of the run is fixed by the seed and i alone, so that neither the number of processes nor where
-a run was interrupted changes what any step reads.
+Row i of a run depends only on the seed and i. Therefore neither the number of processes nor an
+interruption changes what a step reads.
 """
 
 from collections import deque
@@ -25,22 +25,22 @@ T = TypeVar("T")
 
 
 class Row(NamedTuple):
-    """A row as it is stored: the tokens of its pieces one after the other, lengths[p] + 1 each.
+    """A stored row: the concatenated tokens of its pieces, lengths[p] + 1 tokens each.
 
-    Of examples, `answers` has the runs of slots that bear loss: first and one past, in pairs. None:
-    all that are no padding.
+    `answers` has the spans of slots with a loss as pairs of first and last + 1; None: all slots
+    that are not padding.
     """
 
     tokens: Int[np.ndarray, " stored"]
     lengths: Int[np.ndarray, " pieces"]
-    answers: Int[np.ndarray, " twice_runs"] | None = None
+    answers: Int[np.ndarray, " twice_spans"] | None = None
 
 
-BLANK = Row(np.zeros(0, np.int32), np.zeros(0, np.int32))
+EMPTY_ROW = Row(np.zeros(0, np.int32), np.zeros(0, np.int32))
 
 
 class TokenRows:
-    """The rows of one split, in their stored (shuffled) order."""
+    """The rows of one split, in stored (shuffled) order."""
 
     def __init__(self, source: Any, row_length: int, path: Path):
         self._source, self.row_length, self._path = source, row_length, path
@@ -49,26 +49,29 @@ class TokenRows:
         return len(self._source)
 
     def batch(self, rows: Sequence[int]) -> Batch:
-        """The rows of these numbers; a number past the last one gives a row of padding."""
+        """Return the rows with these numbers; a number past the last row gives a padding row."""
         try:
-            # One by one: the bulk read starts a thread each time, and takes twice the CPU time.
-            found = [Row(**self._source[row]) if row < len(self) else BLANK for row in rows]
-        except Exception as error:  # array_record has no error class of its own
+            # The bulk read starts a thread per call and takes twice the CPU time of single reads.
+            stored = [Row(**self._source[row]) if row < len(self) else EMPTY_ROW for row in rows]
+        except Exception as error:  # array_record raises exceptions of many types
             raise _damaged(self._path, error) from error
-        return unpack(found, self.row_length)
+        return unpack(stored, self.row_length)
 
 
 def open_split(prepared: Prepared, split: str) -> TokenRows:
-    """The rows of `split`, "train" or "held_out". Raises `UserError` where they are damaged."""
+    """Return the rows of `split`, "train" or "held_out". Raises `UserError` if they are damaged."""
     if split not in prepared.info.splits:
         raise UserError(f"no split {split!r}; accepted: {', '.join(prepared.info.splits)}")
     try:
         source = tfds.builder_from_directory(prepared.path / ROWS).as_data_source(split)
         count = len(source)
-    except Exception as error:  # nor has TFDS
+    except Exception as error:  # TFDS raises exceptions of many types
         raise _damaged(prepared.path, error) from error
     if count != prepared.info.splits[split].rows:
-        raise _damaged(prepared.path, f"{count} {split} rows, not as many as info.json says")
+        raise _damaged(
+            prepared.path,
+            f"{count} {split} rows, but info.json says {prepared.info.splits[split].rows}",
+        )
     return TokenRows(source, prepared.info.row_length, prepared.path)
 
 
@@ -79,9 +82,9 @@ def _damaged(path: Path, why: object) -> UserError:
 def batches(
     rows: TokenRows, rows_per_step: int, seed: int, process_index: int = 0, process_count: int = 1
 ) -> Callable[[int], Batch]:
-    """A function from the step to this process's rows of it, without end.
+    """Return a function from the step to this process's rows of that step; steps have no end.
 
-    Every epoch takes every row once, shuffled anew. `process_index` has the consecutive rows
+    Every epoch reads every row once, in a new shuffled order. A process reads the consecutive rows
     `[process_index, process_index + 1) * rows_per_step / process_count` of each step.
     """
     local = _local_rows(rows_per_step, process_count)
@@ -101,9 +104,9 @@ def in_order(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Every row once (or the first `max_rows`), as stored: for evaluation.
+    """Yield every row once (or the first `max_rows`) in stored order, for evaluation.
 
-    All batches have the same shape; the last is filled up with rows of padding.
+    All batches have the same shape; the last one is completed with padding rows.
     """
     local = _local_rows(rows_per_step, process_count)
     total = len(rows) if max_rows is None else min(max_rows, len(rows))
@@ -116,53 +119,52 @@ def in_order(
 def _local_rows(rows_per_step: int, process_count: int) -> int:
     if rows_per_step % process_count:
         raise UserError(
-            f"{rows_per_step} rows a step cannot be shared by {process_count} processes equally"
+            f"{rows_per_step} rows per step are not divisible by {process_count} processes"
         )
     return rows_per_step // process_count
 
 
 def unpack(rows: Sequence[Row], row_length: int) -> Batch:
-    """The arrays `[len(rows), row_length]` that stored rows stand for."""
+    """Return the arrays `[len(rows), row_length]` of stored rows."""
     tokens = np.concatenate([row.tokens for row in rows])
     lengths = np.concatenate([row.lengths for row in rows]).astype(np.int64)
     pieces = np.array([len(row.lengths) for row in rows])
-    first = np.cumsum(pieces) - pieces  # piece of each row
-    row = np.repeat(np.arange(len(rows)), pieces)
+    first = np.cumsum(pieces) - pieces  # number of the first piece of each row
+    row = np.repeat(np.arange(len(rows)), pieces)  # of each piece
     ends = np.concatenate([[0], np.cumsum(lengths)])  # of the pieces, in pairs
-    # Where each piece begins among the slots of all rows and among the stored tokens, which have
-    # one more for each piece before it.
-    slot = ends[:-1] - ends[first][row] + row * row_length
-    source = ends[:-1] + np.arange(len(lengths))
+    # First slot and first token of each piece. A piece has one more token than it has slots.
+    first_slot = ends[:-1] - ends[first][row] + row * row_length
+    first_token = ends[:-1] + np.arange(len(lengths))
 
     positions = np.arange(ends[-1]) - np.repeat(ends[:-1], lengths)
-    slots = np.repeat(slot, lengths) + positions
-    taken = np.repeat(source, lengths) + positions
-    numbers = np.repeat(np.arange(len(lengths)) - first[row] + 1, lengths)
+    slots = np.repeat(first_slot, lengths) + positions
+    inputs = np.repeat(first_token, lengths) + positions
+    segments = np.repeat(np.arange(len(lengths)) - first[row] + 1, lengths)
 
-    def spread(values: Any, dtype: type) -> Any:
+    def scatter(values: Any, dtype: type) -> Any:
         array: Any = np.zeros(len(rows) * row_length, dtype)
         array[slots] = values
         return array.reshape(len(rows), row_length)
 
-    loss_mask = spread(True, np.bool_)
-    for number, stored in enumerate(rows):
+    loss_mask = scatter(True, np.bool_)
+    for index, stored in enumerate(rows):
         if stored.answers is not None:
-            loss_mask[number] = False
-            for run in stored.answers.reshape(-1, 2):
-                loss_mask[number, slice(*run)] = True
+            loss_mask[index] = False
+            for first_answer, end in stored.answers.reshape(-1, 2):
+                loss_mask[index, first_answer:end] = True
     return Batch(
-        tokens=spread(tokens[taken], np.int32),
-        targets=spread(tokens[taken + 1], np.int32),
-        segment_ids=spread(numbers, np.int32),
-        positions=spread(positions, np.int32),
+        tokens=scatter(tokens[inputs], np.int32),
+        targets=scatter(tokens[inputs + 1], np.int32),
+        segment_ids=scatter(segments, np.int32),
+        positions=scatter(positions, np.int32),
         loss_mask=loss_mask,
     )
 
 
 class Prefetcher(Generic[T]):
-    """`get(step)` for each of `steps`, in order, made up to `depth` ahead in one thread.
+    """Iterator over `get(step)` for `steps`, computed up to `depth` steps ahead in one thread.
 
-    A context manager; an error in `get` is raised where its step is asked for.
+    A context manager. An error in `get` is raised when its step is requested.
     """
 
     def __init__(self, get: Callable[[int], T], steps: Iterable[int], depth: int = 2):
@@ -182,12 +184,12 @@ class Prefetcher(Generic[T]):
     def __next__(self) -> T:
         if not self._ahead:
             raise StopIteration
-        made = self._ahead.popleft()
+        future = self._ahead.popleft()
         self._start_next()
-        return made.result()
+        return future.result()
 
     def close(self) -> None:
-        """Waits for the step in the making and drops what is ahead."""
+        """Wait for the step that is being computed and cancel the steps after it."""
         self._thread.shutdown(cancel_futures=True)
 
     def __enter__(self) -> "Prefetcher[T]":

@@ -1,4 +1,4 @@
-"""Conversations as text: a model's Jinja template, rendered, and where in it the answers stand."""
+"""Rendering of conversations with a model's Jinja chat template, and the spans of the answers."""
 
 import datetime
 import functools
@@ -17,111 +17,123 @@ from sat_jax.errors import UserError
 
 Messages = Sequence[Mapping[str, str]]
 
-# Around what `{% generation %}` renders. Unicode will never make characters of these.
+# Marks around what `{% generation %}` renders: code points that Unicode reserves as noncharacters.
 _BEGIN, _END = "\ufdd0", "\ufdd1"
-# The day of every template that writes the date: what is prepared must not depend on when.
-_DAY = datetime.datetime(2024, 7, 26)
-# What the code in a template may raise, besides jinja2's own.
-_RAISED = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
-# An answer that no template writes itself.
-_ANSWER = "4x7z9"
+# The date seen by templates in data preparation, so that prepared data do not depend on the day.
+_FIXED_DATE = datetime.datetime(2024, 7, 26)
+# Exceptions that the code in a template may raise, besides those of jinja2.
+_TEMPLATE_ERRORS = (
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)
+# An answer that no template contains as its own text.
+_PLACEHOLDER = "4x7z9"
 
 
 class Rendered(NamedTuple):
-    """A conversation as text, and the runs of characters that are learnt, in order."""
+    """A conversation as text, and the character spans that have a loss, in order."""
 
     text: str
-    answers: list[tuple[int, int]]
+    answer_spans: list[tuple[int, int]]
 
 
 def render_chat(template: str, messages: Messages, special_tokens: Mapping[str, str]) -> str:
-    """The prompt that asks a chat model for its answer to `messages` (each `role` and `content`).
+    """Return the prompt that asks a chat model for its answer to `messages`.
 
-    `template` is a model's Jinja template and no friend of ours: it runs in a sandbox, with the
-    functions that transformers gives it. `special_tokens`: `bos_token` and `eos_token`. Raises
-    `UserError` where the template fails or refuses the messages.
+    Each message has `role` and `content`. `special_tokens` has `bos_token` and `eos_token`. The
+    template is untrusted: it runs in a sandbox, with the functions that transformers provides.
+    Raises `UserError` if the template fails or rejects the messages.
     """
-    return _plain(_render(template, messages, special_tokens, True, datetime.datetime.now()))
+    return _without_marks(
+        _render(template, messages, special_tokens, True, datetime.datetime.now())
+    )
 
 
-def text_behind_answer(template: str, special_tokens: Mapping[str, str]) -> str:
-    """What the template writes behind the last answer, without white space at its end: "" where
-    that is nothing, or where it refuses a question and an answer or leaves the answer out."""
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
+def text_after_answer(template: str, special_tokens: Mapping[str, str]) -> str:
+    """Return what the template writes after the last answer, without trailing white space.
+
+    Returns "" if the template writes nothing there, rejects a question with an answer, or omits the
+    answer.
+    """
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PLACEHOLDER}]
     try:
-        text = _plain(_render(template, messages, special_tokens, False, _DAY))
+        text = _without_marks(_render(template, messages, special_tokens, False, _FIXED_DATE))
     except UserError:
         return ""
-    _, found, behind = text.rpartition(_ANSWER)
-    return behind.rstrip() if found else ""
+    _, separator, after = text.rpartition(_PLACEHOLDER)
+    return after.rstrip() if separator else ""
 
 
-def render_answers(
+def render_with_answer_spans(
     template: str,
     messages: Messages,
     special_tokens: Mapping[str, str],
-    learnt: Sequence[int],
+    turns: Sequence[int],
 ) -> Rendered:
-    """A whole conversation, and what a model has to learn of it: the answers numbered in `learnt`,
-    each with what ends its turn, but neither what stands before it nor white space behind it.
+    """Render a conversation and locate the answers in `turns`, given by message index.
 
-    What the template marks with `{% generation %}` is taken, as by transformers. For other
-    templates it is what the answer adds to the prompt that asks for it. Raises `UserError` as
-    `render_chat` does, and where that cannot be told.
+    A span includes what ends the turn, but not what precedes the answer and no trailing white
+    space. If the template has `{% generation %}` blocks, the spans are those blocks, as in
+    transformers. Otherwise a span is what the answer adds to the prompt that asks for it. Raises
+    `UserError` as `render_chat` does, and if the spans cannot be determined.
     """
     if any(mark in message["content"] for message in messages for mark in (_BEGIN, _END)):
-        raise UserError("holds U+FDD0 or U+FDD1, which are no characters")
-    render = functools.partial(_render, template, special_tokens=special_tokens, now=_DAY)
+        raise UserError("contains U+FDD0 or U+FDD1, which are not characters")
+    render = functools.partial(_render, template, special_tokens=special_tokens, now=_FIXED_DATE)
     text = render(messages, prompt=False)
     if _BEGIN in text:
-        return _marked(text, messages, learnt)
-    return Rendered(text, [_answer(render, text, messages, number) for number in learnt])
+        return _spans_between_marks(text, messages, turns)
+    return Rendered(text, [_span_after_prompt(render, text, messages, turn) for turn in turns])
 
 
-def _plain(text: str) -> str:
+def _without_marks(text: str) -> str:
     return text.replace(_BEGIN, "").replace(_END, "")
 
 
-def _marked(text: str, messages: Messages, learnt: Sequence[int]) -> Rendered:
-    """What stands between the marks, and the text without them."""
-    plain, runs = "", []
+def _spans_between_marks(text: str, messages: Messages, turns: Sequence[int]) -> Rendered:
+    """Return the text without the marks, and the marked spans of `turns`."""
+    plain, spans = "", []
     for part in re.split(f"({_BEGIN}.*?{_END})", text, flags=re.DOTALL):
-        inside = part.strip(_BEGIN + _END)
-        if inside != part:
-            runs.append((len(plain), len(plain) + len(inside)))
-        plain += inside
-    answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
-    if len(runs) != len(answers):
+        content = part.strip(_BEGIN + _END)
+        if content != part:
+            spans.append((len(plain), len(plain) + len(content)))
+        plain += content
+    answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(spans) != len(answers):
         raise UserError(
-            f"the chat template marks {len(runs)} parts with {{% generation %}}, but there are"
+            f"the chat template marks {len(spans)} parts with {{% generation %}}, but there are"
             f" {len(answers)} answers"
         )
-    return Rendered(plain, [run for run, n in zip(runs, answers, strict=True) if n in learnt])
+    return Rendered(plain, [s for s, turn in zip(spans, answers, strict=True) if turn in turns])
 
 
-def _answer(
-    render: Callable[..., str], text: str, messages: Messages, number: int
+def _span_after_prompt(
+    render: Callable[..., str], text: str, messages: Messages, turn: int
 ) -> tuple[int, int]:
-    """Where message `number` and the end of its turn stand in `text`."""
-    before = render(messages[:number], prompt=True)
-    after = render(messages[: number + 1], prompt=False)
-    if not (text.startswith(after) and after.startswith(before)):
+    """Return the span of message `turn` and its end of turn in `text`."""
+    prompt = render(messages[:turn], prompt=True)
+    with_answer = render(messages[: turn + 1], prompt=False)
+    if not (text.startswith(with_answer) and with_answer.startswith(prompt)):
         raise UserError(
-            f"the chat template writes what comes before answer {number + 1} in another way once"
-            " more turns follow, so that no prefix tells the answers apart; accepted:"
+            f"the chat template renders the text before answer {turn + 1} differently when more"
+            " turns follow, so that the answers cannot be located by their prefixes; accepted:"
             " data.loss_on='last', a built-in data.chat_template, or one with {% generation %}"
         )
-    answer = after[len(before) :].rstrip()
-    starts_there = answer.lstrip().startswith(messages[number]["content"].strip())
-    if not starts_there and before == render(messages[:number], prompt=False):
+    answer = with_answer[len(prompt) :].rstrip()
+    starts_with_content = answer.lstrip().startswith(messages[turn]["content"].strip())
+    if not starts_with_content and prompt == render(messages[:turn], prompt=False):
         raise UserError(
             "the chat template has no generation prompt (add_generation_prompt), so that what it"
-            " writes in front of an answer cannot be told from the answer; accepted: a built-in"
+            " writes before an answer cannot be separated from the answer; accepted: a built-in"
             " data.chat_template, or one with {% generation %}"
         )
     if not answer:
-        raise UserError(f"the chat template leaves out answer {number + 1}")
-    return len(before), len(before) + len(answer)
+        raise UserError(f"the chat template omits answer {turn + 1}")
+    return len(prompt), len(prompt) + len(answer)
 
 
 def _render(
@@ -142,22 +154,22 @@ def _render(
         )
     except jinja2.TemplateError as error:
         raise UserError(f"the model's chat template fails: {error}") from error
-    except _RAISED as error:
+    except _TEMPLATE_ERRORS as error:
         kind = type(error).__name__
         raise UserError(f"the model's chat template fails: {kind}: {error}") from error
 
 
 class _Generation(Extension):
-    """`{% generation %}`: transformers' tag for what the assistant says."""
+    """The tag `{% generation %}` of transformers, which encloses an answer of the assistant."""
 
     tags = {"generation"}  # noqa: RUF012  # as jinja2 declares it
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """Its body, between marks."""
+        """Return the body of the tag between marks."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        marks = (nodes.Output([nodes.TemplateData(mark)]) for mark in (_BEGIN, _END))
-        return nodes.Scope([next(marks), *body, next(marks)]).set_lineno(line)
+        begin, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in (_BEGIN, _END))
+        return nodes.Scope([begin, *body, end]).set_lineno(line)
 
 
 @functools.lru_cache
@@ -166,14 +178,14 @@ def _compiled(template: str) -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
     environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
+    environment.globals["raise_exception"] = _raise_exception
     return environment.from_string(template)
 
 
 def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    # Jinja's own escapes HTML.
+    # The filter of jinja2 escapes HTML; that of transformers does not.
     return json.dumps(value, ensure_ascii=False, indent=indent, **options)
 
 
-def _refuse(message: str) -> NoReturn:
+def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)

@@ -1,7 +1,8 @@
-"""Chat templates by name, for models that ship none: Jinja, as `chat.py` renders it.
+"""Built-in Jinja chat templates, for models that have none.
 
-All of them end an answer with a token of its own, so that a model learns to stop: chatml with
-`<|im_end|>`, the others with the tokenizer's eos. A bos stands where the tokenizer adds one.
+Each template ends an answer with a special token, so that a model learns to stop: chatml with
+`<|im_end|>`, the others with the tokenizer's eos. `bos_token` is empty if the tokenizer adds none.
+The text of a template is part of the fingerprint of prepared data.
 """
 
 TEMPLATES = {
@@ -11,7 +12,7 @@ TEMPLATES = {
         "{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     ),
-    # Llama 2 writes the system prompt into the first instruction, and a bos before each.
+    # Llama 2: the system prompt is part of the first instruction; each one starts with a bos.
     "llama2": (
         "{% if messages[0]['role'] == 'system' %}"
         "{% set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}"

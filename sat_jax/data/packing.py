@@ -1,11 +1,11 @@
-"""Documents into rows of one length.
+"""Packing of documents into rows of one length.
 
-A document of n + 1 tokens teaches n (input, target) pairs. One with more pairs than a row has slots
-is cut into row-sized pieces; a shorter one is never cut. Every piece is a segment of its own.
+A document of n + 1 tokens has n pairs of input and target. A document with more pairs than a row
+has slots is split into row-sized pieces; a shorter one is never split. Every piece is a segment.
 
-Grain's packers look at a window of rows and give up the whole window at the first piece that fits
-nowhere. The lengths of a whole corpus fit in memory, so that exact best-fit over all of them, the
-longest first, is both shorter and tighter.
+Grain's packers consider a window of rows, and close the whole window when a piece fits into none of
+its rows. The lengths of a whole corpus fit in memory, so that exact best-fit decreasing over all of
+them is possible. It is less code and leaves less padding.
 """
 
 from typing import NamedTuple
@@ -15,18 +15,16 @@ from jaxtyping import Int
 
 
 class Pieces(NamedTuple):
-    """Runs of pairs: piece p reads tokens starts[p] to starts[p] + lengths[p], the last one as a
-    target only.
-    """
+    """Runs of pairs: piece p has the tokens starts[p] to starts[p] + lengths[p], both included."""
 
     starts: Int[np.ndarray, " pieces"]
     lengths: Int[np.ndarray, " pieces"]  # in pairs, 1 to row_length
 
 
-def cut(
+def split_into_pieces(
     starts: Int[np.ndarray, " documents"], sizes: Int[np.ndarray, " documents"], row_length: int
 ) -> Pieces:
-    """The pieces of documents that begin at `starts` and have `sizes` tokens.
+    """Return the pieces of documents that begin at `starts` and have `sizes` tokens.
 
     A document of one token has no pair and no piece.
     """
@@ -39,28 +37,30 @@ def cut(
 
 
 def assign_rows(lengths: Int[np.ndarray, " pieces"], row_length: int) -> Int[np.ndarray, " pieces"]:
-    """The row of each piece, by best-fit decreasing; equal lengths in their order. Rows from 0.
+    """Return the row of each piece by best-fit decreasing; equal lengths keep their order.
 
-    Each piece goes where it leaves the least room, into a new row where it fits in none.
+    A piece is placed in the row where it leaves the fewest free slots, or in a new row if it fits
+    into none.
     """
     rows = np.empty(len(lengths), np.int64)
-    open_rows: list[list[int]] = [[] for _ in range(row_length + 1)]  # by the room they have left
-    rooms = 0  # bit r is set where open_rows[r] has a row: the tightest fit is one bit operation
+    rows_by_free: list[list[int]] = [[] for _ in range(row_length + 1)]
+    # Bit n is set if a row has n free slots, so that the best fit is one bit operation.
+    free_sizes = 0
     count = 0
     for piece in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[piece])
-        fitting = rooms >> length
+        fitting = free_sizes >> length
         if fitting:
-            room = (fitting & -fitting).bit_length() - 1 + length
-            row = open_rows[room].pop()
-            if not open_rows[room]:
-                rooms ^= 1 << room
+            free = (fitting & -fitting).bit_length() - 1 + length
+            row = rows_by_free[free].pop()
+            if not rows_by_free[free]:
+                free_sizes ^= 1 << free
         else:
-            room, row = row_length, count
+            free, row = row_length, count
             count += 1
         rows[piece] = row
-        left = room - length
-        if left:
-            open_rows[left].append(row)
-            rooms |= 1 << left
+        remaining = free - length
+        if remaining:
+            rows_by_free[remaining].append(row)
+            free_sizes |= 1 << remaining
     return rows

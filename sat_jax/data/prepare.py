@@ -1,7 +1,8 @@
-"""Text, tokenized and packed once: a TFDS dataset in array_record, named by what it was made from.
+"""Preparation of training data: text is tokenized and packed once, into a TFDS dataset.
 
-`<root>/<fingerprint>/` holds the rows (`packed_rows/`) and `info.json`. It is made beside its place
-under a lock, and renamed when it is whole: an interrupted preparation is never taken for one.
+`<root>/<fingerprint>/` contains the rows (`packed_rows/`, in array_record) and `info.json`. The
+folder is written under a temporary name, with a lock, and renamed when it is complete. Therefore an
+interrupted preparation is never used.
 """
 
 import contextlib
@@ -19,48 +20,48 @@ from typing import IO, Any
 import numpy as np
 
 from sat_jax.cache import cache_dir
-from sat_jax.data.conversations import Conversations
-from sat_jax.data.corpus import Reader, Texts, read_index, split_end, tokenize
-from sat_jax.data.form import DONE, Form
-from sat_jax.data.packed_rows import counted, learnt_targets, rows_of, write_tfds
-from sat_jax.data.packing import assign_rows, cut
-from sat_jax.data.progress import bar
+from sat_jax.data.conversations import ConversationReader
+from sat_jax.data.corpus import Reader, TextReader, read_index, split_at_end, tokenize
+from sat_jax.data.data_format import TOO_LONG_ACTIONS, DataFormat
+from sat_jax.data.packed_rows import stored_rows, targets_with_loss, with_progress, write_tfds
+from sat_jax.data.packing import assign_rows, split_into_pieces
+from sat_jax.data.progress import progress_bar
 from sat_jax.data.sources import Source, resolve_sources
 from sat_jax.data.splits import (
     HELD_OUT,
     TRAIN,
     Index,
-    budgets,
     check_held_out,
     choose_held_out,
     holds_out_end,
     sampling_order,
+    split_budget,
 )
-from sat_jax.data.taken import take, take_whole
+from sat_jax.data.token_budget import select_and_truncate, select_whole
 from sat_jax.data.tokenizer import Tokenizer
-from sat_jax.errors import UserError, why_no_folder
+from sat_jax.errors import UserError, folder_error
 
-FORMAT = 3  # of what is written; another one is another fingerprint
+FORMAT = 3  # version of the stored format, part of the fingerprint
 _INFO = "info.json"
 _UNFINISHED = ".unfinished"
 
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """What one split holds. Documents may be examples: conversations."""
+    """Sizes of one split; documents may be conversations. The field names are keys of info.json."""
 
     documents: int
-    text_bytes: int  # UTF-8 of those documents (of examples their answers): perplexity per byte
-    tokens: int  # bos and eos among them
-    targets: int  # tokens that bear loss: all but the first of each document; of examples answers
+    text_bytes: int  # UTF-8 bytes of the text with a loss, for the perplexity per byte
+    tokens: int  # including bos and eos
+    targets: int  # tokens with a loss: answers, or all but the first of each text document
     rows: int
-    long_documents: int  # longer than a row: cut into several; examples are dropped or cut short
-    useful_share: float  # of the rows' slots, that are not padding
+    long_documents: int  # longer than a row: texts are split, conversations dropped or truncated
+    useful_share: float  # share of the rows' slots that are not padding
 
 
 @dataclass(frozen=True)
 class PreparedInfo:
-    """What a preparation was made from, and what came out."""
+    """Input and result of a preparation. The field names are keys of info.json."""
 
     fingerprint: str
     tokenizer: str
@@ -68,11 +69,11 @@ class PreparedInfo:
     row_length: int
     held_out: float
     max_tokens: int | None
-    form: dict[str, Any]  # of the documents
+    form: dict[str, Any]  # the `DataFormat` of the documents
     sources: list[str]
     files: int
-    documents: int  # with something to learn, in all sources
-    left_out: dict[str, int]  # documents, by why
+    documents: int  # in all sources, without the skipped ones
+    left_out: dict[str, int]  # number of skipped documents, by reason
     splits: dict[str, SplitInfo]
 
 
@@ -91,30 +92,29 @@ def prepare(
     row_length: int,
     held_out: float,
     max_tokens: int | None = None,
-    form: Form = Form(),
+    data_format: DataFormat = DataFormat(),
     model_vocab_size: int | None = None,
     root: Path | None = None,
     log: Callable[[str], None] | None = None,
 ) -> Prepared:
-    """Tokenizes and packs `sources`, or finds that this has been done: then it changes nothing.
+    """Tokenize and pack `sources` into `root` (default: the cache), unless that is already done.
 
-    `sources` as in `resolve_sources`; `held_out` as in `choose_held_out`; `max_tokens` caps both
-    splits together and cuts the last document it takes, but leaves out an example that it would
-    have to cut; `form` says what the documents are. The result lies in `root` (default: the
-    cache). `log` gets a line of what was done; without it there are no progress bars either.
+    `sources` as in `resolve_sources`; `held_out` as in `choose_held_out`. `max_tokens` limits both
+    splits together: the last text that is selected is truncated, a conversation is never truncated
+    for it. `log` receives lines about the result; if it is None, no progress bars are shown either.
     Raises `UserError` for bad input and for a tokenizer with more ids than `model_vocab_size`.
     """
-    for name, value, least in (("row length", row_length, 2), ("max tokens", max_tokens, 4)):
-        if value is not None and value < least:
-            raise UserError(f"{name} {value}; accepted: a whole number from {least} on")
+    for name, value, minimum in (("row length", row_length, 2), ("max tokens", max_tokens, 4)):
+        if value is not None and value < minimum:
+            raise UserError(f"{name} {value}; accepted: a whole number, {minimum} or more")
     check_held_out(held_out)
     if model_vocab_size is not None:
         tokenizer.check_fits(model_vocab_size)
     files = resolve_sources(sources)
     reader: Reader = (
-        Texts(form.text_field, tokenizer)
-        if form.text
-        else Conversations(form, tokenizer, row_length)
+        TextReader(data_format.text_field, tokenizer)
+        if data_format.is_text
+        else ConversationReader(data_format, tokenizer, row_length)
     )
     root = root or cache_dir("data")
     settings = {
@@ -130,9 +130,9 @@ def prepare(
         fingerprint = _fingerprint(settings, files, root)
         path = root / fingerprint
         with _locked(root / f"{fingerprint}.lock", log):
-            done = "already prepared" if path.exists() else "prepared"
-            if done == "prepared":
-                with _replacing(path) as unfinished:
+            status = "already prepared" if path.exists() else "prepared"
+            if status == "prepared":
+                with _complete_folder(path) as unfinished:
                     splits, index = _write(
                         unfinished,
                         sources=files,
@@ -150,7 +150,7 @@ def prepare(
                         row_length=row_length,
                         held_out=held_out,
                         max_tokens=max_tokens,
-                        form=asdict(form),
+                        form=asdict(data_format),
                         sources=[sources] if isinstance(sources, str) else list(sources),
                         files=len(files),
                         documents=len(index.sizes),
@@ -159,37 +159,42 @@ def prepare(
                     )
                     (unfinished / _INFO).write_text(json.dumps(asdict(info), indent=2) + "\n")
     except OSError as error:
-        raise UserError(f"{error.filename or root}: {why_no_folder(error)}") from error
+        raise UserError(f"{error.filename or root}: {folder_error(error)}") from error
     prepared = load_prepared(path)
     if log is not None:
-        splits = prepared.info.splits
-        if prepared.info.documents == 1:
-            count = splits[HELD_OUT].tokens
-            log(f"data: one document; held out are {count:,} tokens of its last {held_out:.1%}")
-        if not form.text:
-            log(f"data: {describe_examples(prepared.info)}")
-        rows = ", ".join(f"{split.rows} {name} rows" for name, split in splits.items())
-        log(f"data: {done}, {rows} of {row_length} tokens in {path}")
+        _log_result(prepared, status, log)
     return prepared
 
 
-def describe_examples(info: PreparedInfo) -> str:
-    """What was made of the examples, in one line."""
-    done = DONE[info.form["too_long"]]
-    counts = {f"longer than a row ({done})": sum(s.long_documents for s in info.splits.values())}
-    why = ", ".join(f"{count} {why}" for why, count in (info.left_out | counts).items() if count)
+def _log_result(prepared: Prepared, status: str, log: Callable[[str], None]) -> None:
+    info = prepared.info
+    if info.documents == 1:
+        count = info.splits[HELD_OUT].tokens
+        log(f"data: one document; its last {info.held_out:.1%} ({count:,} tokens) are held out")
+    if info.form["format"] != "text":
+        log(f"data: {_describe_examples(info)}")
+    rows = ", ".join(f"{split.rows} {name} rows" for name, split in info.splits.items())
+    log(f"data: {status}, {rows} of {info.row_length} tokens in {prepared.path}")
+
+
+def _describe_examples(info: PreparedInfo) -> str:
+    """Return a line on the sizes of the splits and the examples that were skipped or truncated."""
+    long_documents = sum(split.long_documents for split in info.splits.values())
+    action = TOO_LONG_ACTIONS[info.form["too_long"]]
+    reasons = info.left_out | {f"longer than a row ({action})": long_documents}
+    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
     splits = [
         f"{split.documents:,} {name} examples, loss on {split.targets:,} of {split.tokens:,} tokens"
         f" in {split.useful_share:.0%} of the slots"
         for name, split in info.splits.items()
     ]
-    return "; ".join([*splits, f"not as they were: {why}" if why else "none left out"])
+    return "; ".join([*splits, f"skipped or truncated: {counts}" if counts else "none skipped"])
 
 
 def load_prepared(path: Path) -> Prepared:
-    """What `prepare` left in `path`, or in the only such folder in it (its `root`).
+    """Return the prepared data in `path`, or in the only such folder in it (if it is a `root`).
 
-    Raises `UserError` where that is something else.
+    Raises `UserError` if it is something else.
     """
     path = _prepared_folder(path)
     try:
@@ -201,38 +206,38 @@ def load_prepared(path: Path) -> Prepared:
         return Prepared(path, PreparedInfo(splits=splits, **content))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: no prepared data of this version; delete it to prepare it again: {error}"
+            f"{path}: not prepared data of this version; delete it to prepare it again: {error}"
         ) from error
 
 
 def _prepared_folder(path: Path) -> Path:
     if not path.is_dir():
-        raise UserError(f"{path}: there is no such folder of prepared data")
+        raise UserError(f"{path}: no such folder of prepared data")
     if (path / _INFO).is_file():
         return path
-    found = sorted(file.parent for file in path.glob(f"*/{_INFO}"))
-    found = [folder for folder in found if folder.suffix != _UNFINISHED]
-    if not found:
+    folders = sorted(file.parent for file in path.glob(f"*/{_INFO}"))
+    folders = [folder for folder in folders if folder.suffix != _UNFINISHED]
+    if not folders:
         raise UserError(f"{path}: no prepared data: it has no {_INFO}")
-    if len(found) > 1:
-        names = ", ".join(folder.name for folder in found)
-        raise UserError(f"{path}: holds more than one preparation; accepted: one of {names}")
-    return found[0]
+    if len(folders) > 1:
+        names = ", ".join(folder.name for folder in folders)
+        raise UserError(f"{path}: several folders of prepared data; accepted: one of {names}")
+    return folders[0]
 
 
 def _fingerprint(settings: dict[str, Any], sources: Sequence[Source], root: Path) -> str:
-    """The name of what `settings` make of the content of `sources`.
+    """Return the hash of `settings` and the content of `sources`.
 
-    Content is hashed once: the answer is kept for the same paths, sizes and modification times,
-    unless a file is so young that it could change once more within the clock's resolution.
+    Content is hashed once: the result is cached by paths, sizes and modification times, unless a
+    file is so recent that it could change again within the resolution of its modification time.
     """
     stats = {file: file.stat() for source in sources for file in source.files()}
-    stamps = [[str(file.resolve()), at.st_size, at.st_mtime_ns] for file, at in stats.items()]
+    stamps = [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()]
     kinds = [[source.kind, source.split] for source in sources]
     known = root / "known" / _digest([settings, kinds, stamps])
     if known.is_file():
         return known.read_text()
-    settled = max(at.st_mtime for at in stats.values()) < time.time() - 2
+    settled = max(stat.st_mtime for stat in stats.values()) < time.time() - 2
     fingerprint = _digest([settings, [source.content_hash() for source in sources]])
     if settled:
         known.parent.mkdir(exist_ok=True)
@@ -248,17 +253,17 @@ def _digest(content: Any) -> str:
 
 @contextlib.contextmanager
 def _locked(file: Path, log: Callable[[str], None] | None) -> Iterator[None]:
-    """Holds `file` during the block, and removes it: nothing is left of what was refused."""
+    """Hold a lock on `file` during the block, then remove it."""
     while True:
         with file.open("w") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if log is not None:
-                    log("data: another process is preparing the same; waiting for it")
+                    log("data: another process is preparing the same data; waiting for it")
                 fcntl.flock(stream, fcntl.LOCK_EX)
-            # What was waited for has been removed by its holder, and the next process makes anew.
-            if _is_at(stream, file):
+            # The previous holder removed its file; the lock counts only on the present one.
+            if _is_open_at(stream, file):
                 try:
                     yield
                 finally:
@@ -266,7 +271,7 @@ def _locked(file: Path, log: Callable[[str], None] | None) -> Iterator[None]:
                 return
 
 
-def _is_at(stream: IO[str], file: Path) -> bool:
+def _is_open_at(stream: IO[str], file: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(stream.fileno()), file.stat())
     except FileNotFoundError:
@@ -274,8 +279,8 @@ def _is_at(stream: IO[str], file: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A fresh folder that becomes `path` if the block succeeds, and is removed otherwise."""
+def _complete_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder, renamed to `path` if the block succeeds and removed otherwise."""
     unfinished = path.with_name(path.name + _UNFINISHED)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
@@ -297,48 +302,51 @@ def _write(
     max_tokens: int | None,
     progress: bool,
 ) -> tuple[dict[str, SplitInfo], Index]:
-    """Writes the rows of both splits. Returns what they hold, and what is known of all sources."""
+    """Write the rows of both splits; return their sizes and the index of the sources."""
     index = read_index(sources, reader, progress)
-    chosen = choose_held_out(index, held_out)
-    orders = {TRAIN: sampling_order(index, ~chosen), HELD_OUT: sampling_order(index, chosen)}
-    end = holds_out_end(index, held_out)
-    share = held_out if end else float(chosen.mean())
-    limits = None if max_tokens is None else budgets(share, max_tokens)
+    is_held_out = choose_held_out(index, held_out)
+    orders = {
+        TRAIN: sampling_order(index, ~is_held_out),
+        HELD_OUT: sampling_order(index, is_held_out),
+    }
+    end_held_out = holds_out_end(index, held_out)
+    share = held_out if end_held_out else float(is_held_out.mean())
+    budgets = None if max_tokens is None else split_budget(share, max_tokens)
     file = folder / "tokens"
-    tokens = tokenize(sources, reader, index, orders, limits, file, progress)
-    if end:
-        tokens = split_end(tokens, share, tokenizer)
+    documents = tokenize(sources, reader, index, orders, budgets, file, progress)
+    if end_held_out:
+        documents = split_at_end(documents, share, tokenizer)
         orders = {TRAIN: np.array([0]), HELD_OUT: np.array([1])}
     splits, rows = {}, {}
     for split, order in orders.items():
-        limit = None if limits is None else limits[split]
-        if index.whole:
-            taken = take_whole(tokens, order, limit, row_length)
+        budget = None if budgets is None else budgets[split]
+        if index.keeps_whole:
+            selected = select_whole(documents, order, budget, row_length)
         else:
-            taken = take(tokens, order, limit, row_length, tokenizer)
-        pieces = cut(tokens.starts[taken.order], taken.sizes, row_length)
+            selected = select_and_truncate(documents, order, budget, row_length, tokenizer)
+        pieces = split_into_pieces(documents.starts[selected.order], selected.sizes, row_length)
         if not len(pieces.lengths):
             raise UserError(
                 f"no example of the {split} split fits data.row_length {row_length}"
                 f" and data.max_tokens {max_tokens}"
-                if index.whole
+                if index.keeps_whole
                 else f"no document of the {split} split has two tokens"
             )
         row_of_piece = assign_rows(pieces.lengths, row_length)
         slots, count = int(pieces.lengths.sum()), int(row_of_piece.max()) + 1
         splits[split] = SplitInfo(
-            documents=len(taken.order),
-            text_bytes=taken.text_bytes,
-            tokens=int(taken.sizes.sum()),
-            targets=int(learnt_targets(tokens, pieces).sum()),
+            documents=len(selected.order),
+            text_bytes=selected.text_bytes,
+            tokens=int(selected.sizes.sum()),
+            targets=int(targets_with_loss(documents, pieces).sum()),
             rows=count,
-            long_documents=taken.long_documents,
+            long_documents=selected.long_documents,
             useful_share=slots / (count * row_length),
         )
-        rows[split] = rows_of(tokens, pieces, row_of_piece)
+        rows[split] = stored_rows(documents, pieces, row_of_piece)
     total = sum(split.rows for split in splits.values())
-    with bar("writing", " rows", progress, total) as shown:
-        shown_rows = {split: counted(many, shown) for split, many in rows.items()}
-        write_tfds(folder, shown_rows, answers=tokens.answers is not None)
+    with progress_bar("writing", " rows", progress, total) as bar:
+        rows = {split: with_progress(split_rows, bar) for split, split_rows in rows.items()}
+        write_tfds(folder, rows, answers=documents.answer_spans is not None)
     file.unlink()
     return splits, index

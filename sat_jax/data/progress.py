@@ -1,16 +1,16 @@
-"""The progress bars of a preparation, on stderr."""
+"""Progress bars of data preparation, written to stderr."""
 
 from tqdm import tqdm
 
 
-def bar(what: str, unit: str, shown: bool, total: int | None = None) -> tqdm:
-    """A bar that what is over in half a second, bad input above all, never draws."""
+def progress_bar(description: str, unit: str, enabled: bool, total: int | None = None) -> tqdm:
+    """Return a bar that appears after half a second, so that quick work and errors show none."""
     return tqdm(
-        desc=what,
+        desc=description,
         unit=unit,
         unit_scale=True,
         total=total,
-        disable=not shown,
+        disable=not enabled,
         delay=0.5,
         leave=False,
     )

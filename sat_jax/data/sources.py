@@ -1,8 +1,8 @@
-"""From what the user names to a stream of documents.
+"""Sources of text, and the stream of documents they contain.
 
 A source is a file, a folder, a glob, an installed Python package or a prepared TFDS dataset.
-Everything is read as a stream, in a fixed order; whatever cannot be read is a `UserError` that
-names the file and the line or byte (counted after decompression).
+Everything is read as a stream, in a fixed order. Input that cannot be read raises a `UserError`
+that names the file and the line or byte (counted after decompression).
 """
 
 import glob
@@ -24,8 +24,8 @@ import zstandard
 
 from sat_jax.errors import UserError
 
-# What a folder is searched for, each also with .gz or .zst behind it. A file that is named, or
-# that a glob matches, may end in anything: it is text unless it ends in one of JSON_LINES or .json.
+# Suffixes that are read in a folder, each also followed by .gz or .zst. A file that is named or
+# matched by a glob may have any suffix: it is text unless its suffix is in JSON_LINES or is .json.
 TEXT = (
     *(".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".html", ".py", ".pyi", ".c", ".h"),
     *(".cc", ".cpp", ".hpp", ".cu", ".java", ".js", ".ts", ".go", ".rs", ".jl", ".lean", ".r"),
@@ -33,17 +33,19 @@ TEXT = (
 JSON_LINES = (".jsonl", ".ndjson")
 COMPRESSED = (".gz", ".zst")
 ACCEPTED = "a file, a folder, a glob, package:NAME[/path or glob], tfds:FOLDER[:split]"
-EMPTY = "empty"  # why a document of text is left out
+EMPTY = "empty"  # reason for skipping a text; a key of `left_out` in info.json
 CHUNK = 1 << 16  # bytes
-_A_LINE = "accepted: one JSON object a line, no array and no object over several lines"
+_LINE_FORMAT = (
+    "accepted: one JSON object per line, not an array and not an object over several lines"
+)
 
 
 class Document(NamedTuple):
-    """One text, never split over documents again, and where it stands."""
+    """A text and its location."""
 
-    text: str  # "" for one that is left out
+    text: str  # "" for a document that is skipped
     origin: str
-    why: str = ""  # it is left out: the caller counts that
+    skip_reason: str = ""  # the caller counts the skipped documents by reason
 
 
 @dataclass(frozen=True)
@@ -52,20 +54,20 @@ class Source:
 
     path: Path
     kind: Literal["text", "json_lines", "tfds"]
-    named: bool  # asked for by name: to be empty is then an error, otherwise it is only counted
+    named: bool  # given by its own name: an empty source is then an error
     split: str = ""  # of a TFDS dataset
 
     def __str__(self) -> str:
         return f"{self.path}:{self.split}" if self.split else str(self.path)
 
     def files(self) -> list[Path]:
-        """The files it is stored in, sorted."""
+        """Return the files that store it, sorted."""
         if self.kind != "tfds":
             return [self.path]
         return sorted(file for file in self.path.iterdir() if file.is_file())
 
     def content_hash(self) -> str:
-        """sha256 over kind and stored bytes; where the files lie has no part in it."""
+        """Return the sha256 of the kind and the stored bytes, independent of the path."""
         digest = hashlib.sha256(f"{self.kind} {self.split}".encode())
         for file in self.files():
             try:
@@ -77,36 +79,36 @@ class Source:
 
 
 def resolve_sources(sources: str | Sequence[str]) -> list[Source]:
-    """Every file that `sources` names: in their order, sorted within each, none twice.
+    """Return the files that `sources` names, in order, sorted within each, without duplicates.
 
     `sources` is a list, or one string with commas between its parts. A part is a file, a folder
-    (searched for text, hidden entries left out), a glob (`**` for any depth),
-    `package:NAME[/path or glob]`, or `tfds:FOLDER[:split]` (its `train` split if none is given).
+    (searched recursively for text, without hidden entries), a glob (`**` for any depth),
+    `package:NAME[/path or glob]`, or `tfds:FOLDER[:split]` (default split: `train`).
     """
     parts = sources.split(",") if isinstance(sources, str) else sources
-    found: dict[tuple[Path, str], Source] = {}
+    resolved: dict[tuple[Path, str], Source] = {}
     for part in filter(None, (part.strip() for part in parts)):
         for source in _resolve(part):
-            found.setdefault((source.path.resolve(), source.split), source)
-    if not found:
-        raise UserError(f"no sources; accepted: {ACCEPTED}, several with commas between")
-    return list(found.values())
+            resolved.setdefault((source.path.resolve(), source.split), source)
+    if not resolved:
+        raise UserError(f"no sources; accepted: {ACCEPTED}, several separated by commas")
+    return list(resolved.values())
 
 
 def package_path(spec: str) -> Path:
-    """The path that `package:NAME[/path]` means, found without importing the package."""
-    name, _, rest = spec.removeprefix("package:").partition("/")
-    # find_spec would import the parents of a dotted name, so that those are refused.
-    found = importlib.util.find_spec(name) if name.isidentifier() else None
-    if found is None:
+    """Return the path of `package:NAME[/path]` without importing the package."""
+    name, _, subpath = spec.removeprefix("package:").partition("/")
+    # find_spec would import the parents of a dotted name; dotted names are therefore refused.
+    module = importlib.util.find_spec(name) if name.isidentifier() else None
+    if module is None:
         raise UserError(f"{spec}: no package {name!r} is installed; accepted: package:NAME[/path]")
-    if not found.submodule_search_locations:
+    if not module.submodule_search_locations:
         raise UserError(f"{spec}: {name!r} is a single module, not a folder of files")
-    return Path(next(iter(found.submodule_search_locations))) / rest
+    return Path(next(iter(module.submodule_search_locations))) / subpath
 
 
 def read_documents(source: Source, text_field: str) -> Iterator[Document]:
-    """The documents of one source: a text file is one, a line of JSON one, a TFDS example one."""
+    """Yield the documents of a source: a text file, a line of JSON or a TFDS example is one."""
     match source.kind:
         case "text":
             documents = iter([Document(read_text_file(source.path), str(source.path))])
@@ -116,11 +118,11 @@ def read_documents(source: Source, text_field: str) -> Iterator[Document]:
             documents = _read_tfds(source, text_field)
     empty = True
     for text, origin, _ in documents:
-        # Nothing but white space is no text either.
+        # A document of white space is empty too.
         empty = empty and not text.strip()
         yield Document(text, origin) if text.strip() else Document("", origin, EMPTY)
     if empty and source.named:
-        raise UserError(f"{source}: holds no text")
+        raise UserError(f"{source}: contains no text")
 
 
 def _resolve(part: str) -> list[Source]:
@@ -128,8 +130,8 @@ def _resolve(part: str) -> list[Source]:
         return [_resolve_tfds(part.removeprefix("tfds:"))]
     pattern = os.path.expanduser(part)
     if part.startswith("package:"):
-        package, _, rest = part.partition("/")
-        pattern = os.path.join(glob.escape(str(package_path(package))), rest)
+        package, _, subpath = part.partition("/")
+        pattern = os.path.join(glob.escape(str(package_path(package))), subpath)
         path = package_path(part)
     else:
         path = Path(pattern)
@@ -137,15 +139,15 @@ def _resolve(part: str) -> list[Source]:
         return [_file(path, named=True)]
     if path.is_dir():
         files = sorted(_walk(path))
-        wanted = f"looked for text by its suffix ({' '.join((*TEXT, *JSON_LINES))})"
+        reason = f"no file has one of the suffixes {' '.join((*TEXT, *JSON_LINES))}"
     elif glob.has_magic(part):
-        files = sorted(file for file in map(Path, glob.glob(pattern, recursive=True)))
+        files = sorted(map(Path, glob.glob(pattern, recursive=True)))
         files = [file for file in files if file.is_file()]
-        wanted = "no file matches"
+        reason = "no file matches"
     else:
         raise UserError(f"{part}: no such file or folder; accepted: {ACCEPTED}")
     if not files:
-        raise UserError(f"{part}: no documents here; {wanted}")
+        raise UserError(f"{part}: no documents: {reason}")
     return [_file(file, named=False) for file in files]
 
 
@@ -185,15 +187,16 @@ def _unreadable(error: OSError) -> NoReturn:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[BinaryIO]:
-    """The decompressed bytes of `path`; what goes wrong in the block names the file and place."""
+    """Open `path` for decompressed reading; errors in the block become a `UserError` with place."""
     try:
         with _open(path) as stream:
             try:
                 yield stream
             except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-                form = path.suffix.lower().removeprefix(".")
+                compression = path.suffix.lower().removeprefix(".")
                 raise UserError(
-                    f"{path}: broken {form}, after byte {stream.tell()} of its content: {error}"
+                    f"{path}: invalid {compression} after byte {stream.tell()} of the content:"
+                    f" {error}"
                 ) from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -210,7 +213,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 class _Zstandard(io.RawIOBase):
-    """Decompressed zstd frames. The library's own reader takes a truncated one for the end."""
+    """Decompressed zstd frames; the reader of the library accepts a truncated frame as the end."""
 
     def __init__(self, path: Path):
         self._file = path.open("rb")
@@ -234,7 +237,7 @@ class _Zstandard(io.RawIOBase):
             chunk = self._input or self._file.read(CHUNK)
             if not chunk:
                 if self._frame is not None:
-                    raise EOFError("it ends within a frame")
+                    raise EOFError("the file ends within a frame")
                 return 0
             if self._frame is None:
                 self._frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
@@ -260,7 +263,7 @@ def _decode(data: bytes, origin: str | Path, start: int) -> str:
 
 
 def read_text_file(path: Path) -> str:
-    """All of a file, decompressed."""
+    """Return the decompressed text of a file."""
     with _reading(path) as stream:
         data = stream.read()
     return _decode(data, path, 0)
@@ -272,7 +275,7 @@ def _read_json_lines(path: Path, field: str) -> Iterator[Document]:
 
 
 def read_records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """The objects of a file of JSON lines, and where each stands; blank lines are left out."""
+    """Yield the objects of a JSON-lines file and their locations; blank lines are skipped."""
     start = 0
     with _reading(path) as stream:
         for number, data in enumerate(stream, 1):
@@ -284,19 +287,19 @@ def read_records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
             start += len(data)
 
 
-def json_kind(value: Any) -> str:
-    """What a value of JSON is, in words."""
-    names = {dict: "an object", list: "an array", str: "a string", bool: "a truth value"}
+def json_type(value: Any) -> str:
+    """Return the type of a JSON value in words."""
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
     return "null" if value is None else names.get(type(value), "a number")
 
 
-def check_text(text: str, field: str, origin: str) -> str:
-    """`text`, if it is Unicode: JSON can spell half a character. Raises `UserError` otherwise."""
+def _check_unicode(text: str, field: str, origin: str) -> str:
+    """Return `text`; raises `UserError` if it has a lone surrogate, which JSON can escape."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        at = f"character {error.start} of field {field!r}"
-        raise UserError(f"{origin}: half a surrogate pair at {at}") from error
+        location = f"character {error.start} of field {field!r}"
+        raise UserError(f"{origin}: lone surrogate at {location}") from error
     return text
 
 
@@ -305,28 +308,33 @@ def _record(line: str, origin: str) -> dict[str, Any]:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{origin}: not JSON at character {error.pos}: {error.msg}; {_A_LINE}"
+            f"{origin}: not JSON at character {error.pos}: {error.msg}; {_LINE_FORMAT}"
         ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{origin}: JSON that cannot be read: {error}") from error
     if not isinstance(record, dict):
-        raise UserError(f"{origin}: {json_kind(record)}, not an object; {_A_LINE}")
+        raise UserError(f"{origin}: {json_type(record)}, not an object; {_LINE_FORMAT}")
     return record
 
 
-def string_field(record: dict[str, Any], field: str, origin: str) -> str:
-    """The text in a field of a record. Raises `UserError` where there is none."""
+def get_field(record: dict[str, Any], field: str, origin: str) -> Any:
+    """Return the value of a field of a record. Raises `UserError` if the field is missing."""
     if field not in record:
-        has = ", ".join(list(record)[:10]) or "no fields"
-        raise UserError(f"{origin}: no field {field!r} (it has {has}); name the one with the text")
-    text = record[field]
+        names = ", ".join(list(record)[:10]) or "no fields"
+        raise UserError(f"{origin}: no field {field!r} (it has {names})")
+    return record[field]
+
+
+def string_field(record: dict[str, Any], field: str, origin: str) -> str:
+    """Return the text in a field of a record. Raises `UserError` if it is not there."""
+    text = get_field(record, field, origin)
     if not isinstance(text, str):
-        raise UserError(f"{origin}: field {field!r} is {json_kind(text)}, not a string")
-    return check_text(text, field, origin)
+        raise UserError(f"{origin}: field {field!r} is {json_type(text)}, not a string")
+    return _check_unicode(text, field, origin)
 
 
 def _read_tfds(source: Source, field: str) -> Iterator[Document]:
-    # TFDS and array_record have no error classes of their own.
+    # TFDS and array_record raise exceptions of many types.
     try:
         builder = tfds.builder_from_directory(str(source.path))
     except Exception as error:
@@ -335,13 +343,11 @@ def _read_tfds(source: Source, field: str) -> Iterator[Document]:
     if info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
         raise UserError(f"{source.path}: file format {info.file_format}; accepted: array_record")
     if source.split.partition("[")[0] not in info.splits:
-        has = ", ".join(sorted(info.splits))
-        raise UserError(f"{source.path}: no split {source.split!r} (it has {has})")
+        names = ", ".join(sorted(info.splits))
+        raise UserError(f"{source.path}: no split {source.split!r} (it has {names})")
     if field not in info.features:
-        has = ", ".join(sorted(info.features))
-        raise UserError(
-            f"{source.path}: no feature {field!r} (it has {has}); name the one with the text"
-        )
+        names = ", ".join(sorted(info.features))
+        raise UserError(f"{source.path}: no feature {field!r} (it has {names})")
     try:
         records = builder.as_data_source(source.split)
         size = len(records)

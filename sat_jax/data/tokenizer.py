@@ -1,6 +1,6 @@
-"""Text to token ids and back: `tokenizer.json`, the tokenizer inside a GGUF file, or bytes.
+"""Tokenizers: from a `tokenizer.json`, from a GGUF file, or the bytes of the text.
 
-All three end as one `tokenizers.Tokenizer`, so that there is one way to encode, decode and save.
+All three are converted to a `tokenizers.Tokenizer`, which encodes, decodes and saves.
 """
 
 import hashlib
@@ -17,97 +17,99 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from sat_jax.errors import UserError
 
-Offsets: TypeAlias = list[tuple[int, int]]  # of each token: its characters, first and one past
+Offsets: TypeAlias = list[tuple[int, int]]  # of each token: first character and last + 1
 
 ACCEPTED = "accepted: model, bytes, or the path of a tokenizer.json or its folder"
 
-# What a Hugging Face folder says about its tokenizer, besides tokenizer.json.
-_SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+# Files of a Hugging Face folder that describe its tokenizer, besides tokenizer.json.
+_OTHER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 class NoTokenizer(UserError):
-    """There is no tokenizer in this place, or none of a kind that is read here."""
+    """There is no tokenizer at this path, or its kind is not supported."""
 
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """A tokenizer with the special tokens that documents are framed with."""
+    """A tokenizer with the special tokens that it adds to documents."""
 
-    name: str  # what messages call it
+    name: str  # in messages
     backend: tokenizers.Tokenizer
     vocab_size: int  # the largest id, plus one
     bos_id: int | None
     eos_id: int | None
     adds_bos: bool  # documents and prompts begin with `bos_id`
     chat_template: str | None = None
-    folder: Path | None = field(default=None, repr=False)  # of the Hugging Face files, to copy
+    folder: Path | None = field(default=None, repr=False)  # with the Hugging Face files to copy
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text as a prompt: the bos first where the tokenizer adds one, no eos.
+        """Return the ids of each text as a prompt: with the bos if the tokenizer adds one, no eos.
 
-        Special tokens spelled out in a text are recognised, as transformers does.
+        Special tokens that are spelled out in a text are recognized, as in transformers.
         """
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         bos = [self.bos_id] if self.adds_bos and self.bos_id is not None else []
-        # A chat template has often written the bos already.
+        # The text of a chat template often contains the bos already.
         return [ids if ids[:1] == bos else bos + ids for ids in (code.ids for code in encodings)]
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text as a whole document: `encode_batch`, and the eos behind it."""
+        """Return the ids of each text as a document: `encode_batch`, followed by the eos."""
         eos = [] if self.eos_id is None else [self.eos_id]
         return [ids + eos for ids in self.encode_batch(texts)]
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], Offsets]]:
-        """Ids of each text as it stands, and the characters of each: nothing is put in front or
-        behind. For text that a chat template has written."""
-        encodings = self._untrimmed.encode_batch(list(texts), add_special_tokens=False)
+        """Return the ids of each text and their character offsets, without adding bos or eos.
+
+        For text that a chat template has rendered.
+        """
+        encodings = self._offset_backend.encode_batch(list(texts), add_special_tokens=False)
         return [(code.ids, code.offsets) for code in encodings]
 
     @cached_property
-    def _untrimmed(self) -> tokenizers.Tokenizer:
-        # Post-processors move no id here, but some take white space off the offsets.
+    def _offset_backend(self) -> tokenizers.Tokenizer:
+        # Some post-processors exclude white space from the offsets; the ids stay the same.
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
         backend.post_processor = processors.ByteLevel(trim_offsets=False)
         return backend
 
     @cached_property
     def special_tokens(self) -> dict[str, str]:
-        """`bos_token` and `eos_token`, spelled out, where there are such: for chat templates."""
-        named = {"bos_token": self.bos_id, "eos_token": self.eos_id}
-        spelled = {
-            name: self.backend.id_to_token(number)
-            for name, number in named.items()
-            if number is not None
+        """Return the texts of `bos_token` and `eos_token`, if they exist, for chat templates."""
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        tokens = {
+            name: self.backend.id_to_token(token_id)
+            for name, token_id in ids.items()
+            if token_id is not None
         }
-        return {name: token for name, token in spelled.items() if token is not None}
+        return {name: token for name, token in tokens.items() if token is not None}
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens spelled out; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of `ids` with special tokens; bytes that are not UTF-8 become U+FFFD."""
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of everything that decides which ids a document gets."""
-        frame = json.dumps([self.bos_id, self.eos_id, self.adds_bos])
-        return hashlib.sha256((frame + self.backend.to_str()).encode()).hexdigest()
+        """Return the sha256 of everything that determines the ids of a document."""
+        special_tokens = json.dumps([self.bos_id, self.eos_id, self.adds_bos])
+        return hashlib.sha256((special_tokens + self.backend.to_str()).encode()).hexdigest()
 
     def check_fits(self, model_vocab_size: int) -> None:
-        """Raises `UserError` where this tokenizer has ids that the model has no row for."""
+        """Raise `UserError` if this tokenizer has ids outside the vocabulary of the model."""
         if self.vocab_size > model_vocab_size:
             raise UserError(
                 f"tokenizer {self.name} has ids up to {self.vocab_size - 1}, but the model's"
-                f" vocabulary ends at {model_vocab_size - 1}: they do not belong together"
+                f" vocabulary ends at {model_vocab_size - 1}: they do not match"
             )
 
     def save(self, directory: Path) -> None:
-        """Writes the files that transformers reads; those it was loaded from, where there are."""
+        """Write the files that transformers reads; they are copied if they were loaded."""
         if self.folder is not None:
-            for name in ("tokenizer.json", *_SIDE_FILES):
+            for name in ("tokenizer.json", *_OTHER_FILES):
                 if (self.folder / name).is_file():
                     shutil.copyfile(self.folder / name, directory / name)
-            own = _chat_template(self.folder, _read_json(self.folder / "tokenizer_config.json"))
-            if self.chat_template is not None and self.chat_template != own:
-                file = directory / "chat_template.jinja"  # which goes before any other
+            source = _chat_template(self.folder, _read_json(self.folder / "tokenizer_config.json"))
+            if self.chat_template is not None and self.chat_template != source:
+                file = directory / "chat_template.jinja"  # takes precedence over the other files
                 file.write_text(self.chat_template, encoding="utf-8")
             return
         self.backend.save(str(directory / "tokenizer.json"))
@@ -128,22 +130,19 @@ class Tokenizer:
 def load_tokenizer(
     spec: str, model_path: str | Path | None = None, model_vocab_size: int | None = None
 ) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names.
+    """Return the tokenizer that `data.tokenizer` names.
 
-    `model` is the one of `model_path`, a Hugging Face directory or a GGUF file; `bytes` has the
-    ids 0 to 255 and, where the model has room, the eos 256; anything else is the path of a
-    tokenizer.json or of its folder.
-    Raises `NoTokenizer` where there is none, and any other `UserError` where it is damaged or does
-    not fit `model_vocab_size`.
+    `model` is the tokenizer of `model_path`, a Hugging Face directory or a GGUF file. `bytes` has
+    the ids 0 to 255 and, if the model's vocabulary is large enough, the eos 256. Anything else is
+    the path of a tokenizer.json or of its folder. Raises `NoTokenizer` if it does not exist, and
+    another `UserError` if it is damaged or does not fit `model_vocab_size`.
     """
     if spec == "bytes":
         tokenizer = _byte_tokenizer(with_eos=model_vocab_size is None or model_vocab_size > 256)
     elif spec != "model":
         tokenizer = _from_huggingface(Path(spec).expanduser())
     elif model_path is None:
-        raise NoTokenizer(
-            f"tokenizer 'model' is a pretrained model's, and none is named; {ACCEPTED}"
-        )
+        raise NoTokenizer(f"tokenizer 'model' needs the path of a pretrained model; {ACCEPTED}")
     elif Path(model_path).is_file():
         tokenizer = _from_gguf(Path(model_path))
     else:
@@ -153,7 +152,7 @@ def load_tokenizer(
     return tokenizer
 
 
-def _finish(
+def _make_tokenizer(
     name: str,
     backend: tokenizers.Tokenizer,
     bos_id: int | None,
@@ -162,7 +161,7 @@ def _finish(
     chat_template: str | None,
     folder: Path | None = None,
 ) -> Tokenizer:
-    # A tokenizer.json may carry the lengths of whoever saved it: they would cut documents short.
+    # A tokenizer.json may contain truncation and padding settings, which would change documents.
     backend.no_truncation()
     backend.no_padding()
     if adds_bos is None:
@@ -176,21 +175,21 @@ def _finish(
 
 
 def _byte_alphabet() -> list[str]:
-    """The printable character that stands for each byte in byte-level BPE (GPT-2's table)."""
+    """Return the printable character for each byte in byte-level BPE (the table of GPT-2)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+    substitutes = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(substitutes)) for byte in range(256)]
 
 
 def _byte_tokenizer(with_eos: bool) -> Tokenizer:
     vocabulary = {character: byte for byte, character in enumerate(_byte_alphabet())}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    # Splitting into words changes nothing without merges, and lets the library's cache work.
+    # Without merges, splitting into words does not change the ids; it enables the library's cache.
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
     if with_eos:
         backend.add_special_tokens([AddedToken("<|endoftext|>", normalized=False)])
-    return _finish("bytes", backend, None, 256 if with_eos else None, False, None)
+    return _make_tokenizer("bytes", backend, None, 256 if with_eos else None, False, None)
 
 
 # --- Hugging Face ----------------------------------------------------------------------------
@@ -199,19 +198,19 @@ def _byte_tokenizer(with_eos: bool) -> Tokenizer:
 def _from_huggingface(path: Path) -> Tokenizer:
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        raise NoTokenizer(f"tokenizer: there is no {file}; {ACCEPTED}")
+        raise NoTokenizer(f"tokenizer: {file} does not exist; {ACCEPTED}")
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare ones, without the path
+    except Exception as error:  # the library raises plain exceptions without the path
         raise UserError(f"{file}: not a tokenizer.json: {error}") from error
     settings = _read_json(file.parent / "special_tokens_map.json")
     settings |= _read_json(file.parent / "tokenizer_config.json")
     config = _read_json(file.parent / "config.json")
-    return _finish(
+    return _make_tokenizer(
         name=str(path),
         backend=backend,
-        bos_id=_special(backend, file, "bos", settings, config),
-        eos_id=_special(backend, file, "eos", settings, config),
+        bos_id=_special_id(backend, file, "bos", settings, config),
+        eos_id=_special_id(backend, file, "eos", settings, config),
         adds_bos=settings.get("add_bos_token"),
         chat_template=_chat_template(file.parent, settings),
         folder=file.parent,
@@ -230,29 +229,29 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _special(
+def _special_id(
     backend: tokenizers.Tokenizer,
     file: Path,
     which: str,
     settings: dict[str, Any],
     config: dict[str, Any],
 ) -> int | None:
-    """The id of the `which` token ("bos", "eos"): the tokenizer's word first, then the model's."""
+    """Return the id of "bos" or "eos" from the settings of the tokenizer, or of the model."""
     token = settings.get(f"{which}_token")
     if isinstance(token, dict):
         token = token.get("content")
     if token is None:
         ids = config.get(f"{which}_token_id")
-        number = next(iter(ids), None) if isinstance(ids, list) else ids
-        if number is not None and type(number) is not int:
+        token_id = next(iter(ids), None) if isinstance(ids, list) else ids
+        if token_id is not None and type(token_id) is not int:
             raise UserError(f"{file.parent}: {which}_token_id is {ids!r}; accepted: whole numbers")
-        return number
+        return token_id
     if not isinstance(token, str):
         raise UserError(f"{file.parent}: {which}_token is {token!r}; accepted: a string")
-    found = backend.token_to_id(token)
-    if found is None:
-        raise UserError(f"{file}: the {which}_token {token!r} of its folder is not in it")
-    return found
+    token_id = backend.token_to_id(token)
+    if token_id is None:
+        raise UserError(f"{file}: does not contain the {which}_token {token!r} of its folder")
+    return token_id
 
 
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
@@ -260,7 +259,7 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
     if file.is_file():
         return file.read_text(encoding="utf-8")
     template = settings.get("chat_template")
-    if isinstance(template, list):  # several, by name
+    if isinstance(template, list):  # several templates with names
         return {entry["name"]: entry["template"] for entry in template}.get("default")
     return template
 
@@ -269,36 +268,36 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Split:
-    """How a GGUF's `tokenizer.ggml.pre` cuts text before BPE; the names are llama.cpp's."""
+class _PreTokenization:
+    """The pre-tokenization that `tokenizer.ggml.pre` of a GGUF file names, as in llama.cpp."""
 
-    pattern: str | None  # None: GPT-2's, which is built into the library
+    pattern: str | None  # None: that of GPT-2, which is built into the library
     single_digits: bool = False
     nfc: bool = False
-    ignore_merges: bool = False  # a word that is in the vocabulary is taken whole
-    adds_bos: bool = False  # where the file does not say
+    ignore_merges: bool = False  # a word in the vocabulary is one token
+    adds_bos: bool = False  # if the file has no setting
 
 
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_GPT2 = _Split(None)
-_LLAMA3 = _Split(_WORDS % "{1,3}", ignore_merges=True, adds_bos=True)
-_SPLITS = {
+_GPT2 = _PreTokenization(None)
+_LLAMA3 = _PreTokenization(_WORDS % "{1,3}", ignore_merges=True, adds_bos=True)
+_PRE_TOKENIZATIONS = {
     "gpt-2": _GPT2,
     "gpt2": _GPT2,
-    "smollm": _Split(None, single_digits=True),
+    "smollm": _PreTokenization(None, single_digits=True),
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
-    "qwen2": _Split(_WORDS % "", nfc=True),
+    "qwen2": _PreTokenization(_WORDS % "", nfc=True),
 }
 _CONTROL, _USER_DEFINED = 3, 4  # GGUF token types
 
 
 def _from_gguf(path: Path) -> Tokenizer:
-    from sat_jax.interop.gguf import open_reader  # only where there is one: it needs the models
+    from sat_jax.interop.gguf import open_reader  # imported only for GGUF files
 
     reader = open_reader(path)
 
@@ -307,46 +306,50 @@ def _from_gguf(path: Path) -> Tokenizer:
         return default if entry is None else entry.contents()
 
     model, pre = metadata("ggml.model"), metadata("ggml.pre")
-    if model != "gpt2" or pre not in _SPLITS:
+    if model != "gpt2" or pre not in _PRE_TOKENIZATIONS:
         raise NoTokenizer(
             f"{path}: its tokenizer is {model!r} with pre-tokenizer {pre!r}; accepted: 'gpt2' with"
-            f" {', '.join(_SPLITS)}; or name the model's tokenizer.json"
+            f" {', '.join(_PRE_TOKENIZATIONS)}, or the path of the model's tokenizer.json"
         )
-    split: _Split = _SPLITS[pre]
+    pre_tokenization: _PreTokenization = _PRE_TOKENIZATIONS[pre]
     tokens, merges = metadata("ggml.tokens", []), metadata("ggml.merges", [])
     try:
         bpe = models.BPE(
             vocab={token: index for index, token in enumerate(tokens)},
             merges=[tuple(merge.split(" ", 1)) for merge in merges],
-            ignore_merges=split.ignore_merges,
+            ignore_merges=pre_tokenization.ignore_merges,
         )
     except Exception as error:
-        raise UserError(f"{path}: its tokenizer's merges do not fit its tokens: {error}") from error
+        raise UserError(
+            f"{path}: the merges of its tokenizer do not match its tokens: {error}"
+        ) from error
     backend = tokenizers.Tokenizer(bpe)
-    if split.nfc:
+    if pre_tokenization.nfc:
         backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = _pre_tokenizer(split)
+    backend.pre_tokenizer = _pre_tokenizer(pre_tokenization)
     backend.decoder = decoders.ByteLevel()
     for token, kind in zip(tokens, metadata("ggml.token_type", []), strict=False):
         if kind in (_CONTROL, _USER_DEFINED):
             special = kind == _CONTROL
             backend.add_tokens([AddedToken(token, normalized=False, special=special)])
     bos_id = metadata("ggml.bos_token_id")
-    adds_bos = bos_id is not None and metadata("ggml.add_bos_token", split.adds_bos)
+    adds_bos = bos_id is not None and metadata("ggml.add_bos_token", pre_tokenization.adds_bos)
     if adds_bos:
         bos = tokens[bos_id]
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, bos_id)]
         )
     eos_id = metadata("ggml.eos_token_id")
-    return _finish(str(path), backend, bos_id, eos_id, adds_bos, metadata("chat_template"))
+    return _make_tokenizer(str(path), backend, bos_id, eos_id, adds_bos, metadata("chat_template"))
 
 
-def _pre_tokenizer(split: _Split) -> pre_tokenizers.PreTokenizer:
+def _pre_tokenizer(settings: _PreTokenization) -> pre_tokenizers.PreTokenizer:
     steps: list[pre_tokenizers.PreTokenizer] = []
-    if split.single_digits:
+    if settings.single_digits:
         steps.append(pre_tokenizers.Digits(individual_digits=True))
-    if split.pattern is not None:
-        steps.append(pre_tokenizers.Split(Regex(split.pattern), behavior="isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.pattern is None))
+    if settings.pattern is not None:
+        steps.append(pre_tokenizers.Split(Regex(settings.pattern), behavior="isolated"))
+    steps.append(
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=settings.pattern is None)
+    )
     return pre_tokenizers.Sequence(steps)

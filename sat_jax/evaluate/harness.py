@@ -1,7 +1,7 @@
-"""lm-evaluation-harness (the extra `eval`) drives our models, in process: the `LM` it asks for.
+"""Adapter for lm-evaluation-harness (the extra `eval`): a model as its `LM`, in process.
 
 model = load_model(DIR)
-lm = Harness(model, load_tokenizer("model", DIR), rows=8)
+lm = HarnessModel(model, load_tokenizer("model", DIR), rows=8)
 lm_eval.simple_evaluate(lm, tasks=["arc_easy"])
 """
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from sat_jax.data.end_of_turn import Stop, end_of_turn
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
-from sat_jax.evaluate.complete import complete
+from sat_jax.evaluate.completions import complete
 from sat_jax.evaluate.generate import GREEDY, Sampling
 from sat_jax.evaluate.likelihood import Pair, encode_pairs, first_token, likelihoods
 from sat_jax.evaluate.prompts import chat_prompt
@@ -30,19 +30,19 @@ try:
 except ImportError as error:
     raise UserError(
         f"lm-evaluation-harness cannot be imported ({error}); install the extra: pip install"
-        " 'sat_jax[eval]', or -e '.[eval]' in a copy of the project"
+        " 'sat_jax[eval]', or pip install -e '.[eval]' in a clone of the project"
     ) from error
 
-MAX_NEW_TOKENS = 256  # where a task does not say, as in the harness's own models
+MAX_NEW_TOKENS = 256  # default of a task, as in the models of the harness
 
 
-class Harness(LM):
-    """A model and its tokenizer as the harness wants them, `rows` rows at once; `system` is the
-    system prompt of chats that have none.
+class HarnessModel(LM):
+    """A model with its tokenizer, evaluated in batches of `rows` rows.
 
-    Numbers are those of the harness's `hf` model up to rounding: texts are encoded and split as
-    there, and what is longer than the model's positions loses its beginning. One difference: where
-    a tokenizer begins every text with its bos, a rolling log-likelihood has it once, not twice.
+    `system` is the system prompt of chats that have none. Results are those of the `hf` model of
+    the harness up to rounding: texts are encoded and divided in the same way, and texts that exceed
+    the model's positions are truncated on the left. One difference: if the tokenizer adds a bos, a
+    rolling log-likelihood has one bos, not two.
     """
 
     def __init__(
@@ -51,175 +51,179 @@ class Harness(LM):
         super().__init__()
         self._model, self._tokenizer, self._rows = model, tokenizer, rows
         self._system = system
-        self._ends: list[Stop] = []  # of answers, once a chat has been asked for
+        self._turn_ends: list[Stop] = []  # set by `apply_chat_template`
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """(log p, whether greedy) of each request's (context, continuation)."""
+        """Return (log p, is greedy) for the (context, continuation) of each request."""
         pairs = encode_pairs(self._tokenizer, [request.args for request in requests])
-        found = self._likelihoods(pairs)
-        for request, one in zip(requests, found, strict=True):
-            self.cache_hook.add_partial("loglikelihood", request.args, one)
-        return found
+        results = self._likelihoods(pairs)
+        self._cache("loglikelihood", requests, results)
+        return results
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """log p of each request's whole text, in windows that do not overlap but for the last."""
+        """Return log p of the text of each request, in windows; only the last one may overlap."""
         first = first_token(self._tokenizer)
         pairs: list[Pair] = []
-        owners: list[int] = []
-        for number, request in enumerate(requests):
+        request_of_pair: list[int] = []
+        for index, request in enumerate(requests):
             (ids,) = self._tokenizer.encode_batch(request.args)
             if self._tokenizer.adds_bos:
                 ids = ids[1:]
             length = self._model.config.max_positions
             for window in get_rolling_token_windows(ids, first, length, 1):
                 pairs.append(Pair(*make_disjoint_window(window)))
-                owners.append(number)
+                request_of_pair.append(index)
         totals = [0.0] * len(requests)
-        for number, (log_p, _) in zip(owners, self._likelihoods(pairs), strict=True):
-            totals[number] += log_p
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        for index, (log_p, _) in zip(request_of_pair, self._likelihoods(pairs), strict=True):
+            totals[index] += log_p
+        self._cache("loglikelihood_rolling", requests, totals)
         return totals
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """What follows each request's context, up to the texts and lengths that its task names."""
+        """Return the completion of each context, with the stop texts and limits of its task."""
         texts = [""] * len(requests)
         groups: dict[str, list[int]] = {}
-        for number, request in enumerate(requests):
-            groups.setdefault(repr(request.args[1]), []).append(number)
-        for numbers in groups.values():
-            contexts = [requests[number].args[0] for number in numbers]
-            made = self._generate(contexts, requests[numbers[0]].args[1])
-            for number, text in zip(numbers, made, strict=True):
-                texts[number] = text
-                self.cache_hook.add_partial("generate_until", requests[number].args, text)
+        for index, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(index)
+        for indices in groups.values():
+            contexts = [requests[index].args[0] for index in indices]
+            completions = self._generate(contexts, requests[indices[0]].args[1])
+            for index, text in zip(indices, completions, strict=True):
+                texts[index] = text
+            self._cache("generate_until", [requests[index] for index in indices], completions)
         return texts
 
     @property
     def tokenizer_name(self) -> str:
-        """What tells the tokenizer and its chat template from others: the harness's caches ask."""
+        """The key of the tokenizer and its chat template in the caches of the harness."""
         return f"{Path(self._tokenizer.name).name}-{self._tokenizer.fingerprint[:16]}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The model's template; it has one, and none goes by a name."""
+        """Return the model's only template; templates with names are not supported."""
         if isinstance(chat_template, str):
             raise UserError(
-                f"chat template {chat_template!r}: accepted is the model's own, no name"
+                f"chat template {chat_template!r}: accepted: only the model's template, no name"
             )
         return self._tokenizer.chat_template if chat_template else None
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The prompt of a conversation, which ends where the model's turn begins."""
+        """Return the prompt of a conversation, which ends at the start of the model's turn."""
         if not add_generation_prompt:
-            raise UserError("a task that begins the model's turn itself cannot be asked as a chat")
-        self._ends = end_of_turn(self._tokenizer)
+            raise UserError(
+                "a task that begins the model's turn itself cannot be evaluated as a chat"
+            )
+        self._turn_ends = end_of_turn(self._tokenizer)
         return chat_prompt(self._tokenizer, chat_history, self._system)
 
+    def _cache(self, method: str, requests: Sequence[Any], results: Sequence[Any]) -> None:
+        for request, result in zip(requests, results, strict=True):
+            self.cache_hook.add_partial(method, request.args, result)
+
     def _likelihoods(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-        most = self._model.config.max_positions
-        pairs = [_fitted(pair, most) for pair in pairs]
+        limit = self._model.config.max_positions
+        pairs = [_truncated(pair, limit) for pair in pairs]
         total = sum(pair.length for pair in pairs)
         with tqdm(total=total, unit=" tokens", unit_scale=True, leave=False) as bar:
-            found = likelihoods(self._model, pairs, self._rows, bar.update)
-        return [(one.log_p, one.greedy) for one in found]
+            results = likelihoods(self._model, pairs, self._rows, bar.update)
+        return [(result.log_p, result.greedy) for result in results]
 
-    def _generate(self, contexts: Sequence[str], asked: dict[str, Any]) -> list[str]:
-        settings = dict(normalize_gen_kwargs(asked, MAX_NEW_TOKENS))
+    def _generate(self, contexts: Sequence[str], gen_kwargs: dict[str, Any]) -> list[str]:
+        settings = dict(normalize_gen_kwargs(gen_kwargs, MAX_NEW_TOKENS))
         stops = [stop for stop in settings.pop("until") if stop]
-        most = settings.pop("max_gen_toks")
+        max_new_tokens = settings.pop("max_gen_toks")
         sampling = _sampling(settings)
-        room = self._model.config.max_positions - most
-        if room < 1:
+        max_prompt = self._model.config.max_positions - max_new_tokens
+        if max_prompt < 1:
             raise UserError(
-                f"{most} new tokens, which the task asks for, leave no room for a prompt in the"
-                f" model's {self._model.config.max_positions} positions"
+                f"the task generates {max_new_tokens} tokens, which leaves no positions for a"
+                f" prompt; the model has {self._model.config.max_positions} positions"
             )
-        prompts = [ids[-room:] for ids in self._tokenizer.encode_batch(contexts)]
-        with tqdm(total=len(prompts) * most, unit=" tokens", leave=False) as bar:
-            made = complete(
+        prompts = [ids[-max_prompt:] for ids in self._tokenizer.encode_batch(contexts)]
+        with tqdm(total=len(prompts) * max_new_tokens, unit=" tokens", leave=False) as bar:
+            completions = complete(
                 self._model,
                 self._tokenizer,
                 prompts,
-                most,
+                max_new_tokens,
                 self._rows,
-                stops=[*stops, *self._ends],
+                stops=[*stops, *self._turn_ends],
                 sampling=sampling,
-                done=bar.update,
+                on_batch=bar.update,
             )
-        return [one.text for one in made]
+        return [completion.text for completion in completions]
 
 
-def _fitted(pair: Pair, most: int) -> Pair:
-    """The pair without as much of its beginning as the model has no positions for."""
-    surplus = pair.length - most
+def _truncated(pair: Pair, limit: int) -> Pair:
+    """Return the pair with its context truncated on the left to `limit` input tokens."""
+    surplus = pair.length - limit
     if surplus >= len(pair.context):
         raise UserError(
-            f"a continuation of {len(pair.continuation)} tokens; the model has {most} positions"
+            f"a continuation of {len(pair.continuation)} tokens; the model has {limit} positions"
         )
     return Pair(pair.context[max(surplus, 0) :], pair.continuation)
 
 
 def _sampling(settings: dict[str, Any]) -> Sampling:
-    """How a task wants tokens chosen. Raises `UserError` for a setting that is not known here."""
-    drawn = settings.pop("do_sample")
+    """Return the sampling of a task. Raises `UserError` for a setting that is not supported."""
+    do_sample = settings.pop("do_sample")
     temperature = settings.pop("temperature", 0.0)
     top_k, top_p = settings.pop("top_k", None), settings.pop("top_p", 1.0)
     if settings:
         raise UserError(
-            f"a task asks to generate with {', '.join(settings)}; accepted: until, max_gen_toks,"
+            f"a task generates with {', '.join(settings)}; accepted: until, max_gen_toks,"
             " do_sample, temperature, top_k, top_p"
         )
-    return Sampling(temperature or 1.0, top_k, top_p) if drawn else GREEDY
+    return Sampling(temperature or 1.0, top_k, top_p) if do_sample else GREEDY
 
 
 def find_tasks(tasks: Sequence[str], include_path: Path | None = None) -> TaskManager:
-    """Who knows `tasks`: the harness's own, or those of YAML files in `include_path`.
+    """Return a manager that knows `tasks`, of the harness or of YAML files in `include_path`.
 
-    Raises `UserError` for a task that is not known, and for one that cannot be loaded: its YAML is
-    wrong, or its data cannot be had. What is loaded here is loaded again to be run, from a cache.
+    Raises `UserError` for an unknown task, and for one that cannot be loaded because of its YAML or
+    its data. Running a task loads it again, from a cache.
     """
     if include_path is not None:
         if not include_path.is_dir():
-            raise UserError(f"{include_path}: there is no such folder")
-        # To index the harness's thousands of files takes seconds; a group may still need them.
-        alone = TaskManager(include_path=str(include_path), include_defaults=False)
-        if set(tasks) <= set(alone.all_tasks) - set(alone.all_groups):
-            _load(alone, tasks)
-            return alone
+            raise UserError(f"{include_path}: no such folder")
+        # Indexing the thousands of files of the harness takes seconds. Only groups may need them.
+        manager = TaskManager(include_path=str(include_path), include_defaults=False)
+        if set(tasks) <= set(manager.all_tasks) - set(manager.all_groups):
+            _load(manager, tasks)
+            return manager
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
-        where = "" if include_path is None else f" or in {include_path}"
-        raise UserError(f"no task {', '.join(unknown)} in lm-evaluation-harness{where}")
+        location = "" if include_path is None else f" or in {include_path}"
+        raise UserError(f"no task {', '.join(unknown)} in lm-evaluation-harness{location}")
     _load(manager, tasks)
     return manager
 
 
 def _load(manager: TaskManager, tasks: Sequence[str]) -> None:
-    load = getattr(manager, "load", None) or manager.load_task_or_group  # older ones
+    load = getattr(manager, "load", None) or manager.load_task_or_group  # older versions
     for task in tasks:
         try:
             load([task])
-        except Exception as error:  # the harness's, those of datasets and of a task's own code
+        except Exception as error:  # of the harness, of datasets, or of the code of a task
             cause = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
             raise UserError(f"task {task}: cannot be loaded: {cause}") from error
 
 
 def run_tasks(
-    lm: Harness,
+    lm: HarnessModel,
     manager: TaskManager,
     tasks: Sequence[str],
     shots: int | None = None,
     limit: int | None = None,
     chat: bool = False,
 ) -> list[dict[str, Any]]:
-    """The harness's figures: `task`, `metric` (with its filter), `value`, `stderr`.
+    """Return the results of the harness: `task`, `metric` (with its filter), `value`, `stderr`.
 
-    `shots` None: as many as each task says; `limit`: the first documents of each.
+    `shots` None: the default of each task. `limit`: only the first documents of each task.
     """
-    result = evaluator.simple_evaluate(
+    output = evaluator.simple_evaluate(
         lm,
         tasks=list(tasks),
         num_fewshot=shots,
@@ -229,19 +233,18 @@ def run_tasks(
         log_samples=False,
     )
     figures = []
-    for task, values in result["results"].items():
+    for task, values in output["results"].items():
         for name, value in values.items():
-            metric, comma, kind = name.partition(",")
+            metric, comma, filter_name = name.partition(",")
             if not comma or metric.endswith("_stderr"):
                 continue
-            error = values.get(f"{metric}_stderr,{kind}")
-            known = isinstance(error, float)
+            error = values.get(f"{metric}_stderr,{filter_name}")
             figures.append(
                 {
                     "task": task,
-                    "metric": metric if kind == "none" else f"{metric} ({kind})",
+                    "metric": metric if filter_name == "none" else f"{metric} ({filter_name})",
                     "value": value,
-                    "stderr": error if known else None,
+                    "stderr": error if isinstance(error, float) else None,
                 }
             )
     return figures

@@ -1,7 +1,7 @@
-"""How well a model predicts a text: perplexity, per token and per byte.
+"""Perplexity of a model on a text, per token and per byte.
 
-Perplexities per token compare models with one tokenizer; per byte, and as bits per byte, they
-compare any two.
+Perplexity per token compares models with the same tokenizer. Perplexity per byte and bits per byte
+compare all models.
 """
 
 import functools
@@ -20,31 +20,31 @@ from sat_jax.data.prepare import load_prepared
 from sat_jax.data.sources import read_documents, resolve_sources
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
-from sat_jax.evaluate.rows import pack, row_width
+from sat_jax.evaluate.packing import pack, row_width
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.loss import perplexity_of
 
 
 class Score(NamedTuple):
-    """The negative log-likelihood (natural logarithm) of `tokens` predicted tokens, summed."""
+    """The summed negative log-likelihood (natural logarithm) of `tokens` predicted tokens."""
 
     nll: float
     tokens: int
 
     def per(self, count: int) -> float:
-        """Perplexity per whatever there were `count` of: tokens, or bytes of UTF-8."""
+        """Return the perplexity per unit, if the text has `count` units (tokens or UTF-8 bytes)."""
         return perplexity_of(self.nll / count)
 
     def bits_per(self, count: int) -> float:
-        """The same as bits: what an ideal compressor would need."""
+        """Return the bits per unit, as an ideal compressor would need."""
         return self.nll / count / math.log(2)
 
 
 def perplexity(model: Decoder, batches: Iterable[Batch]) -> Score:
-    """The score of every token that the batches' `loss_mask` lets in. The same call, the same bits.
+    """Return the score of all tokens in the `loss_mask` of the batches; deterministic.
 
-    Compiles once for each shape of batch. Raises `UserError` if there is no token to predict.
+    Compiles once for each batch shape. Raises `UserError` if there is no token to predict.
     """
     graph, params = nnx.split(model)
     nll, tokens = 0.0, 0
@@ -52,7 +52,7 @@ def perplexity(model: Decoder, batches: Iterable[Batch]) -> Score:
         nll += float(_nll(graph, params, batch))
         tokens += int(batch.loss_mask.sum())
     if not tokens:
-        raise UserError("no token to predict: every document has less than two")
+        raise UserError("no token to predict: every document has fewer than two tokens")
     return Score(nll, tokens)
 
 
@@ -63,12 +63,11 @@ def _nll(graph: nnx.GraphDef[Decoder], params: nnx.State, batch: Any) -> Float[A
     return total
 
 
-class Data(NamedTuple):
-    """What is evaluated: its batches, the tokens they predict, the bytes of all its text, and how
-    it is read: in windows of `length` tokens, each `stride` further on."""
+class EvalData(NamedTuple):
+    """A text in batches, read in windows of `length` tokens that advance by `stride` tokens."""
 
     batches: Iterator[Batch]
-    tokens: int
+    tokens: int  # predicted tokens
     text_bytes: int
     length: int
     stride: int
@@ -76,10 +75,10 @@ class Data(NamedTuple):
 
 def text_data(
     texts: Sequence[str], tokenizer: Tokenizer, length: int, stride: int, rows: int
-) -> Data:
-    """Texts as `windows` reads them, one document each, without a token that ends it."""
+) -> EvalData:
+    """Return texts, one document each without an eos token, in the batches of `windows`."""
     documents = tokenizer.encode_batch(texts)
-    return Data(
+    return EvalData(
         windows(documents, length, stride, rows),
         sum(max(len(document) - 1, 0) for document in documents),
         sum(len(text.encode()) for text in texts),
@@ -88,43 +87,43 @@ def text_data(
     )
 
 
-def prepared_data(path: Path, split: str, config: DecoderConfig, rows: int) -> Data:
-    """A split of prepared data, in its rows, `rows` at a time; the ends of documents are predicted.
+def prepared_data(path: Path, split: str, config: DecoderConfig, rows: int) -> EvalData:
+    """Return a split of prepared data in batches of `rows` rows; eos tokens are predicted too.
 
-    Raises `UserError` where `path` is something else, or has ids or rows that the model of `config`
-    does not reach.
+    Raises `UserError` if `path` is something else, or if its ids or its row length exceed those of
+    the model.
     """
     prepared = load_prepared(path)
     if prepared.info.vocab_size > config.vocab_size:
         raise UserError(
             f"{path}: prepared with a tokenizer of {prepared.info.vocab_size} ids, but the model"
-            f" has {config.vocab_size}: they do not belong together"
+            f" has {config.vocab_size}: they do not match"
         )
     config.check_length(f"{path}: the row length", prepared.info.row_length)
     batches = in_order(open_split(prepared, split), rows)
     info = prepared.info.splits[split]
     row_length = prepared.info.row_length  # pieces of a document do not overlap
-    return Data(batches, info.targets, info.text_bytes, row_length, row_length)
+    return EvalData(batches, info.targets, info.text_bytes, row_length, row_length)
 
 
 def read_text(
     sources: str | Sequence[str], text_field: str = "text", max_bytes: int | None = None
 ) -> list[str]:
-    """The documents with text in `sources` (see `resolve_sources`), the first `max_bytes` of them.
+    """Return the nonempty documents of `sources` (see `resolve_sources`) up to `max_bytes` bytes.
 
-    The last document is cut after a whole character. Raises `UserError` for bad input.
+    The last document is truncated after a complete character. Raises `UserError` for bad input.
     """
     if max_bytes is not None and max_bytes < 1:
         raise UserError(f"max bytes {max_bytes}; accepted: 1 or more")
     texts: list[str] = []
-    taken = 0
+    size = 0
     for source in resolve_sources(sources):
         for document in read_documents(source, text_field):
             text = document.text
-            if max_bytes is not None and taken + len(text.encode()) > max_bytes:
-                text = text.encode()[: max_bytes - taken].decode(errors="ignore")
+            if max_bytes is not None and size + len(text.encode()) > max_bytes:
+                text = text.encode()[: max_bytes - size].decode(errors="ignore")
                 return [*texts, text] if text else texts
-            taken += len(text.encode())
+            size += len(text.encode())
             if text:
                 texts.append(text)
     return texts
@@ -133,27 +132,26 @@ def read_text(
 def windows(
     documents: Sequence[Sequence[int]], length: int, stride: int, rows: int
 ) -> Iterator[Batch]:
-    """Batches of `rows` × `length` in which every token of every document is predicted once.
+    """Return batches of `rows` × `length` that predict every token of every document once.
 
-    But for a document's first token, which nothing precedes. A document is read in windows of
-    `length` tokens, each `stride` further: the first predicts all it can, every other only what no
-    window before it has, so that with stride < length each of those has length - stride tokens or
-    more of context. With stride = length windows do not overlap. Windows share rows as segments of
-    their own; rows are shorter where no document needs their length. Raises `UserError` for lengths
-    that make no sense.
+    A document's first token is not predicted. A document is read in windows of `length` tokens that
+    advance by `stride` tokens. A window predicts only tokens that no earlier window predicts;
+    therefore each of them, except in the first window, has at least length - stride tokens of
+    context. Windows are segments and share rows; rows are shorter if no document needs `length`.
+    Raises `UserError` for invalid lengths.
     """
     if not 1 <= stride <= length:
         raise UserError(f"length {length} and stride {stride}; accepted: 1 ≤ stride ≤ length")
     if rows < 1:
         raise UserError(f"rows {rows}; accepted: 1 or more")
-    pieces: list[Sequence[int]] = []
-    known: list[int] = []  # inputs at the start of each window whose targets were predicted before
+    sequences: list[Sequence[int]] = []
+    context: list[int] = []  # inputs of each window whose targets were predicted before
     for document in documents:
         inputs = len(document) - 1
-        # The last window is the first one that reaches the end.
+        # The last window is the first one that reaches the end of the document.
         for start in range(0, max(inputs - length, 0) + stride, stride) if inputs > 0 else ():
-            pieces.append(document[start : min(start + length, inputs) + 1])
-            known.append(length - stride if start else 0)
-    longest = max((len(piece) - 1 for piece in pieces), default=0)
-    packed = pack(pieces, known, row_width(longest, length), rows)
+            sequences.append(document[start : min(start + length, inputs) + 1])
+            context.append(length - stride if start else 0)
+    longest = max((len(sequence) - 1 for sequence in sequences), default=0)
+    packed = pack(sequences, context, row_width(longest, length), rows)
     return (batch for batch, _ in packed)

@@ -1,4 +1,4 @@
-"""From a question to the text that a model continues: by a template, or as a conversation."""
+"""Prompts for questions: plain text from a template, or a conversation in a chat template."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,78 +14,79 @@ PLAIN = f"Question: {QUESTION}\nAnswer:"
 CHAT = QUESTION
 
 
-class Shot(NamedTuple):
-    """An example that is shown in front of the question."""
+class QuestionAnswer(NamedTuple):
+    """A question and its answer: a problem to solve, or a few-shot example."""
 
     question: str
     answer: str
 
 
 @dataclass(frozen=True)
-class Prompting:
-    """How questions are put.
+class PromptFormat:
+    """The format of prompts.
 
-    Plain: `template` with the question in it, the shots and their answers in front of it, an empty
-    line between each; a space and then the answer follow. With `chat`, every shot is a turn of the
-    user and one of the assistant, the question is the last turn, and the answer follows directly;
-    `system` is the turn before all others. `template` None is `PLAIN`, or `CHAT`.
+    Plain: `template` with the question in it, after the few-shot examples in the same format, each
+    followed by an empty line. A space separates a prompt from its answer. With `chat`, an example
+    is a turn of the user and one of the assistant, the question is the last turn, and the answer
+    follows without a separator; `system` is the first turn. `template` None is `PLAIN` or `CHAT`.
     """
 
     template: str | None = None
     chat: bool = False
-    shots: Sequence[Shot] = ()
+    shots: Sequence[QuestionAnswer] = ()
     system: str | None = None
 
     def __post_init__(self) -> None:
         if self.template is not None and QUESTION not in self.template:
-            raise UserError(f"prompt {self.template!r}: {QUESTION} is not in it")
+            raise UserError(f"prompt {self.template!r}: does not contain {QUESTION}")
 
     @property
-    def joint(self) -> str:
-        """What stands between a prompt and an answer to it."""
+    def question_template(self) -> str:
+        """The template in use: `template` or its default."""
+        return self.template or (CHAT if self.chat else PLAIN)
+
+    @property
+    def separator(self) -> str:
+        """The text between a prompt and its answer."""
         return "" if self.chat else " "
 
     def stops(self, tokenizer: Tokenizer) -> list[Stop]:
-        """Where an answer is over though the text is not: a turn at what ends it in the chat
-        template, plain at the next question.
+        """Return what ends an answer: the end of turn of a chat, or the start of a next question.
 
-        Not where a template begins with the question itself.
+        A plain template that begins with the question has no such start.
         """
         if self.chat:
             return end_of_turn(tokenizer)
-        start = self.asks.partition(QUESTION)[0].strip()
+        start = self.question_template.partition(QUESTION)[0].strip()
         return [f"\n{start}"] if start else []
 
     def prompt(self, tokenizer: Tokenizer, question: str) -> str:
-        """The text that asks `question`."""
-        shots = [(self._ask(shot.question), shot.answer) for shot in self.shots]
+        """Return the prompt for `question`."""
+        shots = [(self._fill(shot.question), shot.answer) for shot in self.shots]
         if not self.chat:
-            shown = [f"{asked}{self.joint}{answer}\n\n" for asked, answer in shots]
-            return "".join(shown) + self._ask(question)
+            examples = [f"{prompt}{self.separator}{answer}\n\n" for prompt, answer in shots]
+            return "".join(examples) + self._fill(question)
         messages = []
-        for asked, answer in shots:
-            messages.append({"role": "user", "content": asked})
+        for prompt, answer in shots:
+            messages.append({"role": "user", "content": prompt})
             messages.append({"role": "assistant", "content": answer})
-        messages.append({"role": "user", "content": self._ask(question)})
+        messages.append({"role": "user", "content": self._fill(question)})
         return chat_prompt(tokenizer, messages, self.system)
 
-    @property
-    def asks(self) -> str:
-        """The template that is used."""
-        return self.template or (CHAT if self.chat else PLAIN)
-
-    def _ask(self, question: str) -> str:
-        return self.asks.replace(QUESTION, question)
+    def _fill(self, question: str) -> str:
+        return self.question_template.replace(QUESTION, question)
 
 
 def chat_prompt(
     tokenizer: Tokenizer, messages: Sequence[dict[str, str]], system: str | None = None
 ) -> str:
-    """`messages` in the chat template of the model, behind `system` where they have no system turn
-    of their own. Raises `UserError` where it has no template."""
+    """Return `messages` in the model's chat template, after `system` if they have no system turn.
+
+    Raises `UserError` if the model has no chat template.
+    """
     if tokenizer.chat_template is None:
         raise UserError(
-            f"tokenizer {tokenizer.name}: no chat template; without chat the text is continued"
+            f"tokenizer {tokenizer.name}: no chat template; accepted: plain prompts without chat"
         )
     if system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]

@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 
 from sat_jax.analysis.rows import Row
-from sat_jax.errors import UserError, why_no_folder
+from sat_jax.errors import UserError, folder_error
 from sat_jax.report.cells import Table
 from sat_jax.report.evaluations import tables_of_evaluations
 from sat_jax.report.figures import Picture, pictures_of
@@ -31,7 +31,7 @@ def write_report(records: Sequence[Record], out: Path, evaluated: Sequence[Row] 
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {out}: {why_no_folder(error)}") from error
+        raise UserError(f"--out {out}: {folder_error(error)}") from error
     texts = {
         "report.html": page(groups, tables, evaluated, repeated=len(records) - len(runs)),
         "tables.md": as_markdown(tables),

@@ -5,7 +5,7 @@ from typing import Any
 
 from sat_jax.analysis.tables import percent
 from sat_jax.config import ModelConfig, OptimizerConfig
-from sat_jax.data.form import DONE
+from sat_jax.data.data_format import TOO_LONG_ACTIONS
 from sat_jax.report.groups import Group, Variant
 from sat_jax.report.records import SPARSE, Record, Settings
 
@@ -39,7 +39,7 @@ def caption_of(group: Group, variants: Sequence[Variant], varied: Sequence[str])
 def _examples(run: Record) -> list[str]:
     """How full the training rows are, and what of the examples is not in them."""
     prepared = run.row["prepared"]
-    done = DONE[prepared["too_long"]]
+    done = TOO_LONG_ACTIONS[prepared["too_long"]]
     counts = {**prepared["left_out"], f"longer than a row ({done})": prepared["long_documents"]}
     changed = ", ".join(f"{count:,} {why}" for why, count in counts.items() if count)
     examples = f"{prepared['documents']:,} examples"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sat_jax.analysis.plots import Kept, plot_kept, plot_loss, plot_speed
-from sat_jax.data.form import Form
+from sat_jax.data.data_format import DataFormat
 from sat_jax.interop.huggingface import write_directory
 from sat_jax.nn.loss import perplexity_of
 from sat_jax.sparsity.plan import kept_shares
@@ -137,7 +137,7 @@ def _draw(
 def _export(task: Task, workdir: WorkDir, read: Callable[[str], np.ndarray]) -> str:
     directory = workdir.path / "huggingface"
     shutil.rmtree(directory, ignore_errors=True)  # of an end that was interrupted
-    form = Form.of(task.config.data)
-    write_directory(directory, exported(task.model, task.tokenizer, form), read)
+    data_format = DataFormat.from_settings(task.config.data)
+    write_directory(directory, exported(task.model, task.tokenizer, data_format), read)
     task.tokenizer.save(directory)
     return str(directory)

@@ -10,8 +10,8 @@ from jax.sharding import Mesh, Sharding
 
 from sat_jax.cache import cache_dir
 from sat_jax.config import Config
-from sat_jax.data.conversations import trained_with
-from sat_jax.data.form import Form
+from sat_jax.data.conversations import training_tokenizer
+from sat_jax.data.data_format import DataFormat
 from sat_jax.data.prepare import Prepared, prepare
 from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sat_jax.errors import UserError
@@ -76,7 +76,7 @@ def prepared_data(
     config: Config, model: DecoderConfig, log: Callable[[str], None]
 ) -> tuple[Tokenizer, Prepared]:
     """The run's tokenizer, and its data, prepared if they are not yet. Starts no device."""
-    form = Form.of(config.data)
+    data_format = DataFormat.from_settings(config.data)
     tokenizer = load_tokenizer(config.data.tokenizer, _model_path(config), model.vocab_size)
     data = prepare(
         sources=config.data.sources,
@@ -84,11 +84,11 @@ def prepared_data(
         row_length=config.data.row_length,
         held_out=config.data.held_out,
         max_tokens=config.data.max_tokens,
-        form=form,
+        data_format=data_format,
         model_vocab_size=model.vocab_size,
         log=log,
     )
-    return trained_with(tokenizer, form), data
+    return training_tokenizer(tokenizer, data_format), data
 
 
 def initial_params(task: Task) -> dict[str, jax.Array]:

@@ -8,12 +8,12 @@ import numpy as np
 
 from sat_jax.config import Config
 from sat_jax.config_values import from_config_dict
+from sat_jax.data.data_format import DataFormat
 from sat_jax.data.end_of_turn import end_of_turn
-from sat_jax.data.form import Form
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 from sat_jax.interop import Weights, open_weights
-from sat_jax.models.build import layout_of
+from sat_jax.models.build import shapes
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.presets import preset
 from sat_jax.train.checkpoint import find
@@ -36,7 +36,7 @@ def open_run(path: Path, step: int | None = None) -> tuple[Weights, Config]:
     config = from_config_dict(read_json(workdir.config))
     model, _ = starting_point(config)
     stored = find(workdir.checkpoints, step)
-    for name, wanted in layout_of(model).shapes.items():
+    for name, wanted in shapes(model).items():
         found = stored.leaves.get(f"params/{name}")
         if found is None or found.shape != wanted.shape:
             raise UserError(
@@ -59,9 +59,9 @@ def starting_point(config: Config) -> tuple[DecoderConfig, Weights | None]:
     return preset(config.model.preset), None
 
 
-def exported(model: DecoderConfig, tokenizer: Tokenizer, form: Form) -> DecoderConfig:
+def exported(model: DecoderConfig, tokenizer: Tokenizer, form: DataFormat) -> DecoderConfig:
     """The config that a model trained on data of this form is written with: a token that ended its
     answers is one of its ends, behind its own, or other programs would not stop there."""
-    learnt = [] if form.text else end_of_turn(tokenizer)
+    learnt = [] if form.is_text else end_of_turn(tokenizer)
     ends = [end for end in learnt if isinstance(end, int) and end not in model.eos_token_ids]
     return replace(model, eos_token_ids=(*model.eos_token_ids, *ends))

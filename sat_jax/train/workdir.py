@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sat_jax.errors import UserError, why_no_folder
+from sat_jax.errors import UserError, folder_error
 from sat_jax.train.files import read_json, write_json
 
 _LOCK = "lock"
@@ -108,7 +108,7 @@ class WorkDir:
             self.path.mkdir(parents=True, exist_ok=True)
             inside = {path.name for path in self.path.iterdir()}
         except OSError as error:
-            raise UserError(f"work directory {self.path}: {why_no_folder(error)}") from error
+            raise UserError(f"work directory {self.path}: {folder_error(error)}") from error
         # The lock is the first file that a run makes; a copy may come without it.
         ours = not inside or _LOCK in inside or {self.config.name, self.metrics.name} <= inside
         if not ours:

@@ -1,4 +1,4 @@
-"""Evaluations as rows of results: what was evaluated, on what, and what came out."""
+"""Rows of results for evaluations: model, data, options and figures."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,26 +18,26 @@ def evaluation_row(
     figures: Mapping[str, Any],
     config: Config | None,
 ) -> dict[str, Any]:
-    """One model's figures by one measure (`text`, `choices`, ...), short of where they were made.
+    """Return the row of one model and one measure (`text`, `choices`, ...), without provenance.
 
-    `config`: the settings of the run that `model` is the work directory of. The row names no place,
-    as a run's own.
+    `config`: the settings of the run, if `model` is the work directory of a run. As in the rows of
+    runs, paths are replaced by names that do not depend on the machine.
     """
     row = {"measure": measure, "model": model, "data": data, "options": dict(options)}
     run = None
     if config is not None:
         settings = changed(without_free(config))
         run = {"seed": config.seed, "twin": dense_twin(config), "settings": settings}
-    return to_json({**_placeless({**row, "run": run}), **figures})
+    return to_json({**_without_paths({**row, "run": run}), **figures})
 
 
-def _placeless(value: Any, key: str = "") -> Any:
+def _without_paths(value: Any, key: str = "") -> Any:
     match value:
         case Mapping():
-            return {name: _placeless(part, name) for name, part in value.items()}
+            return {name: _without_paths(item, name) for name, item in value.items()}
         case list() | tuple():
-            return [_placeless(part, key) for part in value]
+            return [_without_paths(item, key) for item in value]
         case Path():
             value = str(value)
-    # What was evaluated on is named by its file alone, as what was trained on.
+    # Evaluation data are named by the file name alone, like training data.
     return without_place(value, "data.sources" if key == "data" else key)

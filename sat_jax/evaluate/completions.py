@@ -1,0 +1,90 @@
+"""Batched generation: completions of many prompts, for evaluation."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from sat_jax.data.end_of_turn import Stop
+from sat_jax.data.tokenizer import Tokenizer
+from sat_jax.evaluate.generate import GREEDY, Sampling, stream
+from sat_jax.nn.decoder import Decoder
+
+_PART = 32  # tokens generated between two searches for a stop text
+
+
+class Completion(NamedTuple):
+    """Generated text. `truncated`: the limit of new tokens was reached before an end."""
+
+    text: str
+    tokens: int
+    truncated: bool
+
+
+def complete(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    rows: int,
+    *,
+    stops: Sequence[Stop] = (),
+    sampling: Sampling = GREEDY,
+    on_batch: Callable[[int], object] = lambda _: None,
+) -> list[Completion]:
+    """Return the completion of every prompt, generated in batches of `rows` similar lengths.
+
+    A completion ends before the model's end-of-text token, before the first of `stops` (token ids
+    or texts), or after `max_new_tokens`. `tokens` counts all generated tokens, also those after a
+    stop text. The last batch is padded with copies of a prompt, so that one batch size is compiled.
+    `on_batch` is called with the number of tokens of each batch. Raises `UserError` for prompts
+    that the model does not accept.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    completions: dict[int, Completion] = {}
+    for start in range(0, len(order), rows):
+        indices = order[start : start + rows]
+        batch = [prompts[index] for index in indices]
+        batch += batch[-1:] * (rows - len(batch))
+        results = _complete_batch(model, tokenizer, batch, max_new_tokens, stops, sampling)
+        completions |= zip(indices, results, strict=False)
+        on_batch(sum(completions[index].tokens for index in indices))
+    return [completions[index] for index in range(len(prompts))]
+
+
+def _complete_batch(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stops: Sequence[Stop],
+    sampling: Sampling,
+) -> list[Completion]:
+    stop_texts = [stop for stop in stops if isinstance(stop, str)]
+    stop_ids = {stop for stop in stops if isinstance(stop, int)}.union(model.config.eos_token_ids)
+    ids: list[list[int]] = [[] for _ in prompts]
+    running = [True] * len(prompts)
+    for parts in stream(
+        model, prompts, max_new_tokens, sampling=sampling, stop_ids=stop_ids, every=_PART
+    ):
+        for row, part in enumerate(parts):
+            if running[row]:
+                ids[row] += part
+                # A part is shorter if the row has ended, and at the limit of new tokens.
+                complete_part = len(part) == _PART
+                running[row] = complete_part and not _has_stop(tokenizer, ids[row], stop_texts)
+        if not any(running):
+            break
+    return [_completion(tokenizer, row, max_new_tokens, stop_texts) for row in ids]
+
+
+def _has_stop(tokenizer: Tokenizer, ids: Sequence[int], stop_texts: Sequence[str]) -> bool:
+    text = tokenizer.decode(ids) if stop_texts else ""
+    return any(stop in text for stop in stop_texts)
+
+
+def _completion(
+    tokenizer: Tokenizer, ids: Sequence[int], max_new_tokens: int, stop_texts: Sequence[str]
+) -> Completion:
+    text = tokenizer.decode(ids)
+    ends = [text.index(stop) for stop in stop_texts if stop in text]
+    truncated = not ends and len(ids) >= max_new_tokens
+    return Completion(text[: min(ends)] if ends else text, len(ids), truncated)

@@ -1,0 +1,60 @@
+"""A stored model with its tokenizer, opened from one path for evaluation, generation or export."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from sat_jax.config import Config
+from sat_jax.data.conversations import training_tokenizer
+from sat_jax.data.data_format import DataFormat
+from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
+from sat_jax.errors import UserError
+from sat_jax.interop import Weights, locate, open_weights
+from sat_jax.models.build import build
+from sat_jax.nn.decoder import Compute, Decoder
+from sat_jax.train.trained import is_run, open_run
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalModel:
+    """Stored weights, and the tokenizer and data format that they were trained with."""
+
+    weights: Weights
+    tokenizer_name: str
+    tokenizer_source: Path | None  # where the tokenizer named `model` is
+    config: Config | None = None  # of the run, if the weights are those of a run
+
+    @property
+    def data_format(self) -> DataFormat:
+        """The format of the training data of a run; plain text for other models."""
+        return DataFormat() if self.config is None else DataFormat.from_settings(self.config.data)
+
+    def model(self, dtype: Literal["float32", "bfloat16"]) -> Decoder:
+        """Return the model with float32 parameters and computation in `dtype`."""
+        return build(self.weights.config, self.weights.read, Compute(dtype=dtype))
+
+    def tokenizer(self, name: str | None = None) -> Tokenizer:
+        """Return the model's tokenizer, or the one that `name` means (see `load_tokenizer`)."""
+        vocab_size = self.weights.config.vocab_size
+        tokenizer = load_tokenizer(name or self.tokenizer_name, self.tokenizer_source, vocab_size)
+        return training_tokenizer(tokenizer, self.data_format)
+
+    def system_prompt(self, override: str | None) -> str | None:
+        """Return the system prompt of a chat: `override` ("": none), or that of the training."""
+        return self.data_format.system if override is None else override or None
+
+
+def open_eval_model(source: str, step: int | None = None) -> EvalModel:
+    """Open a Hugging Face directory, a .gguf file, `package:NAME`, or the work directory of a run.
+
+    Of a run, the checkpoint after `step` steps is opened (None: the newest one). Raises `UserError`
+    for anything else, and for a `step` of a model that is not a run.
+    """
+    path = locate(source)
+    if is_run(path):
+        weights, config = open_run(path, step)
+        pretrained = None if config.model.path is None else locate(config.model.path)
+        return EvalModel(weights, config.data.tokenizer, pretrained, config)
+    if step is not None:
+        raise UserError(f"--step needs the work directory of a run; {path} is not one")
+    return EvalModel(open_weights(path), "model", path)

@@ -1,0 +1,148 @@
+"""Exact match: the model generates an answer, a rule extracts its result, and it is compared."""
+
+import re
+from collections.abc import Callable, Sequence
+from decimal import Decimal, InvalidOperation
+from typing import NamedTuple
+
+from sat_jax.data.end_of_turn import Stop
+from sat_jax.data.tokenizer import Tokenizer
+from sat_jax.errors import UserError
+from sat_jax.evaluate.completions import Completion, complete
+from sat_jax.evaluate.multiple_choice import Mean, mean
+from sat_jax.evaluate.prompts import PromptFormat, QuestionAnswer
+from sat_jax.nn.decoder import Decoder
+
+_NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
+RULES = {
+    "number": rf"({_NUMBER})",
+    "hashes": rf"####\s*({_NUMBER})",
+    "text": r"(?s)\A(.*)\Z",
+}
+
+
+class ExtractionRule:
+    """Extracts the result of an answer: the last match of a pattern, or of the group in it.
+
+    Names: `number` is the last number, `hashes` the number after the last `####` (as in GSM8K),
+    `text` the whole text. Anything else is a regular expression.
+    """
+
+    def __init__(self, name: str):
+        try:
+            self._pattern = re.compile(RULES.get(name, name))
+        except re.error as error:
+            raise UserError(
+                f"extraction {name!r}: {error}; accepted: {', '.join(RULES)}, or a regular"
+                " expression with at most one group"
+            ) from error
+        if self._pattern.groups > 1:
+            raise UserError(
+                f"extraction {name!r}: has {self._pattern.groups} groups; accepted: at most one"
+            )
+
+    def __call__(self, text: str) -> str | None:
+        """Return the normalized result, or None if the text has none."""
+        matches = list(self._pattern.finditer(text))
+        return normalize(matches[-1][self._pattern.groups] or "") if matches else None
+
+
+def normalize(result: str) -> str:
+    """Return `result` in lower case, without `,`, `$`, outer white space and a final full stop."""
+    return result.replace(",", "").replace("$", "").strip().removesuffix(".").strip().lower()
+
+
+def equal_results(result: str | None, expected: str | None) -> bool:
+    """Return whether two normalized results are equal, as texts or as numbers (18 and 18.0).
+
+    None is not equal to anything.
+    """
+    if result is None or expected is None:
+        return False
+    try:
+        return result == expected or Decimal(result) == Decimal(expected)
+    except InvalidOperation:
+        return False
+
+
+class PromptedQuestion(NamedTuple):
+    """A question with its prompt, as text and as ids, and the expected result."""
+
+    question: str
+    prompt: str
+    ids: Sequence[int]
+    expected: str
+
+
+def prompt_questions(
+    tokenizer: Tokenizer,
+    problems: Sequence[QuestionAnswer],
+    prompt_format: PromptFormat,
+    rule: ExtractionRule,
+) -> list[PromptedQuestion]:
+    """Return the prompts of `problems`. Raises `UserError` if an answer has no expected result."""
+    prompts = [prompt_format.prompt(tokenizer, problem.question) for problem in problems]
+    questions = []
+    for problem, prompt, ids in zip(
+        problems, prompts, tokenizer.encode_batch(prompts), strict=True
+    ):
+        expected = rule(problem.answer)
+        if expected is None:
+            raise UserError(
+                f"no result in the answer {problem.answer[-60:]!r}; accepted extraction rules:"
+                f" {', '.join(RULES)}, or a regular expression that matches"
+            )
+        questions.append(PromptedQuestion(problem.question, prompt, ids, expected))
+    return questions
+
+
+class ScoredAnswer(NamedTuple):
+    """The completion of a question, and the result extracted from it."""
+
+    question: PromptedQuestion
+    completion: Completion
+    result: str | None
+
+    @property
+    def correct(self) -> bool:
+        return equal_results(self.result, self.question.expected)
+
+
+def answer_questions(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    questions: Sequence[PromptedQuestion],
+    rule: ExtractionRule,
+    max_new_tokens: int,
+    rows: int,
+    *,
+    stops: Sequence[Stop] = (),
+    on_batch: Callable[[int], object] = lambda _: None,
+) -> list[ScoredAnswer]:
+    """Return the model's greedy answers; `stops` and `on_batch` as in `complete`."""
+    prompts = [question.ids for question in questions]
+    completions = complete(
+        model, tokenizer, prompts, max_new_tokens, rows, stops=stops, on_batch=on_batch
+    )
+    return [
+        ScoredAnswer(question, completion, rule(completion.text))
+        for question, completion in zip(questions, completions, strict=True)
+    ]
+
+
+class ExactMatchScore(NamedTuple):
+    """Shares of the questions: answered correctly, without a result, and truncated."""
+
+    accuracy: Mean
+    no_result: float
+    truncated: float
+
+
+def exact_match_score(answers: Sequence[ScoredAnswer]) -> ExactMatchScore:
+    """Return the score of one or more answers."""
+    count = len(answers)
+    return ExactMatchScore(
+        mean([float(answer.correct) for answer in answers]),
+        sum(answer.result is None for answer in answers) / count,
+        sum(answer.completion.truncated for answer in answers) / count,
+    )

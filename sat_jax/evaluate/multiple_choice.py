@@ -1,0 +1,95 @@
+"""Multiple choice: the model selects the choice with the highest likelihood after the question."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from sat_jax.data.tokenizer import Tokenizer
+from sat_jax.errors import UserError
+from sat_jax.evaluate.likelihood import Pair, encode_pairs, likelihoods
+from sat_jax.evaluate.prompts import PromptFormat
+from sat_jax.evaluate.question_files import MultipleChoiceQuestion
+from sat_jax.nn.decoder import Decoder
+
+
+class Mean(NamedTuple):
+    """A mean over questions, and its standard error s / √n with n - 1 degrees of freedom in s."""
+
+    value: float
+    standard_error: float | None  # None for a single question
+
+
+def mean(values: Sequence[float]) -> Mean:
+    """Return the mean of one or more values."""
+    array = np.asarray(values, np.float64)
+    error = float(array.std(ddof=1)) / math.sqrt(len(array)) if len(array) > 1 else None
+    return Mean(float(array.mean()), error)
+
+
+class MultipleChoiceScore(NamedTuple):
+    """Mean scores of the selected choices, 0 to 1.
+
+    `accuracy` selects the choice with the largest log p; `accuracy_per_byte` the one with the
+    largest log p / (UTF-8 bytes of the choice). lm-evaluation-harness calls these acc and
+    acc_bytes; its acc_norm divides by characters, which is the same for ASCII. `random_guess` is
+    the expected accuracy of a random choice.
+    """
+
+    accuracy: Mean
+    accuracy_per_byte: Mean
+    random_guess: float
+
+
+def score_choices(
+    questions: Sequence[MultipleChoiceQuestion], log_p: Sequence[Sequence[float]]
+) -> MultipleChoiceScore:
+    """Return the score for the log p of every choice of every question.
+
+    A selected choice counts with its score (multiple_choice_grade of BIG-bench, where several
+    choices may be correct, or partly correct); choices with equal likelihood count with the mean of
+    their scores. Raises `UserError` if a likelihood is NaN.
+    """
+    plain, per_byte, random_guess = [], [], []
+    for question, choice_log_p in zip(questions, log_p, strict=True):
+        if any(map(math.isnan, choice_log_p)):
+            raise UserError(
+                f"question {question.question[:60]!r}: the log-likelihood of a choice is NaN; the"
+                " model's weights are damaged, or its activations overflow"
+            )
+        sizes = [len(choice.encode()) for choice in question.choices]
+        plain.append(_score_of_best(choice_log_p, question.scores))
+        normalized = [p / size for p, size in zip(choice_log_p, sizes, strict=True)]
+        per_byte.append(_score_of_best(normalized, question.scores))
+        random_guess.append(sum(question.scores) / len(question.scores))
+    return MultipleChoiceScore(mean(plain), mean(per_byte), sum(random_guess) / len(random_guess))
+
+
+def _score_of_best(likelihood: Sequence[float], scores: Sequence[float]) -> float:
+    best = [score for p, score in zip(likelihood, scores, strict=True) if p == max(likelihood)]
+    return sum(best) / len(best)
+
+
+def encode_choices(
+    tokenizer: Tokenizer, prompt_format: PromptFormat, questions: Sequence[MultipleChoiceQuestion]
+) -> list[Pair]:
+    """Return the prompt and the choice as a pair, for every choice of every question, in order."""
+    texts = []
+    for question in questions:
+        prompt = prompt_format.prompt(tokenizer, question.question)
+        texts += [(prompt, prompt_format.separator + choice) for choice in question.choices]
+    return encode_pairs(tokenizer, texts)
+
+
+def evaluate_choices(
+    model: Decoder,
+    questions: Sequence[MultipleChoiceQuestion],
+    pairs: Sequence[Pair],
+    rows: int,
+    on_batch: Callable[[int], object] = lambda _: None,
+) -> MultipleChoiceScore:
+    """Return the score; `pairs` as from `encode_choices`, `on_batch` as in `likelihoods`."""
+    results = iter(likelihoods(model, pairs, rows, on_batch))
+    log_p = [[next(results).log_p for _ in question.choices] for question in questions]
+    return score_choices(questions, log_p)
