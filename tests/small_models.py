@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sat_jax.models.llama import LlamaConfig
 from sat_jax.models.build import layout_of
-from sat_jax.sparsity.masks import Masks, SegmentMasks
-from sat_jax.sparsity.neurons import expand
-from sat_jax.sparsity.plan import Neurons, Plan
-from sat_jax.train.state import Resting, TrainState, keyed_trees
+from sat_jax.models.decoder_config import DecoderConfig
+from sat_jax.models.llama import LlamaConfig
+from sat_jax.nn.param import CHANNEL
+from sat_jax.sparsity.execution.base import Execution
+from sat_jax.sparsity.execution.state import OmittedState, TrainState, path_trees
+from sat_jax.sparsity.plan import Neurons, Plan, neurons_of
+from sat_jax.sparsity.rows import Kept
 
 _GQA: dict[str, Any] = {
     "vocab_size": 32,
@@ -32,31 +34,30 @@ CONFIGS = {
 }
 
 
-def neurons(config: LlamaConfig) -> Neurons:
-    return Neurons(config.n_layers, config.n_kv_heads, config.query_heads, config.d_ff)
+def neurons(config: DecoderConfig) -> Neurons:
+    return neurons_of(layout_of(config))
 
 
 @functools.cache
-def random_params(config: LlamaConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """A whole model's parameters by path."""
-    rng = np.random.default_rng(seed)
+def random_params(config: DecoderConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """A full model's parameters by path."""
+    rng, layout = np.random.default_rng(seed), layout_of(config)
     params = {}
-    for path, shape in shapes(config).items():
-        noise = rng.normal(size=shape.shape)
+    for path, leaf in layout.leaves.items():
+        shape = layout.shapes[path].shape
+        noise = rng.normal(size=shape)
         if path.endswith("norm"):
             noise = 1 + 0.2 * noise
-        elif path.endswith("bias"):
+        elif leaf.role == "vector":
             noise *= 0.5
-        elif path.endswith(("output", "down")):
-            noise *= 0.3
         else:
-            noise *= shape.shape[-1] ** -0.5
+            noise *= 0.3 if leaf.role == "write" else shape[-1] ** -0.5
         params[path] = noise.astype(np.float32)
     return params
 
 
 class Rows(NamedTuple):
-    """A batch in the order in which `Llama.loss` takes it; as `sat_jax.data.batches.Batch`."""
+    """A batch, with the fields of `sat_jax.data.batch.Batch`."""
 
     tokens: jax.Array
     targets: jax.Array
@@ -65,7 +66,7 @@ class Rows(NamedTuple):
     loss_mask: jax.Array
 
 
-def batch(config: LlamaConfig) -> Rows:
+def batch(config: DecoderConfig) -> Rows:
     """Three rows of 10: documents of 6 and 3 tokens and one of padding; one document; padding."""
     tokens = np.random.default_rng(5).integers(0, config.vocab_size, (3, 11)).astype(np.int32)
     segment_ids = np.asarray([[1] * 6 + [2] * 3 + [0], [1] * 10, [0] * 10], np.int32)
@@ -76,14 +77,15 @@ def batch(config: LlamaConfig) -> Rows:
     return Rows(*map(jnp.asarray, arrays))
 
 
-def nothing_omitted(plan: Plan) -> Masks:
-    """Masks that only cut the layers into the plan's segments."""
-    return tuple(SegmentMasks(None, None) for _ in plan.segments)
+def nothing_omitted(plan: Plan) -> Kept:
+    """Kept units of a plan that omits nothing: they only split the layers into segments."""
+    return tuple({} for _ in plan.segments)
 
 
-def random_masks(config: LlamaConfig, plan: Plan, seed: int = 3, always: bool = False) -> Masks:
-    """Kept neurons of a plan, balanced as it says; `always`: also where everything is kept."""
-    whole, rng = neurons(config), np.random.default_rng(seed)
+def random_kept(config: DecoderConfig, plan: Plan, seed: int = 3, always: bool = False) -> Kept:
+    """Kept units of a plan, balanced as it says; `always`: outermost units also where all are
+    kept."""
+    full, rng = neurons(config), np.random.default_rng(seed)
 
     def kept(lead: tuple[int, ...], total: int, keep: int, balance: int) -> jax.Array:
         size, share = total // balance, keep // balance
@@ -94,27 +96,44 @@ def random_masks(config: LlamaConfig, plan: Plan, seed: int = 3, always: bool = 
             )
         return jnp.asarray(indices)
 
-    masks = []
+    segments = []
     for segment in plan.segments:
-        heads = channels = None
-        if segment.query_heads < whole.query_heads:
-            lead = (segment.layers, whole.kv_groups)
-            heads = kept(lead, whole.query_heads, segment.query_heads, 1)
-        elif always or not whole.heads_whole(segment):
-            heads = kept((segment.layers,), whole.kv_groups, segment.kv_groups, plan.balance)
-        if always or not whole.channels_whole(segment):
-            blocks = whole.channels // plan.block, segment.channels // plan.block
-            runs = kept((segment.layers,), *blocks, plan.balance)[..., None] * plan.block
-            channels = (runs + jnp.arange(plan.block)[None, None]).reshape(segment.layers, -1)
-        masks.append(SegmentMasks(heads, channels))
-    return tuple(masks)
+        omitted = {unit.name for unit in full.omitted(segment)}
+        chosen: dict[str, Any] = {}
+        for unit in full.units:
+            is_extra = (
+                always
+                and not unit.within
+                and not omitted & {u.name for u in full.branches[unit.branch]}
+            )
+            if unit.name not in omitted and not is_extra:
+                continue
+            lead = (segment.layers, *(full.size(name) for name in unit.within))
+            block = plan.block if unit.name == CHANNEL else 1
+            balance = 1 if unit.within else plan.balance
+            runs = kept(lead, unit.size // block, segment.kept(unit.name) // block, balance)
+            places = runs[..., None] * block + np.arange(block, dtype=np.int32)
+            chosen[unit.name] = places.reshape(*lead, -1)
+        segments.append(chosen)
+    return tuple(segments)
 
 
-def expand_state(small: TrainState, resting: Resting, masks: Masks, plan: Plan) -> TrainState:
+def compact_state(
+    execution: Execution, full: TrainState, kept: Kept
+) -> tuple[TrainState, OmittedState]:
+    """The state that is trained and what is omitted of each tree, at once."""
+    trees, structure = path_trees(full)
+    pairs = [execution.compact(t, kept) if isinstance(t, dict) else (t, {}) for t in trees]
+    return jax.tree.unflatten(structure, [p[0] for p in pairs]), [p[1] for p in pairs]
+
+
+def expand_state(
+    execution: Execution, compact: TrainState, omitted: OmittedState, kept: Kept
+) -> TrainState:
     """The inverse of `compact_state`."""
-    trees, structure = keyed_trees(small)
-    whole = [
-        expand(tree, rest, masks, plan) if isinstance(tree, dict) else tree
-        for tree, rest in zip(trees, resting, strict=True)
+    trees, structure = path_trees(compact)
+    full = [
+        execution.expand(tree, others, kept) if isinstance(tree, dict) else tree
+        for tree, others in zip(trees, omitted, strict=True)
     ]
-    return jax.tree.unflatten(structure, whole)
+    return jax.tree.unflatten(structure, full)

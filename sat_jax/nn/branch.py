@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sat_jax.nn.context import Context
-from sat_jax.nn.linear import combine, dense
+from sat_jax.nn.linear import combine, dense, value
 from sat_jax.nn.observe import column_products, input_sums, output_energy
 from sat_jax.nn.param import Mask
 
@@ -76,7 +76,8 @@ class Branch(nnx.Module):
             y = combine(branch.output_weight, a)
         else:
             y = branch.apply(x, context)
-        if self.complement is not None:
+        # Without output rows nothing is omitted in this segment.
+        if self.complement is not None and value(self.complement.output_weight) is not None:
             y = y + jax.lax.stop_gradient(self.complement(x, _unobserved(context)))
         return y
 
