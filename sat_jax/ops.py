@@ -1,11 +1,18 @@
-"""Wrapper around `kernels`: the MLP of the kept channels, computed from full weight matrices."""
+"""Wrapper around `kernels`: products with the kept channels, computed from full matrices."""
 
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.block_sparse_matmul import choose, kept_rows, swiglu_mlp
+from kernels.block_sparse_matmul import (
+    KeptRows,
+    choose,
+    column_matmul,
+    kept_rows,
+    row_matmul,
+    swiglu_mlp,
+)
 
 Implementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
 
@@ -61,12 +68,31 @@ def kept_mlp(
 
     `kept`: sorted channel indices, in complete blocks of `config.block`.
     """
-    # Channels are kept in complete blocks, so the first index of each block is sufficient.
-    pattern = kept_rows(kept[:: config.block] // config.block, config.block)
     return swiglu_mlp(
         x,
         *(gate.full, up.full, down.full),
-        pattern,
+        _pattern(kept, config),
         rows=(gate.rows, up.rows, down.rows),
         implementation=config.implementation,
     )
+
+
+def kept_project(
+    x: Float[Array, "*B D"], w: InPlace, kept: Int[Array, " kept"], config: KernelConfig
+) -> Float[Array, "*B kept"]:
+    """Return x · Wᵀ of the kept rows of W."""
+    named = {"rows": w.rows, "implementation": config.implementation}
+    return column_matmul(x, w.full, _pattern(kept, config), **named)
+
+
+def kept_combine(
+    a: Float[Array, "*B kept"], w: InPlace, kept: Int[Array, " kept"], config: KernelConfig
+) -> Float[Array, "*B D"]:
+    """Return a · W of the kept rows of W."""
+    named = {"rows": w.rows, "implementation": config.implementation}
+    return row_matmul(a, w.full, _pattern(kept, config), **named)
+
+
+def _pattern(kept: Int[Array, " kept"], config: KernelConfig) -> KeptRows:
+    """Channels are kept in complete blocks, so the first index of each block is sufficient."""
+    return kept_rows(kept[:: config.block] // config.block, config.block)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from sat_jax.ops import InPlace, KernelConfig, kept_mlp
+from sat_jax.ops import InPlace, KernelConfig, kept_combine, kept_mlp, kept_project
 
 Axes = tuple[str, ...]
 
@@ -49,8 +49,8 @@ class Weight:
 class KeptRows(Weight):
     """The rows `kept` of a full weight, read in place: no compact copy of all layers exists.
 
-    The gradient is that of `rows`, whose values are not used; None: there is no gradient. `kernel`:
-    the kernel that computes a gated MLP with such rows; None: the rows of one layer are gathered.
+    The gradient is that of `rows`, whose values are not used; None: there is no gradient. `kernel`
+    computes the products of a matrix `[F, D]`; None: the rows of one layer are gathered for them.
     """
 
     full: Float[Array, "*L N D"]
@@ -63,6 +63,26 @@ class KeptRows(Weight):
         if self.rows is None:
             return jax.lax.stop_gradient(_take_rows(self.full, self.kept))
         return rows_in_place(self.full, self.rows, self.kept)
+
+    def project(self, x: Float[Array, "B T D"]) -> Array:
+        """Return `x · Wᵀ` of the kept rows."""
+        if self.kernel is None:
+            return super().project(x)
+        return kept_project(x, self.in_place, self.kept, self.kernel)
+
+    def combine(self, a: Array) -> Float[Array, "B T D"]:
+        """Return `a · W` of the kept rows."""
+        if self.kernel is None:
+            return super().combine(a)
+        return kept_combine(a, self.in_place, self.kept, self.kernel)
+
+    @property
+    def in_place(self) -> InPlace:
+        """The matrix of one layer as kernels take it."""
+        rows = self.rows
+        if rows is None:  # no gradient, so that these values are never read
+            rows = jnp.zeros((len(self.kept), self.full.shape[-1]), self.full.dtype)
+        return InPlace(self.full, rows)
 
 
 def value(weight: Any) -> Any:
@@ -110,14 +130,7 @@ def gated_mlp(gate: Any, up: Any, down: Any, x: Float[Array, "B T D"]) -> Float[
     if kernel is None:
         return combine(down, swiglu(gate, up, x))
     kept: Array = weights[0].kept
-    return kept_mlp(x, *(_in_place(w) for w in weights), kept, kernel)
-
-
-def _in_place(weight: KeptRows) -> InPlace:
-    rows = weight.rows
-    if rows is None:  # no gradient, so that these values are never read
-        rows = jnp.zeros((len(weight.kept), weight.full.shape[-1]), weight.full.dtype)
-    return InPlace(weight.full, rows)
+    return kept_mlp(x, *(w.in_place for w in weights), kept, kernel)
 
 
 def _project(w: Array, x: Array) -> Array:

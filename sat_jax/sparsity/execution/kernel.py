@@ -20,7 +20,7 @@ from sat_jax.sparsity.rows import Kept, complement, gather_layer, gather_rows, s
 @dataclasses.dataclass(frozen=True)
 class Kernel(Execution):
     """No compact copy of all layers exists: kept rows alone have gradients, and the optimizer
-    updates them layer by layer in place. `kernel` computes gated MLPs."""
+    updates them layer by layer in place. `kernel` computes the products of MLPs."""
 
     kernel: KernelConfig = KernelConfig(128)
 
@@ -133,7 +133,8 @@ class Kernel(Execution):
         return updated
 
     def _kept_rows(self, path: str, full: Array, rows: Array | None, kept: Array) -> KeptRows:
-        has_kernel = CHANNEL in self.layout.leaves[path].axes
+        leaf = self.layout.leaves[path]
+        has_kernel = CHANNEL in leaf.axes and leaf.role != "vector"
         return KeptRows(full, rows, kept, self.kernel if has_kernel else None)
 
 
