@@ -109,7 +109,7 @@ def stream(
     width = _rounded(longest - 1)
     slots = width + -(-max_new_tokens // _ROUND) * _ROUND
     # A static argument: it varies, and causes compilations, only if RoPE depends on it.
-    dynamic = model.config.rope.type == "dynamic"
+    dynamic = model.config.has_dynamic_rope
     length = longest + max_new_tokens if dynamic else slots
 
     padding = np.array([width + 1 - len(prompt) for prompt in prompts], np.int32)
@@ -258,7 +258,7 @@ def check_prompts(
     # `dynamic` scales its angles to any length; the other types are limited to this one.
     longest = max(map(len, prompts))
     limit = config.max_positions
-    if longest + max_new_tokens > limit and config.rope.type != "dynamic":
+    if longest + max_new_tokens > limit and not config.has_dynamic_rope:
         raise UserError(
             f"a prompt of {longest} tokens and {max_new_tokens} new tokens exceed the model's"
             f" {limit} positions"

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from sat_jax.errors import UserError
+from sat_jax.nn.rope import RopeConfig
 
 # "gelu": x Φ(x). "gelu_new": its tanh approximation (Hendrycks and Gimpel, arXiv:1606.08415).
 Activation = Literal["gelu", "gelu_new"]
@@ -27,6 +28,21 @@ class DecoderConfig:
     family: str
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def rope(self) -> RopeConfig | None:
+        """Rotary positions; None: positions are not rotated."""
+        return None
+
+    @property
+    def rotary_dim(self) -> int:
+        """Rotated dimensions of a head."""
+        return 0
+
+    @property
+    def has_dynamic_rope(self) -> bool:
+        """Whether angles depend on the length of a row, which may then exceed `max_positions`."""
+        return self.rope is not None and self.rope.type == "dynamic"
 
     def check_length(self, name: str, length: int) -> None:
         """Raise `UserError` if a row of `length` tokens, which is called `name`, is too long."""

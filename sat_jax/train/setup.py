@@ -118,7 +118,7 @@ def _check_attention(config: Config, model: DecoderConfig) -> None:
     if config.model.attention is None:
         return
     rows = config.train.rows_per_step // config.train.accumulate
-    heads = (model.n_kv_heads, model.query_heads, model.head_dim)
+    heads = layout_of(model).shapes["layers/attention/query"].shape[1:-1]
     q = jax.ShapeDtypeStruct((rows, config.data.row_length, *heads), config.model.dtype)
     reasons = refusals(q)
     if reason := reasons[config.model.attention]:
