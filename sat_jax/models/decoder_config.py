@@ -1,13 +1,9 @@
 """The configuration fields that all decoder families share."""
 
 import dataclasses
-from typing import Literal
 
 from sat_jax.errors import UserError
 from sat_jax.nn.rope import RopeConfig
-
-# "gelu": x Φ(x). "gelu_new": its tanh approximation (Hendrycks and Gimpel, arXiv:1606.08415).
-Activation = Literal["gelu", "gelu_new"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from sat_jax.errors import UserError
-from sat_jax.models.decoder_config import Activation
+from sat_jax.nn.mlp import Activation
 
 Json = dict[str, Any]
 T = TypeVar("T")

@@ -1,6 +1,8 @@
 """MLPs, channel-major: a channel is a row of each matrix."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,12 @@ from sat_jax.nn.context import Context
 from sat_jax.nn.linear import dense, gated_mlp, project, swiglu
 from sat_jax.nn.low_rank import predicted
 from sat_jax.nn.param import CHANNEL, normal, param
+
+Activation = Literal["gelu", "gelu_new"]
+_ACTIVATIONS: Mapping[Activation, Callable[[Array], Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),  # x Φ(x)
+    "gelu_new": jax.nn.gelu,  # its tanh approximation (Hendrycks and Gimpel, arXiv:1606.08415)
+}
 
 
 class GatedMLP(Branch):
@@ -59,7 +67,7 @@ class MLP(Branch):
         layers: int,
         channels: int,
         embed: int,
-        activation: Callable[[Array], Array],
+        activation: Activation,
         out_scale: float,
         rngs: nnx.Rngs,
     ):
@@ -73,8 +81,9 @@ class MLP(Branch):
     def activations(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T F"]:
         """Return activation(x · up + bias)."""
         del context
-        return self.activation(project(self.up, x, self.up_bias))
+        return _ACTIVATIONS[self.activation](project(self.up, x, self.up_bias))
 
     def predicted_activations(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         """Return the activations with the up projection at low rank."""
-        return self.activation(predicted(x, dense(self.up)) + dense(self.up_bias)[None, None])
+        up_x = predicted(x, dense(self.up)) + dense(self.up_bias)[None, None]
+        return _ACTIVATIONS[self.activation](up_x)
