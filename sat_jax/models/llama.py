@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from sat_jax.errors import UserError
 from sat_jax.models.decoder_config import DecoderConfig
@@ -42,7 +42,6 @@ from sat_jax.models.rope_formats import (
 from sat_jax.nn.attention.grouped_query import Attention
 from sat_jax.nn.context import Context
 from sat_jax.nn.decoder import Compute, Decoder
-from sat_jax.nn.linear import dense
 from sat_jax.nn.mlp import GatedMLP
 from sat_jax.nn.norms import rms_norm
 from sat_jax.nn.param import normal, param
@@ -117,20 +116,9 @@ class Llama(Decoder):
         if not config.tie_embeddings:
             self.lm_head = param(normal(rngs, 0.02), "embedding", **table)
 
-    def embed_tokens(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
-    ) -> Float[Array, "B T D"]:
-        """Return the rows of the token embedding."""
-        del positions
-        return jnp.take(dense(self.embed), tokens, axis=0)
-
     def normalize(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Return the normed residual stream after the last layer."""
         return rms_norm(x, self.final_norm, self.config.norm_eps)
-
-    def head_weight(self) -> nnx.Param:
-        """Return the output embedding `[V, D]`: that of the tokens where they are tied."""
-        return self.embed if self.lm_head is None else self.lm_head
 
 
 def _layer(

@@ -46,29 +46,30 @@ class Shape(Protocol):
 
 
 class Decoder(nnx.Module):
-    """Base of the families: `embed_tokens`, a block `layers`, `final_norm`, and a head."""
+    """Base of the families: token embedding `[V, D]`, a block `layers`, and a head `[V, D]`, which
+    is the embedding where it is None."""
 
     config: Shape
     compute: Compute
+    embed: nnx.Param
     layers: nnx.Module
+    lm_head: nnx.Param | None
 
     def embed_tokens(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
     ) -> Float[Array, "B T D"]:
-        """Return the residual stream before the first layer, float32."""
-        raise NotImplementedError
+        """Return the residual stream before the first layer, float32: rows of the embedding."""
+        del positions
+        return jnp.take(dense(self.embed), tokens, axis=0)
 
     def normalize(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Return the normed residual stream after the last layer."""
         raise NotImplementedError
 
-    def head_weight(self) -> nnx.Param:
-        """Return the output embedding `[V, D]`."""
-        raise NotImplementedError
-
     def head(self) -> Float[Array, "V D"]:
         """Return the output embedding in the compute dtype."""
-        return dense(self.head_weight()).astype(self.compute.dtype)
+        weight = self.embed if self.lm_head is None else self.lm_head
+        return dense(weight).astype(self.compute.dtype)
 
     def __call__(
         self,
