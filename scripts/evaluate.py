@@ -165,9 +165,9 @@ def main() -> None:
     """A line for each model, or several, as soon as they are known."""
     given = parser().parse_args()
     way = _check(given)
-    from sat_jax.analysis import rows
     from sat_jax.evaluate.recording import evaluation_row
     from sat_jax.evaluate.subject import open_subject
+    from sat_jax.results import rows
     from sat_jax.train.metrics import to_json
     from scripts.evaluate_ways import prepare
 

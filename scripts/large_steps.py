@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 
 from sat_jax.analysis.flops import speedup_bound, training_flops
-from sat_jax.analysis.rows import STEP_SETTING, append, read
 from sat_jax.config import OptimizerConfig
 from sat_jax.errors import UserError
 from sat_jax.models.llama import Compute
@@ -23,6 +22,7 @@ from sat_jax.models.llama_config import LlamaConfig
 from sat_jax.models.presets import preset
 from sat_jax.ops import BlockSparse
 from sat_jax.provenance import environment
+from sat_jax.results.rows import STEP_SETTING, append, read
 from sat_jax.sparsity.plan import Plan, make_plan
 from sat_jax.train.account import kept_shares
 from sat_jax.train.moves import compile_moves

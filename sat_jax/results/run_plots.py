@@ -1,9 +1,7 @@
-"""Pictures of a run: loss over tokens, speed of each rung, what was kept.
+"""Figures of one run: loss over tokens, speed of each rung, how often each neuron was kept.
 
-Plain data in; out a PNG (1200 × 675 pixels, or taller for deep models) and, for print, a PDF beside
-it. Figures are built without pyplot, so that no global state of matplotlib changes. Colours are
-Okabe and Ito's, which colour-blind readers can tell apart; the heat maps use cividis for the same
-reason.
+Figures are built without pyplot, so that no global state of matplotlib changes. Colours are Okabe
+and Ito's, and the heat maps use cividis: colour-blind readers can tell them apart.
 """
 
 import math
@@ -20,28 +18,36 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-from sat_jax.analysis.tables import MINIMUM_STEPS, dense_speed, is_dense, is_measured
+from sat_jax.results.speed import (
+    ABOVE_BOUND,
+    ABOVE_BOUND_NOTE,
+    MINIMUM_STEPS,
+    dense_speed,
+    is_dense,
+    measured_speed,
+    speedup_text,
+)
 
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#C8C8C8", "#333333"
 
 _DPI = 150
 _SIZE = (8.0, 4.5)  # inches: 1200 × 675 pixels
-_MAX_BLOCKS = 96  # columns of the channel map that stay wider than a few pixels
-_FEW_BARS = 7  # that leave room for labels in full size
-_SMOOTHED_LOSSES = 16  # records from which a mean over a few of them says more than each
-_MANY_LOSSES = 60  # records beyond which markers only hide each other
+_MAX_BLOCKS = 96  # columns of the channel map
+_FEW_BARS = 7  # bars that leave room for labels in full size
+_SMOOTHED_LOSSES = 16  # losses from which their running mean is drawn
+_MANY_LOSSES = 60  # losses beyond which markers hide each other
 _FONT = 10
 
 
 def new_figure(height: float = _SIZE[1], width: float = _SIZE[0]) -> Figure:
-    """An empty figure, white; sizes in inches."""
+    """Return an empty white figure; sizes in inches."""
     figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def tidy(axes: Axes, *, title: str, x: str, y: str) -> None:
-    """Title and labels in the style of all pictures; lines only on the left and at the bottom."""
+    """Set title and labels, and draw spines only on the left and at the bottom."""
     axes.set_title(title, loc="left", fontsize=_FONT + 2, color=INK, pad=12)
     axes.set_xlabel(x, fontsize=_FONT, color=INK)
     axes.set_ylabel(y, fontsize=_FONT, color=INK)
@@ -52,35 +58,36 @@ def tidy(axes: Axes, *, title: str, x: str, y: str) -> None:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Writes the PNG and a PDF of the same stem; the same figure gives the same bytes. Returns
-    `path`, the PNG's."""
+    """Write a PNG to `path`, 1200 pixels wide, and a PDF beside it; return `path`.
+
+    The same figure gives the same bytes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", metadata={"Software": None})
-    # As TrueType: publishers refuse matplotlib's default, Type 3.
+    # TrueType fonts: publishers refuse matplotlib's default, Type 3.
     with matplotlib.rc_context({"pdf.fonttype": 42}):
         figure.savefig(path.with_suffix(".pdf"), format="pdf", metadata={"CreationDate": None})
     return path
 
 
 def loss_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss and omission rate over tokens.
+    """Return a figure of loss and omission rate over tokens.
 
-    `rows` are those of `metrics.jsonl`, in order: `step`, `tokens` (trained on so far) and, each
-    where it was measured, `loss` (under masks) and `eval_loss` (dense), both in nats a token, and
-    `omission_rate` (0 to 1), at which the tokens up to this row were trained. A row without
-    `tokens` is placed between its neighbours by its step. From 16 losses on, their centred running
-    mean is drawn over them.
+    `rows` are the records of `metrics.jsonl`, in order, with `step`, `tokens` (trained on so far)
+    and optionally `loss` (under masks) and `eval_loss` (dense), in nats per token, and
+    `omission_rate` (0 to 1) of the tokens up to this record. The position of a record without
+    `tokens` is interpolated by its step.
     """
-    placed = [row for row in rows if "tokens" in row]
+    counted = [row for row in rows if "tokens" in row]
 
     def series(key: str) -> tuple[np.ndarray, np.ndarray]:
-        found = [row for row in rows if row.get(key) is not None]
+        measured = [row for row in rows if row.get(key) is not None]
         tokens = np.interp(
-            [row["step"] for row in found],
-            [row["step"] for row in placed],
-            [row["tokens"] for row in placed],
+            [row["step"] for row in measured],
+            [row["step"] for row in counted],
+            [row["tokens"] for row in counted],
         )
-        return tokens, np.asarray([row[key] for row in found])
+        return tokens, np.asarray([row[key] for row in measured])
 
     figure = new_figure()
     axes = figure.add_subplot()
@@ -108,7 +115,7 @@ def loss_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     )  # fmt: skip
     names = ["training loss, under masks"]
     if smoothed:
-        window = max(5, len(losses) // 40) | 1  # odd, so that a mean has a middle
+        window = max(5, len(losses) // 40) | 1  # odd, so that the mean is centred
         middles, means = (
             np.convolve(values, np.full(window, 1 / window), mode="valid")
             for values in (tokens, losses)
@@ -118,7 +125,7 @@ def loss_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     (held_out,) = axes.plot(
         *series("eval_loss"), color=ORANGE, linewidth=2, marker="D", markersize=5, clip_on=False
     )
-    axes.set_xlim(0, max(row["tokens"] for row in placed) or 1)
+    axes.set_xlim(0, max(row["tokens"] for row in counted) or 1)
     axes.margins(y=0.08)
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.legend(
@@ -130,14 +137,15 @@ def loss_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def speed_figure(rungs: Sequence[Mapping[str, Any]]) -> Figure:
-    """Median tokens a second of every rung as bars, and the FLOP bound as a line over each.
+    """Return a figure of the median tokens per second of each rung, with a line at its FLOP bound.
 
-    Takes the rungs of `sat_jax.analysis.tables.end_of_run`. The bound is the dense rung's speed
-    times the rung's `bound`; it is left out where the dense rung is not measured.
+    Takes the rungs of `sat_jax.results.run_table.end_of_run`. The bound is the dense rung's speed
+    times the rung's `bound`; it is left out if the dense rung is not measured.
     """
     dense = dense_speed(rungs)
     places = range(len(rungs))
-    speeds = [rung["tokens_per_second"] if is_measured(rung) else 0.0 for rung in rungs]
+    speeds = [measured_speed(rung) for rung in rungs]
+    heights = [speed or 0.0 for speed in speeds]
     bounds = [dense * rung["bound"] for rung in rungs] if dense else []
 
     figure = new_figure()
@@ -145,37 +153,43 @@ def speed_figure(rungs: Sequence[Mapping[str, Any]]) -> Figure:
     tidy(
         axes, title="Training speed of each rung", x="omission rate", y="tokens per second, median"
     )
+    # In one row above all bars and bounds, so that no line crosses a number.
+    texts = [_bar_text(rung, dense) for rung in rungs]
+    size = _FONT if len(rungs) <= _FEW_BARS else _FONT - 2
+    for place, text in zip(places, texts, strict=True):
+        axes.text(
+            place, 0.99, text, transform=axes.get_xaxis_transform(), ha="center", va="top",
+            fontsize=size, linespacing=1.4, color=INK,
+        )  # fmt: skip
     colours = [GREY if is_dense(rung) else BLUE for rung in rungs]
-    measured = axes.bar(places, speeds, width=0.7, color=colours)
+    measured = axes.bar(places, heights, width=0.7, color=colours)
     if dense:
         ends = [place - 0.4 for place in places], [place + 0.4 for place in places]
         limits = axes.hlines(bounds, *ends, color=ORANGE, linewidth=2.2)
+        marked = any(ABOVE_BOUND in text for text in texts)
         figure.legend(
             [measured[0], limits],
             [
                 "measured, and ratio to the dense rung",
                 "bound: dense speed × dense FLOPs ÷ FLOPs of the rung",
             ],
+            title=ABOVE_BOUND_NOTE if marked else None, title_fontsize=_FONT - 1,
             loc="outside lower center", ncols=2, fontsize=_FONT - 1, frameon=False,
         )  # fmt: skip
-    # In one row above all bars and bounds, so that no line cuts through a number.
-    size = _FONT if len(rungs) <= _FEW_BARS else _FONT - 2
-    for place, speed in zip(places, speeds, strict=True):
-        if speed:
-            text = f"{speed:,.0f}" + (f"\n{speed / dense:.2f}×" if dense else "")
-        else:
-            text = f"not timed:\nunder {MINIMUM_STEPS} steps"
-        axes.text(
-            place, 0.99, text, transform=axes.get_xaxis_transform(), ha="center", va="top",
-            fontsize=size, linespacing=1.4, color=INK,
-        )  # fmt: skip
     axes.set_xticks(places, [_rung_name(rung) for rung in rungs])
-    spare = max(0, 4 - len(rungs)) / 2  # a lone bar is not blown up
-    axes.set_xlim(-0.7 - spare, len(rungs) - 0.3 + spare)
-    axes.set_ylim(0, 1.25 * max([*speeds, *bounds], default=0) or 1)
+    margin = max(0, 4 - len(rungs)) / 2  # keeps a single bar narrow
+    axes.set_xlim(-0.7 - margin, len(rungs) - 0.3 + margin)
+    axes.set_ylim(0, 1.25 * max([*heights, *bounds], default=0) or 1)
     axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     return figure
+
+
+def _bar_text(rung: Mapping[str, Any], dense: float | None) -> str:
+    speed = measured_speed(rung)
+    if speed is None:
+        return f"not timed:\nunder {MINIMUM_STEPS} steps"
+    return f"{speed:,.0f}" + (f"\n{speedup_text(speed / dense, rung['bound'])}" if dense else "")
 
 
 def _rung_name(rung: Mapping[str, Any]) -> str:
@@ -183,28 +197,27 @@ def _rung_name(rung: Mapping[str, Any]) -> str:
 
 
 class Kept(NamedTuple):
-    """How often each neuron was kept, `[L, N]`, in the selections that omitted any in its layer,
-    `[L]`."""
+    """How often each neuron was kept, and how many selections omitted any neuron of its layer."""
 
     counts: Int[np.ndarray, "L N"]
     selections: Int[np.ndarray, " L"]
 
     def shares(self) -> Float[np.ndarray, "L N"]:
-        """0 to 1; a layer from which nothing was ever omitted kept all of it."""
+        """Return the share of selections that kept each neuron; 1 in layers that never omit."""
         counts, selections = self.counts, self.selections[:, None]
         if (counts < 0).any() or (counts > selections).any():
-            raise ValueError("counts must lie in 0..selections")
+            raise ValueError("counts must be in 0..selections")
         return np.where(selections == 0, 1.0, counts / np.maximum(selections, 1))
 
     def times(self) -> str:
-        """In words, the most selections of a layer."""
+        """Return the largest number of selections of a layer, in words."""
         most = self.selections.max()
         plural = "" if most == 1 else "s"
         return f"{most} selection{plural}" if most else "never omitted"
 
 
 def block_means(shares: Float[np.ndarray, "L N"], blocks: int) -> Float[np.ndarray, "L blocks"]:
-    """Means over contiguous runs of ⌈N / blocks⌉ neurons (the last may be shorter)."""
+    """Return means over contiguous runs of ⌈N / blocks⌉ neurons; the last may be shorter."""
     neurons = shares.shape[1]
     starts = np.arange(0, neurons, math.ceil(neurons / blocks))
     sizes = np.diff(np.append(starts, neurons))
@@ -212,12 +225,10 @@ def block_means(shares: Float[np.ndarray, "L N"], blocks: int) -> Float[np.ndarr
 
 
 def kept_figure(heads: Kept, channels: Kept, *, head_unit: str = "KV group") -> Figure:
-    """How often each head (or KV group, as `head_unit` says) and each block of channels was kept.
+    """Return heat maps of how often each head (or `head_unit`) and channel was kept.
 
-    More than 96 channels are averaged over contiguous blocks. Both maps have the scale 0 to 100 %.
-
-    Raises:
-      ValueError: a count outside 0..selections, or different numbers of layers.
+    More than 96 channels are averaged over contiguous blocks. Raises `ValueError` for a count
+    outside 0..selections, or different numbers of layers.
     """
     layers = len(heads.counts)
     if len(channels.counts) != layers:
@@ -239,7 +250,7 @@ def kept_figure(heads: Kept, channels: Kept, *, head_unit: str = "KV group") -> 
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
     bar.ax.tick_params(labelsize=_FONT - 1, color=GREY, labelcolor=INK)
     figure.suptitle(
-        "How often each neuron was kept, in the selections that omitted some",
+        "Share of selections that kept each neuron",
         fontsize=_FONT + 2, color=INK, x=0.01, ha="left",
     )  # fmt: skip
     return figure
@@ -255,18 +266,3 @@ def _map(axes: Axes, shares: Float[np.ndarray, "L N"], *, title: str, x: str) ->
     for axis, size in ((axes.xaxis, shares.shape[1]), (axes.yaxis, shares.shape[0])):
         axis.set_major_locator(MaxNLocator(min(8, size), integer=True, min_n_ticks=1))
     return image
-
-
-def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Writes `loss_figure(rows)` to `path` and returns it."""
-    return save(loss_figure(rows), path)
-
-
-def plot_speed(rungs: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Writes `speed_figure(rungs)` to `path` and returns it."""
-    return save(speed_figure(rungs), path)
-
-
-def plot_kept(heads: Kept, channels: Kept, path: Path, *, head_unit: str = "KV group") -> Path:
-    """Writes `kept_figure(...)` to `path` and returns it."""
-    return save(kept_figure(heads, channels, head_unit=head_unit), path)

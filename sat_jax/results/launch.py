@@ -1,5 +1,7 @@
-"""Where the runs of a sweep run, through submitit: on this machine, a few at a time, or on Slurm as
-an array of jobs. Every job is `Job`: the ordinary run, in a process of its own."""
+"""Launchers of a sweep's runs, through submitit: on this machine, or on Slurm as an array of jobs.
+
+Every job is an ordinary run in a process of its own.
+"""
 
 import dataclasses
 import logging
@@ -26,17 +28,17 @@ from sat_jax.train.loop import train
 Submitted: TypeAlias = submitit.Job[str | None]
 
 _RULE = "\n----------------------\n"
-_NEVER = 60 * 24 * 365  # minutes
-_REQUEUES = 20  # of one job that reaches its time limit; it has saved each time
+_NO_TIMEOUT = 60 * 24 * 365  # minutes
+_REQUEUES = 20  # of a job that reaches its time limit, each time after a checkpoint
 _ALIVE = ("PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING", "SUSPENDED")
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run as submitit calls it, and calls it anew after a requeue: the run continues.
+    """A run as submitit calls it; after a requeue it is called again and the run continues.
 
-    `environment` has variables of its process, None for one that it must not have; with `platform`
-    it has to find devices of that kind.
+    `environment` sets variables of its process, or removes those that are None; `platform` is the
+    kind of devices that it must use.
     """
 
     config: Config
@@ -46,9 +48,9 @@ class Job:
     platform: str | None = None
 
     def __call__(self) -> str | None:
-        """Trains. Returns None, or the line that says why it failed, which ends the log. A run that
-        was stopped ends the process."""
-        _write_to(self.log)
+        """Train. Return None, or the reason of a failure in one line, which also ends the log. A
+        run that is stopped ends the process."""
+        _redirect_output(self.log)
         logging.getLogger("submitit").setLevel(logging.WARNING)
         for name, value in self.environment.items():
             os.environ.pop(name, None)
@@ -56,11 +58,11 @@ class Job:
                 os.environ[name] = value
         if self.platform is not None:
             jax.config.update("jax_platforms", self.platform)
-        with _Stops() as stops:
+        with _Signals() as signals:
             try:
                 train(self.config, self.directory, _log)
             except KeyboardInterrupt:
-                stops.requeue()
+                signals.requeue()
                 sys.exit(130)
             except UserError as error:
                 return _last_line(str(error))
@@ -70,31 +72,36 @@ class Job:
         return None
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """What a requeued job does: the same."""
+        """Return the job that runs after a requeue: the same one."""
         return submitit.helpers.DelayedSubmission(self)
 
 
 def failure(job: Submitted) -> str:
-    """The line that says why an ended job is no finished run: the run's own, or what it ended with
-    outside of the run, as where its process lacks a module or the disk is full."""
+    """Return the reason, in one line, why a job ended without finishing its run.
+
+    It is the run's own error, or that of its process, such as a missing module or a full disk.
+    """
     try:
         return job.result() or "ended without a summary"
-    except Exception as error:  # of any class that a job can end with
-        _, ruled, rest = str(error).partition(_RULE)  # submitit's, around the job's trace
-        lines = (rest.partition(_RULE)[0] if ruled else str(error)).strip().splitlines()
+    except Exception as error:  # a job can end with any class of error
+        _, rule, trace = str(error).partition(_RULE)  # submitit's, around the job's trace
+        lines = (trace.partition(_RULE)[0] if rule else str(error)).strip().splitlines()
         return lines[-1] if lines else type(error).__name__
 
 
-class _Stops:
-    """Signals inside a job. SIGTERM does what a run makes of it (submitit would ignore it), and the
-    signal ahead of a time limit too; submitit then has the job queued again."""
+class _Signals:
+    """Signal handling inside a job.
 
-    def __enter__(self) -> "_Stops":
+    SIGTERM stops the run with a checkpoint (submitit would ignore it). So does the signal before a
+    time limit, after which submitit queues the job again.
+    """
+
+    def __enter__(self) -> "_Signals":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self._limit = signal.Signals[f"SIG{submitit.JobEnvironment.USR_SIG}"]
-        self._submitit: Any = signal.signal(self._limit, self._near_the_limit)
-        signal.signal(signal.SIGALRM, self._pass_on)
-        self._asked = False
+        self._submitit: Any = signal.signal(self._limit, self._near_time_limit)
+        signal.signal(signal.SIGALRM, self._stop_run)
+        self._requeue = False
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -102,17 +109,17 @@ class _Stops:
         signal.signal(self._limit, self._submitit)
 
     def requeue(self) -> None:
-        """Ends the process and queues the job again, if its time was up."""
-        if self._asked:
+        """End the process and queue the job again, if it reached its time limit."""
+        if self._requeue:
             self._submitit(self._limit, None)
 
-    def _near_the_limit(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-        self._pass_on(number, frame)
+    def _near_time_limit(self, number: int, frame: FrameType | None) -> None:
+        self._requeue = True
+        self._stop_run(number, frame)
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        """Stops the run once it listens: not before its first step, nor while it saves already,
-        where SIGTERM would end it at once."""
+    def _stop_run(self, number: int, frame: FrameType | None) -> None:
+        """Send SIGTERM once the run handles it: before its first step, and while it saves, the
+        signal would end it at once."""
         del number, frame
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             signal.setitimer(signal.ITIMER_REAL, 0.1)
@@ -121,26 +128,26 @@ class _Stops:
 
 
 class Launcher(Protocol):
-    """Where runs run."""
+    """Starts jobs."""
 
-    outlives: bool  # whether jobs go on when the sweep's command ends
-    seconds: float  # between two looks at the jobs
+    outlives: bool  # whether jobs continue when the sweep's command ends
+    seconds: float  # between two polls of the jobs
 
     def room(self) -> int:
-        """How many more jobs may be handed over now."""
+        """Return how many more jobs may be submitted now."""
 
     def submit(self, jobs: Sequence[Job]) -> list[Submitted]:
-        """Hands them over, at most `room()`."""
+        """Submit jobs, at most `room()`."""
 
     def attach(self, job_id: str) -> Submitted | None:
-        """A job that an earlier command handed over, if it waits or runs."""
+        """Return a job that an earlier command submitted, if it waits or runs."""
 
     def stop(self) -> None:
-        """Asks the jobs to save and end."""
+        """Ask the jobs to save and end."""
 
 
 class Local:
-    """On this machine, `workers` at a time; each has an equal share of the GPUs `gpus`, by id."""
+    """Runs `workers` jobs at a time on this machine, each with an equal share of `gpus` (ids)."""
 
     outlives = False
     seconds = 0.5
@@ -150,9 +157,9 @@ class Local:
             raise UserError(
                 f"--gpus {','.join(map(str, gpus))} are not shared evenly by --workers {workers}"
             )
-        # A folder of its own for each command: submitit names files by process, and numbers recur.
+        # One folder per command: submitit names files by process ids, which recur.
         self._executor = submitit.LocalExecutor(folder / f"local-{time.time_ns()}")
-        self._executor.update_parameters(timeout_min=_NEVER)
+        self._executor.update_parameters(timeout_min=_NO_TIMEOUT)
         self._slots: list[Submitted | None] = [None] * workers
         share = len(gpus) // workers
         parts = [gpus[slot * share : (slot + 1) * share] for slot in range(workers)]
@@ -165,18 +172,18 @@ class Local:
         submitted = []
         for job in jobs:
             slot = next(slot for slot in range(len(self._slots)) if self._is_free(slot))
-            # submitit hides all GPUs that it was not asked for.
+            # submitit hides all GPUs that were not requested from it.
             visible = self._visible[slot] or os.environ.get("CUDA_VISIBLE_DEVICES")
-            placed = dataclasses.replace(
+            local_job = dataclasses.replace(
                 job,
                 environment={"CUDA_VISIBLE_DEVICES": visible},
                 platform="cuda" if self._visible[slot] else None,
             )
-            # Ctrl-C reaches every process of a terminal; submitit's would be killed by it without
-            # having saved. They inherit that it is blocked, and are stopped by SIGTERM alone.
+            # Ctrl-C reaches every process of a terminal and would kill submitit's before the run
+            # saves. They inherit that it is blocked, and are stopped by SIGTERM alone.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
-                self._slots[slot] = self._executor.submit(placed)
+                self._slots[slot] = self._executor.submit(local_job)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
             submitted.append(self._slots[slot])
@@ -189,7 +196,7 @@ class Local:
     def stop(self) -> None:
         for job in self._slots:
             if job is not None and not job.done():
-                os.kill(int(job.job_id), signal.SIGTERM)  # submitit's watcher passes it on
+                os.kill(int(job.job_id), signal.SIGTERM)  # submitit's process forwards it
 
     def _is_free(self, slot: int) -> bool:
         job = self._slots[slot]
@@ -197,8 +204,8 @@ class Local:
 
 
 class Slurm:
-    """As jobs of an array, at most `workers` at a time (None: as many as the cluster runs), with
-    `options` of sbatch as `slurm_options` gives them."""
+    """Submits an array of jobs, at most `workers` at a time (None: the cluster's limit), with the
+    options of sbatch that `slurm_options` returns."""
 
     outlives = True
     seconds = 5.0
@@ -206,7 +213,9 @@ class Slurm:
     def __init__(self, folder: Path, options: Mapping[str, Any], workers: int | None = None):
         for program in ("sbatch", "srun"):
             if shutil.which(program) is None:
-                raise UserError(f"--launcher slurm: no {program} on PATH; accepted: a cluster's")
+                raise UserError(
+                    f"--launcher slurm: no {program} on PATH; accepted: a machine of a cluster"
+                )
         self._executor = submitit.SlurmExecutor(folder / "slurm", max_num_timeout=_REQUEUES)
         try:
             self._executor.update_parameters(**options)
@@ -222,8 +231,8 @@ class Slurm:
         try:
             return self._executor.submit_array(jobs)
         except FailedJobError as error:
-            said = str(error).strip().splitlines()
-            raise UserError(f"--launcher slurm: sbatch refused: {said[-1]}") from error
+            reason = str(error).strip().splitlines()[-1]
+            raise UserError(f"--launcher slurm: sbatch refused: {reason}") from error
 
     def attach(self, job_id: str) -> Submitted | None:
         job: Submitted = submitit.SlurmJob(self._executor.folder, job_id)
@@ -235,10 +244,10 @@ class Slurm:
 
 
 def slurm_options(texts: Sequence[str]) -> dict[str, Any]:
-    """Options of sbatch by name, of texts `name=value,name=value`; whole numbers are numbers.
+    """Return options of sbatch by name, from texts `name=value,name=value`.
 
-    Raises `UserError` for a text of another form, a name given twice, no time limit, and for more
-    than one process a run.
+    Raises `UserError` for a text of another form, a name given twice, a missing time limit, and
+    more than one process per run.
     """
     options: dict[str, Any] = {}
     for part in (part for text in texts for part in re.split(r",(?=\w+=)", text)):
@@ -247,7 +256,7 @@ def slurm_options(texts: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"--slurm {part}: accepted: NAME=VALUE, each name once")
         options[name] = int(value) if value.isdecimal() else value
     if not isinstance(options.get("time"), int):
-        raise UserError("--slurm time=MINUTES is missing or no whole number")
+        raise UserError("--slurm time=MINUTES is missing or not an integer")
     for name in ("nodes", "ntasks_per_node"):
         if options.get(name, 1) != 1:
             raise UserError(f"--slurm {name}={options[name]}: a run of a sweep is one process")
@@ -256,8 +265,8 @@ def slurm_options(texts: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _write_to(log: Path) -> None:
-    """What this process writes to its standard streams goes to the end of `log` from now on."""
+def _redirect_output(log: Path) -> None:
+    """Append the standard output and error of this process to `log` from now on."""
     with log.open("a", encoding="utf-8") as file:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

@@ -1,0 +1,189 @@
+"""Tables and pictures in documents, made from committed rows.
+
+    <!-- table: FILE.KIND [FIELD=START[,START...] ...] -->
+    this text is replaced
+    <!-- /table -->
+
+FILE is a file of rows, `experiments/results/FILE.jsonl`. KIND is `quality` (all variants), the
+name of a comparison that an experiment file declares, `other` (variants of no comparison), `cost`
+or `losses`; `steps`, `memory` or `speed` of benchmarks; `perplexity`, `choices`, `answers` or
+`harness` of evaluations. Only rows are used whose FIELD (twin, data, commit, ..., or a setting by
+its dotted path) starts with one of the texts START, or equals it if it is a number.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from sat_jax.errors import UserError
+from sat_jax.results.benchmarks import TABLES, memory_figure
+from sat_jax.results.evaluations import evaluation_tables
+from sat_jax.results.figures import quality_figure
+from sat_jax.results.finished import newest, run_of_row
+from sat_jax.results.rows import Row, read
+from sat_jax.results.sweep import Comparison
+from sat_jax.results.tables import (
+    Table,
+    across_groups,
+    compared,
+    comparison_tables,
+    cost_table,
+    groups_across,
+    loss_table,
+    quality_table,
+)
+from sat_jax.results.variants import Group, make_groups
+
+_OPEN = re.compile(r"<!-- table: (\S+)\.(\w+)((?: [\w.]+=\S+)*) -->\n")
+_CLOSE = "<!-- /table -->"
+_LIKE = re.compile(r"^[ \t]*<!--\s*/?\s*table\b.*\n?", re.IGNORECASE | re.MULTILINE)
+_FORM = f"accepted: <!-- table: FILE.KIND [FIELD=START ...] --> on a line of its own, then {_CLOSE}"
+_DIGEST = "Rows"  # the PNG text that names the rows of a picture
+
+
+def documents(root: Path) -> list[Path]:
+    """Return the documents that may have tables."""
+    return [root / "README.md", root / "experiments" / "README.md", *sorted(root.glob("docs/*.md"))]
+
+
+def outdated(root: Path, results: Path, comparisons: Sequence[Comparison]) -> dict[Path, str]:
+    """Return the documents whose tables differ from what the rows in `results` give, with their new
+    text. Raises `UserError`, naming document and mark, for a table that cannot be made."""
+    texts = {path: path.read_text(encoding="utf-8") for path in documents(root)}
+    filled = {path: fill(text, results, str(path), comparisons) for path, text in texts.items()}
+    return {path: text for path, text in filled.items() if text != texts[path]}
+
+
+def fill(text: str, results: Path, origin: str, comparisons: Sequence[Comparison]) -> str:
+    """Return `text` with every marked table made from the rows in `results`.
+
+    Raises `UserError` for what resembles a mark and is none.
+    """
+    for like in _LIKE.finditer(text):
+        if not (_OPEN.fullmatch(like.group()) or like.group().rstrip() == _CLOSE):
+            raise UserError(f"{origin}: {like.group().strip()} is no mark of a table; {_FORM}")
+    before, *parts = re.split(rf"({_LIKE.pattern})", text, flags=_LIKE.flags)
+    filled, is_open = [before], ""
+    for mark, content in zip(parts[::2], parts[1::2], strict=True):
+        opening = _OPEN.fullmatch(mark)
+        if opening and is_open:
+            raise UserError(f"{origin}: {is_open} is not closed by {_CLOSE}")
+        if not opening and not is_open:
+            raise UserError(f"{origin}: {_CLOSE} without a table that begins; {_FORM}")
+        is_open = mark.strip() if opening else ""
+        if opening:
+            stem, kind, fields = opening.groups()
+            try:
+                filters = dict(field.split("=", 1) for field in fields.split())
+                content = f"\n{_table(results, stem, kind, filters, comparisons)}\n\n"
+            except UserError as error:
+                raise UserError(f"{origin}: {mark.strip()}: {error}") from error
+        filled += [mark, content]
+    if is_open:
+        raise UserError(f"{origin}: {is_open} is not closed by {_CLOSE}")
+    return "".join(filled)
+
+
+def _matches(row: Mapping[str, Any], field: str, starts: str) -> bool:
+    value = row.get("settings", {}).get(field, "") if "." in field else row.get(field, "")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value).startswith(tuple(starts.split(",")))
+    try:
+        return value in [float(start) for start in starts.split(",")]
+    except ValueError:
+        raise UserError(f"{field}={starts} is no number, as the rows have there") from None
+
+
+def _table(
+    results: Path,
+    stem: str,
+    kind: str,
+    filters: Mapping[str, str],
+    comparisons: Sequence[Comparison],
+) -> str:
+    rows = [
+        row
+        for row in read(results / f"{stem}.jsonl")
+        if all(_matches(row, field, starts) for field, starts in filters.items())
+    ]
+    if kind in TABLES:
+        return TABLES[kind](rows)
+    runs = newest(run_of_row(row, stem) for row in rows if "twin" in row)
+    tables = [table for table in evaluation_tables(rows) if table.name == kind]
+    tables += _tables_of_runs(make_groups(runs), kind, comparisons)
+    if not tables:
+        raise UserError(f"no rows for {kind}; {len(runs)} runs match")
+    return "\n\n".join(table.markdown() for table in tables)
+
+
+def _tables_of_runs(
+    groups: Sequence[Group], kind: str, comparisons: Sequence[Comparison]
+) -> list[Table]:
+    if kind == "quality":
+        return [quality_table(group, group.sparse, kind, "") for group in groups]
+    if kind == "cost":
+        return [cost_table(group) for group in groups]
+    if kind == "losses":
+        return [table for group in groups if (table := loss_table(group))]
+    if kind == "other":
+        tables = [table for group in groups for table in comparison_tables(group, comparisons)]
+        return [table for table in tables if table.name == kind]
+    tables = []
+    for comparison in comparisons:
+        if comparison.name == kind:
+            across = groups_across(groups, comparison)
+            tables += [across_groups(several, kind, comparison.title) for several in across]
+            for group in [] if across else groups:
+                if variants := compared(group, comparison):
+                    tables.append(quality_table(group, variants, kind, comparison.title))
+    return tables
+
+
+def pictures(results: Path, folder: Path) -> list[Path]:
+    """Write a picture into `folder` for each file of `results` that has one; return their paths."""
+    written = []
+    for name, draw in _PICTURES.items():
+        file = results / f"{name}.jsonl"
+        if file.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            written.append(folder / f"{name}.png")
+            metadata = {"Software": None, _DIGEST: _digest(file)}
+            draw(read(file)).savefig(written[-1], format="png", metadata=metadata)
+    return written
+
+
+def outdated_pictures(results: Path, folder: Path) -> list[Path]:
+    """Return the pictures that are missing or of other rows.
+
+    Rows are compared and not pixels, which depend on the versions of matplotlib and its fonts.
+    """
+    outdated = []
+    for name in _PICTURES:
+        file, picture = results / f"{name}.jsonl", folder / f"{name}.png"
+        # A PNG's tEXt chunk: keyword, a zero byte, the text.
+        if file.exists() and not (
+            picture.exists() and f"{_DIGEST}\0{_digest(file)}".encode() in picture.read_bytes()
+        ):
+            outdated.append(picture)
+    return outdated
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+def _study_figure(rows: Sequence[Row]) -> Figure:
+    """Draw the group with the most runs."""
+    groups = make_groups(newest(run_of_row(row, "study") for row in rows))
+    largest = max(groups, key=lambda group: len(group.runs), default=None)
+    figure = None if largest is None else quality_figure(largest)
+    if figure is None:
+        raise UserError("study.jsonl: no sparse run with a dense baseline")
+    return figure
+
+
+_PICTURES = {"memory": memory_figure, "study": _study_figure}

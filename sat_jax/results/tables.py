@@ -1,0 +1,297 @@
+"""Tables of a report: quality against the dense baseline, cost, and training loss over a run."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Sequence
+
+from sat_jax.config_values import find
+from sat_jax.results.curves import part_means
+from sat_jax.results.finished import DEFAULTS, FinishedRun
+from sat_jax.results.means import Mean, mean_of
+from sat_jax.results.speed import (
+    ABOVE_BOUND,
+    ABOVE_BOUND_NOTE,
+    first_sparse_rung,
+    measured_speed,
+    speedup_text,
+)
+from sat_jax.results.sweep import Comparison
+from sat_jax.results.text import fixed_width, markdown, percent, quantity
+from sat_jax.results.variants import Group, Variant, make_groups, settings_in_words
+
+_PARTS = 8  # of a run, in which losses are compared
+_MIXED, _FEWER = "†", "§"
+_NOTES = {
+    ABOVE_BOUND: ABOVE_BOUND_NOTE,
+    _MIXED: f"{_MIXED} measured at several commits or on several devices",
+    _FEWER: f"{_FEWER} of fewer seeds: some have no dense baseline, or none around their FLOPs",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """`name` is the kind of table in documents; the first `left` columns are aligned left."""
+
+    name: str
+    title: str
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    left: int = 1
+
+    @property
+    def notes(self) -> list[str]:
+        """Explanations of the marks in the cells."""
+        shown = "".join(cell for row in self.rows for cell in row)
+        return [text for mark, text in _NOTES.items() if mark in shown]
+
+    def markdown(self) -> str:
+        """Return the table in Markdown, with its caption and notes below."""
+        sentences = [f"{text}." for text in (self.caption, *self.notes)]
+        return f"{markdown(self.header, self.rows, self.left)}\n\n{' '.join(sentences)}"
+
+
+def comparison_tables(group: Group, comparisons: Iterable[Comparison]) -> list[Table]:
+    """Return a table for each comparison that the group has two or more variants for, and one of
+    the variants that are in none of these."""
+    tables, shown = [], set[str]()
+    for comparison in comparisons:
+        variants = compared(group, comparison)
+        if len(variants) > 1:
+            tables.append(quality_table(group, variants, comparison.name, comparison.title))
+            shown |= {variant.name for variant in variants}
+    others = [variant for variant in group.sparse if variant.name not in shown]
+    if others or not tables:
+        title = "Other variants" if tables else "Variants"
+        tables.append(quality_table(group, others, "other", title))
+    return tables
+
+
+def compared(group: Group, comparison: Comparison) -> list[Variant]:
+    """Return the sparse variants that differ from the reference in `comparison.settings` alone."""
+    settings = set(comparison.settings)
+    return [variant for variant in group.sparse if group.differing(variant) <= settings]
+
+
+def quality_table(group: Group, sparse: Sequence[Variant], name: str, title: str) -> Table:
+    """Return a table of `sparse` beside the dense variants."""
+    lines = [(variant.name, variant) for variant in (*group.dense_variants, *sparse)]
+    return _quality(
+        name, title, f"{caption_of(group)}; perplexity before training {_before(group)}", lines
+    )
+
+
+def across_groups(groups: Sequence[Group], name: str, title: str) -> Table:
+    """Return one table of the variants of several groups, each beside its own dense baseline."""
+    lines = [
+        (f"{label}: {variant.name}" if label else variant.name, variant)
+        for group, label in zip(groups, group_labels(groups), strict=True)
+        for variant in group.variants
+    ]
+    return _quality(name, title, "each beside the dense baseline of its own setting", lines)
+
+
+def groups_across(groups: Sequence[Group], comparison: Comparison) -> list[list[Group]]:
+    """Return the sets of two or more groups that differ in the comparison's settings alone."""
+    outside = [path for path in comparison.settings if path not in DEFAULTS]
+    together: dict[str, list[Group]] = {}
+    for group in groups if outside else ():
+        together.setdefault(group.runs[0].shared(outside), []).append(group)
+    return [several for several in together.values() if len(several) > 1]
+
+
+def _quality(name: str, title: str, caption: str, lines: Sequence[tuple[str, Variant]]) -> Table:
+    columns = {
+        "variant": [label for label, _ in lines],
+        "seeds": [str(len(variant.runs)) for _, variant in lines],
+        "perplexity": [_mean(variant.over(_after), "{:.3f}") for _, variant in lines],
+        "from dense": [_difference(variant.differences(), variant) for _, variant in lines],
+        "at equal FLOPs": [
+            _difference(variant.differences_at_equal_flops(), variant) for _, variant in lines
+        ],
+        "FLOPs": [_mean_only(variant.flops_shares(), "{:.0f} %") for _, variant in lines],
+    }
+    known = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
+    return Table(name, title, caption, tuple(known), tuple(zip(*known.values(), strict=True)))
+
+
+def cost_table(group: Group) -> Table:
+    """Return a table of speed, time, memory and FLOPs, with each speed-up beside its bound."""
+    header = (
+        "variant", "seeds", "tokens/s", "time", "memory", "FLOPs", "of dense",
+        "first rung", "its bound", "whole run", "its bound",
+    )  # fmt: skip
+    rows = []
+    for variant in group.variants:
+        shares = variant.flops_shares()
+        bound = mean_of([100 / share for share in shares if share is not None])
+        first_bound = mean_of(variant.over(_first_bound))
+        speedups = [_speedup(variant.first_rung_speedups(), first_bound, variant)]
+        speedups += [
+            _bound(first_bound),
+            _speedup(variant.speedups(), bound, variant),
+            _bound(bound),
+        ]
+        rows.append(
+            (
+                variant.name,
+                str(len(variant.runs)),
+                _mean(variant.over(_first_speed), "{:,.0f}"),
+                _mean(variant.over(lambda run: run.seconds), "{:,.1f} s"),
+                _mean_only(variant.over(lambda run: run.row["peak_memory"]["bytes"]), "B"),
+                _mean_only(variant.over(lambda run: run.row["spent_flops"]), "FLOP"),
+                _mean_only(shares, "{:.0f} %"),
+                *(["-"] * 4 if variant.is_baseline else speedups),
+            )
+        )
+    return Table("cost", "Speed, memory and FLOPs", caption_of(group), header, tuple(rows))
+
+
+def loss_table(group: Group) -> Table | None:
+    """Return the training loss minus that of the dense baseline, by parts of the run.
+
+    Both are trained on the same batches. The loss is that of the model as it is trained, without
+    omitted neurons. None if no two runs can be compared.
+    """
+    rows = []
+    for variant in group.sparse:
+        gaps = [
+            [None if None in pair else pair[0] - pair[1] for pair in zip(*both, strict=True)]
+            for run, dense in zip(variant.runs, variant.baselines, strict=True)
+            if dense
+            and all(both := [part_means(r.row.get("curve", {}), _PARTS) for r in (run, dense)])
+        ]
+        if gaps:
+            parts = [_mean(part, "{:+.2f}") for part in zip(*gaps, strict=True)]
+            rows.append((variant.name, str(len(gaps)), *parts))
+    if not rows:
+        return None
+    steps = group.runs[0].steps
+    ends = [round(steps * part / _PARTS) for part in range(_PARTS + 1)]
+    parts = [f"{start + 1} to {end}" for start, end in itertools.pairwise(ends)]
+    header = ("variant", "seeds", f"steps {parts[0]}", *parts[1:])
+    caption = f"nats per token; {caption_of(group)}"
+    return Table("losses", "Training loss minus the dense baseline's", caption, header, tuple(rows))
+
+
+def sentence(variant: Variant) -> str:
+    """Return one sentence with quality and cost of a variant relative to its dense baseline."""
+    difference, shares = mean_of(variant.differences()), mean_of(variant.flops_shares())
+    seeds = f"{len(variant.runs)} seed{'s' * (len(variant.runs) > 1)}"
+    if difference is None or shares is None:
+        after = mean_of(variant.over(_after))
+        number = "infinite" if after is None else after.text("{:.3f}")
+        return f"{variant.name}: perplexity {number} ({seeds}), without a dense baseline."
+    text = (
+        f"{variant.name}: perplexity {difference.text('{:+.1f} %')} from dense training on the same"
+        f" tokens ({seeds}), with {shares.value:.0f} % of its FLOPs"
+    )
+    equal = mean_of(variant.differences_at_equal_flops())
+    return text + (f"; {equal.text('{:+.1f} %')} at equal FLOPs." if equal else ".")
+
+
+def terminal_table(runs: Sequence[FinishedRun]) -> str:
+    """Return the quality of a sweep's runs, and their speed, as tables for a terminal."""
+    tables = []
+    for group in make_groups(runs):
+        for table in (quality_table(group, group.sparse, "quality", ""), cost_table(group)):
+            tables.append(fixed_width(table.header, table.rows))
+            tables += table.notes
+    return "\n".join(tables)
+
+
+def caption_of(group: Group) -> str:
+    """Return what the runs of a group share: model, length, learning rate, reference, data."""
+    run = group.runs[0]
+    tokens = sum(r.row["tokens"] for r in group.runs) / len(group.runs)
+    parts = [model_of(run), f"{run.steps:,} steps, {tokens:,.0f} tokens"]
+    if run.fine_tuned and "loss_tokens" in run.row:
+        parts.append(f"{percent(run.row['loss_tokens'] / run.row['tokens'])} of them with loss")
+    if "settings" in run.row:
+        rate, schedule = (
+            run.settings.get(path, find(path).default)
+            for path in ("optimizer.learning_rate", "optimizer.schedule")
+        )
+        parts.append(f"learning rate {rate:g}, {schedule}")
+    changed = {
+        p: v for p, v in group.reference.items() if v != DEFAULTS[p] and p != "sparsity.rate"
+    }
+    if group.sparse and changed:
+        parts.append(f"unless named otherwise {', '.join(settings_in_words(changed))}")
+    parts.append(f"data {run.row['data'][:8]}")
+    parts.append(" and ".join(dict.fromkeys(run.device for run in group.runs)))
+    return "; ".join(parts)
+
+
+def model_of(run: FinishedRun) -> str:
+    """Return the model that a run starts from; the experiment, for rows without settings."""
+    if "settings" not in run.row:
+        return str(run.row["experiment"])
+    default = find("model.preset").default
+    return str(run.settings.get("model.path") or run.settings.get("model.preset", default))
+
+
+def group_labels(groups: Sequence[Group]) -> list[str]:
+    """Return the settings outside sparsity in which each group differs from others."""
+    runs = [group.runs[0] for group in groups]
+    paths = dict.fromkeys(path for run in runs for path in run.settings)
+    labels: list[list[str]] = [[] for _ in runs]
+    for path in paths:
+        values = [run.settings.get(path, find(path).default) for run in runs]
+        if path not in ("seed", "data.sources") and len(set(map(str, values))) > 1:
+            for label, value in zip(labels, values, strict=True):
+                label += settings_in_words({path: value})
+    if len({run.row["data"] for run in runs}) > 1:
+        for label, run in zip(labels, runs, strict=True):
+            label.append(f"data {run.row['data'][:6]}")
+    return [", ".join(label) for label in labels]
+
+
+def _mean(values: Sequence[float | None], form: str) -> str:
+    mean = mean_of(values)
+    return "-" if mean is None else mean.text(form)
+
+
+def _mean_only(values: Sequence[float | None], form: str) -> str:
+    """Without the error, for what hardly differs between seeds; `form` is a format, or a unit."""
+    mean = mean_of(values)
+    if mean is None:
+        return "-"
+    return form.format(mean.value) if "{" in form else quantity(mean.value, form)
+
+
+def _difference(values: Sequence[float | None], variant: Variant) -> str:
+    return _mean(values, "{:+.1f} %") + _FEWER * (0 < len(values) < len(variant.runs))
+
+
+def _speedup(values: Sequence[float | None], bound: Mean | None, variant: Variant) -> str:
+    mean = mean_of(values)
+    if mean is None:
+        return "-"
+    runs = [run for run in (*variant.runs, *variant.baselines) if run is not None]
+    mixed = len({(run.commit, run.device) for run in runs}) > 1
+    return speedup_text(mean.value, bound and bound.value, mean.error) + _MIXED * mixed
+
+
+def _bound(bound: Mean | None) -> str:
+    return "-" if bound is None else f"{bound.value:.2f}×"
+
+
+def _after(run: FinishedRun) -> float | None:
+    after: float | None = run.row["perplexity_after"]
+    return after
+
+
+def _before(group: Group) -> str:
+    before = mean_of([run.row["perplexity_before"] for run in group.runs])
+    return "-" if before is None else f"{before.value:.3f}"
+
+
+def _first_bound(run: FinishedRun) -> float | None:
+    rung = first_sparse_rung(run.row["rungs"])
+    return None if rung is None else rung["bound"]
+
+
+def _first_speed(run: FinishedRun) -> float | None:
+    """Tokens per second of the first rung that omits anything; of a dense run its own."""
+    return measured_speed(first_sparse_rung(run.row["rungs"]) or run.row["rungs"][0])
