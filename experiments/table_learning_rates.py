@@ -37,5 +37,6 @@ def get_sweep(scale: str = "smoke") -> Sweep:
             scale, {"optimizer.learning_rate": float(f"{factor * usual:.2g}"), **run}
         )
     ]
-    settings = ("optimizer.learning_rate", "sparsity.rate", "sparsity.forward")
-    return Sweep(runs, (Comparison("learning_rates", "Learning rate", settings),))
+    return Sweep(
+        runs, (Comparison("learning_rates", "Learning rate", ("optimizer.learning_rate",)),)
+    )

@@ -39,62 +39,49 @@ def steps_table(rows: Sequence[Row]) -> str:
     header = ("one step", "heads kept", "channels kept", "time", "speed-up", "FLOP bound")
     tokens = f"{dense['rows'] * dense['row_length']:,} tokens"
     caption = f"{dense['model']}; {tokens}; {dense['dtype']}; {device_name(dense['device'])}"
-    return _with_caption(markdown(header, body), caption)
+    table = markdown(header, body)
+    note = f" {ABOVE_BOUND_NOTE}." if ABOVE_BOUND in table else ""
+    return f"{table}\n\n{caption}.{note}"
 
 
 def memory_table(rows: Sequence[Row]) -> str:
     """Return what `scripts.memory` compiled, a table for each setting."""
-
-    def line(row: Row, dense: Row) -> list[str]:
-        total = _memory(row)
-        refresh = f"{row['refresh_bytes'] / 2**30:.1f} GiB" if row.get("refresh_bytes") else "-"
-        parts = [f"{count / 2**30:.1f} GiB" for count in (*map(row.get, _fields()), total)]
-        return [*parts, f"{total / _memory(dense):.2f}×", refresh]
-
-    return _by_setting(rows, (*_MEMORY, "total", "of dense", "at a refresh"), line)
-
-
-def speed_table(rows: Sequence[Row]) -> str:
-    """Return what `scripts.efficiency` measured, a table for each setting.
-
-    MFU: FLOPs of the trained model, none counted twice, ÷ time and the device's own rate of matrix
-    products.
-    """
-    peaks = {_setting(row): row for row in rows if row.get("part") == "peak"}
-
-    def line(row: Row, dense: Row) -> list[str]:
-        seconds, speedup = row["seconds"], dense["seconds"] / row["seconds"]
-        peak = peaks.get(_setting(row))
-        rate = row["model_flops"] / seconds
-        return [
-            f"{seconds * 1e3:,.1f} ms",
-            f"{row['rows'] * row['row_length'] / seconds:,.0f}",
-            percent(rate * peak["seconds"] / peak["model_flops"]) if peak else "-",
-            speedup_text(speedup, row["bound"]),
-            f"{row['bound']:.2f}×",
-            f"{_memory(row) / 2**30:.1f} GiB",
-            f"{row['compile_seconds']:.0f} s",
-        ]
-
-    header = ("time", "tokens/s", "MFU", "speed-up", "FLOP bound", "memory", "compilation")
-    return _by_setting(rows, header, line)
+    header = (
+        "trained",
+        "heads kept",
+        "channels kept",
+        *_MEMORY,
+        "total",
+        "of dense",
+        "at a refresh",
+    )
+    parts = []
+    for steps in _settings(rows):
+        dense, body = steps[0], []
+        for row in steps:
+            sizes = [row[field] for field, _ in _MEMORY.values()]
+            dense_total = sum(dense[field] for field, _ in _MEMORY.values())
+            ratio = f"{sum(sizes) / dense_total:.2f}×"
+            refresh = _gibibytes(row["refresh_bytes"]) if row.get("refresh_bytes") else "-"
+            cells = [*map(_gibibytes, (*sizes, sum(sizes))), ratio, refresh]
+            body.append([_trained(row), *_kept(row), *cells])
+        settings = [dense["dtype"], dense["optimizer"], f"remat {dense['remat']}"]
+        settings += [f"kernels {dense['kernels']}"] if dense["kernels"] else []
+        caption = "; ".join([_model_and_tokens(dense), *settings, dense["target"]])
+        parts.append(f"{markdown(header, body)}\n\n{caption}.")
+    return "\n\n".join(parts)
 
 
-TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
-    "steps": steps_table,
-    "memory": memory_table,
-    "speed": speed_table,
-}
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"steps": steps_table, "memory": memory_table}
 
 
 def memory_figure(rows: Sequence[Row]) -> Figure:
     """Return bars of the device memory of each step, a plot for each setting."""
-    settings = [steps for steps in _settings(rows) if "error" not in steps[0]]
+    settings = list(_settings(rows))
     lines, columns = math.ceil(len(settings) / _COLUMNS), min(_COLUMNS, len(settings))
     figure = new_figure(_PLOT[1] * lines, _PLOT[0] * columns)
     for number, steps in enumerate(settings, 1):
         axes = figure.add_subplot(lines, columns, number)
-        steps = [row for row in steps if "error" not in row]
         left = [0.0] * len(steps)
         for label, (field, colour) in _MEMORY.items():
             sizes = [row[field] / 2**30 for row in steps]
@@ -109,35 +96,12 @@ def memory_figure(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _by_setting(
-    rows: Sequence[Row], header: tuple[str, ...], line: Callable[[Row, Row], list[str]]
-) -> str:
-    """`line` returns the cells of a row beside the dense step of its setting."""
-    parts = []
-    for steps in _settings(rows):
-        dense = steps[0]
-        failed = "not compared: the dense step failed" if "error" in dense else ""
-        body = []
-        for row in steps:
-            error = row.get("error", failed)
-            cells = [error] if error else [*_kept(row), *line(row, dense)]
-            body.append([_trained(row), *cells, *[""] * (2 + len(header) - len(cells))])
-        kernels = f"kernels {dense['kernels']}; " if dense["kernels"] else ""
-        table = markdown(("trained", "heads kept", "channels kept", *header), body)
-        caption = (
-            f"{_model_and_tokens(dense)}; {dense['dtype']}; {dense['optimizer']}; remat"
-            f" {dense['remat']}; {kernels}{dense['target']}"
-        )
-        parts.append(_with_caption(table, caption))
-    return "\n\n".join(parts)
-
-
 def _settings(rows: Sequence[Row]) -> Iterator[list[Row]]:
     """Yield the newest steps of each setting, the dense one first."""
     newest = {
-        (_setting(row), row["execution"], row["rate"]): row
+        (tuple(row[name] for name in STEP_SETTING), row["execution"], row["rate"]): row
         for row in rows
-        if row["part"] == "step" and row["rate"] < 1
+        if row["part"] == "step" and row["rate"] < 1 and "error" not in row
     }
     for setting in dict.fromkeys(key[0] for key in newest):
         steps = [row for key, row in newest.items() if key[0] == setting]
@@ -145,10 +109,6 @@ def _settings(rows: Sequence[Row]) -> Iterator[list[Row]]:
         if steps[0]["execution"] != "dense":
             raise UserError(f"no dense step among the rows of {steps[0]['model']}")
         yield steps
-
-
-def _setting(row: Row) -> tuple[object, ...]:
-    return tuple(row[name] for name in STEP_SETTING)
 
 
 def _model_and_tokens(row: Row) -> str:
@@ -164,14 +124,5 @@ def _kept(row: Row) -> list[str]:
     return [percent(row["kept_heads"]), percent(row["kept_channels"])]
 
 
-def _fields() -> list[str]:
-    return [field for field, _ in _MEMORY.values()]
-
-
-def _memory(row: Row) -> int:
-    return sum(row[field] for field in _fields())
-
-
-def _with_caption(table: str, caption: str) -> str:
-    note = f" {ABOVE_BOUND_NOTE}." if ABOVE_BOUND in table else ""
-    return f"{table}\n\n{caption}.{note}"
+def _gibibytes(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"

@@ -29,7 +29,8 @@ class Display:
         if run.state is State.FAILED:
             state = f"failed: {run.error} (log: {run.log})"
         elif run.state is State.FINISHED:
-            state += f"  {describe({key: run.latest.get(key) for key in _MEASURED})}"
+            progress = run.progress()
+            state += f"  {describe({key: progress.get(key) for key in _MEASURED})}"
         self.write(f"[{ended}/{len(self._runs)}] {self._title(run)}  {state}")
 
     def refresh(self) -> None:
@@ -38,9 +39,10 @@ class Display:
             return
         for run in self._runs:
             if run.state is State.RUNNING:
-                left = "?" if run.seconds_left is None else duration(run.seconds_left)
-                steps = f"step {run.step}/{run.steps}"
-                self.write(f"{self._title(run)}  {steps}  {describe(run.latest)}  left {left}")
+                progress = run.progress()
+                left = duration(progress["seconds_left"]) if "seconds_left" in progress else "?"
+                steps = f"step {progress['step']}/{run.steps}"
+                self.write(f"{self._title(run)}  {steps}  {describe(progress)}  left {left}")
         self._written = time.monotonic()
 
     def write(self, line: str) -> None:

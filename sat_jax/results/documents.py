@@ -19,6 +19,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from sat_jax.config_values import find
 from sat_jax.errors import UserError
 from sat_jax.results.benchmarks import TABLES, memory_figure
 from sat_jax.results.evaluations import evaluation_tables
@@ -28,7 +29,7 @@ from sat_jax.results.rows import Row, read
 from sat_jax.results.sweep import Comparison
 from sat_jax.results.tables import (
     Table,
-    across_groups,
+    across_table,
     compared,
     comparison_tables,
     cost_table,
@@ -89,7 +90,9 @@ def fill(text: str, results: Path, origin: str, comparisons: Sequence[Comparison
 
 
 def _matches(row: Mapping[str, Any], field: str, starts: str) -> bool:
-    value = row.get("settings", {}).get(field, "") if "." in field else row.get(field, "")
+    value = row.get(field, "")
+    if "." in field and "settings" in row:
+        value = row["settings"].get(field, find(field).default)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value).startswith(tuple(starts.split(",")))
     try:
@@ -124,7 +127,7 @@ def _tables_of_runs(
     groups: Sequence[Group], kind: str, comparisons: Sequence[Comparison]
 ) -> list[Table]:
     if kind == "quality":
-        return [quality_table(group, group.sparse, kind, "") for group in groups]
+        return [quality_table(group) for group in groups]
     if kind == "cost":
         return [cost_table(group) for group in groups]
     if kind == "losses":
@@ -136,10 +139,10 @@ def _tables_of_runs(
     for comparison in comparisons:
         if comparison.name == kind:
             across = groups_across(groups, comparison)
-            tables += [across_groups(several, kind, comparison.title) for several in across]
+            tables += [across_table(several, comparison) for several in across]
             for group in [] if across else groups:
-                if variants := compared(group, comparison):
-                    tables.append(quality_table(group, variants, kind, comparison.title))
+                if compared(group, comparison):
+                    tables.append(quality_table(group, comparison))
     return tables
 
 

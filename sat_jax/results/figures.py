@@ -1,15 +1,15 @@
-"""Figures of a group of runs: quality against cost, and losses against FLOPs."""
+"""A figure of a group of runs: quality against cost."""
 
 import base64
 import io
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import NullLocator
 
 from sat_jax.results.means import Mean, mean_of
 from sat_jax.results.run_plots import GREY, INK, new_figure, tidy
@@ -20,7 +20,6 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _FONT = 9
 _LINE = 0.17  # inches between two names
 _FAR = 10.0  # percent from dense, from which on the axis may be logarithmic
-_MANY = 8  # sparse variants of which losses are drawn
 
 
 class _Point(NamedTuple):
@@ -62,7 +61,7 @@ def quality_figure(group: Group) -> Figure | None:
         axes.annotate(
             variant.name, (flops.value, difference.value), (1.02, (number + 0.5) / len(points)),
             textcoords="axes fraction", va="center", fontsize=_FONT, color=colour,
-            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkB": 3},
+            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "relpos": (0, 0.5)},
             zorder=2,
         )  # fmt: skip
     _compress(axes, [point.difference.value for point in points])
@@ -81,39 +80,6 @@ def _compress(axes: Axes, differences: Sequence[float]) -> None:
     axes.set_yticks([tick for tick in ticks if min(differences) <= tick <= max(differences)])
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
-
-
-def loss_figure(group: Group) -> Figure | None:
-    """Return a figure of training losses (thin) and held-out losses (thick) against FLOPs, of the
-    dense baseline and the first eight sparse variants; None if no run has a curve."""
-    dense = [group.dense] if group.dense else []
-    variants = [
-        variant
-        for variant in (*dense, *group.sparse[:_MANY])
-        if any(run.row.get("curve") for run in variant.runs)
-    ]
-    if not variants:
-        return None
-    figure = new_figure(3.9 + _LINE * len(variants) / 2, 9.0)
-    axes = figure.add_subplot()
-    tidy(axes, title="", x="FLOPs spent, probes included", y="loss [nats per token]")
-    for number, variant in enumerate(variants):
-        colour = "black" if variant.dense else _COLOURS[number % len(_COLOURS)]
-        label: str | None = variant.name
-        for curve in filter(None, (run.row.get("curve") for run in variant.runs)):
-            axes.plot(_floats(curve["flops"]), _floats(curve["loss"]), color=colour,
-                      linewidth=0.9, alpha=0.45)  # fmt: skip
-            axes.plot(_floats(curve["eval_flops"]), _floats(curve["eval_loss"]), color=colour,
-                      marker="o", markersize=4, linewidth=2, label=label)  # fmt: skip
-            label = None
-    axes.xaxis.set_major_formatter(EngFormatter("FLOP", sep=" "))
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    figure.legend(loc="outside lower center", ncols=2, fontsize=_FONT, frameon=False)
-    return figure
-
-
-def _floats(values: Sequence[float | None]) -> Any:
-    return np.array([np.nan if value is None else value for value in values], float)
 
 
 def svg(figure: Figure) -> str:

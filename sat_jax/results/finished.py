@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 from sat_jax.config import SparsityConfig
 from sat_jax.config_values import find, from_config_dict, name_of
 from sat_jax.errors import UserError
-from sat_jax.results.curves import training_seconds
 from sat_jax.results.record import SPARSE_ONLY, row_of
 from sat_jax.results.rows import ORIGIN, Row, device_name, read
 from sat_jax.results.sweep import Comparison
@@ -36,6 +35,9 @@ _REQUIRED = (
     *("perplexity_after", "spent_flops", "dense_flops", "rungs", "seconds", "peak_memory", "data"),
     *("date", *ORIGIN),
 )
+
+
+_TRAINING = ("data", "step", "refresh", "checkpoint")  # parts of the wall time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +95,8 @@ class FinishedRun:
 
     @property
     def seconds(self) -> float:
-        """Time of training, without compilation and evaluation."""
-        return training_seconds(self.row["seconds"])
+        """Time of training, without set-up, compilation and evaluation."""
+        return sum(self.row["seconds"][part] for part in _TRAINING)
 
     @property
     def device(self) -> str:

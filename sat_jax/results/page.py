@@ -9,13 +9,13 @@ import jinja2
 
 from sat_jax.errors import UserError, why_no_folder
 from sat_jax.results.evaluations import evaluation_tables
-from sat_jax.results.figures import loss_figure, quality_figure, svg
+from sat_jax.results.figures import quality_figure, svg
 from sat_jax.results.finished import FinishedRun, newest
 from sat_jax.results.rows import Row, device_name
 from sat_jax.results.sweep import Comparison
 from sat_jax.results.tables import (
     Table,
-    across_groups,
+    across_table,
     comparison_tables,
     cost_table,
     group_labels,
@@ -23,6 +23,7 @@ from sat_jax.results.tables import (
     loss_table,
     model_of,
     sentence,
+    small_groups_table,
 )
 from sat_jax.results.variants import Group, make_groups
 from sat_jax.train.files import write_atomically
@@ -32,13 +33,12 @@ _TEMPLATE = Path(__file__).parent / "page.html"
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A part of the page: the figure that answers, a sentence per variant, tables, losses."""
+    """A part of the page: the figure that answers, a sentence per variant, tables."""
 
     title: str
     quality: str | None
     sentences: Sequence[str]
     tables: Sequence[Table]
-    losses: str | None = None
 
 
 def write_report(
@@ -80,25 +80,24 @@ def _sections(groups: Sequence[Group], comparisons: Sequence[Comparison]) -> Ite
     ordered = sorted(groups, key=lambda group: -sum(len(v.runs) for v in group.variants))
     large = [group for group in ordered if len(group.sparse) > 1] or ordered[:1]
     for group in large:
-        quality, losses, table = quality_figure(group), loss_figure(group), loss_table(group)
+        quality, losses = quality_figure(group), loss_table(group)
         yield Section(
-            f"{model_of(group.runs[0])} {labels[id(group)]}".strip(),
+            ": ".join(filter(None, [model_of(group.runs[0]), labels[id(group)]])),
             svg(quality) if quality else None,
-            [sentence(variant) for variant in group.sparse],
+            [sentence(variant) for variant in group.variants if not variant.is_baseline],
             [
                 *comparison_tables(group, comparisons),
                 cost_table(group),
-                *([table] if table else []),
+                *([losses] if losses else []),
             ],
-            svg(losses) if losses else None,
         )
     tables = [
-        across_groups(several, comparison.name, comparison.title)
+        across_table(several, comparison)
         for comparison in comparisons
         for several in groups_across(groups, comparison)
     ]
     if small := [group for group in ordered if group not in large]:
-        tables.append(across_groups(small, "settings", "Other settings"))
+        tables.append(small_groups_table(small))
     if tables:
         yield Section("Other learning rates, lengths and data", None, [], tables)
 

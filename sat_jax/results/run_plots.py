@@ -4,7 +4,6 @@ Figures are built without pyplot, so that no global state of matplotlib changes.
 and Ito's, and the heat maps use cividis: colour-blind readers can tell them apart.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +31,6 @@ BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#C8C8C8", "#333333"
 
 _DPI = 150
 _SIZE = (8.0, 4.5)  # inches: 1200 × 675 pixels
-_MAX_BLOCKS = 96  # columns of the channel map
 _FEW_BARS = 7  # bars that leave room for labels in full size
 _SMOOTHED_LOSSES = 16  # losses from which their running mean is drawn
 _MANY_LOSSES = 60  # losses beyond which markers hide each other
@@ -209,41 +207,19 @@ class Kept(NamedTuple):
             raise ValueError("counts must be in 0..selections")
         return np.where(selections == 0, 1.0, counts / np.maximum(selections, 1))
 
-    def times(self) -> str:
-        """Return the largest number of selections of a layer, in words."""
-        most = self.selections.max()
-        plural = "" if most == 1 else "s"
-        return f"{most} selection{plural}" if most else "never omitted"
-
-
-def block_means(shares: Float[np.ndarray, "L N"], blocks: int) -> Float[np.ndarray, "L blocks"]:
-    """Return means over contiguous runs of ⌈N / blocks⌉ neurons; the last may be shorter."""
-    neurons = shares.shape[1]
-    starts = np.arange(0, neurons, math.ceil(neurons / blocks))
-    sizes = np.diff(np.append(starts, neurons))
-    return np.add.reduceat(shares, starts, axis=1) / sizes
-
 
 def kept_figure(heads: Kept, channels: Kept, *, head_unit: str = "KV group") -> Figure:
     """Return heat maps of how often each head (or `head_unit`) and channel was kept.
 
-    More than 96 channels are averaged over contiguous blocks. Raises `ValueError` for a count
-    outside 0..selections, or different numbers of layers.
+    Raises `ValueError` for a count outside 0..selections, or different numbers of layers.
     """
     layers = len(heads.counts)
     if len(channels.counts) != layers:
         raise ValueError(f"{layers} layers of heads, {len(channels.counts)} of channels")
-    block = math.ceil(channels.counts.shape[1] / _MAX_BLOCKS)
-    noun = f"block of {block} channels" if block > 1 else "channel"
     figure = new_figure(height=min(max(_SIZE[1], 0.12 * layers + 1.5), 12.0))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 2.4))
-    _map(left, heads.shares(), title=f"Heads, {heads.times()}", x=head_unit)
-    image = _map(
-        right,
-        block_means(channels.shares(), _MAX_BLOCKS),
-        title=f"Channels, {channels.times()}",
-        x=noun,
-    )
+    _map(left, heads.shares(), title="Heads", x=head_unit)
+    image = _map(right, channels.shares(), title="Channels", x="channel")
     left.set_ylabel("layer", fontsize=_FONT, color=INK)
     bar = figure.colorbar(image, ax=[left, right], pad=0.02, aspect=30)
     bar.outline.set_visible(False)
@@ -257,9 +233,7 @@ def kept_figure(heads: Kept, channels: Kept, *, head_unit: str = "KV group") -> 
 
 
 def _map(axes: Axes, shares: Float[np.ndarray, "L N"], *, title: str, x: str) -> AxesImage:
-    image = axes.imshow(
-        shares, aspect="auto", interpolation="nearest", cmap="cividis", vmin=0, vmax=1
-    )
+    image = axes.imshow(shares, aspect="auto", interpolation="auto", cmap="cividis", vmin=0, vmax=1)
     tidy(axes, title=title, x=x, y="")
     for spine in axes.spines.values():
         spine.set_visible(False)

@@ -113,7 +113,6 @@ class _Runner:
 
     def run(self) -> None:
         for run in self.runs:
-            run.update()
             if run.state is State.FINISHED:
                 self._report_finished(run)
         waiting = self._waiting()
@@ -162,11 +161,7 @@ class _Runner:
     def _update(self) -> None:
         for run in self.runs:
             job = self.jobs.get(run.run.name)
-            if job is None:
-                continue
-            ended = job.done()
-            run.update()
-            if ended:
+            if job is not None and job.done():
                 del self.jobs[run.run.name]
                 self._end(run, job)
         self.display.refresh()

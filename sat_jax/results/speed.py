@@ -39,11 +39,6 @@ def dense_speed(rungs: Sequence[Rung]) -> float | None:
     return next((speed for speed in speeds if speed is not None), None)
 
 
-def first_sparse_rung(rungs: Sequence[Rung]) -> Rung | None:
-    """The first rung that omits anything; None for a dense run."""
-    return next((rung for rung in rungs if not is_dense(rung)), None)
-
-
 def whole_run_speedup(rungs: Sequence[Rung]) -> float | None:
     """Time of the same tokens at the dense rung's speed ÷ time of this run, from median speeds.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from sat_jax.config_values import find
@@ -11,8 +12,6 @@ from sat_jax.results.means import Mean, mean_of
 from sat_jax.results.speed import (
     ABOVE_BOUND,
     ABOVE_BOUND_NOTE,
-    first_sparse_rung,
-    measured_speed,
     speedup_text,
 )
 from sat_jax.results.sweep import Comparison
@@ -20,6 +19,7 @@ from sat_jax.results.text import fixed_width, markdown, percent, quantity
 from sat_jax.results.variants import Group, Variant, make_groups, settings_in_words
 
 _PARTS = 8  # of a run, in which losses are compared
+_ACROSS = "each beside the dense baseline of its own setting"
 _MIXED, _FEWER = "†", "§"
 _NOTES = {
     ABOVE_BOUND: ABOVE_BOUND_NOTE,
@@ -57,13 +57,15 @@ def comparison_tables(group: Group, comparisons: Iterable[Comparison]) -> list[T
     tables, shown = [], set[str]()
     for comparison in comparisons:
         variants = compared(group, comparison)
-        if len(variants) > 1:
-            tables.append(quality_table(group, variants, comparison.name, comparison.title))
+        if len(variants) > 1 and not _outside(comparison):
+            tables.append(quality_table(group, comparison))
             shown |= {variant.name for variant in variants}
     others = [variant for variant in group.sparse if variant.name not in shown]
     if others or not tables:
+        dense = [group.dense] if group.dense else []
+        lines = [(variant.name, variant) for variant in (*dense, *others)]
         title = "Other variants" if tables else "Variants"
-        tables.append(quality_table(group, others, "other", title))
+        tables.append(_quality("other", title, _quality_caption(group), lines))
     return tables
 
 
@@ -73,31 +75,58 @@ def compared(group: Group, comparison: Comparison) -> list[Variant]:
     return [variant for variant in group.sparse if group.differing(variant) <= settings]
 
 
-def quality_table(group: Group, sparse: Sequence[Variant], name: str, title: str) -> Table:
-    """Return a table of `sparse` beside the dense variants."""
-    lines = [(variant.name, variant) for variant in (*group.dense_variants, *sparse)]
-    return _quality(
-        name, title, f"{caption_of(group)}; perplexity before training {_before(group)}", lines
-    )
+def quality_table(group: Group, comparison: Comparison | None = None) -> Table:
+    """Return a table of the dense baseline and the variants of a comparison (None: of all).
 
-
-def across_groups(groups: Sequence[Group], name: str, title: str) -> Table:
-    """Return one table of the variants of several groups, each beside its own dense baseline."""
-    lines = [
-        (f"{label}: {variant.name}" if label else variant.name, variant)
-        for group, label in zip(groups, group_labels(groups), strict=True)
-        for variant in group.variants
-    ]
-    return _quality(name, title, "each beside the dense baseline of its own setting", lines)
+    Comparisons of the omission rate have the shorter dense runs too: they cost as much.
+    """
+    if comparison is None:
+        lines = [(variant.name, variant) for variant in group.variants]
+        return _quality("quality", "Variants", _quality_caption(group), lines)
+    dense = group.dense_variants
+    if "sparsity.rate" not in comparison.settings:
+        dense = tuple(variant for variant in dense if variant.is_baseline)
+    lines = [(variant.name, variant) for variant in (*dense, *compared(group, comparison))]
+    return _quality(comparison.name, comparison.title, _quality_caption(group), lines)
 
 
 def groups_across(groups: Sequence[Group], comparison: Comparison) -> list[list[Group]]:
-    """Return the sets of two or more groups that differ in the comparison's settings alone."""
-    outside = [path for path in comparison.settings if path not in DEFAULTS]
+    """Return the sets of groups that differ in the comparison's settings outside sparsity alone."""
+    outside = _outside(comparison)
     together: dict[str, list[Group]] = {}
     for group in groups if outside else ():
         together.setdefault(group.runs[0].shared(outside), []).append(group)
     return [several for several in together.values() if len(several) > 1]
+
+
+def across_table(groups: Sequence[Group], comparison: Comparison) -> Table:
+    """Return a table of the variants that two or more of the groups have."""
+    counts = Counter(variant.name for group in groups for variant in group.variants)
+    lines = [line for line in _labelled(groups) if counts[line[1].name] > 1]
+    return _quality(comparison.name, comparison.title, caption_of(groups[0], _ACROSS), lines)
+
+
+def small_groups_table(groups: Sequence[Group]) -> Table:
+    """Return one table of all variants of several groups."""
+    return _quality("settings", "Other settings", _ACROSS, _labelled(groups))
+
+
+def _labelled(groups: Sequence[Group]) -> list[tuple[str, Variant]]:
+    return [
+        (f"{label}: {variant.name}" if label else variant.name, variant)
+        for group, label in zip(groups, group_labels(groups), strict=True)
+        for variant in group.variants
+    ]
+
+
+def _outside(comparison: Comparison) -> list[str]:
+    return [path for path in comparison.settings if path not in DEFAULTS]
+
+
+def _quality_caption(group: Group) -> str:
+    before = mean_of([run.row["perplexity_before"] for run in group.runs])
+    number = "infinite" if before is None else f"{before.value:.3f}"
+    return caption_of(group, *_learning_rate(group), f"perplexity before training {number}")
 
 
 def _quality(name: str, title: str, caption: str, lines: Sequence[tuple[str, Variant]]) -> Table:
@@ -116,35 +145,26 @@ def _quality(name: str, title: str, caption: str, lines: Sequence[tuple[str, Var
 
 
 def cost_table(group: Group) -> Table:
-    """Return a table of speed, time, memory and FLOPs, with each speed-up beside its bound."""
-    header = (
-        "variant", "seeds", "tokens/s", "time", "memory", "FLOPs", "of dense",
-        "first rung", "its bound", "whole run", "its bound",
-    )  # fmt: skip
+    """Return a table of time, memory and FLOPs, with the speed-up beside its bound."""
+    header = ("variant", "seeds", "time", "memory", "FLOPs", "of dense", "speed-up", "bound")
     rows = []
     for variant in group.variants:
         shares = variant.flops_shares()
-        bound = mean_of([100 / share for share in shares if share is not None])
-        first_bound = mean_of(variant.over(_first_bound))
-        speedups = [_speedup(variant.first_rung_speedups(), first_bound, variant)]
-        speedups += [
-            _bound(first_bound),
-            _speedup(variant.speedups(), bound, variant),
-            _bound(bound),
-        ]
+        bound = mean_of([share and 100 / share for share in shares])
+        speedups = [_speedup(variant, bound), f"{bound.value:.2f}×" if bound else "-"]
         rows.append(
             (
                 variant.name,
                 str(len(variant.runs)),
-                _mean(variant.over(_first_speed), "{:,.0f}"),
                 _mean(variant.over(lambda run: run.seconds), "{:,.1f} s"),
                 _mean_only(variant.over(lambda run: run.row["peak_memory"]["bytes"]), "B"),
                 _mean_only(variant.over(lambda run: run.row["spent_flops"]), "FLOP"),
                 _mean_only(shares, "{:.0f} %"),
-                *(["-"] * 4 if variant.is_baseline else speedups),
+                *(["-", "-"] if variant.is_baseline else speedups),
             )
         )
-    return Table("cost", "Speed, memory and FLOPs", caption_of(group), header, tuple(rows))
+    caption = caption_of(group, *_learning_rate(group))
+    return Table("cost", "Time, memory and FLOPs", caption, header, tuple(rows))
 
 
 def loss_table(group: Group) -> Table | None:
@@ -170,7 +190,7 @@ def loss_table(group: Group) -> Table | None:
     ends = [round(steps * part / _PARTS) for part in range(_PARTS + 1)]
     parts = [f"{start + 1} to {end}" for start, end in itertools.pairwise(ends)]
     header = ("variant", "seeds", f"steps {parts[0]}", *parts[1:])
-    caption = f"nats per token; {caption_of(group)}"
+    caption = caption_of(group, *_learning_rate(group), "nats per token")
     return Table("losses", "Training loss minus the dense baseline's", caption, header, tuple(rows))
 
 
@@ -194,33 +214,40 @@ def terminal_table(runs: Sequence[FinishedRun]) -> str:
     """Return the quality of a sweep's runs, and their speed, as tables for a terminal."""
     tables = []
     for group in make_groups(runs):
-        for table in (quality_table(group, group.sparse, "quality", ""), cost_table(group)):
+        for table in (quality_table(group), cost_table(group)):
             tables.append(fixed_width(table.header, table.rows))
             tables += table.notes
     return "\n".join(tables)
 
 
-def caption_of(group: Group) -> str:
-    """Return what the runs of a group share: model, length, learning rate, reference, data."""
+def caption_of(group: Group, *more: str) -> str:
+    """Return what the runs of a group share, from their model to their device, then `more`."""
     run = group.runs[0]
     tokens = sum(r.row["tokens"] for r in group.runs) / len(group.runs)
     parts = [model_of(run), f"{run.steps:,} steps, {tokens:,.0f} tokens"]
     if run.fine_tuned and "loss_tokens" in run.row:
         parts.append(f"{percent(run.row['loss_tokens'] / run.row['tokens'])} of them with loss")
-    if "settings" in run.row:
-        rate, schedule = (
-            run.settings.get(path, find(path).default)
-            for path in ("optimizer.learning_rate", "optimizer.schedule")
-        )
-        parts.append(f"learning rate {rate:g}, {schedule}")
     changed = {
-        p: v for p, v in group.reference.items() if v != DEFAULTS[p] and p != "sparsity.rate"
+        path: value
+        for path, value in group.reference.items()
+        if value != DEFAULTS[path] and path != "sparsity.rate"
     }
     if group.sparse and changed:
         parts.append(f"unless named otherwise {', '.join(settings_in_words(changed))}")
     parts.append(f"data {run.row['data'][:8]}")
     parts.append(" and ".join(dict.fromkeys(run.device for run in group.runs)))
-    return "; ".join(parts)
+    return "; ".join([*parts, *more])
+
+
+def _learning_rate(group: Group) -> list[str]:
+    """Rows of old versions do not have it."""
+    if "settings" not in group.runs[0].row:
+        return []
+    rate, schedule = (
+        group.runs[0].settings.get(path, find(path).default)
+        for path in ("optimizer.learning_rate", "optimizer.schedule")
+    )
+    return [f"learning rate {rate:g}, {schedule}"]
 
 
 def model_of(run: FinishedRun) -> str:
@@ -236,9 +263,10 @@ def group_labels(groups: Sequence[Group]) -> list[str]:
     runs = [group.runs[0] for group in groups]
     paths = dict.fromkeys(path for run in runs for path in run.settings)
     labels: list[list[str]] = [[] for _ in runs]
-    for path in paths:
+    # The fingerprint of the data stands for their settings.
+    for path in [path for path in paths if not path.startswith(("seed", "data.", "train.eval"))]:
         values = [run.settings.get(path, find(path).default) for run in runs]
-        if path not in ("seed", "data.sources") and len(set(map(str, values))) > 1:
+        if len(set(map(str, values))) > 1:
             for label, value in zip(labels, values, strict=True):
                 label += settings_in_words({path: value})
     if len({run.row["data"] for run in runs}) > 1:
@@ -264,8 +292,8 @@ def _difference(values: Sequence[float | None], variant: Variant) -> str:
     return _mean(values, "{:+.1f} %") + _FEWER * (0 < len(values) < len(variant.runs))
 
 
-def _speedup(values: Sequence[float | None], bound: Mean | None, variant: Variant) -> str:
-    mean = mean_of(values)
+def _speedup(variant: Variant, bound: Mean | None) -> str:
+    mean = mean_of(variant.speedups())
     if mean is None:
         return "-"
     runs = [run for run in (*variant.runs, *variant.baselines) if run is not None]
@@ -273,25 +301,6 @@ def _speedup(values: Sequence[float | None], bound: Mean | None, variant: Varian
     return speedup_text(mean.value, bound and bound.value, mean.error) + _MIXED * mixed
 
 
-def _bound(bound: Mean | None) -> str:
-    return "-" if bound is None else f"{bound.value:.2f}×"
-
-
 def _after(run: FinishedRun) -> float | None:
     after: float | None = run.row["perplexity_after"]
     return after
-
-
-def _before(group: Group) -> str:
-    before = mean_of([run.row["perplexity_before"] for run in group.runs])
-    return "-" if before is None else f"{before.value:.3f}"
-
-
-def _first_bound(run: FinishedRun) -> float | None:
-    rung = first_sparse_rung(run.row["rungs"])
-    return None if rung is None else rung["bound"]
-
-
-def _first_speed(run: FinishedRun) -> float | None:
-    """Tokens per second of the first rung that omits anything; of a dense run its own."""
-    return measured_speed(first_sparse_rung(run.row["rungs"]) or run.row["rungs"][0])

@@ -14,7 +14,6 @@ import numpy as np
 
 from sat_jax.config_values import name_of
 from sat_jax.results.finished import DEFAULTS, FinishedRun, Settings
-from sat_jax.results.speed import dense_speed, first_sparse_rung, measured_speed
 from sat_jax.results.text import setting_text
 
 _SLACK = 1.01  # lengths are whole steps, so no dense run has exactly the FLOPs of another run
@@ -86,26 +85,14 @@ class Variant:
             lambda run, dense: dense.seconds / run.seconds if run.device == dense.device else None
         )
 
-    def first_rung_speedups(self) -> list[float | None]:
-        """Speed of the first rung that omits anything ÷ that of the run's own dense rung, or of its
-        baseline on the same device."""
-        values = []
-        for run, baseline in zip(self.runs, self.baselines, strict=True):
-            dense = dense_speed(run.row["rungs"])
-            if dense is None and baseline is not None and baseline.device == run.device:
-                dense = dense_speed(baseline.row["rungs"])
-            rung = first_sparse_rung(run.row["rungs"])
-            speed = None if rung is None else measured_speed(rung)
-            values.append(None if dense is None or speed is None else speed / dense)
-        return values
-
 
 @dataclasses.dataclass(frozen=True)
 class Group:
     """Runs of the same settings outside sparsity, with shorter dense runs, longest first.
 
     `reference` has the value of each setting of sparsity that most variants share; the name of a
-    variant has its rate and the settings in which it differs from the reference.
+    variant has its rate and the settings in which it differs from the reference. Sparse variants
+    are ordered by these settings, then by rate.
     """
 
     dense: Variant | None
@@ -174,6 +161,7 @@ def _group(members: Sequence[FinishedRun], dense: Sequence[FinishedRun]) -> Grou
         ]
         return Variant(name, ordered, tuple(full.get(run.seed) for run in ordered), tuple(of_seed))
 
+    sparse = [variant(variant_name(runs[0].sparsity, reference), runs) for runs in methods.values()]
     return Group(
         variant("dense", lengths[steps]) if full else None,
         tuple(
@@ -181,9 +169,7 @@ def _group(members: Sequence[FinishedRun], dense: Sequence[FinishedRun]) -> Grou
             for count in sorted(lengths, reverse=True)
             if count < steps
         ),
-        tuple(
-            variant(variant_name(runs[0].sparsity, reference), runs) for runs in methods.values()
-        ),
+        tuple(sorted(sparse, key=lambda one: one.name.partition(", ")[::-1])),
         reference,
     )
 

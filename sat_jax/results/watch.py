@@ -1,15 +1,14 @@
 """Progress of the runs of a sweep, read from the files that they write."""
 
-import collections
 import dataclasses
 import enum
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 from sat_jax.errors import UserError
 from sat_jax.results.planned import PlannedRun
+from sat_jax.train.metrics import read_metrics
 from sat_jax.train.workdir import WorkDir
 
 _RECENT = 20  # records from which the remaining time is estimated
@@ -36,7 +35,6 @@ class WatchedRun:
     error: str = ""
 
     def __post_init__(self) -> None:
-        self._metrics = _MetricsReader(self.workdir.metrics)
         if self.workdir.summary.exists():
             self.state = State.FINISHED
 
@@ -59,58 +57,18 @@ class WatchedRun:
                 " another --workdir"
             )
 
-    def update(self) -> bool:
-        """Read new records; return whether there were any."""
-        return self._metrics.read()
-
-    @property
-    def step(self) -> int:
-        """Finished steps, by the newest record."""
-        return int(self._metrics.latest.get("step", 0))
+    def progress(self) -> dict[str, Any]:
+        """Return the newest value of each metric, and `seconds_left` at the speed of the last
+        steps, without evaluations and checkpoints."""
+        records = read_metrics(self.workdir.metrics) if self.workdir.metrics.exists() else []
+        newest: dict[str, Any] = {"step": 0}
+        for record in records:
+            newest |= record
+        seconds = [record["seconds"] for record in records if "seconds" in record][-_RECENT:]
+        if seconds:
+            newest["seconds_left"] = (self.steps - newest["step"]) * statistics.mean(seconds)
+        return newest
 
     @property
     def steps(self) -> int:
         return self.run.config.train.steps
-
-    @property
-    def latest(self) -> dict[str, Any]:
-        """The newest value of each metric."""
-        return self._metrics.latest
-
-    @property
-    def seconds_left(self) -> float | None:
-        """Remaining time at the speed of the last steps, without evaluations and checkpoints."""
-        recent = self._metrics.seconds
-        return (self.steps - self.step) * statistics.mean(recent) if recent else None
-
-
-class _MetricsReader:
-    """Reads the lines that are added to a `metrics.jsonl`."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._restart()
-
-    def _restart(self) -> None:
-        self._position = 0
-        self.latest: dict[str, Any] = {}
-        self.seconds: collections.deque[float] = collections.deque(maxlen=_RECENT)
-
-    def read(self) -> bool:
-        """Read complete new lines; a file that became shorter (a resumed run) from its start."""
-        try:
-            with self._path.open("rb") as file:
-                if file.seek(0, 2) < self._position:
-                    self._restart()
-                file.seek(self._position)
-                new = file.read()
-        except FileNotFoundError:
-            return False
-        complete = new[: new.rfind(b"\n") + 1]
-        self._position += len(complete)
-        for line in complete.splitlines():
-            record = json.loads(line)
-            self.latest |= record
-            if "seconds" in record:
-                self.seconds.append(record["seconds"])
-        return bool(complete)
