@@ -1,4 +1,4 @@
-"""What a sweep takes as finished: runs of the same data and the same rates."""
+"""Runs that a sweep refuses as finished: those of other data or other kept neurons."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ import pytest
 
 from sat_jax.config_values import experiment, load
 from sat_jax.errors import UserError
+from sat_jax.results.planned import PlannedRun, plan_runs, prepare_all
+from sat_jax.results.runner import SweepDir
 from sat_jax.sparsity.budget import Sensitivity, save
-from sat_jax.sweep.drive import SweepDir
-from sat_jax.sweep.runs import Run, make_runs, prepare_all
 from sat_jax.train.files import write_json
 from sat_jax.train.setup import shape_of
 from sat_jax.train.trained import starting_point
@@ -32,12 +32,12 @@ def test_a_run_that_finished_on_other_data_is_not_finished(
     sources = f"--config.data.sources={text},{other}"
     line = ["sweep", f"--config={TINY}", f"--workdir={folder}", sources, "--seeds=1"]
     monkeypatch.setattr("sys.argv", line)
-    (run,) = make_runs(experiment(TINY), {"data.sources": (str(text), str(other))}, [{}])[0]
+    (run,) = plan_runs(experiment(TINY), {"data.sources": (str(text), str(other))}, [{}])[0]
     data = prepare_all([run], print)[0][run.name]
-    done = SweepDir(folder).watched(run)
+    done = SweepDir(folder).watch(run)
     done.workdir.path.mkdir(parents=True)
     write_json(done.workdir.summary, {"data": data})
-    done.check_data(data)
+    done.check_finished(data)
     (folder / "lock").touch()
     text.write_text("Another text. " * 2000)
     with pytest.raises(UserError) as caught:
@@ -52,17 +52,17 @@ def test_a_run_that_finished_with_another_budget_is_not_finished(
     file, folder = tmp_path / "budget.json", tmp_path / "sweep"
     fixed = {"sparsity.budget": str(file)}
 
-    def run_now(*rises: float) -> Run:
+    def run_now(*rises: float) -> PlannedRun:
         shape = shape_of(starting_point(load(TINY))[0])
         save(Sensitivity((0, 1, 2), 0.5, 0.5, rises, rises, shape, "output"), file)
-        return make_runs(experiment(TINY), fixed, [{}])[0][0]
+        return plan_runs(experiment(TINY), fixed, [{}])[0][0]
 
     run = run_now(0.1, 0.3)
-    done = SweepDir(folder).watched(run)
+    done = SweepDir(folder).watch(run)
     done.workdir.path.mkdir(parents=True)
     data = prepare_all([run], print)[0][run.name]
-    write_json(done.workdir.summary, {"data": data, "kept": run.controller.kept})
-    done.check_kept()
+    write_json(done.workdir.summary, {"data": data, "kept": run.plan.kept})
+    done.check_finished(data)
     assert run_now(0.3, 0.1).name == run.name  # and other rates
     (folder / "lock").touch()
     line = ["sweep", f"--config={TINY}", f"--workdir={folder}", "--seeds=1"]
@@ -70,7 +70,9 @@ def test_a_run_that_finished_with_another_budget_is_not_finished(
     monkeypatch.setattr("sys.argv", [*line, *settings])
     with pytest.raises(UserError) as caught:
         script.main()
-    assert str(caught.value).startswith(f"run {run.name} in {folder} has finished with other rates")
+    assert str(caught.value).startswith(
+        f"run {run.name} in {folder} has finished with other counts"
+    )
     assert not (folder / "sweep.json").exists()
     write_json(done.workdir.summary, {"data": data})  # of an older version
-    SweepDir(folder).watched(run_now(0.3, 0.1)).check_kept()
+    SweepDir(folder).watch(run_now(0.3, 0.1)).check_finished(data)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sat_jax.analysis.rows import read
+from sat_jax.results.rows import read
 from sat_jax.train.files import read_json
 from sat_jax.train.metrics import read_metrics
 from tests.conftest import ROOT

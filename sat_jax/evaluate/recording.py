@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sat_jax.results.record import dense_baseline, without_place
 from sat_jax.config import Config
 from sat_jax.config_values import changed, without_free
+from sat_jax.results.record import dense_baseline, without_place
 from sat_jax.train.metrics import to_json
 
 

@@ -92,7 +92,8 @@ def fill(text: str, results: Path, origin: str, comparisons: Sequence[Comparison
 def _matches(row: Mapping[str, Any], field: str, starts: str) -> bool:
     value = row.get(field, "")
     if "." in field and "settings" in row:
-        value = row["settings"].get(field, find(field).default)
+        settings = row["settings"]
+        value = settings[field] if field in settings else find(field).default
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value).startswith(tuple(starts.split(",")))
     try:

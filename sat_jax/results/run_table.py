@@ -51,12 +51,12 @@ def _quality(summary: Mapping[str, Any]) -> list[str]:
     lines = []
     for name in ("before", "after"):
         value = summary[f"perplexity_{name}"]
-        lines.append(f"{name:<9}  {'infinite' if value is None else f'{value:.3f}':>8}")
+        lines.append(f"{name:<9}  {'infinite' if value is None else f'{value:.3f}':>7}")
     dense, after = summary.get("perplexity_dense"), summary["perplexity_after"]
     if dense is not None and after is not None:
         difference = f"{100 * (after / dense - 1):+.1f} %"
         lines.append(
-            f"dense run  {dense:>8.3f}  on the same tokens; this run differs by {difference}"
+            f"dense run  {dense:>7.3f}  on the same tokens; this run differs by {difference}"
         )
     return lines
 

@@ -123,7 +123,7 @@ class Group:
 def make_groups(runs: Iterable[FinishedRun]) -> list[Group]:
     """Return groups and variants in order of their first runs; see `finished.newest`.
 
-    A dense run of at least half of the steps of a group of sparse runs belongs to that group.
+    A dense run of fewer steps than a group, and at least half of them, belongs to that group.
     """
     groups: dict[str, list[FinishedRun]] = {}
     dense: dict[str, list[FinishedRun]] = {}
@@ -135,8 +135,12 @@ def make_groups(runs: Iterable[FinishedRun]) -> list[Group]:
         _group(members, dense.get(members[0].shared(["train.steps"]), ()))
         for members in groups.values()
     ]
-    shorter = {id(run) for group in made for variant in group.shorter for run in variant.runs}
-    return [group for group in made if group.sparse or id(group.runs[0]) not in shorter]
+    kept, shorter = set[int](), set[int]()
+    for group in sorted(made, key=lambda group: -group.runs[0].steps):
+        if group.sparse or id(group.runs[0]) not in shorter:
+            kept.add(id(group))
+            shorter |= {id(run) for variant in group.shorter for run in variant.runs}
+    return [group for group in made if id(group) in kept]
 
 
 def _group(members: Sequence[FinishedRun], dense: Sequence[FinishedRun]) -> Group:

@@ -1,29 +1,19 @@
-"""Runs as a report reads them, with numbers that are easy to reckon with."""
+"""Finished runs with round numbers, for the tests of reports."""
 
 from pathlib import Path
 from typing import Any
 
-from sat_jax.analysis.results import record_run
 from sat_jax.config import Config, ModelConfig, OptimizerConfig, SparsityConfig, TrainConfig
-from sat_jax.report.cells import Table
-from sat_jax.report.collect import collect
-from sat_jax.report.groups import make_groups
-from sat_jax.report.records import Record, newest
-from sat_jax.report.tables import tables_of
+from sat_jax.results.finished import FinishedRun, collect
+from sat_jax.results.record import record_run
+from sat_jax.results.sweep import Comparison
 from tests.test_tables import rung
 
 DEVICE = {"platform": "gpu", "kind": "NVIDIA H200", "count": 1, "processes": 1, "host_cpus": 16}
 
 
-PREPARED = {
-    "splits": {"train": {"documents": 90, "useful_share": 0.87, "long_documents": 3},
-               "held_out": {"documents": 10, "useful_share": 0.5, "long_documents": 1}},
-    "left_out": {"without an answer": 2}, "form": {"format": "messages", "too_long": "drop"},
-}  # fmt: skip
-
-
 def config_of(seed: int, **changed: Any) -> Config:
-    """`moments`, `schedule` and other settings of sparsity by name."""
+    """`changed`: settings of sparsity by name, `moments`, `bias_correction`, `kernels`."""
     optimizer = {k: changed.pop(k) for k in ("moments", "bias_correction") if k in changed}
     model = ModelConfig(kernels=changed.pop("kernels", None))
     return Config(
@@ -44,7 +34,7 @@ def summary_of(
         "selections": 2, "probes": 2, "compile_seconds": 5.0, "data": "d" * 20,
         "seconds": {"compile": 9.0, "data": 1.0, "step": step, "refresh": 0.5, "evaluate": 7.0,
                     "checkpoint": 0.5, "other": 3.0, "total": 21.0 + step},
-        "prepared": PREPARED, "peak_memory": {"bytes": 2_000_000_000, "of": "device"},
+        "peak_memory": {"bytes": 2_000_000_000, "of": "device"},
         "versions": {"python": "3.11.7"}, "device": DEVICE, "commit": "a" * 40,
     } | changed  # fmt: skip
 
@@ -61,19 +51,22 @@ RECORDS = [
 ]  # fmt: skip
 
 
-def runs(tmp_path: Path, *given: tuple[Config, dict[str, Any]]) -> list[Record]:
-    """As rows that were recorded and read again."""
+def runs(tmp_path: Path, *finished: tuple[Config, dict[str, Any]]) -> list[FinishedRun]:
+    """Return the runs as read from recorded rows."""
     file = tmp_path / "rows.jsonl"
-    for config, summary in given:
+    for config, summary in finished:
         record_run(file, "experiments/x.py", config, summary, RECORDS)
-    return collect([], [file], print)
+    return collect([], [file], print)[0]
 
 
 DENSE = [rung(0.0, 100.0)]
 SPARSE = [rung(0.5, 150.0, tokens=3000), rung(0.0, 100.0, tokens=1000)]
 
 
-def study(tmp_path: Path) -> list[Record]:
+RATES = Comparison("rates", "Omission rate", ("sparsity.rate",))
+
+
+def study(tmp_path: Path) -> list[FinishedRun]:
     return runs(
         tmp_path,
         (config_of(0), summary_of(10.0, 38.0, DENSE, spent_flops=1e10)),
@@ -82,8 +75,3 @@ def study(tmp_path: Path) -> list[Record]:
         (config_of(1, rate=0.4), summary_of(24.0, 14.0, SPARSE)),
         (config_of(0, rate=0.2), summary_of(10.5, 18.0, SPARSE, commit="b" * 40)),
     )
-
-
-def table(records: list[Record], name: str) -> Table:
-    (found,) = [one for one in tables_of(make_groups(newest(records))) if one.name == name]
-    return found
