@@ -12,6 +12,13 @@ from tests.test_tables import rung
 DEVICE = {"platform": "gpu", "kind": "NVIDIA H200", "count": 1, "processes": 1, "host_cpus": 16}
 
 
+PREPARED = {
+    "splits": {"train": {"documents": 90, "useful_share": 0.87, "long_documents": 3},
+               "held_out": {"documents": 10, "useful_share": 0.5, "long_documents": 1}},
+    "left_out": {"without an answer": 2}, "form": {"format": "messages", "too_long": "drop"},
+}  # fmt: skip
+
+
 def config_of(seed: int, **changed: Any) -> Config:
     """`changed`: settings of sparsity by name, `moments`, `bias_correction`, `kernels`."""
     optimizer = {k: changed.pop(k) for k in ("moments", "bias_correction") if k in changed}
@@ -34,7 +41,7 @@ def summary_of(
         "selections": 2, "probes": 2, "compile_seconds": 5.0, "data": "d" * 20,
         "seconds": {"compile": 9.0, "data": 1.0, "step": step, "refresh": 0.5, "evaluate": 7.0,
                     "checkpoint": 0.5, "other": 3.0, "total": 21.0 + step},
-        "peak_memory": {"bytes": 2_000_000_000, "of": "device"},
+        "prepared": PREPARED, "peak_memory": {"bytes": 2_000_000_000, "of": "device"},
         "versions": {"python": "3.11.7"}, "device": DEVICE, "commit": "a" * 40,
     } | changed  # fmt: skip
 

@@ -38,7 +38,7 @@ def test_numbers_of_the_quality_table(tmp_path: Path) -> None:
         ("r = 0.2", "1", "10.500", "+5.0 %", "80 %"),
         ("r = 0.4", "2", "17.500 ± 6.500", "+15.0 % ± 5.0 %", "80 %"),
     )
-    assert table.caption.endswith("perplexity before training 20.000")
+    assert "; perplexity before training 20.000; data dddddddd; " in table.caption
 
 
 def test_difference_at_equal_flops_has_a_column(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_captions_have_what_runs_share(tmp_path: Path) -> None:
     records = runs(tmp_path, (tuned, summary_of(10.0, 38.0, SPARSE, loss_tokens=1000)))
     (group,) = make_groups(records)
     caption = quality_table(group).caption
-    assert "8 steps, 4,000 tokens; 25 % of them with loss" in caption
+    assert "8 steps, 4,000 tokens; 25 % of them with loss; learning rate 0.0001, " in caption
     assert "unless named otherwise dense layers 0; data dddddddd; NVIDIA H200" in caption
     assert (
         sentence(group.sparse[0])

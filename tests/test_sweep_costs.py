@@ -98,7 +98,7 @@ def test_the_last_table_has_means_over_seeds() -> None:
     runs = runs_of("sparsity.rate=0,0.5", "seed=0,1")
     results = [finished(run, after) for run, after in zip(runs, (10, 20, 11, 24), strict=True)]
     lines = [line.split("  ") for line in terminal_table(results).splitlines()]
-    quality, cost = ([cell.strip() for cell in lines[n] if cell] for n in (3, 7))
+    quality, cost = ([cell.strip() for cell in lines[n] if cell] for n in (3, 8))
     assert quality == ["r = 0.5", "2", "17.500 ± 6.500", "+15.0 % ± 5.0 %", "80 %"]
     assert cost[-2:] == ["0.87× ± 0.04×", "1.25×"]
     lines = [line.split("  ") for line in terminal_table(results[2:3]).splitlines()]

@@ -196,6 +196,10 @@ def test_a_work_directory_and_its_row_are_equal(tmp_path: Path) -> None:
     (recorded,) = runs(tmp_path, (config, summary))
     apart = {"experiment": "", "date": ""}
     assert {**run.row, **apart} == {**recorded.row, **apart}
+    assert run.row["prepared"] == {
+        "useful_share": 0.87, "documents": 100, "left_out": {"without an answer": 2},
+        "long_documents": 4, "too_long": "drop",
+    }  # fmt: skip
     assert comparisons == [Comparison("rates", "Omission rate", ("sparsity.rate",))]
     assert "unfinished" in logged[0] and run.seed == 2
     assert run.sparsity["sparsity.dense_layers"] == (0,)

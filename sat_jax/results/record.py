@@ -61,9 +61,24 @@ def row_of(
     row["settings"] = {key: without_place(value, key) for key, value in settings.items()}
     sparsity = dataclasses.asdict(config.sparsity)
     row["sparsity"] = {key: without_place(value, key) for key, value in sparsity.items()}
+    if "prepared" in summary:  # absent in summaries of older versions
+        row["prepared"] = _data_counts(summary["prepared"])
     row["curve"] = curve_of(records)
     plain: dict[str, Any] = json.loads(json.dumps(row))  # tuples become lists
     return plain
+
+
+def _data_counts(prepared: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the share of the training rows without padding, and the documents of both splits: all,
+    the omitted ones by reason, and those longer than a row."""
+    splits, form = prepared["splits"], prepared["form"]
+    return {
+        "useful_share": splits["train"]["useful_share"],
+        "documents": sum(split["documents"] for split in splits.values()),
+        "left_out": prepared["left_out"],
+        "long_documents": sum(split["long_documents"] for split in splits.values()),
+        "too_long": "cut" if form["format"] == "text" else form["too_long"],
+    }
 
 
 def record_run(

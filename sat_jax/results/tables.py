@@ -146,15 +146,20 @@ def _quality(name: str, title: str, caption: str, lines: Sequence[tuple[str, Var
 
 def cost_table(group: Group) -> Table:
     """Return a table of time, memory and FLOPs, with the speed-up beside its bound."""
+    lines = [(variant.name, variant) for variant in group.variants]
+    return _cost(caption_of(group, *_learning_rate(group)), lines)
+
+
+def _cost(caption: str, lines: Sequence[tuple[str, Variant]]) -> Table:
     header = ("variant", "seeds", "time", "memory", "FLOPs", "of dense", "speed-up", "bound")
     rows = []
-    for variant in group.variants:
+    for label, variant in lines:
         shares = variant.flops_shares()
         bound = mean_of([share and 100 / share for share in shares])
         speedups = [_speedup(variant, bound), f"{bound.value:.2f}×" if bound else "-"]
         rows.append(
             (
-                variant.name,
+                label,
                 str(len(variant.runs)),
                 _mean(variant.over(lambda run: run.seconds), "{:,.1f} s"),
                 _mean_only(variant.over(lambda run: run.row["peak_memory"]["bytes"]), "B"),
@@ -163,7 +168,6 @@ def cost_table(group: Group) -> Table:
                 *(["-", "-"] if variant.is_baseline else speedups),
             )
         )
-    caption = caption_of(group, *_learning_rate(group))
     return Table("cost", "Time, memory and FLOPs", caption, header, tuple(rows))
 
 
@@ -211,22 +215,22 @@ def sentence(variant: Variant) -> str:
 
 
 def terminal_table(runs: Sequence[FinishedRun]) -> str:
-    """Return the quality of a sweep's runs, and their speed, as tables for a terminal."""
-    tables = []
-    for group in make_groups(runs):
-        for table in (quality_table(group), cost_table(group)):
-            tables.append(fixed_width(table.header, table.rows))
-            tables += table.notes
-    return "\n".join(tables)
+    """Return the quality and the cost of a sweep's runs, as two tables for a terminal."""
+    lines = _labelled(make_groups(runs))
+    tables = [_quality("quality", "", "", lines), _cost("", lines)]
+    return "\n\n".join(
+        "\n".join([fixed_width(table.header, table.rows), *table.notes]) for table in tables
+    )
 
 
 def caption_of(group: Group, *more: str) -> str:
-    """Return what the runs of a group share, from their model to their device, then `more`."""
+    """Return what the runs of a group share, with `more` after their model and length."""
     run = group.runs[0]
     tokens = sum(r.row["tokens"] for r in group.runs) / len(group.runs)
     parts = [model_of(run), f"{run.steps:,} steps, {tokens:,.0f} tokens"]
     if run.fine_tuned and "loss_tokens" in run.row:
         parts.append(f"{percent(run.row['loss_tokens'] / run.row['tokens'])} of them with loss")
+    parts += more
     changed = {
         path: value
         for path, value in group.reference.items()
@@ -236,7 +240,7 @@ def caption_of(group: Group, *more: str) -> str:
         parts.append(f"unless named otherwise {', '.join(settings_in_words(changed))}")
     parts.append(f"data {run.row['data'][:8]}")
     parts.append(" and ".join(dict.fromkeys(run.device for run in group.runs)))
-    return "; ".join([*parts, *more])
+    return "; ".join(parts)
 
 
 def _learning_rate(group: Group) -> list[str]:
