@@ -46,7 +46,7 @@ def get_sweep(scale: str = "smoke") -> Sweep:
     modules = ("sparsity.rate_attention", "sparsity.rate_mlp", "sparsity.attention_unit")
     comparisons = (
         Comparison("modules", "Heads, channels, or both", modules),
-        scales.PASSES,
+        scales.COMPARE_PASSES,
         Comparison(
             "moments", "Moments of omitted neurons", ("optimizer.moments", "sparsity.execution")
         ),

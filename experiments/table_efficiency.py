@@ -34,4 +34,4 @@ def get_sweep(scale: str = "smoke") -> Sweep:
     runs += [
         {"sparsity.refresh_every": round(factor * interval)} for factor in FACTORS if factor != 1
     ]
-    return Sweep(scales.over_seeds(scale, runs), (scales.REFRESH,))
+    return Sweep(scales.over_seeds(scale, runs), (scales.COMPARE_RATES, scales.COMPARE_REFRESH))

@@ -38,4 +38,4 @@ def get_sweep(scale: str = "smoke") -> Sweep:
     oracle = {"sparsity.refresh_every": 1, "sparsity.probe_tokens": tokens}
     settings = ("sparsity.metric", "sparsity.selection")
     metrics = Comparison("metrics", "Importance metric and selection", settings)
-    return Sweep(scales.over_seeds(scale, [*runs, oracle]), (metrics, scales.REFRESH))
+    return Sweep(scales.over_seeds(scale, [*runs, oracle]), (metrics, scales.COMPARE_REFRESH))

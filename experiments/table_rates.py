@@ -16,7 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments import scales
-from sat_jax.results.sweep import Comparison, Sweep
+from sat_jax.results.sweep import Sweep
 
 
 def get_config(scale: str = "smoke") -> ConfigDict:
@@ -27,4 +27,4 @@ def get_config(scale: str = "smoke") -> ConfigDict:
 def get_sweep(scale: str = "smoke") -> Sweep:
     runs: list[dict[str, Any]] = [{"sparsity.rate": rate} for rate in scales.RATES]
     runs = scales.over_seeds(scale, [*scales.shorter(get_config(scale)), *runs])
-    return Sweep(runs, (Comparison("rates", "Omission rate", ("sparsity.rate",)),))
+    return Sweep(runs, (scales.COMPARE_RATES,))

@@ -33,4 +33,4 @@ def get_sweep(scale: str = "smoke") -> Sweep:
     if scale in scales.COMPENSATED:
         runs += [{"sparsity.compensate": True}]
     runs = scales.over_seeds(scale, [*scales.shorter(get_config(scale)), *runs])
-    return Sweep(runs, (scales.PASSES,))
+    return Sweep(runs, (scales.COMPARE_RATES, scales.COMPARE_PASSES))

@@ -16,7 +16,7 @@ from tests.result_runs import RATES, study
 
 def test_a_table_in_a_document_is_made_of_rows(tmp_path: Path) -> None:
     study(tmp_path)
-    mark = "<!-- table: rows.rates commit=a -->\n"
+    mark = "<!-- table: rows.quality commit=a -->\n"
     text = f"Before\n{mark}old\n<!-- /table -->\nafter"
     filled = fill(text, tmp_path, "x.md", [RATES])
     assert filled.startswith(f"Before\n{mark}\n| variant") and filled.endswith(
@@ -32,26 +32,28 @@ def test_a_table_in_a_document_is_made_of_rows(tmp_path: Path) -> None:
         {**row, "settings": {"optimizer.momentum": 0.1}} for row in read(tmp_path / "rows.jsonl")
     ]
     (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    of_setting = text.replace("rows.rates commit=a", "set.rates optimizer.momentum=1e-1")
+    of_setting = text.replace("rows.quality commit=a", "set.rates optimizer.momentum=1e-1")
     assert "| r = 0.2 " in fill(of_setting, tmp_path, "x.md", [RATES])
     for wrong, why in (
-        (
-            text.replace("rates", "moments"),
-            "no rows for moments; 4 runs match",
-        ),
+        (text.replace("quality", "moments"), "no rows for moments; there are rows for: quality"),
         (text.replace("rows.", "none."), "no such results file"),
-        (text.replace("<!-- /table -->", ""), "is not closed"),
-        (text.replace("table: rows", "table:rows"), "is no mark of a table; accepted"),
-        (text.replace("commit=a", "commit a"), "is no mark of a table"),
-        (text.replace("commit=a -->", "commit=a --> "), "is no mark of a table"),
-        (text.replace("<!-- table", "  <!-- Table"), "is no mark of a table"),
-        (text.replace("<!-- /table", "<!--/table"), "is no mark of a table"),
-        (text.replace(mark, ""), "without a table that begins"),
+        (text.replace("<!-- /table -->", ""), "not one of a pair"),
+        (text.replace("<!-- /table -->", "") + text, "not one of a pair"),
+        (text.replace("table: rows", "table:rows"), "is malformed"),
+        (text.replace("commit=a", "commit a"), "is malformed"),
+        (text.replace("commit=a -->", "commit=a --> "), "is malformed"),
+        (text.replace("<!-- table", "  <!-- Table"), "is malformed"),
+        (text.replace("<!-- /table", "<!--/table"), "is malformed"),
+        (text.replace(mark, ""), "<!-- /table --> is malformed or not one of a pair"),
         (text.replace("commit=a", "steps=8,a"), "steps=8,a is no number"),
-        (of_setting.replace("1e-1", "0.2"), "no rows for rates; 0 runs match"),
+        (of_setting.replace("1e-1", "0.2"), "there are rows for: none"),
         (of_setting.replace("1e-1", "0.2a"), "optimizer.momentum=0.2a is no number"),
-        (text.replace("commit=a", "steps=80"), "no rows for rates; 0 runs match"),
-        (text.replace("commit=a", "tokens=4"), "no rows for rates; 0 runs match"),
+        (text.replace("commit=a", "steps=80"), "there are rows for: none"),
+        (text.replace("commit=a", "tokens=4"), "there are rows for: none"),
+        (
+            text.replace("commit=a", "optimizer.lerning_rate=1"),
+            "is no setting; near: optimizer.lea",
+        ),
     ):
         with pytest.raises(UserError, match=f"x.md: .*{why}"):
             fill(wrong, tmp_path, "x.md", [RATES])

@@ -56,7 +56,7 @@ def test_evaluations_stand_beside_each_other_where_the_same_was_asked(tmp_path: 
     (tmp_path / "rows.jsonl").write_text(json.dumps(alone) + "\n")
     assert "| m     |      10.0 % |" in fill(text, tmp_path, "x.md", [])
     (tmp_path / "rows.jsonl").write_text("")
-    with pytest.raises(UserError, match="no rows for answers; 0 runs match"):
+    with pytest.raises(UserError, match="no rows for answers; there are rows for: none"):
         fill(text, tmp_path, "x.md", [])
 
 

@@ -11,10 +11,9 @@ from sat_jax.results.page import write_report
 from sat_jax.results.speed import speedup_text
 from sat_jax.results.sweep import Comparison
 from sat_jax.results.tables import (
-    across_table,
+    across_tables,
     comparison_tables,
     cost_table,
-    groups_across,
     loss_table,
     quality_table,
     sentence,
@@ -131,9 +130,8 @@ def test_settings_outside_sparsity_are_compared_across_groups(tmp_path: Path) ->
         ),
     )  # fmt: skip
     groups = make_groups(records)
-    assert groups_across(groups, RATES) == []
-    (together,) = groups_across(groups, LEARNING_RATES)
-    assert [(row[0], row[3]) for row in across_table(together, LEARNING_RATES).rows] == [
+    (table,) = across_tables(groups, [RATES, LEARNING_RATES])
+    assert [(row[0], row[3]) for row in table.rows] == [
         ("learning rate 0.001: dense", "-"),
         ("learning rate 0.001: r = 0.4", "+10.0 %"),
         ("learning rate 0.002: dense", "-"),

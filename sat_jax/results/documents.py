@@ -28,21 +28,19 @@ from sat_jax.results.finished import newest, run_of_row
 from sat_jax.results.rows import Row, read
 from sat_jax.results.sweep import Comparison
 from sat_jax.results.tables import (
-    Table,
-    across_table,
-    compared,
+    across_tables,
     comparison_tables,
     cost_table,
-    groups_across,
     loss_table,
     quality_table,
 )
-from sat_jax.results.variants import Group, make_groups
+from sat_jax.results.variants import make_groups
 
-_OPEN = re.compile(r"<!-- table: (\S+)\.(\w+)((?: [\w.]+=\S+)*) -->\n")
-_CLOSE = "<!-- /table -->"
-_LIKE = re.compile(r"^[ \t]*<!--\s*/?\s*table\b.*\n?", re.IGNORECASE | re.MULTILINE)
-_FORM = f"accepted: <!-- table: FILE.KIND [FIELD=START ...] --> on a line of its own, then {_CLOSE}"
+_TABLE = re.compile(
+    r"^(<!-- table: (\S+)\.(\w+)((?: [\w.]+=\S+)*) -->\n).*?^(<!-- /table -->)$",
+    re.DOTALL | re.MULTILINE,
+)
+_MARK = re.compile(r"^[ \t]*<!--\s*/?\s*table\b.*", re.IGNORECASE | re.MULTILINE)
 _DIGEST = "Rows"  # the PNG text that names the rows of a picture
 
 
@@ -62,31 +60,26 @@ def outdated(root: Path, results: Path, comparisons: Sequence[Comparison]) -> di
 def fill(text: str, results: Path, origin: str, comparisons: Sequence[Comparison]) -> str:
     """Return `text` with every marked table made from the rows in `results`.
 
-    Raises `UserError` for what resembles a mark and is none.
+    Raises `UserError` for marks that are malformed or not in pairs.
     """
-    for like in _LIKE.finditer(text):
-        if not (_OPEN.fullmatch(like.group()) or like.group().rstrip() == _CLOSE):
-            raise UserError(f"{origin}: {like.group().strip()} is no mark of a table; {_FORM}")
-    before, *parts = re.split(rf"({_LIKE.pattern})", text, flags=_LIKE.flags)
-    filled, is_open = [before], ""
-    for mark, content in zip(parts[::2], parts[1::2], strict=True):
-        opening = _OPEN.fullmatch(mark)
-        if opening and is_open:
-            raise UserError(f"{origin}: {is_open} is not closed by {_CLOSE}")
-        if not opening and not is_open:
-            raise UserError(f"{origin}: {_CLOSE} without a table that begins; {_FORM}")
-        is_open = mark.strip() if opening else ""
-        if opening:
-            stem, kind, fields = opening.groups()
-            try:
-                filters = dict(field.split("=", 1) for field in fields.split())
-                content = f"\n{_table(results, stem, kind, filters, comparisons)}\n\n"
-            except UserError as error:
-                raise UserError(f"{origin}: {mark.strip()}: {error}") from error
-        filled += [mark, content]
-    if is_open:
-        raise UserError(f"{origin}: {is_open} is not closed by {_CLOSE}")
-    return "".join(filled)
+
+    def filled(match: re.Match[str]) -> str:
+        opening, stem, kind, fields, closing = match.groups()
+        try:
+            filters = dict(field.split("=", 1) for field in fields.split())
+            return f"{opening}\n{_table(results, stem, kind, filters, comparisons)}\n\n{closing}"
+        except UserError as error:
+            raise UserError(f"{origin}: {opening.strip()}: {error}") from error
+
+    rest = _MARK.search(_TABLE.sub("", text))
+    nested = [match.group() for match in _TABLE.finditer(text) if len(_MARK.findall(match[0])) > 2]
+    if rest or nested:
+        mark = (rest.group() if rest else nested[0].partition("\n")[0]).strip()
+        raise UserError(
+            f"{origin}: {mark} is malformed or not one of a pair; accepted: <!-- table: FILE.KIND"
+            " [FIELD=START ...] --> on a line of its own, then <!-- /table -->"
+        )
+    return _TABLE.sub(filled, text)
 
 
 def _matches(row: Mapping[str, Any], field: str, starts: str) -> bool:
@@ -116,35 +109,24 @@ def _table(
     ]
     if kind in TABLES:
         return TABLES[kind](rows)
-    runs = newest(run_of_row(row, stem) for row in rows if "twin" in row)
-    tables = [table for table in evaluation_tables(rows) if table.name == kind]
-    tables += _tables_of_runs(make_groups(runs), kind, comparisons)
-    if not tables:
-        raise UserError(f"no rows for {kind}; {len(runs)} runs match")
-    return "\n\n".join(table.markdown() for table in tables)
-
-
-def _tables_of_runs(
-    groups: Sequence[Group], kind: str, comparisons: Sequence[Comparison]
-) -> list[Table]:
-    if kind == "quality":
-        return [quality_table(group) for group in groups]
-    if kind == "cost":
-        return [cost_table(group) for group in groups]
-    if kind == "losses":
-        return [table for group in groups if (table := loss_table(group))]
-    if kind == "other":
-        tables = [table for group in groups for table in comparison_tables(group, comparisons)]
-        return [table for table in tables if table.name == kind]
-    tables = []
-    for comparison in comparisons:
-        if comparison.name == kind:
-            across = groups_across(groups, comparison)
-            tables += [across_table(several, comparison) for several in across]
-            for group in [] if across else groups:
-                if compared(group, comparison):
-                    tables.append(quality_table(group, comparison))
-    return tables
+    groups = make_groups(newest(run_of_row(row, stem) for row in rows if "twin" in row))
+    tables = [
+        table
+        for group in groups
+        for table in (
+            quality_table(group),
+            *comparison_tables(group, comparisons),
+            cost_table(group),
+            loss_table(group),
+        )
+        if table
+    ]
+    tables += across_tables(groups, comparisons) + evaluation_tables(rows)
+    wanted = [table.markdown() for table in tables if table.name == kind]
+    if not wanted:
+        names = ", ".join(dict.fromkeys(table.name for table in tables)) or "none"
+        raise UserError(f"no rows for {kind}; there are rows for: {names}")
+    return "\n\n".join(wanted)
 
 
 def pictures(results: Path, folder: Path) -> list[Path]:

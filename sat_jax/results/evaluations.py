@@ -94,7 +94,7 @@ def evaluation_tables(rows: Sequence[Row]) -> list[Table]:
                 caption += "; ± is the standard error over questions"
             header = ("model", *kind.asked, *kind.columns)
             lines = _lines(kind, newest)
-            tables.append(Table(name, kind.title, caption, header, lines, 1 + len(kind.asked)))
+            tables.append(Table(name, kind.title, caption, header, lines))
     return tables
 
 

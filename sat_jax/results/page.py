@@ -15,11 +15,10 @@ from sat_jax.results.rows import Row, device_name
 from sat_jax.results.sweep import Comparison
 from sat_jax.results.tables import (
     Table,
-    across_table,
+    across_tables,
     comparison_tables,
     cost_table,
     group_labels,
-    groups_across,
     loss_table,
     model_of,
     sentence,
@@ -91,11 +90,7 @@ def _sections(groups: Sequence[Group], comparisons: Sequence[Comparison]) -> Ite
                 *([losses] if losses else []),
             ],
         )
-    tables = [
-        across_table(several, comparison)
-        for comparison in comparisons
-        for several in groups_across(groups, comparison)
-    ]
+    tables = across_tables(groups, comparisons)
     if small := [group for group in ordered if group not in large]:
         tables.append(small_groups_table(small))
     if tables:

@@ -7,16 +7,19 @@ from collections.abc import Iterable, Sequence
 
 from sat_jax.config_values import find
 from sat_jax.results.curves import part_means
-from sat_jax.results.finished import DEFAULTS, FinishedRun
+from sat_jax.results.finished import DEFAULTS, FinishedRun, Settings
 from sat_jax.results.means import Mean, mean_of
-from sat_jax.results.speed import (
-    ABOVE_BOUND,
-    ABOVE_BOUND_NOTE,
-    speedup_text,
-)
+from sat_jax.results.speed import ABOVE_BOUND, ABOVE_BOUND_NOTE, speedup_text
 from sat_jax.results.sweep import Comparison
 from sat_jax.results.text import fixed_width, markdown, percent, quantity
-from sat_jax.results.variants import Group, Variant, make_groups, settings_in_words
+from sat_jax.results.variants import (
+    Group,
+    Variant,
+    make_groups,
+    reference_of,
+    settings_in_words,
+    variant_name,
+)
 
 _PARTS = 8  # of a run, in which losses are compared
 _ACROSS = "each beside the dense baseline of its own setting"
@@ -30,14 +33,13 @@ _NOTES = {
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """`name` is the kind of table in documents; the first `left` columns are aligned left."""
+    """`name` is the kind of table in documents."""
 
     name: str
     title: str
     caption: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    left: int = 1
 
     @property
     def notes(self) -> list[str]:
@@ -48,7 +50,7 @@ class Table:
     def markdown(self) -> str:
         """Return the table in Markdown, with its caption and notes below."""
         sentences = [f"{text}." for text in (self.caption, *self.notes)]
-        return f"{markdown(self.header, self.rows, self.left)}\n\n{' '.join(sentences)}"
+        return f"{markdown(self.header, self.rows)}\n\n{' '.join(sentences)}"
 
 
 def comparison_tables(group: Group, comparisons: Iterable[Comparison]) -> list[Table]:
@@ -90,33 +92,51 @@ def quality_table(group: Group, comparison: Comparison | None = None) -> Table:
     return _quality(comparison.name, comparison.title, _quality_caption(group), lines)
 
 
-def groups_across(groups: Sequence[Group], comparison: Comparison) -> list[list[Group]]:
-    """Return the sets of groups that differ in the comparison's settings outside sparsity alone."""
-    outside = _outside(comparison)
-    together: dict[str, list[Group]] = {}
-    for group in groups if outside else ():
-        together.setdefault(group.runs[0].shared(outside), []).append(group)
-    return [several for several in together.values() if len(several) > 1]
-
-
-def across_table(groups: Sequence[Group], comparison: Comparison) -> Table:
-    """Return a table of the variants that two or more of the groups have."""
-    counts = Counter(variant.name for group in groups for variant in group.variants)
-    lines = [line for line in _labelled(groups) if counts[line[1].name] > 1]
-    return _quality(comparison.name, comparison.title, caption_of(groups[0], _ACROSS), lines)
+def across_tables(groups: Sequence[Group], comparisons: Iterable[Comparison]) -> list[Table]:
+    """Return a table for each set of groups that differ in settings of a comparison outside
+    sparsity alone, with the variants that two or more of the groups have."""
+    tables = []
+    for comparison in comparisons:
+        together: dict[str, list[Group]] = {}
+        for group in groups if (outside := _outside(comparison)) else ():
+            together.setdefault(group.runs[0].shared(outside), []).append(group)
+        for several in together.values():
+            lines = _lines_across(several)
+            counts = Counter(name for _, name, _ in lines)
+            common = [(label, variant) for label, name, variant in lines if counts[name] > 1]
+            if len(several) > 1:
+                group = dataclasses.replace(several[0], reference=_common_reference(several))
+                caption = caption_of(group, _ACROSS)
+                tables.append(_quality(comparison.name, comparison.title, caption, common))
+    return tables
 
 
 def small_groups_table(groups: Sequence[Group]) -> Table:
     """Return one table of all variants of several groups."""
-    return _quality("settings", "Other settings", _ACROSS, _labelled(groups))
+    lines = [(label, variant) for label, _, variant in _lines_across(groups)]
+    caption = "; ".join([_ACROSS, *_reference_words(_common_reference(groups))])
+    return _quality("settings", "Other settings", caption, lines)
 
 
-def _labelled(groups: Sequence[Group]) -> list[tuple[str, Variant]]:
-    return [
-        (f"{label}: {variant.name}" if label else variant.name, variant)
-        for group, label in zip(groups, group_labels(groups), strict=True)
-        for variant in group.variants
-    ]
+def _lines_across(groups: Sequence[Group]) -> list[tuple[str, str, Variant]]:
+    """Return label, name and variant of all variants, named by one reference for all groups."""
+    reference = _common_reference(groups)
+    lines = []
+    for group, setting in zip(groups, group_labels(groups), strict=True):
+        for variant in group.variants:
+            name = variant.name if variant.dense else variant_name(variant.sparsity, reference)
+            lines.append((f"{setting}: {name}" if setting else name, name, variant))
+    return lines
+
+
+def _common_reference(groups: Sequence[Group]) -> Settings:
+    return reference_of([variant.sparsity for group in groups for variant in group.sparse])
+
+
+def _reference_words(reference: Settings) -> list[str]:
+    changed = {path: v for path, v in reference.items() if v != DEFAULTS[path]}
+    words = settings_in_words({p: v for p, v in changed.items() if p != "sparsity.rate"})
+    return [f"unless named otherwise {', '.join(words)}"] if words else []
 
 
 def _outside(comparison: Comparison) -> list[str]:
@@ -216,7 +236,7 @@ def sentence(variant: Variant) -> str:
 
 def terminal_table(runs: Sequence[FinishedRun]) -> str:
     """Return the quality and the cost of a sweep's runs, as two tables for a terminal."""
-    lines = _labelled(make_groups(runs))
+    lines = [(label, variant) for label, _, variant in _lines_across(make_groups(runs))]
     tables = [_quality("quality", "", "", lines), _cost("", lines)]
     return "\n\n".join(
         "\n".join([fixed_width(table.header, table.rows), *table.notes]) for table in tables
@@ -231,13 +251,7 @@ def caption_of(group: Group, *more: str) -> str:
     if run.fine_tuned and "loss_tokens" in run.row:
         parts.append(f"{percent(run.row['loss_tokens'] / run.row['tokens'])} of them with loss")
     parts += more
-    changed = {
-        path: value
-        for path, value in group.reference.items()
-        if value != DEFAULTS[path] and path != "sparsity.rate"
-    }
-    if group.sparse and changed:
-        parts.append(f"unless named otherwise {', '.join(settings_in_words(changed))}")
+    parts += _reference_words(group.reference)
     parts.append(f"data {run.row['data'][:8]}")
     parts.append(" and ".join(dict.fromkeys(run.device for run in group.runs)))
     return "; ".join(parts)

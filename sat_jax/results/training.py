@@ -21,11 +21,6 @@ class Plan:
     model: LlamaConfig
     controller: Controller
 
-    @property
-    def kept(self) -> object:
-        """Counts of kept neurons, as `summary.json` has them."""
-        return self.controller.kept
-
     def dense_flops(self) -> float:
         """FLOPs of dense training on the same tokens, if all rows are full."""
         steps = self.config.train.steps

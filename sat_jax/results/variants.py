@@ -155,7 +155,7 @@ def _group(members: Sequence[FinishedRun], dense: Sequence[FinishedRun]) -> Grou
     for run in members:
         if not run.dense:
             methods.setdefault(name_of(run.sparsity), []).append(run)
-    reference = _reference([runs[0].sparsity for runs in methods.values()])
+    reference = reference_of([runs[0].sparsity for runs in methods.values()])
 
     def variant(name: str, runs: Sequence[FinishedRun]) -> Variant:
         ordered = tuple(sorted(runs, key=lambda run: run.seed))
@@ -178,7 +178,7 @@ def _group(members: Sequence[FinishedRun], dense: Sequence[FinishedRun]) -> Grou
     )
 
 
-def _reference(methods: Sequence[Settings]) -> Settings:
+def reference_of(methods: Sequence[Settings]) -> Settings:
     """Return the most frequent value of each setting; of several the default, else the first."""
     reference = {}
     for path, default in DEFAULTS.items():

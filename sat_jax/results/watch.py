@@ -39,22 +39,13 @@ class WatchedRun:
             self.state = State.FINISHED
 
     def check_finished(self, data: str) -> None:
-        """Raise `UserError` if the run has finished on other data, or with other kept neurons, than
-        it would have now. `data` is the fingerprint of the data."""
+        """Raise `UserError` if the run has finished on data of another fingerprint than `data`."""
         summary = self.workdir.finished()
-        if summary is None:
-            return
-        place = f"run {self.run.name} in {self.workdir.path.parent} has finished"
-        if summary["data"] != data:
+        if summary is not None and summary["data"] != data:
             raise UserError(
-                f"{place} on data that have changed since (their text, or how they are prepared);"
-                " accepted: another --workdir, or the old data"
-            )
-        # Summaries of older versions do not have the counts.
-        if summary.get("kept", self.run.plan.kept) != self.run.plan.kept:
-            raise UserError(
-                f"{place} with other counts of kept neurons than its settings give now; accepted:"
-                " another --workdir"
+                f"run {self.run.name} in {self.workdir.path.parent} has finished on data that have"
+                " changed since (their text, or how they are prepared); accepted: another"
+                " --workdir, or the old data"
             )
 
     def progress(self) -> dict[str, Any]:
