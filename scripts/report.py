@@ -39,11 +39,11 @@ def main() -> None:
     from sat_jax.results.page import write_report
     from sat_jax.results.sweep import declared_comparisons
 
-    runs, others, comparisons = collect(
+    runs, evaluations, comparisons = collect(
         options.folders, options.rows, lambda line: print(line, file=sys.stderr)
     )
     declared = declared_comparisons(_EXPERIMENTS) if options.rows else []
-    for path in write_report(runs, others, [*comparisons, *declared], options.out):
+    for path in write_report(runs, evaluations, [*comparisons, *declared], options.out):
         print(path)
 
 

@@ -90,15 +90,16 @@ def main() -> None:
         data, invalid = prepare_all(runs, lambda line: print(line, file=sys.stderr))
         runs = _valid(runs, invalid, options)
         watched = [folder.watch(run) for run in runs]
-        for one in watched:
-            one.check_finished(data[one.run.name])
+        for watched_run in watched:
+            watched_run.check_finished(data[watched_run.run.name])
         folder.add(sys.argv[1:], runs, comparisons)
         run_sweep(folder, watched, launcher, finished)
     if results:
         print(terminal_table(results))
-    failed = [one for one in watched if one.state is State.FAILED]
-    for one in failed:
-        print(f"failed: {one.run.name}: {one.error} (log: {one.log})", file=sys.stderr)
+    failed = [watched_run for watched_run in watched if watched_run.state is State.FAILED]
+    for failure in failed:
+        line = f"failed: {failure.run.name}: {failure.error} (log: {failure.log})"
+        print(line, file=sys.stderr)
     if failed:
         raise UserError(f"{len(failed)} of {len(runs)} runs failed; the same command tries again")
 
@@ -140,9 +141,9 @@ def _valid(runs: Sequence[Any], invalid: Sequence[Any], options: Namespace) -> l
     any, unless --skip-invalid is given."""
     from sat_jax.results.sweep import settings_text
 
-    for one in invalid:
-        print(f"invalid: {settings_text(one.settings)}: {one.reason}", file=sys.stderr)
-    refused = [one.settings for one in invalid]
+    for settings, reason in invalid:
+        print(f"invalid: {settings_text(settings)}: {reason}", file=sys.stderr)
+    refused = [settings for settings, _ in invalid]
     valid = [run for run in runs if run.settings not in refused]
     if invalid and not (options.skip_invalid and valid):
         advice = "; --skip-invalid leaves them out" if valid else ""

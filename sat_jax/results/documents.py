@@ -71,10 +71,10 @@ def fill(text: str, results: Path, origin: str, comparisons: Sequence[Comparison
         except UserError as error:
             raise UserError(f"{origin}: {opening.strip()}: {error}") from error
 
-    rest = _MARK.search(_TABLE.sub("", text))
+    unpaired = _MARK.search(_TABLE.sub("", text))
     nested = [match.group() for match in _TABLE.finditer(text) if len(_MARK.findall(match[0])) > 2]
-    if rest or nested:
-        mark = (rest.group() if rest else nested[0].partition("\n")[0]).strip()
+    if unpaired or nested:
+        mark = (unpaired.group() if unpaired else nested[0].partition("\n")[0]).strip()
         raise UserError(
             f"{origin}: {mark} is malformed or not one of a pair; accepted: <!-- table: FILE.KIND"
             " [FIELD=START ...] --> on a line of its own, then <!-- /table -->"

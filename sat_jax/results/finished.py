@@ -19,14 +19,19 @@ from sat_jax.train.workdir import WorkDir
 
 Settings: TypeAlias = Mapping[str, Any]
 
-# Settings that committed rows have and this version may not, with the defaults that they had.
-_FORMER = {
-    "aggregate": "sum", "budget": None, "compensate": False, "dense_tokens": False,
-    "forward": "kept", "rescale": False,
+# The settings that committed rows have, some of which this version may lack, at their defaults.
+_RECORDED = {
+    "rate": 0.0, "rate_attention": None, "rate_mlp": None, "metric": "output", "aggregate": "sum",
+    "selection": "topk", "temperature": 1.0, "schedule": "ladder", "rungs": 4, "dense_start": 0.0,
+    "split": 0.5, "patience": 1, "min_gain": 0.005, "refresh_every": 10, "probe_tokens": 1024,
+    "probe_sampling": "first", "stats_decay": 0.9, "attention_unit": "kv_group",
+    "dense_layers": (), "layer_rates_attention": (), "layer_rates_mlp": (), "budget": None,
+    "max_segments": 4, "block": 1, "balance": None, "rescale": False, "compensate": False,
+    "dense_tokens": False, "forward": "kept", "execution": "gather",
 }  # fmt: skip
 DEFAULTS: Settings = {
     f"sparsity.{name}": value
-    for name, value in {**_FORMER, **dataclasses.asdict(SparsityConfig())}.items()
+    for name, value in {**_RECORDED, **dataclasses.asdict(SparsityConfig())}.items()
 } | {path: find(path).default for path in SPARSE_ONLY}
 """The settings of sparsity, by dotted path, at their defaults."""
 
@@ -131,13 +136,13 @@ def newest(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
 def collect(
     folders: Sequence[Path], files: Sequence[Path], log: Callable[[str], None]
 ) -> tuple[list[FinishedRun], list[Row], list[Comparison]]:
-    """Return the finished runs in `folders` (of a run or a sweep) and `files` of rows, the other
-    rows in `files`, and the comparisons of the sweeps.
+    """Return the finished runs in `folders` (of a run or a sweep) and `files` of rows, the rows of
+    evaluations in `files`, and the comparisons of the sweeps.
 
     `log` receives a line for each unfinished run. Raises `UserError` for a folder of another kind,
     and if there are no results.
     """
-    runs, comparisons = [], []
+    runs, evaluations, comparisons = [], [], []
     for folder in folders:
         workdirs = [folder]
         if (folder / "sweep.json").is_file():
@@ -153,16 +158,15 @@ def collect(
                 " (sweep.json)"
             )
         runs += [run for path in workdirs if (run := _in_workdir(path, folder.name, log))]
-    others = []
     for file in files:
         for number, row in enumerate(read(file), 1):
             if "twin" in row:
                 runs.append(run_of_row(row, f"{file}:{number}"))
-            else:
-                others.append(row)
-    if not runs and not others:
+            elif "measure" in row:
+                evaluations.append(row)
+    if not runs and not evaluations:
         raise UserError("no finished run and no evaluation to report on")
-    return runs, others, comparisons
+    return runs, evaluations, comparisons
 
 
 def _in_workdir(path: Path, experiment: str, log: Callable[[str], None]) -> FinishedRun | None:

@@ -42,17 +42,18 @@ class Section:
 
 def write_report(
     runs: Sequence[FinishedRun],
-    others: Sequence[Row],
+    evaluations: Sequence[Row],
     comparisons: Sequence[Comparison],
     out: Path,
 ) -> list[Path]:
     """Write `report.html` and `tables.md` into the folder `out`, which is made; return their paths.
 
-    `others` are rows of evaluations. Raises `UserError` if the folder cannot be made.
+    `evaluations` are rows of `scripts.evaluate --record`. Raises `UserError` if the folder cannot
+    be made.
     """
     groups = make_groups(newest(runs))
     sections = list(_sections(groups, comparisons))
-    if tables := evaluation_tables(others):
+    if tables := evaluation_tables(evaluations):
         sections.append(Section("Evaluations", None, [], tables))
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -67,7 +68,9 @@ def write_report(
             *(f"### {table.title}\n\n{table.markdown()}" for table in section.tables),
         )
     ]
-    write_atomically(out / "report.html", _html(sections, [*(run.row for run in runs), *others]))
+    write_atomically(
+        out / "report.html", _html(sections, [*(run.row for run in runs), *evaluations])
+    )
     write_atomically(out / "tables.md", "\n\n".join(parts) + "\n")
     return [out / "report.html", out / "tables.md"]
 

@@ -80,12 +80,12 @@ def plan_runs(
 
 def _dense_settings(settings: Settings) -> Settings:
     """Replace the settings of sparsity by a rate of 0."""
-    others = {
+    outside = {
         path: value
         for path, value in settings.items()
         if not (path.startswith("sparsity.") or path in SPARSE_ONLY)
     }
-    return {"sparsity.rate": 0.0, **others} if len(others) < len(settings) else others
+    return {"sparsity.rate": 0.0, **outside} if len(outside) < len(settings) else outside
 
 
 def prepare_all(

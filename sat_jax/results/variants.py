@@ -125,22 +125,22 @@ def make_groups(runs: Iterable[FinishedRun]) -> list[Group]:
 
     A dense run of fewer steps than a group, and at least half of them, belongs to that group.
     """
-    groups: dict[str, list[FinishedRun]] = {}
+    members: dict[str, list[FinishedRun]] = {}
     dense: dict[str, list[FinishedRun]] = {}
     for run in runs:
-        groups.setdefault(run.shared(), []).append(run)
+        members.setdefault(run.shared(), []).append(run)
         if run.dense:
             dense.setdefault(run.shared(["train.steps"]), []).append(run)
-    made = [
-        _group(members, dense.get(members[0].shared(["train.steps"]), ()))
-        for members in groups.values()
+    groups = [
+        _group(together, dense.get(together[0].shared(["train.steps"]), ()))
+        for together in members.values()
     ]
     kept, shorter = set[int](), set[int]()
-    for group in sorted(made, key=lambda group: -group.runs[0].steps):
+    for group in sorted(groups, key=lambda group: -group.runs[0].steps):
         if group.sparse or id(group.runs[0]) not in shorter:
             kept.add(id(group))
             shorter |= {id(run) for variant in group.shorter for run in variant.runs}
-    return [group for group in made if id(group) in kept]
+    return [group for group in groups if id(group) in kept]
 
 
 def _group(members: Sequence[FinishedRun], dense: Sequence[FinishedRun]) -> Group:
@@ -148,7 +148,7 @@ def _group(members: Sequence[FinishedRun], dense: Sequence[FinishedRun]) -> Grou
     steps = members[0].steps
     lengths = collections.defaultdict(list)
     for run in dense:
-        if run.dense and steps <= 2 * run.steps and run.steps <= steps:
+        if steps <= 2 * run.steps and run.steps <= steps:
             lengths[run.steps].append(run)
     full = {run.seed: run for run in lengths[steps]}
     methods: dict[str, list[FinishedRun]] = {}
@@ -159,11 +159,10 @@ def _group(members: Sequence[FinishedRun], dense: Sequence[FinishedRun]) -> Grou
 
     def variant(name: str, runs: Sequence[FinishedRun]) -> Variant:
         ordered = tuple(sorted(runs, key=lambda run: run.seed))
-        of_seed = [
-            tuple(one for several in lengths.values() for one in several if one.seed == run.seed)
-            for run in ordered
-        ]
-        return Variant(name, ordered, tuple(full.get(run.seed) for run in ordered), tuple(of_seed))
+        baselines = tuple(full.get(run.seed) for run in ordered)
+        every_length = [run for same_length in lengths.values() for run in same_length]
+        of_seed = [tuple(d for d in every_length if d.seed == run.seed) for run in ordered]
+        return Variant(name, ordered, baselines, tuple(of_seed))
 
     sparse = [variant(variant_name(runs[0].sparsity, reference), runs) for runs in methods.values()]
     return Group(
@@ -173,7 +172,7 @@ def _group(members: Sequence[FinishedRun], dense: Sequence[FinishedRun]) -> Grou
             for count in sorted(lengths, reverse=True)
             if count < steps
         ),
-        tuple(sorted(sparse, key=lambda one: one.name.partition(", ")[::-1])),
+        tuple(sorted(sparse, key=lambda variant: variant.name.partition(", ")[::-1])),
         reference,
     )
 
