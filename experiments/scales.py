@@ -22,11 +22,21 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments import llama2_7b_cpt, metamath, tinyllama_cpt
+from sat_jax.results.sweep import Comparison
 
 RATES = (0.2, 0.3, 0.4, 0.5, 0.6)
 RATE = 0.4  # of the comparisons in which it stays the same
 SHARES = (5 / 6, 2 / 3, 1 / 2)  # of the steps, dense, for what SAT's FLOPs would buy
 COMPENSATED = ("smoke", "small", "paper")  # products of columns, 18 GB of Llama-2-7B's, have room
+COMPARE_RATES = Comparison("rates", "Omission rate", ("sparsity.rate",))
+COMPARE_PASSES = Comparison(
+    "passes",
+    "Both passes, the backward pass alone, or a least-squares correction",
+    ("sparsity.rate", "sparsity.forward", "sparsity.compensate"),
+)
+COMPARE_REFRESH = Comparison(
+    "refresh", "Interval between selections", ("sparsity.refresh_every", "sparsity.probe_tokens")
+)
 SEEDS = {"smoke": 3, "small": 3, "paper": 3, "paper-7b": 1, "paper-13b": 1}
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments import scales
+from sat_jax.results.sweep import Comparison, Sweep
 
 
 def get_config(scale: str = "smoke") -> ConfigDict:
@@ -27,7 +28,7 @@ def get_config(scale: str = "smoke") -> ConfigDict:
     return scales.cpt(scale)
 
 
-def get_sweep(scale: str = "smoke") -> list[dict[str, Any]]:
+def get_sweep(scale: str = "smoke") -> Sweep:
     runs: list[dict[str, Any]] = [
         {"sparsity.rate": scales.RATE},
         {"sparsity.rate_mlp": 0.0},  # heads only
@@ -42,4 +43,12 @@ def get_sweep(scale: str = "smoke") -> list[dict[str, Any]]:
         runs += [{"sparsity.compensate": True, "sparsity.rate": 0.6}]
     for moments in ("freeze", "decay"):
         runs.append({"sparsity.execution": "mask", "optimizer.moments": moments})
-    return scales.over_seeds(scale, runs)
+    modules = ("sparsity.rate_attention", "sparsity.rate_mlp", "sparsity.attention_unit")
+    comparisons = (
+        Comparison("modules", "Heads, channels, or both", modules),
+        scales.COMPARE_PASSES,
+        Comparison(
+            "moments", "Moments of omitted neurons", ("optimizer.moments", "sparsity.execution")
+        ),
+    )
+    return Sweep(scales.over_seeds(scale, runs), comparisons)

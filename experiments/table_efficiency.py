@@ -18,6 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments import scales
+from sat_jax.results.sweep import Sweep
 
 FACTORS = (0.25, 0.5, 1, 2, 4)  # × the scale's own interval between refreshes
 
@@ -27,10 +28,10 @@ def get_config(scale: str = "smoke") -> ConfigDict:
     return scales.cpt(scale)
 
 
-def get_sweep(scale: str = "smoke") -> list[dict[str, Any]]:
+def get_sweep(scale: str = "smoke") -> Sweep:
     interval = scales.cpt(scale).sparsity.refresh_every
     runs: list[dict[str, Any]] = [{"sparsity.rate": rate} for rate in scales.RATES]
     runs += [
         {"sparsity.refresh_every": round(factor * interval)} for factor in FACTORS if factor != 1
     ]
-    return scales.over_seeds(scale, runs)
+    return Sweep(scales.over_seeds(scale, runs), (scales.COMPARE_RATES, scales.COMPARE_REFRESH))

@@ -11,11 +11,10 @@ small 2.0 on one GPU, paper 71 on one accelerator of 40 GB, 27 runs each; paper-
 paper-13b 70 on eight of 80 GB, 9 runs.
 """
 
-from typing import Any
-
 from ml_collections import ConfigDict
 
 from experiments import scales
+from sat_jax.results.sweep import Comparison, Sweep
 
 FACTORS = (1 / 2, 1.0, 2.0)  # of the scale's own
 
@@ -25,12 +24,12 @@ def get_config(scale: str = "smoke") -> ConfigDict:
     return scales.cpt(scale)
 
 
-def get_sweep(scale: str = "smoke") -> list[dict[str, Any]]:
+def get_sweep(scale: str = "smoke") -> Sweep:
     config = get_config(scale)
     usual = config.optimizer.learning_rate
     # Dense, dense with about as many FLOPs as SAT, and SAT.
     runs = [{"sparsity.rate": 0.0}, scales.shorter(config)[0], {"sparsity.rate": scales.RATE}]
-    return [
+    runs = [
         one
         for factor in FACTORS
         for run in runs
@@ -38,3 +37,6 @@ def get_sweep(scale: str = "smoke") -> list[dict[str, Any]]:
             scale, {"optimizer.learning_rate": float(f"{factor * usual:.2g}"), **run}
         )
     ]
+    return Sweep(
+        runs, (Comparison("learning_rates", "Learning rate", ("optimizer.learning_rate",)),)
+    )

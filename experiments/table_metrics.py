@@ -17,6 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments import scales
+from sat_jax.results.sweep import Comparison, Sweep
 
 METRICS = ("uniform", "magnitude", "wanda", "maxip", "svd", "output", "taylor")
 
@@ -26,8 +27,8 @@ def get_config(scale: str = "smoke") -> ConfigDict:
     return scales.cpt(scale)
 
 
-def get_sweep(scale: str = "smoke") -> list[dict[str, Any]]:
-    # The most of what is random is as random as a draw of it.
+def get_sweep(scale: str = "smoke") -> Sweep:
+    # The most important of random importance are as random as a draw.
     pairs = [(m, s) for m in METRICS for s in ("topk", "sample") if (m, s) != ("uniform", "sample")]
     runs: list[dict[str, Any]] = [
         {"sparsity.metric": metric, "sparsity.selection": selection} for metric, selection in pairs
@@ -35,4 +36,6 @@ def get_sweep(scale: str = "smoke") -> list[dict[str, Any]]:
     config = get_config(scale)
     tokens = config.train.rows_per_step * config.data.row_length
     oracle = {"sparsity.refresh_every": 1, "sparsity.probe_tokens": tokens}
-    return scales.over_seeds(scale, [*runs, oracle])
+    settings = ("sparsity.metric", "sparsity.selection")
+    metrics = Comparison("metrics", "Importance metric and selection", settings)
+    return Sweep(scales.over_seeds(scale, [*runs, oracle]), (metrics, scales.COMPARE_REFRESH))

@@ -16,6 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments import scales
+from sat_jax.results.sweep import Sweep
 
 
 def get_config(scale: str = "smoke") -> ConfigDict:
@@ -23,6 +24,7 @@ def get_config(scale: str = "smoke") -> ConfigDict:
     return scales.cpt(scale)
 
 
-def get_sweep(scale: str = "smoke") -> list[dict[str, Any]]:
+def get_sweep(scale: str = "smoke") -> Sweep:
     runs: list[dict[str, Any]] = [{"sparsity.rate": rate} for rate in scales.RATES]
-    return scales.over_seeds(scale, [*scales.shorter(get_config(scale)), *runs])
+    runs = scales.over_seeds(scale, [*scales.shorter(get_config(scale)), *runs])
+    return Sweep(runs, (scales.COMPARE_RATES,))

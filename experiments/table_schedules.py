@@ -16,6 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments import scales
+from sat_jax.results.sweep import Comparison, Sweep
 
 OTHERS = ("constant", "linear", "cosine", "cubic", "s2d", "auto")
 
@@ -27,8 +28,11 @@ def get_config(scale: str = "smoke") -> ConfigDict:
     return config
 
 
-def get_sweep(scale: str = "smoke") -> list[dict[str, Any]]:
+def get_sweep(scale: str = "smoke") -> Sweep:
     runs: list[dict[str, Any]] = [{"sparsity.schedule": name} for name in ("ladder", *OTHERS)]
     runs[-1]["sparsity.min_gain"] = 0.02  # of the loss, between two evaluations
     runs.append({"sparsity.schedule": "ladder", "sparsity.dense_start": 0.125})
-    return scales.over_seeds(scale, runs)
+    names = ("schedule", "rungs", "split", "dense_start", "patience", "min_gain")
+    settings = tuple(f"sparsity.{name}" for name in names)
+    schedules = Comparison("schedules", "Schedule of the omission rate", settings)
+    return Sweep(scales.over_seeds(scale, runs), (schedules,))

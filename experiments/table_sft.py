@@ -19,6 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments import scales
+from sat_jax.results.sweep import Sweep
 
 
 def get_config(scale: str = "smoke") -> ConfigDict:
@@ -26,9 +27,10 @@ def get_config(scale: str = "smoke") -> ConfigDict:
     return scales.sft(scale)
 
 
-def get_sweep(scale: str = "smoke") -> list[dict[str, Any]]:
+def get_sweep(scale: str = "smoke") -> Sweep:
     runs: list[dict[str, Any]] = [{"sparsity.rate": rate} for rate in scales.RATES]
     runs += [{"sparsity.forward": "all"}]
     if scale in scales.COMPENSATED:
         runs += [{"sparsity.compensate": True}]
-    return scales.over_seeds(scale, [*scales.shorter(get_config(scale)), *runs])
+    runs = scales.over_seeds(scale, [*scales.shorter(get_config(scale)), *runs])
+    return Sweep(runs, (scales.COMPARE_RATES, scales.COMPARE_PASSES))

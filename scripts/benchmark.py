@@ -24,12 +24,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sat_jax.analysis.rows import append
-from sat_jax.analysis.tables import fixed_width
 from sat_jax.cli import Parser, run
 from sat_jax.errors import UserError
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.presets import preset
+from sat_jax.results.rows import append
+from sat_jax.results.text import fixed_width
 from scripts.benchmark_steps import moves, peer, steps
 
 PARTS = ("steps", "peer", "moves", "reading", "start")
@@ -154,7 +154,7 @@ def _table(rows: list[dict[str, Any]], setting: Mapping[str, Any]) -> str:
         [f"{row[name]:.3f}" if isinstance(row[name], float) else str(row[name]) for name in header]
         for row in rows
     ]
-    return fixed_width(header, cells, ["left", *["right"] * (len(header) - 1)])
+    return fixed_width(header, cells)
 
 
 if __name__ == "__main__":

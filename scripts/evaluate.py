@@ -165,9 +165,9 @@ def main() -> None:
     """Evaluate the models and print the figures of each as soon as they are known."""
     args = parser().parse_args()
     mode = _check(args)
-    from sat_jax.analysis import rows
     from sat_jax.evaluate.eval_model import open_eval_model
     from sat_jax.evaluate.result_rows import evaluation_row
+    from sat_jax.results import rows
     from sat_jax.train.metrics import to_json
     from scripts.evaluation_modes import evaluations
 

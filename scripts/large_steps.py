@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from sat_jax.analysis.rows import STEP_SETTING, append, read
 from sat_jax.train.account import kept_shares
 from sat_jax.train.state import TrainState
 
-from sat_jax.analysis.rows import STEP_SETTING, append, read
 from sat_jax.config import OptimizerConfig
 from sat_jax.errors import UserError
 from sat_jax.models.decoder_config import DecoderConfig

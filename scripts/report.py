@@ -1,12 +1,12 @@
-"""Tables and pictures of finished runs: one HTML page, and the tables as Markdown, LaTeX and CSV.
+"""A report on finished runs: one HTML page with figures and tables, and the tables in Markdown.
 
   python -m scripts.report runs/rates
   python -m scripts.report runs/x runs/y --rows experiments/results/runs.jsonl --out report
 
-A table is there where runs for it are: those that differ in its settings alone (and in their seed,
-over which it has means). Runs are compared with the dense run of the same settings, seed and data.
-What `scripts.evaluate --record` found stands in tables of its own. The page needs nothing else:
-its pictures are inside it.
+The page shows quality against cost, a sentence for each variant, and a table for each comparison
+that a sweep or an experiment file declares, with means over seeds. Each run is compared with its
+dense baseline: the dense run of the same settings, seed and data. Rows of `scripts.evaluate
+--record` have tables of their own. The page is one file that refers to nothing else.
 """
 
 import sys
@@ -15,30 +15,35 @@ from pathlib import Path
 from sat_jax.cli import Parser, run
 from sat_jax.errors import UserError
 
+_EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+
 
 def parser() -> Parser:
-    """What the command line takes."""
-    made = Parser("report", __doc__)
-    add = made.add_argument
+    """Return the parser of the command line."""
+    parser = Parser("report", __doc__)
+    add = parser.add_argument
     add("folders", nargs="*", type=Path, metavar="DIR", help="work directory of a run or a sweep")
     add("--rows", action="append", default=[], type=Path, metavar="FILE",
-        help="a .jsonl file of rows that --record wrote, of runs or of evaluations; may be given"
-        " several times")  # fmt: skip
+        help="a .jsonl file of rows written by --record; may be given several times")  # fmt: skip
     add("--out", default=Path("report"), type=Path, metavar="OUT",
-        help="folder of what is written; default report")  # fmt: skip
-    return made
+        help="folder for report.html and tables.md; default report")  # fmt: skip
+    return parser
 
 
 def main() -> None:
-    """From runs to a page."""
-    given = parser().parse_args()
-    if not given.folders and not given.rows:
+    """Read the runs and write the page."""
+    options = parser().parse_args()
+    if not options.folders and not options.rows:
         raise UserError("nothing to report on; accepted: DIR, or --rows FILE")
-    from sat_jax.report.collect import collect, evaluations
-    from sat_jax.report.page import write_report
+    from sat_jax.results.finished import collect
+    from sat_jax.results.page import write_report
+    from sat_jax.results.sweep import declared_comparisons
 
-    records = collect(given.folders, given.rows, lambda line: print(line, file=sys.stderr))
-    for path in write_report(records, given.out, evaluations(given.rows)):
+    runs, evaluations, comparisons = collect(
+        options.folders, options.rows, lambda line: print(line, file=sys.stderr)
+    )
+    declared = declared_comparisons(_EXPERIMENTS) if options.rows else []
+    for path in write_report(runs, evaluations, [*comparisons, *declared], options.out):
         print(path)
 
 

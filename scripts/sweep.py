@@ -6,11 +6,11 @@
       --axis sparsity.metric=wanda,output --axis 'sparsity.dense_layers=;0;0,1' \\
       --workdir=runs/metrics --launcher slurm --slurm partition=gpu,time=720,gpus_per_node=1
 
-Every combination of the axes is a run, an ordinary work directory of scripts.train under its
+Every combination of the axes is a run, with an ordinary work directory of scripts.train under its
 fingerprint. The first seed of all combinations comes first. The same command, or a larger one,
-skips what is finished and continues the rest. A run that fails stops no other one. Ctrl-C ends runs
-of this machine after their step, saved; jobs of a cluster go on, and the same command watches them.
---config.NAME=VALUE is a setting of all runs; `python -m scripts.train --help` lists them.
+skips finished runs and continues the others. A failing run does not stop the others. After Ctrl-C
+local runs end after their step and save; jobs of a cluster continue, and the same command watches
+them. --config.NAME=VALUE is a setting of all runs; `python -m scripts.train --help` lists them.
 """
 
 import sys
@@ -24,153 +24,144 @@ from sat_jax.cli import Parser, run
 from sat_jax.errors import UserError
 
 _PREFIX = "--config."
-_BENCHMARK = Path(__file__).resolve().parents[1] / "experiments" / "results" / "benchmark.jsonl"
 
 
 def parser() -> Parser:
-    """What the command line takes besides settings of all runs."""
-    made = Parser("sweep", __doc__)
-    add = made.add_argument
+    """Return the parser of the command line without --config.NAME=VALUE."""
+    parser = Parser("sweep", __doc__)
+    add = parser.add_argument
     add("--config", required=True, metavar="FILE[:VARIANT]",
-        help="an experiment file; its get_sweep(), if it has one, gives the runs")  # fmt: skip
+        help="an experiment file; its get_sweep(), if it has one, returns the runs")  # fmt: skip
     add("--axis", action="append", default=[], metavar="NAME=VALUE,...",
-        help="a setting and its values; ';' separates values with commas in them")  # fmt: skip
-    add("--runs", type=Path, metavar="FILE",
-        help="the runs, in place of get_sweep(): .json with a list of {NAME: VALUE} or with one"
-        " {NAME: [VALUES]} to cross, .jsonl with a {NAME: VALUE} a line")  # fmt: skip
+        help="a setting and its values; ';' separates values that contain commas")  # fmt: skip
     add("--seeds", type=int, metavar="N", help="each run with the seeds 0 to N-1")
-    add("--workdir", required=True, type=Path, metavar="DIR", help="of the sweep")
-    add("--dry-run", action="store_true", help="show the runs and what they cost, start nothing")
-    add("--flops-per-second", type=float, metavar="X", help="speed to reckon the time with")
-    add("--skip-invalid", action="store_true", help="leave out runs that cannot be")
+    add("--workdir", required=True, type=Path, metavar="DIR", help="folder of the sweep")
+    add("--dry-run", action="store_true", help="show the runs and their cost, start nothing")
+    add("--flops-per-second", type=float, metavar="X",
+        help="speed for the times of --dry-run; default: that of the finished runs")  # fmt: skip
+    add("--skip-invalid", action="store_true", help="leave out invalid runs")
     add("--launcher", choices=("local", "slurm"), default="local", help="default: local")
     add("--workers", type=int, metavar="N",
         help="runs at a time; default: 1, on Slurm its limit. Runs that share a device slow each"
-        " other, unevenly: then no speed-up means much")  # fmt: skip
+        " other unevenly, so that speed-ups mean little")  # fmt: skip
     add("--gpus", metavar="I,J,...", help="local: CUDA devices, shared evenly by the workers")
     add("--slurm", action="append", default=[], metavar="NAME=VALUE,...",
-        help="options of sbatch; time=MINUTES has to be one")  # fmt: skip
+        help="options of sbatch; time=MINUTES is required")  # fmt: skip
     add("--record", type=Path, metavar="FILE",
         help="append each finished run to this .jsonl file of rows")  # fmt: skip
-    return made
+    return parser
 
 
 def main() -> None:
-    """A sweep from its settings to the table over its runs."""
+    """Run the sweep and print the table of its runs."""
     overrides = [a.removeprefix(_PREFIX) for a in sys.argv[1:] if a.startswith(_PREFIX)]
-    given = parser().parse_args([a for a in sys.argv[1:] if not a.startswith(_PREFIX)])
-    _check(given)
-    from sat_jax.analysis.results import record_run
-    from sat_jax.analysis.rows import check
-    from sat_jax.sweep.drive import SweepDir, drive
-    from sat_jax.sweep.report import report
-    from sat_jax.sweep.runs import prepare_all
-    from sat_jax.sweep.watch import State
+    options = parser().parse_args([a for a in sys.argv[1:] if not a.startswith(_PREFIX)])
+    _check(options)
+    from sat_jax.results.finished import FinishedRun
+    from sat_jax.results.planned import dry_run, prepare_all
+    from sat_jax.results.record import record_run, row_of
+    from sat_jax.results.rows import ORIGIN, check
+    from sat_jax.results.runner import SweepDir, run_sweep
+    from sat_jax.results.tables import terminal_table
+    from sat_jax.results.watch import State
     from sat_jax.train.metrics import read_metrics
 
-    runs = _runs(given, overrides)
-    folder = SweepDir(given.workdir)
-    if given.dry_run:
-        _show(given, folder, runs)
+    runs, comparisons = _runs(options, overrides)
+    folder = SweepDir(options.workdir)
+    if options.dry_run:
+        summaries = {run.name: folder.watch(run).workdir.finished() for run in runs}
+        finished_runs = {name: summary for name, summary in summaries.items() if summary}
+        print(dry_run(runs, finished_runs, options.flops_per_second))
         return
-    if given.record is not None:
-        check(given.record)
-    ended: list[Any] = []
+    if options.record is not None:
+        check(options.record)
+    results: list[FinishedRun] = []
 
-    def finished(one: Any, summary: dict[str, Any]) -> None:
-        ended.append((one, summary))
-        if given.record is not None:
-            records = read_metrics(folder.watched(one).workdir.metrics)
-            record_run(given.record, given.config, one.config, summary, records)
+    def finished(run: Any, summary: dict[str, Any]) -> None:
+        records = read_metrics(folder.watch(run).workdir.metrics)
+        row = row_of(options.config, run.config, summary, records)
+        results.append(FinishedRun(row | {name: summary[name] for name in ORIGIN}))
+        if options.record is not None:
+            record_run(options.record, options.config, run.config, summary, records)
 
     with ExitStack() as stack:
-        folder.hold(stack)
-        launcher = _launcher(given, folder)
-        prepared, refused = prepare_all(runs, lambda line: print(line, file=sys.stderr))
-        runs = _without(runs, refused, given)
-        watched = [folder.watched(one) for one in runs]
-        for one in watched:
-            one.check_data(prepared[one.run.name])
-        folder.asked({"command": sys.argv[1:]}, runs)
-        drive(folder, watched, launcher, finished)
-    if ended:
-        order = [one.name for one in runs]
-        print(report(sorted(ended, key=lambda pair: order.index(pair[0].name))))
-    failed = [one for one in watched if one.state is State.FAILED]
-    for one in failed:
-        print(f"failed: {one.run.name}: {one.error} (log: {one.log})", file=sys.stderr)
+        folder.lock(stack)
+        launcher = _launcher(options, folder)
+        data, invalid = prepare_all(runs, lambda line: print(line, file=sys.stderr))
+        runs = _valid(runs, invalid, options)
+        watched = [folder.watch(run) for run in runs]
+        for watched_run in watched:
+            watched_run.check_finished(data[watched_run.run.name])
+        folder.add(sys.argv[1:], runs, comparisons)
+        run_sweep(folder, watched, launcher, finished)
+    if results:
+        print(terminal_table(results))
+    failed = [watched_run for watched_run in watched if watched_run.state is State.FAILED]
+    for failure in failed:
+        line = f"failed: {failure.run.name}: {failure.error} (log: {failure.log})"
+        print(line, file=sys.stderr)
     if failed:
         raise UserError(f"{len(failed)} of {len(runs)} runs failed; the same command tries again")
 
 
-def _check(given: Namespace) -> None:
-    """What needs no other module."""
+def _check(options: Namespace) -> None:
+    """Check the options that need no other module."""
     for name in ("seeds", "workers", "flops_per_second"):
-        value = getattr(given, name)
+        value = getattr(options, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} {value}; accepted: more than 0")
-    if given.launcher != "slurm" and given.slurm:
+    if options.launcher != "slurm" and options.slurm:
         raise UserError("--slurm has options of --launcher slurm")
-    if given.launcher != "local" and given.gpus:
+    if options.launcher != "local" and options.gpus:
         raise UserError("--gpus is for --launcher local; on Slurm: --slurm gpus_per_node=N")
 
 
-def _runs(given: Namespace, overrides: Sequence[str]) -> list[Any]:
-    """The runs that are asked for and can be."""
-    from sat_jax.config_values import experiment, experiment_sweep
-    from sat_jax.sweep.axes import combine, listed, parse_axes, read_runs
-    from sat_jax.sweep.runs import make_runs
+def _runs(options: Namespace, overrides: Sequence[str]) -> tuple[list[Any], Any]:
+    """Return the valid runs, and the comparisons for which they are tabulated."""
+    from sat_jax.config_values import experiment
+    from sat_jax.results.planned import plan_runs
+    from sat_jax.results.sweep import check_runs, combine, comparison_of, parse_axes, sweep_of
 
-    values = experiment(given.config)
-    axes = parse_axes(given.axis)
-    if given.runs is not None:
-        listing = listed(read_runs(given.runs), f"--runs {given.runs}")
-    else:
-        asked = experiment_sweep(given.config)
-        listing = None if asked is None else listed(asked, f"get_sweep() of {given.config}")
-    fixed, points = combine(overrides, axes, listing, given.seeds)
-    runs, refused = make_runs(values, fixed, points)
-    return _without(runs, refused, given)
-
-
-def _without(runs: Sequence[Any], refused: Sequence[Any], given: Namespace) -> list[Any]:
-    """The runs that are not refused, after telling of all that are; none is started unless
-    --skip-invalid leaves those out."""
-    from sat_jax.sweep.axes import told
-
-    for one in refused:
-        print(f"invalid: {told(one.settings)}: {one.reason}", file=sys.stderr)
-    bad = [one.settings for one in refused]
-    good = [one for one in runs if one.settings not in bad]
-    if refused and not (given.skip_invalid and good):
-        left_out = "; --skip-invalid leaves them out" if good else ""
-        raise UserError(f"{len(refused)} runs are invalid, nothing was started{left_out}")
-    if refused:
-        print(f"left out: {len(refused)} invalid runs", file=sys.stderr)
-    return good
+    values = experiment(options.config)
+    axes = parse_axes(options.axis)
+    sweep = sweep_of(options.config)
+    listed = None
+    if sweep is not None:
+        listed = check_runs(sweep.runs, f"get_sweep() of {options.config}")
+    fixed, settings = combine(overrides, axes, listed, options.seeds)
+    runs, invalid = plan_runs(values, fixed, settings)
+    declared = sweep.comparisons if sweep is not None else ()
+    if axes or not declared:
+        declared = (*declared, comparison_of(settings))
+    return _valid(runs, invalid, options), declared
 
 
-def _show(given: Namespace, folder: Any, runs: Sequence[Any]) -> None:
-    """The table of a dry run."""
-    from sat_jax.sweep.estimate import Speed, dry_run, speed_of
+def _valid(runs: Sequence[Any], invalid: Sequence[Any], options: Namespace) -> list[Any]:
+    """Return the valid runs and print the reasons of the others. Raises `UserError` if there are
+    any, unless --skip-invalid is given."""
+    from sat_jax.results.sweep import settings_text
 
-    known = {one.name: folder.watched(one).workdir.finished() for one in runs}
-    summaries = [summary for summary in known.values() if summary is not None]
-    speed = speed_of(summaries, runs, _BENCHMARK)
-    if given.flops_per_second is not None:
-        speed = Speed(given.flops_per_second, "--flops-per-second")
-    print(dry_run(runs, [name for name, summary in known.items() if summary is not None], speed))
+    for settings, reason in invalid:
+        print(f"invalid: {settings_text(settings)}: {reason}", file=sys.stderr)
+    refused = [settings for settings, _ in invalid]
+    valid = [run for run in runs if run.settings not in refused]
+    if invalid and not (options.skip_invalid and valid):
+        advice = "; --skip-invalid leaves them out" if valid else ""
+        raise UserError(f"{len(invalid)} runs are invalid, nothing was started{advice}")
+    if invalid:
+        print(f"left out: {len(invalid)} invalid runs", file=sys.stderr)
+    return valid
 
 
-def _launcher(given: Namespace, folder: Any) -> Any:
-    from sat_jax.sweep.launch import Local, Slurm, slurm_options
+def _launcher(options: Namespace, folder: Any) -> Any:
+    from sat_jax.results.launch import Local, Slurm, slurm_options
 
-    if given.launcher == "slurm":
-        return Slurm(folder.logs, slurm_options(given.slurm), given.workers)
-    ids = (given.gpus or "").split(",") if given.gpus else []
+    if options.launcher == "slurm":
+        return Slurm(folder.logs, slurm_options(options.slurm), options.workers)
+    ids = options.gpus.split(",") if options.gpus else []
     if not all(part.isdecimal() for part in ids):
-        raise UserError(f"--gpus {given.gpus}; accepted: CUDA device numbers, as in 0,1,2,3")
-    return Local(folder.logs, given.workers or 1, [int(part) for part in ids])
+        raise UserError(f"--gpus {options.gpus}; accepted: CUDA device numbers, as in 0,1,2,3")
+    return Local(folder.logs, options.workers or 1, [int(part) for part in ids])
 
 
 if __name__ == "__main__":

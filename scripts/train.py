@@ -49,10 +49,10 @@ def main() -> None:
 
     config = load(given.config, overrides)
 
-    from sat_jax.analysis.results import dense_reference, record_run
-    from sat_jax.analysis.rows import check
-    from sat_jax.analysis.tables import end_of_run
     from sat_jax.parallel.processes import is_primary, join
+    from sat_jax.results.record import dense_reference, record_run
+    from sat_jax.results.rows import check
+    from sat_jax.results.run_table import end_of_run
     from sat_jax.train.loop import train
     from sat_jax.train.metrics import read_metrics
     from sat_jax.train.workdir import WorkDir

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sat_jax.analysis.results import dense_twin
-from sat_jax.analysis.rows import read
 from sat_jax.cache import cache_dir
 from sat_jax.config import Config, DataConfig
 from sat_jax.config_values import from_config_dict, load
@@ -23,6 +21,8 @@ from sat_jax.evaluate import eval_model as module
 from sat_jax.evaluate.eval_model import open_eval_model
 from sat_jax.evaluate.perplexity import perplexity, prepared_data
 from sat_jax.interop import open_weights
+from sat_jax.results.record import dense_baseline
+from sat_jax.results.rows import read
 from sat_jax.train.loop import train
 from sat_jax.train.metrics import read_metrics
 from scripts import evaluate
@@ -340,7 +340,7 @@ def test_evaluation_prompts_a_run_with_the_tokens_of_its_training(
     assert len(recorded) == 3 and str(tmp_path) not in json.dumps(recorded)
     assert (row["measure"], row["model"], row["data"]) == ("answers", "x", "x.jsonl")
     assert {"accuracy", "stderr", "versions", "device", "commit", "date"} <= row.keys()
-    assert (row["run"]["seed"], row["run"]["twin"]) == (3, dense_twin(trained[1]))
+    assert (row["run"]["seed"], row["run"]["twin"]) == (3, dense_baseline(trained[1]))
     assert row["run"]["settings"]["data.format"] == "prompt_completion"
 
 

@@ -5,59 +5,77 @@ from pathlib import Path
 
 import pytest
 
-from sat_jax.analysis.rows import read
 from sat_jax.errors import UserError
-from sat_jax.report.documents import RESULTS, filled, outdated
-from sat_jax.report.pictures import outdated_pictures
-from scripts.tables import PICTURES
+from sat_jax.results.documents import fill, outdated, outdated_pictures, pictures
+from sat_jax.results.rows import read
+from sat_jax.results.sweep import declared_comparisons
+from scripts.tables import PICTURES, RESULTS
 from tests.conftest import ROOT
-from tests.report_runs import study
+from tests.result_runs import RATES, study
 
 
 def test_a_table_in_a_document_is_made_of_rows(tmp_path: Path) -> None:
     study(tmp_path)
-    mark = "<!-- table: rows.rates commit=a -->\n"
+    mark = "<!-- table: rows.quality commit=a -->\n"
     text = f"Before\n{mark}old\n<!-- /table -->\nafter"
-    made = filled(text, tmp_path, "x.md")
-    assert made.startswith(f"Before\n{mark}\n| rate") and made.endswith("<!-- /table -->\nafter")
-    assert "| 0.4   |     2 |" in made and "| 0.2 " not in made
-    assert filled(made, tmp_path, "x.md") == made
-    told = "`<!-- table: runs.rates -->` in the middle of a line is no mark\n"
-    assert filled(told + made, tmp_path, "x.md") == told + made
+    filled = fill(text, tmp_path, "x.md", [RATES])
+    assert filled.startswith(f"Before\n{mark}\n| variant") and filled.endswith(
+        "<!-- /table -->\nafter"
+    )
+    assert "| r = 0.4 |     2 |" in filled and "| r = 0.2 " not in filled
+    assert fill(filled, tmp_path, "x.md", [RATES]) == filled
+    inline = "`<!-- table: runs.rates -->` in the middle of a line is no mark\n"
+    assert fill(inline + filled, tmp_path, "x.md", [RATES]) == inline + filled
     exact = text.replace("commit=a", "steps=80,8 tokens=4e3 commit=c,a,b")
-    assert "| 0.2 " in filled(exact, tmp_path, "x.md")
+    assert "| r = 0.2 " in fill(exact, tmp_path, "x.md", [RATES])
     rows = [
         {**row, "settings": {"optimizer.momentum": 0.1}} for row in read(tmp_path / "rows.jsonl")
     ]
     (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    of_setting = text.replace("rows.rates commit=a", "set.rates optimizer.momentum=1e-1")
-    assert "| 0.2 " in filled(of_setting, tmp_path, "x.md")
+    of_setting = text.replace("rows.quality commit=a", "set.rates optimizer.momentum=1e-1")
+    assert "| r = 0.2 " in fill(of_setting, tmp_path, "x.md", [RATES])
     for wrong, why in (
-        (
-            text.replace("rates", "moments"),
-            "no rows for moments; there are rows for: rates, losses",
-        ),
+        (text.replace("quality", "moments"), "no rows for moments; there are rows for: quality"),
         (text.replace("rows.", "none."), "no such results file"),
-        (text.replace("<!-- /table -->", ""), "is not closed"),
-        (text.replace("table: rows", "table:rows"), "is no mark of a table; accepted"),
-        (text.replace("commit=a", "commit a"), "is no mark of a table"),
-        (text.replace("commit=a -->", "commit=a --> "), "is no mark of a table"),
-        (text.replace("<!-- table", "  <!-- Table"), "is no mark of a table"),
-        (text.replace("<!-- /table", "<!--/table"), "is no mark of a table"),
-        (text.replace(mark, ""), "without a table that begins"),
+        (text.replace("<!-- /table -->", ""), "not one of a pair"),
+        (text.replace("<!-- /table -->", "") + text, "not one of a pair"),
+        (text.replace("table: rows", "table:rows"), "is malformed"),
+        (text.replace("commit=a", "commit a"), "is malformed"),
+        (text.replace("commit=a -->", "commit=a --> "), "is malformed"),
+        (text.replace("<!-- table", "  <!-- Table"), "is malformed"),
+        (text.replace("<!-- /table", "<!--/table"), "is malformed"),
+        (text.replace(mark, ""), "<!-- /table --> is malformed or not one of a pair"),
         (text.replace("commit=a", "steps=8,a"), "steps=8,a is no number"),
         (of_setting.replace("1e-1", "0.2"), "there are rows for: none"),
         (of_setting.replace("1e-1", "0.2a"), "optimizer.momentum=0.2a is no number"),
         (text.replace("commit=a", "steps=80"), "there are rows for: none"),
         (text.replace("commit=a", "tokens=4"), "there are rows for: none"),
+        (
+            text.replace("commit=a", "optimizer.lerning_rate=1"),
+            "is no setting; near: optimizer.lea",
+        ),
     ):
         with pytest.raises(UserError, match=f"x.md: .*{why}"):
-            filled(wrong, tmp_path, "x.md")
+            fill(wrong, tmp_path, "x.md", [RATES])
 
 
 def test_the_documents_are_what_the_rows_make_of_them() -> None:
-    assert list(outdated(ROOT)) == [], "run: make tables"
+    comparisons = declared_comparisons(ROOT / "experiments")
+    assert list(outdated(ROOT, ROOT / RESULTS, comparisons)) == [], "run: make tables"
     assert outdated_pictures(ROOT / RESULTS, ROOT / PICTURES) == [], "run: make tables"
     assert "<!-- table: " in (ROOT / "README.md").read_text()
     for file in (ROOT / RESULTS).glob("*.jsonl"):
         assert all("date" in row for row in read(file))
+
+
+def test_pictures_are_outdated_when_their_rows_change(tmp_path: Path) -> None:
+    study(tmp_path)
+    rows, folder = (tmp_path / "rows.jsonl").rename(tmp_path / "study.jsonl"), tmp_path / "made"
+    assert outdated_pictures(tmp_path, folder) == [folder / "study.png"]
+    assert pictures(tmp_path, folder) == [folder / "study.png"]
+    assert outdated_pictures(tmp_path, folder) == []
+    rows.write_text("\n".join(reversed(rows.read_text().splitlines())) + "\n")
+    assert outdated_pictures(tmp_path, folder) == [folder / "study.png"]
+    rows.write_text("")
+    with pytest.raises(UserError, match="no sparse run with a dense baseline"):
+        pictures(tmp_path, folder)

@@ -8,11 +8,11 @@ import pytest
 
 from sat_jax.config_values import name_of
 from sat_jax.errors import UserError
-from sat_jax.report.collect import collect, evaluations
-from sat_jax.report.documents import filled
-from sat_jax.report.evaluations import tables_of_evaluations
-from sat_jax.report.page import write_report
-from tests.report_runs import study
+from sat_jax.results.documents import fill
+from sat_jax.results.evaluations import evaluation_tables
+from sat_jax.results.finished import collect
+from sat_jax.results.page import write_report
+from tests.result_runs import study
 
 DEVICE = {"platform": "cpu", "kind": "a CPU", "count": 1, "host_cpus": 2}
 
@@ -31,35 +31,33 @@ def test_evaluations_stand_beside_each_other_where_the_same_was_asked(tmp_path: 
     trained = run(rate_mlp=0.4, dense_layers=[0, 1])
     older = trained | {"date": "2026-01-01T00:00:00+00:00"}  # further down in the file
     rows = [base, trained, trained | {"accuracy": 0.2}, older, base | {"options": {"chat": False}}]
-    rows += [run(rate=0.4, rate_attention=0, rate_mlp=0), run(rate=0.4, metric="wanda")]
-    rows += [run(layer_rates_mlp=[0.2, 0.6], layer_rates_attention=[0.2, 0.6]), run(metric="svd")]
+    rows += [run(metric="wanda"), run(rate=0.4, metric="wanda"), run(metric="svd")]
     choices = base | {"measure": "choices", "accuracy_per_byte": 0.3, "stderr_per_byte": 0.01}
     rows.append(choices | {"chance": 0.25})
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     text = "<!-- table: rows.answers -->\n<!-- /table -->\n"
-    first, note, second, _ = filled(text, tmp_path, "x.md").split("\n\n")[1:5]
+    first, note, second, _ = fill(text, tmp_path, "x.md", []).split("\n\n")[1:5]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in first.splitlines()]
     assert cells[2:] == [
         ["m", "10.0 % ± 4.2 %", "50 %", "25 %"],
         [
-            "a.jsonl: rate 0 of heads, 0.4 of channels, dense layers 0,1, seed 1",
+            "a.jsonl: r = 0, rate mlp 0.4, dense layers 0,1, seed 1",
             *("20.0 % ± 4.2 %", "50 %", "25 %"),
         ],
         [f"a.jsonl: dense, seed 1 ({name_of(rows[5]['run'])[:6]})", *cells[2][1:]],
-        ["a.jsonl: rate 0.4, metric wanda, seed 1", *cells[2][1:]],
-        ["a.jsonl: rate 0.2 to 0.6, seed 1", *cells[2][1:]],
-        [f"a.jsonl: dense, seed 1 ({name_of(rows[8]['run'])[:6]})", *cells[2][1:]],
+        ["a.jsonl: r = 0.4, metric wanda, seed 1", *cells[2][1:]],
+        [f"a.jsonl: dense, seed 1 ({name_of(rows[7]['run'])[:6]})", *cells[2][1:]],
     ]
     assert note.startswith("q.jsonl, 50 questions; chat True; a CPU, 2 cores; ± is the")
     assert len(second.splitlines()) == 3
-    picked = filled(text.replace("answers", "choices"), tmp_path, "x.md")
-    assert "| 10.0 % ± 4.2 % | 30.0 % ± 1.0 % |      25 % |" in picked
+    picked = fill(text.replace("answers", "choices"), tmp_path, "x.md", [])
+    assert "| 10.0 % ± 4.2 % |     30.0 % ± 1.0 % |         25 % |" in picked
     alone = base | {"questions": 1, "stderr": None}
     (tmp_path / "rows.jsonl").write_text(json.dumps(alone) + "\n")
-    assert "| m     |      10.0 % |" in filled(text, tmp_path, "x.md")
+    assert "| m     |      10.0 % |" in fill(text, tmp_path, "x.md", [])
     (tmp_path / "rows.jsonl").write_text("")
     with pytest.raises(UserError, match="no rows for answers; there are rows for: none"):
-        filled(text, tmp_path, "x.md")
+        fill(text, tmp_path, "x.md", [])
 
 
 def test_texts_and_tasks_of_the_harness_have_tables() -> None:
@@ -73,17 +71,16 @@ def test_texts_and_tasks_of_the_harness_have_tables() -> None:
     task = base | {"measure": "lm_eval", "data": ["gk"], "task": "gk", "metric": "acc"}
     task |= {"value": 0.5, "stderr": 0.125}
     rows = [text, broken | {"bits_per_byte": None}, task, task | {"metric": "f1", "stderr": None}]
-    perplexity, harness = tables_of_evaluations(rows)
-    assert perplexity.texts == [
-        ["m", "1,200", "8.000", "2.000", "1.000"],
-        ["n", "1,200", "not finite", "not finite", "not finite"],
-    ]
+    perplexity, harness = evaluation_tables(rows)
+    assert perplexity.rows == (
+        ("m", "1,200", "8.000", "2.000", "1.000"),
+        ("n", "1,200", "not finite", "not finite", "not finite"),
+    )
     assert perplexity.caption == (
         "a.txt, b.txt, windows of 512 with a stride of 256; a CPU, 2 cores and another, 2 cores"
     )
     assert harness.header == ("model", "task", "metric", "value")
-    assert harness.texts == [["m", "gk", "acc", "0.500 ± 0.125"], ["m", "gk", "f1", "0.500"]]
-    assert harness.rows[0][3][1:] == (0.5, 0.125)
+    assert harness.rows == (("m", "gk", "acc", "0.500 ± 0.125"), ("m", "gk", "f1", "0.500"))
 
 
 def test_a_report_has_them_beside_runs_and_alone(tmp_path: Path) -> None:
@@ -94,13 +91,8 @@ def test_a_report_has_them_beside_runs_and_alone(tmp_path: Path) -> None:
     alone.write_text(json.dumps(task) + "\n")
     study(tmp_path)
     both = [tmp_path / "rows.jsonl", alone]
-    for files, heading, tables in (
-        (both, "5 runs and 1 evaluation", ["rates", "losses", "efficiency", "harness"]),
-        ([alone], "1 evaluation", ["harness"]),
-    ):
-        written = write_report(collect([], files, print), tmp_path / "out", evaluations(files))
-        assert [path.name for path in written[3:]] == [f"{name}.csv" for name in tables]
-        page = written[0].read_text()
-        assert f"Sparsity-Accelerated Training: {heading}</h1>" in page
-        assert "0.500 ± 0.125" in page and "cccccccccc" in page
-        assert ("How it is counted" in page) == (files is both)
+    for files, count in ((both, 6), ([alone], 1)):
+        page, _ = write_report(*collect([], files, print), tmp_path / "out")
+        text = page.read_text()
+        assert f"Sparsity-Accelerated Training: {count} results</h1>" in text
+        assert "0.500 ± 0.125" in text and "cccccccccc" in text

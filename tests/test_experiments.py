@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from sat_jax.config_values import experiment, experiment_sweep, load
-from sat_jax.sweep.axes import combine, listed
-from sat_jax.sweep.runs import make_runs
+from sat_jax.config_values import experiment, find, load
+from sat_jax.results.finished import DEFAULTS
+from sat_jax.results.planned import plan_runs
+from sat_jax.results.record import dense_baseline
+from sat_jax.results.sweep import combine, sweep_of
 from tests.conftest import ROOT, RunPython
 
 TABLES = sorted((ROOT / "experiments").glob("table_*.py"))
@@ -25,9 +27,7 @@ OWN_MODEL = {"tinyllama_cpt": "tinyllama-1.1b", "llama2_7b_cpt": "llama-2-7b"}
 LOWER = """
 import json, sys
 import jax
-from sat_jax.config_values import experiment, experiment_sweep, load
-from sat_jax.sweep.axes import combine, listed
-from sat_jax.sweep.runs import make_runs
+from sat_jax.config_values import load
 from sat_jax.models.presets import preset
 from sat_jax.parallel.mesh import make_mesh
 from sat_jax.sparsity.controller import make_controller
@@ -66,13 +66,18 @@ def test_settings_are_valid(file: Path, variant: str) -> None:
 @pytest.mark.parametrize("file", TABLES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("scale", SCALES)
 def test_sweeps_of_the_tables_are_valid(file: Path, scale: str) -> None:
-    """Every run of every scale can be, each once, and each seed has its dense twin."""
+    """Every run of every scale is valid and different, and each has its dense baseline."""
     spec = f"{file}:{scale}"
-    fixed, asked = combine([], {}, listed(experiment_sweep(spec), spec), None)
+    sweep = sweep_of(spec)
+    assert sweep is not None and sweep.comparisons
+    fixed, settings = combine([], {}, sweep.runs, None)
     shape = {"model.path": None, "model.preset": SCALES[scale], "data.tokenizer": "bytes"}
-    runs, refused = make_runs(experiment(spec), {**fixed, **shape}, asked)
-    assert not refused and len(runs) == len(asked) > 4
-    assert {run.twin for run in runs} == {run.twin for run in runs if run.dense}
+    runs, invalid = plan_runs(experiment(spec), {**fixed, **shape}, settings)
+    assert not invalid and len(runs) == len(settings) > 4
+    baselines = {dense_baseline(run.config) for run in runs if run.dense}
+    assert {dense_baseline(run.config) for run in runs} == baselines
+    for comparison in sweep.comparisons:
+        assert all(path in DEFAULTS or find(path) for path in comparison.settings)
     assert f"--config=experiments/{file.name}" in file.read_text()
 
 

@@ -1,4 +1,4 @@
-"""Pictures: what is drawn is what was given; written are a PNG of the stated size and a PDF."""
+"""Figures of a run: the values drawn, and the files written."""
 
 import struct
 from pathlib import Path
@@ -10,16 +10,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 
-from sat_jax.analysis.plots import (
-    Kept,
-    block_means,
-    kept_figure,
-    loss_figure,
-    plot_kept,
-    plot_loss,
-    plot_speed,
-    speed_figure,
-)
+from sat_jax.results.run_plots import Kept, kept_figure, loss_figure, save, speed_figure
 from tests.tolerances import assert_close
 
 METRICS: list[dict[str, Any]] = [
@@ -59,23 +50,23 @@ def test_files_have_the_stated_size(tmp_path: Path) -> None:
     folder = tmp_path / "new"
     deep = Kept(np.ones((60, 3), int), np.ones(60, int))
     written = [
-        plot_loss(METRICS, folder / "loss.png"),
-        plot_speed(RUNGS, folder / "speed.png"),
-        plot_kept(HEADS, CHANNELS, folder / "kept.png"),
-        plot_kept(deep, deep, folder / "deep.png"),
+        save(loss_figure(METRICS), folder / "loss.png"),
+        save(speed_figure(RUNGS), folder / "speed.png"),
+        save(kept_figure(HEADS, CHANNELS), folder / "kept.png"),
+        save(kept_figure(deep, deep), folder / "deep.png"),
     ]
     assert [path.name for path in written] == ["loss.png", "speed.png", "kept.png", "deep.png"]
     assert [png_size(path) for path in written] == [*[(1200, 675)] * 3, (1200, 1305)]
 
 
 def test_a_pdf_with_its_fonts_lies_beside_the_png(tmp_path: Path) -> None:
-    for path in plot_speed(RUNGS, tmp_path / "a.png"), plot_kept(HEADS, CHANNELS, tmp_path / "b"):
-        pdf = path.with_suffix(".pdf").read_bytes()
+    for name, figure in {"a.png": speed_figure(RUNGS), "b": kept_figure(HEADS, CHANNELS)}.items():
+        pdf = save(figure, tmp_path / name).with_suffix(".pdf").read_bytes()
         assert pdf.startswith(b"%PDF") and b"/FontFile2" in pdf and b"/Type3" not in pdf
 
 
 def test_the_same_data_gives_the_same_bytes(tmp_path: Path) -> None:
-    paths = [plot_speed(RUNGS, tmp_path / f"{name}.png") for name in "ab"]
+    paths = [save(speed_figure(RUNGS), tmp_path / f"{name}.png") for name in "ab"]
     for ending in (".png", ".pdf"):
         first, second = (path.with_suffix(ending).read_bytes() for path in paths)
         assert first == second and b"CreationDate" not in first
@@ -83,7 +74,7 @@ def test_the_same_data_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_no_global_state_changes(tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
-    plot_loss(METRICS, tmp_path / "loss.png")
+    save(loss_figure(METRICS), tmp_path / "loss.png")
     assert dict(matplotlib.rcParams) == before
 
 
@@ -127,9 +118,9 @@ def test_noisy_losses_get_their_centred_mean(steps: int, window: int) -> None:
 
 
 def test_a_run_of_no_steps_still_draws(tmp_path: Path) -> None:
-    assert plot_loss(METRICS[:1], tmp_path / "loss.png").exists()
+    assert save(loss_figure(METRICS[:1]), tmp_path / "loss.png").exists()
     untimed = [{**RUNGS[0], "tokens_per_second": None, "steps_timed": 0}]
-    assert plot_speed(untimed, tmp_path / "speed.png").exists()
+    assert save(speed_figure(untimed), tmp_path / "speed.png").exists()
 
 
 def test_bars_are_medians_and_lines_are_bounds() -> None:
@@ -140,6 +131,12 @@ def test_bars_are_medians_and_lines_are_bounds() -> None:
     assert labels(axes) == ["140\n1.40×", "not timed:\nunder 3 steps", "100\n1.00×"]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["40 %", "20 %", "dense"]
     assert axes.get_ylim()[1] > 150
+
+
+def test_a_speed_above_its_bound_is_marked() -> None:
+    figure = speed_figure([{**RUNGS[0], "bound": 1.39}, RUNGS[2]])
+    assert labels(figure.axes[0])[0] == "140\n1.40×\u2021"
+    assert "above bound" in figure.legends[0].get_title().get_text()
 
 
 def test_no_line_cuts_through_a_number() -> None:
@@ -166,35 +163,20 @@ def test_maps_show_shares_layer_by_layer_on_one_whole_scale() -> None:
     heads, channels, *bars = kept_figure(HEADS, CHANNELS, head_unit="query head").axes
     assert_close(heads.images[0].get_array(), [[1, 0, 0.5], [1, 1, 1]], "float64", "forward")
     assert_close(channels.images[0].get_array(), CHANNELS.counts / 4, "float64", "forward")
-    assert heads.get_title(loc="left") == "Heads, 2 selections"
+    assert heads.get_title(loc="left") == "Heads"
     assert heads.get_xlabel() == "query head" and channels.get_xlabel() == "channel"
     assert heads.get_ylabel() == "layer" and len(bars) == 1
     assert heads.images[0].get_clim() == channels.images[0].get_clim() == (0, 1)
 
 
-def test_heads_that_were_never_omitted_are_said_to_be() -> None:
+def test_layers_that_never_omit_keep_everything() -> None:
     heads = kept_figure(Kept(np.zeros((2, 3), int), np.zeros(2, int)), CHANNELS).axes[0]
-    assert heads.get_title(loc="left") == "Heads, never omitted"
     assert_close(heads.images[0].get_array(), np.ones((2, 3)), "float64", "exact")
-
-
-def test_many_channels_are_averaged_in_blocks() -> None:
-    counts = Kept(np.arange(2 * 200).reshape(2, 200), np.array([400, 400]))
-    channels = kept_figure(HEADS, counts).axes[1]
-    assert channels.get_xlabel() == "block of 3 channels"
-    shown = channels.images[0].get_array()
-    assert shown is not None and shown.shape == (2, 67)
-    assert_close(shown[1, 0], 201 / 400, "float64", "forward")
-
-
-def test_block_means_where_the_last_block_is_shorter() -> None:
-    means = block_means(np.array([[1.0, 3, 5, 7, 100]]), 3)
-    assert_close(means, [[2, 6, 100]], "float64", "forward")
 
 
 def test_counts_that_cannot_be_are_refused() -> None:
     for counts in (CHANNELS.counts + 1, CHANNELS.counts - 1):
-        with pytest.raises(ValueError, match=r"counts must lie in 0\.\.selections"):
+        with pytest.raises(ValueError, match=r"counts must be in 0\.\.selections"):
             kept_figure(HEADS, Kept(counts, CHANNELS.selections))
     with pytest.raises(ValueError, match="2 layers of heads, 1 of channels"):
         kept_figure(HEADS, Kept(CHANNELS.counts[:1], CHANNELS.selections[:1]))

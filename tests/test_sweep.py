@@ -1,4 +1,4 @@
-"""Sweeps up to their start: axes, lists, names, what cannot be, and what is shown."""
+"""Sweeps: axes, lists, names, invalid runs, display, and the order of runs."""
 
 import io
 import json
@@ -11,23 +11,36 @@ from typing import Any
 import pytest
 import submitit
 
-from sat_jax.config_values import experiment, experiment_sweep, load
+from sat_jax.config_values import experiment, load
 from sat_jax.errors import UserError
-from sat_jax.sweep.axes import combine, cross, listed, parse_axes, read_runs, short_names, told
-from sat_jax.sweep.board import make_board
-from sat_jax.sweep.drive import SweepDir, drive
-from sat_jax.sweep.launch import Job, Local, Slurm, failure, slurm_options
-from sat_jax.sweep.runs import Run, make_runs, prepare_all
-from sat_jax.sweep.watch import State
+from sat_jax.results.display import Display
+from sat_jax.results.launch import Job, Local, Slurm, failure, slurm_options
+from sat_jax.results.planned import PlannedRun, plan_runs, prepare_all
+from sat_jax.results.record import dense_baseline
+from sat_jax.results.runner import SweepDir, run_sweep
+from sat_jax.results.sweep import (
+    Comparison,
+    Sweep,
+    check_runs,
+    combine,
+    comparison_of,
+    cross,
+    declared_comparisons,
+    parse_axes,
+    settings_text,
+    short_names,
+    sweep_of,
+)
+from sat_jax.results.watch import State
 from sat_jax.train.files import write_json
 from tests.conftest import ROOT, RunPython
 
 TINY = str(ROOT / "experiments/tiny.py")
 
 
-def runs_of(*axes: str, fixed: dict[str, Any] | None = None) -> list[Run]:
-    runs, refused = make_runs(experiment(TINY), fixed or {}, cross([{}], parse_axes(axes)))
-    assert not refused
+def runs_of(*axes: str, fixed: dict[str, Any] | None = None) -> list[PlannedRun]:
+    runs, invalid = plan_runs(experiment(TINY), fixed or {}, cross([{}], parse_axes(axes)))
+    assert not invalid
     return runs
 
 
@@ -51,7 +64,7 @@ def test_axes_are_typed_and_semicolons_separate_lists() -> None:
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["sparsity.dense_layers=0,1"], r"is a list with commas itself; .*'sparsity.dense_layers="),
+        (["sparsity.dense_layers=0,1"], r"are lists with commas; .*'sparsity.dense_layers="),
         (["sparsity.rat=0.1"], r"--axis sparsity\.rat is no setting; near: sparsity\.rate"),
         (["sparsity.rate=0.1,1.5"], r"sparsity\.rate is 1\.5; accepted: float >= 0, <= 1"),
         (["sparsity.rate"], r"has no values"),
@@ -64,17 +77,16 @@ def test_a_wrong_axis_is_refused(texts: list[str], message: str) -> None:
         parse_axes(texts)
 
 
-def test_lists_axes_and_seeds_are_crossed() -> None:
-    listing = listed([{"sparsity.rate": 0.2}, {"sparsity.rate": 0.4}], "here")
-    fixed, points = combine(["train.steps=5"], {"sparsity.metric": ["uniform"]}, listing, 2)
+def test_runs_axes_and_seeds_are_crossed() -> None:
+    listed = check_runs([{"sparsity.rate": 0.2}, {"sparsity.rate": 0.4}], "x")
+    fixed, points = combine(["train.steps=5"], {"sparsity.metric": ["uniform"]}, listed, 2)
     assert fixed == {"train.steps": 5}
     assert [tuple(point.values()) for point in points] == [
         (0.2, "uniform", 0), (0.2, "uniform", 1), (0.4, "uniform", 0), (0.4, "uniform", 1),
     ]  # fmt: skip
-    assert listed({"seed": [0, 1], "train.steps": [5]}, "here") == [
-        {"seed": 0, "train.steps": 5},
-        {"seed": 1, "train.steps": 5},
-    ]
+    comparison = comparison_of(points)
+    assert comparison.settings == ("sparsity.rate", "sparsity.metric")
+    assert comparison.title == "Runs that differ in rate, metric"
 
 
 @pytest.mark.parametrize(
@@ -93,30 +105,35 @@ def test_a_setting_has_one_source(
         combine(overrides, axes, listing, seeds)
 
 
-def test_runs_come_from_files(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"seed": 1}\n\n{"sparsity.dense_layers": [0, 1]}\n')
-    assert listed(read_runs(tmp_path / "a.jsonl"), "a") == [
-        {"seed": 1}, {"sparsity.dense_layers": [0, 1]},
-    ]  # fmt: skip
-    (tmp_path / "b.json").write_text("[")
-    for file in (tmp_path / "b.json", tmp_path / "none.json"):
-        with pytest.raises(UserError, match=f"--runs {file} cannot be read"):
-            read_runs(file)
-    for wrong in (3, [], [{"seed": 1}, 4], [{"sead": 1}], {"seed": 1}, {"seed": []}):
+def test_a_list_of_runs_is_checked() -> None:
+    for wrong in (3, [], "ab", [{"seed": 1}, 4], [{"sead": 1}]):
         with pytest.raises(UserError, match=r"^x"):
-            listed(wrong, "x")
+            check_runs(wrong, "x")
 
 
-def test_an_experiment_gives_its_sweep(tmp_path: Path) -> None:
-    assert experiment_sweep(TINY) is None
-    file = tmp_path / "table.py"
-    file.write_text(
-        "def get_sweep(scale='small'):\n    return [{'seed': {'small': 1, 'full': 2}[scale]}]\n"
+def test_an_experiment_declares_its_runs_and_comparisons(tmp_path: Path) -> None:
+    assert sweep_of(TINY) is None
+    rates = Comparison("rates", "Rate", ("sparsity.rate",))
+    text = (
+        "from sat_jax.results.sweep import Comparison, Sweep\n"
+        "def get_sweep(scale='small'):\n"
+        "    runs = [{'seed': {'small': 1, 'full': 2}[scale]}]\n"
+        "    return Sweep(runs, (Comparison('rates', 'Rate', ('sparsity.rate',)),))\n"
     )
-    assert experiment_sweep(str(file)) == [{"seed": 1}]
-    assert experiment_sweep(f"{file}:full") == [{"seed": 2}]
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text(text)
+    file = tmp_path / "a.py"
+    assert sweep_of(str(file)) == Sweep([{"seed": 1}], (rates,))
+    assert sweep_of(f"{file}:full") == Sweep([{"seed": 2}], (rates,))
+    assert declared_comparisons(tmp_path) == [rates]
     with pytest.raises(UserError, match="has no variant 'huge'"):
-        experiment_sweep(f"{file}:huge")
+        sweep_of(f"{file}:huge")
+    (tmp_path / "c.py").write_text(text.replace("'Rate'", "'Another title'"))
+    with pytest.raises(UserError, match=r"c\.py: comparison rates differs from another file's"):
+        declared_comparisons(tmp_path)
+    file.write_text("def get_sweep():\n    return [{'seed': 1}]\n")
+    with pytest.raises(UserError, match=r"returns \[{'seed': 1}\]; accepted: a Sweep"):
+        sweep_of(str(file))
 
 
 def test_a_name_is_what_results_depend_on() -> None:
@@ -124,47 +141,50 @@ def test_a_name_is_what_results_depend_on() -> None:
     (same,) = runs_of("sparsity.rate=0.5", fixed={"train.log_every": 3, "checkpoint.keep": 5})
     assert other.name == same.name != one.name
     first, second = runs_of("seed=0,1")
-    assert first.name != second.name and first.group == second.group
+    assert first.name != second.name and first.variant == second.variant
 
 
 def test_dense_runs_that_differ_in_sparsity_are_one() -> None:
     runs = runs_of("sparsity.rate=0,0.5", "sparsity.metric=uniform,wanda", "seed=0,1")
-    assert [told(run.settings, {"sparsity.rate": "rate"}) for run in runs if run.dense] == [
-        "rate=0.0 seed=0", "rate=0.0 seed=1",
-    ]  # fmt: skip
+    names = {"sparsity.rate": "rate"}
+    dense = [settings_text(run.settings, names) for run in runs if run.dense]
+    assert dense == ["rate=0.0 seed=0", "rate=0.0 seed=1"]
     assert len(runs) == 6
-    assert {run.twin for run in runs if run.settings["seed"] == 0} == {runs[0].twin}
+    assert {dense_baseline(run.config) for run in runs if run.settings["seed"] == 0} == {
+        dense_baseline(runs[0].config)
+    }
 
 
-def test_what_matters_only_with_sparsity_is_left_out_of_the_twin() -> None:
+def test_dense_baselines_are_without_settings_that_need_sparsity() -> None:
     """`decay` needs mask execution and `kernels` kernel execution: a dense run has neither."""
     fixed = {"sparsity.execution": "mask"}
     decay, freeze = runs_of("optimizer.moments=decay,freeze", fixed=fixed)
     (dense,) = runs_of("sparsity.rate=0")
-    assert decay.twin == freeze.twin == dense.twin
+    assert len({dense_baseline(run.config) for run in (decay, freeze, dense)}) == 1
     names = "optimizer.bias_correction=global,neuron", "model.kernels=xla;None"
     of_kernels = {"sparsity.execution": "kernel", "sparsity.block": 64}
-    assert {run.twin for run in runs_of(*names, fixed=of_kernels)} == {dense.twin}
+    kernels = runs_of(*names, fixed=of_kernels)
+    assert {dense_baseline(run.config) for run in kernels} == {dense_baseline(dense.config)}
     (alone,) = runs_of("sparsity.rate=0", *names, fixed=of_kernels)
     assert alone.name == dense.name and alone.settings == {"sparsity.rate": 0.0}
 
 
-def test_an_axis_that_changes_no_result_is_refused_unless_it_does() -> None:
+def test_an_axis_that_changes_no_result_is_invalid_unless_it_does() -> None:
     axis = parse_axes(["train.eval_every=1,2"])
-    runs, refused = make_runs(experiment(TINY), {}, cross([{}], axis))
-    assert not runs and len(refused) == 2
-    assert "train.eval_every changes no result, so runs" in refused[0].reason
+    runs, invalid = plan_runs(experiment(TINY), {}, cross([{}], axis))
+    assert not runs and len(invalid) == 2
+    assert "train.eval_every changes no result, so runs" in invalid[0].reason
     # The ladder that follows the held-out loss steps down when it is looked at.
     assert len(runs_of("train.eval_every=1,2", fixed={"sparsity.schedule": "auto"})) == 2
 
 
 def test_all_that_cannot_be_is_told_at_once() -> None:
     axes = parse_axes(["optimizer.moments=decay,freeze", "sparsity.dense_layers=0;7"])
-    runs, refused = make_runs(experiment(TINY), {}, cross([{}], axes))
+    runs, invalid = plan_runs(experiment(TINY), {}, cross([{}], axes))
     assert len(runs) == 1
-    assert [one.settings["optimizer.moments"] for one in refused] == ["decay", "decay", "freeze"]
-    assert "is of sparsity.execution 'mask', not 'gather'" in refused[0].reason
-    assert "7" in refused[2].reason
+    assert [one.settings["optimizer.moments"] for one in invalid] == ["decay", "decay", "freeze"]
+    assert "is of sparsity.execution 'mask', not 'gather'" in invalid[0].reason
+    assert "7" in invalid[2].reason
     runs = runs_of("data.sources=README.md,CHANGELOG.md;none.md")
     good, bad = prepare_all(runs, print)
     assert list(good) == [runs[0].name]
@@ -177,62 +197,56 @@ def test_short_names_stay_apart() -> None:
     }  # fmt: skip
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_progress_is_shown_on_a_terminal_and_elsewhere(tmp_path: Path) -> None:
+def test_progress_is_shown(tmp_path: Path) -> None:
     folder = SweepDir(tmp_path)
-    one, other = [folder.watched(run) for run in runs_of("sparsity.rate=0.25,0.5")]
+    one, other = [folder.watch(run) for run in runs_of("sparsity.rate=0.25,0.5")]
+    assert one.progress() == {"step": 0}
     one.workdir.path.mkdir()
-    record = {"step": 6, "loss": 3.5, "tokens_per_second": 1234.0, "seconds": 0.5}
-    one.workdir.metrics.write_text(json.dumps({"step": 0, "eval_loss": 5.5}) + "\n")
-    assert one.look()
-    with one.workdir.metrics.open("a") as file:
-        file.write(json.dumps(record) + "\n" + '{"step": 7, "lo')  # not whole yet
-    assert one.look() and not one.look() and not other.look()
-    assert (one.step, one.seconds_left) == (6, 9.0)
+    records = [
+        {"step": 0, "eval_loss": 5.5},
+        {"step": 6, "loss": 3.5, "tokens_per_second": 1234.0, "seconds": 0.5},
+    ]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    one.workdir.metrics.write_text(lines + '{"step": 7, "lo')  # an incomplete line
     one.state, other.state, other.error = State.RUNNING, State.FAILED, "no text"
-    lines, terminal = io.StringIO(), Terminal()
-    with make_board([one, other], lines, every=0.0) as board:
-        board.changed(other)
-        board.refresh()
-    with make_board([one, other], terminal) as board:
-        board.changed(other)
-    assert lines.getvalue().splitlines() == [
+    stream = io.StringIO()
+    display = Display([one, other], stream, every=0.0)
+    display.changed(other)
+    display.refresh()
+    Display([one, other], stream, every=60.0).refresh()
+    assert stream.getvalue().splitlines() == [
         f"[1/2] {other.run.name}  rate=0.5  failed: no text (log: {other.log})",
         f"{one.run.name}  rate=0.25  step 6/24  loss 3.5000  eval 5.5000  1.23k tok/s  left 9.0 s",
     ]
-    for part in ("1 running, 1 failed", "6/24", "3.5000", "1.23k", "9.0 s", "failed: no text"):
-        assert part in terminal.getvalue()
-    one.workdir.metrics.write_text(json.dumps(record | {"step": 2}) + "\n")
-    assert one.look() and one.step == 2  # a resumed run dropped what came after
 
 
 def test_the_folder_remembers_what_was_asked(tmp_path: Path) -> None:
     folder = SweepDir(tmp_path / "sweep")
     first, second = runs_of("sparsity.rate=0.25,0.5")
+    comparison = Comparison("x", "X", ("sparsity.rate",))
     with ExitStack() as stack:
-        folder.hold(stack)
+        folder.lock(stack)
         for command, runs in ((["a"], [first]), (["b"], [second]), (["a"], [first])):
-            folder.asked({"command": command}, runs)
+            folder.add(command, runs, [comparison])
         with pytest.raises(UserError, match="is in use by process"):
-            SweepDir(tmp_path / "sweep").hold(stack)
-    asked = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
-    assert asked["runs"] == {
+            SweepDir(tmp_path / "sweep").lock(stack)
+    contents = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert contents["comparisons"] == [
+        {"name": "x", "title": "X", "settings": ["sparsity.rate"]},
+    ]
+    assert contents["runs"] == {
         first.name: {"sparsity.rate": 0.25},
         second.name: {"sparsity.rate": 0.5},
     }
-    assert len(asked["commands"]) == 2
-    done = folder.watched(first).workdir
+    assert len(contents["commands"]) == 2
+    done = folder.watch(first).workdir
     done.path.mkdir()
     write_json(done.summary, {})
-    assert folder.watched(first).state is State.FINISHED
-    assert folder.watched(second).state is State.WAITING
+    assert folder.watch(first).state is State.FINISHED
+    assert folder.watch(second).state is State.WAITING
     write_json(tmp_path / "config.json", {})
     with pytest.raises(UserError, match="holds a run; a sweep needs"), ExitStack() as stack:
-        SweepDir(tmp_path).hold(stack)
+        SweepDir(tmp_path).lock(stack)
 
 
 class _AtOnce:
@@ -265,7 +279,7 @@ def test_seeds_of_a_variant_do_not_start_together(tmp_path: Path) -> None:
     runs = runs_of("sparsity.rate=0,0.25,0.5", "seed=0,1")
     (extra,) = runs_of("sparsity.rate=0.5", fixed={"seed": 2})
     launcher = _AtOnce()
-    drive(folder, [folder.watched(run) for run in [*runs, extra]], launcher, lambda *_: None)
+    run_sweep(folder, [folder.watch(run) for run in [*runs, extra]], launcher, lambda *_: None)
     assert [(job.config.seed, job.config.sparsity.rate) for job in launcher.jobs] == [
         (0, 0.0), (0, 0.25), (0, 0.5), (1, 0.0), (1, 0.25), (1, 0.5), (2, 0.5),
     ]  # fmt: skip

@@ -1,65 +1,59 @@
-"""What sweeps cost, before they start, and the table at their end."""
+"""The cost of sweeps before they start, and the table at their end."""
 
-import re
-from pathlib import Path
 from typing import Any, cast
 
-from sat_jax.sparsity.flops import compensation_flops
-from sat_jax.analysis.means import mean_and_error
-from sat_jax.analysis.rows import latest, read
+from sat_jax.sparsity.flops import correction_flops
 from sat_jax.config_values import experiment
-from sat_jax.sweep.estimate import (
-    Speed,
-    cost_of,
-    dry_run,
-    probes_of,
-    selections_of,
-    speed_of,
-)
-from sat_jax.sweep.report import report
-from sat_jax.sweep.runs import make_runs
+from sat_jax.results.finished import FinishedRun
+from sat_jax.results.means import mean_of
+from sat_jax.results.planned import dry_run, plan_runs
+from sat_jax.results.record import row_of
+from sat_jax.results.rows import latest, read
+from sat_jax.results.tables import terminal_table
 from sat_jax.train.account import Account, flops_of_probe
 from sat_jax.train.finish import flops_of_run, rung_summaries
 from tests.conftest import ROOT
+from tests.result_runs import RECORDS, summary_of
 from tests.test_sweep import runs_of
+from tests.test_tables import rung
 from tests.tolerances import assert_close
 
 
 def test_costs_are_counted_from_shapes() -> None:
-    dense, uniform, wanda, output = runs_of(
-        "sparsity.rate=0,0.5", "sparsity.metric=uniform,wanda,output"
-    )
-    assert [probes_of(run) for run in (dense, uniform, wanda, output)] == [0, 0, 1, 5]
+    runs = runs_of("sparsity.rate=0,0.5", "sparsity.metric=uniform,wanda,output")
+    dense, uniform, wanda, output = plans = [run.plan for run in runs]
+    assert [plan.probes() for plan in plans] == [0, 0, 1, 5]
     in_layers = {"sparsity.refresh_every": 0, "sparsity.probe_tokens": 1024}
     (live,) = runs_of("sparsity.metric=wanda", fixed=in_layers)
-    assert (probes_of(live), cost_of(live).spent) == (0, cost_of(uniform).spent)
-    costs = [cost_of(run) for run in (dense, uniform, wanda, output)]
-    assert costs[0].spent == costs[0].dense == costs[1].dense > costs[3].spent
-    assert costs[1].spent < costs[2].spent < costs[3].spent
-    (more,) = runs_of("sparsity.metric=output", fixed={"sparsity.compensate": True})
-    assert probes_of(more) == 5
+    assert (live.plan.probes(), live.plan.spent_flops()) == (0, uniform.spent_flops())
+    assert dense.spent_flops() == dense.dense_flops() == uniform.dense_flops()
+    assert uniform.spent_flops() < wanda.spent_flops() < output.spent_flops() < dense.spent_flops()
+    (run,) = runs_of("sparsity.metric=output", fixed={"sparsity.compensate": True})
+    more = run.plan
+    assert more.probes() == 5
     solved = [
-        selections_of(more, rung) * compensation_flops(more.model, rung.plan.segments)
+        more.selections(rung) * correction_flops(more.model, rung.plan.segments)
         for rung in more.controller.rungs
     ]
-    assert sum(selections_of(more, rung) for rung in more.controller.rungs) == 5
-    products = probes_of(more) * (
+    assert sum(more.selections(rung) for rung in more.controller.rungs) == 5
+    products = more.probes() * (
         flops_of_probe(more.config, more.model) - flops_of_probe(output.config, output.model)
     )
     assert products > 0 and sum(solved) > 0
-    assert_close(cost_of(more).spent - costs[3].spent, products + sum(solved), "float64", "forward")
+    difference = more.spent_flops() - output.spent_flops()
+    assert_close(difference, products + sum(solved), "float64", "forward")
     # What a run is billed when it ends, which here has chosen and not trained.
     account = Account(more.controller)
-    account.rung_selections = [selections_of(more, rung) for rung in more.controller.rungs]
+    account.rung_selections = [more.selections(rung) for rung in more.controller.rungs]
     assert_close(flops_of_run(cast(Any, more), account)[0], sum(solved), "float64", "forward")
     # The quickstart's committed row: full rows are the most that its packed ones can be.
     rows = read(ROOT / "experiments/results/runs.jsonl")
     row = latest(rows, experiment="experiments/quickstart.py")
     assert row is not None
     fixed = {"model.path": None, "model.preset": "smollm2-135m"}
-    ((quick,), _) = make_runs(experiment(str(ROOT / "experiments/quickstart.py")), fixed, [{}])
-    assert probes_of(quick) == row["probes"]
-    assert row["spent_flops"] <= cost_of(quick).spent < 1.03 * row["spent_flops"]
+    ((quick,), _) = plan_runs(experiment(str(ROOT / "experiments/quickstart.py")), fixed, [{}])
+    assert quick.plan.probes() == row["probes"]
+    assert row["spent_flops"] <= quick.plan.spent_flops() < 1.03 * row["spent_flops"]
 
 
 def test_bounds_of_rungs_are_of_the_flops_that_a_run_is_billed() -> None:
@@ -67,74 +61,56 @@ def test_bounds_of_rungs_are_of_the_flops_that_a_run_is_billed() -> None:
     fixed = {"sparsity.block": 64, "sparsity.metric": "uniform"}
     bounds = {}
     for run in runs_of("sparsity.execution=gather,mask,kernel", fixed=fixed):
-        rungs = rung_summaries(cast(Any, run), Account(run.controller), [])
+        rungs = rung_summaries(cast(Any, run.plan), Account(run.plan.controller), [])
         shares = [rung["steps"] / rung["bound"] for rung in rungs]
-        cost = cost_of(run)
         share = sum(shares) / run.config.train.steps
-        assert_close(share, cost.spent / cost.dense, "float64", "forward")
+        assert_close(share, run.plan.spent_flops() / run.plan.dense_flops(), "float64", "forward")
         bounds[run.config.sparsity.execution] = rungs[0]["bound"]
     assert bounds["gather"] > bounds["kernel"] > bounds["mask"] == 1
 
 
-def test_a_dry_run_tells_runs_costs_and_where_the_time_is_from(tmp_path: Path) -> None:
+def test_a_dry_run_shows_costs_and_the_source_of_times() -> None:
     runs = runs_of("sparsity.rate=0,0.5")
-    shown = dry_run(runs, [runs[0].name], Speed(1e9, "a test"))
+    finished = {runs[0].name: {"spent_flops": 6e9, "seconds": {"total": 3.0}}}
+    shown = dry_run(runs, finished, 1e9)
     assert shown.splitlines()[2].split() == [
-        runs[0].name, "rate=0.0", "7.38", "GFLOP", "7.38", "GFLOP", "1.00x", "finished",
+        runs[0].name, "rate=0.0", "7.38", "GFLOP", "7.38", "GFLOP", "1.00×", "finished",
     ]  # fmt: skip
     assert "5.7 s" in shown.splitlines()[3]
     assert "2 runs, 1 to do: at most 5.72 GFLOP, 5.7 s one after another" in shown
-    assert shown.endswith("at 1.00 GFLOP/s, from a test")
-    assert dry_run(runs, [], None).endswith("give --flops-per-second")
-    measured = speed_of([{"spent_flops": 6e9, "seconds": {"total": 3.0}}], runs, tmp_path)
-    assert measured == Speed(2e9, "1 finished of this sweep")
-    committed = speed_of([], runs, ROOT / "experiments/results/benchmark.jsonl")
-    assert committed is not None and "smollm2-135m in float32" in committed.source
-    assert speed_of([], runs, tmp_path / "none.jsonl") is None
+    assert shown.endswith("at 1.00 GFLOP/s, from --flops-per-second")
+    assert dry_run(runs, {}, None).endswith("unknown; give --flops-per-second")
+    measured = dry_run(runs, finished, None)
+    assert measured.endswith("at 2.00 GFLOP/s, from 1 finished runs of this sweep")
 
 
-def summary(after: float, rate: float) -> dict[str, Any]:
-    parts = [(rate, 150.0), (0.0, 100.0)] if rate else [(0.0, 100.0)]
-    rungs = [
-        {"kept_heads": 1 - r, "kept_channels": 1 - r, "tokens": 100, "steps_timed": 5,
-         "tokens_per_second": speed}
-        for r, speed in parts
-    ]  # fmt: skip
-    seconds = {"data": 0.0, "step": 2 * after, "refresh": 0.0, "checkpoint": 0.0}
-    device = {"platform": "gpu", "kind": "NVIDIA H200", "count": 1}
-    return {
-        "perplexity_after": after, "rungs": rungs, "seconds": seconds, "device": device,
-        "data": "fingerprint",
-    }  # fmt: skip
+def finished(run: Any, after: float, **changed: Any) -> FinishedRun:
+    rate = run.config.sparsity.rate
+    rungs = [rung(rate, 150.0), rung(0.0, 100.0)] if rate else [rung(0.0, 100.0)]
+    flops = {"spent_flops": 8e9 if rate else 1e10}
+    summary = summary_of(after, 2 * after - 2, rungs, **flops, **changed)
+    row = row_of("x", run.config, summary, RECORDS)
+    return FinishedRun(row | {key: summary[key] for key in ("versions", "device", "commit")})
 
 
 def test_the_last_table_has_means_over_seeds() -> None:
+    """Of the dense runs' time the sparse ones take 22 / 20 and 48 / 40."""
     runs = runs_of("sparsity.rate=0,0.5", "seed=0,1")
-    after = [10.0, 20.0, 11.0, 24.0]
-    ended = [
-        (run, summary(value, run.config.sparsity.rate))
-        for run, value in zip(runs, after, strict=True)
-    ]
-    lines = report(ended).splitlines()
-    assert lines[2].split() == ["rate=0.0", "2", "15.000", "±", "5.000", "-", "-", "-"]
-    # The whole run by the dense runs' time: 20 / 22 and 40 / 48 of it.
-    assert lines[3].split("  ")[-3:] == ["+15.0 % ± 5.0 %", "1.50x ± 0.00x", "0.87x ± 0.04x"]
-    assert len(lines) == 4
-    lines = report(ended[2:3]).splitlines()
-    assert lines[2].split() == ["rate=0.5", "1", "11.000", "-", "1.50x", "≈", "1.20x"]
-    assert lines[3].startswith("≈ Estimated from the run's own dense rung")
-    one_pair = report(ended[1:]).splitlines()[3].split("  ")
-    assert [cell.strip() for cell in one_pair[-3:]] == [
-        "+20.0 %§", "1.50x ± 0.00x", "≈ 1.20x ± 0.00x",
-    ]  # fmt: skip
-    assert mean_and_error([1.0, None], "{}") == mean_and_error([], "{}") == "-"
+    results = [finished(run, after) for run, after in zip(runs, (10, 20, 11, 24), strict=True)]
+    lines = [line.split("  ") for line in terminal_table(results).splitlines()]
+    quality, cost = ([cell.strip() for cell in lines[n] if cell] for n in (3, 8))
+    assert quality == ["r = 0.5", "2", "17.500 ± 6.500", "+15.0 % ± 5.0 %", "80 %"]
+    assert cost[-2:] == ["0.87× ± 0.04×", "1.25×"]
+    lines = [line.split("  ") for line in terminal_table(results[2:3]).splitlines()]
+    assert [cell.strip() for cell in lines[2] if cell] == ["r = 0.5", "1", "11.000", "80 %"]
+    assert mean_of([1.0, None]) is None and mean_of([]) is None
 
 
 def test_runs_are_compared_with_the_dense_run_of_their_data() -> None:
     runs = runs_of("data.sources=README.md;CHANGELOG.md", "sparsity.rate=0,0.5")
-    after = [10.0, 11.0, 20.0, 24.0]
-    ended = [
-        (run, summary(value, run.config.sparsity.rate) | {"data": str(run.config.data.sources)})
-        for run, value in zip(runs, after, strict=True)
+    results = [
+        finished(run, after, data=str(run.config.data.sources))
+        for run, after in zip(runs, (10, 11, 20, 24), strict=True)
     ]
-    assert re.findall(r"\+\S+ %", report(ended)) == ["+10.0 %", "+20.0 %"]
+    table = terminal_table(results)
+    assert "+10.0 %" in table and "+20.0 %" in table

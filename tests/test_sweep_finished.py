@@ -1,4 +1,4 @@
-"""What a sweep takes as finished: runs of the same data."""
+"""A finished run that a sweep refuses."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ import pytest
 
 from sat_jax.config_values import experiment
 from sat_jax.errors import UserError
-from sat_jax.sweep.drive import SweepDir
-from sat_jax.sweep.runs import make_runs, prepare_all
+from sat_jax.results.planned import plan_runs, prepare_all
+from sat_jax.results.runner import SweepDir
 from sat_jax.train.files import write_json
 from scripts import sweep as script
 from tests.conftest import ROOT
@@ -29,12 +29,12 @@ def test_a_run_that_finished_on_other_data_is_not_finished(
     sources = f"--config.data.sources={text},{other}"
     line = ["sweep", f"--config={TINY}", f"--workdir={folder}", sources, "--seeds=1"]
     monkeypatch.setattr("sys.argv", line)
-    (run,) = make_runs(experiment(TINY), {"data.sources": (str(text), str(other))}, [{}])[0]
+    (run,) = plan_runs(experiment(TINY), {"data.sources": (str(text), str(other))}, [{}])[0]
     data = prepare_all([run], print)[0][run.name]
-    done = SweepDir(folder).watched(run)
+    done = SweepDir(folder).watch(run)
     done.workdir.path.mkdir(parents=True)
     write_json(done.workdir.summary, {"data": data})
-    done.check_data(data)
+    done.check_finished(data)
     (folder / "lock").touch()
     text.write_text("Another text. " * 2000)
     with pytest.raises(UserError) as caught:

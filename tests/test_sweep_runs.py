@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sat_jax.analysis.rows import read
+from sat_jax.results.rows import read
 from sat_jax.train.files import read_json
 from sat_jax.train.metrics import read_metrics
 from tests.conftest import ROOT
@@ -66,7 +66,8 @@ def test_a_failing_run_stops_no_other_and_what_is_finished_is_skipped(tmp_path: 
     assert last == "error: 1 of 3 runs failed; the same command tries again"
     assert told.startswith("failed: ") and ": step 2 has loss " in told
     assert done.stderr.count("data: prepared") == 1
-    assert len(done.stdout.splitlines()) == 4  # two lines of heading, two runs
+    quality, cost = done.stdout.split("\n\n")
+    assert len(quality.splitlines()) == 4 and "learning rate 0.001: dense" in cost
     finished = {path.parent.name: path.stat() for path in directory.glob("*/summary.json")}
     runs = json.loads((directory / "sweep.json").read_text())["runs"]
     (bad,) = runs.keys() - finished.keys()
@@ -127,7 +128,7 @@ def test_slurm_runs_an_array_and_a_job_out_of_time_is_queued_again(
         wait_for(lambda: len(list(state.glob("*.pid"))) == 2)
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=300)[1]
-    assert process.returncode == 130 and "the jobs go on" in said, said
+    assert process.returncode == 130 and "the jobs continue" in said, said
     script = (state / "script.sh").read_text()
     for line in ("--array=0-1%2", "--time=60", "--partition=long", "--gpus-per-node=1"):
         assert f"#SBATCH {line}\n" in script
@@ -140,7 +141,7 @@ def test_slurm_runs_an_array_and_a_job_out_of_time_is_queued_again(
     done = sweep(directory, *arguments)
     assert done.returncode == 0, done.stderr
     assert (state / "0.requeued").exists()
-    assert len(done.stdout.splitlines()) == 3
+    assert done.stdout.splitlines()[2].split()[:2] == ["dense", "2"]
     logs = [path.read_text() for path in (directory / "logs").glob("*.log")]
     assert sorted("continuing after step " in log for log in logs) == [False, True]
     assert len(list((directory / "logs" / "slurm").glob("*_submission.sh"))) == 1

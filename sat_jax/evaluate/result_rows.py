@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sat_jax.analysis.results import dense_twin, without_place
 from sat_jax.config import Config
 from sat_jax.config_values import changed, without_free
+from sat_jax.results.record import dense_baseline, without_place
 from sat_jax.train.metrics import to_json
 
 
@@ -27,7 +27,7 @@ def evaluation_row(
     run = None
     if config is not None:
         settings = changed(without_free(config))
-        run = {"seed": config.seed, "twin": dense_twin(config), "settings": settings}
+        run = {"seed": config.seed, "twin": dense_baseline(config), "settings": settings}
     return to_json({**_without_paths({**row, "run": run}), **figures})
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from sat_jax.analysis.plots import Kept, plot_kept, plot_loss, plot_speed
 from sat_jax.data.data_format import DataFormat
 from sat_jax.interop.huggingface import write_directory
 from sat_jax.nn.loss import perplexity_of
+from sat_jax.results.run_plots import Kept, kept_figure, loss_figure, save, speed_figure
 from sat_jax.sparsity.plan import kept_shares
 from sat_jax.train.costs import flops_of_probe, flops_of_selection, step_flops
 from sat_jax.train.counters import RunCounters
@@ -71,7 +71,7 @@ def finish(
 def rung_summaries(
     task: Task, counters: RunCounters, records: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """One mapping a rung, as `analysis.tables.end_of_run` reads them."""
+    """One mapping a rung, as `results.run_table.end_of_run` reads them."""
     model, config, controller = task.model, task.config, task.controller
     summaries = []
     for number, rung in enumerate(controller.rungs):
@@ -115,22 +115,20 @@ def _draw(
     folder = workdir.path / "figures"
     folder.mkdir(exist_ok=True)
     figures = [
-        plot_loss(records, folder / "loss.png"),
-        plot_speed(rungs, folder / "speed.png"),
+        save(loss_figure(records), folder / "loss.png"),
+        save(speed_figure(rungs), folder / "speed.png"),
     ]
     if counters.selections:
         by_group = task.config.sparsity.attention_unit == "kv_group"
         heads, channels = counters.kept["attention"], counters.kept["mlp"]
         times = heads["times"]
         times = times.max(axis=2) if by_group else times.reshape(len(times), -1)
-        figures.append(
-            plot_kept(
-                Kept(times, heads["of"]),
-                Kept(channels["times"], channels["of"]),
-                folder / "kept.png",
-                head_unit="KV group" if by_group else "query head",
-            )
+        figure = kept_figure(
+            Kept(times, heads["of"]),
+            Kept(channels["times"], channels["of"]),
+            head_unit="KV group" if by_group else "query head",
         )
+        figures.append(save(figure, folder / "kept.png"))
     return [str(path) for path in figures]
 
 

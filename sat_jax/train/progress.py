@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from sat_jax.analysis.tables import percent
+from sat_jax.results.text import percent
 
 _SMOOTHING = 0.3  # of the seconds a step; tqdm's own default
 

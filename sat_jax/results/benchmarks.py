@@ -1,0 +1,128 @@
+"""Tables and a figure of benchmarks, which time or compile single steps."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+from matplotlib.figure import Figure
+
+from sat_jax.errors import UserError
+from sat_jax.results.rows import STEP_SETTING, Row, device_name, latest
+from sat_jax.results.run_plots import BLUE, GREY, INK, ORANGE, new_figure, tidy
+from sat_jax.results.speed import ABOVE_BOUND, ABOVE_BOUND_NOTE, speedup_text
+from sat_jax.results.text import markdown, percent
+
+_MEMORY = {
+    "state": ("state_bytes", BLUE),
+    "omitted state": ("resting_bytes", GREY),
+    "temporaries": ("temporary_bytes", ORANGE),
+}
+_COLUMNS = 2  # of plots
+_PLOT = (6.0, 3.0)  # inches
+
+
+def steps_table(rows: Sequence[Row]) -> str:
+    """Return the last measurement of `scripts.benchmark --only steps` beside the dense step."""
+    dense = latest(rows, benchmark="steps", execution="dense")
+    if dense is None:
+        raise UserError("no dense step among the rows")
+    body = []
+    for row in rows:
+        if row.get("benchmark") != "steps" or row["date"] != dense["date"]:
+            continue
+        name = _trained(row)
+        if row.get("dense_tokens"):
+            name += f", {percent(row['dense_tokens'])} of the tokens with all channels"
+        # Mask execution computes everything, so that it has no bound.
+        bound = None if row["execution"] == "mask" else row["bound"]
+        speedup = [speedup_text(row["speedup_wall"], bound), f"{bound:.2f}×" if bound else "-"]
+        body.append([name, *_kept(row), f"{row['wall_seconds']:.1f} s", *speedup])
+    header = ("one step", "heads kept", "channels kept", "time", "speed-up", "FLOP bound")
+    tokens = f"{dense['rows'] * dense['row_length']:,} tokens"
+    caption = f"{dense['model']}; {tokens}; {dense['dtype']}; {device_name(dense['device'])}"
+    table = markdown(header, body)
+    note = f" {ABOVE_BOUND_NOTE}." if ABOVE_BOUND in table else ""
+    return f"{table}\n\n{caption}.{note}"
+
+
+def memory_table(rows: Sequence[Row]) -> str:
+    """Return what `scripts.memory` compiled, a table for each setting."""
+    header = (
+        "trained",
+        "heads kept",
+        "channels kept",
+        *_MEMORY,
+        "total",
+        "of dense",
+        "at a refresh",
+    )
+    parts = []
+    for steps in _settings(rows):
+        dense, body = steps[0], []
+        for row in steps:
+            sizes = [row[field] for field, _ in _MEMORY.values()]
+            dense_total = sum(dense[field] for field, _ in _MEMORY.values())
+            ratio = f"{sum(sizes) / dense_total:.2f}×"
+            refresh = _gibibytes(row["refresh_bytes"]) if row.get("refresh_bytes") else "-"
+            cells = [*map(_gibibytes, (*sizes, sum(sizes))), ratio, refresh]
+            body.append([_trained(row), *_kept(row), *cells])
+        settings = [dense["dtype"], dense["optimizer"], f"remat {dense['remat']}"]
+        settings += [f"kernels {dense['kernels']}"] if dense["kernels"] else []
+        caption = "; ".join([_model_and_tokens(dense), *settings, dense["target"]])
+        parts.append(f"{markdown(header, body)}\n\n{caption}.")
+    return "\n\n".join(parts)
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"steps": steps_table, "memory": memory_table}
+
+
+def memory_figure(rows: Sequence[Row]) -> Figure:
+    """Return bars of the device memory of each step, a plot for each setting."""
+    settings = list(_settings(rows))
+    lines, columns = math.ceil(len(settings) / _COLUMNS), min(_COLUMNS, len(settings))
+    figure = new_figure(_PLOT[1] * lines, _PLOT[0] * columns)
+    for number, steps in enumerate(settings, 1):
+        axes = figure.add_subplot(lines, columns, number)
+        left = [0.0] * len(steps)
+        for label, (field, colour) in _MEMORY.items():
+            sizes = [row[field] / 2**30 for row in steps]
+            names = [_trained(row) for row in steps]
+            axes.barh(names, sizes, left=left, color=colour, label=label, height=0.7)
+            left = [a + b for a, b in zip(left, sizes, strict=True)]
+        axes.axvline(left[0], color=INK, linewidth=1, linestyle=":")
+        axes.invert_yaxis()
+        tidy(axes, title=f"{_model_and_tokens(steps[0])}; {steps[0]['optimizer']}", x="GiB", y="")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _settings(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """Yield the newest steps of each setting, the dense one first."""
+    newest = {
+        (tuple(row[name] for name in STEP_SETTING), row["execution"], row["rate"]): row
+        for row in rows
+        if row["part"] == "step" and row["rate"] < 1 and "error" not in row
+    }
+    for setting in dict.fromkeys(key[0] for key in newest):
+        steps = [row for key, row in newest.items() if key[0] == setting]
+        steps.sort(key=lambda row: row["execution"] != "dense")
+        if steps[0]["execution"] != "dense":
+            raise UserError(f"no dense step among the rows of {steps[0]['model']}")
+        yield steps
+
+
+def _model_and_tokens(row: Row) -> str:
+    tokens = f"{row['rows'] * row['row_length']:,} tokens"
+    return f"{row['model']}; {tokens} in rows of {row['row_length']:,}"
+
+
+def _trained(row: Row) -> str:
+    return "dense" if row["execution"] == "dense" else f"r = {row['rate']:g}, {row['execution']}"
+
+
+def _kept(row: Row) -> list[str]:
+    return [percent(row["kept_heads"]), percent(row["kept_channels"])]
+
+
+def _gibibytes(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"

@@ -1,0 +1,175 @@
+"""Tables and pictures in documents, made from committed rows.
+
+    <!-- table: FILE.KIND [FIELD=START[,START...] ...] -->
+    this text is replaced
+    <!-- /table -->
+
+FILE is a file of rows, `experiments/results/FILE.jsonl`. KIND is `quality` (all variants), the
+name of a comparison that an experiment file declares, `other` (variants of no comparison), `cost`
+or `losses`; `steps`, `memory` or `speed` of benchmarks; `perplexity`, `choices`, `answers` or
+`harness` of evaluations. Only rows are used whose FIELD (twin, data, commit, ..., or a setting by
+its dotted path) starts with one of the texts START, or equals it if it is a number.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from sat_jax.config_values import find
+from sat_jax.errors import UserError
+from sat_jax.results.benchmarks import TABLES, memory_figure
+from sat_jax.results.evaluations import evaluation_tables
+from sat_jax.results.figures import quality_figure
+from sat_jax.results.finished import newest, run_of_row
+from sat_jax.results.rows import Row, read
+from sat_jax.results.sweep import Comparison
+from sat_jax.results.tables import (
+    across_tables,
+    comparison_tables,
+    cost_table,
+    loss_table,
+    quality_table,
+)
+from sat_jax.results.variants import make_groups
+
+_TABLE = re.compile(
+    r"^(<!-- table: (\S+)\.(\w+)((?: [\w.]+=\S+)*) -->\n).*?^(<!-- /table -->)$",
+    re.DOTALL | re.MULTILINE,
+)
+_MARK = re.compile(r"^[ \t]*<!--\s*/?\s*table\b.*", re.IGNORECASE | re.MULTILINE)
+_DIGEST = "Rows"  # the PNG text that names the rows of a picture
+
+
+def documents(root: Path) -> list[Path]:
+    """Return the documents that may have tables."""
+    return [root / "README.md", root / "experiments" / "README.md", *sorted(root.glob("docs/*.md"))]
+
+
+def outdated(root: Path, results: Path, comparisons: Sequence[Comparison]) -> dict[Path, str]:
+    """Return the documents whose tables differ from what the rows in `results` give, with their new
+    text. Raises `UserError`, naming document and mark, for a table that cannot be made."""
+    texts = {path: path.read_text(encoding="utf-8") for path in documents(root)}
+    filled = {path: fill(text, results, str(path), comparisons) for path, text in texts.items()}
+    return {path: text for path, text in filled.items() if text != texts[path]}
+
+
+def fill(text: str, results: Path, origin: str, comparisons: Sequence[Comparison]) -> str:
+    """Return `text` with every marked table made from the rows in `results`.
+
+    Raises `UserError` for marks that are malformed or not in pairs.
+    """
+
+    def filled(match: re.Match[str]) -> str:
+        opening, stem, kind, fields, closing = match.groups()
+        try:
+            filters = dict(field.split("=", 1) for field in fields.split())
+            return f"{opening}\n{_table(results, stem, kind, filters, comparisons)}\n\n{closing}"
+        except UserError as error:
+            raise UserError(f"{origin}: {opening.strip()}: {error}") from error
+
+    unpaired = _MARK.search(_TABLE.sub("", text))
+    nested = [match.group() for match in _TABLE.finditer(text) if len(_MARK.findall(match[0])) > 2]
+    if unpaired or nested:
+        mark = (unpaired.group() if unpaired else nested[0].partition("\n")[0]).strip()
+        raise UserError(
+            f"{origin}: {mark} is malformed or not one of a pair; accepted: <!-- table: FILE.KIND"
+            " [FIELD=START ...] --> on a line of its own, then <!-- /table -->"
+        )
+    return _TABLE.sub(filled, text)
+
+
+def _matches(row: Mapping[str, Any], field: str, starts: str) -> bool:
+    value = row.get(field, "")
+    if "." in field and "settings" in row:
+        settings = row["settings"]
+        value = settings[field] if field in settings else find(field).default
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value).startswith(tuple(starts.split(",")))
+    try:
+        return value in [float(start) for start in starts.split(",")]
+    except ValueError:
+        raise UserError(f"{field}={starts} is no number, as the rows have there") from None
+
+
+def _table(
+    results: Path,
+    stem: str,
+    kind: str,
+    filters: Mapping[str, str],
+    comparisons: Sequence[Comparison],
+) -> str:
+    rows = [
+        row
+        for row in read(results / f"{stem}.jsonl")
+        if all(_matches(row, field, starts) for field, starts in filters.items())
+    ]
+    if kind in TABLES:
+        return TABLES[kind](rows)
+    groups = make_groups(newest(run_of_row(row, stem) for row in rows if "twin" in row))
+    tables = [
+        table
+        for group in groups
+        for table in (
+            quality_table(group),
+            *comparison_tables(group, comparisons),
+            cost_table(group),
+            loss_table(group),
+        )
+        if table
+    ]
+    tables += across_tables(groups, comparisons) + evaluation_tables(rows)
+    wanted = [table.markdown() for table in tables if table.name == kind]
+    if not wanted:
+        names = ", ".join(dict.fromkeys(table.name for table in tables)) or "none"
+        raise UserError(f"no rows for {kind}; there are rows for: {names}")
+    return "\n\n".join(wanted)
+
+
+def pictures(results: Path, folder: Path) -> list[Path]:
+    """Write a picture into `folder` for each file of `results` that has one; return their paths."""
+    written = []
+    for name, draw in _PICTURES.items():
+        file = results / f"{name}.jsonl"
+        if file.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            written.append(folder / f"{name}.png")
+            metadata = {"Software": None, _DIGEST: _digest(file)}
+            draw(read(file)).savefig(written[-1], format="png", metadata=metadata)
+    return written
+
+
+def outdated_pictures(results: Path, folder: Path) -> list[Path]:
+    """Return the pictures that are missing or of other rows.
+
+    Rows are compared and not pixels, which depend on the versions of matplotlib and its fonts.
+    """
+    outdated = []
+    for name in _PICTURES:
+        file, picture = results / f"{name}.jsonl", folder / f"{name}.png"
+        # A PNG's tEXt chunk: keyword, a zero byte, the text.
+        if file.exists() and not (
+            picture.exists() and f"{_DIGEST}\0{_digest(file)}".encode() in picture.read_bytes()
+        ):
+            outdated.append(picture)
+    return outdated
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+def _study_figure(rows: Sequence[Row]) -> Figure:
+    """Draw the group with the most runs."""
+    groups = make_groups(newest(run_of_row(row, "study") for row in rows))
+    largest = max(groups, key=lambda group: len(group.runs), default=None)
+    figure = None if largest is None else quality_figure(largest)
+    if figure is None:
+        raise UserError("study.jsonl: no sparse run with a dense baseline")
+    return figure
+
+
+_PICTURES = {"memory": memory_figure, "study": _study_figure}

@@ -1,0 +1,182 @@
+"""Finished runs, read from work directories, folders of sweeps and files of rows."""
+
+import dataclasses
+import datetime
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from sat_jax.config import SparsityConfig
+from sat_jax.config_values import find, from_config_dict, name_of
+from sat_jax.errors import UserError
+from sat_jax.results.record import SPARSE_ONLY, row_of
+from sat_jax.results.rows import ORIGIN, Row, device_name, read
+from sat_jax.results.sweep import Comparison
+from sat_jax.train.files import read_json
+from sat_jax.train.metrics import read_metrics
+from sat_jax.train.workdir import WorkDir
+
+Settings: TypeAlias = Mapping[str, Any]
+
+# The settings that committed rows have, some of which this version may lack, at their defaults.
+_RECORDED = {
+    "rate": 0.0, "rate_attention": None, "rate_mlp": None, "metric": "output", "aggregate": "sum",
+    "selection": "topk", "temperature": 1.0, "schedule": "ladder", "rungs": 4, "dense_start": 0.0,
+    "split": 0.5, "patience": 1, "min_gain": 0.005, "refresh_every": 10, "probe_tokens": 1024,
+    "probe_sampling": "first", "stats_decay": 0.9, "attention_unit": "kv_group",
+    "dense_layers": (), "layer_rates_attention": (), "layer_rates_mlp": (), "budget": None,
+    "max_segments": 4, "block": 1, "balance": None, "rescale": False, "compensate": False,
+    "dense_tokens": False, "forward": "kept", "execution": "gather",
+}  # fmt: skip
+DEFAULTS: Settings = {
+    f"sparsity.{name}": value
+    for name, value in {**_RECORDED, **dataclasses.asdict(SparsityConfig())}.items()
+} | {path: find(path).default for path in SPARSE_ONLY}
+"""The settings of sparsity, by dotted path, at their defaults."""
+
+_REQUIRED = (
+    *("experiment", "twin", "rate", "sparsity", "steps", "tokens", "perplexity_before"),
+    *("perplexity_after", "spent_flops", "dense_flops", "rungs", "seconds", "peak_memory", "data"),
+    *("date", *ORIGIN),
+)
+
+
+_TRAINING = ("data", "step", "refresh", "checkpoint")  # parts of the wall time
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedRun:
+    """One finished run. `row` is what `scripts.train --record` writes."""
+
+    row: Row
+
+    @property
+    def dense(self) -> bool:
+        return bool(self.row["rate"] == 0)
+
+    @property
+    def steps(self) -> int:
+        return int(self.row["steps"])
+
+    @property
+    def seed(self) -> int:
+        return int(self.settings.get("seed", 0))
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The settings outside sparsity that are not at their defaults, by dotted path. The oldest
+        rows have none."""
+        settings = self.row.get("settings", {})
+        return {path: value for path, value in settings.items() if path not in DEFAULTS}
+
+    @cached_property
+    def sparsity(self) -> Settings:
+        """All settings of sparsity by dotted path, under their recorded names; the defaults for a
+        dense run."""
+        if self.dense:
+            return DEFAULTS
+        recorded = {f"sparsity.{name}": value for name, value in self.row["sparsity"].items()}
+        elsewhere = self.row.get("settings", {})
+        recorded |= {path: elsewhere[path] for path in SPARSE_ONLY if path in elsewhere}
+        values = {**DEFAULTS, **recorded}
+        return {path: tuple(v) if isinstance(v, list) else v for path, v in values.items()}
+
+    def shared(self, apart: Collection[str] = ()) -> str:
+        """Return a fingerprint of everything but sparsity, seed, and the settings `apart`.
+
+        For a row without settings it is that of its dense baseline, which contains the seed.
+        """
+        if "settings" not in self.row:
+            return f"{self.row['twin']} {self.row['data']}"
+        apart = {"seed", "data.sources", *apart}
+        settings = {path: v for path, v in self.settings.items() if path not in apart}
+        return f"{name_of(settings)} {self.row['data']}"
+
+    @property
+    def fine_tuned(self) -> bool:
+        """Whether the loss is on answers alone."""
+        return self.settings.get("data.format", "text") != "text"
+
+    @property
+    def seconds(self) -> float:
+        """Time of training, without set-up, compilation and evaluation."""
+        return sum(self.row["seconds"][part] for part in _TRAINING)
+
+    @property
+    def device(self) -> str:
+        return device_name(self.row["device"])
+
+    @property
+    def commit(self) -> str:
+        """Ten digits of the commit, with `-dirty` where files differed from it."""
+        digits, dirty, _ = (self.row["commit"] or "unknown").partition("-dirty")
+        return f"{digits[:10]}{dirty}"
+
+
+def run_of_row(row: Row, origin: str = "") -> FinishedRun:
+    """Return the run of a row. Raises `UserError`, naming `origin`, if the row is not a run's."""
+    if missing := [name for name in _REQUIRED if name not in row]:
+        raise UserError(f"{origin}: the row of a run needs {', '.join(missing)} too")
+    return FinishedRun(row)
+
+
+def newest(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
+    """Return the latest of the runs with the same settings and data, in order of appearance."""
+    latest: dict[str, FinishedRun] = {}
+    for run in runs:
+        name = name_of(
+            {"shared": run.shared(), "seed": run.seed, "dense": run.dense, **run.sparsity}
+        )
+        if name not in latest or latest[name].row["date"] <= run.row["date"]:
+            latest[name] = run
+    return list(latest.values())
+
+
+def collect(
+    folders: Sequence[Path], files: Sequence[Path], log: Callable[[str], None]
+) -> tuple[list[FinishedRun], list[Row], list[Comparison]]:
+    """Return the finished runs in `folders` (of a run or a sweep) and `files` of rows, the rows of
+    evaluations in `files`, and the comparisons of the sweeps.
+
+    `log` receives a line for each unfinished run. Raises `UserError` for a folder of another kind,
+    and if there are no results.
+    """
+    runs, evaluations, comparisons = [], [], []
+    for folder in folders:
+        workdirs = [folder]
+        if (folder / "sweep.json").is_file():
+            contents = read_json(folder / "sweep.json")
+            workdirs = [folder / name for name in contents.get("runs", {})]
+            for table in contents.get("comparisons", []):
+                comparisons.append(
+                    Comparison(table["name"], table["title"], tuple(table["settings"]))
+                )
+        elif not (folder / "config.json").is_file():
+            raise UserError(
+                f"{folder} is neither a run's work directory (config.json) nor a sweep's"
+                " (sweep.json)"
+            )
+        runs += [run for path in workdirs if (run := _in_workdir(path, folder.name, log))]
+    for file in files:
+        for number, row in enumerate(read(file), 1):
+            if "twin" in row:
+                runs.append(run_of_row(row, f"{file}:{number}"))
+            elif "measure" in row:
+                evaluations.append(row)
+    if not runs and not evaluations:
+        raise UserError("no finished run and no evaluation to report on")
+    return runs, evaluations, comparisons
+
+
+def _in_workdir(path: Path, experiment: str, log: Callable[[str], None]) -> FinishedRun | None:
+    workdir = WorkDir(path)
+    summary = workdir.finished()
+    if summary is None:
+        log(f"{path} has not finished: left out")
+        return None
+    config = from_config_dict(read_json(workdir.config))
+    ended = datetime.datetime.fromtimestamp(workdir.summary.stat().st_mtime, datetime.UTC)
+    row = row_of(experiment, config, summary, read_metrics(workdir.metrics))
+    row |= {name: summary[name] for name in ORIGIN}
+    return FinishedRun(row | {"date": ended.isoformat(timespec="seconds")})

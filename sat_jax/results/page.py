@@ -1,0 +1,125 @@
+"""A report on finished runs: one HTML page, and its tables in Markdown."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jinja2
+
+from sat_jax.errors import UserError, why_no_folder
+from sat_jax.results.evaluations import evaluation_tables
+from sat_jax.results.figures import quality_figure, svg
+from sat_jax.results.finished import FinishedRun, newest
+from sat_jax.results.rows import Row, device_name
+from sat_jax.results.sweep import Comparison
+from sat_jax.results.tables import (
+    Table,
+    across_tables,
+    comparison_tables,
+    cost_table,
+    group_labels,
+    loss_table,
+    model_of,
+    sentence,
+    small_groups_table,
+)
+from sat_jax.results.variants import Group, make_groups
+from sat_jax.train.files import write_atomically
+
+_TEMPLATE = Path(__file__).parent / "page.html"
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A part of the page: the figure that answers, a sentence per variant, tables."""
+
+    title: str
+    quality: str | None
+    sentences: Sequence[str]
+    tables: Sequence[Table]
+
+
+def write_report(
+    runs: Sequence[FinishedRun],
+    evaluations: Sequence[Row],
+    comparisons: Sequence[Comparison],
+    out: Path,
+) -> list[Path]:
+    """Write `report.html` and `tables.md` into the folder `out`, which is made; return their paths.
+
+    `evaluations` are rows of `scripts.evaluate --record`. Raises `UserError` if the folder cannot
+    be made.
+    """
+    groups = make_groups(newest(runs))
+    sections = list(_sections(groups, comparisons))
+    if tables := evaluation_tables(evaluations):
+        sections.append(Section("Evaluations", None, [], tables))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {why_no_folder(error)}") from error
+    parts = [
+        text
+        for section in sections
+        for text in (
+            f"## {section.title}",
+            *("\n".join(f"- {text}" for text in section.sentences),) * bool(section.sentences),
+            *(f"### {table.title}\n\n{table.markdown()}" for table in section.tables),
+        )
+    ]
+    write_atomically(
+        out / "report.html", _html(sections, [*(run.row for run in runs), *evaluations])
+    )
+    write_atomically(out / "tables.md", "\n\n".join(parts) + "\n")
+    return [out / "report.html", out / "tables.md"]
+
+
+def _sections(groups: Sequence[Group], comparisons: Sequence[Comparison]) -> Iterator[Section]:
+    """Yield a section for each group with two or more sparse variants, largest first, and one with
+    the comparisons across groups and all smaller groups."""
+    labels = dict(zip(map(id, groups), group_labels(groups), strict=True))
+    ordered = sorted(groups, key=lambda group: -sum(len(v.runs) for v in group.variants))
+    large = [group for group in ordered if len(group.sparse) > 1] or ordered[:1]
+    for group in large:
+        quality, losses = quality_figure(group), loss_table(group)
+        yield Section(
+            ": ".join(filter(None, [model_of(group.runs[0]), labels[id(group)]])),
+            svg(quality) if quality else None,
+            [sentence(variant) for variant in group.variants if not variant.is_baseline],
+            [
+                *comparison_tables(group, comparisons),
+                cost_table(group),
+                *([losses] if losses else []),
+            ],
+        )
+    tables = across_tables(groups, comparisons)
+    if small := [group for group in ordered if group not in large]:
+        tables.append(small_groups_table(small))
+    if tables:
+        yield Section("Other learning rates, lengths and data", None, [], tables)
+
+
+def _html(sections: Sequence[Section], rows: Sequence[Row]) -> str:
+    """Return one HTML document without references to anything outside it."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    dates = sorted(row["date"][:10] for row in rows)
+    versions = [", ".join(f"{k} {v}" for k, v in row["versions"].items() if v) for row in rows]
+    return template.render(
+        sections=sections,
+        origin={
+            "Device": _counted([device_name(row["device"]) for row in rows]),
+            "Commit": _counted([(row["commit"] or "unknown")[:10] for row in rows]),
+            "Date": [" to ".join(dict.fromkeys([dates[0], dates[-1]]))],
+            "Versions": _counted(versions),
+        },
+        count=len(rows),
+    )
+
+
+def _counted(values: Sequence[str]) -> list[str]:
+    counts = Counter(values)
+    return [f"{value} ({n} of {len(values)})" for value, n in counts.items()]

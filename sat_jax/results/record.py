@@ -1,0 +1,122 @@
+"""Finished runs as committed rows, and the dense baseline of a run.
+
+The dense baseline is the run of the same settings, seed and data without sparsity. A row stores the
+fingerprint that the two share as `twin`.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sat_jax.config import Config, SparsityConfig
+from sat_jax.config_values import changed, find, name_of, without_free
+from sat_jax.results.curves import curve_of
+from sat_jax.results.rows import ORIGIN, append, latest, read
+
+_COPIED = (
+    *("steps", "tokens", "loss_tokens", "perplexity_before", "perplexity_after", "spent_flops"),
+    *("dense_flops", "rungs", "selections", "probes", "seconds", "compile_seconds", "peak_memory"),
+    "data",
+)
+
+SPARSE_ONLY = ("optimizer.moments", "optimizer.bias_correction", "model.kernels")
+"""Settings outside `Config.sparsity` that have an effect only with sparsity."""
+
+
+def dense_version(config: Config) -> Config:
+    """Return the same run without sparsity, and without the settings that need it."""
+    parts: dict[str, Any] = {"sparsity": SparsityConfig()}
+    for path in SPARSE_ONLY:
+        group, _, name = path.partition(".")
+        part = parts.get(group, getattr(config, group))
+        parts[group] = dataclasses.replace(part, **{name: find(path).default})
+    return dataclasses.replace(config, **parts)
+
+
+def dense_baseline(config: Config) -> str:
+    """Return a fingerprint that a run shares with its dense baseline."""
+    values = changed(without_free(dense_version(config)))
+    # Prepared data have a fingerprint of their content; the place of the sources is irrelevant.
+    return name_of({key: value for key, value in values.items() if key != "data.sources"})
+
+
+def row_of(
+    experiment: str,
+    config: Config,
+    summary: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Return a finished run as a row without its origin.
+
+    `summary` is its `summary.json`, `records` its `metrics.jsonl`, of which the row has a short
+    curve.
+    """
+    row = {name: summary[name] for name in _COPIED}
+    row |= {"experiment": experiment, "twin": dense_baseline(config), "rate": max(config.rates)}
+    every = changed(config)
+    settings = changed(without_free(dense_version(config)))
+    settings |= {path: every[path] for path in SPARSE_ONLY if path in every}
+    row["settings"] = {key: without_place(value, key) for key, value in settings.items()}
+    sparsity = dataclasses.asdict(config.sparsity)
+    row["sparsity"] = {key: without_place(value, key) for key, value in sparsity.items()}
+    if "prepared" in summary:  # absent in summaries of older versions
+        row["prepared"] = _data_counts(summary["prepared"])
+    row["curve"] = curve_of(records)
+    plain: dict[str, Any] = json.loads(json.dumps(row))  # tuples become lists
+    return plain
+
+
+def _data_counts(prepared: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the share of the training rows without padding, and the documents of both splits: all,
+    the omitted ones by reason, and those longer than a row."""
+    splits, form = prepared["splits"], prepared["form"]
+    return {
+        "useful_share": splits["train"]["useful_share"],
+        "documents": sum(split["documents"] for split in splits.values()),
+        "left_out": prepared["left_out"],
+        "long_documents": sum(split["long_documents"] for split in splits.values()),
+        "too_long": "cut" if form["format"] == "text" else form["too_long"],
+    }
+
+
+def record_run(
+    file: Path,
+    experiment: str,
+    config: Config,
+    summary: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+) -> None:
+    """Append a finished run to `file` as `row_of` gives it, unless `file` has this row already.
+
+    The origin is that of the run, which may differ from that of this process.
+    """
+    row = row_of(experiment, config, summary, records)
+    if not file.exists() or latest(read(file), **row) is None:
+        append(file, [row], {name: summary[name] for name in ORIGIN})
+
+
+def without_place(value: Any, key: str) -> Any:
+    """Replace absolute paths by their last part, so that rows name no machine.
+
+    Six digits of a fingerprint tell apart equal names; data sources need none, since prepared data
+    have a fingerprint of their own.
+    """
+    if isinstance(value, list | tuple):
+        return [without_place(part, key) for part in value]
+    if not (isinstance(value, str) and Path(value).is_absolute()):
+        return value
+    name = Path(value).name
+    return name if key == "data.sources" else f"{name}#{name_of({'path': value})[:6]}"
+
+
+def dense_reference(file: Path, config: Config, data: str) -> float | None:
+    """Return the final held-out perplexity of a run's dense baseline on the same prepared data.
+
+    Searches the rows of `file`; None if it is not there, and for a dense run.
+    """
+    if not file.exists() or max(config.rates) == 0:
+        return None
+    row = latest(read(file), twin=dense_baseline(config), data=data, rate=0.0)
+    return None if row is None else row["perplexity_after"]

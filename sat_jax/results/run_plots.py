@@ -1,0 +1,242 @@
+"""Figures of one run: loss over tokens, speed of each rung, how often each neuron was kept.
+
+Figures are built without pyplot, so that no global state of matplotlib changes. Colours are Okabe
+and Ito's, and the heat maps use cividis: colour-blind readers can tell them apart.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float, Int
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+
+from sat_jax.results.speed import (
+    ABOVE_BOUND,
+    ABOVE_BOUND_NOTE,
+    MINIMUM_STEPS,
+    dense_speed,
+    is_dense,
+    measured_speed,
+    speedup_text,
+)
+
+BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#C8C8C8", "#333333"
+
+_DPI = 150
+_SIZE = (8.0, 4.5)  # inches: 1200 × 675 pixels
+_FEW_BARS = 7  # bars that leave room for labels in full size
+_SMOOTHED_LOSSES = 16  # losses from which their running mean is drawn
+_MANY_LOSSES = 60  # losses beyond which markers hide each other
+_FONT = 10
+
+
+def new_figure(height: float = _SIZE[1], width: float = _SIZE[0]) -> Figure:
+    """Return an empty white figure; sizes in inches."""
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def tidy(axes: Axes, *, title: str, x: str, y: str) -> None:
+    """Set title and labels, and draw spines only on the left and at the bottom."""
+    axes.set_title(title, loc="left", fontsize=_FONT + 2, color=INK, pad=12)
+    axes.set_xlabel(x, fontsize=_FONT, color=INK)
+    axes.set_ylabel(y, fontsize=_FONT, color=INK)
+    axes.tick_params(labelsize=_FONT - 1, color=GREY, labelcolor=INK)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(GREY)
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a PNG to `path`, 1200 pixels wide, and a PDF beside it; return `path`.
+
+    The same figure gives the same bytes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", metadata={"Software": None})
+    # TrueType fonts: publishers refuse matplotlib's default, Type 3.
+    with matplotlib.rc_context({"pdf.fonttype": 42}):
+        figure.savefig(path.with_suffix(".pdf"), format="pdf", metadata={"CreationDate": None})
+    return path
+
+
+def loss_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Return a figure of loss and omission rate over tokens.
+
+    `rows` are the records of `metrics.jsonl`, in order, with `step`, `tokens` (trained on so far)
+    and optionally `loss` (under masks) and `eval_loss` (dense), in nats per token, and
+    `omission_rate` (0 to 1) of the tokens up to this record. The position of a record without
+    `tokens` is interpolated by its step.
+    """
+    counted = [row for row in rows if "tokens" in row]
+
+    def series(key: str) -> tuple[np.ndarray, np.ndarray]:
+        measured = [row for row in rows if row.get(key) is not None]
+        tokens = np.interp(
+            [row["step"] for row in measured],
+            [row["step"] for row in counted],
+            [row["tokens"] for row in counted],
+        )
+        return tokens, np.asarray([row[key] for row in measured])
+
+    figure = new_figure()
+    axes = figure.add_subplot()
+    rate_axes = axes.twinx()
+    axes.set_zorder(rate_axes.get_zorder() + 1)  # curves in front of the rate's shading
+    axes.patch.set_visible(False)
+    tidy(axes, title="Loss and omission rate", x="tokens trained on", y="loss [nats per token]")
+    tidy(rate_axes, title="", x="", y="omission rate")
+
+    tokens, rates = series("omission_rate")
+    shading = rate_axes.fill_between(
+        [0, *tokens], [*rates[:1], *rates], step="pre", color=GREY, alpha=0.45, linewidth=0
+    )
+    rate_axes.set_ylim(0, 1)
+    rate_axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+    rate_axes.spines["left"].set_visible(False)
+    rate_axes.spines["right"].set_visible(True)
+
+    tokens, losses = series("loss")
+    smoothed = len(losses) >= _SMOOTHED_LOSSES
+    marker = "o" if len(losses) <= _MANY_LOSSES else ""
+    trained = axes.plot(
+        tokens, losses, color=BLUE, marker=marker, markersize=3, clip_on=False,
+        linewidth=0.7 if smoothed else 1.4, alpha=0.4 if smoothed else 1,
+    )  # fmt: skip
+    names = ["training loss, under masks"]
+    if smoothed:
+        window = max(5, len(losses) // 40) | 1  # odd, so that the mean is centred
+        middles, means = (
+            np.convolve(values, np.full(window, 1 / window), mode="valid")
+            for values in (tokens, losses)
+        )
+        trained += axes.plot(middles, means, color=BLUE, linewidth=2)
+        names.append(f"its mean over {window} records, centred")
+    (held_out,) = axes.plot(
+        *series("eval_loss"), color=ORANGE, linewidth=2, marker="D", markersize=5, clip_on=False
+    )
+    axes.set_xlim(0, max(row["tokens"] for row in counted) or 1)
+    axes.margins(y=0.08)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.legend(
+        [*trained, held_out, shading],
+        [*names, "held-out loss, dense model", "omission rate (right)"],
+        loc="upper right", fontsize=_FONT - 1, frameon=True, framealpha=0.9, edgecolor="none",
+    )  # fmt: skip
+    return figure
+
+
+def speed_figure(rungs: Sequence[Mapping[str, Any]]) -> Figure:
+    """Return a figure of the median tokens per second of each rung, with a line at its FLOP bound.
+
+    Takes the rungs of `sat_jax.results.run_table.end_of_run`. The bound is the dense rung's speed
+    times the rung's `bound`; it is left out if the dense rung is not measured.
+    """
+    dense = dense_speed(rungs)
+    places = range(len(rungs))
+    speeds = [measured_speed(rung) for rung in rungs]
+    heights = [speed or 0.0 for speed in speeds]
+    bounds = [dense * rung["bound"] for rung in rungs] if dense else []
+
+    figure = new_figure()
+    axes = figure.add_subplot()
+    tidy(
+        axes, title="Training speed of each rung", x="omission rate", y="tokens per second, median"
+    )
+    # In one row above all bars and bounds, so that no line crosses a number.
+    texts = [_bar_text(rung, dense) for rung in rungs]
+    size = _FONT if len(rungs) <= _FEW_BARS else _FONT - 2
+    for place, text in zip(places, texts, strict=True):
+        axes.text(
+            place, 0.99, text, transform=axes.get_xaxis_transform(), ha="center", va="top",
+            fontsize=size, linespacing=1.4, color=INK,
+        )  # fmt: skip
+    colours = [GREY if is_dense(rung) else BLUE for rung in rungs]
+    measured = axes.bar(places, heights, width=0.7, color=colours)
+    if dense:
+        ends = [place - 0.4 for place in places], [place + 0.4 for place in places]
+        limits = axes.hlines(bounds, *ends, color=ORANGE, linewidth=2.2)
+        marked = any(ABOVE_BOUND in text for text in texts)
+        figure.legend(
+            [measured[0], limits],
+            [
+                "measured, and ratio to the dense rung",
+                "bound: dense speed × dense FLOPs ÷ FLOPs of the rung",
+            ],
+            title=ABOVE_BOUND_NOTE if marked else None, title_fontsize=_FONT - 1,
+            loc="outside lower center", ncols=2, fontsize=_FONT - 1, frameon=False,
+        )  # fmt: skip
+    axes.set_xticks(places, [_rung_name(rung) for rung in rungs])
+    margin = max(0, 4 - len(rungs)) / 2  # keeps a single bar narrow
+    axes.set_xlim(-0.7 - margin, len(rungs) - 0.3 + margin)
+    axes.set_ylim(0, 1.25 * max([*heights, *bounds], default=0) or 1)
+    axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    return figure
+
+
+def _bar_text(rung: Mapping[str, Any], dense: float | None) -> str:
+    speed = measured_speed(rung)
+    if speed is None:
+        return f"not timed:\nunder {MINIMUM_STEPS} steps"
+    return f"{speed:,.0f}" + (f"\n{speedup_text(speed / dense, rung['bound'])}" if dense else "")
+
+
+def _rung_name(rung: Mapping[str, Any]) -> str:
+    return "dense" if is_dense(rung) else f"{100 * rung['omission_rate']:.3g} %"
+
+
+class Kept(NamedTuple):
+    """How often each neuron was kept, and how many selections omitted any neuron of its layer."""
+
+    counts: Int[np.ndarray, "L N"]
+    selections: Int[np.ndarray, " L"]
+
+    def shares(self) -> Float[np.ndarray, "L N"]:
+        """Return the share of selections that kept each neuron; 1 in layers that never omit."""
+        counts, selections = self.counts, self.selections[:, None]
+        if (counts < 0).any() or (counts > selections).any():
+            raise ValueError("counts must be in 0..selections")
+        return np.where(selections == 0, 1.0, counts / np.maximum(selections, 1))
+
+
+def kept_figure(heads: Kept, channels: Kept, *, head_unit: str = "KV group") -> Figure:
+    """Return heat maps of how often each head (or `head_unit`) and channel was kept.
+
+    Raises `ValueError` for a count outside 0..selections, or different numbers of layers.
+    """
+    layers = len(heads.counts)
+    if len(channels.counts) != layers:
+        raise ValueError(f"{layers} layers of heads, {len(channels.counts)} of channels")
+    figure = new_figure(height=min(max(_SIZE[1], 0.12 * layers + 1.5), 12.0))
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 2.4))
+    _map(left, heads.shares(), title="Heads", x=head_unit)
+    image = _map(right, channels.shares(), title="Channels", x="channel")
+    left.set_ylabel("layer", fontsize=_FONT, color=INK)
+    bar = figure.colorbar(image, ax=[left, right], pad=0.02, aspect=30)
+    bar.outline.set_visible(False)
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+    bar.ax.tick_params(labelsize=_FONT - 1, color=GREY, labelcolor=INK)
+    figure.suptitle(
+        "Share of selections that kept each neuron",
+        fontsize=_FONT + 2, color=INK, x=0.01, ha="left",
+    )  # fmt: skip
+    return figure
+
+
+def _map(axes: Axes, shares: Float[np.ndarray, "L N"], *, title: str, x: str) -> AxesImage:
+    image = axes.imshow(shares, aspect="auto", interpolation="auto", cmap="cividis", vmin=0, vmax=1)
+    tidy(axes, title=title, x=x, y="")
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    for axis, size in ((axes.xaxis, shares.shape[1]), (axes.yaxis, shares.shape[0])):
+        axis.set_major_locator(MaxNLocator(min(8, size), integer=True, min_n_ticks=1))
+    return image

@@ -1,0 +1,112 @@
+"""The text that a run prints when it ends."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sat_jax.results.speed import (
+    ABOVE_BOUND,
+    ABOVE_BOUND_NOTE,
+    MINIMUM_STEPS,
+    dense_speed,
+    is_dense,
+    measured_speed,
+    speedup_text,
+    whole_run_speedup,
+)
+from sat_jax.results.text import duration, fixed_width, percent, quantity
+
+
+def end_of_run(summary: Mapping[str, Any]) -> str:
+    """Return quality, speed of each rung, cost, written paths and next commands of a run.
+
+    Reads these keys of `summary.json`; a missing one is a `KeyError`:
+
+    - `perplexity_before`, `perplexity_after`: held-out, dense, per token; None: infinite;
+    - `rungs`: in order of the run, each with `omission_rate` (configured), `kept_heads`,
+      `kept_channels` (shares of all query heads and all channels, 0 to 1), `tokens` and `steps`
+      (trained on this rung), `tokens_per_second` (median over the timed steps; None if none),
+      `steps_timed` (steps without compilation or refresh), `bound` (dense FLOPs ÷ FLOPs);
+    - `spent_flops` (training and probes) and `dense_flops` (the same tokens, dense);
+    - `seconds`: wall time by part, with `total`;
+    - `figures`: paths of the pictures; `export`: path of the exported model, or None.
+
+    Optional: `perplexity_dense` of the dense baseline; `next_commands`, shell commands.
+    """
+    parts = {
+        "Held-out perplexity": _quality(summary),
+        "Speed of each rung: kept shares, median tokens/s, speed-up over the dense rung and its"
+        " FLOP bound": _speed(summary),
+        "Cost": _cost(summary),
+        "Written": _paths(summary),
+        "Next": list(summary.get("next_commands", ())),
+    }
+    return "\n\n".join(
+        "\n".join([title, *(f"  {line}" for line in lines)])
+        for title, lines in parts.items()
+        if lines
+    )
+
+
+def _quality(summary: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name in ("before", "after"):
+        value = summary[f"perplexity_{name}"]
+        lines.append(f"{name:<9}  {'infinite' if value is None else f'{value:.3f}':>7}")
+    dense, after = summary.get("perplexity_dense"), summary["perplexity_after"]
+    if dense is not None and after is not None:
+        difference = f"{100 * (after / dense - 1):+.1f} %"
+        lines.append(
+            f"dense run  {dense:>7.3f}  on the same tokens; this run differs by {difference}"
+        )
+    return lines
+
+
+def _speed(summary: Mapping[str, Any]) -> list[str]:
+    rungs: Sequence[Mapping[str, Any]] = summary["rungs"]
+    dense, speeds = dense_speed(rungs), [measured_speed(rung) for rung in rungs]
+    rows = [
+        [
+            "dense" if is_dense(rung) else f"{rung['omission_rate']:.2f}",
+            percent(rung["kept_heads"]),
+            percent(rung["kept_channels"]),
+            str(rung["steps"]),
+            str(rung["steps_timed"]),
+            f"{speed:,.0f}" if speed else "-",
+            speedup_text(speed / dense, rung["bound"]) if speed and dense else "-",
+            f"{rung['bound']:.2f}×",
+        ]
+        for rung, speed in zip(rungs, speeds, strict=True)
+    ]
+    header = ("rate", "heads", "channels", "steps", "timed", "tokens/s", "speed-up", "bound")
+    lines = fixed_width(header, rows).splitlines()
+    if None in speeds:
+        lines.append(
+            f"Steps are timed while nothing compiles; fewer than {MINIMUM_STEPS} give no speed."
+        )
+    if not any(map(is_dense, rungs)):
+        lines.append("No rung is dense, so there is no speed-up.")
+    speedup = whole_run_speedup(rungs)
+    if speedup is not None:
+        bound = summary["dense_flops"] / summary["spent_flops"]
+        text = speedup_text(speedup, bound)
+        lines.append(f"The whole run: {text}, bound {bound:.2f}× (from these medians).")
+    if any(ABOVE_BOUND in line for line in lines):
+        lines.append(ABOVE_BOUND_NOTE)
+    return lines
+
+
+def _cost(summary: Mapping[str, Any]) -> list[str]:
+    spent, dense = summary["spent_flops"], summary["dense_flops"]
+    seconds = summary["seconds"]
+    parts = sorted((part for part in seconds if part != "total"), key=seconds.get, reverse=True)
+    shares = [f"{p} {percent(seconds[p] / seconds['total'])}" for p in parts if seconds[p] > 0]
+    flops, time = quantity(spent, "FLOP"), duration(seconds["total"])
+    width = max(len(flops), len(time))
+    share = f"{percent(spent / dense)} of {quantity(dense, 'FLOP')} for the same tokens, dense"
+    return [f"FLOPs  {flops:>{width}}  {share}", f"time   {time:>{width}}  {', '.join(shares)}"]
+
+
+def _paths(summary: Mapping[str, Any]) -> list[str]:
+    names = ["pictures", *[""] * len(summary["figures"])]
+    lines = [f"{name:<8}  {path}" for name, path in zip(names, summary["figures"], strict=False)]
+    return lines if summary["export"] is None else [*lines, f"model     {summary['export']}"]

@@ -1,0 +1,158 @@
+"""Sweeps: the runs to launch, and the comparisons for which their results are tabulated."""
+
+import dataclasses
+import itertools
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from sat_jax.config_values import experiment_sweep, find, parse, parse_overrides
+from sat_jax.errors import UserError
+
+Settings: TypeAlias = Mapping[str, Any]
+Axes: TypeAlias = Mapping[str, Sequence[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A table of results: the runs that differ in `settings` and in nothing else.
+
+    `name` is used in documents and file names; `title` says what differs; `settings` are dotted
+    paths. Every run is compared with its dense baseline: the run of the same settings, seed and
+    data with `sparsity.rate=0`. Settings outside sparsity, such as the learning rate, have a dense
+    baseline for each of their values.
+    """
+
+    name: str
+    title: str
+    settings: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What `get_sweep()` of an experiment file returns.
+
+    `runs` are the settings of each run, by dotted path; `cross` makes combinations.
+    """
+
+    runs: Sequence[Settings]
+    comparisons: tuple[Comparison, ...] = ()
+
+
+def sweep_of(spec: str) -> Sweep | None:
+    """Return the sweep of an experiment `FILE.py` or `FILE.py:VARIANT`, or None without one."""
+    sweep = experiment_sweep(spec)
+    if sweep is not None and not isinstance(sweep, Sweep):
+        raise UserError(f"get_sweep() of {spec} returns {sweep!r}; accepted: a Sweep")
+    return sweep
+
+
+def declared_comparisons(folder: Path) -> list[Comparison]:
+    """Return the comparisons of all experiment files in `folder`, each once."""
+    comparisons: dict[str, Comparison] = {}
+    for file in sorted(folder.glob("*.py")):
+        sweep = sweep_of(str(file))
+        for comparison in sweep.comparisons if sweep else ():
+            if comparisons.setdefault(comparison.name, comparison) != comparison:
+                raise UserError(f"{file}: comparison {comparison.name} differs from another file's")
+    return list(comparisons.values())
+
+
+def comparison_of(runs: Sequence[Settings]) -> Comparison:
+    """Return the comparison of runs for which none is declared: everything but the seed."""
+    settings = tuple(dict.fromkeys(path for run in runs for path in run if path != "seed"))
+    names = ", ".join(short_names(settings).values()).replace("_", " ")
+    return Comparison("sweep", f"Runs that differ in {names}", settings)
+
+
+def parse_axes(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """Return the values by path of axes `a.b=v1,v2`.
+
+    Semicolons instead of commas separate values that contain commas, and are required where a
+    setting is a list: `a.b=0,1;0`. Raises `UserError` for an unknown setting, a value that it does
+    not accept, and anything given twice.
+    """
+    axes: dict[str, list[Any]] = {}
+    for text in texts:
+        path, separator, values = text.partition("=")
+        key = find(path, "--axis ")
+        if not separator or not values:
+            raise UserError(f"--axis {path} has no values; write --axis {path}=VALUE,VALUE")
+        if path in axes:
+            raise UserError(f"--axis {path} is given twice; accepted: one, with all its values")
+        if ";" not in values and typing.get_origin(key.type) is tuple:
+            raise UserError(
+                f"--axis {text}: the values of {path} are lists with commas; accepted: values"
+                f" separated by semicolons, as in '{path}=0,1;0', or one by --config.{path}"
+            )
+        parts = values.split(";" if ";" in values else ",")
+        axes[path] = [parse(path, part) for part in parts]
+        if len(set(axes[path])) < len(parts):
+            raise UserError(f"--axis {text} has a value twice")
+    return axes
+
+
+def check_runs(runs: Any, origin: str) -> list[dict[str, Any]]:
+    """Return a copy of a list of runs, each a mapping of settings to values.
+
+    Raises `UserError`, naming `origin`, for anything else.
+    """
+    if not isinstance(runs, Sequence) or isinstance(runs, str) or not runs:
+        raise UserError(f"{origin} gives {runs!r}; accepted: a list of runs, each a mapping")
+    for number, run in enumerate(runs, 1):
+        if not isinstance(run, Mapping):
+            raise UserError(f"{origin}, run {number}: {run!r}; accepted: settings by dotted name")
+        for path in run:
+            find(path, f"{origin}, run {number}: ")
+    return [dict(run) for run in runs]
+
+
+def cross(runs: Sequence[Settings], axes: Axes) -> list[dict[str, Any]]:
+    """Return each run with each combination of the axes' values; the last axis varies fastest."""
+    products = list(itertools.product(*axes.values()))
+    return [{**run, **dict(zip(axes, point, strict=True))} for run in runs for point in products]
+
+
+def combine(
+    overrides: Sequence[str], axes: Axes, runs: Sequence[Settings] | None, seeds: int | None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the settings of all runs, and those of each run: `runs` × `axes` × seeds from 0.
+
+    Raises `UserError` if a setting has two sources, or nothing varies.
+    """
+    fixed = parse_overrides(overrides)
+    if not axes and runs is None and seeds is None:
+        raise UserError(
+            "nothing to sweep over; accepted: --axis, --seeds, or an experiment with get_sweep()"
+        )
+    if seeds is not None:
+        if "seed" in axes:
+            raise UserError("seed is given by --seeds and by --axis; accepted: one of them")
+        axes = {**axes, "seed": range(seeds)}
+    in_runs = {path for run in runs or () for path in run}
+    for path in in_runs & axes.keys():
+        raise UserError(f"{path} is in the list of runs and an axis; accepted: one of them")
+    for path in (in_runs | axes.keys()) & fixed.keys():
+        raise UserError(f"{path} varies over the sweep, and --config.{path} fixes it")
+    return fixed, cross(runs if runs is not None else [{}], axes)
+
+
+def settings_text(settings: Settings, names: Mapping[str, str] | None = None) -> str:
+    """Format as `sparsity.rate=0.4 seed=1`; `names` has shorter names of paths."""
+
+    def text(value: Any) -> str:
+        return (
+            (",".join(map(str, value)) or "()") if isinstance(value, list | tuple) else str(value)
+        )
+
+    return " ".join(f"{(names or {}).get(k, k)}={text(value)}" for k, value in settings.items())
+
+
+def short_names(paths: Iterable[str]) -> dict[str, str]:
+    """Return the last part of each path, or the whole path where two end the same."""
+    paths = list(dict.fromkeys(paths))
+    ends = [path.rpartition(".")[2] for path in paths]
+    return {
+        path: end if ends.count(end) == 1 else path for path, end in zip(paths, ends, strict=True)
+    }

@@ -1,0 +1,78 @@
+"""Tables of single steps, by hand."""
+
+from typing import Any
+
+import pytest
+
+from sat_jax.errors import UserError
+from sat_jax.results.benchmarks import memory_figure, memory_table, steps_table
+from sat_jax.results.speed import ABOVE_BOUND_NOTE
+
+DEVICE = {"platform": "gpu", "kind": "a GPU", "count": 1}
+
+
+GIB = 2**30
+
+
+def row(execution: str, rate: float, **rest: Any) -> dict[str, Any]:
+    setting = {"target": "H", "model": "m", "rows": 2, "row_length": 500, "dtype": "bfloat16"}
+    setting |= {"kernels": "xla"}
+    kept = {"kept_heads": 1 - rate, "kept_channels": 1 - rate}
+    case = {
+        "part": "step",
+        "execution": execution,
+        "rate": rate,
+        "optimizer": "lion",
+        "remat": "full",
+    }
+    return {**setting, **case, **kept, **rest}
+
+
+def cells(table: str, line: int) -> list[str]:
+    return [cell.strip() for cell in table.splitlines()[line].strip("|").split("|")]
+
+
+def test_memory_is_added_up_and_stands_beside_dense() -> None:
+    def used(state: int, resting: int, temporary: int) -> dict[str, int]:
+        names = ("state_bytes", "resting_bytes", "temporary_bytes")
+        return dict(zip(names, (n * GIB for n in (state, resting, temporary)), strict=True))
+
+    table = memory_table(
+        [
+            row("gather", 0.5, **used(1, 1, 1)),  # superseded
+            row("dense", 0.0, **used(6, 0, 4)),
+            row("gather", 0.5, **used(3, 5, 4), refresh_bytes=7 * GIB),
+            row("kernel", 0.5, **used(6, 0, 2)),
+        ]
+    )
+    assert cells(table, 2)[:3] == ["dense", "100 %", "100 %"]
+    sizes = ["3.0 GiB", "5.0 GiB", "4.0 GiB", "12.0 GiB", "1.20×", "7.0 GiB"]
+    assert cells(table, 3) == ["r = 0.5, gather", "50 %", "50 %", *sizes]
+    assert cells(table, 4)[-3:] == ["8.0 GiB", "0.80×", "-"]
+    assert table.endswith(
+        "m; 1,000 tokens in rows of 500; bfloat16; lion; remat full; kernels xla; H."
+    )
+
+
+def test_speedups_above_their_bound_are_marked() -> None:
+    case = {"benchmark": "steps", "date": "d", "device": DEVICE, "wall_seconds": 2.0}
+    dense = row("dense", 0.0, speedup_wall=1.0, bound=1.0, **case)
+    rows = [dense, row("gather", 0.5, speedup_wall=1.68, bound=1.56, **case)]
+    rows.append(row("mask", 0.5, speedup_wall=1.1, bound=1.0, **case))
+    rows.append(row("gather", 0.2, speedup_wall=9.0, bound=1.0, **(case | {"date": "other"})))
+    table = steps_table(rows)
+    speedups = [cells(table, line)[4:] for line in (2, 3, 4)]
+    assert speedups == [["1.00×", "1.00×"], ["1.68×\u2021", "1.56×"], ["1.10×", "-"]]
+    assert table.endswith("m; 1,000 tokens; bfloat16; a GPU. " + ABOVE_BOUND_NOTE + ".")
+    with pytest.raises(UserError, match="no dense step among the rows"):
+        steps_table(rows[1:])
+
+
+def test_the_memory_of_each_setting_has_a_plot() -> None:
+    used = {"state_bytes": GIB, "resting_bytes": 2 * GIB, "temporary_bytes": 3 * GIB}
+    steps = [row("dense", 0.0, **used), row("gather", 0.5, **used), row("gather", 0.2, error="x")]
+    (axes,) = memory_figure(steps).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["dense", "r = 0.5, gather"]
+    assert [bar.get_width() for bar in axes.patches] == [1, 1, 2, 2, 3, 3]
+    with pytest.raises(UserError, match="no dense step among the rows of m"):
+        memory_figure(steps[1:])
