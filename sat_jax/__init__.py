@@ -1,21 +1,27 @@
-"""Sparsity-Accelerated Training of Llama-family models in JAX and Flax.
+"""Sparsity-Accelerated Training of language models in JAX and Flax.
 
-`load_model(path)` reads a Hugging Face directory or a GGUF file; `save_model(model, directory)`
-writes a Hugging Face directory. Both are imported when first used: `import sat_jax` costs nothing.
+`load_model(path)` reads a Hugging Face directory, a GGUF file or the work directory of a run;
+`save_model(model, directory)` writes a Hugging Face directory. Both are imported when first used,
+so that `import sat_jax` is fast.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sat_jax.interop import load_model, save_model
+    from sat_jax.interop import save_model
+    from sat_jax.train.trained import load_model
 
 __all__ = ["__version__", "load_model", "save_model"]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("load_model", "save_model"):
-        from sat_jax import interop
+    if name == "load_model":
+        from sat_jax.train.trained import load_model
 
-        return getattr(interop, name)
+        return load_model
+    if name == "save_model":
+        from sat_jax.interop import save_model
+
+        return save_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,6 +20,7 @@ from sat_jax.parallel.processes import decide, is_primary, on_host
 from sat_jax.sparsity.controller import Rung
 from sat_jax.sparsity.execution.state import new_state
 from sat_jax.sparsity.importance import METRICS
+from sat_jax.sparsity.plan import Plan
 from sat_jax.train.checkpoint import Checkpoints
 from sat_jax.train.counters import RunCounters
 from sat_jax.train.finish import finish
@@ -316,9 +317,14 @@ class Run:
                 "data": self._task.data.info.fingerprint,
                 "counters": self._counters.to_json(),
                 "controller": self._task.controller.to_json(),
+                "segment_layers": [s.layers for s in self._plan_after(done).segments],
                 "seconds": self._clock.seconds(),
             }
             self._checkpoints.save(done, values, meta)
+
+    def _plan_after(self, done: int) -> Plan:
+        """Return the plan of the last of `done` steps."""
+        return self._task.controller.rung_at(done - 1).plan
 
     def _restore_or_begin(self) -> int:
         """Fills the state; returns the steps done."""
@@ -332,7 +338,7 @@ class Run:
                         " was started with"
                     )
                 controller.restore(newest.meta["controller"])
-                plan = controller.rung_at(newest.step - 1).plan
+                plan = self._plan_after(newest.step)
                 target = {
                     **programs.state._asdict(),
                     "kept": programs.kept(plan),

@@ -3,9 +3,12 @@ or at a step's."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
+import jax.numpy as jnp
 import numpy as np
 
+from sat_jax import interop
 from sat_jax.config import Config
 from sat_jax.config_values import from_config_dict
 from sat_jax.data.data_format import DataFormat
@@ -13,9 +16,13 @@ from sat_jax.data.end_of_turn import end_of_turn
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 from sat_jax.interop import Weights, open_weights
-from sat_jax.models.build import shapes
+from sat_jax.models.build import build, layout_of, shapes
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.presets import preset
+from sat_jax.nn.branch import branches
+from sat_jax.nn.decoder import Compute, Decoder
+from sat_jax.sparsity.execution.mask import as_floats, unit_masks
+from sat_jax.sparsity.rows import Kept
 from sat_jax.train.checkpoint import find
 from sat_jax.train.files import read_json
 from sat_jax.train.workdir import WorkDir
@@ -48,6 +55,32 @@ def open_run(path: Path, step: int | None = None) -> tuple[Weights, Config]:
         return np.asarray(stored.read([f"params/{name}"])[f"params/{name}"], np.float32)
 
     return Weights(model, read), config
+
+
+def load_model(path: str | Path, dtype: Literal["float32", "bfloat16"] = "float32") -> Decoder:
+    """Return the model at `path` with float32 parameters, computing in `dtype`: a Hugging Face
+    directory, a .gguf file, `package:NAME`, or the work directory of a run.
+
+    Of a run it is the model of the newest whole checkpoint, with the masks on its branches that the
+    last step trained under: `nnx.state(model, Mask)` shows them. After a dense rung all are None.
+    """
+    place = interop.locate(path)
+    if not is_run(place):
+        return interop.load_model(path, dtype)
+    weights, _ = open_run(place)
+    model = build(weights.config, weights.read, Compute(dtype=dtype))
+    stored = find(WorkDir(place).checkpoints)
+    layers = stored.meta["segment_layers"]
+    names = [name for name in stored.leaves if name.startswith("kept/")]
+    kept: Kept = tuple({} for _ in layers)
+    for name, indices in stored.read(names).items():
+        _, segment, unit = name.split("/")
+        kept[int(segment)][unit] = jnp.asarray(indices)
+    masks = as_floats(unit_masks(layout_of(weights.config), layers, kept))
+    for branch in branches(model.layers).values():
+        for unit in branch.masks.keys() & masks.keys():
+            branch.masks[unit].set_value(masks[unit])
+    return model
 
 
 def starting_point(config: Config) -> tuple[DecoderConfig, Weights | None]:

@@ -1,6 +1,7 @@
 """Mask execution, the reference: all is computed, and activations are multiplied by 0 or 1."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from sat_jax.nn.decoder import Decoder
+from sat_jax.nn.layout import Layout
 from sat_jax.sparsity.correction import Corrections
 from sat_jax.sparsity.execution.base import Execution
 from sat_jax.sparsity.execution.state import (
@@ -49,9 +51,9 @@ class Mask(Execution):
             for path, parts in corrections.items()
         }
         masks = self.masks(kept)
-        model = self.layout.bind(values | corrected, _as_floats(masks))
+        model = self.layout.bind(values | corrected, as_floats(masks))
         if self.dense_forward and masks:
-            inverse = _as_floats({unit: ~mask for unit, mask in masks.items()})
+            inverse = as_floats({unit: ~mask for unit, mask in masks.items()})
             self.add_complement(model, values, kept, masks=inverse)
         return model
 
@@ -77,19 +79,7 @@ class Mask(Execution):
 
     def masks(self, kept: Kept) -> dict[str, Bool[Array, "L *within N"]]:
         """Return for each unit that some segment omits which are kept, in all layers."""
-        segments, units = self.plan.segments, {name for segment in kept for name in segment}
-        masks = {}
-        for name in sorted(units):
-            unit = self.layout.units[name]
-            sizes = [self.layout.units[outer].size for outer in unit.within]
-            parts = [
-                indicator(indices[name], unit.size)
-                if name in indices
-                else jnp.ones((segment.layers, *sizes, unit.size), bool)
-                for segment, indices in zip(segments, kept, strict=True)
-            ]
-            masks[name] = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-        return masks
+        return unit_masks(self.layout, [s.layers for s in self.plan.segments], kept)
 
     def _corrected(
         self, path: str, value: Array, parts: tuple[Array | None, ...], kept: Kept
@@ -101,10 +91,30 @@ class Mask(Execution):
         return jnp.concatenate(pieces)
 
 
+def unit_masks(
+    layout: Layout[Decoder], layers: Sequence[int], kept: Kept
+) -> dict[str, Bool[Array, "L *within N"]]:
+    """Return for each unit that some segment omits which are kept, in all layers. `layers`: how
+    many each segment has."""
+    masks = {}
+    for name in sorted({name for segment in kept for name in segment}):
+        unit = layout.units[name]
+        sizes = [layout.units[outer].size for outer in unit.within]
+        parts = [
+            indicator(indices[name], unit.size)
+            if name in indices
+            else jnp.ones((count, *sizes, unit.size), bool)
+            for count, indices in zip(layers, kept, strict=True)
+        ]
+        masks[name] = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+    return masks
+
+
 def where_kept(mask: Bool[Array, "L *within N"], new: Array, old: Array) -> Array:
     """Return `new` in the rows of kept units and `old` elsewhere."""
     return jnp.where(jnp.expand_dims(mask, range(mask.ndim, new.ndim)), new, old)
 
 
-def _as_floats(masks: dict[str, Array]) -> dict[str, Float[Array, "L *within N"]]:
+def as_floats(masks: dict[str, Array]) -> dict[str, Float[Array, "L *within N"]]:
+    """Return masks as branches hold them: 1.0 where a unit is kept and 0.0 elsewhere."""
     return {unit: mask.astype(jnp.float32) for unit, mask in masks.items()}
