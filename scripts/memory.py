@@ -13,7 +13,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from kernels import aot  # first, since it configures jax for absent devices
+import kernels.aot as aot  # first, since it configures jax for absent devices
 from sat_jax.cli import Parser, run
 from sat_jax.errors import UserError
 from sat_jax.train.step_program import refresh_bytes
