@@ -39,6 +39,7 @@ from sat_jax.sparsity.flops import speedup_bound, training_flops
 from sat_jax.sparsity.plan import kept_shares, neurons_of
 from sat_jax.train.step_program import (
     Program,
+    Trained,
     count_bytes,
     full_state,
     make_case,
@@ -60,7 +61,7 @@ class Case(NamedTuple):
     """One row. `part`: step, optimizer or peak; `execution`: dense, gather or kernel."""
 
     part: str
-    execution: Any
+    execution: Trained
     rate: float
 
 
