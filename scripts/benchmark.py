@@ -1,160 +1,334 @@
-"""Measures speed and appends rows to experiments/results/: `make bench` runs every part.
+"""Measure speed and append rows to experiments/results/; `make bench` runs every part.
 
   python -m scripts.benchmark                     every part
   python -m scripts.benchmark --only steps        SAT steps against the dense step
   python -m scripts.benchmark --only peer         the dense step against transformers
-  python -m scripts.benchmark --only moves        probe, selection, compact and expand
+  python -m scripts.benchmark --only moves        the parts of a refresh against a SAT step
   python -m scripts.benchmark --only reading      prepared rows
-  python -m scripts.benchmark --only start        from the command to its first step, warm
 
-Variants take turns, one step each, so that a busy machine slows all of them alike; every ratio is
-the median of the ratios within a turn. Weights and tokens are random: speed does not depend on
-them. Needs no data; `peer` needs torch and transformers (the extra `bench`), `reading` a text.
+Variants run in turns, one call each, so that other work on the machine slows all of them alike.
+Each ratio is the median of the ratios of a turn. Weights and tokens are random and need no data.
+`peer` needs torch and transformers (the extra `bench`), `reading` the package sympy, whose source
+it reads.
 """
 
 import importlib.util
-import json
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from sat_jax.cli import Parser, run
+from sat_jax.config import OptimizerConfig
 from sat_jax.errors import UserError
+from sat_jax.models.build import layout_of
 from sat_jax.models.decoder_config import DecoderConfig
-from sat_jax.models.presets import preset
+from sat_jax.models.registry import format_of
+from sat_jax.nn.decoder import Compute, Decoder
+from sat_jax.nn.layout import Layout
 from sat_jax.results.rows import append
 from sat_jax.results.text import fixed_width
-from scripts.benchmark_steps import moves, peer, steps
+from sat_jax.sparsity.choose import Criteria, choose
+from sat_jax.sparsity.execution.base import Execution
+from sat_jax.sparsity.flops import speedup_bound
+from sat_jax.sparsity.plan import kept_shares, neurons_of
+from sat_jax.train.moves import compile_moves
+from sat_jax.train.probe import ProbeSettings, make_probe, observe_batch
+from sat_jax.train.step_program import (
+    full_state,
+    make_case,
+    random_arguments,
+    random_batch,
+    random_state,
+    step_program,
+)
+from scripts.efficiency import add_size_options, check_sizes
 
-PARTS = ("steps", "peer", "moves", "reading", "start")
+Row = dict[str, Any]
+
+_STEPS = [
+    ("dense", 0.0),
+    *(("gather", rate) for rate in (0.2, 0.4, 0.5, 0.6)),
+    ("kernel", 0.5),
+    ("mask", 0.5),
+]
+_SETTING = ("model", "rows", "row_length", "dtype", "remat")
+_PROBE_TOKENS = 1024
+_REFRESH_RATE = 0.4
+
+
+class Cost(NamedTuple):
+    """Seconds of one call: wall clock, and CPU time of the process."""
+
+    wall: float
+    cpu: float
+
+
+Variant = Callable[[], Cost]
 
 
 def parser() -> Parser:
-    """What the command line takes."""
-    made = Parser("benchmark", __doc__)
-    add = made.add_argument
-    add("--only", choices=PARTS, help="one part; default all")
-    add("--model", default="smollm2-135m", help="a preset; default smollm2-135m")
-    add("--rows", type=int, default=2, help="rows a step; default 2")
-    add("--row-length", type=int, default=1024, help="tokens a row; default 1024")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32")
-    add("--remat", choices=("none", "dots", "full"), default="none")
+    """Return the parser of the command line."""
+    result = Parser("benchmark", __doc__)
+    add = result.add_argument
+    add("--only", choices=_PARTS, help="one part; default all")
+    small = {"rows": 2, "row_length": 1024, "dtype": "float32", "remat": "none"}
+    add_size_options(result, model="smollm2-135m", **small)
     add("--turns", type=int, default=7, help="counted turns, after one that is not; default 7")
-    add("--text", nargs="+", default=["package:sympy/**/*.py"], help="of `reading`")
-    add(
-        "--results",
-        type=Path,
-        default=Path("experiments/results/benchmark.jsonl"),
-        help="file that rows are appended to",
-    )
-    return made
+    out = Path("experiments/results/benchmark.jsonl")
+    add("--results", type=Path, default=out, metavar="FILE", help="JSON lines, appended to")
+    return result
 
 
 def main() -> None:
-    """Runs the parts, prints a table of each, appends its rows."""
-    given = parser().parse_args()
-    model = preset(given.model)
-    parts = [given.only] if given.only else PARTS
-    if "peer" in parts:  # which shares the device with torch
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    _check(given, model, parts)
-    measured: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        "steps": lambda: steps(model, given),
-        "peer": lambda: peer(model, given),
-        "moves": lambda: moves(model, given),
-        "reading": lambda: reading(given),
-        "start": start,
-    }
-    setting = {
-        "model": given.model,
-        "rows": given.rows,
-        "row_length": given.row_length,
-        "dtype": given.dtype,
-        "remat": given.remat,
-    }
-    for part in parts:
-        rows = [{"benchmark": part, **setting, **row} for row in measured[part]()]
-        append(given.results, rows)
-        print(_table(rows, setting), flush=True)
-
-
-def _check(given: Any, model: DecoderConfig, parts: Sequence[str]) -> None:
-    """Refuses before anything is measured: a part takes minutes."""
-    for name in ("rows", "row_length", "turns"):
-        if getattr(given, name) < 1:
-            option = name.replace("_", "-")
-            raise UserError(f"--{option} {getattr(given, name)}; accepted: 1 or more")
-    if given.row_length > model.max_positions:
-        raise UserError(
-            f"--row-length {given.row_length}; accepted: up to {model.max_positions}, the positions"
-            f" of {given.model}"
-        )
+    """Run the parts; print a table of each and append its rows."""
+    args = parser().parse_args()
+    model = check_sizes(args, "rows", "row_length", "turns")
+    parts = [args.only] if args.only else list(_PARTS)
     if "peer" in parts:
-        for package in ("torch", "transformers"):
-            if importlib.util.find_spec(package) is None:
-                raise UserError(
-                    f"the part peer needs {package}, which is not installed; `make bench` or"
-                    " pip install -e '.[bench]' does that, --only runs another part without it"
-                )
+        _prepare_torch()
+    setting = {name: getattr(args, name) for name in _SETTING}
+    layout = layout_of(model, Compute(args.dtype, args.remat))
+    for part in parts:
+        results = _PARTS[part](model, layout, args)
+        append(args.results, [{"benchmark": part, **setting, **row} for row in results])
+        print(_table(results), flush=True)
 
 
-def reading(given: Any) -> list[dict[str, Any]]:
-    """Tokens a CPU-second out of prepared rows, packing undone, batches made."""
+def steps(_: DecoderConfig, layout: Layout[Decoder], args: Namespace) -> list[Row]:
+    """Return rows of SAT steps of all executions, against the dense step and their FLOP bounds."""
+    cases = {case: make_case(layout, *case) for case in _STEPS}
+    costs = _take_turns({case: _step(e, args) for case, e in cases.items()}, args.turns)
+    rows = []
+    for (name, rate), execution in cases.items():
+        heads, channels = kept_shares(execution.plan, neurons_of(layout))
+        cost, dense = costs[name, rate], costs[_STEPS[0]]
+        wall, cpu = (_ratio(dense, cost, field) for field in Cost._fields)
+        bound = speedup_bound(layout, args.row_length, execution.plan.segments, args.remat)
+        rows.append(
+            {
+                "execution": name,
+                "rate": rate,
+                "kept_heads": heads,
+                "kept_channels": channels,
+                **_medians(cost),
+                "speedup_wall": wall,
+                "speedup_cpu": cpu,
+                "bound": bound,
+                "share_of_bound": wall / bound,
+            }
+        )
+    return rows
+
+
+def peer(model: DecoderConfig, layout: Layout[Decoder], args: Namespace) -> list[Row]:
+    """Return rows of the dense step and of transformers' step on the same shapes."""
+    variants = {
+        "sat_jax": _step(make_case(layout, "dense", 0.0), args),
+        "transformers": _transformers_step(model, args),
+    }
+    costs = _take_turns(variants, args.turns)
+    return [
+        {
+            "library": name,
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+            **_medians(cost),
+            "speed_against_transformers_wall": _ratio(costs["transformers"], cost, "wall"),
+            "speed_against_transformers_cpu": _ratio(costs["transformers"], cost, "cpu"),
+        }
+        for name, cost in costs.items()
+    ]
+
+
+def _prepare_torch() -> None:
+    """Configure torch and jax for one process. Raises `UserError` for a missing package."""
+    for package in ("torch", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"the part peer needs {package}, which is not installed; `make bench` or"
+                " pip install -e '.[bench]' does that, --only runs another part without it"
+            )
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads would slow jax's turns
+
+
+def _transformers_step(model: DecoderConfig, args: Namespace) -> Variant:
+    """Return one training step in torch: forward, backward and AdamW, with sdpa attention."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    on_gpu = torch.cuda.is_available()
+    device = "cuda" if on_gpu else "cpu"
+    config = AutoConfig.for_model(
+        model.family,
+        vocab_size=model.vocab_size,
+        tie_word_embeddings=model.tie_embeddings,
+        use_cache=False,
+        **format_of(model).write_config(model),
+    )
+    module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(device)
+    module.train()
+    if args.remat == "full":
+        module.gradient_checkpointing_enable({"use_reentrant": False})
+    forward = torch.compile(module) if on_gpu else module
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=on_gpu)
+    shape = args.rows, args.row_length
+    tokens = torch.randint(0, model.vocab_size, shape, device=device)
+    dtype = getattr(torch, args.dtype)
+
+    def step() -> None:
+        with torch.autocast(device, dtype, enabled=args.dtype != "float32"):
+            loss = forward(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    return _timed(step)
+
+
+def moves(_: DecoderConfig, layout: Layout[Decoder], args: Namespace) -> list[Row]:
+    """Return rows of the parts of a refresh (probe, selection, compact, expand) and of a step."""
+    execution = make_case(layout, "gather", _REFRESH_RATE)
+    state = random_state(full_state(layout, OptimizerConfig()))
+    batch = random_batch(layout, (args.rows, args.row_length))
+    observe = ("outputs",)
+    zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+        jax.eval_shape(lambda p, b: observe_batch(layout, p, b, observe), state.params, batch),
+    )
+    probe = jax.jit(make_probe(layout, ProbeSettings(observe, 0.0, _PROBE_TOKENS)))
+    select = jax.jit(
+        lambda p, s: choose(layout, p, s, execution.plan, Criteria(), jax.random.key(0))
+    )
+    stats = probe(state.params, zeros, batch, state.step)
+    kept = select(state.params, stats)
+    converted: Any = None
+    programs = compile_moves(
+        *jax.eval_shape(lambda: (state, kept)),
+        execution,
+        placed=lambda tree: tree,
+        compiled=lambda function, *args, **jit: jax.jit(function, **jit).lower(*args).compile(),
+    )
+
+    def compact() -> Any:
+        nonlocal converted
+        converted = programs.compact(state, kept)
+        return converted
+
+    def expand() -> Any:
+        nonlocal state
+        state = programs.expand(*converted, kept)
+        return state
+
+    # In this order: compact frees the full state, and expand restores it for the next turn.
+    variants = {
+        "step": _step(execution, args),
+        "probe": _timed(lambda: probe(state.params, zeros, batch, state.step)),
+        "select": _timed(lambda: select(state.params, stats)),
+        "compact": _timed(compact),
+        "expand": _timed(expand),
+    }
+    costs = _take_turns(variants, args.turns)
+    return [
+        {"move": name, "rate": _REFRESH_RATE, **_medians(cost)}
+        | {"share_of_a_step": 1 / _ratio(costs["step"], cost, "wall")}
+        for name, cost in costs.items()
+    ]
+
+
+def reading(_: DecoderConfig, __: Layout[Decoder], args: Namespace) -> list[Row]:
+    """Return a row of tokens per CPU second that batches are made of, from prepared rows."""
     from sat_jax.data.batches import batches, open_split
     from sat_jax.data.prepare import prepare
     from sat_jax.data.tokenizer import load_tokenizer
 
     prepared = prepare(
-        sources=given.text,
+        sources=["package:sympy/**/*.py"],
         tokenizer=load_tokenizer("bytes"),
-        row_length=given.row_length,
+        row_length=args.row_length,
         held_out=0.05,
         max_tokens=4_000_000,
     )
-    get = batches(open_split(prepared, "train"), 16, seed=0)
-    get(0)
+    batch_at = batches(open_split(prepared, "train"), 16, seed=0)
+    batch_at(0)
     speeds = []
-    for turn in range(given.turns):
+    for turn in range(args.turns):
         started, tokens = time.process_time(), 0
         for step in range(100):
-            tokens += int(get(100 * turn + step).loss_mask.sum())
+            tokens += int(batch_at(100 * turn + step).loss_mask.sum())
         speeds.append(tokens / (time.process_time() - started))
     return [{"tokens_per_cpu_second": statistics.median(speeds)}]
 
 
-def start() -> list[dict[str, Any]]:
-    """Wall time from the quickstart's command to the end of its first step: twice, in new work
-    directories, so that the second time finds warm caches."""
-    rows = []
-    for caches in ("as found", "warm"):
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "scripts.train", "--workdir", folder]
-            command += ["--config=experiments/quickstart.py", "--config.train.steps=4"]
-            command += ["--config.sparsity.schedule=constant"]
-            started = time.perf_counter()
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            wall = time.perf_counter() - started
-            summary = json.loads((Path(folder) / "summary.json").read_text())
-        # The run's own clock starts when its imports are done.
-        imports = wall - summary["seconds"]["total"]
-        rows.append({"caches": caches, "seconds": imports + summary["first_step_seconds"]})
-    return rows
+_PARTS = {"steps": steps, "peer": peer, "moves": moves, "reading": reading}
 
 
-def _table(rows: list[dict[str, Any]], setting: Mapping[str, Any]) -> str:
-    """The rows without what they share."""
-    header = [name for name in rows[0] if name not in setting and name != "benchmark"]
+def _step(execution: Execution, args: Namespace) -> Variant:
+    """Return one optimizer step on random arrays, compiled."""
+    program = step_program(execution, OptimizerConfig(), (args.rows, args.row_length))
+    state, kept, batch = random_arguments(program, execution)
+    compiled = jax.jit(program.function, donate_argnums=0).lower(state, kept, batch).compile()
+
+    def step() -> Any:
+        nonlocal state
+        state, loss = compiled(state, kept, batch)
+        return state, loss
+
+    return _timed(step)
+
+
+def _timed(work: Callable[[], Any]) -> Variant:
+    def timed() -> Cost:
+        wall, cpu = time.perf_counter(), time.process_time()
+        jax.block_until_ready(work())
+        return Cost(time.perf_counter() - wall, time.process_time() - cpu)
+
+    return timed
+
+
+def _take_turns(variants: Mapping[Any, Variant], turns: int) -> dict[Any, list[Cost]]:
+    """Return the costs of calling each variant in turn, after one turn that is not counted."""
+    costs: dict[Any, list[Cost]] = {name: [] for name in variants}
+    for turn in range(turns + 1):
+        for name, variant in variants.items():
+            cost = variant()
+            if turn:
+                costs[name].append(cost)
+        print(f"turn {turn}/{turns}", file=sys.stderr, flush=True)
+    return costs
+
+
+def _ratio(numerators: Sequence[Cost], denominators: Sequence[Cost], field: str) -> float:
+    """Return the median over the turns of one variant's seconds divided by the other's."""
+    pairs = zip(numerators, denominators, strict=True)
+    return statistics.median(getattr(a, field) / getattr(b, field) for a, b in pairs)
+
+
+def _medians(costs: Sequence[Cost]) -> dict[str, float]:
+    return {
+        "wall_seconds": statistics.median(cost.wall for cost in costs),
+        "cpu_seconds": statistics.median(cost.cpu for cost in costs),
+    }
+
+
+def _table(rows: Sequence[Row]) -> str:
     cells = [
-        [f"{row[name]:.3f}" if isinstance(row[name], float) else str(row[name]) for name in header]
+        [f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()]
         for row in rows
     ]
-    return fixed_width(header, cells)
+    return fixed_width(list(rows[0]), cells)
 
 
 if __name__ == "__main__":

@@ -1,143 +1,294 @@
-"""How fast training steps of large models are on the device at hand.
+"""Time training steps of large models on the present device.
 
   python -m scripts.efficiency --model llama-2-7b --rows 4 --row-length 2048 --minutes 8
 
-A row of --out for the dense step, for SAT's at every rate in each execution, for one that keeps
-next to nothing (what it takes is no neuron's time), for the optimizer alone, and for the largest
-rate of matrix products (bfloat16, 8,192 square; 64 on a CPU, where that would take hours). Seconds
-are medians of --repeat calls on random weights and tokens. A row that is there already for this
-device is not measured again: the same command goes on where --minutes ended it. Nothing of the data
-pipeline is needed; of transformers on the same shapes `scripts.benchmark --only peer` tells.
+Appends rows to --out: the dense step, a SAT step for each rate and execution, a step that keeps
+the fewest neurons possible, the optimizer alone, and the largest rate of matrix products (bfloat16,
+8,192 square; 64 on a CPU). Seconds are medians of --repeat calls with random weights and tokens.
+A case that has a row for this device is not measured again, so the same command resumes after
+--minutes. Nothing of the data pipeline is needed. `scripts.benchmark --only peer` compares with
+transformers on the same shapes.
 """
 
+import contextlib
+import dataclasses
+import faulthandler
 import os
 import statistics
 import time
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from sat_jax.cli import Parser, run
+from sat_jax.config import OptimizerConfig
 from sat_jax.errors import UserError
+from sat_jax.models.build import layout_of
+from sat_jax.models.decoder_config import DecoderConfig
+from sat_jax.models.presets import preset
+from sat_jax.nn.attention.dot_product import Implementation
+from sat_jax.nn.decoder import Compute
+from sat_jax.provenance import environment
+from sat_jax.results.rows import STEP_SETTING, append, read
+from sat_jax.sparsity.execution.base import Execution
+from sat_jax.sparsity.flops import speedup_bound, training_flops
+from sat_jax.sparsity.plan import kept_shares, neurons_of
+from sat_jax.train.step_program import (
+    Program,
+    Trained,
+    count_bytes,
+    full_state,
+    make_case,
+    optimizer_program,
+    random_arguments,
+    step_program,
+)
+
+Row = dict[str, Any]
 
 _OUT = Path("experiments/results/efficiency.jsonl")
 _PEAK, _PEAK_ON_CPU = 8192, 64
+_PRODUCTS = 20  # in one call, so that launching it is not measured
+_LIMIT = 300.0  # seconds that one row may take, compilation included
+_STDERR = 2
 
 
-def step_options(made: Parser) -> None:
-    """Options that say which steps."""
-    add = made.add_argument
-    add("--model", default="llama-2-7b", help="a preset; default llama-2-7b")
-    add("--rows", type=int, default=4, help="rows a step; default 4")
-    add("--row-length", type=int, default=2048, help="tokens a row; default 2048")
-    add("--rate", type=float, nargs="+", default=[0.2, 0.4, 0.5, 0.6], help="of SAT's steps")
+class Case(NamedTuple):
+    """One row. `part`: step, optimizer or peak; `execution`: dense, gather or kernel."""
+
+    part: str
+    execution: Trained
+    rate: float
+
+
+def add_size_options(
+    parser: Parser, *, model: str, rows: int, row_length: int, dtype: str, remat: str
+) -> None:
+    """Add the options of the model and the batch of a step, with these defaults."""
+    add = parser.add_argument
+    add("--model", default=model, help=f"a preset; default {model}")
+    add("--rows", type=int, default=rows, help=f"rows per step; default {rows}")
+    length = f"tokens per row; default {row_length}"
+    add("--row-length", type=int, default=row_length, help=length)
+    add("--dtype", choices=("bfloat16", "float32"), default=dtype, help=f"default {dtype}")
+    add("--remat", choices=("none", "dots", "full"), default=remat, help=f"default {remat}")
+
+
+def add_case_options(parser: Parser) -> None:
+    """Add the options that say which steps of which model."""
+    large = {"rows": 4, "row_length": 2048, "dtype": "bfloat16", "remat": "full"}
+    add_size_options(parser, model="llama-2-7b", **large)
+    add = parser.add_argument
+    add("--rate", type=float, nargs="+", default=[0.2, 0.4, 0.5, 0.6], help="omission rates")
     add("--execution", nargs="+", choices=("gather", "kernel"), default=["gather", "kernel"])
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     add("--optimizer", choices=("adamw", "lion"), default="adamw", help="lion: bfloat16 momentum")
-    add("--remat", choices=("none", "dots", "full"), default="full")
     names = ("xla", "pallas_tpu", "pallas_gpu")
-    add("--kernels", choices=names, help="of kernel execution; default: the best there is")
+    add("--kernels", choices=names, help="kernels of kernel execution; default: the fastest known")
 
 
 def parser() -> Parser:
-    """What the command line takes."""
-    made = Parser("efficiency", __doc__)
-    step_options(made)
-    add = made.add_argument
-    add("--out", type=Path, default=_OUT, metavar="FILE", help="JSON lines, added to")
+    """Return the parser of the command line."""
+    result = Parser("efficiency", __doc__)
+    add_case_options(result)
+    add = result.add_argument
+    add("--out", type=Path, default=_OUT, metavar="FILE", help="JSON lines, appended to")
     add("--repeat", type=int, default=10, help="timed calls; default 10")
-    add("--minutes", type=float, help="begin no measurement after so many")
-    add("--profile", type=Path, metavar="DIR", help="measure again, with a trace of each for XProf")
-    return made
+    add("--minutes", type=float, help="start no measurement after this time")
+    add("--profile", type=Path, metavar="DIR", help="write a trace of each case; measure nothing")
+    return result
 
 
 def main() -> None:
-    """Measures what is not there yet."""
-    given = parser().parse_args()
-    if given.repeat < 1:
-        raise UserError(f"--repeat {given.repeat}; accepted: 1 or more")
-    # Of an accelerator's memory jax takes three quarters; the largest steps need more. It knows
-    # two names for that, and refuses to be given both.
+    """Measure the cases that have no row."""
+    args = parser().parse_args()
+    model = check_sizes(args, "rows", "row_length", "repeat")
+    cases = [*cases_of("step", args), Case("step", "gather", 1.0), *cases_of("optimizer", args)]
+    # jax takes three quarters of an accelerator's memory, and the largest steps need more. The
+    # setting has two names, and jax refuses both together.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
-    import jax
-
-    from scripts.large_steps import Case, Row, add_rows, checked, described, plan_of, sparse_cases
-    from scripts.step_program import filled
-
-    model = checked(given)
+    if args.profile:
+        for case in cases:
+            _profile(model, case, args)
+        return
     started = time.monotonic()
 
-    def measured(case: Case) -> Row:
-        if given.minutes and time.monotonic() - started > 60 * given.minutes:
-            raise UserError(f"{given.minutes:g} minutes are over; the same command goes on")
+    def measure(case: Case) -> Row:
+        if args.minutes and time.monotonic() - started > 60 * args.minutes:
+            raise UserError(f"{args.minutes:g} minutes are over; the same command resumes")
         if case.part == "peak":
-            return _peak(given.repeat)
-        row, program = described(model, case, given, attention=None)
-        arguments = filled(program, model, plan_of(model, case))
-        trace = given.profile and given.profile / f"{case.part}-{case.execution}-{case.rate:g}"
-        return row | _timed(program.function, arguments, given.repeat, trace=trace)
+            return _peak(args.repeat)
+        execution, program = make_program(model, case, args)
+        arguments = random_arguments(program, execution)
+        row = describe(execution, program, args)
+        return row | _time(program.function, arguments, args.repeat)
 
-    cases = [Case("peak", "dense", 0.0), *sparse_cases("step", given), Case("step", "gather", 1.0)]
-    cases += sparse_cases("optimizer", given)
-    kind, again = jax.devices()[0].device_kind, given.profile is not None
-    for row in add_rows(given.out, given, kind, cases, measured, again):
-        said = row.get("error") or f"{row['seconds'] * 1e3:.1f} ms"
-        print(f"{row['part']}  {row['execution']}  r = {row['rate']:g}: {said}", flush=True)
+    kind = jax.devices()[0].device_kind
+    for row in add_rows(args.out, args, kind, [Case("peak", "dense", 0.0), *cases], measure):
+        result = row.get("error") or f"{row['seconds'] * 1e3:.1f} ms"
+        print(f"{row['part']}  {row['execution']}  r = {row['rate']:g}: {result}", flush=True)
 
 
-def _timed(
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
-    repeat: int,
-    queued: int = 1,
-    trace: Path | None = None,
-) -> dict[str, Any]:
-    """Of a program that gives back its first argument, changed, and something small; `queued` calls
-    are timed together, so that between short ones the device does not wait for the host. What
-    `trace` is given is one more call, which is not timed."""
-    import jax
+def check_sizes(args: Namespace, *names: str) -> DecoderConfig:
+    """Return the model of the options. Raises `UserError` for sizes and rates that are refused."""
+    model = preset(args.model)
+    for name in names:
+        if getattr(args, name) < 1:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} {getattr(args, name)}; accepted: 1 or more")
+    if wrong := [rate for rate in getattr(args, "rate", ()) if not 0 < rate < 1]:
+        raise UserError(f"--rate {wrong[0]:g}; accepted: above 0 and below 1")
+    # Weights are random, so that rows may be longer than those of the published model.
+    return dataclasses.replace(model, max_positions=max(model.max_positions, args.row_length))
 
-    state, *rest = arguments
-    del arguments
-    started = time.perf_counter()
-    call = jax.jit(function, donate_argnums=0).lower(state, *rest).compile()
-    compiled = time.perf_counter() - started
-    seconds = []
-    for turn in range(repeat + 2):  # two to warm up
-        started = time.perf_counter()
-        for _ in range(queued):
-            state, small = call(state, *rest)
-        jax.block_until_ready((state, small))
-        if turn >= 2:
-            seconds.append((time.perf_counter() - started) / queued)
-    traced = {}
-    if trace is not None:
-        try:
-            with jax.profiler.trace(trace):
-                jax.block_until_ready(call(state, *rest))
-        except Exception as error:  # what was timed stays
-            traced = {"trace_error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-    analysis = call.memory_analysis()
-    assert analysis is not None
-    return traced | {
-        "seconds": statistics.median(seconds),
-        "repeat": repeat,
-        "compile_seconds": compiled,
-        "state_bytes": analysis.argument_size_in_bytes,
-        "temporary_bytes": analysis.temp_size_in_bytes,
+
+def cases_of(part: str, args: Namespace) -> Iterator[Case]:
+    """Yield the dense case, then every rate in every execution."""
+    yield Case(part, "dense", 0.0)
+    for execution in args.execution:
+        for rate in args.rate:
+            yield Case(part, execution, rate)
+
+
+def make_program(
+    model: DecoderConfig, case: Case, args: Namespace, attention: Implementation | None = None
+) -> tuple[Execution, Program]:
+    """Return the execution of a case and its program."""
+    layout = layout_of(model, Compute(args.dtype, args.remat, attention=attention))
+    execution = make_case(layout, case.execution, case.rate, args.kernels)
+    if case.part == "optimizer":
+        return execution, optimizer_program(execution, optimizer_of(args))
+    shape = args.rows, args.row_length
+    return execution, step_program(execution, optimizer_of(args), shape)
+
+
+def optimizer_of(args: Namespace) -> OptimizerConfig:
+    """Return the optimizer of the options."""
+    if args.optimizer == "lion":
+        return OptimizerConfig("lion", beta2=0.99, momentum_dtype="bfloat16")
+    return OptimizerConfig()
+
+
+def describe(execution: Execution, program: Program, args: Namespace) -> Row:
+    """Return the part of a row that needs no compilation.
+
+    `resting_bytes`: the omitted state. `bound`: the FLOPs of the dense step divided by those of
+    this step, recomputation included. `model_flops`: those of the trained model, without
+    recomputation of layers.
+    """
+    layout, segments = execution.layout, execution.plan.segments
+    heads, channels = kept_shares(execution.plan, neurons_of(layout))
+    flops = training_flops(layout, args.row_length, segments).total
+    full = full_state(layout, optimizer_of(args))
+    return {
+        "kept_heads": heads,
+        "kept_channels": channels,
+        "bound": speedup_bound(layout, args.row_length, segments, args.remat),
+        "model_flops": args.rows * args.row_length * flops,
+        "resting_bytes": count_bytes(full) - count_bytes(program.state),
     }
 
 
-def _peak(repeat: int) -> dict[str, Any]:
-    """Of a product of two square matrices in bfloat16."""
-    import jax
-    import jax.numpy as jnp
+def add_rows(
+    path: Path,
+    args: Namespace,
+    target: str,
+    cases: Sequence[Case],
+    measure: Callable[[Case], Row],
+) -> Iterator[Row]:
+    """Append and yield a row for each case that has none for this target and setting. A row with an
+    `error` counts at the commit that wrote it."""
+    origin = environment()  # before the file changes
+    setting = {"target": target} | {name: getattr(args, name) for name in STEP_SETTING[1:]}
+    known = read(path) if path.exists() else []
+    known = [row for row in known if "error" not in row or row["commit"] == origin["commit"]]
+    done = [{key: row.get(key) for key in (*setting, *Case._fields)} for row in known]
+    for case in dict.fromkeys(cases):
+        row = setting | case._asdict()
+        if row in done:
+            continue
+        with _unfinished_row(path, row, origin):
+            row |= _result_or_error(measure, case)
+        append(path, [row], origin)
+        yield row
 
+
+@contextlib.contextmanager
+def _unfinished_row(path: Path, row: Row, origin: Mapping[str, Any]) -> Iterator[None]:
+    """Store a row with an error while the body runs. The row remains if the body ends the process,
+    which a time limit does too, so that the next call skips the case."""
+    size = path.stat().st_size if path.exists() else 0
+    append(path, [row | {"error": "started, not finished"}], origin)
+    faulthandler.dump_traceback_later(_LIMIT, exit=True, file=_STDERR)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        os.truncate(path, size)
+        if not size:
+            path.unlink()
+
+
+def _result_or_error(measure: Callable[[Case], Row], case: Case) -> Row:
+    """Return the result; a case that does not compile or fit must not end the others."""
+    try:
+        return measure(case)
+    except UserError:
+        raise
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+
+
+def _time(function: Callable[..., Any], arguments: tuple[Any, ...], repeat: int) -> Row:
+    """Return time and memory of a program that returns its first argument, updated, and a
+    scalar."""
+    state, *rest = arguments
+    del arguments
+    started = time.perf_counter()
+    program = jax.jit(function, donate_argnums=0).lower(state, *rest).compile()
+    compiled, seconds = time.perf_counter() - started, []
+    for _ in range(repeat + 2):  # the first two are not counted
+        started = time.perf_counter()
+        state, scalar = program(state, *rest)
+        jax.block_until_ready((state, scalar))
+        seconds.append(time.perf_counter() - started)
+    memory = program.memory_analysis()
+    assert memory is not None
+    return {
+        "seconds": statistics.median(seconds[2:]),
+        "repeat": repeat,
+        "compile_seconds": compiled,
+        "state_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+    }
+
+
+def _peak(repeat: int) -> Row:
+    """Return time and FLOPs of products of two square matrices in bfloat16."""
     size = _PEAK_ON_CPU if jax.default_backend() == "cpu" else _PEAK
+
+    def products(x: jax.Array, y: jax.Array) -> tuple[jax.Array, int]:
+        for _ in range(_PRODUCTS):
+            x = x @ y / size**0.5
+        return x, 0
+
     square = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
-    row = _timed(lambda x, y: (x @ y / size**0.5, 0), (square, square + 0), repeat, queued=20)
-    return row | {"model_flops": 2.0 * size**3}
+    row = _time(products, (square, square + 0), repeat)
+    return row | {"model_flops": 2.0 * size**3 * _PRODUCTS}
+
+
+def _profile(model: DecoderConfig, case: Case, args: Namespace) -> None:
+    """Write a trace of the second call of a case."""
+    execution, program = make_program(model, case, args)
+    state, kept, inputs = random_arguments(program, execution)
+    call = jax.jit(program.function, donate_argnums=0)
+    state, _ = jax.block_until_ready(call(state, kept, inputs))
+    with jax.profiler.trace(args.profile / f"{case.part}-{case.execution}-{case.rate:g}"):
+        jax.block_until_ready(call(state, kept, inputs))
 
 
 if __name__ == "__main__":

@@ -1,80 +1,80 @@
-"""Memory that training steps of large models need, compiled for an accelerator that is not there.
+"""Compute the memory of large models' training steps, compiled for an absent accelerator.
 
   .venv-aot/bin/python -m scripts.memory --target h200 --model llama-2-7b --rows 4
 
-By XLA's own account: the state that is trained (parameters and moments), the omitted neurons that
-rest beside it, temporaries (gradients, activations, copies), and what a refresh needs when kept and
-omitted neurons are parted or put together. Attention is in plain XLA, as cuDNN's wants a device;
-on one with cuDNN's the temporaries are smaller. `make memory` makes the rows that are committed;
-a row that is there already is not made again.
+From XLA's memory analysis: the state that is trained (parameters and moments), the omitted state,
+temporaries (gradients, activations, copies), and the most that a refresh needs while it converts
+the state. Attention is in plain XLA, since cuDNN's needs a device to compile; with cuDNN's the
+temporaries are smaller. `make memory` computes the committed rows. A case that has a row is
+skipped.
 """
 
 import functools
 from pathlib import Path
 from typing import Any
 
+import kernels.aot as aot  # first, since it configures jax for absent devices
 from sat_jax.cli import Parser, run
 from sat_jax.errors import UserError
-from scripts.efficiency import step_options
+from sat_jax.train.step_program import refresh_bytes
+from scripts.efficiency import (
+    Case,
+    Row,
+    add_case_options,
+    add_rows,
+    cases_of,
+    check_sizes,
+    describe,
+    make_program,
+    optimizer_of,
+)
 
 _OUT = Path("experiments/results/memory.jsonl")
 
 
 def parser() -> Parser:
-    """What the command line takes."""
-    made = Parser("memory", __doc__)
-    step_options(made)
-    made.add_argument("--target", default="h200", help="h200, v5e or v5p; default h200")
-    made.add_argument("--out", type=Path, default=_OUT, metavar="FILE", help="JSON lines, added to")
-    return made
+    """Return the parser of the command line."""
+    result = Parser("memory", __doc__)
+    add_case_options(result)
+    add = result.add_argument
+    add("--target", default="h200", help=f"{', '.join(aot.TARGETS)}; default h200")
+    add("--out", type=Path, default=_OUT, metavar="FILE", help="JSON lines, appended to")
+    return result
 
 
 def main() -> None:
-    """Compiles what is not there yet."""
-    given = parser().parse_args()
-    import kernels.aot as aot  # before jax, which it tells that there is no device
-    from scripts.large_steps import (
-        Case,
-        Row,
-        add_rows,
-        checked,
-        described,
-        refresh_bytes,
-        sparse_cases,
-    )
+    """Compile the cases that have no row."""
+    args = parser().parse_args()
+    if args.target not in aot.TARGETS:
+        raise UserError(f"--target {args.target}; accepted: {', '.join(aot.TARGETS)}")
+    if reason := aot.compiler_error(args.target):
+        raise UserError(f"--target {args.target}: {reason}; `make memory` installs its compiler")
+    model = check_sizes(args, "rows", "row_length")
+    memory_of = functools.partial(aot.memory, args.target)
 
-    if given.target not in aot.TARGETS:
-        raise UserError(f"--target {given.target}; accepted: {', '.join(aot.TARGETS)}")
-    if reason := aot.compiler_error(given.target):
-        raise UserError(f"--target {given.target}: {reason}; `make memory` installs its compiler")
-    model = checked(given)
-
-    def compiled(case: Case) -> Row:
-        row, program = described(model, case, given, attention="xla")
-        row |= _memory(aot.memory(given.target, program.function, program[1:]))
+    def analyse(case: Case) -> Row:
+        execution, program = make_program(model, case, args, attention="xla")
+        memory = memory_of(program.function, program[1:])
+        row = describe(execution, program, args)
+        row |= {
+            "state_bytes": memory.argument_size_in_bytes,
+            "temporary_bytes": memory.temp_size_in_bytes,
+        }
         if case.execution == "gather":
-            analysed = functools.partial(aot.memory, given.target)
-            row["refresh_bytes"] = refresh_bytes(model, case, given, analysed)
+            row["refresh_bytes"] = refresh_bytes(execution, optimizer_of(args), memory_of)
         return row
 
-    cases = list(sparse_cases("step", given))
-    for row in add_rows(given.out, given, given.target, cases, compiled):
-        if "error" in row:
-            print(f"{_name(row)}: {row['error']}", flush=True)
-            continue
-        total = row["state_bytes"] + row["resting_bytes"] + row["temporary_bytes"]
-        print(f"{_name(row)}: {total / 2**30:.1f} GiB", flush=True)
+    for row in add_rows(args.out, args, args.target, list(cases_of("step", args)), analyse):
+        print(
+            f"{row['model']}  {row['execution']}  r = {row['rate']:g}: {_summary(row)}", flush=True
+        )
 
 
-def _name(row: dict[str, Any]) -> str:
-    return f"{row['model']}  {row['execution']}  r = {row['rate']:g}"
-
-
-def _memory(analysis: Any) -> dict[str, int]:
-    return {
-        "state_bytes": analysis.argument_size_in_bytes,
-        "temporary_bytes": analysis.temp_size_in_bytes,
-    }
+def _summary(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return str(row["error"])
+    total = row["state_bytes"] + row["resting_bytes"] + row["temporary_bytes"]
+    return f"{total / 2**30:.1f} GiB"
 
 
 if __name__ == "__main__":

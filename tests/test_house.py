@@ -96,7 +96,7 @@ def texts() -> Iterator[tuple[Path, str]]:
     """Every text file that belongs to the project, as opposed to what running it leaves behind."""
     for path in sorted(ROOT.rglob("*")):
         parts = path.relative_to(ROOT).parts
-        made = parts[0] in {".git", ".venv", "runs"} or any(
+        made = parts[0] in {".git", ".venv", ".venv-aot", "runs"} or any(
             part.endswith(("_cache", "__pycache__", ".egg-info", ".hypothesis")) for part in parts
         )
         if made or not path.is_file():
