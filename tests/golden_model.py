@@ -20,7 +20,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 @functools.cache
-def golden() -> Llama:
+def golden() -> Decoder:
     return load_model(GOLDEN / "llama_gqa")
 
 
