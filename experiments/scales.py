@@ -26,7 +26,8 @@ from experiments import llama2_7b_cpt, metamath, tinyllama_cpt
 RATES = (0.2, 0.3, 0.4, 0.5, 0.6)
 RATE = 0.4  # of the comparisons in which it stays the same
 SHARES = (5 / 6, 2 / 3, 1 / 2)  # of the steps, dense, for what SAT's FLOPs would buy
-COMPENSATED = ("smoke", "small", "paper")  # products of columns, 18 GB of Llama-2-7B's, have room
+# Where the products of columns fit, which are 18 GB for Llama-2-7B.
+CORRECTED = ("smoke", "small", "paper")
 SEEDS = {"smoke": 3, "small": 3, "paper": 3, "paper-7b": 1, "paper-13b": 1}
 
 
