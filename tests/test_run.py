@@ -26,8 +26,8 @@ from sat_jax.train.checkpoint import find
 from sat_jax.train.loop import train
 from sat_jax.train.metrics import read_metrics
 from sat_jax.train.programs import Programs
+from sat_jax.train.run_state import RunState
 from sat_jax.train.setup import set_up
-from sat_jax.train.working import Working
 from tests.conftest import ROOT, RunPython
 from tests.tolerances import assert_close
 
@@ -100,14 +100,14 @@ class Finished:
 def unbroken(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
     config, path = settings(text), tmp_path_factory.mktemp("runs") / "unbroken"
     run = Finished(path, config, {}, [], 0.0, [])
-    begun, inside, watching, step = 0, False, True, Working.step
+    begun, inside, watching, step = 0, False, True, RunState.step
 
     def listen(event: str, duration: float, **_: Any) -> None:
         del duration
         if watching and event.startswith("/jax/core/compile/"):
             run.compiled.append((threading.current_thread().name, event, begun, inside))
 
-    def counted(self: Working, batch: Any) -> Any:
+    def counted(self: RunState, batch: Any) -> Any:
         nonlocal begun, inside
         begun, inside = begun + 1, True
         try:
@@ -116,7 +116,7 @@ def unbroken(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[F
             inside = False
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Working, "step", counted)
+        patch.setattr(RunState, "step", counted)
         jax.monitoring.register_event_duration_secs_listener(listen)
         started = time.perf_counter()
         run.summary = train(config, path, run.said.append)
@@ -175,9 +175,9 @@ def test_kept_neurons_are_counted(unbroken: Finished) -> None:
     """Selections before steps 0, 2, 4 of one group of two and 64 channels, 6 and 8 of 96 channels
     and no heads."""
     assert unbroken.summary["selections"] == unbroken.summary["probes"] == 5
-    names = [f"kept/{name}" for name in ("heads", "of_heads", "channels", "of_channels")]
-    kept = find(unbroken.path / "checkpoints").read(names)
-    heads, of_heads, channels, of_channels = (kept[name] for name in names)
+    names = [f"kept_counts/{b}/{name}" for b in ("attention", "mlp") for name in ("times", "of")]
+    counts = find(unbroken.path / "checkpoints").read(names)
+    heads, of_heads, channels, of_channels = (counts[name] for name in names)
     assert (of_heads.tolist(), of_channels.tolist()) == ([3, 3], [5, 5])
     assert channels.sum(axis=1).tolist() == [3 * 64 + 2 * 96] * 2
     assert channels.max() <= 5 and heads.max() <= 3
@@ -229,7 +229,7 @@ def test_a_compilation_that_fails_is_raised_where_it_is_needed(
 
     def fail(programs: Programs, plan: Any) -> None:
         del programs
-        raise RuntimeError(f"no program for {plan.segments[0].channels} channels")
+        raise RuntimeError(f"no program for {plan.segments[0].kept('channel')} channels")
 
     monkeypatch.setattr(Programs, "_compile_rung", fail)
     plan = task.controller.rungs[0].plan
