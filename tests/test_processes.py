@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sat_jax import load_model
-from sat_jax.models.params import flat_params
+from sat_jax.nn.layout import flat_values
 from sat_jax.train.checkpoint import find
 from sat_jax.train.metrics import read_metrics
 from tests.conftest import ROOT, RunPython
@@ -106,7 +106,7 @@ def test_two_processes_train_as_one(alone: Path, tmp_path: Path, devices: int, f
                 assert_close(found[name], expected[name], "float32", "forward")
         for name in ("tokens", "kept_heads", "kept_channels"):
             assert found.get(name) == expected.get(name)
-    trained, exported = (flat_params(load_model(p / "huggingface")) for p in (alone, tmp_path))
+    trained, exported = (flat_values(load_model(p / "huggingface")) for p in (alone, tmp_path))
     assert exported.keys() == trained.keys()
     for name, value in trained.items():
         away = np.linalg.norm(exported[name] - value) / np.linalg.norm(value)
