@@ -23,8 +23,7 @@ from sat_jax.evaluate import generate as module
 from sat_jax.evaluate.generate import GREEDY, Sampling, generate, stream
 from sat_jax.evaluate.text_stream import TextStream
 from sat_jax.interop import load_model, open_weights
-from sat_jax.models.cache import empty_cache, extend, for_decoding
-from sat_jax.nn.decoder import Decoder
+from sat_jax.nn.decoder import Decoder, for_decoding
 from sat_jax.nn.rope import RopeConfig
 from scripts import generate as script
 from tests.golden_model import tokenizer_with
@@ -36,17 +35,17 @@ DYNAMIC = RopeConfig(type="dynamic", factor=2.0, original_max_positions=8)
 
 
 @functools.cache
-def golden(name: str, dtype: str = "float32") -> Llama:
+def golden(name: str, dtype: str = "float32") -> Decoder:
     return load_model(GOLDEN / name, dtype)
 
 
-def changed(model: Llama, **fields: object) -> Llama:
+def changed(model: Decoder, **fields: object) -> Decoder:
     model = nnx.merge(*nnx.split(model))
     model.config = dataclasses.replace(model.config, **fields)
     return model
 
 
-def prompts_of(model: Llama, *lengths: int) -> list[list[int]]:
+def prompts_of(model: Decoder, *lengths: int) -> list[list[int]]:
     rng = np.random.default_rng(0)
     return [rng.integers(model.config.vocab_size, size=length).tolist() for length in lengths]
 
@@ -56,7 +55,7 @@ def _forward(graph, params, tokens, segment_ids):
     return nnx.merge(graph, params)(tokens, segment_ids)
 
 
-def full_logits(model: Llama, tokens: Sequence[int], length: int) -> np.ndarray:
+def full_logits(model: Decoder, tokens: Sequence[int], length: int) -> np.ndarray:
     """Return the logits of a forward pass over `tokens`, in a row of `length`."""
     row = np.zeros((1, length), np.int32)
     row[0, : len(tokens)] = tokens
@@ -64,7 +63,9 @@ def full_logits(model: Llama, tokens: Sequence[int], length: int) -> np.ndarray:
     return np.asarray(_forward(*nnx.split(model), row, segment_ids))[0, : len(tokens)]
 
 
-def greedy_without_cache(model: Llama, prompt: Sequence[int], count: int, length: int) -> list[int]:
+def greedy_without_cache(
+    model: Decoder, prompt: Sequence[int], count: int, length: int
+) -> list[int]:
     """Return greedy tokens, each from a forward pass over all tokens before it."""
     tokens = list(prompt)
     for _ in range(count):
@@ -75,7 +76,7 @@ def greedy_without_cache(model: Llama, prompt: Sequence[int], count: int, length
 @functools.partial(jax.jit, static_argnames=("graph", "length"))
 def _extend(graph, params, cache, tokens, segment_ids, positions, length):
     model = nnx.merge(graph, params)
-    x_BTD, cache = extend(model, cache, tokens, segment_ids, positions, length)
+    x_BTD, cache = model.extend(cache, tokens, segment_ids, positions, length)
     return jnp.einsum("BTD,VD->BTV", x_BTD, model.head()).astype(jnp.float32), cache
 
 
@@ -87,12 +88,12 @@ def left_padded(prompts: list[list[int]], fill: int) -> tuple[np.ndarray, np.nda
     return np.array(rows), padding
 
 
-def cached_logits(model: Llama, tokens: np.ndarray, padding: np.ndarray) -> np.ndarray:
+def cached_logits(model: Decoder, tokens: np.ndarray, padding: np.ndarray) -> np.ndarray:
     """Return logits `[B, T, V]` computed with the cache, two slots at a time."""
     graph, params = nnx.split(for_decoding(model))
     batch, slots = tokens.shape
     all_positions = np.arange(slots)[None] - padding[:, None]
-    cache = empty_cache(model.config, batch, slots, model.compute.dtype)
+    cache = model.empty_cache(batch, slots)
     parts = []
     for start in range(0, slots, 2):
         stop = start + 2
