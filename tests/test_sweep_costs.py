@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 from typing import Any, cast
 
-from sat_jax.sparsity.flops import compensation_flops
 from sat_jax.analysis.means import mean_and_error
 from sat_jax.analysis.rows import latest, read
 from sat_jax.config_values import experiment
@@ -18,7 +17,8 @@ from sat_jax.sweep.estimate import (
 )
 from sat_jax.sweep.report import report
 from sat_jax.sweep.runs import make_runs
-from sat_jax.train.account import Account, flops_of_probe
+from sat_jax.train.costs import flops_of_probe, flops_of_selection
+from sat_jax.train.counters import RunCounters
 from sat_jax.train.finish import flops_of_run, rung_summaries
 from tests.conftest import ROOT
 from tests.test_sweep import runs_of
@@ -31,15 +31,15 @@ def test_costs_are_counted_from_shapes() -> None:
     )
     assert [probes_of(run) for run in (dense, uniform, wanda, output)] == [0, 0, 1, 5]
     in_layers = {"sparsity.refresh_every": 0, "sparsity.probe_tokens": 1024}
-    (live,) = runs_of("sparsity.metric=wanda", fixed=in_layers)
-    assert (probes_of(live), cost_of(live).spent) == (0, cost_of(uniform).spent)
+    (dynamic,) = runs_of("sparsity.metric=wanda", fixed=in_layers)
+    assert (probes_of(dynamic), cost_of(dynamic).spent) == (0, cost_of(uniform).spent)
     costs = [cost_of(run) for run in (dense, uniform, wanda, output)]
     assert costs[0].spent == costs[0].dense == costs[1].dense > costs[3].spent
     assert costs[1].spent < costs[2].spent < costs[3].spent
-    (more,) = runs_of("sparsity.metric=output", fixed={"sparsity.compensate": True})
+    (more,) = runs_of("sparsity.metric=output", fixed={"sparsity.least_squares_correction": True})
     assert probes_of(more) == 5
     solved = [
-        selections_of(more, rung) * compensation_flops(more.model, rung.plan.segments)
+        selections_of(more, rung) * flops_of_selection(more.config, more.model, rung)
         for rung in more.controller.rungs
     ]
     assert sum(selections_of(more, rung) for rung in more.controller.rungs) == 5
@@ -49,9 +49,9 @@ def test_costs_are_counted_from_shapes() -> None:
     assert products > 0 and sum(solved) > 0
     assert_close(cost_of(more).spent - costs[3].spent, products + sum(solved), "float64", "forward")
     # What a run is billed when it ends, which here has chosen and not trained.
-    account = Account(more.controller)
-    account.rung_selections = [selections_of(more, rung) for rung in more.controller.rungs]
-    assert_close(flops_of_run(cast(Any, more), account)[0], sum(solved), "float64", "forward")
+    counters = RunCounters(more.controller)
+    counters.rung_selections = [selections_of(more, rung) for rung in more.controller.rungs]
+    assert_close(flops_of_run(cast(Any, more), counters)[0], sum(solved), "float64", "forward")
     # The quickstart's committed row: full rows are the most that its packed ones can be.
     rows = read(ROOT / "experiments/results/runs.jsonl")
     row = latest(rows, experiment="experiments/quickstart.py")
@@ -67,7 +67,7 @@ def test_bounds_of_rungs_are_of_the_flops_that_a_run_is_billed() -> None:
     fixed = {"sparsity.block": 64, "sparsity.metric": "uniform"}
     bounds = {}
     for run in runs_of("sparsity.execution=gather,mask,kernel", fixed=fixed):
-        rungs = rung_summaries(cast(Any, run), Account(run.controller), [])
+        rungs = rung_summaries(cast(Any, run), RunCounters(run.controller), [])
         shares = [rung["steps"] / rung["bound"] for rung in rungs]
         cost = cost_of(run)
         share = sum(shares) / run.config.train.steps
