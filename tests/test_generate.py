@@ -23,7 +23,9 @@ from sat_jax.evaluate import generate as module
 from sat_jax.evaluate.generate import GREEDY, Sampling, generate, stream
 from sat_jax.evaluate.text_stream import TextStream
 from sat_jax.interop import load_model, open_weights
+from sat_jax.models.build import layout_of
 from sat_jax.nn.decoder import Decoder, for_decoding
+from sat_jax.nn.layout import flat_values
 from sat_jax.nn.rope import RopeConfig
 from scripts import generate as script
 from tests.golden_model import tokenizer_with
@@ -253,18 +255,21 @@ def test_sampling_distribution(sampling: Sampling, expected: list[float]) -> Non
         (lambda _: Sampling(top_k=4), "need a temperature"),
     ],
 )
-def test_bad_input_is_refused(call: Callable[[Llama], object], message: str) -> None:
+def test_bad_input_is_refused(call: Callable[[Decoder], object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         call(golden("llama_gqa"))
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_sparse_model_is_refused(masked: bool) -> None:
-    config = golden("llama_gqa").config
-    half = dataclasses.replace(config.dense, stop=2, channels=8)
-    rest = dataclasses.replace(config.dense, start=2, channels=8 if masked else 176)
-    segments = (dataclasses.replace(half, stop=3),) if masked else (half, rest)
-    model = nnx.eval_shape(lambda: Llama(config, segments, masked=masked, rngs=nnx.Rngs(0)))
+@pytest.mark.parametrize("form", ["masks", "segments"])
+def test_a_model_with_omitted_units_is_refused(form: str) -> None:
+    layout, values = layout_of(golden("llama_gqa").config), flat_values(golden("llama_gqa"))
+    if form == "masks":
+        shape = (layout.layers, layout.units["channel"].size)
+        model = layout.bind(values, {"channel": jnp.ones(shape)})
+    else:
+        model = layout.bind(
+            {p: (v[:2], v[2:]) if layout.leaves[p].in_layers else v for p, v in values.items()}
+        )
     with pytest.raises(ValueError, match="expand it first"):
         generate(model, [[1]], 1)
 
