@@ -28,10 +28,9 @@ from sat_jax.nn.decoder import Decoder, for_decoding
 from sat_jax.nn.layout import flat_values
 from sat_jax.nn.rope import RopeConfig
 from scripts import generate as script
-from tests.golden_model import tokenizer_with
+from tests.golden_model import GOLDEN, logits_of, tokenizer_with
 from tests.tolerances import assert_close
 
-GOLDEN = Path(__file__).parent / "golden"
 YARN = RopeConfig(type="yarn", factor=4.0, original_max_positions=8)
 DYNAMIC = RopeConfig(type="dynamic", factor=2.0, original_max_positions=8)
 
@@ -52,26 +51,13 @@ def prompts_of(model: Decoder, *lengths: int) -> list[list[int]]:
     return [rng.integers(model.config.vocab_size, size=length).tolist() for length in lengths]
 
 
-@functools.partial(jax.jit, static_argnames="graph")
-def _forward(graph, params, tokens, segment_ids):
-    return nnx.merge(graph, params)(tokens, segment_ids)
-
-
-def full_logits(model: Decoder, tokens: Sequence[int], length: int) -> np.ndarray:
-    """Return the logits of a forward pass over `tokens`, in a row of `length`."""
-    row = np.zeros((1, length), np.int32)
-    row[0, : len(tokens)] = tokens
-    segment_ids = (np.arange(length) < len(tokens)).astype(np.int32)[None]
-    return np.asarray(_forward(*nnx.split(model), row, segment_ids))[0, : len(tokens)]
-
-
 def greedy_without_cache(
     model: Decoder, prompt: Sequence[int], count: int, length: int
 ) -> list[int]:
     """Return greedy tokens, each from a forward pass over all tokens before it."""
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(int(full_logits(model, tokens, length)[-1].argmax()))
+        tokens.append(int(logits_of(tokens, length, model)[-1].argmax()))
     return tokens[len(prompt) :]
 
 
@@ -134,7 +120,7 @@ def test_cache_gives_the_logits_of_a_forward_pass(
     prompts = prompts_of(model, 14, 5)
     logits = cached_logits(model, *left_padded(prompts, 0))
     for row, prompt in enumerate(prompts):
-        expected = full_logits(model, prompt, 14)
+        expected = logits_of(prompt, 14, model)
         assert_close(logits[row, 14 - len(prompt) :], expected, dtype, "forward")
 
 
