@@ -1,4 +1,4 @@
-"""Settings: what is accepted and what is refused, in one line that names the key."""
+"""Settings: accepted values, and errors in one line that names the key."""
 
 import dataclasses
 import json

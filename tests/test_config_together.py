@@ -1,4 +1,4 @@
-"""Settings that exclude each other, and those that only look as if they did."""
+"""Settings that exclude each other, and some that do not."""
 
 from typing import Any
 
@@ -172,7 +172,7 @@ def test_settings_that_do_not_fit_together(values: dict[str, Any], message: str)
     assert refusal(lambda: built(**values)) == message
 
 
-def test_settings_that_only_look_as_if_they_did_not_fit() -> None:
+def test_settings_that_fit_together() -> None:
     assert built(sparsity__split=1.0).sparsity.rate == 0
     assert built(sparsity__rate=0.5, sparsity__split=1.0, sparsity__schedule="constant")
     assert built(sparsity__rate=0.5, sparsity__rungs=1)

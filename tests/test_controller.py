@@ -87,7 +87,7 @@ def borders(made: Controller) -> list[tuple[int, int]]:
 def test_auto_steps_down_when_the_held_out_loss_stalls() -> None:
     made = auto()
     assert borders(made) == [(0, 8), (8, 12), (12, 16)]
-    # A tenth lower is progress, less is none; a new rung starts with the next evaluation.
+    # A tenth lower is progress, less is not; patience starts anew with each rung.
     assert evaluated(made, {0: 9.0, 2: 5.0, 4: 4.4, 6: 4.0}) == [6]
     assert borders(made) == [(0, 6), (6, 12), (12, 16)]
     assert evaluated(made, {8: 4.0, 10: 3.9, 14: 3.9, 16: 3.9}) == [10]

@@ -1,4 +1,4 @@
-"""Every experiment file gives valid settings; those for accelerators build and lower."""
+"""Every experiment file has valid settings; those for accelerators can be lowered."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Importance: every metric by hand, and what statistics mean."""
+"""Importance: every metric by hand, and the definition of statistics."""
 
 import dataclasses
 import functools
@@ -63,7 +63,7 @@ STATS = Statistics(
 
 
 def only(stats: Statistics, metric: str) -> Statistics:
-    """What the metric says it needs, and nothing else."""
+    """Return only the statistics that the metric needs."""
     needs = METRICS[metric].needs
     if "inputs" not in needs:
         stats = stats._replace(inputs={})

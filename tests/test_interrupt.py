@@ -1,4 +1,4 @@
-"""Runs that are stopped, diverge, or cannot go on: nothing is lost, and one line says why."""
+"""Runs that are stopped, diverge or fail: nothing is lost, and the error is one line."""
 
 import os
 import signal
@@ -58,7 +58,7 @@ AUTO = {
     "sparsity__min_gain": 0.9,
     "sparsity__split": 0.9,
 }
-# Every layer draws from every batch: what it draws must not depend on where the run began.
+# Every layer draws from every batch; its draws must not depend on the step that a run restarts at.
 DYNAMIC = {
     "sparsity__refresh_every": 0,
     "sparsity__metric": "maxip",
@@ -100,16 +100,16 @@ def test_a_stopped_run_goes_on_where_it_was(
             os.kill(os.getpid(), number)
         return plain(self, batch)
 
-    said: list[str] = []
+    lines: list[str] = []
     with monkeypatch.context() as patch:
         patch.setattr(RunState, "step", step)
         with pytest.raises(KeyboardInterrupt):
-            train(settings(**changes), tmp_path / "stopped", said.append)
-    assert said[-1] == "stopped and saved after step 3; the same command continues"
+            train(settings(**changes), tmp_path / "stopped", lines.append)
+    assert lines[-1] == "stopped and saved after step 3; the same command continues"
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
-    summary = train(settings(**changes), tmp_path / "stopped", said.append)
-    assert "continuing after step 3" in said
-    unbroken = train(settings(**changes), tmp_path / "unbroken", said.append)
+    summary = train(settings(**changes), tmp_path / "stopped", lines.append)
+    assert "continuing after step 3" in lines
+    unbroken = train(settings(**changes), tmp_path / "unbroken", lines.append)
     assert [rung["steps"] for rung in summary["rungs"]] == [sparse_steps, 6 - sparse_steps]
     assert losses(tmp_path / "stopped") == losses(tmp_path / "unbroken")
     assert len(losses(tmp_path / "stopped")) == 6
@@ -185,10 +185,10 @@ def test_out_of_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_run_at_rates_that_omit_nothing_says_so(tmp_path: Path) -> None:
-    said: list[str] = []
+    lines: list[str] = []
     config = settings(train__steps=2, sparsity__dense_layers="0,1")
-    train(config, tmp_path / "run", said.append)
-    assert any("no layer omits anything" in line for line in said)
+    train(config, tmp_path / "run", lines.append)
+    assert any("no layer omits anything" in line for line in lines)
 
 
 def test_a_compilation_that_fails_ends_the_run_before_its_rung(

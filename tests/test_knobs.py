@@ -91,7 +91,7 @@ def probe(config: Config) -> str:
     programs = programs_of(config)
     text: str = programs.probe().result().as_text()
     programs.close()
-    # Where in the sources an operation comes from differs between calls, and computes nothing.
+    # Source locations of operations differ between calls and compute nothing.
     return re.sub(r", metadata=\{[^}]*\}", "", text[text.index("\n%") :])
 
 
@@ -102,7 +102,7 @@ def compiler(config: Config) -> Any:
 
 
 def refused(config: Config) -> str:
-    """A value that needs what is not here: refused when the stage `mesh` is made."""
+    """A mesh that needs more devices than exist is refused."""
     try:
         return str(make_mesh(config.mesh))
     except UserError as error:
@@ -164,7 +164,7 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "mesh.tensor": (2, refused, {}),
 }
 
-# Asserted by these tests: a key's own name, or what it does, stands there.
+# Asserted by these tests, which mention the key.
 ELSEWHERE = {
     "model.preset": "test_config.py",
     "model.path": "test_config.py",

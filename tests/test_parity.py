@@ -115,7 +115,7 @@ def test_every_gradient() -> None:
 
 @pytest.mark.parametrize("name", LLAMAS)
 def test_greedy_continuation(name: str) -> None:
-    """By the whole forward pass again for every token; the row is as long as it will ever be."""
+    """By a full forward pass for every token, on a row of the final length."""
     golden = reference(name)
     prompt, expected = golden["greedy_prompt"], golden["greedy_ids"]
     start, steps = prompt.shape[1], expected.shape[1]

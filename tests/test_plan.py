@@ -89,7 +89,7 @@ def test_kept_count_is_the_nearest_multiple(units: int, rate: float, unit: int) 
 def test_kept_count_takes_rates_as_decimals(
     fives: int, tenths: int, rungs: int, unit: int, data: st.DataObject
 ) -> None:
-    """Stair k of a ladder from r0, in floating point, against the same in fractions. Of 5, 10, …
+    """Stair k of a ladder from r0 in floating point is that in fractions. With 5, 10, …
     neurons many rates leave a half."""
     units, stair = 5 * fives, data.draw(st.integers(0, rungs))
     rate = tenths / 10 * (1 - stair / rungs)
@@ -151,7 +151,7 @@ def test_each_layer_may_have_rates_of_its_own() -> None:
         segment(5, 6, 2, 3, 48),
     )
     assert plan(0.5, (0.25,) * 6) == plan()
-    # Rates that need no other counts need no segment; a dense layer is dense whatever its rate.
+    # Equal counts are one segment; a dense layer is dense at any rate.
     assert plan(0.0, (0.25, 0.25, 0.2501, 0.25, 0.25, 0.25)) == plan(0.0)
     assert plan(mlp=(0.9, *(0.25,) * 5), dense_layers=(0,)) == plan(dense_layers=(0,))
 
