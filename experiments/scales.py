@@ -27,12 +27,16 @@ from sat_jax.results.sweep import Comparison
 RATES = (0.2, 0.3, 0.4, 0.5, 0.6)
 RATE = 0.4  # of the comparisons in which it stays the same
 SHARES = (5 / 6, 2 / 3, 1 / 2)  # of the steps, dense, for what SAT's FLOPs would buy
-COMPENSATED = ("smoke", "small", "paper")  # products of columns, 18 GB of Llama-2-7B's, have room
+# Where the products of columns fit, which are 18 GB for Llama-2-7B.
+CORRECTED = ("smoke", "small", "paper")
 COMPARE_RATES = Comparison("rates", "Omission rate", ("sparsity.rate",))
 COMPARE_PASSES = Comparison(
     "passes",
     "Both passes, the backward pass alone, or a least-squares correction",
-    ("sparsity.rate", "sparsity.forward", "sparsity.compensate"),
+    (
+        *("sparsity.rate", "sparsity.dense_forward", "sparsity.least_squares_correction"),
+        *("sparsity.forward", "sparsity.compensate"),  # their names in rows up to commit 09323b3
+    ),
 )
 COMPARE_REFRESH = Comparison(
     "refresh", "Interval between selections", ("sparsity.refresh_every", "sparsity.probe_tokens")

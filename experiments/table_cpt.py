@@ -35,12 +35,12 @@ def get_sweep(scale: str = "smoke") -> Sweep:
         {"sparsity.rate_attention": 0.0},  # channels only
         {"sparsity.attention_unit": "query_head"},
         # In the backward pass alone: at the same rate, and at one that saves about as much.
-        {"sparsity.forward": "all"},
-        {"sparsity.forward": "all", "sparsity.rate": 0.6},
+        {"sparsity.dense_forward": True},
+        {"sparsity.dense_forward": True, "sparsity.rate": 0.6},
     ]
-    if scale in scales.COMPENSATED:  # at the same two rates
-        runs += [{"sparsity.compensate": True}]
-        runs += [{"sparsity.compensate": True, "sparsity.rate": 0.6}]
+    if scale in scales.CORRECTED:  # at the same two rates
+        runs += [{"sparsity.least_squares_correction": True}]
+        runs += [{"sparsity.least_squares_correction": True, "sparsity.rate": 0.6}]
     for moments in ("freeze", "decay"):
         runs.append({"sparsity.execution": "mask", "optimizer.moments": moments})
     modules = ("sparsity.rate_attention", "sparsity.rate_mlp", "sparsity.attention_unit")

@@ -34,8 +34,8 @@ def get_config(scale: str = "smoke") -> ConfigDict:
     config.train.accumulate = 1  # ... the whole of it
     config.sparsity.dense_layers = ()  # no layer is said to stay dense
     # As by default: the most important neurons (topk), heads with their keys and values, channels
-    # one by one, one rate for both, half of the run at it and then four stairs, omitted ones
-    # neither made up for (compensate) nor updated (moments).
+    # one by one, one rate for both, half of the run at it and then four stairs, no
+    # least_squares_correction for omitted neurons, which are not updated (moments).
     return config
 
 

@@ -1,5 +1,5 @@
-"""SAT in supervised fine-tuning: rates from 0.2 to 0.6, the backward pass alone, compensation
-for omitted neurons; and dense with as many FLOPs.
+"""SAT in supervised fine-tuning: rates from 0.2 to 0.6, the backward pass alone,
+least-squares correction for omitted neurons; and dense with as many FLOPs.
 
     python -m scripts.sweep --config=experiments/table_sft.py:smoke \
         --config.data.sources=gsm8k-train.jsonl.gz --workdir=runs/study-sft
@@ -29,8 +29,8 @@ def get_config(scale: str = "smoke") -> ConfigDict:
 
 def get_sweep(scale: str = "smoke") -> Sweep:
     runs: list[dict[str, Any]] = [{"sparsity.rate": rate} for rate in scales.RATES]
-    runs += [{"sparsity.forward": "all"}]
-    if scale in scales.COMPENSATED:
-        runs += [{"sparsity.compensate": True}]
+    runs += [{"sparsity.dense_forward": True}]
+    if scale in scales.CORRECTED:
+        runs += [{"sparsity.least_squares_correction": True}]
     runs = scales.over_seeds(scale, [*scales.shorter(get_config(scale)), *runs])
     return Sweep(runs, (scales.COMPARE_RATES, scales.COMPARE_PASSES))

@@ -20,7 +20,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 @functools.cache
-def golden() -> Llama:
+def golden() -> Decoder:
     return load_model(GOLDEN / "llama_gqa")
 
 
@@ -29,12 +29,13 @@ def _logits(graph, params, tokens, segment_ids):
     return nnx.merge(graph, params)(tokens, segment_ids)
 
 
-def logits_of(ids: Sequence[int], width: int) -> np.ndarray:
-    """Return the logits `[len(ids), V]` of one document; compiled once for each `width`."""
+def logits_of(ids: Sequence[int], width: int, model: Decoder | None = None) -> np.ndarray:
+    """Return the logits `[len(ids), V]` of one document, by default of the golden model; compiled
+    once for each `width`."""
     row = np.zeros((1, width), np.int32)
     row[0, : len(ids)] = ids
     segment_ids = (np.arange(width) < len(ids)).astype(np.int32)[None]
-    return np.asarray(_logits(*nnx.split(golden()), row, segment_ids))[0, : len(ids)]
+    return np.asarray(_logits(*nnx.split(model or golden()), row, segment_ids))[0, : len(ids)]
 
 
 def tokenizer_with(folder: Path, template: str, *special: str) -> Path:

@@ -17,7 +17,7 @@ from sat_jax.data.sources import Document
 from sat_jax.data.tokenizer import load_tokenizer
 from sat_jax.errors import UserError
 from sat_jax.interop.huggingface import write_directory
-from sat_jax.models.params import initial
+from sat_jax.models.build import initial_values
 from sat_jax.models.presets import preset
 from sat_jax.train.trained import exported
 
@@ -215,7 +215,7 @@ def test_the_exported_model_stops_at_the_end_of_turn(
     assert exported(base, tokenizer, DataFormat()) == base
     model = exported(base, tokenizer, data_format)
     assert exported(model, tokenizer, data_format) == model
-    params = initial(model, 0)
+    params = initial_values(model, 0)
     write_directory(tmp_path / "out", model, params.__getitem__)
     for file in ("config.json", "generation_config.json"):
         written = json.loads((tmp_path / "out" / file).read_text())

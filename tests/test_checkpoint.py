@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not taken: damage, other shapes, left-overs, and what is kept."""
+"""Checkpoints are complete or not used: damage, other shapes, partial files, retention."""
 
 import json
 import logging
@@ -23,11 +23,11 @@ class State(NamedTuple):
 
 
 def make_state(step: int) -> State:
-    """Every kind of leaf: matrices, scalars, bfloat16, integers, numpy, masks that keep nothing."""
+    """Every kind of leaf: matrices, scalars, bfloat16, integers, numpy, empty arrays."""
     gate = jnp.arange(12, dtype=jnp.float32).reshape(3, 4) + step
     return State(
         params={"layers": {"gate": gate}, "embed": jnp.full((8, 2), 1 / 3, jnp.bfloat16)},
-        moments=[{"masks": jnp.zeros((2, 0), jnp.int32)}, np.arange(5) + step],
+        moments=[{"kept": jnp.zeros((2, 0), jnp.int32)}, np.arange(5) + step],
         step=jnp.int32(step),
     )
 
@@ -207,7 +207,7 @@ def test_damage_is_found_named_and_fallen_back_from(
         assert f"falling back to checkpoint {tmp_path / str(whole)}" in caplog.text
         with pytest.raises(UserError, match=r"3 is not whole: "):
             find(tmp_path, 3)
-        # The run goes on from there and saves the damaged step again.
+        # The run continues from there and saves the damaged step again.
         checkpoints.save(3, make_state(3), {"rows": 24})
         checkpoints.wait()
         assert find(tmp_path).step == 3

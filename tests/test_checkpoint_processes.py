@@ -25,7 +25,7 @@ from sat_jax.cli import run
 from sat_jax.train.checkpoint import Checkpoints
 
 def main():
-    # As on a full disk: files end after 64 kB.
+    # Like a full disk: files are limited to 64 kB.
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     with Checkpoints(Path(sys.argv[1]), 1) as checkpoints:
         checkpoints.save(1, jnp.arange(8.0), {})

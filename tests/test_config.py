@@ -1,4 +1,4 @@
-"""Settings: what is accepted and what is refused, in one line that names the key."""
+"""Settings: accepted values, and errors in one line that names the key."""
 
 import dataclasses
 import json
@@ -115,24 +115,18 @@ def valid(key: Key) -> st.SearchStrategy[Any]:
     return st.none() | values if optional else values
 
 
-# What they may be depends on other settings.
+# Settings whose accepted values depend on other settings.
 DEPENDENT = {
     *("model.preset", "train.accumulate", "optimizer.warmup_steps", "optimizer.moments"),
     "optimizer.decay_share",
     *("sparsity.split", "sparsity.rungs", "sparsity.temperature"),
-    *(
-        "sparsity.schedule",
-        "sparsity.dense_start",
-        "sparsity.patience",
-        "sparsity.min_gain",
-        "sparsity.refresh_every",
-        "sparsity.compensate",
-        "sparsity.forward",
-    ),
+    *("sparsity.schedule", "sparsity.dense_start", "sparsity.patience", "sparsity.min_gain"),
+    *("sparsity.refresh_every", "sparsity.least_squares_correction"),
     *("sparsity.layer_rates_attention", "sparsity.layer_rates_mlp", "sparsity.dense_layers"),
     *("mesh.data", "mesh.tensor", "sparsity.execution", "model.kernels"),
     *(f"data.{field.name}" for field in dataclasses.fields(DataFormat)),
 }
+assert KEYS.keys() >= DEPENDENT
 VALID = {path: valid(key) for path, key in KEYS.items() if path not in DEPENDENT}
 
 

@@ -1,4 +1,4 @@
-"""Experiment files and what the command line sets over them."""
+"""Experiment files, and settings on the command line, which override them."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ HEADER = "from sat_jax.config_values import default_config\n\n\n"
 
 @pytest.fixture
 def experiment(tmp_path: Path) -> Any:
-    """Writes an experiment file: the lines of `get_config` after the defaults, or a whole file."""
+    """Write an experiment file: lines of `get_config` after the defaults, or a complete file."""
 
     def write(*lines: str, whole: str | None = None, arguments: str = "") -> str:
         body = "".join(f"    {line}\n" for line in ("config = default_config()", *lines))

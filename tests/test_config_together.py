@@ -1,4 +1,4 @@
-"""Settings that exclude each other, and those that only look as if they did."""
+"""Settings that exclude each other, and some that do not."""
 
 from typing import Any
 
@@ -102,20 +102,63 @@ from tests.test_config import built, refusal
             "sparsity.rate 0.1 says nothing beside the rates of all layers; accepted: 0",
         ),
         (
-            {"sparsity__rate": 0.1, "sparsity__refresh_every": 0, "sparsity__forward": "all"},
-            "sparsity.refresh_every 0 is for forward passes that omit neurons, and sparsity.forward"
-            " is 'all'; accepted: 'kept', or another sparsity.refresh_every",
+            {
+                "sparsity__rate": 0.1,
+                "sparsity__refresh_every": 0,
+                "sparsity__metric": "wanda",
+                "sparsity__dense_forward": True,
+            },
+            "sparsity.dense_forward True has no meaning with sparsity.refresh_every 0, where each"
+            " layer selects from its own input; accepted: False, or refresh_every 1 or more",
         ),
         (
-            {"sparsity__rate": 0.1, "sparsity__compensate": True, "sparsity__forward": "all"},
-            "sparsity.compensate adds to the kept rows of output matrices what probes tell of the"
-            " omitted ones, for which sparsity.forward 'all' leaves no place; accepted: compensate"
-            " False, or another sparsity.forward",
+            {"sparsity__rate": 0.1, "sparsity__refresh_every": 0},
+            "sparsity.refresh_every 0 selects before the outputs are computed that sparsity.metric"
+            " 'output' needs; accepted: the metrics uniform, magnitude, wanda, maxip, svd, or"
+            " refresh_every 1 or more",
         ),
         (
-            {"sparsity__rate": 0.1, "sparsity__compensate": True, "sparsity__metric": "wanda"},
-            "sparsity.compensate needs outputs, which probes see, and sparsity.metric 'wanda' has"
-            " none at every refresh; accepted: the metrics output, svd, taylor",
+            {
+                "sparsity__rate": 0.1,
+                "sparsity__refresh_every": 0,
+                "sparsity__metric": "svd",
+                "train__accumulate": 2,
+                "train__rows_per_step": 2,
+            },
+            "sparsity.refresh_every 0 selects from each batch, and the microbatches of"
+            " train.accumulate 2 share one selection; accepted: train.accumulate 1, or"
+            " refresh_every 1 or more",
+        ),
+        (
+            {
+                "sparsity__rate": 0.1,
+                "sparsity__refresh_every": 0,
+                "sparsity__metric": "uniform",
+                "sparsity__execution": "kernel",
+                "sparsity__block": 64,
+            },
+            "sparsity.execution 'kernel' needs kept units before the step, and"
+            " sparsity.refresh_every is 0; accepted: 'gather', 'mask', or refresh_every 1 or more",
+        ),
+        (
+            {
+                "sparsity__rate": 0.1,
+                "sparsity__least_squares_correction": True,
+                "sparsity__dense_forward": True,
+            },
+            "sparsity.least_squares_correction is added to kept output weights between two probes,"
+            " which sparsity.dense_forward True does not allow; accepted: least_squares_correction"
+            " False, or another sparsity.dense_forward",
+        ),
+        (
+            {
+                "sparsity__rate": 0.1,
+                "sparsity__least_squares_correction": True,
+                "sparsity__metric": "wanda",
+            },
+            "sparsity.least_squares_correction needs the outputs that probes observe, and"
+            " sparsity.metric 'wanda' has no probe at every refresh; accepted: the metrics output,"
+            " svd, taylor",
         ),
         (
             {"sparsity__layer_rates_mlp": (0.1, 1.1)},
@@ -129,7 +172,7 @@ def test_settings_that_do_not_fit_together(values: dict[str, Any], message: str)
     assert refusal(lambda: built(**values)) == message
 
 
-def test_settings_that_only_look_as_if_they_did_not_fit() -> None:
+def test_settings_that_fit_together() -> None:
     assert built(sparsity__split=1.0).sparsity.rate == 0
     assert built(sparsity__rate=0.5, sparsity__split=1.0, sparsity__schedule="constant")
     assert built(sparsity__rate=0.5, sparsity__rungs=1)

@@ -1,4 +1,4 @@
-"""Controllers: which rungs a run has, what they say of themselves, and when neurons are chosen."""
+"""Controllers: the rungs of a run, their rates, and when neurons are chosen."""
 
 import json
 from typing import Any
@@ -7,26 +7,35 @@ import pytest
 
 from sat_jax.config import SparsityConfig
 from sat_jax.errors import UserError
+from sat_jax.nn.layout import Unit
 from sat_jax.sparsity.controller import Controller, make_controller
 from sat_jax.sparsity.plan import Neurons
 
-NEURONS = Neurons(layers=2, kv_groups=3, query_heads=2, channels=8)
+NEURONS = Neurons(
+    2,
+    (
+        Unit("kv_group", 3, "attention", ()),
+        Unit("query_head", 2, "attention", ("kv_group",)),
+        Unit("channel", 8, "mlp", ()),
+    ),
+)
 
 
 def controller(rates: tuple[float, float], steps: int = 16, **changes: Any) -> Controller:
     return make_controller(SparsityConfig(**changes), NEURONS, steps, rates, balance=1)
 
 
-def told(made: Controller) -> list[tuple[int, int, float, int, int]]:
+def described(made: Controller) -> list[tuple[int, int, float, int, int]]:
     """(start, stop, rate, KV groups kept, channels kept) of every rung."""
     counts = [
-        (rung.plan.segments[0].kv_groups, rung.plan.segments[0].channels) for rung in made.rungs
+        tuple(rung.plan.segments[0].kept(unit) for unit in ("kv_group", "channel"))
+        for rung in made.rungs
     ]
     return [(r.start, r.stop, r.rate, *c) for r, c in zip(made.rungs, counts, strict=True)]
 
 
 def test_a_rung_for_every_stair_with_counts_of_its_own() -> None:
-    assert told(controller((0.0, 0.5), rungs=2)) == [
+    assert described(controller((0.0, 0.5), rungs=2)) == [
         (0, 8, 0.5, 3, 4),
         (8, 12, 0.25, 3, 6),
         (12, 16, 0.0, 3, 8),
@@ -35,17 +44,17 @@ def test_a_rung_for_every_stair_with_counts_of_its_own() -> None:
 
 def test_stairs_with_equal_counts_are_one_rung_at_the_first_rate() -> None:
     # 2.1 channels are omitted at the first stair, 1.6 at the second.
-    assert told(controller((0.0, 0.26), rungs=4))[0] == (0, 10, 0.26, 3, 6)
+    assert described(controller((0.0, 0.26), rungs=4))[0] == (0, 10, 0.26, 3, 6)
 
 
 def test_what_omits_nothing_has_rate_zero() -> None:
     # Rates 0.4, 0.3, 0.2, 0.1, 0: of three groups a tenth is nothing.
     made = controller((0.4, 0.0), rungs=4)
-    assert told(made) == [(0, 12, 0.4, 2, 8), (12, 16, 0.0, 3, 8)]
+    assert described(made) == [(0, 12, 0.4, 2, 8), (12, 16, 0.0, 3, 8)]
     assert (made.rungs[-1].rate_attention, made.rungs[-1].rate_mlp) == (0.0, 0.0)
     assert made.sparse
     nothing = controller((0.1, 0.05), schedule="constant")
-    assert told(nothing) == [(0, 16, 0.0, 3, 8)]
+    assert described(nothing) == [(0, 16, 0.0, 3, 8)]
     assert not nothing.sparse
 
 
@@ -59,7 +68,7 @@ def test_neurons_are_chosen_as_a_sparse_rung_starts_and_every_few_steps_in_it() 
 def test_the_rate_of_a_rung_is_the_mean_of_its_layers() -> None:
     made = make_controller(SparsityConfig(rungs=1), NEURONS, 4, (0.0, (0.25, 0.75)), balance=1)
     assert [(rung.start, rung.stop, rung.rate) for rung in made.rungs] == [(0, 2, 0.5), (2, 4, 0)]
-    assert [segment.channels for segment in made.rungs[0].plan.segments] == [6, 2]
+    assert [segment.kept("channel") for segment in made.rungs[0].plan.segments] == [6, 2]
 
 
 def auto(**changes: Any) -> Controller:
@@ -78,7 +87,7 @@ def borders(made: Controller) -> list[tuple[int, int]]:
 def test_auto_steps_down_when_the_held_out_loss_stalls() -> None:
     made = auto()
     assert borders(made) == [(0, 8), (8, 12), (12, 16)]
-    # A tenth lower is progress, less is none; a new rung starts with the next evaluation.
+    # A tenth lower is progress, less is not; patience starts anew with each rung.
     assert evaluated(made, {0: 9.0, 2: 5.0, 4: 4.4, 6: 4.0}) == [6]
     assert borders(made) == [(0, 6), (6, 12), (12, 16)]
     assert evaluated(made, {8: 4.0, 10: 3.9, 14: 3.9, 16: 3.9}) == [10]

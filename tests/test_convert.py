@@ -15,7 +15,7 @@ from sat_jax.data.conversations import chat_template
 from sat_jax.data.tokenizer import load_tokenizer
 from sat_jax.errors import UserError
 from sat_jax.interop import open_weights
-from sat_jax.models.params import initial, shapes
+from sat_jax.models.build import initial_values, shapes
 from sat_jax.models.presets import preset
 from sat_jax.train.checkpoint import Checkpoints
 from scripts.convert import main
@@ -48,7 +48,7 @@ def finished_run(tmp_path: Path) -> Path:
     (directory / "config.json").write_text(json.dumps(to_dict(config)))
     with Checkpoints(directory / "checkpoints", keep_last=2) as checkpoints:
         for step in (1, 2):
-            checkpoints.save(step, {"params": initial(preset("tiny"), step)}, {})
+            checkpoints.save(step, {"params": initial_values(preset("tiny"), step)}, {})
     return directory
 
 
@@ -78,7 +78,7 @@ def test_a_run(
 ) -> None:
     printed = convert(finished_run, "--out", tmp_path / "out", *arguments)
     assert printed.endswith("with its tokenizer\n")
-    written, expected = open_weights(tmp_path / "out"), initial(preset("tiny"), step)
+    written, expected = open_weights(tmp_path / "out"), initial_values(preset("tiny"), step)
     assert written.config == preset("tiny")
     for path, value in expected.items():
         assert_close(written.read(path), value, "float32", "exact")

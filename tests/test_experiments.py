@@ -30,24 +30,20 @@ import jax
 from sat_jax.config_values import load
 from sat_jax.models.presets import preset
 from sat_jax.parallel.mesh import make_mesh
-from sat_jax.sparsity.controller import make_controller
-from sat_jax.sparsity.plan import Neurons
 from sat_jax.train.programs import Programs
+from sat_jax.train.setup import controller_of
 
 config = load(sys.argv[1], [f"model.preset={sys.argv[2]}"])
 model = preset(sys.argv[2])
-neurons = Neurons(model.n_layers, model.n_kv_heads, model.query_heads, model.d_ff)
-controller = make_controller(
-    config.sparsity, neurons, config.train.steps, config.layer_rates, config.mesh.tensor
-)
+controller = controller_of(config, model)
 programs = Programs(config, model, make_mesh(config.mesh), controller)
 first, last = controller.rungs[0].plan, controller.rungs[-1].plan
 texts = [programs.lower_step(plan).as_text() for plan in (first, last)]
-gate = f"x{first.segments[-1].channels}x{model.d_model}xf32"
+gate = f"x{first.segments[-1].kept('channel')}x{model.d_model}xf32"
 print(json.dumps({
     "devices": jax.device_count(),
     "rungs": len(controller.rungs),
-    "dense_last": neurons.is_dense(last),
+    "dense_last": controller.neurons.is_dense(last),
     "kept_in_first": gate in texts[0],
     "kept_in_last": gate in texts[1],
 }))

@@ -1,94 +1,138 @@
 """FLOPs a token against the traced model (exactly), the compiled one, and numbers by hand."""
 
-import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from sat_jax.models.build import layout_of
+from sat_jax.models.llama import LlamaConfig
+from sat_jax.models.presets import PRESETS
+from sat_jax.nn.attention.xla import BLOCK
+from sat_jax.nn.decoder import Compute, Decoder
+from sat_jax.nn.layout import Layout
+from sat_jax.nn.loss import next_token_loss
+from sat_jax.nn.stack import Remat
+from sat_jax.ops import KernelConfig
+from sat_jax.sparsity.choose import Criteria
+from sat_jax.sparsity.execution.base import Execution
+from sat_jax.sparsity.execution.dynamic import Dynamic
+from sat_jax.sparsity.execution.gather import Gather
+from sat_jax.sparsity.execution.kernel import Kernel
+from sat_jax.sparsity.execution.mask import Mask
 from sat_jax.sparsity.flops import (
     FlopCount,
-    compensation_flops,
+    correction_flops,
     forward_flops,
     probe_flops,
     speedup_bound,
     training_flops,
 )
-from sat_jax.models.attention_xla import BLOCK
-from sat_jax.nn.decoder import Compute, Remat
-from sat_jax.models.llama import LlamaConfig
-from sat_jax.models.params import abstract, bind
-from sat_jax.models.presets import PRESETS
-from sat_jax.ops import KernelConfig
-from sat_jax.sparsity.plan import Segment
-from tests.small_models import CONFIGS
+from sat_jax.sparsity.plan import Plan, Segment
+from tests.small_models import CONFIGS, nothing_omitted, random_kept
 from tests.tolerances import assert_close
 
 GQA = CONFIGS["gqa"]  # 3 layers; 4 KV groups of 3 query heads of 4; 24 channels; width 16
+LAYOUT = layout_of(GQA)
+
+
+def segment(start: int, stop: int, *counts: int) -> Segment:
+    """`counts` of KV groups, query heads in each group, and channels."""
+    return Segment(start, stop, tuple(zip(LAYOUT.units, counts, strict=True)))
+
+
 PLANS: dict[str, tuple[Segment, ...]] = {
-    "dense": (GQA.dense,),
-    "groups": (Segment(0, 1, 4, 3, 24), Segment(1, 3, 2, 3, 24)),
-    "query heads": (Segment(0, 3, 4, 1, 24),),
-    "channels": (Segment(0, 2, 4, 3, 8), Segment(2, 3, 4, 3, 24)),
-    "both": (Segment(0, 1, 1, 3, 8), Segment(1, 2, 4, 3, 24), Segment(2, 3, 3, 2, 16)),
+    "dense": (segment(0, 3, 4, 3, 24),),
+    "groups": (segment(0, 1, 4, 3, 24), segment(1, 3, 2, 3, 24)),
+    "query heads": (segment(0, 3, 4, 1, 24),),
+    "channels": (segment(0, 2, 4, 3, 8), segment(2, 3, 4, 3, 24)),
+    "both": (segment(0, 1, 1, 3, 8), segment(1, 2, 4, 3, 24), segment(2, 3, 4, 2, 16)),
 }
+REMATS: list[Remat] = ["none", "dots", "full"]
 ROWS, LENGTH = 2, 40  # one attention block
+# Inside one block of attention every query meets every key: as many pairs as the causal half has
+# in rows of this length.
+COMPUTED = 2 * LENGTH - 1
 
-
-def whole_block(count: FlopCount, length: int = LENGTH) -> FlopCount:
-    """As computed inside one attention block: every query meets every key, not the causal half."""
-    scores = count.attention_scores / (length + 1) * 2 * length
-    return dataclasses.replace(count, attention_scores=scores)
+Make = Callable[[Layout[Decoder], Plan], Execution]
+DENSE_FORWARD: dict[str, Make] = {
+    "gather": lambda layout, plan: Gather(layout, plan, True),
+    "kernel": lambda layout, plan: Kernel(layout, plan, True, KernelConfig(8, "xla")),
+}
+# Norms of weights are no matrix products: scoring in the layers is not counted.
+CRITERIA = Criteria("magnitude")
+COMPUTES_ALL: dict[str, Make] = {
+    "mask": Mask,
+    "dynamic mask": lambda layout, plan: Dynamic(layout, plan, criteria=CRITERIA, masked=True),
+}
+COMPUTES_KEPT: dict[str, Make] = {
+    "gather": Gather,
+    "kernel": lambda layout, plan: Kernel(layout, plan, False, KernelConfig(8, "xla")),
+    "dynamic gather": lambda layout, plan: Dynamic(layout, plan, criteria=CRITERIA),
+}
 
 
 class Traced:
-    """A model's programs by shape alone."""
+    """A plan's programs by shape alone."""
 
     def __init__(
         self,
         config: LlamaConfig,
         segments: tuple[Segment, ...],
-        remat: Remat,
-        rows: int,
-        length: int,
-        kernels: KernelConfig | None = None,
+        make: Make = Gather,
+        remat: Remat = "none",
+        rows: int = ROWS,
+        length: int = LENGTH,
     ):
-        compute = Compute(remat=remat, kernels=kernels)
-        self.graph, self.values = abstract(config, segments, compute)
+        layout, plan = layout_of(config, Compute(remat=remat)), Plan(segments, block=8)
+        self.execution = make(layout, plan)
+        is_dynamic = isinstance(self.execution, Dynamic)
+        self.kept = nothing_omitted(plan) if is_dynamic else random_kept(config, plan)
+        self.values = jax.eval_shape(
+            lambda params: self.execution.compact(params, self.kept), dict(layout.shapes)
+        )
         self.tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
         self.mask = jax.ShapeDtypeStruct((rows, length), jnp.bool_)
+
+    def bind(self, trained: Any, values: Any) -> Decoder:
+        return self.execution.bind(trained, *values, self.kept, {})
 
     @property
     def logits(self) -> tuple[Any, ...]:
         """Function and arguments."""
-        return lambda v, t: bind(self.graph, v)(t), self.values, self.tokens
+        return lambda v, t: self.bind({}, v)(t), self.values, self.tokens
 
     @property
     def hidden(self) -> tuple[Any, ...]:
-        return lambda v, *t: bind(self.graph, v).hidden(*t)[0], self.values, *[self.tokens] * 3
+        return lambda v, *t: self.bind({}, v).hidden(*t)[0], self.values, *[self.tokens] * 3
 
     @property
     def step(self) -> tuple[Any, ...]:
-        def loss(v: dict[str, Any], *batch: Any) -> Any:
-            return bind(self.graph, v).loss(*batch)[0]
+        selection = self.execution.selection
+        options = {"selection": selection, "key": jax.random.key(0)} if selection else {}
 
-        gradient = jax.value_and_grad(loss, allow_int=True)  # kept indices
-        return gradient, self.values, *[self.tokens] * 4, self.mask
+        def gradients(values: Any, *batch: Any) -> Any:
+            def loss(trained: Any) -> Any:
+                return next_token_loss(self.bind(trained, values), *batch, **options)[0]
+
+            return jax.value_and_grad(loss)(self.execution.trained(values[0], self.kept))
+
+        return gradients, self.values, *[self.tokens] * 4, self.mask
 
 
 def matrix_product_flops(function: Any, *arguments: Any) -> float:
-    """Of a traced program: every turn of a scan, one turn of a loop of unknown length."""
+    """Of a traced program: every iteration of a scan, one of a loop of unknown length."""
 
     def inner(params: dict[str, Any]) -> Iterator[Any]:
         for value in params.values():
-            for one in value if isinstance(value, tuple | list) else (value,):
-                if hasattr(one, "eqns"):
-                    yield one
-                elif hasattr(one, "jaxpr"):
-                    yield one.jaxpr
+            for part in value if isinstance(value, tuple | list) else (value,):
+                if hasattr(part, "eqns"):
+                    yield part
+                elif hasattr(part, "jaxpr"):
+                    yield part.jaxpr
 
     def count(jaxpr: Any) -> float:
         total = 0.0
@@ -98,15 +142,15 @@ def matrix_product_flops(function: Any, *arguments: Any) -> float:
                 shape = equation.invars[0].aval.shape
                 depth = math.prod(shape[axis] for axis in contracted)
                 total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
-            turns = equation.params["length"] if equation.primitive.name == "scan" else 1
-            total += turns * sum(map(count, inner(equation.params)))
+            iterations = equation.params["length"] if equation.primitive.name == "scan" else 1
+            total += iterations * sum(map(count, inner(equation.params)))
         return total
 
     return count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def compiled_flops(function: Any, *arguments: Any) -> float:
-    """What XLA says of the compiled program; it counts the body of a loop once."""
+    """What XLA reports of the compiled program; it counts the body of a loop once."""
     fast = {"xla_backend_optimization_level": 0}  # saves on machine code, which comes after
     return jax.jit(function).lower(*arguments).compile(fast).cost_analysis()["flops"]
 
@@ -117,11 +161,13 @@ def test_a_layer_by_hand() -> None:
         max_positions=8,
     )  # fmt: skip
     # One query meets one key. Queries and outputs 4 · 5 wide, keys and values 2 · 5.
-    assert forward_flops(config, 1) == FlopCount(
-        attention_projections=2 * 2 * 3 * (20 + 10 + 10 + 20),
-        attention_scores=2 * 2 * (20 + 20),
-        mlp=2 * 2 * 3 * (11 + 11 + 11),
+    assert forward_flops(layout_of(config), 1) == FlopCount(
+        read=2 * 2 * 3 * (20 + 10 + 10 + 11 + 11),
+        write=2 * 2 * 3 * (20 + 11),
+        mixing=2 * 2 * (20 + 20),
         head=2 * 3 * 7,
+        last_write=2 * 2 * 3 * 11,
+        mlp_read=2 * 2 * 3 * (11 + 11),
     )
 
 
@@ -129,81 +175,85 @@ def test_attention_counts_the_causal_half() -> None:
     pairs = sum(1 for query in range(40) for key in range(40) if key <= query)
     heads = GQA.n_layers * GQA.n_heads
     expected = heads * 2 * 2 * GQA.head_dim * pairs / 40
-    assert forward_flops(GQA, 40).attention_scores == expected
+    assert forward_flops(LAYOUT, 40).mixing == expected
 
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_forward_counts_every_matrix_product(plan: str) -> None:
-    model = Traced(GQA, PLANS[plan], "none", ROWS, LENGTH)
-    expected = whole_block(forward_flops(GQA, LENGTH, PLANS[plan]))
+    model, expected = Traced(GQA, PLANS[plan]), forward_flops(LAYOUT, COMPUTED, PLANS[plan])
     assert matrix_product_flops(*model.logits) == ROWS * LENGTH * expected.total
-    assert matrix_product_flops(*model.hidden) == ROWS * LENGTH * expected.neurons
+    assert matrix_product_flops(*model.hidden) == ROWS * LENGTH * expected.layers
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", REMATS)
 @pytest.mark.parametrize("plan", PLANS)
-def test_training_counts_every_matrix_product(plan: str, remat: Remat) -> None:
-    model = Traced(GQA, PLANS[plan], remat, ROWS, LENGTH)
-    expected = whole_block(training_flops(GQA, LENGTH, PLANS[plan], remat).all)
+@pytest.mark.parametrize("execution", COMPUTES_KEPT)
+def test_training_counts_every_matrix_product(execution: str, plan: str, remat: Remat) -> None:
+    model = Traced(GQA, PLANS[plan], COMPUTES_KEPT[execution], remat)
+    kernels = execution == "kernel"
+    expected = training_flops(LAYOUT, COMPUTED, PLANS[plan], remat, kernels=kernels)
+    assert_close(
+        matrix_product_flops(*model.step), ROWS * LENGTH * expected.total, "float64", "forward"
+    )
+
+
+@pytest.mark.parametrize("remat", REMATS)
+@pytest.mark.parametrize("execution", COMPUTES_ALL)
+def test_masks_compute_everything(execution: str, remat: Remat) -> None:
+    model = Traced(GQA, PLANS["both"], COMPUTES_ALL[execution], remat)
+    expected = training_flops(LAYOUT, COMPUTED, remat=remat)
     assert matrix_product_flops(*model.step) == ROWS * LENGTH * expected.total
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", REMATS)
 @pytest.mark.parametrize("plan", ["groups", "query heads", "channels"])
-@pytest.mark.parametrize("kernels", [None, KernelConfig(8, "xla")], ids=["gather", "kernel"])
-def test_only_the_backward_pass_omits(
-    plan: str, remat: Remat, kernels: KernelConfig | None
-) -> None:
-    kept = tuple(dataclasses.replace(s, forward_all=s != GQA.dense) for s in PLANS[plan])
-    model = Traced(GQA, kept, remat, ROWS, LENGTH, kernels)
-    count = training_flops(GQA, LENGTH, kept, remat, kernels=kernels is not None)
-    assert matrix_product_flops(*model.step) == ROWS * LENGTH * whole_block(count.all).total
+@pytest.mark.parametrize("execution", DENSE_FORWARD)
+def test_only_the_backward_pass_omits(execution: str, plan: str, remat: Remat) -> None:
+    model = Traced(GQA, PLANS[plan], DENSE_FORWARD[execution], remat)
+    options = {"kernels": execution == "kernel", "dense_forward": True}
+    expected = training_flops(LAYOUT, COMPUTED, PLANS[plan], remat, **options)
+    assert_close(
+        matrix_product_flops(*model.step), ROWS * LENGTH * expected.total, "float64", "forward"
+    )
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
-@pytest.mark.parametrize("plan", ["query heads", "channels"])
-def test_kernels_save_nothing_of_the_mlp(plan: str, remat: Remat) -> None:
-    model = Traced(GQA, PLANS[plan], remat, ROWS, LENGTH, KernelConfig(8, "xla"))
-    expected = whole_block(training_flops(GQA, LENGTH, PLANS[plan], remat, kernels=True).all)
-    assert matrix_product_flops(*model.step) == ROWS * LENGTH * expected.total
-
-
-@pytest.mark.parametrize("family", ["mha", "bias", "norm"])
-def test_the_families_multiply_the_same_matrices(family: str) -> None:
-    config = CONFIGS[family]
-    model = Traced(config, (config.dense,), "none", ROWS, LENGTH)
-    expected = whole_block(training_flops(config, LENGTH).all)
-    assert matrix_product_flops(*model.step) == ROWS * LENGTH * expected.total
+@pytest.mark.parametrize("name", ["mha", "bias", "norm"])
+def test_other_attentions_multiply_the_same_matrices(name: str) -> None:
+    config = CONFIGS[name]
+    layout = layout_of(config)
+    counts = tuple((unit.name, unit.size) for unit in layout.units.values())
+    model = Traced(config, (Segment(0, config.n_layers, counts),))
+    expected = training_flops(layout, COMPUTED).total
+    assert matrix_product_flops(*model.step) == ROWS * LENGTH * expected
 
 
 def test_a_probe_computes_no_logits() -> None:
-    dense = forward_flops(GQA, LENGTH)
-    assert probe_flops(GQA, LENGTH) == dense.total - dense.head
+    dense = forward_flops(LAYOUT, LENGTH)
+    assert probe_flops(LAYOUT, LENGTH) == dense.total - dense.head
 
 
 def test_a_probe_of_gradients_leaves_out_those_of_weights() -> None:
-    step = training_flops(GQA, LENGTH).total
-    dense = forward_flops(GQA, LENGTH)
-    weights = dense.attention_projections + dense.mlp + dense.head
-    assert probe_flops(GQA, LENGTH, gradients=True) == step - weights
+    step, dense = training_flops(LAYOUT, LENGTH).total, forward_flops(LAYOUT, LENGTH)
+    weights = dense.read + dense.write + dense.head
+    assert probe_flops(LAYOUT, LENGTH, gradients=True) == step - weights
 
 
-def test_compensation_by_hand() -> None:
+def test_correction_by_hand() -> None:
     """12 heads of 4 columns and 24 channels; kept are 6 heads in each of 2 layers, and in one of
     them 8 channels."""
-    assert probe_flops(GQA, LENGTH, products=True) == probe_flops(GQA, LENGTH) + 3 * 2 * (
+    assert probe_flops(LAYOUT, LENGTH, products=True) == probe_flops(LAYOUT, LENGTH) + 3 * 2 * (
         48 * 48 + 24 * 24
     )
-    segments = (Segment(0, 1, 4, 3, 24), Segment(1, 2, 2, 3, 24), Segment(2, 3, 2, 3, 8))
+    segments = (segment(0, 1, 4, 3, 24), segment(1, 2, 2, 3, 24), segment(2, 3, 2, 3, 8))
     of_heads = 24**3 / 3 + 2 * 16 * (24 * 24 + 24 * 24)
     of_channels = 8**3 / 3 + 2 * 16 * (8 * 16 + 8 * 8)
     assert_close(
-        compensation_flops(GQA, segments), 2 * of_heads + of_channels, "float64", "forward"
+        correction_flops(LAYOUT, segments), 2 * of_heads + of_channels, "float64", "forward"
     )
 
 
 # Wide enough that what is not a matrix product (norms, rotations, softmax, SiLU: some 20 operations
-# a channel against 2 · 1024) stays under 1 %; XLA's counts lie 0.2 % and 0.4 % above ours.
+# a channel against 2 · 1024) stays under 1 %; XLA's counts are 0.2 % and 0.4 % above ours.
 WIDE = LlamaConfig(
     vocab_size=2048, d_model=1024, n_layers=2, n_heads=16, n_kv_heads=4, head_dim=64, d_ff=3072,
     max_positions=128,
@@ -212,33 +262,33 @@ XLA_TOLERANCE = 0.01
 
 
 def test_xla_counts_the_same() -> None:
-    kept = Segment(0, 2, 2, 3, 1280)
-    counted = (dataclasses.replace(kept, stop=1),)  # the body of the scan over layers, once
-    model = Traced(WIDE, (kept,), "none", 1, BLOCK)
+    model = Traced(WIDE, (segment(0, 2, 2, 4, 1280),), rows=1, length=BLOCK)
+    counted = (segment(0, 1, 2, 4, 1280),)  # the body of the scan over layers, once
+    layout, computed = layout_of(WIDE), 2 * BLOCK - 1
     for program, expected in (
-        (model.logits, forward_flops(WIDE, BLOCK, counted)),
-        (model.step, training_flops(WIDE, BLOCK, counted).all),
+        (model.logits, forward_flops(layout, computed, counted)),
+        (model.step, training_flops(layout, computed, counted)),
     ):
-        ratio = compiled_flops(*program) / (BLOCK * whole_block(expected, BLOCK).total)
+        ratio = compiled_flops(*program) / (BLOCK * expected.total)
         assert 1 - XLA_TOLERANCE < ratio < 1 + XLA_TOLERANCE
 
 
-def neuron_share(config: LlamaConfig, row_length: int, remat: Remat = "none") -> float:
+def share_in_layers(layout: Layout[Any], row_length: int, remat: Remat = "none") -> float:
     """f: the share of a dense step's operations that is spent in heads and channels."""
-    dense = training_flops(config, row_length, remat=remat).all
-    return dense.neurons / dense.total
+    head = 3 * forward_flops(layout, row_length).head
+    return 1 - head / training_flops(layout, row_length, remat=remat).total
 
 
-def test_share_of_neurons_in_llama_2_7b() -> None:
-    assert round(neuron_share(PRESETS["llama-2-7b"], 2048), 2) == 0.98
+def test_share_of_heads_and_channels_in_llama_2_7b() -> None:
+    assert round(share_in_layers(layout_of(PRESETS["llama-2-7b"]), 2048), 2) == 0.98
     # Small models with large vocabularies leave far less to omit.
-    assert neuron_share(PRESETS["smollm2-135m"], 2048) < 0.85
+    assert share_in_layers(layout_of(PRESETS["smollm2-135m"]), 2048) < 0.85
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", REMATS)
 def test_bound_is_one_over_one_minus_r_f(remat: Remat) -> None:
-    half = (Segment(0, 3, 2, 3, 12),)  # r = 1/2 of the groups and of the channels
-    share = neuron_share(GQA, 64, remat)
-    bound = speedup_bound(GQA, 64, half, remat)
+    half = (segment(0, 3, 2, 3, 12),)  # r = 1/2 of the groups and of the channels
+    share = share_in_layers(LAYOUT, 64, remat)
+    bound = speedup_bound(LAYOUT, 64, half, remat)
     assert_close(bound, 1 / (1 - 0.5 * share), "float64", "forward")
-    assert speedup_bound(GQA, 64, (GQA.dense,), remat) == 1
+    assert speedup_bound(LAYOUT, 64, PLANS["dense"], remat) == 1

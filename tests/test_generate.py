@@ -23,59 +23,48 @@ from sat_jax.evaluate import generate as module
 from sat_jax.evaluate.generate import GREEDY, Sampling, generate, stream
 from sat_jax.evaluate.text_stream import TextStream
 from sat_jax.interop import load_model, open_weights
-from sat_jax.models.cache import empty_cache, extend, for_decoding
-from sat_jax.nn.decoder import Decoder
+from sat_jax.models.build import layout_of
+from sat_jax.nn.decoder import Decoder, for_decoding
+from sat_jax.nn.layout import flat_values
 from sat_jax.nn.rope import RopeConfig
 from scripts import generate as script
-from tests.golden_model import tokenizer_with
+from tests.golden_model import GOLDEN, logits_of, tokenizer_with
 from tests.tolerances import assert_close
 
-GOLDEN = Path(__file__).parent / "golden"
 YARN = RopeConfig(type="yarn", factor=4.0, original_max_positions=8)
 DYNAMIC = RopeConfig(type="dynamic", factor=2.0, original_max_positions=8)
 
 
 @functools.cache
-def golden(name: str, dtype: str = "float32") -> Llama:
+def golden(name: str, dtype: str = "float32") -> Decoder:
     return load_model(GOLDEN / name, dtype)
 
 
-def changed(model: Llama, **fields: object) -> Llama:
+def changed(model: Decoder, **fields: object) -> Decoder:
     model = nnx.merge(*nnx.split(model))
     model.config = dataclasses.replace(model.config, **fields)
     return model
 
 
-def prompts_of(model: Llama, *lengths: int) -> list[list[int]]:
+def prompts_of(model: Decoder, *lengths: int) -> list[list[int]]:
     rng = np.random.default_rng(0)
     return [rng.integers(model.config.vocab_size, size=length).tolist() for length in lengths]
 
 
-@functools.partial(jax.jit, static_argnames="graph")
-def _forward(graph, params, tokens, segment_ids):
-    return nnx.merge(graph, params)(tokens, segment_ids)
-
-
-def full_logits(model: Llama, tokens: Sequence[int], length: int) -> np.ndarray:
-    """Return the logits of a forward pass over `tokens`, in a row of `length`."""
-    row = np.zeros((1, length), np.int32)
-    row[0, : len(tokens)] = tokens
-    segment_ids = (np.arange(length) < len(tokens)).astype(np.int32)[None]
-    return np.asarray(_forward(*nnx.split(model), row, segment_ids))[0, : len(tokens)]
-
-
-def greedy_without_cache(model: Llama, prompt: Sequence[int], count: int, length: int) -> list[int]:
+def greedy_without_cache(
+    model: Decoder, prompt: Sequence[int], count: int, length: int
+) -> list[int]:
     """Return greedy tokens, each from a forward pass over all tokens before it."""
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(int(full_logits(model, tokens, length)[-1].argmax()))
+        tokens.append(int(logits_of(tokens, length, model)[-1].argmax()))
     return tokens[len(prompt) :]
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "length"))
 def _extend(graph, params, cache, tokens, segment_ids, positions, length):
     model = nnx.merge(graph, params)
-    x_BTD, cache = extend(model, cache, tokens, segment_ids, positions, length)
+    x_BTD, cache = model.extend(cache, tokens, segment_ids, positions, length)
     return jnp.einsum("BTD,VD->BTV", x_BTD, model.head()).astype(jnp.float32), cache
 
 
@@ -87,12 +76,12 @@ def left_padded(prompts: list[list[int]], fill: int) -> tuple[np.ndarray, np.nda
     return np.array(rows), padding
 
 
-def cached_logits(model: Llama, tokens: np.ndarray, padding: np.ndarray) -> np.ndarray:
+def cached_logits(model: Decoder, tokens: np.ndarray, padding: np.ndarray) -> np.ndarray:
     """Return logits `[B, T, V]` computed with the cache, two slots at a time."""
     graph, params = nnx.split(for_decoding(model))
     batch, slots = tokens.shape
     all_positions = np.arange(slots)[None] - padding[:, None]
-    cache = empty_cache(model.config, batch, slots, model.compute.dtype)
+    cache = model.empty_cache(batch, slots)
     parts = []
     for start in range(0, slots, 2):
         stop = start + 2
@@ -131,7 +120,7 @@ def test_cache_gives_the_logits_of_a_forward_pass(
     prompts = prompts_of(model, 14, 5)
     logits = cached_logits(model, *left_padded(prompts, 0))
     for row, prompt in enumerate(prompts):
-        expected = full_logits(model, prompt, 14)
+        expected = logits_of(prompt, 14, model)
         assert_close(logits[row, 14 - len(prompt) :], expected, dtype, "forward")
 
 
@@ -252,18 +241,21 @@ def test_sampling_distribution(sampling: Sampling, expected: list[float]) -> Non
         (lambda _: Sampling(top_k=4), "need a temperature"),
     ],
 )
-def test_bad_input_is_refused(call: Callable[[Llama], object], message: str) -> None:
+def test_bad_input_is_refused(call: Callable[[Decoder], object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         call(golden("llama_gqa"))
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_sparse_model_is_refused(masked: bool) -> None:
-    config = golden("llama_gqa").config
-    half = dataclasses.replace(config.dense, stop=2, channels=8)
-    rest = dataclasses.replace(config.dense, start=2, channels=8 if masked else 176)
-    segments = (dataclasses.replace(half, stop=3),) if masked else (half, rest)
-    model = nnx.eval_shape(lambda: Llama(config, segments, masked=masked, rngs=nnx.Rngs(0)))
+@pytest.mark.parametrize("form", ["masks", "segments"])
+def test_a_model_with_omitted_units_is_refused(form: str) -> None:
+    layout, values = layout_of(golden("llama_gqa").config), flat_values(golden("llama_gqa"))
+    if form == "masks":
+        shape = (layout.layers, layout.units["channel"].size)
+        model = layout.bind(values, {"channel": jnp.ones(shape)})
+    else:
+        model = layout.bind(
+            {p: (v[:2], v[2:]) if layout.leaves[p].in_layers else v for p, v in values.items()}
+        )
     with pytest.raises(ValueError, match="expand it first"):
         generate(model, [[1]], 1)
 

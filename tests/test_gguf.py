@@ -1,4 +1,4 @@
-"""GGUF files in: dequantized, un-permuted, the config from their metadata, misfits named."""
+"""Reading GGUF files: dequantization, row order, config from metadata, and errors."""
 
 import json
 from collections.abc import Callable
@@ -181,7 +181,7 @@ def test_quantized_tensors(kind: Quant, step: float, tmp_path: Path) -> None:
 
 
 def llama3_factors(rope: RopeConfig) -> np.ndarray:
-    """What a converter stores: by how much the rule slows each frequency."""
+    """Return what a converter stores: the factor that divides each frequency."""
     plain = inverse_frequencies(RopeConfig(rope.theta), 8, 1)
     return (plain / inverse_frequencies(rope, 8, 1)).astype(np.float32)
 

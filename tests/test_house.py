@@ -1,6 +1,7 @@
-"""The house holds its rules: import arrows, file sizes, requirements, documents, tolerances."""
+"""Rules of the repository: imports, file sizes, requirements, documents, tolerances."""
 
 import ast
+import inspect
 import re
 import sys
 import tomllib
@@ -12,35 +13,52 @@ from pathlib import Path
 import pytest
 
 import sat_jax
+from sat_jax.models.registry import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("scripts", "experiments", "sat_jax", "kernels", "tests")
 MAX_LINES = 420
 
-# Who never imports what. Streets are one-way: scripts → experiments → sat_jax → ops → kernels.
+# Packages that a package must not import. Imports go one way: scripts → experiments → sat_jax →
+# kernels; inside sat_jax: train, results and evaluate → compress and sparsity → models → nn. Train
+# and evaluate also import data and file formats (interop).
+USERS = ("sat_jax.train", "sat_jax.results", "sat_jax.evaluate")
+METHODS = ("sat_jax.sparsity", "sat_jax.compress")
 FORBIDDEN = {
     "scripts": ("tests", "kernels"),
     "experiments": ("tests", "kernels", "scripts"),
     "sat_jax": ("tests", "scripts", "experiments"),
     "kernels": ("tests", "scripts", "experiments", "sat_jax"),
-    "sat_jax.models": (
-        *("sat_jax.train", "sat_jax.data", "sat_jax.interop", "sat_jax.evaluate"),
-        *("sat_jax.analysis", "sat_jax.results", "sat_jax.sparsity.controller"),
-    ),
-    "sat_jax.sparsity": (
-        *("sat_jax.models", "sat_jax.train", "sat_jax.data", "sat_jax.interop"),
-        "sat_jax.evaluate",
-    ),
-    "sat_jax.ops": ("sat_jax.models", "sat_jax.sparsity", "sat_jax.train", "sat_jax.data"),
+    "sat_jax.ops": ("sat_jax.nn", "sat_jax.models", "sat_jax.data", *METHODS, *USERS),
+    "sat_jax.nn": ("sat_jax.models", "sat_jax.data", "sat_jax.interop", *METHODS, *USERS),
+    "sat_jax.models": ("sat_jax.data", "sat_jax.interop", *METHODS, *USERS),
+    "sat_jax.sparsity": ("sat_jax.models", "sat_jax.data", "sat_jax.interop", *USERS),
+    "sat_jax.compress": ("sat_jax.data", *USERS),
+    "sat_jax.interop": ("sat_jax.data", *METHODS, *USERS),
+    "sat_jax.data": ("sat_jax.models", "sat_jax.nn", *METHODS, *USERS),
+    "sat_jax.parallel": ("sat_jax.models", "sat_jax.data", *METHODS, *USERS),
+    "sat_jax.train": ("sat_jax.evaluate",),
 }
-# No products of theirs, but the compilers for devices that are not there.
-SIDE_DOORS = {("scripts.memory", "kernels.aot")}
+# Ahead-of-time compilation for devices that are absent: compilers, no products.
+EXCEPTIONS = {("scripts.memory", "kernels.aot")}
+# Settings of kernels are types; the products themselves are for nn/linear.py.
+KERNEL_TYPES = {"KernelConfig", "Implementation"}
+# What a family's file must not mention: methods, and what they do to a model.
+METHOD_WORDS = re.compile(
+    r"omit|kept|sparse|sparsity|kernel|lora|quanti[sz]|prun|dynamic_selection|(?-i:\bMask)", re.I
+)
+FAMILY_NAMES = re.compile(
+    r"(?<![a-z])(llama|mistral|mixtral|qwen|gpt_?2|gpt_?neox|pythia|retnet|phi3|gemma)", re.I
+)
+# Files with names of tokenizers, chat templates and scalings of rotary positions, which contain
+# those of families.
+OTHER_NAMES = {f"sat_jax/{n}.py" for n in ("data/tokenizer", "data/chat_templates", "nn/rope")}
 KERNELS_MAY_IMPORT = {"jax", "numpy", "jaxtyping", "kernels"}
 
 # Text and figures of one run: `sat_jax.train` imports them, `sat_jax.results` imports `train`.
 RUN_OUTPUT = {f"sat_jax.results.{name}" for name in ("run_plots", "speed", "text")}
 
-# Listed in requirements.txt though no file of ours names them, and why.
+# Listed in requirements.txt though no file here imports them, and why.
 IMPORTED_BY_OTHERS = {
     "array-record": "tensorflow-datasets' array_record format and grain's reader of it",
     "importlib-resources": "tensorflow-datasets imports it and does not declare it",
@@ -93,10 +111,10 @@ def documents() -> list[Path]:
 
 
 def texts() -> Iterator[tuple[Path, str]]:
-    """Every text file that belongs to the project, as opposed to what running it leaves behind."""
+    """Yield every text file of the project, without the files that runs and tools write."""
     for path in sorted(ROOT.rglob("*")):
         parts = path.relative_to(ROOT).parts
-        made = parts[0] in {".git", ".venv", ".venv-aot", "runs"} or any(
+        made = parts[0] in {".git", ".venv", "runs"} or any(
             part.endswith(("_cache", "__pycache__", ".egg-info", ".hypothesis")) for part in parts
         )
         if made or not path.is_file():
@@ -108,25 +126,88 @@ def texts() -> Iterator[tuple[Path, str]]:
 
 
 @pytest.mark.parametrize("importer", FORBIDDEN)
-def test_arrows_point_one_way(importer: str) -> None:
+def test_imports_go_one_way(importer: str) -> None:
     wrong = [
         f"{module_name(path)} imports {name}"
         for path in sources(importer.partition(".")[0])
         if inside(module_name(path), importer)
         for name in sorted(imports(path))
         if any(inside(name, package) for package in FORBIDDEN[importer])
-        and (module_name(path), name) not in SIDE_DOORS
+        and (module_name(path), name) not in EXCEPTIONS
     ]
     assert not wrong
 
 
-def test_ops_is_the_only_door_to_the_kernels() -> None:
+def test_kernels_are_imported_by_ops_alone() -> None:
     importers = {
         module_name(path)
         for path in sources("sat_jax")
         if any(inside(name, "kernels") for name in imports(path))
     }
-    assert importers <= {"sat_jax.ops"}
+    assert importers == {"sat_jax.ops"}
+
+
+def test_products_of_kernels_are_imported_by_linear_alone() -> None:
+    types = {"sat_jax.ops", *(f"sat_jax.ops.{name}" for name in KERNEL_TYPES)}
+    importers = {
+        module_name(path)
+        for path in sources("sat_jax")
+        if any(inside(name, "sat_jax.ops") and name not in types for name in imports(path))
+    }
+    assert importers == {"sat_jax.nn.linear"}
+
+
+def family_files() -> set[Path]:
+    """The files of the registered families."""
+    return {Path(inspect.getfile(family.model)) for family in FAMILIES.values()}
+
+
+def test_files_of_families_mention_no_method() -> None:
+    assert ROOT / "sat_jax/models/llama.py" in family_files()
+    found = [
+        f"{path.name}:{number}: {line.strip()}"
+        for path in sorted(family_files())
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if METHOD_WORDS.search(line)
+    ]
+    assert not found
+
+
+def names_in_code(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield line and text of the identifiers and strings in a file, without docstrings."""
+    tree = ast.parse(path.read_text())
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef, ast.If)
+    docstrings = {
+        id(statement.value)
+        for node in ast.walk(tree)
+        if isinstance(node, documented)
+        for statement in node.body
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    }
+    for node in ast.walk(tree):
+        match node:
+            case ast.Constant(value=str(text)) if id(node) not in docstrings:
+                yield node.lineno, text
+            case ast.Name(id=text) | ast.Attribute(attr=text) | ast.arg(arg=text):
+                yield node.lineno, text
+            case ast.ClassDef(name=text) | ast.FunctionDef(name=text) | ast.keyword(arg=str(text)):
+                yield node.lineno, text
+            case ast.alias(name=text):
+                yield node.lineno, text
+
+
+def test_families_are_named_in_models_alone() -> None:
+    paths = {path: path.relative_to(ROOT).as_posix() for path in sources("sat_jax")}
+    assert all(FAMILY_NAMES.match(model_type) for model_type in FAMILIES)
+    assert set(paths.values()) >= OTHER_NAMES
+    found = [
+        f"{name}:{line}: {text}"
+        for path, name in paths.items()
+        if not name.startswith("sat_jax/models/") and name not in OTHER_NAMES
+        for line, text in names_in_code(path)
+        if FAMILY_NAMES.search(text)
+    ]
+    assert not found
 
 
 def test_kernels_need_jax_and_numpy_only() -> None:
@@ -137,18 +218,20 @@ def test_kernels_need_jax_and_numpy_only() -> None:
 
 def test_packages_have_no_import_cycle() -> None:
     """Packages are the folders of sat_jax. `RUN_OUTPUT` is a package of its own."""
-    folders = {path.parent.name for path in sources("sat_jax")} - {"sat_jax"}
+    folder_of = {p: p.relative_to(ROOT / "sat_jax").parts[0] for p in sources("sat_jax")}
+    folders = {folder for folder in folder_of.values() if not folder.endswith(".py")}
     targets: dict[str, set[str]] = {}
-    for path in sources("sat_jax"):
-        package = "run output" if module_name(path) in RUN_OUTPUT else path.parent.name
+    for path, folder in folder_of.items():
+        if folder not in folders:
+            continue
+        package = "run output" if module_name(path) in RUN_OUTPUT else folder
         others = {name for name in imports(path) if not any(inside(name, m) for m in RUN_OUTPUT)}
         targets.setdefault(package, set()).update(
-            folder
-            for folder in folders - {package}
-            if any(inside(name, f"sat_jax.{folder}") for name in others)
+            other
+            for other in folders - {folder}
+            if any(inside(name, f"sat_jax.{other}") for name in others)
         )
-    assert not targets.pop("run output")
-    del targets["sat_jax"]
+    assert not targets.pop("run output", None)
     while leaves := {name for name, imported in targets.items() if not imported}:
         targets = {n: imported - leaves for n, imported in targets.items() if n not in leaves}
     assert not targets, "these packages import each other in a circle"
@@ -167,7 +250,7 @@ def test_load_and_save_are_functions_of_the_library() -> None:
         sat_jax.load_modle  # noqa: B018  # the misspelling is the point
 
 
-def test_files_fit_a_reader() -> None:
+def test_files_are_short() -> None:
     lengths = {
         path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines())
         for folder in FOLDERS
@@ -176,7 +259,7 @@ def test_files_fit_a_reader() -> None:
     assert {name: lines for name, lines in lengths.items() if lines > MAX_LINES} == {}
 
 
-def test_requirements_are_what_is_imported() -> None:
+def test_requirements_are_imported() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
@@ -192,17 +275,17 @@ def test_requirements_are_what_is_imported() -> None:
     used: set[str] = set()
     for folder in FOLDERS:
         for name in third_party(folder):
-            # A package of an extra that is not installed here goes by its own name.
-            distributions = {normalised(given) for given in providers.get(name, [name])}
+            # An extra that is not installed has no distribution; its own name is used.
+            distributions = {normalised(provider) for provider in providers.get(name, [name])}
             assert distributions & allowed[folder], f"{folder} imports {name}, which is not listed"
             if folder != "tests":
                 used |= distributions
     unused = listed - used
-    assert unused == set(IMPORTED_BY_OTHERS), "listed and not imported, or the other way round"
+    assert unused == set(IMPORTED_BY_OTHERS), "listed and not imported, or imported and not listed"
 
 
 def test_no_machine_is_named() -> None:
-    # Character classes keep this file from finding itself.
+    # Character classes, so that the pattern does not match this file.
     pattern = re.compile(
         r"(?<![\w.~$}])/(?:wor[k]|roo[t]|tm[p]|hom[e]|User[s])/\w"
         r"|pyp[i]\.org|pythonhoste[d]\.org|npmj[s]\.|debia[n]\.org|download\.pytorc[h]"
@@ -236,7 +319,7 @@ def test_version_has_one_source() -> None:
     assert released[:1] in ([], [sat_jax.__version__])
 
 
-def test_tolerances_stand_in_one_table() -> None:
+def test_tolerances_are_in_one_table() -> None:
     found = [
         f"{path.name}:{node.value.lineno} {node.arg}="
         for path in sources("tests")

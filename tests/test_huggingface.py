@@ -1,4 +1,4 @@
-"""Hugging Face directories: what is read is what is written, and what does not fit is named."""
+"""Hugging Face directories: round trips, and errors that name what does not fit."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ ALL = ("llama_mha", "llama_gqa", "llama_tied", "qwen2", "qwen3", "mistral")
 
 
 def export(source: str, directory: Path, **settings: Any) -> dict[str, np.ndarray]:
-    """Writes a golden model and returns the tensors of all files, as they were written."""
+    """Write a golden model and return the tensors of all files."""
     weights = open_weights(GOLDEN / source)
     write_directory(directory, weights.config, weights.read, **settings)
     tensors: dict[str, np.ndarray] = {}
@@ -124,7 +124,7 @@ def test_either_form_of_config_is_complete(rope: RopeConfig, form: str) -> None:
 
 
 def test_the_oldest_configs() -> None:
-    """Without KV heads, head size, RoPE base or tying: what transformers takes them to be."""
+    """KV heads, head size, RoPE base and tying have the defaults of transformers."""
     raw = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -219,7 +219,7 @@ def test_what_changes_nothing_is_accepted(raw: dict[str, Any], change: dict[str,
 
 
 def test_yarn_with_mscale() -> None:
-    """The quotient of both scalings stands in for the attention factor (DeepSeek's spelling)."""
+    """The quotient of both scalings replaces the attention factor (as in DeepSeek's files)."""
     yarn = {"rope_type": "yarn", "factor": 16.0, "mscale": 1.0, "mscale_all_dim": 0.8}
     raw = LLAMA | OLD | {"rope_scaling": yarn | {"original_max_position_embeddings": 4096}}
     rope = config_from_json(raw, "x").rope

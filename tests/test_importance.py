@@ -1,7 +1,8 @@
-"""Importance: every metric by hand, and what statistics mean."""
+"""Importance: every metric by hand, and the definition of statistics."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,21 +11,25 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sat_jax.models.attention import Rows
-from sat_jax.models.layers import rms_norm
-from sat_jax.nn.decoder import Compute
+from sat_jax.models.build import layout_of
 from sat_jax.models.llama import LlamaConfig
-from sat_jax.models.params import abstract, bind, numbered
+from sat_jax.nn.context import Context
+from sat_jax.nn.decoder import Compute
+from sat_jax.nn.norms import rms_norm
+from sat_jax.nn.observe import InputSums
 from sat_jax.nn.rope import rotary_tables
-from sat_jax.sparsity.importance import METRICS, channel_evidence, head_evidence
-from sat_jax.sparsity.plan import Segment
-from sat_jax.sparsity.statistics import Gates, InputSums, Statistics, accumulate
+from sat_jax.sparsity.importance import METRICS, Scores, score_inputs
+from sat_jax.sparsity.statistics import Statistics, accumulate, statistics_of
 from tests.small_models import CONFIGS, batch, random_params
 from tests.tolerances import assert_close
 
 KEY = jax.random.key(0)
 SQRT2 = 2**0.5
 
+TINY = LlamaConfig(
+    vocab_size=3, d_model=2, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=1, d_ff=2,
+    max_positions=8,
+)  # fmt: skip
 # One layer of two KV groups of two query heads of size 1, two channels, width 2.
 PARAMS = {
     f"layers/{path}": jnp.asarray([value], jnp.float32)
@@ -42,24 +47,43 @@ PARAMS = {
 # and mean (0, 3).
 STATS = Statistics(
     count=jnp.asarray(4.0),
-    attention=InputSums(jnp.asarray([[16.0, 4.0]]), jnp.asarray([[8.0, -4.0]])),
-    mlp=InputSums(jnp.asarray([[4.0, 36.0]]), jnp.asarray([[0.0, 12.0]])),
-    heads=jnp.asarray([[[[36.0, -8.0], [-8.0, 4.0]], [[16.0, 10.0], [10.0, 9.0]]]]),
-    channels=jnp.asarray([[36.0, 4.0]]),
-    gradients=Gates(jnp.asarray([[[8.0, -12.0], [2.0, 6.0]]]), jnp.asarray([[-20.0, 4.0]])),
+    inputs={
+        "query_head": InputSums(jnp.asarray([[16.0, 4.0]]), jnp.asarray([[8.0, -4.0]])),
+        "channel": InputSums(jnp.asarray([[4.0, 36.0]]), jnp.asarray([[0.0, 12.0]])),
+    },
+    outputs={
+        "query_head": jnp.asarray([[[[36.0, -8.0], [-8.0, 4.0]], [[16.0, 10.0], [10.0, 9.0]]]]),
+        "channel": jnp.asarray([[36.0, 4.0]]),
+    },
+    gradients={
+        "query_head": jnp.asarray([[[8.0, -12.0], [2.0, 6.0]]]),
+        "channel": jnp.asarray([[-20.0, 4.0]]),
+    },
 )
 
 
 def only(stats: Statistics, metric: str) -> Statistics:
-    """What the metric says it needs, and nothing else."""
+    """Return only the statistics that the metric needs."""
     needs = METRICS[metric].needs
     if "inputs" not in needs:
-        stats = stats._replace(attention=None, mlp=None)
+        stats = stats._replace(inputs={})
     if not {"outputs", "predicted"} & set(needs):
-        stats = stats._replace(heads=None, channels=None)
+        stats = stats._replace(outputs={})
     if "gradients" not in needs:
-        stats = stats._replace(gradients=None)
+        stats = stats._replace(gradients={})
     return stats
+
+
+def score(
+    metric: str,
+    unit: str,
+    config: LlamaConfig = TINY,
+    params: Any = PARAMS,
+    stats: Statistics = STATS,
+    key: jax.Array = KEY,
+) -> Scores:
+    inputs = score_inputs(layout_of(config), params, only(stats, metric), unit, key)
+    return METRICS[metric].score(inputs)
 
 
 @pytest.mark.parametrize(
@@ -69,12 +93,11 @@ def only(stats: Statistics, metric: str) -> Statistics:
         ("wanda", [10 + 1 + 3 + 4, 2 + 6 + 2 + 3]),
         ("maxip", [2 + 1 + 1 + 4, 2 + 6 + 2 + 3]),
         ("output", [(24 / 4) ** 0.5, (45 / 4) ** 0.5]),
-        ("taylor", [4 / 4, 8 / 4]),  # a gate on a group is one on each of its heads
+        ("taylor", [4 / 4, 8 / 4]),  # a mask of a group masks each of its heads
     ],
 )
 def test_kv_groups_by_hand(metric: str, expected: list[float]) -> None:
-    evidence = head_evidence(PARAMS, only(STATS, metric), "kv_group", KEY)
-    assert_close(METRICS[metric].score(evidence), [expected], "float32", "forward")
+    assert_close(score(metric, "kv_group"), [expected], "float32", "forward")
 
 
 @pytest.mark.parametrize(
@@ -88,8 +111,7 @@ def test_kv_groups_by_hand(metric: str, expected: list[float]) -> None:
     ],
 )
 def test_query_heads_by_hand(metric: str, expected: list[float]) -> None:
-    evidence = head_evidence(PARAMS, only(STATS, metric), "query_head", KEY)
-    assert_close(METRICS[metric].score(evidence), [expected], "float32", "forward")
+    assert_close(score(metric, "query_head"), [expected], "float32", "forward")
 
 
 @pytest.mark.parametrize(
@@ -103,36 +125,17 @@ def test_query_heads_by_hand(metric: str, expected: list[float]) -> None:
     ],
 )
 def test_channels_by_hand(metric: str, expected: list[float]) -> None:
-    evidence = channel_evidence(PARAMS, only(STATS, metric), KEY)
-    assert_close(METRICS[metric].score(evidence), [expected], "float32", "forward")
+    assert_close(score(metric, "channel"), [expected], "float32", "forward")
 
 
 def test_columns_of_a_head_are_scored_one_by_one() -> None:
     """Two columns that cancel in sum do not cancel in score."""
     rows = jnp.asarray([[3.0, 4.0], [-3.0, -4.0]])[None, None]
-    params = {f"layers/attention/{name}": rows for name in ("key", "value")}
-    params |= {f"layers/attention/{name}": rows[:, :, None] for name in ("query", "output")}
-    evidence = head_evidence(params, STATS, "query_head", KEY)
+    params = {f"layers/attention/{name}": rows[:, :, None] for name in ("query", "output")}
+    config = dataclasses.replace(TINY, n_heads=1, n_kv_heads=1, head_dim=2)
     for metric, expected in {"magnitude": 20.0, "wanda": 20.0, "maxip": 4.0}.items():
-        assert_close(METRICS[metric].score(evidence), [[expected]], "float32", "forward")
-
-
-# The first group's query has columns of norms 5 and 1; its key and value one each, √2 and 2;
-# its output 1 and 13: columns are aggregated first, matrices then.
-@pytest.mark.parametrize(
-    ("aggregate", "group", "channel"),
-    [
-        ("sum", 5 + 1 + SQRT2 + 2 + 1 + 13, 5 + 2 + 10),
-        ("mean", (3 + SQRT2 + 2 + 7) / 4, 17 / 3),
-        ("l2", (25 + 1 + 2 + 4 + 1 + 169) ** 0.5, (25 + 4 + 100) ** 0.5),
-        ("max", 13, 10),
-    ],
-)
-def test_aggregates_by_hand(aggregate: Any, group: float, channel: float) -> None:
-    evidence = head_evidence(PARAMS, only(STATS, "magnitude"), "kv_group", KEY, aggregate)
-    assert_close(METRICS["magnitude"].score(evidence)[0, 0], group, "float32", "forward")
-    evidence = channel_evidence(PARAMS, only(STATS, "magnitude"), KEY, aggregate)
-    assert_close(METRICS["magnitude"].score(evidence)[0, 0], channel, "float32", "forward")
+        scores = score(metric, "query_head", config, params)
+        assert_close(scores, [[expected]], "float32", "forward")
 
 
 @pytest.mark.parametrize("metric", ["magnitude", "wanda", "maxip"])
@@ -140,12 +143,12 @@ def test_query_head_q_belongs_to_group_q_div_G(metric: str) -> None:
     config = CONFIGS["gqa"]
     params = {path: jnp.asarray(value) for path, value in random_params(config).items()}
     inputs = InputSums(*jnp.ones((2, config.n_layers, config.d_model)))
-    stats = Statistics(count=jnp.asarray(2.0), attention=inputs, mlp=inputs)
+    stats = Statistics(count=jnp.asarray(2.0), inputs={"query_head": inputs})
     groups, heads = config.n_kv_heads, config.query_heads
 
-    def score(query: jax.Array, unit: Any) -> np.ndarray:
-        evidence = head_evidence(params | {"layers/attention/query": query}, stats, unit, KEY)
-        return np.asarray(METRICS[metric].score(evidence))
+    def scores(query: jax.Array, unit: str) -> np.ndarray:
+        changed = params | {"layers/attention/query": query}
+        return np.asarray(score(metric, unit, config, changed, stats))
 
     query = params["layers/attention/query"]
     for group, head in ((0, 0), (1, 2), (3, 1)):
@@ -154,26 +157,25 @@ def test_query_head_q_belongs_to_group_q_div_G(metric: str) -> None:
             ("kv_group", groups, group),
             ("query_head", groups * heads, group * heads + head),
         ):
-            changed = (score(query, unit) != score(other, unit)).all(0)
+            changed = (scores(query, unit) != scores(other, unit)).all(0)
             assert changed.nonzero()[0].tolist() == [place]
             assert changed.shape == (size,)
 
 
 def test_uniform_is_new_at_every_draw() -> None:
-    one, same, other = (
-        METRICS["uniform"].score(channel_evidence(PARAMS, only(STATS, "uniform"), key))
-        for key in (KEY, KEY, jax.random.key(1))
+    first, same, other = (
+        score("uniform", "channel", key=key) for key in (KEY, KEY, jax.random.key(1))
     )
-    assert one.shape == (1, 2)
-    assert_close(one, same, "float32", "exact")
-    assert (one != other).all()
-    assert ((one >= 0) & (one < 1)).all()
+    assert first.shape == (1, 2)
+    assert_close(first, same, "float32", "exact")
+    assert (first != other).all()
+    assert ((first >= 0) & (first < 1)).all()
 
 
 def test_energy_below_zero_by_rounding_counts_as_none() -> None:
     heads = jnp.asarray([[[[1.0, -1.1], [-1.1, 1.0]], [[1.0, 0.0], [0.0, 3.0]]]])
-    evidence = head_evidence(PARAMS, STATS._replace(heads=heads), "kv_group", KEY)
-    assert_close(METRICS["output"].score(evidence), [[0.0, 1.0]], "float32", "forward")
+    scores = score("output", "kv_group", stats=STATS._replace(outputs={"query_head": heads}))
+    assert_close(scores, [[0.0, 1.0]], "float32", "forward")
 
 
 # --- what a forward pass observes ---
@@ -181,11 +183,12 @@ def test_energy_below_zero_by_rounding_counts_as_none() -> None:
 
 @functools.cache
 def observer(config: LlamaConfig, compute: Compute = Compute()) -> Callable[..., Any]:
-    graph, _ = abstract(config, compute=compute)
+    layout = layout_of(config, compute)
 
     def observe(rows: Any, *what: Any) -> tuple[jax.Array, Statistics]:
-        model = bind(graph, numbered(random_params(config)))
-        return model.hidden(rows.tokens, rows.segment_ids, rows.positions, observe=what)
+        model = layout.bind(random_params(config))
+        x, seen = model.hidden(rows.tokens, rows.segment_ids, rows.positions, observe=what)
+        return x, statistics_of(jnp.sum(rows.segment_ids > 0).astype(jnp.float32), seen)
 
     return jax.jit(observe, static_argnums=(1, 2))
 
@@ -196,7 +199,7 @@ def observed(config: LlamaConfig) -> tuple[jax.Array, Statistics]:
 
 
 class Parts(NamedTuple):
-    """One layer, step by step."""
+    """Intermediate values of one layer."""
 
     attention_input: jax.Array
     mix: jax.Array
@@ -208,22 +211,23 @@ class Parts(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def parts_of(graph: Any, config: LlamaConfig, state: Any, x: jax.Array) -> Parts:
-    given, block = batch(config), nnx.merge(graph, state)
-    rows = Rows(given.segment_ids, *rotary_tables(config.rope, config.head_dim, given.positions))
-    attention_input = rms_norm(x, block.attention_norm[...], config.norm_eps)
-    mix = block.attention.mix(attention_input, rows, None)
-    attention = block.attention.combine(mix)
-    mlp_input = rms_norm(x + attention, block.mlp_norm[...], config.norm_eps)
-    activation = block.mlp.activate(mlp_input)
-    added = block.mlp.combine(activation)
-    return Parts(attention_input, mix, attention, mlp_input, activation, added)
+    rows, block = batch(config), nnx.merge(graph, state)
+    rotary = rotary_tables(config.rope, config.rotary_dim, rows.positions)
+    context = Context(rows.segment_ids, rotary)
+    attention_input = rms_norm(x, block.attention_norm, config.norm_eps)
+    mix = block.attention.activations(attention_input, context)
+    attention = block.attention(attention_input, context)
+    mlp_input = rms_norm(x + attention, block.mlp_norm, config.norm_eps)
+    activation = block.mlp.activations(mlp_input, context)
+    mlp = block.mlp(mlp_input, context)
+    return Parts(attention_input, mix, attention, mlp_input, activation, mlp)
 
 
 def layer_by_layer(
-    config: LlamaConfig, values: dict[str, Any], *rest: Any, **named: Any
+    config: LlamaConfig, values: dict[str, Any], masks: Mapping[str, jax.Array] = {}
 ) -> Iterator[Parts]:
-    """What every layer of a model in one segment computes of the batch."""
-    graph, stacked = nnx.split(bind(abstract(config, *rest, **named)[0], values).layers[0])
+    """What every layer computes of the batch."""
+    graph, stacked = nnx.split(layout_of(config).bind(values, masks).layers)
     x = jnp.asarray(values["embed"][batch(config).tokens])
     for layer in range(config.n_layers):
         parts = parts_of(graph, config, jax.tree.map(lambda leaf, i=layer: leaf[i], stacked), x)
@@ -241,17 +245,17 @@ def test_statistics_are_naive_sums_over_tokens(name: str) -> None:
     hidden, stats = observed(config)
     assert stats.count == REAL.sum() == 19
     x = params["embed"][batch(config).tokens]
-    for layer, parts in enumerate(layer_by_layer(config, numbered(params))):
+    for layer, parts in enumerate(layer_by_layer(config, params)):
         x = x + parts.attention + parts.mlp
         tokens = Parts(*(np.asarray(part, np.float64)[REAL] for part in parts))
         added = np.einsum("nkge,kged->nkgd", tokens.mix, params["layers/attention/output"][layer])
         for seen, naive in (
-            (stats.attention.square, (tokens.attention_input**2).sum(0)),
-            (stats.attention.linear, tokens.attention_input.sum(0)),
-            (stats.heads, np.einsum("nkgd,nkhd->kgh", added, added)),
-            (stats.mlp.square, (tokens.mlp_input**2).sum(0)),
-            (stats.mlp.linear, tokens.mlp_input.sum(0)),
-            (stats.channels, (tokens.activation**2).sum(0)),
+            (stats.inputs["query_head"].square, (tokens.attention_input**2).sum(0)),
+            (stats.inputs["query_head"].linear, tokens.attention_input.sum(0)),
+            (stats.outputs["query_head"], np.einsum("nkgd,nkhd->kgh", added, added)),
+            (stats.inputs["channel"].square, (tokens.mlp_input**2).sum(0)),
+            (stats.inputs["channel"].linear, tokens.mlp_input.sum(0)),
+            (stats.outputs["channel"], (tokens.activation**2).sum(0)),
         ):
             assert_close(seen[layer], naive, "float32", "forward")
     assert_close(hidden, rms_norm(x, params["final_norm"], config.norm_eps), "float32", "forward")
@@ -275,9 +279,9 @@ def test_what_is_not_asked_for_is_not_observed() -> None:
         for what in ((), ("inputs",), ("outputs",))
     )
     assert nothing == Statistics(count=jax.ShapeDtypeStruct((), jnp.float32))
-    assert inputs._replace(attention=None, mlp=None) == nothing
-    assert outputs._replace(heads=None, channels=None) == nothing
-    assert None not in (inputs.attention, inputs.mlp, outputs.heads, outputs.channels)
+    assert inputs._replace(inputs={}) == nothing
+    assert outputs._replace(outputs={}) == nothing
+    assert set(inputs.inputs) == set(outputs.outputs) == {"query_head", "channel"}
 
 
 def test_statistics_in_bfloat16_are_summed_in_float32() -> None:
@@ -290,9 +294,9 @@ def test_statistics_in_bfloat16_are_summed_in_float32() -> None:
 
 
 @pytest.mark.parametrize("unit", ["kv_group", "query_head", "channel"])
-def test_output_is_what_masking_the_neuron_removes(unit: str) -> None:
-    """Root mean square, over tokens, of the difference in the module's addition to the stream."""
-    # Query heads in one group of three, where a mask omits one neuron and not one a group.
+def test_output_is_what_masking_the_unit_removes(unit: str) -> None:
+    """Root mean square, over tokens, of the difference that a mask makes to the branch."""
+    # Query heads in one group of three, where a mask omits one head and not one of each group.
     config = LlamaConfig(
         vocab_size=32,
         d_model=16,
@@ -305,44 +309,34 @@ def test_output_is_what_masking_the_neuron_removes(unit: str) -> None:
     )
     params = {path: jnp.asarray(value) for path, value in random_params(config).items()}
     _, stats = observed(config)
-    if unit == "channel":
-        evidence = channel_evidence(params, stats, KEY)
-    else:
-        evidence = head_evidence(params, stats, unit, KEY)  # type: ignore[arg-type]
-    (scores,) = METRICS["output"].score(evidence)
+    (scores,) = score("output", unit, config, params, stats)
 
-    segment, path, lead = {
-        "kv_group": (Segment(0, 1, 2, 1, 8), "layers/0/attention/kept_heads", (1,)),
-        "query_head": (Segment(0, 1, 1, 2, 8), "layers/0/attention/kept_heads", (1, 1)),
-        "channel": (Segment(0, 1, 3, 1, 7), "layers/0/mlp/kept_channels", (1,)),
-    }[unit]
-
-    def added(values: dict[str, Any], *rest: Any, **named: Any) -> np.ndarray:
-        (parts,) = layer_by_layer(config, values, *rest, **named)
+    def added(masks: Mapping[str, jax.Array] = {}) -> np.ndarray:
+        (parts,) = layer_by_layer(config, params, masks)
         return np.asarray(parts.mlp if unit == "channel" else parts.attention, np.float64)[REAL]
 
-    whole, removed = added(numbered(params)), []
-    for neuron in range(len(scores)):
-        kept = np.delete(np.arange(len(scores), dtype=np.int32), neuron).reshape(*lead, -1)
-        rest = added(numbered(params) | {path: jnp.asarray(kept)}, (segment,), masked=True)
-        removed.append(np.square(whole - rest).sum(-1).mean() ** 0.5)
+    full, removed = added(), []
+    lead = (1, 1) if unit == "query_head" else (1,)
+    for number in range(len(scores)):
+        mask = jnp.ones((*lead, len(scores))).at[..., number].set(0)
+        removed.append(np.square(full - added({unit: mask})).sum(-1).mean() ** 0.5)
     assert_close(scores, removed, "float32", "forward")
 
 
 def test_accumulated_statistics_are_token_weighted() -> None:
     def stats(count: float, square: float) -> Statistics:
         sums = InputSums(jnp.asarray([[square]]), jnp.asarray([[2 * square]]))
-        return Statistics(jnp.asarray(count), attention=sums, mlp=sums)
+        return Statistics(jnp.asarray(count), inputs={"channel": sums})
 
     both = accumulate(stats(3, 12), stats(5, 4), decay=1.0)
-    assert (both.count, both.attention.square, both.mlp.linear) == (8, 16, 32)
+    assert (both.count, *both.inputs["channel"]) == (8, 16, 32)
     decayed = accumulate(accumulate(stats(8, 80), stats(4, 4), decay=0.5), stats(2, 2), decay=0.5)
     # 8/4 + 4/2 + 2 tokens, the newest heaviest.
-    assert (decayed.count, decayed.attention.square) == (6, 80 / 4 + 4 / 2 + 2)
+    assert (decayed.count, decayed.inputs["channel"].square) == (6, 80 / 4 + 4 / 2 + 2)
 
 
 def test_statistics_of_different_things_do_not_mix() -> None:
-    with pytest.raises(ValueError, match="None"):
-        accumulate(STATS._replace(heads=None), STATS, 0.5)
-    with pytest.raises(ValueError, match="None"):
-        accumulate(STATS, STATS._replace(attention=None), 0.5)
+    with pytest.raises(ValueError, match="channel query_head"):
+        accumulate(STATS._replace(outputs={}), STATS, 0.5)
+    with pytest.raises(ValueError, match="channel query_head"):
+        accumulate(STATS, STATS._replace(inputs={}), 0.5)

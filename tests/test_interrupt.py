@@ -1,4 +1,4 @@
-"""Runs that are stopped, diverge, or cannot go on: nothing is lost, and one line says why."""
+"""Runs that are stopped, diverge or fail: nothing is lost, and the error is one line."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ from sat_jax.train.interrupt import Interrupt
 from sat_jax.train.loop import train
 from sat_jax.train.metrics import read_metrics
 from sat_jax.train.programs import Programs
-from sat_jax.train.working import Working
+from sat_jax.train.run_state import RunState
 from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("default_signals")]
@@ -58,8 +58,8 @@ AUTO = {
     "sparsity__min_gain": 0.9,
     "sparsity__split": 0.9,
 }
-# Every layer draws from every batch: what it draws must not depend on where the run began.
-LIVE = {
+# Every layer draws from every batch; its draws must not depend on the step that a run restarts at.
+DYNAMIC = {
     "sparsity__refresh_every": 0,
     "sparsity__metric": "maxip",
     "sparsity__selection": "sample",
@@ -67,8 +67,8 @@ LIVE = {
 }
 
 
-# What kept neurons got for the omitted ones before the stop is what they have after it.
-COMPENSATED = {"sparsity__compensate": True}
+# Corrections are part of checkpoints: they are the same after the stop.
+CORRECTED = {"sparsity__least_squares_correction": True}
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ COMPENSATED = {"sparsity__compensate": True}
     [
         (signal.SIGINT, {}, 3),
         (signal.SIGTERM, AUTO, 4),
-        (signal.SIGTERM, LIVE, 3),
-        (signal.SIGTERM, COMPENSATED, 3),
+        (signal.SIGTERM, DYNAMIC, 3),
+        (signal.SIGTERM, CORRECTED, 3),
     ],
 )
 def test_a_stopped_run_goes_on_where_it_was(
@@ -91,25 +91,25 @@ def test_a_stopped_run_goes_on_where_it_was(
     the loss after two steps is the one that the loss after four, behind the stop, stalls at: the
     sparse rung ends a step before the fifth, where it has to."""
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    plain, steps = Working.step, 0
+    plain, steps = RunState.step, 0
 
-    def step(self: Working, batch: Any) -> Any:
+    def step(self: RunState, batch: Any) -> Any:
         nonlocal steps
         steps += 1
         if steps == 3:
             os.kill(os.getpid(), number)
         return plain(self, batch)
 
-    said: list[str] = []
+    lines: list[str] = []
     with monkeypatch.context() as patch:
-        patch.setattr(Working, "step", step)
+        patch.setattr(RunState, "step", step)
         with pytest.raises(KeyboardInterrupt):
-            train(settings(**changes), tmp_path / "stopped", said.append)
-    assert said[-1] == "stopped and saved after step 3; the same command continues"
+            train(settings(**changes), tmp_path / "stopped", lines.append)
+    assert lines[-1] == "stopped and saved after step 3; the same command continues"
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
-    summary = train(settings(**changes), tmp_path / "stopped", said.append)
-    assert "continuing after step 3" in said
-    unbroken = train(settings(**changes), tmp_path / "unbroken", said.append)
+    summary = train(settings(**changes), tmp_path / "stopped", lines.append)
+    assert "continuing after step 3" in lines
+    unbroken = train(settings(**changes), tmp_path / "unbroken", lines.append)
     assert [rung["steps"] for rung in summary["rungs"]] == [sparse_steps, 6 - sparse_steps]
     assert losses(tmp_path / "stopped") == losses(tmp_path / "unbroken")
     assert len(losses(tmp_path / "stopped")) == 6
@@ -127,7 +127,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
 
 
 def test_a_second_interrupt_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def step(self: Working, batch: Any) -> Any:
+    def step(self: RunState, batch: Any) -> Any:
         del self, batch
         asking = signal.getsignal(signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -137,7 +137,7 @@ def test_a_second_interrupt_stops_at_once(tmp_path: Path, monkeypatch: pytest.Mo
         time.sleep(60)
         raise AssertionError("the second one was not heard")
 
-    monkeypatch.setattr(Working, "step", step)
+    monkeypatch.setattr(RunState, "step", step)
     with pytest.raises(KeyboardInterrupt):
         train(settings(), tmp_path / "run", print)
     assert not any((tmp_path / "run" / "checkpoints").iterdir())
@@ -175,20 +175,20 @@ def test_an_attention_that_cannot_run_here_is_refused_first(tmp_path: Path) -> N
 
 
 def test_out_of_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def step(self: Working, batch: Any) -> Any:
+    def step(self: RunState, batch: Any) -> Any:
         del self, batch
         return jax.jit(lambda: jnp.zeros((2**20, 2**20, 2**10)).at[0].set(1))()
 
-    monkeypatch.setattr(Working, "step", step)
+    monkeypatch.setattr(RunState, "step", step)
     with pytest.raises(UserError, match=r"out of device memory: .*; what needs less: "):
         train(settings(), tmp_path / "run", print)
 
 
 def test_a_run_at_rates_that_omit_nothing_says_so(tmp_path: Path) -> None:
-    said: list[str] = []
+    lines: list[str] = []
     config = settings(train__steps=2, sparsity__dense_layers="0,1")
-    train(config, tmp_path / "run", said.append)
-    assert any("no layer omits anything" in line for line in said)
+    train(config, tmp_path / "run", lines.append)
+    assert any("no layer omits anything" in line for line in lines)
 
 
 def test_a_compilation_that_fails_ends_the_run_before_its_rung(
@@ -197,7 +197,7 @@ def test_a_compilation_that_fails_ends_the_run_before_its_rung(
     plain = Programs._compile_rung
 
     def compile_rung(self: Programs, plan: Any) -> Any:
-        if plan.segments[0].channels == 128:
+        if plan.segments[0].kept("channel") == 128:
             raise RuntimeError("no program for the dense rung")
         return plain(self, plan)
 

@@ -19,8 +19,8 @@ from sat_jax.config_values import from_config_dict, keys
 from sat_jax.errors import UserError
 from sat_jax.models.llama import LlamaConfig
 from sat_jax.parallel.mesh import make_mesh
-from sat_jax.sparsity.controller import Controller, make_controller
-from sat_jax.sparsity.plan import Neurons
+from sat_jax.sparsity.controller import Controller
+from sat_jax.train import setup
 from sat_jax.train.programs import Programs, compiler_options
 from tests.conftest import ROOT
 
@@ -48,10 +48,7 @@ def config_with(changes: dict[str, Any]) -> Config:
 
 
 def controller_of(config: Config, model: LlamaConfig = MODEL) -> Controller:
-    neurons = Neurons(model.n_layers, model.n_kv_heads, model.query_heads, model.d_ff)
-    balance = config.sparsity.balance or config.mesh.tensor
-    steps, rates = config.train.steps, config.layer_rates
-    return make_controller(config.sparsity, neurons, steps, rates, balance)
+    return setup.controller_of(config, model)
 
 
 def programs_of(config: Config, model: LlamaConfig = MODEL) -> Programs:
@@ -94,7 +91,7 @@ def probe(config: Config) -> str:
     programs = programs_of(config)
     text: str = programs.probe().result().as_text()
     programs.close()
-    # Where in the sources an operation comes from differs between calls, and computes nothing.
+    # Source locations of operations differ between calls and compute nothing.
     return re.sub(r", metadata=\{[^}]*\}", "", text[text.index("\n%") :])
 
 
@@ -105,7 +102,7 @@ def compiler(config: Config) -> Any:
 
 
 def refused(config: Config) -> str:
-    """A value that needs what is not here: refused when the stage `mesh` is made."""
+    """A mesh that needs more devices than exist is refused."""
     try:
         return str(make_mesh(config.mesh))
     except UserError as error:
@@ -158,8 +155,8 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "sparsity.dense_layers": ((0,), rungs, {}),
     "sparsity.block": (2, selection, {}),
     "sparsity.balance": (2, selection, {}),
-    "sparsity.forward": ("all", step, {}),
-    "sparsity.compensate": (True, step, {}),
+    "sparsity.dense_forward": (True, step, {}),
+    "sparsity.least_squares_correction": (True, step, {}),
     "sparsity.execution": ("mask", step, {}),
     "model.kernels": ("pallas_tpu", kernel_step, KERNELS),
     "mesh.data": (3, refused, {}),
@@ -167,7 +164,7 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "mesh.tensor": (2, refused, {}),
 }
 
-# Asserted by these tests: a key's own name, or what it does, stands there.
+# Asserted by these tests, which mention the key.
 ELSEWHERE = {
     "model.preset": "test_config.py",
     "model.path": "test_config.py",

@@ -12,16 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
 from sat_jax.interop import load_model, open_weights
 from sat_jax.interop.huggingface_config import config_from_json
 from sat_jax.models import registry
-from sat_jax.models.llama import Llama, cast
-from sat_jax.models.params import flat_params
-from sat_jax.sparsity.plan import make_plan
-from tests.small_models import CONFIGS, neurons
+from sat_jax.models.build import layout_of, shapes
+from sat_jax.nn.decoder import Decoder
+from sat_jax.nn.layout import flat_values
+from sat_jax.nn.loss import next_token_loss
+from sat_jax.nn.stack import cast
+from tests.small_models import CONFIGS, random_params
 from tests.tolerances import assert_close
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -31,7 +32,7 @@ ROPE_SCALED = json.loads((GOLDEN / "llama_gqa" / "rope_scaled.json").read_text()
 
 
 @functools.cache
-def model_of(name: str) -> Llama:
+def model_of(name: str) -> Decoder:
     return load_model(GOLDEN / name)
 
 
@@ -54,17 +55,19 @@ def test_logits_computed_in_bfloat16(name: str) -> None:
     assert_close(logits, golden["logits"], "bfloat16", "forward")
 
 
-def test_weights_are_cast_but_for_the_scales_of_norms() -> None:
-    config = CONFIGS["norm"]
-    plan = make_plan(neurons(config), 0.5, 0.5)
-    model = Llama(config, plan.segments, masked=True, rngs=nnx.Rngs(0))
-    leaves = flatten_dict(nnx.to_pure_dict(cast(nnx.state(model), "bfloat16")))
-    norms = {"attention_norm", "mlp_norm", "query_norm", "key_norm", "final_norm"}
-    indices = {"kept_heads", "kept_channels"}
-    assert {path[-1] for path in leaves} > norms | indices
-    for (*_, leaf), value in leaves.items():
-        expected = "float32" if leaf in norms else "int32" if leaf in indices else "bfloat16"
-        assert value.dtype == expected, leaf
+@pytest.mark.parametrize("name", ["norm", "bias"])
+def test_weights_are_cast_but_for_vectors_and_masks(name: str) -> None:
+    """Norm scales and biases stay float32 until they are used."""
+    layout = layout_of(CONFIGS[name])
+    masks = {"channel": jnp.ones((layout.layers, layout.units["channel"].size))}
+    model = layout.bind(random_params(CONFIGS[name]), masks)
+    state = nnx.to_flat_state(cast(nnx.state(model), "bfloat16"))
+    values = {path: variable.get_value() for path, variable in state}
+    dtypes = {"/".join(path): v.dtype.name for path, v in values.items() if v is not None}
+    wide = {path for path, dtype in dtypes.items() if dtype == "float32"}
+    vectors = {path for path in layout.leaves if path.endswith(("norm", "bias"))}
+    assert wide == vectors | {"layers/mlp/masks/channel"}
+    assert set(dtypes.values()) == {"float32", "bfloat16"}
 
 
 @functools.cache
@@ -77,17 +80,18 @@ def loss_and_gradients(name: str) -> tuple[jax.Array, dict[str, np.ndarray]]:
     def mean_loss(params: Any) -> jax.Array:
         ones = jnp.ones_like(tokens)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        total, _ = nnx.merge(graph, params).loss(tokens, targets, ones, positions, ones > 0)
+        model = nnx.merge(graph, params)
+        total, _ = next_token_loss(model, tokens, targets, ones, positions, ones > 0)
         return total / tokens.size
 
     loss, gradients = jax.jit(jax.value_and_grad(mean_loss))(params)
-    flat = flat_params(nnx.merge(graph, gradients))
+    flat = flat_values(nnx.merge(graph, gradients))
     stored = {}
     config = model_of(name).config
-    for one in registry.format_of(config).stored_tensors(registry.shapes(config), "huggingface"):
-        layer = ... if one.layer is None else one.layer
-        held = [np.asarray(flat[path])[layer] for path in one.tensor.paths]
-        stored[one.name] = one.tensor.huggingface.join(held)
+    for file in registry.format_of(config).stored_tensors(shapes(config), "huggingface"):
+        layer = ... if file.layer is None else file.layer
+        parameters = [np.asarray(flat[path])[layer] for path in file.tensor.paths]
+        stored[file.name] = file.tensor.huggingface.join(parameters)
     return loss, stored
 
 
@@ -111,7 +115,7 @@ def test_every_gradient() -> None:
 
 @pytest.mark.parametrize("name", LLAMAS)
 def test_greedy_continuation(name: str) -> None:
-    """By the whole forward pass again for every token; the row is as long as it will ever be."""
+    """By a full forward pass for every token, on a row of the final length."""
     golden = reference(name)
     prompt, expected = golden["greedy_prompt"], golden["greedy_ids"]
     start, steps = prompt.shape[1], expected.shape[1]

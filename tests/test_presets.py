@@ -4,7 +4,7 @@ import pytest
 
 from sat_jax.errors import UserError
 from sat_jax.interop.huggingface_config import config_from_json, config_to_json
-from sat_jax.models.build import layout_of
+from sat_jax.models.build import shapes
 from sat_jax.models.presets import PRESETS, preset
 
 # Parameters in the published checkpoints, tied embeddings counted once.

@@ -1,13 +1,13 @@
-"""Probes: which tokens they see, and that they see them as a dense pass does."""
+"""Probes: which tokens they see, and what they observe."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sat_jax.models.params import abstract, bind, numbered
+from sat_jax.models.build import layout_of
 from sat_jax.sparsity.statistics import Statistics
-from sat_jax.train.probe import ProbeSettings, _windows, make_probe, observed, probed
+from sat_jax.train.probe import ProbeSettings, _windows, make_probe, observe_batch, probe_shape
 from tests.small_models import CONFIGS, Rows, batch, random_params
 from tests.tolerances import assert_close
 
@@ -19,27 +19,27 @@ CONFIG = CONFIGS["gqa"]
     [(1, (1, 1)), (7, (1, 7)), (8, (1, 8)), (15, (1, 8)), (16, (2, 8)), (32, (4, 8)), (99, (4, 8))],
 )
 def test_a_probe_sees_at_most_so_many_tokens(tokens: int, part: tuple[int, int]) -> None:
-    assert probed(4, 8, tokens) == part
+    assert probe_shape(4, 8, tokens) == part
 
 
 def expected(part: Rows) -> Statistics:
     """Half of the ones before, and what a dense pass over the part sees."""
-    model = bind(abstract(CONFIG)[0], numbered(random_params(CONFIG)))
-    return jax.tree.map(lambda new: 0.5 + new, observed(model, part, ("outputs",)))
+    seen = observe_batch(layout_of(CONFIG), random_params(CONFIG), part, ("outputs",))
+    return jax.tree.map(lambda new: 0.5 + new, seen)
 
 
 def test_a_probe_is_a_dense_pass_over_the_first_tokens() -> None:
     rows = batch(CONFIG)
     length = rows.tokens.shape[1]
-    told = expected(jax.tree.map(lambda x: x[:1], rows))
+    dense = expected(jax.tree.map(lambda x: x[:1], rows))
     settings = ProbeSettings(("outputs",), decay=0.5, tokens=length + 1)
-    probe = jax.jit(make_probe(abstract(CONFIG)[0], settings))
-    stats = probe(random_params(CONFIG), jax.tree.map(jnp.ones_like, told), rows, jnp.asarray(0))
-    for a, b in zip(jax.tree.leaves(stats), jax.tree.leaves(told), strict=True):
+    probe = jax.jit(make_probe(layout_of(CONFIG), settings))
+    stats = probe(random_params(CONFIG), jax.tree.map(jnp.ones_like, dense), rows, jnp.asarray(0))
+    for a, b in zip(jax.tree.leaves(stats), jax.tree.leaves(dense), strict=True):
         assert_close(a, b, "float32", "forward")
 
 
-def test_or_over_windows_of_random_rows() -> None:
+def test_windows_of_random_rows() -> None:
     numbers = jnp.arange(5 * 8).reshape(5, 8)
     rows = Rows(numbers, numbers, numbers, numbers, numbers)
     starts, firsts = set(), set()
@@ -56,12 +56,12 @@ def test_or_over_windows_of_random_rows() -> None:
     assert (starts, firsts) == ({0, 1, 2}, {0, 1, 2, 3, 4})
 
 
-def test_every_step_draws_its_own() -> None:
+def test_every_step_draws_new_windows() -> None:
     rows = batch(CONFIG)
     settings = ProbeSettings(("outputs",), decay=0.0, tokens=4, sampling="random")
-    probe = jax.jit(make_probe(abstract(CONFIG)[0], settings))
+    probe = jax.jit(make_probe(layout_of(CONFIG), settings))
     before = jax.tree.map(jnp.ones_like, expected(rows))
     seen = [probe(random_params(CONFIG), before, rows, jnp.asarray(s)) for s in (0, 0, 1, 2, 3)]
-    sums = [float(stats.channels.sum()) for stats in seen]
+    sums = [float(stats.outputs["channel"].sum()) for stats in seen]
     assert sums[0] == sums[1]
     assert len(set(sums)) > 1

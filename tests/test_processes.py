@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sat_jax import load_model
-from sat_jax.models.params import flat_params
+from sat_jax.nn.layout import flat_values
 from sat_jax.train.checkpoint import find
 from sat_jax.train.metrics import read_metrics
 from tests.conftest import ROOT, RunPython
@@ -36,8 +36,8 @@ def command(workdir: Path, *more: str) -> list[str]:
 
 
 def start_two(*arguments: str, devices: int = 1) -> list[subprocess.Popen[str]]:
-    """Both processes of one command, each of `devices` devices. The variables are those that Open
-    MPI sets; jax makes the port of process 0 out of the job's number."""
+    """Start both processes of a command, each with `devices` devices. The variables are those of
+    Open MPI; jax derives the port of process 0 from the job's number."""
     job = 4096 * secrets.randbelow(4096)
     cluster = {
         "OMPI_MCA_orte_hnp_uri": f"{job}.0;tcp://127.0.0.1:1",
@@ -63,7 +63,7 @@ def start_two(*arguments: str, devices: int = 1) -> list[subprocess.Popen[str]]:
 
 
 def run_two(*arguments: str, devices: int = 1) -> list[subprocess.CompletedProcess[str]]:
-    """What both processes of one command end with."""
+    """Return the results of both processes of a command."""
     started = start_two(*arguments, devices=devices)
     try:
         ended = [process.communicate(timeout=300) for process in started]
@@ -71,8 +71,8 @@ def run_two(*arguments: str, devices: int = 1) -> list[subprocess.CompletedProce
         for process in started:
             process.kill()
     return [
-        subprocess.CompletedProcess(process.args, process.returncode, *said)
-        for process, said in zip(started, ended, strict=True)
+        subprocess.CompletedProcess(process.args, process.returncode, *output)
+        for process, output in zip(started, ended, strict=True)
     ]
 
 
@@ -87,7 +87,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# A tensor group within each process, and one over both, which then read the same rows.
+# A tensor group within each process, and one across both, which then read the same rows.
 @pytest.mark.slow
 @pytest.mark.parametrize(("devices", "fsdp"), [(2, 2), (1, 1)])
 def test_two_processes_train_as_one(alone: Path, tmp_path: Path, devices: int, fsdp: int) -> None:
@@ -106,7 +106,7 @@ def test_two_processes_train_as_one(alone: Path, tmp_path: Path, devices: int, f
                 assert_close(found[name], expected[name], "float32", "forward")
         for name in ("tokens", "kept_heads", "kept_channels"):
             assert found.get(name) == expected.get(name)
-    trained, exported = (flat_params(load_model(p / "huggingface")) for p in (alone, tmp_path))
+    trained, exported = (flat_values(load_model(p / "huggingface")) for p in (alone, tmp_path))
     assert exported.keys() == trained.keys()
     for name, value in trained.items():
         away = np.linalg.norm(exported[name] - value) / np.linalg.norm(value)
@@ -138,11 +138,11 @@ def test_a_sigterm_to_one_process_stops_and_saves_all(tmp_path: Path) -> None:
         while "loss" not in (line := started[0].stderr.readline()):
             assert line, started[0].wait()
         started[1].send_signal(signal.SIGTERM)
-        said = [process.communicate(timeout=120)[1] for process in started]
+        output = [process.communicate(timeout=120)[1] for process in started]
     finally:
         for process in started:
             process.kill()
-    assert [process.returncode for process in started] == [130, 130], said
+    assert [process.returncode for process in started] == [130, 130], output
     steps = find(tmp_path / "checkpoints").step
-    assert f"stopped and saved after step {steps};" in said[0]
+    assert f"stopped and saved after step {steps};" in output[0]
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == steps

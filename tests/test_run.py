@@ -1,4 +1,4 @@
-"""Whole runs of a two-layer model: what they leave, and what becomes of those cut short."""
+"""Complete runs of a two-layer model: their files, and how an interrupted run continues."""
 
 import dataclasses
 import json
@@ -26,16 +26,16 @@ from sat_jax.train.checkpoint import find
 from sat_jax.train.loop import train
 from sat_jax.train.metrics import read_metrics
 from sat_jax.train.programs import Programs
+from sat_jax.train.run_state import RunState
 from sat_jax.train.setup import set_up
-from sat_jax.train.working import Working
 from tests.conftest import ROOT, RunPython
 from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.slow  # a run takes seconds, most of them to compile
 
 STEPS = 12
-# Three rungs: half omitted for 6 steps, a quarter for 3, nothing for 3. Steps 4 and 5 share masks,
-# so that the checkpoint at 5 is between two refreshes.
+# Three rungs: half omitted for 6 steps, a quarter for 3, nothing for 3. Steps 4 and 5 share kept
+# units, so that the checkpoint at 5 is between two refreshes.
 BASE = {
     "data.row_length": 32,
     "train.steps": STEPS,
@@ -81,12 +81,12 @@ def settings(text: Path, **changes: Any) -> Config:
 
 @dataclasses.dataclass
 class Finished:
-    """A run that went through in this process."""
+    """A run that finished in this process."""
 
     path: Path
     config: Config
     summary: dict[str, Any]
-    said: list[str]
+    lines: list[str]
     seconds: float
     # (thread, event, steps begun, whether in a step) of every trace, lowering and compilation
     compiled: list[tuple[str, str, int, bool]]
@@ -100,14 +100,14 @@ class Finished:
 def unbroken(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
     config, path = settings(text), tmp_path_factory.mktemp("runs") / "unbroken"
     run = Finished(path, config, {}, [], 0.0, [])
-    begun, inside, watching, step = 0, False, True, Working.step
+    begun, inside, watching, step = 0, False, True, RunState.step
 
     def listen(event: str, duration: float, **_: Any) -> None:
         del duration
         if watching and event.startswith("/jax/core/compile/"):
             run.compiled.append((threading.current_thread().name, event, begun, inside))
 
-    def counted(self: Working, batch: Any) -> Any:
+    def counted(self: RunState, batch: Any) -> Any:
         nonlocal begun, inside
         begun, inside = begun + 1, True
         try:
@@ -116,10 +116,10 @@ def unbroken(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[F
             inside = False
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Working, "step", counted)
+        patch.setattr(RunState, "step", counted)
         jax.monitoring.register_event_duration_secs_listener(listen)
         started = time.perf_counter()
-        run.summary = train(config, path, run.said.append)
+        run.summary = train(config, path, run.lines.append)
         run.seconds = time.perf_counter() - started
     watching = False
     yield run
@@ -129,7 +129,7 @@ def checkpoints(path: Path) -> list[int]:
     return sorted(int(p.name) for p in (path / "checkpoints").iterdir())
 
 
-# --- what a run leaves ---
+# --- the files of a run ---
 
 
 def test_the_ladder_goes_down_to_dense(unbroken: Finished) -> None:
@@ -175,9 +175,9 @@ def test_kept_neurons_are_counted(unbroken: Finished) -> None:
     """Selections before steps 0, 2, 4 of one group of two and 64 channels, 6 and 8 of 96 channels
     and no heads."""
     assert unbroken.summary["selections"] == unbroken.summary["probes"] == 5
-    names = [f"kept/{name}" for name in ("heads", "of_heads", "channels", "of_channels")]
-    kept = find(unbroken.path / "checkpoints").read(names)
-    heads, of_heads, channels, of_channels = (kept[name] for name in names)
+    names = [f"kept_counts/{b}/{name}" for b in ("attention", "mlp") for name in ("times", "of")]
+    counts = find(unbroken.path / "checkpoints").read(names)
+    heads, of_heads, channels, of_channels = (counts[name] for name in names)
     assert (of_heads.tolist(), of_channels.tolist()) == ([3, 3], [5, 5])
     assert channels.sum(axis=1).tolist() == [3 * 64 + 2 * 96] * 2
     assert channels.max() <= 5 and heads.max() <= 3
@@ -195,7 +195,7 @@ def test_pictures_are_drawn(unbroken: Finished) -> None:
 def test_the_exported_model_has_the_loss_of_the_run(unbroken: Finished) -> None:
     assert unbroken.summary["export"] == str(unbroken.path / "huggingface")
     model = sat_jax.load_model(unbroken.path / "huggingface")
-    held_out = open_split(set_up(unbroken.config, unbroken.said.append).data, "held_out")
+    held_out = open_split(set_up(unbroken.config, unbroken.lines.append).data, "held_out")
     (rows,) = in_order(held_out, 16, 16)
     logits = np.asarray(
         model(*(jnp.asarray(x) for x in (rows.tokens, rows.segment_ids, rows.positions))),
@@ -224,12 +224,12 @@ def test_no_step_traces_or_compiles_on_the_main_thread(unbroken: Finished) -> No
 def test_a_compilation_that_fails_is_raised_where_it_is_needed(
     unbroken: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = set_up(unbroken.config, unbroken.said.append)
+    task = set_up(unbroken.config, unbroken.lines.append)
     programs = Programs(unbroken.config, task.model, task.mesh, task.controller)
 
     def fail(programs: Programs, plan: Any) -> None:
         del programs
-        raise RuntimeError(f"no program for {plan.segments[0].channels} channels")
+        raise RuntimeError(f"no program for {plan.segments[0].kept('channel')} channels")
 
     monkeypatch.setattr(Programs, "_compile_rung", fail)
     plan = task.controller.rungs[0].plan
@@ -239,7 +239,7 @@ def test_a_compilation_that_fails_is_raised_where_it_is_needed(
     programs.close()
 
 
-# --- what becomes of a run that was cut short ---
+# --- an interrupted run ---
 
 DIES = """
 import os, runpy, signal
@@ -267,7 +267,7 @@ def test_a_killed_run_is_continued_by_the_same_command_bit_by_bit(
     path = tmp_path / "killed"
     arguments = ["--config=experiments/tiny.py", f"--workdir={path}"]
     arguments += [f"--config.{override}" for override in overrides(text, {})]
-    # Killed as soon as the first checkpoint is whole, wherever the steps have got to.
+    # Killed as soon as the first checkpoint is complete, at whatever step.
     killed = subprocess.run(
         [sys.executable, "-c", DIES, *arguments], cwd=ROOT, capture_output=True, text=True
     )
@@ -293,9 +293,9 @@ def test_a_killed_run_is_continued_by_the_same_command_bit_by_bit(
     for name in names:
         np.testing.assert_array_equal(arrays[0][name], arrays[1][name], err_msg=name, strict=True)
 
-    before, said = everything(path), list[str]()
-    assert train(settings(text), path, said.append) == summary
-    assert said == [f"{path} holds this run, finished; nothing to do"]
+    before, lines = everything(path), list[str]()
+    assert train(settings(text), path, lines.append) == summary
+    assert lines == [f"{path} holds this run, finished; nothing to do"]
     after = everything(path)
     del before[str(path / "lock")], after[str(path / "lock")]
     assert after == before
@@ -303,7 +303,7 @@ def test_a_killed_run_is_continued_by_the_same_command_bit_by_bit(
 
 @pytest.fixture(scope="module")
 def other(text: Path, unbroken: Finished) -> Finished:
-    """The same run with other habits: every key that only the loop reads has another value."""
+    """The same run with another value of every setting that only the loop reads."""
     config = settings(
         text,
         train__log_every=5,
@@ -315,12 +315,12 @@ def other(text: Path, unbroken: Finished) -> Finished:
         export__huggingface=False,
     )
     path = unbroken.path.with_name("other")
-    said: list[str] = []
-    return Finished(path, config, train(config, path, said.append), said, 0.0, [])
+    lines: list[str] = []
+    return Finished(path, config, train(config, path, lines.append), lines, 0.0, [])
 
 
 def test_log_every_says_which_steps_are_logged(unbroken: Finished, other: Finished) -> None:
-    """The last one always; and what is logged is the same."""
+    """The last step is always logged; logged values do not depend on `log_every`."""
     logged = {r["step"]: r for r in other.records if "loss" in r}
     assert list(logged) == [5, 10, 12]
     for record in unbroken.records:
@@ -355,7 +355,7 @@ def test_huggingface_is_written_when_asked(unbroken: Finished, other: Finished) 
 
 
 def test_a_run_cut_short_at_its_very_end_is_ended_anew(other: Finished, tmp_path: Path) -> None:
-    """Even where it had begun to write the model, and what it writes may be changed."""
+    """Even if it had begun to write the model; settings of the export may change."""
     path = tmp_path / "again"
     shutil.copytree(other.path, path)
     (path / "summary.json").unlink()
@@ -364,9 +364,9 @@ def test_a_run_cut_short_at_its_very_end_is_ended_anew(other: Finished, tmp_path
     config = dataclasses.replace(
         other.config, export=dataclasses.replace(other.config.export, huggingface=True)
     )
-    said: list[str] = []
-    summary = train(config, path, said.append)
-    assert "continuing after step 12" in said
+    lines: list[str] = []
+    summary = train(config, path, lines.append)
+    assert "continuing after step 12" in lines
     assert sat_jax.load_model(path / "huggingface").config.n_layers == 2
     for name in ("loss", "eval_loss", "tokens", "selections", "spent_flops"):
         assert summary[name] == other.summary[name], name
@@ -377,7 +377,7 @@ def test_a_run_cut_short_at_its_very_end_is_ended_anew(other: Finished, tmp_path
 def test_other_settings_are_refused_by_name(text: Path, unbroken: Finished) -> None:
     changed = settings(text, optimizer__learning_rate=0.5, sparsity__rate=0.25, train__log_every=3)
     with pytest.raises(UserError) as caught:
-        train(changed, unbroken.path, unbroken.said.append)
+        train(changed, unbroken.path, unbroken.lines.append)
     assert "optimizer.learning_rate was 0.003 and is 0.5; sparsity.rate was 0.5 and is 0.25" in str(
         caught.value
     )
@@ -393,7 +393,7 @@ def test_other_texts_are_refused(text: Path, other: Finished, tmp_path: Path) ->
     try:
         file.write_text(was.replace("a", "o"))
         with pytest.raises(UserError, match=r"the texts in data\.sources are not") as caught:
-            train(other.config, path, other.said.append)
+            train(other.config, path, other.lines.append)
         assert str(path) in str(caught.value)
     finally:
         file.write_text(was)

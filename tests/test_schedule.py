@@ -1,4 +1,4 @@
-"""Schedules: every step has one rate, and what should end dense ends dense."""
+"""Schedules: every step has one rate, and the last phase is dense where it should be."""
 
 import itertools
 import math
@@ -85,7 +85,7 @@ def test_every_step_has_one_stair(schedule: Schedule, steps: int, rungs: int, sp
     assert rows[-1].stop == steps
     assert all(row.start < row.stop for row in rows)
     assert all(a.stop == b.start for a, b in itertools.pairwise(rows))
-    # The rate never rises, and neighbours that would share it are one stair.
+    # The rate never rises, and neighbours with equal rates are one stair.
     assert all(a.scale > b.scale for a, b in itertools.pairwise(rows))
     assert all(0 <= row.scale <= 1 for row in rows)
     if schedule in DENSE_AT_LAST and (rungs > 1 or schedule in ("ladder", "s2d")):

@@ -39,7 +39,7 @@ def kept(scores: Any, keep: int, **rest: Any) -> list[Any]:
         ([5.0, 0.0, 3.0, 3.0, 2.0, 2.0, 1.0, 0.0], 4, {"block": 2}, [0, 1, 2, 3]),
         # Both: one run in each part.
         ([5.0, 0.0, 3.0, 3.0, 1.0, 2.0, 1.0, 9.0], 4, {"block": 2, "balance": 2}, [2, 3, 6, 7]),
-        # One NaN makes a whole run the last, also beside an infinite score.
+        # A run with a NaN is ranked last, even if it has an infinite score.
         ([9.0, NAN, 1.0, 1.0], 2, {"block": 2}, [2, 3]),
         ([INF, NAN, 1.0, 1.0], 2, {"block": 2}, [2, 3]),
     ],
@@ -56,7 +56,7 @@ def test_leading_axes_are_selected_apart() -> None:
     assert kept([[1.0, 2.0, 4.0, 3.0], [4.0, 3.0, 1.0, 2.0]], 2, balance=2) == [[1, 2], [0, 3]]
 
 
-# (N, K, balance, block). Few, since every shape is compiled; hypothesis varies what is in them.
+# (N, K, balance, block). Few, since every shape is compiled; hypothesis varies the values.
 SHAPES = ((5, 2, 1, 1), (12, 0, 2, 1), (12, 12, 2, 2), (12, 6, 3, 1), (16, 8, 1, 4), (16, 8, 2, 2))
 
 

@@ -1,4 +1,4 @@
-"""scripts/setup.sh with stand-ins for the interpreters: which it takes, and what it does when."""
+"""scripts/setup.sh with fake interpreters: which one it chooses, and what it runs."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("python3.13", "python3.12", "python3.11", "python3")
 
 BROKEN = "#!/bin/sh\necho 'shim: not found' >&2\nexit 127\n"
-# Says it is VERSION, makes a virtual environment of itself, and notes what is asked of it.
+# Reports VERSION, creates a virtual environment of itself, and records its arguments.
 WORKING = f"""#!/bin/sh
 case "$1 $2" in
   "-m venv") echo "venv $0" >>"$CALLS"; mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
@@ -32,7 +32,7 @@ exec(sys.argv[1])' "$2" ;;
 esac
 """
 
-# Whoever runs the tests in the background has SIGINT ignored, and a shell would keep that.
+# In background jobs SIGINT is ignored, and a shell would inherit that.
 INTERRUPTIBLE = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -43,9 +43,9 @@ Setup = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> Path:
-    """A copy of what set-up reads, in a path with a space; every interpreter is broken."""
-    root = tmp_path / "a house"
+def checkout(tmp_path: Path) -> Path:
+    """Return a copy of what set-up reads, in a path with a space; no interpreter works."""
+    root = tmp_path / "a checkout"
     (root / "scripts").mkdir(parents=True)
     for name in ("scripts/setup.sh", "requirements.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, root / name)
@@ -62,13 +62,13 @@ def stand_in(folder: Path, name: str, text: str = WORKING, version: str = "3.11.
 
 
 @pytest.fixture
-def setup(house: Path, tmp_path: Path) -> Setup:
+def setup(checkout: Path, tmp_path: Path) -> Setup:
     calls = tmp_path / "calls"
 
     def run(
-        *parts: str, root: Path = house, **environment: str
+        *parts: str, root: Path = checkout, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        """The calls that were made come back in place of the standard output."""
+        """Return the recorded calls in place of the standard output."""
         calls.write_text("")
         done = subprocess.run(
             [sys.executable, "-c", INTERRUPTIBLE, str(root / "scripts/setup.sh"), *parts],
@@ -125,16 +125,16 @@ def test_an_interpreter_asked_for_by_name_is_the_one(setup: Setup, tmp_path: Pat
     assert "bin/python3.12" in setup(PYTHON="python3.12").stdout
 
 
-def test_it_is_done_once(setup: Setup, house: Path, tmp_path: Path) -> None:
+def test_it_is_done_once(setup: Setup, checkout: Path, tmp_path: Path) -> None:
     stand_in(tmp_path, "python3")
     setup("base", "quickstart")
     assert setup("base", "quickstart").stdout == ""
     assert [call.split()[0] for call in setup("test").stdout.splitlines()] == ["pip"]
-    with (house / "requirements.txt").open("a") as file:
+    with (checkout / "requirements.txt").open("a") as file:
         file.write("one-more\n")
     assert setup("base").stdout.count("pip install") == 1
     assert setup("base").stdout == ""
-    moved = house.rename(house.with_name("moved"))
+    moved = checkout.rename(checkout.with_name("moved"))
     assert setup("base", root=moved).stdout.count("pip install") == 1, "its path was installed"
 
 
@@ -157,20 +157,22 @@ def test_a_failed_one_keeps_the_environment(setup: Setup, tmp_path: Path) -> Non
     assert [call.split()[0] for call in setup("test").stdout.splitlines()] == ["pip"]
 
 
-def test_a_broken_environment_is_made_anew(setup: Setup, house: Path, tmp_path: Path) -> None:
+def test_a_broken_environment_is_made_anew(setup: Setup, checkout: Path, tmp_path: Path) -> None:
     stand_in(tmp_path, "python3")
     setup("base")
-    (house / ".venv/bin/python").unlink()
+    (checkout / ".venv/bin/python").unlink()
     assert [call.split()[0] for call in setup("base").stdout.splitlines()] == ["venv", "pip"]
 
 
-def test_compilers_for_other_devices_live_apart(setup: Setup, house: Path, tmp_path: Path) -> None:
+def test_aot_compilers_have_their_own_environment(
+    setup: Setup, checkout: Path, tmp_path: Path
+) -> None:
     stand_in(tmp_path, "python3")
     setup("base")
     done = setup("aot", "test").stdout.splitlines()
     assert [call.split()[0] for call in done] == ["venv", "pip", "pip"]
-    assert (house / ".venv-aot/ready-aot").exists()
-    assert not (house / ".venv/ready-aot").exists()
+    assert (checkout / ".venv-aot/ready-aot").exists()
+    assert not (checkout / ".venv/ready-aot").exists()
     assert setup("aot", "test").stdout == ""
 
 

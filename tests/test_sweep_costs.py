@@ -2,7 +2,6 @@
 
 from typing import Any, cast
 
-from sat_jax.sparsity.flops import correction_flops
 from sat_jax.config_values import experiment
 from sat_jax.results.finished import FinishedRun
 from sat_jax.results.means import mean_of
@@ -10,7 +9,8 @@ from sat_jax.results.planned import dry_run, plan_runs
 from sat_jax.results.record import row_of
 from sat_jax.results.rows import latest, read
 from sat_jax.results.tables import terminal_table
-from sat_jax.train.account import Account, flops_of_probe
+from sat_jax.train.costs import flops_of_probe, flops_of_selection
+from sat_jax.train.counters import RunCounters
 from sat_jax.train.finish import flops_of_run, rung_summaries
 from tests.conftest import ROOT
 from tests.result_runs import RECORDS, summary_of
@@ -24,15 +24,15 @@ def test_costs_are_counted_from_shapes() -> None:
     dense, uniform, wanda, output = plans = [run.plan for run in runs]
     assert [plan.probes() for plan in plans] == [0, 0, 1, 5]
     in_layers = {"sparsity.refresh_every": 0, "sparsity.probe_tokens": 1024}
-    (live,) = runs_of("sparsity.metric=wanda", fixed=in_layers)
-    assert (live.plan.probes(), live.plan.spent_flops()) == (0, uniform.spent_flops())
+    (dynamic,) = runs_of("sparsity.metric=wanda", fixed=in_layers)
+    assert (dynamic.plan.probes(), dynamic.plan.spent_flops()) == (0, uniform.spent_flops())
     assert dense.spent_flops() == dense.dense_flops() == uniform.dense_flops()
     assert uniform.spent_flops() < wanda.spent_flops() < output.spent_flops() < dense.spent_flops()
-    (run,) = runs_of("sparsity.metric=output", fixed={"sparsity.compensate": True})
+    (run,) = runs_of("sparsity.metric=output", fixed={"sparsity.least_squares_correction": True})
     more = run.plan
     assert more.probes() == 5
     solved = [
-        more.selections(rung) * correction_flops(more.model, rung.plan.segments)
+        more.selections(rung) * flops_of_selection(more.config, more.model, rung)
         for rung in more.controller.rungs
     ]
     assert sum(more.selections(rung) for rung in more.controller.rungs) == 5
@@ -43,9 +43,9 @@ def test_costs_are_counted_from_shapes() -> None:
     difference = more.spent_flops() - output.spent_flops()
     assert_close(difference, products + sum(solved), "float64", "forward")
     # What a run is billed when it ends, which here has chosen and not trained.
-    account = Account(more.controller)
-    account.rung_selections = [more.selections(rung) for rung in more.controller.rungs]
-    assert_close(flops_of_run(cast(Any, more), account)[0], sum(solved), "float64", "forward")
+    counters = RunCounters(more.controller)
+    counters.rung_selections = [more.selections(rung) for rung in more.controller.rungs]
+    assert_close(flops_of_run(cast(Any, more), counters)[0], sum(solved), "float64", "forward")
     # The quickstart's committed row: full rows are the most that its packed ones can be.
     rows = read(ROOT / "experiments/results/runs.jsonl")
     row = latest(rows, experiment="experiments/quickstart.py")
@@ -61,7 +61,7 @@ def test_bounds_of_rungs_are_of_the_flops_that_a_run_is_billed() -> None:
     fixed = {"sparsity.block": 64, "sparsity.metric": "uniform"}
     bounds = {}
     for run in runs_of("sparsity.execution=gather,mask,kernel", fixed=fixed):
-        rungs = rung_summaries(cast(Any, run.plan), Account(run.plan.controller), [])
+        rungs = rung_summaries(cast(Any, run.plan), RunCounters(run.plan.controller), [])
         shares = [rung["steps"] / rung["bound"] for rung in rungs]
         share = sum(shares) / run.config.train.steps
         assert_close(share, run.plan.spent_flops() / run.plan.dense_flops(), "float64", "forward")

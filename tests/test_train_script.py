@@ -1,4 +1,4 @@
-"""What `scripts.train` adds to a run: its row, and what to try next."""
+"""`scripts.train`: the recorded row, and the printed suggestions."""
 
 import json
 import shlex

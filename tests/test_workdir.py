@@ -1,4 +1,4 @@
-"""A work directory is made, locked, recognised and compared; nobody else's folder is touched."""
+"""Work directories: created, locked, recognised and compared; other folders are not changed."""
 
 import json
 import os

@@ -23,7 +23,7 @@ from sat_jax.errors import UserError
 from sat_jax.evaluate.packing import pack, row_width
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.decoder import Decoder
-from sat_jax.nn.loss import perplexity_of
+from sat_jax.nn.loss import next_token_loss, perplexity_of
 
 
 class Score(NamedTuple):
@@ -59,7 +59,7 @@ def perplexity(model: Decoder, batches: Iterable[Batch]) -> Score:
 @functools.partial(jax.jit, static_argnames=("graph",))
 def _nll(graph: nnx.GraphDef[Decoder], params: nnx.State, batch: Any) -> Float[Array, ""]:
     model: Decoder = nnx.merge(graph, params)
-    total, _ = model.loss(*batch)
+    total, _ = next_token_loss(model, *batch)
     return total
 
 
