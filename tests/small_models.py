@@ -87,14 +87,14 @@ def random_kept(config: DecoderConfig, plan: Plan, seed: int = 3, always: bool =
     kept."""
     full, rng = neurons(config), np.random.default_rng(seed)
 
-    def kept(lead: tuple[int, ...], total: int, keep: int, balance: int) -> jax.Array:
+    def kept(lead: tuple[int, ...], total: int, keep: int, balance: int) -> np.ndarray:
         size, share = total // balance, keep // balance
         indices = np.zeros((*lead, keep), np.int32)
         for place in np.ndindex(lead):
             indices[place] = np.concatenate(
                 [np.sort(rng.permutation(size)[:share]) + part * size for part in range(balance)]
             )
-        return jnp.asarray(indices)
+        return indices
 
     segments = []
     for segment in plan.segments:
@@ -113,7 +113,7 @@ def random_kept(config: DecoderConfig, plan: Plan, seed: int = 3, always: bool =
             balance = 1 if unit.within else plan.balance
             runs = kept(lead, unit.size // block, segment.kept(unit.name) // block, balance)
             places = runs[..., None] * block + np.arange(block, dtype=np.int32)
-            chosen[unit.name] = places.reshape(*lead, -1)
+            chosen[unit.name] = jnp.asarray(places.reshape(*lead, -1))
         segments.append(chosen)
     return tuple(segments)
 
