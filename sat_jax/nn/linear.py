@@ -106,11 +106,11 @@ def swiglu(gate: Any, up: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T F"
 def gated_mlp(gate: Any, up: Any, down: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """Return silu(x · gateᵀ) · (x · upᵀ) · down, by a fused kernel where the weights have one."""
     weights = [value(w) for w in (gate, up, down)]
-    kernel = getattr(weights[0], "kernel", None)
-    if kernel is None:
+    kernels = [w.kernel if isinstance(w, KeptRows) else None for w in weights]
+    if None in kernels:
         return combine(down, swiglu(gate, up, x))
     kept: Array = weights[0].kept
-    return kept_mlp(x, *(_in_place(w) for w in weights), kept, kernel)
+    return kept_mlp(x, *(_in_place(w) for w in weights), kept, kernels[0])
 
 
 def _in_place(weight: KeptRows) -> InPlace:
