@@ -44,7 +44,7 @@ def compile_all(execution: Execution = GATHER) -> tuple[Moves, int]:
     return compile_moves(state, KEPT, execution, lambda tree: tree, compiled), count
 
 
-@pytest.mark.parametrize("largest", [1, 5000, 2**30])
+@pytest.mark.parametrize("largest", [pytest.param(1, marks=pytest.mark.slow), 5000, 2**30])
 def test_chunks_of_any_size_give_the_same_state(
     largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
