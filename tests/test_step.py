@@ -51,9 +51,6 @@ KERNEL = KernelConfig(8, "xla")
 
 Step = Callable[..., tuple[TrainState, Statistics, StepMetrics]]
 
-compact = jax.jit(compact_state, static_argnums=0)
-expand = jax.jit(expand_state, static_argnums=0)
-
 
 @functools.cache
 def compiled(execution: Execution, microbatches: int = 1) -> Step:
@@ -95,11 +92,11 @@ def start() -> TrainState:
 def train(begin: TrainState, execution: Execution, kept: Kept, batches: range) -> TrainState:
     """The full state after a step on each of `batches`, between one compact and one expand."""
     step = compiled(execution)
-    state, omitted = compact(execution, begin, kept)
+    state, omitted = compact_state(execution, begin, kept)
     stats = no_statistics()
     for number in batches:
         state, stats, _ = step(state, stats, kept, rows(number), omitted[PARAMS])
-    return expand(execution, state, omitted, kept)
+    return expand_state(execution, state, omitted, kept)
 
 
 @functools.cache
@@ -233,9 +230,9 @@ def test_units_omitted_inside_a_step_do_not_change_bit_for_bit(masked: bool) -> 
     plan = make_plan(neurons(CONFIG), 0.5, 0.5, balance=2, dense_layers=(0,))
     execution = Dynamic(LAYOUT, plan, criteria=Criteria("uniform"), masked=masked)
     step, nothing = compiled(execution), nothing_omitted(plan)
-    begin, omitted = compact(execution, plain(1), nothing)
+    begin, omitted = compact_state(execution, plain(1), nothing)
     end, _, metrics = step(begin, no_statistics(), nothing, rows(1))
-    after = expand(execution, end, omitted, nothing)
+    after = expand_state(execution, end, omitted, nothing)
     assert metrics.kept[0] == {}
     assert_frozen(plain(1), after, plan, metrics.kept)
     _, _, again = step(end, no_statistics(), nothing, rows(1))

@@ -106,11 +106,11 @@ def swiglu(gate: Any, up: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T F"
 def gated_mlp(gate: Any, up: Any, down: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """Return silu(x · gateᵀ) · (x · upᵀ) · down, by a fused kernel where the weights have one."""
     weights = [value(w) for w in (gate, up, down)]
-    kernels = [w.kernel if isinstance(w, KeptRows) else None for w in weights]
-    if None in kernels:
+    kernel = weights[0].kernel if all(isinstance(w, KeptRows) for w in weights) else None
+    if kernel is None:
         return combine(down, swiglu(gate, up, x))
     kept: Array = weights[0].kept
-    return kept_mlp(x, *(_in_place(w) for w in weights), kept, kernels[0])
+    return kept_mlp(x, *(_in_place(w) for w in weights), kept, kernel)
 
 
 def _in_place(weight: KeptRows) -> InPlace:
