@@ -194,7 +194,13 @@ def test_gather_mask_and_kernel_agree_and_train_the_adapters_alone(unit: Any) ->
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1)
 
 
-@pytest.mark.parametrize("kind", [Gather, Mask, Kernel, Dynamic])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        Kernel,
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in (Gather, Mask, Dynamic)),
+    ],
+)
 def test_a_step_changes_trained_arrays_alone(kind: type[Execution]) -> None:
     """The frozen arrays have no moments, and stay the same bit for bit."""
     plan = make_plan(neurons(CONFIG), 0.5, 0.5, block=8, balance=1, dense_layers=(0,))
