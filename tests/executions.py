@@ -100,11 +100,9 @@ def _unused_as_nan(execution: Kernel, trained: Any, kept: Kept) -> dict[str, Any
     return execution.map_segments(unused, trained)
 
 
-@functools.cache
-def plain(layout: Any, read: Callable[[], Mapping[str, Any]]) -> Result:
+def plain(layout: Any, params: Mapping[str, Any]) -> Result:
     """Return the result of the model with nothing omitted, without any execution."""
-    params = {path: jnp.asarray(value) for path, value in read().items()}
-    return jax.jit(lambda params: differentiate(layout.bind, params))(params)
+    return jax.jit(lambda params: differentiate(layout.bind, params))(dict(params))
 
 
 def kept_rows(layout: Any, plan: Plan, tree: Mapping[str, Any], kept: Kept) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def test_the_logits_are_dense_and_executions_agree(unit: AttentionUnit) -> None:
     """Of three layers the first is dense."""
     plan = plan_of(unit, dense_layers=(0,))
     kept, params = random_kept(CONFIG, plan), random_params(CONFIG)
-    dense = plain(LAYOUT, lambda: params)
+    dense = plain(LAYOUT, params)
     by_gather, by_mask, by_kernel = (run(e, params, kept) for e in executions(plan))
     recomputed = layout_of(CONFIG, Compute(remat="full"))
     by_remat = run(Gather(recomputed, plan, dense_forward=True), params, kept)

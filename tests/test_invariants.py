@@ -1,6 +1,7 @@
 """What holds for every execution of a model: plain, gather, mask, kernel and dynamic."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -58,8 +59,9 @@ def result(
     return run(kind(layout_of(config, compute), plan, **rest), random_params(config), kept)
 
 
+@functools.cache
 def plain_of(name: str) -> Result:
-    return plain(layout_of(CONFIGS[name]), lambda: random_params(CONFIGS[name]))
+    return plain(layout_of(CONFIGS[name]), random_params(CONFIGS[name]))
 
 
 def sparse(name: str, **rest: Any) -> tuple[LlamaConfig, Plan]:

@@ -146,9 +146,9 @@ def test_a_layout_has_each_array_with_its_axes() -> None:
 def test_an_adapted_model_equals_the_merged_one(remat: Remat) -> None:
     """Through split, merge, scan, remat and grad."""
     layout = LAYOUT if remat == "none" else adapted_layout(Compute(remat=remat))
-    adapted, expected = plain(layout, params), plain(PLAIN, merged)
+    adapted, expected = plain(layout, params()), plain(PLAIN, merged())
     assert_close(adapted.logits, expected.logits, "float32", "forward")
-    without = plain(PLAIN, lambda: random_params(CONFIG))
+    without = plain(PLAIN, random_params(CONFIG))
     assert np.abs(np.asarray(adapted.logits - without.logits)).max() > 0.1
     for path, gradient in expected.gradients.items():
         if path.removeprefix("layers/") not in ADAPTED:
