@@ -118,6 +118,7 @@ def random_kept(config: DecoderConfig, plan: Plan, seed: int = 3, always: bool =
     return tuple(segments)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def compact_state(
     execution: Execution, full: TrainState, kept: Kept
 ) -> tuple[TrainState, OmittedState]:
@@ -127,6 +128,7 @@ def compact_state(
     return jax.tree.unflatten(structure, [p[0] for p in pairs]), [p[1] for p in pairs]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def expand_state(
     execution: Execution, compact: TrainState, omitted: OmittedState, kept: Kept
 ) -> TrainState:

@@ -1,4 +1,4 @@
-"""Attention: every backend equals the formula, and no gradient crosses a document's border."""
+"""Attention: every backend equals the formula; no gradient crosses a document boundary."""
 
 import functools
 import re
@@ -12,13 +12,14 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from sat_jax.errors import UserError
-from sat_jax.models import attention_cudnn, attention_splash, attention_xla, dot_product
+from sat_jax.nn.attention import cudnn as attention_cudnn
+from sat_jax.nn.attention import dot_product, splash, xla
 from sat_jax.nn.attention.documents import number_documents
 from sat_jax.nn.attention.dot_product import dot_product_attention
 from tests.tolerances import assert_close
 
-# Rows of several blocks and tiles, whose length none of them divides; padding last in the first
-# row, in between in the second.
+# Rows of several blocks and tiles, none of which divides the length. Padding is at the end of the
+# first row and in the middle of the second.
 LENGTH = 299
 ROWS = ([1] * 130 + [2] * 3 + [3] + [4] * 120 + [0] * 45, [7] * 200 + [0] * 50 + [8] * 49)
 SEGMENTS = np.array(ROWS, np.int32)
@@ -59,7 +60,7 @@ def reference(
 
 
 def with_gradients(attend: Callable) -> Callable:
-    """(q, k, v, cotangent, segments) → output and gradients of q, k, v, compiled once a shape."""
+    """Return a jitted function of (q, k, v, cotangent, segments): output and gradients."""
 
     @jax.jit
     def run(q, k, v, do, segments):
@@ -71,7 +72,7 @@ def with_gradients(attend: Callable) -> Callable:
 
 
 def packed_kernel(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type):
-    """What the fused kernel promises for segments, without cuDNN: each causal, the rest garbage."""
+    """The documented result of the fused kernel, without cuDNN: causal in segments, NaN outside."""
     assert mask_type == attention_cudnn.fused.MaskType.PADDING_CAUSAL
     assert kv_seqlen is q_seqlen and kv_offsets is q_offsets
     place = jnp.arange(q.shape[1])[None, :, None]
@@ -84,7 +85,7 @@ def packed_kernel(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale,
 
 
 def xla_kernel(*operands, implementation: str = "cudnn", **settings):
-    """jax's own formula in the place of cuDNN's kernel."""
+    """The XLA implementation of jax in place of the cuDNN kernel."""
     assert implementation == "cudnn"
     return PUBLIC(*operands, implementation="xla", **settings)
 
@@ -94,19 +95,19 @@ HOPPER = attention_cudnn.Device(cudnn=91_200, capability=(9, 0))
 AMPERE = attention_cudnn.Device(cudnn=91_200, capability=(8, 0))
 
 
-def cudnn(found: attention_cudnn.Device, most: int, *operands):
+def cudnn(device: attention_cudnn.Device, max_documents: int, *operands):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_cudnn, "device", lambda: found)
-        patch.setattr(attention_cudnn, "MAX_DOCUMENTS", most)
+        patch.setattr(attention_cudnn, "device", lambda: device)
+        patch.setattr(attention_cudnn, "MAX_DOCUMENTS", max_documents)
         patch.setattr(attention_cudnn.fused, "dot_product_attention", packed_kernel)
         patch.setattr(jax.nn, "dot_product_attention", xla_kernel)
         return attention_cudnn.attend(*operands)
 
 
 BACKENDS = {
-    "xla": attention_xla.attend,
-    "splash": functools.partial(attention_splash.attend, interpret=True),
-    # Around a stand-in for the kernel: what is tested is what we hand over. Rows of 5 documents.
+    "xla": xla.attend,
+    "splash": functools.partial(splash.attend, interpret=True),
+    # The kernel is replaced: the arguments that it gets are tested. Rows have up to 5 documents.
     "cudnn offsets": functools.partial(cudnn, HOPPER, 5),
     "cudnn too many documents": functools.partial(cudnn, HOPPER, 4),
     "cudnn bias": functools.partial(cudnn, AMPERE, 5),
@@ -125,7 +126,7 @@ def expected() -> list[np.ndarray]:
 
 def assert_matches(got: list, desired: list[np.ndarray], dtype: str) -> None:
     assert_close(np.asarray(got[0], np.float32), desired[0], dtype, "forward")
-    # Together: the gradient of a query that sees only itself is zero, and has no scale of its own.
+    # Concatenated: the gradient of a query that sees only itself is 0, which gives no scale.
     flat = [np.concatenate([np.ravel(x) for x in part[1:]]) for part in (got, desired)]
     assert_close(flat[0].astype(np.float32), flat[1], dtype, "backward")
 
@@ -137,7 +138,7 @@ def test_backends_equal_the_formula(run: Callable) -> None:
 def test_documents_receive_exactly_no_gradient_from_each_other(run: Callable) -> None:
     q, k, v, do = arrays(len(SEGMENTS), LENGTH, HEADS)
     documents = np.asarray(number_documents(jnp.asarray(SEGMENTS)))
-    for number in range(documents.max() + 1):  # padding is among them
+    for number in range(documents.max() + 1):  # including padding
         chosen = (documents == number)[..., None, None]
         o, *grads = run(q, k, v, np.where(chosen[..., None], do, 0), SEGMENTS)
         assert np.isfinite(o).all()
@@ -150,7 +151,7 @@ def test_documents_receive_exactly_no_gradient_from_each_other(run: Callable) ->
 
 def test_bfloat16() -> None:
     operands = [jnp.asarray(x, jnp.bfloat16) for x in arrays(len(SEGMENTS), LENGTH, HEADS)]
-    got = with_gradients(attention_xla.attend)(*operands, SEGMENTS)
+    got = with_gradients(xla.attend)(*operands, SEGMENTS)
     assert {x.dtype for x in got} == {jnp.dtype(jnp.bfloat16)}
     rounded = reference(*(np.asarray(x, np.float32) for x in operands), SEGMENTS)
     assert_matches(got, rounded, "bfloat16")
@@ -159,13 +160,15 @@ def test_bfloat16() -> None:
 @pytest.fixture(scope="module")
 def small_blocks() -> Iterator[Callable]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_xla, "BLOCK", 8)
-        yield with_gradients(attention_xla.attend)
+        patch.setattr(xla, "BLOCK", 8)
+        yield with_gradients(xla.attend)
 
 
 @given(data=st.data())
-@settings(max_examples=40, phases=[Phase.generate])  # small enough to read as it is
-def test_blocks_of_any_row(small_blocks: Callable, data: st.DataObject) -> None:
+@settings(max_examples=40, phases=[Phase.generate])  # examples are small enough without shrinking
+def test_small_blocks_equal_the_formula_for_any_row(
+    small_blocks: Callable, data: st.DataObject
+) -> None:
     length = data.draw(st.sampled_from([1, 20]), "length")
     heads = data.draw(st.sampled_from([(1, 1, 4), (2, 3, 2)]), "heads")
     ids = st.lists(st.integers(0, 3), min_size=length, max_size=length)
@@ -190,17 +193,17 @@ def test_documents_are_runs_of_segment_ids() -> None:
 
 
 def test_blocks_that_no_document_reaches_are_skipped() -> None:
-    # Two rows in four blocks of two tokens: the second row reaches back further from block 2 on.
+    # Two rows in four blocks of two tokens. From block 2 on, the second row sees more blocks.
     documents = jnp.array([[0, 0, 1, 1, 2, 2, 2, 3], [0, 1, 2, 2, 2, 3, 3, 3]])
     blocks = documents.reshape(2, 4, 2).swapaxes(0, 1)
-    np.testing.assert_array_equal(attention_xla._first_visible(blocks), [0, 1, 1, 2])
+    np.testing.assert_array_equal(xla._first_visible(blocks), [0, 1, 1, 2])
 
 
-def test_scores_never_exist_whole() -> None:
+def test_the_full_score_matrix_is_never_stored() -> None:
     length, heads = 1024, (2, 2, 16)
     operands = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays(1, length, heads)]
     segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    compiled = with_gradients(attention_xla.attend).lower(*operands, segments).compile()
+    compiled = with_gradients(xla.attend).lower(*operands, segments).compile()
     scores = 4 * heads[0] * heads[1] * length**2
     assert compiled.memory_analysis().temp_size_in_bytes < scores / 4
 
@@ -208,10 +211,10 @@ def test_scores_never_exist_whole() -> None:
 # Choice and refusal
 
 
-def on(patch: pytest.MonkeyPatch, platform: str, found: attention_cudnn.Device | None = None):
-    """Traces as on `platform`, in every process that has no such device."""
+def on(patch: pytest.MonkeyPatch, platform: str, device: attention_cudnn.Device | None = None):
+    """Make tracing behave as on `platform`, which is absent."""
     patch.setattr(dot_product, "_platform", lambda: platform)
-    patch.setattr(attention_cudnn, "device", lambda: found)
+    patch.setattr(attention_cudnn, "device", lambda: device)
     patch.setattr(attention_cudnn, "_FIRST_JAX", (0,))
     patch.setattr(attention_cudnn.fused, "check_cudnn_version", lambda: 91_200)
     patch.setattr(attention_cudnn.fused, "check_compute_capability", lambda _: True)
@@ -241,7 +244,7 @@ def test_none_chooses_by_platform_dtype_and_shape(
 
 
 @pytest.mark.parametrize(
-    ("platform", "found", "dtype", "size", "name", "message"),
+    ("platform", "device", "dtype", "size", "name", "message"),
     [
         ("cpu", None, "float32", 64, "flash", "'flash'; accepted: xla, splash, cudnn"),
         ("cpu", None, "float32", 64, "splash", "'splash': it needs a TPU, this is cpu"),
@@ -268,23 +271,23 @@ def test_none_chooses_by_platform_dtype_and_shape(
         ),
     ],
 )
-def test_a_backend_asked_for_never_falls_back(
+def test_a_backend_by_name_never_falls_back(
     monkeypatch: pytest.MonkeyPatch,
     platform: str,
-    found: attention_cudnn.Device | None,
+    device: attention_cudnn.Device | None,
     dtype: str,
     size: int,
     name: str,
     message: str,
 ) -> None:
-    on(monkeypatch, platform, found)
+    on(monkeypatch, platform, device)
     q, kv = jnp.zeros((1, 8, 1, 1, size), dtype), jnp.zeros((1, 8, 1, size), dtype)
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         dot_product_attention(q, kv, kv, jnp.ones((1, 8), jnp.int32), implementation=name)
     assert "\n" not in str(caught.value)
 
 
-def test_a_jax_that_misreads_offsets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_jax_version_with_wrong_offsets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     on(monkeypatch, "gpu", HOPPER)
     monkeypatch.setattr(attention_cudnn, "_FIRST_JAX", (99, 1, 0))
     reason = dot_product.refusals(queries("bfloat16"))["cudnn"]

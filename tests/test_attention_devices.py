@@ -1,4 +1,4 @@
-"""Attention on devices that are not here: lowered for TPUs and NVIDIA GPUs, split over meshes."""
+"""Attention for absent devices: lowered for TPUs and NVIDIA GPUs, and split over meshes."""
 
 import contextlib
 import json
@@ -9,13 +9,15 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sat_jax.models import attention_cudnn
+from sat_jax.models.build import layout_of
+from sat_jax.nn.attention import cudnn as attention_cudnn
 from sat_jax.nn.attention.dot_product import dot_product_attention
-from sat_jax.models.layers import GROUP_AXES
+from sat_jax.nn.mesh_axes import GROUP_AXES
 from sat_jax.parallel.rules import BATCH, parameter_spec
+from tests.small_models import CONFIGS
 from tests.test_attention import AMPERE, HOPPER, on
 
-# Programs for devices that are not here: lowered, not run
+# Programs for absent devices: lowered, not run
 
 
 def lowered(platform: str, mesh: Mesh | None = None) -> str:
@@ -38,7 +40,7 @@ def lowered(platform: str, mesh: Mesh | None = None) -> str:
 
 
 def operand_shapes(text: str, kernel: str) -> set[str]:
-    """Types of what every custom call whose line names `kernel` takes and gives."""
+    """Types of the operands and results of every custom call whose line names `kernel`."""
     calls = [line for line in text.splitlines() if "custom_call" in line and kernel in line]
     return {kind for line in calls for kind in re.findall(r"tensor<[\w]+>", line.split(" : ")[-1])}
 
@@ -76,7 +78,7 @@ def test_cudnn_lowers_for_nvidia_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     on(monkeypatch, "gpu", HOPPER)
     calls = cudnn_calls(lowered("cuda"))
     packed = [call for call in calls if "Bias" not in call["name"]]
-    # Both ways of the choice, one kernel forward and one backward in each.
+    # Two branches of a choice at run time, each with a forward and a backward kernel.
     assert len(calls) == 4
     assert [call["name"] for call in packed] == ["fmhaSoftmax", "fmhaSoftmaxBackward"]
     for call in packed:
@@ -86,7 +88,7 @@ def test_cudnn_lowers_for_nvidia_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(
-    jax.__version_info__ < attention_cudnn._FIRST_JAX, reason="this jax cannot, and is refused"
+    jax.__version_info__ < attention_cudnn._FIRST_JAX, reason="this jax version is refused"
 )
 def test_no_gradient_of_the_bias_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     on(monkeypatch, "gpu", AMPERE)
@@ -98,9 +100,12 @@ def test_no_gradient_of_the_bias_is_computed(monkeypatch: pytest.MonkeyPatch) ->
 # Meshes
 
 
-def test_axes_are_those_of_the_parameters() -> None:
+def test_the_group_axis_is_split_as_in_parameters() -> None:
     for leaf in ("query", "key", "value"):
-        assert parameter_spec(f"layers/attention/{leaf}", 4)[1] == GROUP_AXES[0]
+        assert (
+            parameter_spec(layout_of(CONFIGS["gqa"]), f"layers/attention/{leaf}", 4)[1]
+            == (GROUP_AXES[0])
+        )
 
 
 ON_EIGHT_DEVICES = """
@@ -150,6 +155,6 @@ with pytest.MonkeyPatch.context() as patch:
 """
 
 
-def test_devices_attend_on_their_own(run_python) -> None:
+def test_devices_attend_without_communication(run_python) -> None:
     done = run_python("-c", ON_EIGHT_DEVICES, devices=8)
     assert done.returncode == 0, done.stderr

@@ -15,12 +15,12 @@ from tests.conftest import RunPython
 from tests.tolerances import assert_close
 
 B, T, D, V = 3, 10, 8, 37
-CHUNKS = [1, 3, 5, 10, 64]  # 3 does not divide T, 64 is beyond it
+CHUNKS = [1, 3, 5, 10, 64]  # 3 does not divide T, 64 is larger
 
 
 @functools.cache
 def inputs(scale: float = 1.0) -> tuple[np.ndarray, ...]:
-    """Hidden, head, targets and mask; the second row is masked out as a whole."""
+    """Hidden, head, targets and mask; the second row is masked out."""
     rng = np.random.default_rng(0)
     hidden = scale * rng.normal(size=(B, T, D)).astype(np.float32)
     head = rng.normal(size=(V, D)).astype(np.float32)
@@ -32,7 +32,7 @@ def inputs(scale: float = 1.0) -> tuple[np.ndarray, ...]:
 def naive(
     hidden: Any, head: Any, targets: np.ndarray, mask: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Loss and its gradients by hidden and head, float64."""
+    """Loss and its gradients with respect to hidden and head, float64."""
     hidden, head = np.asarray(hidden, np.float64), np.asarray(head, np.float64)
     logits = hidden @ head.T
     logits -= logits.max(-1, keepdims=True)
@@ -45,7 +45,7 @@ def naive(
 
 @functools.cache
 def value_and_grad(chunk: int) -> Any:
-    """Of `0.25 · loss`, so that the cotangent is not one."""
+    """Return value and gradients of `0.25 · loss`, so that the cotangent is not 1."""
 
     def scaled(hidden: jax.Array, head: jax.Array, *rest: jax.Array) -> jax.Array:
         return 0.25 * chunked_cross_entropy(hidden, head, *rest, chunk)
@@ -55,7 +55,7 @@ def value_and_grad(chunk: int) -> Any:
 
 @pytest.mark.parametrize("scale", [1.0, 300.0])
 @pytest.mark.parametrize("chunk", CHUNKS)
-def test_value_and_gradients_are_the_naive_ones(chunk: int, scale: float) -> None:
+def test_value_and_gradients_equal_the_naive_ones(chunk: int, scale: float) -> None:
     arguments = inputs(scale)
     loss, d_hidden, d_head = naive(*arguments)
     value, (by_hidden, by_head) = value_and_grad(chunk)(*arguments)
@@ -63,8 +63,8 @@ def test_value_and_gradients_are_the_naive_ones(chunk: int, scale: float) -> Non
     assert_close(by_hidden, 0.25 * d_hidden, "float32", "backward")
     assert_close(by_head, 0.25 * d_head, "float32", "backward")
     assert not by_hidden[~arguments[3]].any()
-    alone = jax.jit(chunked_cross_entropy, static_argnums=4)(*arguments, chunk)
-    assert_close(alone, loss, "float32", "forward")
+    undifferentiated = jax.jit(chunked_cross_entropy, static_argnums=4)(*arguments, chunk)
+    assert_close(undifferentiated, loss, "float32", "forward")
 
 
 @pytest.mark.parametrize("chunk", [3, 10])
@@ -88,7 +88,7 @@ def test_the_head_gradient_is_summed_in_float32() -> None:
     assert_close(by_head, [[-2048.0], [2048.0]], "bfloat16", "gradient_norm")
 
 
-def test_nothing_masked_in_is_no_loss_and_no_gradient() -> None:
+def test_with_all_tokens_masked_out_loss_and_gradients_are_zero() -> None:
     hidden, head, targets, mask = inputs()
     value, gradients = value_and_grad(3)(hidden, head, targets, np.zeros_like(mask))
     assert value == 0
@@ -102,7 +102,7 @@ def largest_array(chunk: int) -> int:
     return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
 
-def test_the_logits_of_a_whole_batch_never_exist() -> None:
+def test_the_logits_of_a_whole_batch_never_exist_at_once() -> None:
     assert largest_array(T) == largest_array(64) == B * T * V
     assert largest_array(2) == max(B * 2 * V, B * T * D, V * D) < B * T * V
 
@@ -144,8 +144,8 @@ for gradient, one in zip(gradients, expected[1], strict=True):
     assert_close(gradient, one, "float32", "backward")
 loops, entry = compiled.as_text().split("ENTRY")
 head_shape = rf"f32.{32 // tensor},16"
-found = [len(re.findall(head_shape + r".*? all-reduce\\(", part)) for part in (loops, entry)]
-print(*found)
+counts = [len(re.findall(head_shape + r".*? all-reduce\\(", part)) for part in (loops, entry)]
+print(*counts)
 """
 
 

@@ -1,4 +1,4 @@
-"""Runs on 8 virtual devices: the losses and masks of one device, whatever the mesh."""
+"""Runs on 8 virtual devices: every mesh has the losses and kept units of one device."""
 
 import json
 
@@ -16,13 +16,13 @@ import jax
 import numpy as np
 from sat_jax.config_values import from_config_dict
 from sat_jax.data.batch import Batch
+from sat_jax.models.build import initial_values, layout_of
 from sat_jax.models.llama import LlamaConfig
-from sat_jax.models.params import initial
 from sat_jax.parallel.mesh import make_mesh
 from sat_jax.sparsity.controller import make_controller
-from sat_jax.sparsity.plan import Neurons
-from sat_jax.train.programs import Programs
-from sat_jax.train.state import compact_state, new_state, resting_params
+from sat_jax.sparsity.execution.state import PARAMS, new_state
+from sat_jax.sparsity.plan import neurons_of
+from sat_jax.train.programs import Programs, compact_state
 
 mesh_sizes = json.loads(sys.argv[1])
 steps, rows, length = 4, 8, 16
@@ -31,7 +31,7 @@ config = from_config_dict({
     "data": {"row_length": length},
     "optimizer": {"learning_rate": 1e-2},
     "sparsity": {"rate": 0.5, "rungs": 1, "refresh_every": 1, "balance": 2, "split": 0.75,
-                 "compensate": True},
+                 "least_squares_correction": True},
     "mesh": mesh_sizes,
 })
 model = LlamaConfig(
@@ -40,22 +40,23 @@ model = LlamaConfig(
 )
 devices = jax.devices()[: mesh_sizes["data"] * mesh_sizes["fsdp"] * mesh_sizes["tensor"]]
 mesh = make_mesh(config.mesh, devices)
-neurons = Neurons(model.n_layers, model.n_kv_heads, model.query_heads, model.d_ff)
+neurons = neurons_of(layout_of(model))
 controller = make_controller(config.sparsity, neurons, steps, config.layer_rates, 2)
 programs = Programs(config, model, mesh, controller)
 place = lambda tree: jax.tree.map(lambda leaf: leaf.sharding, tree)
-# The same values on every mesh: made on one device, then spread.
-whole = jax.jit(lambda: new_state(initial(model, 0), programs.optimizer))()
-state = jax.device_put(whole, place(programs.state))
+# The same values on every mesh: computed on one device, then split.
+full = jax.jit(lambda: new_state(initial_values(model, 0), programs.optimizer))()
+state = jax.device_put(full, place(programs.state))
 stats = jax.device_put(jax.jit(programs.no_statistics)(), place(programs.stats))
 probe = programs.probe().result()
 draw = np.random.default_rng(0)
 sparse = controller.rung_at(0).plan
-enter = lambda whole, masks: compact_state(whole, masks, sparse)
-entering = programs._compile(enter, programs.state, programs.masks(sparse))
+execution = programs.execution(sparse)
+compact = lambda full, kept: compact_state(execution, full, kept)
+compiled = programs._compile(compact, programs.state, programs.kept(sparse))
 COLLECTIVE = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-moved = re.findall(COLLECTIVE, entering.as_text())
-losses, kept = [], []
+collectives = re.findall(COLLECTIVE, compiled.as_text())
+losses, history = [], []
 for step in range(steps):
     tokens = draw.integers(0, 64, (rows, length + 1), np.int32)
     positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
@@ -65,20 +66,21 @@ for step in range(steps):
     rung = programs.rung(controller.rung_at(step).plan)
     if controller.refreshes(step):
         stats = probe(state.params, stats, batch, state.step)
-    masks = rung.select(state, stats)
-    offsets = rung.compensate(state, stats, masks)
-    for path, offset in offsets.items():
-        whole = path.replace("/0/", "/").removesuffix("_offset")
-        assert offset.sharding == programs.state.params[whole].sharding, path
-    working, resting = rung.enter(state, masks)
-    for name, moment in working.optimizer[0].mu.items():
-        assert moment.sharding == working.params[name].sharding, name
-    beside = (resting_params(resting), offsets)
-    working, stats, metrics = rung.step(working, stats, masks, batch, *beside)
-    state = rung.leave(working, resting, masks)
+    kept = rung.select(state, stats)
+    corrections = rung.correct(state, stats, kept)
+    for path, (correction,) in corrections.items():
+        assert correction.sharding == programs.state.params[path].sharding, path
+    trained, omitted = rung.compact(state, kept)
+    for path, moment in trained.optimizer[0].mu.items():
+        pairs = zip(jax.tree.leaves(moment), jax.tree.leaves(trained.params[path]), strict=True)
+        assert all(a.sharding == b.sharding for a, b in pairs), path
+    trained, stats, metrics = rung.step(
+        trained, stats, kept, batch, omitted[PARAMS], corrections
+    )
+    state = rung.expand(trained, omitted, kept)
     losses.append(float(metrics.loss))
-    kept.append([np.asarray(leaf).tolist() for leaf in jax.tree.leaves(masks)])
-print(json.dumps({"losses": losses, "kept": kept, "moved": moved}))
+    history.append([np.asarray(leaf).tolist() for leaf in jax.tree.leaves(kept)])
+print(json.dumps({"losses": losses, "kept": history, "collectives": collectives}))
 programs.close()
 """
 
@@ -92,11 +94,11 @@ def test_every_mesh_trains_the_same(run_python: RunPython) -> None:
         assert done.returncode == 0, done.stderr
         results.append(json.loads(done.stdout))
     one, *others = results
-    assert len(one["kept"][0]) == 2 and one["kept"][0] != one["kept"][2]  # neurons change
+    assert len(one["kept"][0]) == 2 and one["kept"][0] != one["kept"][2]  # the kept units change
     assert one["kept"][3] == []  # the last rung is dense
     for other in others:
         assert other["kept"] == one["kept"]
-        assert other["moved"] == []  # no weight leaves its device to be compacted
+        assert other["collectives"] == []  # to compact, no weight leaves its device
         assert_close(other["losses"], one["losses"], "float32", "forward")
 
 

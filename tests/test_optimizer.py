@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from sat_jax.config import OptimizerConfig
+from sat_jax.models.build import layout_of
 from sat_jax.train.optimizer import (
     NeuronAdamState,
     clipping,
@@ -17,9 +18,11 @@ from sat_jax.train.optimizer import (
     make_optimizer,
     scale_by_neuron_adam,
 )
+from tests.small_models import CONFIGS
 from tests.tolerances import assert_close
 
-# One of each kind: neurons within layers and groups, within layers, layers alone, neither.
+LAYOUT = layout_of(CONFIGS["bias"])
+# One of each kind: units within groups, units, a layer alone, no layer. Sizes are arbitrary.
 SHAPES = {
     "layers/attention/query_bias": (2, 2, 3, 4),
     "layers/attention/key": (2, 2, 4, 5),
@@ -49,19 +52,19 @@ def adamw(**changes: Any) -> OptimizerConfig:
 
 
 def updates(config: OptimizerConfig, grads: list[Tree], params: Tree, steps: int = 9) -> list[Tree]:
-    """What each of `grads` in turn adds to `params`, which stay as they are."""
-    optimizer = make_optimizer(config, steps)
-    state, given = optimizer.init(params), []
+    """The update of each of `grads` in turn; `params` are the same for all."""
+    optimizer = make_optimizer(config, steps, LAYOUT)
+    state, results = optimizer.init(params), []
     update = jax.jit(optimizer.update) if len(grads) > 2 else optimizer.update
     for grad in grads:
         added, state = update(grad, state, params)
-        given.append(added)
-    return given
+        results.append(added)
+    return results
 
 
-def test_every_neuron_has_a_count_and_every_entry_its_moments() -> None:
+def test_counts_are_per_unit_and_moments_per_entry() -> None:
     params = random_tree(0)
-    state = scale_by_neuron_adam(0.9, 0.95).init(params)
+    state = scale_by_neuron_adam(0.9, 0.95, LAYOUT).init(params)
     assert {path: count.shape for path, count in state.counts.items()} == COUNTS
     for moments in (state.mu, state.nu):
         assert {path: (m.shape, m.dtype) for path, m in moments.items()} == {
@@ -80,7 +83,7 @@ def test_adam_by_hand() -> None:
         {path: jnp.asarray([m], jnp.float32)},
         {path: jnp.asarray([v], jnp.float32)},
     )
-    scaled, after = scale_by_neuron_adam(beta1, beta2).update(
+    scaled, after = scale_by_neuron_adam(beta1, beta2, LAYOUT).update(
         {path: jnp.asarray([grad], jnp.float32)}, state
     )
     assert after.counts[path].tolist() == [[1, 2, 5]]
@@ -96,7 +99,7 @@ def test_adam_by_hand() -> None:
             assert_close(scaled[path][0, channel, i], expected, "float32", "backward")
 
 
-def test_it_is_optax_adamw_where_all_neurons_were_updated_equally_often() -> None:
+def test_equal_counts_give_the_updates_of_optax_adamw() -> None:
     params, grads = random_tree(0), [random_tree(seed) for seed in range(1, 5)]
     theirs = optax.adamw(
         0.1, 0.8, 0.95, weight_decay=0.01, mask={path: path in MATRICES for path in SHAPES}
@@ -113,14 +116,14 @@ def test_it_is_optax_adamw_where_all_neurons_were_updated_equally_often() -> Non
     ("correction", "beta2", "moves"),
     [("neuron", 0.95, 1.0), ("global", 0.95, 0.447), ("global", 0.999, 3.16)],
 )
-def test_a_neuron_first_updated_late_moves_by_one_learning_rate(
+def test_the_first_update_of_a_neuron_moves_it_by_one_learning_rate(
     correction: Any, beta2: float, moves: float
 ) -> None:
-    """With the global count, after many steps, by (1 - β1) / √(1 - β2) of one instead."""
+    """With the global count, after many steps: by (1 - β1) / √(1 - β2) learning rates."""
     path = "layers/mlp/gate"
-    optimizer = make_optimizer(adamw(beta2=beta2, bias_correction=correction), 100_000)
+    optimizer = make_optimizer(adamw(beta2=beta2, bias_correction=correction), 100_000, LAYOUT)
     state = optimizer.init({path: jnp.zeros((1, 2, 3))})
-    # As if channel 0 had been updated at each of 10,000 steps, and channel 1 never.
+    # Channel 0 was updated at each of 10,000 steps, channel 1 never.
     counts = {(): jnp.int32(10_000), (1, 2): jnp.asarray([[10_000, 0]])}
     state = jax.tree.map(lambda leaf: counts.get(leaf.shape, leaf), state)
     added, _ = optimizer.update(
@@ -140,7 +143,7 @@ def test_weight_decay_is_for_matrices_only(name: Any) -> None:
         assert_close(with_decay[path], without[path] + decayed, "float32", "backward")
 
 
-def test_clipping_is_by_the_norm() -> None:
+def test_clipping_scales_by_the_global_norm() -> None:
     for limit, factor in [(0.5, 0.25), (2.0, 1.0), (8.0, 1.0), (None, 1.0)]:
         assert float(clipping(adamw(clip_norm=limit))(jnp.float32(2.0))) == factor
     assert float(clipping(adamw(clip_norm=1.0))(jnp.float32(0.0))) == 1
@@ -160,20 +163,20 @@ def test_lion_by_hand() -> None:
 @pytest.mark.parametrize(
     "rule", [{}, {"bias_correction": "global"}, {"name": "lion", "beta2": 0.99}]
 )
-def test_the_first_moment_alone_is_kept_in_bfloat16(rule: Any) -> None:
-    """And moves as one in float32 does, but for what the rounding of it costs."""
+def test_only_the_first_moment_is_in_bfloat16(rule: Any) -> None:
+    """Updates are those of float32 moments, up to rounding."""
     params, grads = random_tree(0), [random_tree(seed) for seed in (1, 2)]
     half = adamw(momentum_dtype="bfloat16", **rule)
-    state = make_optimizer(half, 9).init(params)
-    _, state = make_optimizer(half, 9).update(grads[0], state, params)
+    state = make_optimizer(half, 9, LAYOUT).init(params)
+    _, state = make_optimizer(half, 9, LAYOUT).update(grads[0], state, params)
     sizes = [leaf.dtype for leaf in jax.tree.leaves(state) if leaf.dtype != jnp.int32]
     assert sizes.count(jnp.bfloat16) == len(SHAPES)
     assert sizes.count(jnp.float32) == len(SHAPES) * ("name" not in rule)
     expected = updates(adamw(**rule), grads, params)
-    for found, whole in zip(updates(half, grads, params), expected, strict=True):
+    for actual, desired in zip(updates(half, grads, params), expected, strict=True):
         for path in SHAPES:
-            assert found[path].dtype == jnp.float32
-            assert_close(found[path], whole[path], "bfloat16", "backward")
+            assert actual[path].dtype == jnp.float32
+            assert_close(actual[path], desired[path], "bfloat16", "backward")
 
 
 def cosine(share: float) -> float:
@@ -190,10 +193,10 @@ RATES = {
     ("linear", 4): [0.25, 0.5, 0.75, *[1 - 0.8 * i / 4 for i in range(5)]],
     ("constant", 0): [1.0] * 8,
     ("constant", 2): [0.5, *[1.0] * 7],
-    ("linear", 8): [(i + 1) / 8 for i in range(8)],  # nothing but warm-up
+    ("linear", 8): [(i + 1) / 8 for i in range(8)],  # warm-up only
     ("wsd", 0): [1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2],
     ("wsd", 2): [0.5, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2],
-    ("wsd", 6): [*[(i + 1) / 6 for i in range(6)], 0.6, 0.2],  # less than decay_share is left
+    ("wsd", 6): [*[(i + 1) / 6 for i in range(6)], 0.6, 0.2],  # fewer steps than decay_share remain
 }
 
 
@@ -203,12 +206,12 @@ def test_learning_rates_by_hand(schedule: Any, warmup: int) -> None:
         learning_rate=1.0, schedule=schedule, warmup_steps=warmup, final_scale=0.2, decay_share=0.5
     )
     rate = learning_rate(config, 8)
-    found = [float(rate(jnp.int32(step))) for step in range(8)]
-    assert_close(found, RATES[schedule, warmup], "float32", "backward")
+    rates = [float(rate(jnp.int32(step))) for step in range(8)]
+    assert_close(rates, RATES[schedule, warmup], "float32", "backward")
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
-def test_a_run_of_one_step_trains_at_the_peak(schedule: Any) -> None:
+def test_a_run_of_one_step_has_the_peak_rate(schedule: Any) -> None:
     for warmup in (0, 1):
         rate = learning_rate(adamw(schedule=schedule, warmup_steps=warmup), 1)
         assert_close(rate(jnp.int32(0)), 0.1, "float32", "backward")
@@ -218,7 +221,7 @@ def test_each_step_moves_by_its_learning_rate() -> None:
     """Adam under a constant gradient moves every entry by exactly the learning rate."""
     params = random_tree(0)
     config = adamw(schedule="linear", warmup_steps=2, final_scale=0.0)
-    given = updates(config, [jax.tree.map(jnp.ones_like, params)] * 6, params, steps=6)
-    for added, factor in zip(given, [0.5, 1.0, 0.75, 0.5, 0.25, 0.0], strict=True):
+    results = updates(config, [jax.tree.map(jnp.ones_like, params)] * 6, params, steps=6)
+    for added, factor in zip(results, [0.5, 1.0, 0.75, 0.5, 0.25, 0.0], strict=True):
         for path in SHAPES:
             assert_close(added[path], np.full(SHAPES[path], -0.1 * factor), "float32", "backward")

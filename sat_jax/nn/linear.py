@@ -126,7 +126,7 @@ def swiglu(gate: Any, up: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T F"
 def gated_mlp(gate: Any, up: Any, down: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """Return silu(x · gateᵀ) · (x · upᵀ) · down, by a fused kernel where the weights have one."""
     weights = [value(w) for w in (gate, up, down)]
-    kernel = getattr(weights[0], "kernel", None)
+    kernel = weights[0].kernel if all(isinstance(w, KeptRows) for w in weights) else None
     if kernel is None:
         return combine(down, swiglu(gate, up, x))
     kept: Array = weights[0].kept

@@ -89,7 +89,7 @@ class RunCounters:
         """Count a step's tokens and what its layers chose; return its record for
         `metrics.jsonl`."""
         number = self._controller.rungs.index(rung)
-        if metrics.kept:
+        if any(metrics.kept):
             self.rung_selections[number] += 1
             self._count_kept(rung.plan, metrics.kept)
         tokens = int(metrics.tokens)

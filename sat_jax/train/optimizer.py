@@ -90,7 +90,8 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Schedule:
 def make_optimizer(
     config: OptimizerConfig, steps: int, layout: Layout[Any]
 ) -> optax.GradientTransformation:
-    """Scale by the rule, decay matrices, scale by the learning rate; clipping comes before.
+    """Scale by the rule, decay matrices, scale by the learning rate; clipping comes before. Arrays
+    that are not trained have no moments.
 
     All of it is elementwise: training the compacted model updates the kept neurons exactly as
     training the whole one would, and parameters can be updated one part after the other.
@@ -103,11 +104,16 @@ def make_optimizer(
         rule = optax.scale_by_adam(
             config.beta1, config.beta2, _EPSILON, mu_dtype=config.momentum_dtype
         )
-    return optax.chain(
+    chain = optax.chain(
         rule,
         optax.add_decayed_weights(config.weight_decay, mask=partial(_matrices, layout)),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
+
+    def init(params: Mapping[str, Any]) -> Any:
+        return chain.init({p: x for p, x in params.items() if layout.leaves[p].trained})
+
+    return optax.GradientTransformation(init, chain.update)
 
 
 def clipping(config: OptimizerConfig) -> Clip:

@@ -75,7 +75,9 @@ def make_step(
         def loss(trained: Tree, part: Batch) -> tuple[Array, tuple[Statistics, Kept]]:
             model = execution.bind(trained, state.params, omitted, kept, corrections)
             total, observed = next_token_loss(model, *part, observe=settings.observe, **options)
-            chosen = tuple(segment["kept"] for segment in observed if "kept" in segment)
+            chosen: Kept = ()
+            if execution.selection is not None:
+                chosen = tuple(segment.get("kept", {}) for segment in observed)
             return total, (statistics_of(_count_tokens(part), observed), chosen)
 
         trained = execution.trained(state.params, kept)

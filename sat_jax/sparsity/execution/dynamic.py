@@ -20,7 +20,9 @@ from sat_jax.nn.branch import Branch
 from sat_jax.nn.context import Context
 from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.layout import Layout, Unit, branch_values
+from sat_jax.nn.linear import dense
 from sat_jax.nn.observe import input_sums, output_energy
+from sat_jax.nn.param import Mask as UnitMask
 from sat_jax.nn.stack import SELECTED
 from sat_jax.sparsity.choose import Criteria, branch_keys, choose_units
 from sat_jax.sparsity.execution.base import Execution
@@ -70,7 +72,7 @@ class LayerSelection:
             sums = jax.tree.map(lambda s: s[None], input_sums(x, weight))
             stats = stats._replace(inputs={innermost: sums})
         if "predicted" in needs:
-            write = branch.output_weight[...]
+            write = dense(branch.output_weight)
             a = branch.predicted_activations(x)
             energy = output_energy(a, write, weight, len(branch.units))
             stats = stats._replace(outputs={innermost: energy[None]})
@@ -84,17 +86,21 @@ class LayerSelection:
         return choose_units(self.layout, params, *rest)[0]
 
     def _selected(self, branch: Branch, unit: Unit, kept: Array) -> Branch:
-        copy: Branch = nnx.merge(*nnx.split(branch))
         if self.masked:
+            copy: Branch = nnx.merge(*nnx.split(branch))
             copy.masks[unit.name].set_value(indicator(kept, unit.size).astype(jnp.float32))
             return copy
-        for name, variable in vars(copy).items():
-            if isinstance(variable, nnx.Param):
-                path = f"layers/{unit.branch}/{name}"
-                if unit.name in self.layout.leaves[path].axes:
-                    rows = gather_rows(variable[...][None], kept[None], self.plan.balance)
-                    variable.set_value(rows[0])
-        return copy
+
+        def gather(path: str, array: Array) -> Array:
+            if unit.name not in self.layout.leaves[path].axes:
+                return array
+            return gather_rows(array[None], kept[None], self.plan.balance)[0]
+
+        graph, masks, state = nnx.split(branch, UnitMask, ...)
+        arrays = [gather(*item) for item in branch_values(branch, unit.branch).items()]
+        gathered = jax.tree.unflatten(jax.tree.structure(state), arrays)
+        selected: Branch = nnx.merge(graph, masks, gathered)
+        return selected
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,6 +73,8 @@ class Kernel(Execution):
         layer's are copied.
         """
         values, structure = path_trees(state)
+        frozen = {path: x for path, x in state.params.items() if path not in grads}
+        values[PARAMS] = {path: state.params[path] for path in grads}
 
         def step(trees: list[Any], gradients: dict[str, Array]) -> list[Any]:
             part: TrainState = jax.tree.unflatten(structure, trees)
@@ -88,6 +90,7 @@ class Kernel(Execution):
             if isinstance(tree, dict):
                 paths = parts[0][number]
                 tree |= {path: tuple(part[number][path] for part in parts) for path in paths}
+        updated[PARAMS] |= frozen
         after: TrainState = jax.tree.unflatten(structure, updated)
         return after
 

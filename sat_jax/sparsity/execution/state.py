@@ -67,7 +67,10 @@ def optimizer_step(
     factor: Float[Array, ""],
     state: TrainState,
 ) -> TrainState:
-    """Return the state after one step, by `factor` times the gradients of all its parameters."""
+    """Return the state after one step, by `factor` times the gradients. Parameters without a
+    gradient stay as they are."""
     scaled = jax.tree.map(lambda g: factor * g, grads)
-    updates, after = optimizer.update(scaled, state.optimizer, state.params)
-    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), after)
+    params = {path: state.params[path] for path in grads}
+    updates, after = optimizer.update(scaled, state.optimizer, params)
+    updated = optax.apply_updates(params, updates)
+    return TrainState(state.step + 1, {**state.params, **updated}, after)
