@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jinja2
 
-from sat_jax.errors import UserError, why_no_folder
+from sat_jax.errors import UserError, folder_error
 from sat_jax.results.evaluations import evaluation_tables
 from sat_jax.results.figures import quality_figure, svg
 from sat_jax.results.finished import FinishedRun, newest
@@ -58,7 +58,7 @@ def write_report(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {out}: {why_no_folder(error)}") from error
+        raise UserError(f"--out {out}: {folder_error(error)}") from error
     parts = [
         text
         for section in sections
