@@ -124,8 +124,9 @@ def test_a_run_of_no_steps_still_draws(tmp_path: Path) -> None:
 
 def test_bars_are_speedups_and_lines_are_bounds() -> None:
     axes = speed_figure(RUNGS).axes[0]
-    assert [bar.get_height() for bar in axes.patches] == [1.4, 1]
-    assert [bar.get_x() + bar.get_width() / 2 for bar in axes.patches] == [0, 2]
+    bars: list[Any] = [*axes.patches]
+    assert [bar.get_height() for bar in bars] == [1.4, 1]
+    assert [bar.get_x() + bar.get_width() / 2 for bar in bars] == [0, 2]
     spreads, limits = (c for c in axes.collections if isinstance(c, LineCollection))
     assert_close([s[:, 1] for s in spreads.get_segments()], [[1.2, 1.6], [1, 1]],
                  "float64", "forward")  # fmt: skip

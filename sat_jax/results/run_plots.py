@@ -159,8 +159,9 @@ def speed_figure(rungs: Sequence[Mapping[str, Any]]) -> Figure:
                         capsize=4)  # fmt: skip
     ends = [place - 0.4 for place in places], [place + 0.4 for place in places]
     limits = axes.hlines(bounds, *ends, color=ORANGE, linewidth=2.2)
+    handles: list[Any] = [measured, limits]
     figure.legend(
-        [measured, limits],
+        handles,
         ["measured, ± half the interquartile range", "bound: dense FLOPs ÷ FLOPs of the rung"],
         title=ABOVE_BOUND_NOTE if any(ABOVE_BOUND in text for text in texts) else None,
         title_fontsize=_FONT - 1, loc="outside lower center", ncols=2, fontsize=_FONT - 1,
