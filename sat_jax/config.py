@@ -116,6 +116,11 @@ class TrainConfig:
         0, "steps between held-out evaluations; 0: only before and after", low=0, free=True
     )
     eval_rows: int = key(16, "held-out rows evaluated at most", low=1)
+    measure_speed: bool = key(
+        True,
+        "measure each rung's speed-up after training, in at most 5 % of the run's wall time",
+        free=True,
+    )
     deterministic: bool = key(False, "ask XLA for deterministic kernels on GPU (slower)")
 
 

@@ -81,16 +81,16 @@ def kept_project(
     x: Float[Array, "*B D"], w: InPlace, kept: Int[Array, " kept"], config: KernelConfig
 ) -> Float[Array, "*B kept"]:
     """Return x · Wᵀ of the kept rows of W."""
-    named = {"rows": w.rows, "implementation": config.implementation}
-    return column_matmul(x, w.full, _pattern(kept, config), **named)
+    pattern, name = _pattern(kept, config), config.implementation
+    return column_matmul(x, w.full, pattern, rows=w.rows, implementation=name)
 
 
 def kept_combine(
     a: Float[Array, "*B kept"], w: InPlace, kept: Int[Array, " kept"], config: KernelConfig
 ) -> Float[Array, "*B D"]:
     """Return a · W of the kept rows of W."""
-    named = {"rows": w.rows, "implementation": config.implementation}
-    return row_matmul(a, w.full, _pattern(kept, config), **named)
+    pattern, name = _pattern(kept, config), config.implementation
+    return row_matmul(a, w.full, pattern, rows=w.rows, implementation=name)
 
 
 def _pattern(kept: Int[Array, " kept"], config: KernelConfig) -> KeptRows:

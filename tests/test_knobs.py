@@ -184,6 +184,7 @@ ELSEWHERE = {
     "train.log_every": "test_run.py",
     "train.eval_every": "test_run.py",
     "train.eval_rows": "test_run.py",
+    "train.measure_speed": "test_speed.py",
     "sparsity.max_segments": "test_plan.py",
     "sparsity.patience": "test_controller.py",
     "sparsity.min_gain": "test_controller.py",

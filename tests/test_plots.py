@@ -21,9 +21,10 @@ METRICS: list[dict[str, Any]] = [
     {"step": 4, "tokens": 400, "loss": 2.0, "eval_loss": 2.25, "omission_rate": 0.0},
 ]
 RUNGS: list[dict[str, Any]] = [
-    {"omission_rate": rate, "kept_heads": 1.0, "kept_channels": 1 - rate, "steps_timed": timed,
-     "tokens_per_second": speed, "bound": bound}
-    for rate, timed, speed, bound in [(0.4, 3, 140.0, 1.5), (0.2, 2, 9.0, 1.2), (0.0, 4, 100.0, 1)]
+    {"omission_rate": rate, "kept_heads": 1.0, "kept_channels": 1 - rate,
+     "speedup": speedup, "speedup_spread": spread,
+     "bound": bound}
+    for rate, speedup, spread, bound in [(0.4, 1.4, 0.2, 1.5), (0.2, None, None, 1.2), (0, 1, 0, 1)]
 ]  # fmt: skip
 # Of the heads of the first layer two selections omitted some, of those of the second none.
 HEADS = Kept(np.array([[2, 0, 1], [0, 0, 0]]), np.array([2, 0]))
@@ -119,44 +120,31 @@ def test_noisy_losses_get_their_centred_mean(steps: int, window: int) -> None:
 
 def test_a_run_of_no_steps_still_draws(tmp_path: Path) -> None:
     assert save(loss_figure(METRICS[:1]), tmp_path / "loss.png").exists()
-    untimed = [{**RUNGS[0], "tokens_per_second": None, "steps_timed": 0}]
-    assert save(speed_figure(untimed), tmp_path / "speed.png").exists()
 
 
-def test_bars_are_medians_and_lines_are_bounds() -> None:
+def test_bars_are_speedups_and_lines_are_bounds() -> None:
     axes = speed_figure(RUNGS).axes[0]
-    assert [bar.get_height() for bar in axes.patches] == [140.0, 0.0, 100.0]
-    (limits,) = [c for c in axes.collections if isinstance(c, LineCollection)]
-    assert_close([s[0, 1] for s in limits.get_segments()], [150, 120, 100], "float64", "forward")
-    assert labels(axes) == ["140\n1.40×", "not timed:\nunder 3 steps", "100\n1.00×"]
+    bars: list[Any] = [*axes.patches]
+    assert [bar.get_height() for bar in bars] == [1.4, 1]
+    assert [bar.get_x() + bar.get_width() / 2 for bar in bars] == [0, 2]
+    spreads, limits = (c for c in axes.collections if isinstance(c, LineCollection))
+    assert_close([s[:, 1] for s in spreads.get_segments()], [[1.2, 1.6], [1, 1]],
+                 "float64", "forward")  # fmt: skip
+    assert_close([s[0, 1] for s in limits.get_segments()], [1.5, 1.2, 1], "float64", "forward")
+    assert labels(axes) == ["1.40×", "not\nmeasured", "1.00×"]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["40 %", "20 %", "dense"]
-    assert axes.get_ylim()[1] > 150
-
-
-def test_a_speed_above_its_bound_is_marked() -> None:
-    figure = speed_figure([{**RUNGS[0], "bound": 1.39}, RUNGS[2]])
-    assert labels(figure.axes[0])[0] == "140\n1.40×\u2021"
-    assert "above bound" in figure.legends[0].get_title().get_text()
+    assert axes.get_ylim()[1] > 1.6
 
 
 def test_no_line_cuts_through_a_number() -> None:
-    rungs = [{**RUNGS[0], "tokens_per_second": speed, "bound": bound}
-             for speed, bound in [(900.0, 10.0), (980.0, 9.5), (120.0, 1.3)]]  # fmt: skip
+    rungs = [{**RUNGS[0], "speedup": speedup, "bound": bound}
+             for speedup, bound in [(9.0, 10.0), (9.6, 9.5), (1.2, 1.3), (12.0, 9.5)]]  # fmt: skip
     figure = speed_figure([*rungs, RUNGS[2]])
     figure.draw_without_rendering()
     (axes,) = figure.axes
-    (limits,) = [c for c in axes.collections if isinstance(c, LineCollection)]
-    highest = max(
-        *(bar.get_window_extent().y1 for bar in axes.patches), limits.get_window_extent().y1
-    )
+    drawn = [*axes.patches, *(c for c in axes.collections if isinstance(c, LineCollection))]
+    highest = max(one.get_window_extent().y1 for one in drawn)
     assert min(text.get_window_extent().y0 for text in axes.texts) > highest
-
-
-def test_without_a_measured_dense_rung_there_is_no_bound() -> None:
-    figure = speed_figure(RUNGS[:2])
-    (axes,) = figure.axes
-    assert labels(axes)[0] == "140"
-    assert not axes.collections and not figure.legends
 
 
 def test_maps_show_shares_layer_by_layer_on_one_whole_scale() -> None:

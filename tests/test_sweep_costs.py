@@ -61,7 +61,7 @@ def test_bounds_of_rungs_are_of_the_flops_that_a_run_is_billed() -> None:
     fixed = {"sparsity.block": 64, "sparsity.metric": "uniform"}
     bounds = {}
     for run in runs_of("sparsity.execution=gather,mask,kernel", fixed=fixed):
-        rungs = rung_summaries(cast(Any, run.plan), RunCounters(run.plan.controller), [])
+        rungs = rung_summaries(cast(Any, run.plan), RunCounters(run.plan.controller), [], None)
         shares = [rung["steps"] / rung["bound"] for rung in rungs]
         share = sum(shares) / run.config.train.steps
         assert_close(share, run.plan.spent_flops() / run.plan.dense_flops(), "float64", "forward")

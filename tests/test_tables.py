@@ -9,9 +9,7 @@ import pytest
 from sat_jax.errors import UserError
 from sat_jax.results.rows import append, latest, read
 from sat_jax.results.run_table import end_of_run
-from sat_jax.results.speed import whole_run_speedup
 from sat_jax.results.text import duration, fixed_width, markdown, percent, quantity
-from tests.tolerances import assert_close
 
 
 def rung(rate: float, speed: float | None, **changed: Any) -> dict[str, Any]:
@@ -27,12 +25,16 @@ def rung(rate: float, speed: float | None, **changed: Any) -> dict[str, Any]:
     } | changed
 
 
+SPARSE = rung(0.5, 150.0, tokens=3000, speedup=1.3, speedup_spread=0.05, cpu_speedup=1.25)
+DENSE = rung(0.0, 100.0, tokens=1000, speedup=1.0, speedup_spread=0.0, cpu_speedup=1.0)
+
+
 def summary(**changed: Any) -> dict[str, Any]:
     return {
         "perplexity_before": 13.5,
         "perplexity_after": 6.6,
         "perplexity_dense": 6.0,
-        "rungs": [rung(0.5, 150.0, tokens=3000), rung(0.0, 100.0, tokens=1000)],
+        "rungs": [SPARSE, DENSE],
         "spent_flops": 3e13,
         "dense_flops": 4e13,
         "seconds": {"compile": 30.0, "step": 90.0, "data": 0.0, "total": 120.0},
@@ -80,14 +82,13 @@ def test_end_of_run() -> None:
         "  after        6.600",
         "  dense run    6.000  on the same tokens; this run differs by +10.0 %",
         "",
-        "Speed of each rung: kept shares, median tokens/s, speed-up over the dense rung and its"
-        " FLOP bound",
-        "  rate   heads  channels  steps  timed  tokens/s  speed-up  bound",
-        "  -----  -----  --------  -----  -----  --------  --------  -----",
-        "  0.50   100 %      50 %      8      5       150    1.50×‡  1.33×",
-        "  dense  100 %     100 %      8      5       100     1.00×  1.00×",
-        "  The whole run: 1.33×, bound 1.33× (from these medians).",
-        "  ‡ above bound: noise, or work that FLOPs do not count (the optimizer's)",
+        "Speed of each rung: kept shares, median tokens/s, speed-up over the dense rung by wall"
+        " time and by CPU time, FLOP bound",
+        "  rate   heads  channels  steps  tokens/s       speed-up  CPU time  bound",
+        "  -----  -----  --------  -----  --------  -------------  --------  -----",
+        "  0.50   100 %      50 %      8       150  1.30× ± 0.05×     1.25×  1.33×",
+        "  dense  100 %     100 %      8       100          1.00×     1.00×  1.00×",
+        "  All steps of the run: 1.21× ± 0.03×, bound 1.23×.",
         "",
         "Cost",
         "  FLOPs  30.00 TFLOP  75 % of 40.00 TFLOP for the same tokens, dense",
@@ -110,32 +111,21 @@ def test_end_of_a_run_that_knows_less() -> None:
     )
     del short["perplexity_dense"], short["next_commands"]
     text = end_of_run(short)
-    assert "  0.50   100 %      50 %      8      5       150         -  1.33×" in text
-    assert "  dense  100 %     100 %      8      2         -         -  1.00×" in text
-    assert "fewer than 3 give no speed." in text
-    for absent in ("whole run", "same tokens;", "Written", "Next", "No rung is dense"):
+    assert "  0.50   100 %      50 %      8       150         -         -  1.33×" in text
+    assert "  dense  100 %     100 %      8         -         -         -  1.00×" in text
+    for absent in ("All steps", "same tokens;", "Written", "Next", "No rung is dense"):
         assert absent not in text
 
 
 def test_a_run_without_a_dense_rung_says_so() -> None:
     text = end_of_run(summary(rungs=[rung(0.5, 150.0)]))
-    assert "No rung is dense" in text and "whole run" not in text and "fewer than" not in text
+    assert "No rung is dense" in text and "All steps" not in text
 
 
 def test_a_rung_is_dense_by_what_it_keeps() -> None:
     """A rate too small for coarse units keeps everything."""
     text = end_of_run(summary(rungs=[rung(0.02, 100.0, kept_channels=1.0)]))
-    assert "\n  dense  100 %     100 %      8      5       100     1.00×" in text
-
-
-def test_speedup_of_the_whole_run_weighs_rungs_by_their_time() -> None:
-    # 200 tokens at 20 and 100 at 10 tokens/s take 20 s; 300 at 10 take 30 s.
-    rungs = [rung(0.4, 20.0, tokens=200), rung(0.0, 10.0, tokens=100)]
-    speedup = whole_run_speedup(rungs)
-    assert speedup is not None
-    assert_close(speedup, 1.5, "float64", "forward")
-    assert whole_run_speedup([rung(0.4, None, steps_timed=0), rungs[1]]) is None
-    assert whole_run_speedup(rungs[:1]) is None
+    assert "\n  dense  100 %     100 %      8       100" in text
 
 
 def test_rows_say_where_they_come_from(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ class Block(nnx.Module):
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         layers, embed = config.n_layers, config.d_model
         out_scale = 0.02 / (2 * layers) ** 0.5
-        self.attention_norm = param(jnp.ones, "vector", layer=layers, norm=embed)
+        self.attention_norm = param(jnp.ones, {"layer": layers, "norm": embed}, "vector")
         self.attention = Attention(
             layers=layers,
             kv_groups=config.n_kv_heads,
@@ -91,7 +91,7 @@ class Block(nnx.Module):
             norm_eps=config.norm_eps,
             rngs=rngs,
         )
-        self.mlp_norm = param(jnp.ones, "vector", layer=layers, norm=embed)
+        self.mlp_norm = param(jnp.ones, {"layer": layers, "norm": embed}, "vector")
         self.mlp = GatedMLP(
             layers=layers, channels=config.d_ff, embed=embed, out_scale=out_scale, rngs=rngs
         )
@@ -109,12 +109,12 @@ class Llama(Decoder):
     def __init__(self, config: LlamaConfig, compute: Compute = Compute(), *, rngs: nnx.Rngs):
         self.config, self.compute = config, compute
         table = {"vocab": config.vocab_size, "embed": config.d_model}
-        self.embed = param(normal(rngs, 0.02), "embedding", **table)
+        self.embed = param(normal(rngs, 0.02), table, "embedding")
         self.layers = Block(config, rngs)
-        self.final_norm = param(jnp.ones, "vector", norm=config.d_model)
+        self.final_norm = param(jnp.ones, {"norm": config.d_model}, "vector")
         self.lm_head = nnx.data(None)
         if not config.tie_embeddings:
-            self.lm_head = param(normal(rngs, 0.02), "embedding", **table)
+            self.lm_head = param(normal(rngs, 0.02), table, "embedding")
 
     def normalize(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Return the normed residual stream after the last layer."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from sat_jax.nn.branch import branches
 from sat_jax.nn.context import Cache, Context, Observable, Observed, Selection
 from sat_jax.nn.linear import dense
 from sat_jax.nn.param import Mask
-from sat_jax.nn.rope import RopeConfig, rotary_tables
+from sat_jax.nn.rope import rotary_tables
 from sat_jax.nn.stack import Remat, cast, scan_layers
 
 
@@ -33,23 +33,11 @@ class Compute:
     attention: Implementation | None = None
 
 
-class Shape(Protocol):
-    """What a decoder reads of its family's config."""
-
-    @property
-    def rope(self) -> RopeConfig | None:
-        """Rotary positions; None: positions are not rotated."""
-
-    @property
-    def rotary_dim(self) -> int:
-        """How many dimensions of a head are rotated."""
-
-
 class Decoder(nnx.Module):
     """Base of the families: token embedding `[V, D]`, a block `layers`, and a head `[V, D]`, which
     is the embedding where it is None."""
 
-    config: Shape
+    config: Any  # the family's `DecoderConfig`
     compute: Compute
     embed: nnx.Param
     layers: nnx.Module
@@ -160,7 +148,7 @@ def for_decoding(model: Decoder) -> Decoder:
 
     Raises `ValueError` for a model with omitted units.
     """
-    graph, masks, params = nnx.split(model, Mask, ...)
+    graph, masks, params = nnx.split(model, Mask, ...)  # type: ignore[misc]
     tuples = jax.tree.leaves(params, is_leaf=lambda value: type(value) is tuple)
     if jax.tree.leaves(masks) or any(type(value) is tuple for value in tuples):
         raise ValueError("a model with omitted units cannot decode; expand it first")

@@ -77,7 +77,7 @@ class Layout(Generic[Model]):
         state = jax.tree.unflatten(self.structure, [values[path] for path in self.leaves])
         # New variables: those of the layout are shared, and a mask may be set inside a trace.
         model = nnx.merge(self.graph, jax.tree.map(lambda mask: mask, self.masks), state)
-        for branch in branches(model.layers).values():
+        for branch in branches(model.layers).values():  # type: ignore[attr-defined]
             for unit in branch.masks.keys() & masks.keys():
                 branch.masks[unit].set_value(masks[unit])
         return model
@@ -110,15 +110,16 @@ class Layout(Generic[Model]):
 def make_layout(abstract_model: Model) -> Layout[Model]:
     """Return the layout of a model, whose values may be abstract. Its layers are one block, called
     `layers`."""
-    graph, masks, state = nnx.split(abstract_model, Mask, ...)
-    leaves, shapes = {}, {}
+    graph, masks, state = nnx.split(abstract_model, Mask, ...)  # type: ignore[misc]
+    leaves: dict[str, Leaf] = {}
+    shapes: dict[str, jax.ShapeDtypeStruct] = {}
     for path, variable in nnx.to_flat_state(state):
         value, metadata = variable.get_value(), variable.get_metadata()
         axes, trained = metadata["axes"], isinstance(variable, nnx.Param)
         within = value.describe(axes) if isinstance(value, Weight) else {"": (axes, trained)}
         for keys, array in jax.tree_util.tree_leaves_with_path(value):
             inside = jax.tree_util.keystr(keys, simple=True, separator="/")
-            name = "/".join(map(str, (*path, inside) if inside else path))
+            name = _joined(path, inside)
             leaves[name] = Leaf(within[inside][0], metadata["role"], within[inside][1])
             shapes[name] = jax.ShapeDtypeStruct(array.shape, array.dtype)
     parts = branches(abstract_model.layers)  # type: ignore[attr-defined]
@@ -135,13 +136,18 @@ def make_layout(abstract_model: Model) -> Layout[Model]:
 
 def flat_values(model: nnx.Module) -> Flat:
     """Return the arrays of a model by path."""
-    _, _, state = nnx.split(model, Mask, ...)
+    _, _, state = nnx.split(model, Mask, ...)  # type: ignore[misc]
     values: Flat = {}
     for path, variable in nnx.to_flat_state(state):
         for keys, array in jax.tree_util.tree_leaves_with_path(variable.get_value()):
             inside = jax.tree_util.keystr(keys, simple=True, separator="/")
-            values["/".join(map(str, (*path, inside) if inside else path))] = array
+            values[_joined(path, inside)] = array
     return values
+
+
+def _joined(path: tuple[Any, ...], inside: str) -> str:
+    """Return the path of an array inside the weight that a parameter holds."""
+    return "/".join(map(str, (*path, inside) if inside else path))
 
 
 def branch_values(branch: Branch, name: str) -> Flat:

@@ -129,8 +129,8 @@ def gated_mlp(gate: Any, up: Any, down: Any, x: Float[Array, "B T D"]) -> Float[
     kernel = weights[0].kernel if all(isinstance(w, KeptRows) for w in weights) else None
     if kernel is None:
         return combine(down, swiglu(gate, up, x))
-    kept: Array = weights[0].kept
-    return kept_mlp(x, *(w.in_place for w in weights), kept, kernel)
+    in_place = [w.in_place for w in weights]
+    return kept_mlp(x, in_place[0], in_place[1], in_place[2], weights[0].kept, kernel)
 
 
 def _project(w: Array, x: Array) -> Array:

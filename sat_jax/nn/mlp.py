@@ -33,9 +33,9 @@ class GatedMLP(Branch):
     def __init__(self, *, layers: int, channels: int, embed: int, out_scale: float, rngs: nnx.Rngs):
         super().__init__()
         axes = {"layer": layers, "channel": channels, "embed": embed}
-        self.gate = param(normal(rngs, 0.02), **axes)
-        self.up = param(normal(rngs, 0.02), **axes)
-        self.down = param(normal(rngs, out_scale), "write", **axes)
+        self.gate = param(normal(rngs, 0.02), axes)
+        self.up = param(normal(rngs, 0.02), axes)
+        self.down = param(normal(rngs, out_scale), axes, "write")
 
     def activations(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T F"]:
         """Return silu(x · gate) · (x · up)."""
@@ -73,9 +73,9 @@ class MLP(Branch):
     ):
         super().__init__()
         axes = {"layer": layers, "channel": channels, "embed": embed}
-        self.up = param(normal(rngs, 0.02), **axes)
-        self.up_bias = param(jnp.zeros, "vector", layer=layers, channel=channels)
-        self.down = param(normal(rngs, out_scale), "write", **axes)
+        self.up = param(normal(rngs, 0.02), axes)
+        self.up_bias = param(jnp.zeros, {"layer": layers, "channel": channels}, "vector")
+        self.down = param(normal(rngs, out_scale), axes, "write")
         self.activation = activation
 
     def activations(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T F"]:

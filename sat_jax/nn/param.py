@@ -6,7 +6,7 @@ every MLP. Vectors that scale or shift the residual stream have the axis `norm` 
 so that they are not split over a mesh.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import jax
@@ -27,7 +27,7 @@ class Mask(nnx.Variable):
 
 
 def param(
-    values: Callable[[tuple[int, ...]], Array], role: Role = "read", **axes: int
+    values: Callable[[tuple[int, ...]], Array], axes: Mapping[str, int], role: Role = "read"
 ) -> nnx.Param:
     """Return a parameter whose axes have these names and sizes; `values` maps a shape to values."""
     return nnx.Param(values(tuple(axes.values())), axes=tuple(axes), role=role)

@@ -69,7 +69,7 @@ def scan_layers(
         (x, arrays), seen = jax.lax.scan(body, (x, arrays), (part, own_keys, index))
         observed.append(seen)
         start += layers
-    if cache is not None:
+    if cache is not None and arrays is not None:
         cache = cache._replace(arrays=arrays, used=cache.used + x.shape[1])
     return x, tuple(observed), cache
 
@@ -99,7 +99,4 @@ def _segments(state: nnx.State) -> list[nnx.State]:
     number = max((len(v) for v in leaves if is_segmented(v)), default=0)
     if number == 0:
         return [state]
-    return [
-        jax.tree.map(lambda v, n=n: v[n], state, is_leaf=is_segmented)  # type: ignore[misc]
-        for n in range(number)
-    ]
+    return [jax.tree.map(lambda v, n=n: v[n], state, is_leaf=is_segmented) for n in range(number)]

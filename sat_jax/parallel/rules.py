@@ -28,7 +28,7 @@ def tree_shardings(mesh: Mesh, layout: Layout[Any], tree: Any) -> Any:
     def sharding(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
         for key in reversed(keys):
             path = getattr(key, "key", None)
-            if path in layout.leaves:
+            if isinstance(path, str) and path in layout.leaves:
                 return NamedSharding(mesh, parameter_spec(layout, path, len(leaf.shape)))
         return NamedSharding(mesh, P())
 

@@ -20,11 +20,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 from sat_jax.results.speed import (
     ABOVE_BOUND,
     ABOVE_BOUND_NOTE,
-    MINIMUM_STEPS,
-    dense_speed,
+    exceeds_bound,
     is_dense,
-    measured_speed,
-    speedup_text,
 )
 
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#C8C8C8", "#333333"
@@ -135,59 +132,61 @@ def loss_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def speed_figure(rungs: Sequence[Mapping[str, Any]]) -> Figure:
-    """Return a figure of the median tokens per second of each rung, with a line at its FLOP bound.
+    """Return a figure of the measured speed-up of each rung, with a line at its FLOP bound.
 
-    Takes the rungs of `sat_jax.results.run_table.end_of_run`. The bound is the dense rung's speed
-    times the rung's `bound`; it is left out if the dense rung is not measured.
+    Takes the rungs of `sat_jax.results.run_table.end_of_run`. A speed-up above its bound by more
+    than its spread has no bar.
     """
-    dense = dense_speed(rungs)
     places = range(len(rungs))
-    speeds = [measured_speed(rung) for rung in rungs]
-    heights = [speed or 0.0 for speed in speeds]
-    bounds = [dense * rung["bound"] for rung in rungs] if dense else []
+    shown = [place for place in places if _is_plausible(rungs[place])]
+    heights = [rungs[place]["speedup"] for place in shown]
+    spreads = [rungs[place]["speedup_spread"] for place in shown]
+    bounds = [rung["bound"] for rung in rungs]
 
     figure = new_figure()
     axes = figure.add_subplot()
-    tidy(
-        axes, title="Training speed of each rung", x="omission rate", y="tokens per second, median"
-    )
+    tidy(axes, title="Training speed of each rung", x="omission rate", y="dense time ÷ time")
     # In one row above all bars and bounds, so that no line crosses a number.
-    texts = [_bar_text(rung, dense) for rung in rungs]
+    texts = [_bar_text(rung) for rung in rungs]
     size = _FONT if len(rungs) <= _FEW_BARS else _FONT - 2
     for place, text in zip(places, texts, strict=True):
         axes.text(
             place, 0.99, text, transform=axes.get_xaxis_transform(), ha="center", va="top",
             fontsize=size, linespacing=1.4, color=INK,
         )  # fmt: skip
-    colours = [GREY if is_dense(rung) else BLUE for rung in rungs]
-    measured = axes.bar(places, heights, width=0.7, color=colours)
-    if dense:
-        ends = [place - 0.4 for place in places], [place + 0.4 for place in places]
-        limits = axes.hlines(bounds, *ends, color=ORANGE, linewidth=2.2)
-        marked = any(ABOVE_BOUND in text for text in texts)
-        figure.legend(
-            [measured[0], limits],
-            [
-                "measured, and ratio to the dense rung",
-                "bound: dense speed × dense FLOPs ÷ FLOPs of the rung",
-            ],
-            title=ABOVE_BOUND_NOTE if marked else None, title_fontsize=_FONT - 1,
-            loc="outside lower center", ncols=2, fontsize=_FONT - 1, frameon=False,
-        )  # fmt: skip
+    colours = [GREY if is_dense(rungs[place]) else BLUE for place in shown]
+    measured = axes.bar(shown, heights, width=0.7, color=colours, yerr=spreads, ecolor=INK,
+                        capsize=4)  # fmt: skip
+    ends = [place - 0.4 for place in places], [place + 0.4 for place in places]
+    limits = axes.hlines(bounds, *ends, color=ORANGE, linewidth=2.2)
+    handles: list[Any] = [measured, limits]
+    figure.legend(
+        handles,
+        ["measured, ± half the interquartile range", "bound: dense FLOPs ÷ FLOPs of the rung"],
+        title=ABOVE_BOUND_NOTE if any(ABOVE_BOUND in text for text in texts) else None,
+        title_fontsize=_FONT - 1, loc="outside lower center", ncols=2, fontsize=_FONT - 1,
+        frameon=False,
+    )  # fmt: skip
     axes.set_xticks(places, [_rung_name(rung) for rung in rungs])
     margin = max(0, 4 - len(rungs)) / 2  # keeps a single bar narrow
     axes.set_xlim(-0.7 - margin, len(rungs) - 0.3 + margin)
-    axes.set_ylim(0, 1.25 * max([*heights, *bounds], default=0) or 1)
-    axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
+    tops = [height + spread for height, spread in zip(heights, spreads, strict=True)]
+    axes.set_ylim(0, 1.3 * max([*tops, *bounds]))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     return figure
 
 
-def _bar_text(rung: Mapping[str, Any], dense: float | None) -> str:
-    speed = measured_speed(rung)
-    if speed is None:
-        return f"not timed:\nunder {MINIMUM_STEPS} steps"
-    return f"{speed:,.0f}" + (f"\n{speedup_text(speed / dense, rung['bound'])}" if dense else "")
+def _is_plausible(rung: Mapping[str, Any]) -> bool:
+    speedup = rung.get("speedup")
+    return speedup is not None and not exceeds_bound(speedup, rung["bound"], rung["speedup_spread"])
+
+
+def _bar_text(rung: Mapping[str, Any]) -> str:
+    if rung.get("speedup") is None:
+        return "not\nmeasured"
+    if not _is_plausible(rung):
+        return f"above\nbound{ABOVE_BOUND}"
+    return f"{rung['speedup']:.2f}×"
 
 
 def _rung_name(rung: Mapping[str, Any]) -> str:

@@ -6,8 +6,6 @@ from typing import Any
 from sat_jax.results.speed import (
     ABOVE_BOUND,
     ABOVE_BOUND_NOTE,
-    MINIMUM_STEPS,
-    dense_speed,
     is_dense,
     measured_speed,
     speedup_text,
@@ -25,7 +23,8 @@ def end_of_run(summary: Mapping[str, Any]) -> str:
     - `rungs`: in order of the run, each with `omission_rate` (configured), `kept_heads`,
       `kept_channels` (shares of all query heads and all channels, 0 to 1), `tokens` and `steps`
       (trained on this rung), `tokens_per_second` (median over the timed steps; None if none),
-      `steps_timed` (steps without compilation or refresh), `bound` (dense FLOPs ÷ FLOPs);
+      `steps_timed` (steps without compilation or refresh), `bound` (dense FLOPs ÷ FLOPs) and,
+      unless switched off, the fields of `train.speed.Speedup`, None if not measured;
     - `spent_flops` (training and probes) and `dense_flops` (the same tokens, dense);
     - `seconds`: wall time by part, with `total`;
     - `figures`: paths of the pictures; `export`: path of the exported model, or None.
@@ -34,8 +33,8 @@ def end_of_run(summary: Mapping[str, Any]) -> str:
     """
     parts = {
         "Held-out perplexity": _quality(summary),
-        "Speed of each rung: kept shares, median tokens/s, speed-up over the dense rung and its"
-        " FLOP bound": _speed(summary),
+        "Speed of each rung: kept shares, median tokens/s, speed-up over the dense rung by wall"
+        " time and by CPU time, FLOP bound": _speed(summary["rungs"]),
         "Cost": _cost(summary),
         "Written": _paths(summary),
         "Next": list(summary.get("next_commands", ())),
@@ -61,38 +60,40 @@ def _quality(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _speed(summary: Mapping[str, Any]) -> list[str]:
-    rungs: Sequence[Mapping[str, Any]] = summary["rungs"]
-    dense, speeds = dense_speed(rungs), [measured_speed(rung) for rung in rungs]
-    rows = [
-        [
-            "dense" if is_dense(rung) else f"{rung['omission_rate']:.2f}",
-            percent(rung["kept_heads"]),
-            percent(rung["kept_channels"]),
-            str(rung["steps"]),
-            str(rung["steps_timed"]),
-            f"{speed:,.0f}" if speed else "-",
-            speedup_text(speed / dense, rung["bound"]) if speed and dense else "-",
-            f"{rung['bound']:.2f}×",
-        ]
-        for rung, speed in zip(rungs, speeds, strict=True)
-    ]
-    header = ("rate", "heads", "channels", "steps", "timed", "tokens/s", "speed-up", "bound")
-    lines = fixed_width(header, rows).splitlines()
-    if None in speeds:
-        lines.append(
-            f"Steps are timed while nothing compiles; fewer than {MINIMUM_STEPS} give no speed."
+def _speed(rungs: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = []
+    for rung in rungs:
+        speed, cpu = measured_speed(rung), rung.get("cpu_speedup")
+        rows.append(
+            [
+                "dense" if is_dense(rung) else f"{rung['omission_rate']:.2f}",
+                percent(rung["kept_heads"]),
+                percent(rung["kept_channels"]),
+                str(rung["steps"]),
+                f"{speed:,.0f}" if speed else "-",
+                _speedup(rung),
+                f"{cpu:.2f}×" if cpu else "-",
+                f"{rung['bound']:.2f}×",
+            ]
         )
+    header = ("rate", "heads", "channels", "steps", "tokens/s", "speed-up", "CPU time", "bound")
+    lines = fixed_width(header, rows).splitlines()
     if not any(map(is_dense, rungs)):
         lines.append("No rung is dense, so there is no speed-up.")
-    speedup = whole_run_speedup(rungs)
-    if speedup is not None:
-        bound = summary["dense_flops"] / summary["spent_flops"]
-        text = speedup_text(speedup, bound)
-        lines.append(f"The whole run: {text}, bound {bound:.2f}× (from these medians).")
+    run = whole_run_speedup(rungs)
+    if run is not None:
+        text = speedup_text(run.speedup, run.bound, run.spread)
+        lines.append(f"All steps of the run: {text}, bound {run.bound:.2f}×.")
     if any(ABOVE_BOUND in line for line in lines):
         lines.append(ABOVE_BOUND_NOTE)
     return lines
+
+
+def _speedup(rung: Mapping[str, Any]) -> str:
+    speedup = rung.get("speedup")
+    if speedup is None:
+        return "-"
+    return speedup_text(speedup, rung["bound"], None if is_dense(rung) else rung["speedup_spread"])
 
 
 def _cost(summary: Mapping[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ A rung is one of the mappings of `summary.json`'s `rungs`; see `sat_jax.results.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 Rung: TypeAlias = Mapping[str, Any]
 
@@ -15,11 +15,15 @@ ABOVE_BOUND_NOTE = (
 )
 
 
+def exceeds_bound(speedup: float, bound: float | None, error: float | None = None) -> bool:
+    """Whether a speed-up, as it is shown, exceeds its bound by more than its error."""
+    return bound is not None and round(speedup - (error or 0.0), 2) > round(bound, 2)
+
+
 def speedup_text(speedup: float, bound: float | None, error: float | None = None) -> str:
     """Format as `1.44× ± 0.05×`, with a mark if it exceeds `bound` by more than its error."""
     text = f"{speedup:.2f}×" + ("" if error is None else f" ± {error:.2f}×")
-    exceeds = bound is not None and round(speedup - (error or 0.0), 2) > round(bound, 2)
-    return text + ABOVE_BOUND * exceeds
+    return text + ABOVE_BOUND * exceeds_bound(speedup, bound, error)
 
 
 def is_dense(rung: Rung) -> bool:
@@ -33,19 +37,27 @@ def measured_speed(rung: Rung) -> float | None:
     return speed if rung["steps_timed"] >= MINIMUM_STEPS else None
 
 
-def dense_speed(rungs: Sequence[Rung]) -> float | None:
-    """Tokens per second of the dense rung; None if there is none or it is not measured."""
-    speeds = [measured_speed(rung) for rung in rungs if is_dense(rung)]
-    return next((speed for speed in speeds if speed is not None), None)
+class WholeRun(NamedTuple):
+    """Dense time ÷ time of the same steps, refreshes apart, its spread, and its FLOP bound."""
+
+    speedup: float
+    spread: float
+    bound: float
 
 
-def whole_run_speedup(rungs: Sequence[Rung]) -> float | None:
-    """Time of the same tokens at the dense rung's speed ÷ time of this run, from median speeds.
+def whole_run_speedup(rungs: Sequence[Rung]) -> WholeRun | None:
+    """Return the speed-up of all steps of a run, from those that were measured of its rungs.
 
-    None if a rung is not measured or none is dense.
+    The spread is to first order in the spreads of the rungs. None if a rung was not measured.
     """
-    dense, speeds = dense_speed(rungs), [measured_speed(rung) for rung in rungs]
-    if dense is None or None in speeds:
+    if any(rung.get("speedup") is None for rung in rungs):
         return None
-    seconds = sum(rung["tokens"] / speed for rung, speed in zip(rungs, speeds, strict=True))
-    return float(sum(rung["tokens"] for rung in rungs) / dense / seconds)
+    tokens = sum(rung["tokens"] for rung in rungs)
+    times = [rung["tokens"] / rung["speedup"] for rung in rungs]
+    speedup = tokens / sum(times)
+    spreads = [
+        time * rung["speedup_spread"] / rung["speedup"]
+        for time, rung in zip(times, rungs, strict=True)
+    ]
+    bound = tokens / sum(rung["tokens"] / rung["bound"] for rung in rungs)
+    return WholeRun(speedup, speedup**2 * sum(spreads) / tokens, bound)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from sat_jax.config_values import find
 from sat_jax.results.curves import part_means
 from sat_jax.results.finished import DEFAULTS, FinishedRun, Settings
-from sat_jax.results.means import Mean, mean_of
+from sat_jax.results.means import mean_of
 from sat_jax.results.speed import ABOVE_BOUND, ABOVE_BOUND_NOTE, speedup_text
 from sat_jax.results.sweep import Comparison
 from sat_jax.results.text import fixed_width, markdown, percent, quantity
@@ -175,8 +175,6 @@ def _cost(caption: str, lines: Sequence[tuple[str, Variant]]) -> Table:
     rows = []
     for label, variant in lines:
         shares = variant.flops_shares()
-        bound = mean_of([share and 100 / share for share in shares])
-        speedups = [_speedup(variant, bound), f"{bound.value:.2f}×" if bound else "-"]
         rows.append(
             (
                 label,
@@ -185,7 +183,7 @@ def _cost(caption: str, lines: Sequence[tuple[str, Variant]]) -> Table:
                 _mean_only(variant.over(lambda run: run.row["peak_memory"]["bytes"]), "B"),
                 _mean_only(variant.over(lambda run: run.row["spent_flops"]), "FLOP"),
                 _mean_only(shares, "{:.0f} %"),
-                *(["-", "-"] if variant.is_baseline else speedups),
+                *_speedup_and_bound(variant),
             )
         )
     return Table("cost", "Time, memory and FLOPs", caption, header, tuple(rows))
@@ -310,13 +308,27 @@ def _difference(values: Sequence[float | None], variant: Variant) -> str:
     return _mean(values, "{:+.1f} %") + _FEWER * (0 < len(values) < len(variant.runs))
 
 
-def _speedup(variant: Variant, bound: Mean | None) -> str:
-    mean = mean_of(variant.speedups())
+def _speedup_and_bound(variant: Variant) -> tuple[str, str]:
+    """Return the speed-up that the runs measured of their steps, with its bound; if they did not,
+    that of the time of all training, with the bound of all FLOPs."""
+    if variant.is_baseline:
+        return "-", "-"
+    compared: list[FinishedRun | None] = [*variant.runs]
+    if measured := variant.measured_speedups():
+        mean = mean_of([run.speedup for run in measured])
+        bound = mean_of([run.bound for run in measured])
+        if mean is not None and mean.error is None:
+            mean = mean._replace(error=measured[0].spread)
+    else:
+        mean = mean_of(variant.speedups())
+        bound = mean_of([share and 100 / share for share in variant.flops_shares()])
+        compared += variant.baselines
+    bound_text = f"{bound.value:.2f}×" if bound else "-"
     if mean is None:
-        return "-"
-    runs = [run for run in (*variant.runs, *variant.baselines) if run is not None]
-    mixed = len({(run.commit, run.device) for run in runs}) > 1
-    return speedup_text(mean.value, bound and bound.value, mean.error) + _MIXED * mixed
+        return "-", bound_text
+    mixed = len({(run.commit, run.device) for run in compared if run is not None}) > 1
+    text = speedup_text(mean.value, bound and bound.value, mean.error)
+    return text + _MIXED * mixed, bound_text
 
 
 def _after(run: FinishedRun) -> float | None:

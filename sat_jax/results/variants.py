@@ -14,6 +14,7 @@ import numpy as np
 
 from sat_jax.config_values import name_of
 from sat_jax.results.finished import DEFAULTS, FinishedRun, Settings
+from sat_jax.results.speed import WholeRun, whole_run_speedup
 from sat_jax.results.text import setting_text
 
 _SLACK = 1.01  # lengths are whole steps, so no dense run has exactly the FLOPs of another run
@@ -78,6 +79,11 @@ class Variant:
         if self.dense:
             return self._paired(lambda run, dense: 100 * _flops(run) / _flops(dense))
         return self.over(lambda run: 100 * _flops(run) / run.row["dense_flops"])
+
+    def measured_speedups(self) -> list[WholeRun]:
+        """The speed-ups that the runs measured themselves; none if one of them has not."""
+        measured = [whole_run_speedup(run.row["rungs"]) for run in self.runs]
+        return [] if None in measured else [run for run in measured if run is not None]
 
     def speedups(self) -> list[float | None]:
         """Training time of the dense baseline, on the same device, ÷ that of the run."""

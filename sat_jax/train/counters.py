@@ -4,6 +4,7 @@ Tokens are those that are no padding: speed and FLOPs are theirs. Of examples, o
 them bear loss; of text, all do.
 """
 
+import statistics
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -42,6 +43,8 @@ class RunCounters:
         # Of every start; most of it in the background.
         self.compile_seconds = 0.0
         self.rung_tokens = [0] * len(controller.rungs)
+        # Wall time of each step of this start; no part of a checkpoint.
+        self._step_seconds: dict[Plan, list[float]] = {}
         self.loss_tokens = 0
         # Wall time until the first step was done, of the start that did it.
         self.first_step_seconds: float | None = None
@@ -57,8 +60,13 @@ class RunCounters:
         """How often units were chosen."""
         return sum(self.rung_selections)
 
+    @property
+    def step_seconds(self) -> dict[Plan, float]:
+        """Median wall time of a step of each plan that this start trained, in order."""
+        return {plan: statistics.median(steps) for plan, steps in self._step_seconds.items()}
+
     def to_json(self) -> dict[str, Any]:
-        """Return all but `kept`."""
+        """Return all that checkpoints keep but `kept`."""
         return {
             "rung_selections": self.rung_selections,
             "probes": self.probes,
@@ -94,6 +102,7 @@ class RunCounters:
             self._count_kept(rung.plan, metrics.kept)
         tokens = int(metrics.tokens)
         self.rung_tokens[number] += tokens
+        self._step_seconds.setdefault(rung.plan, []).append(seconds)
         self.loss_tokens += int(metrics.loss_tokens)
         heads, channels = kept_shares(rung.plan, self._controller.neurons)
         return {

@@ -3,7 +3,7 @@
 import dataclasses
 import shutil
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,12 @@ from sat_jax.data.data_format import DataFormat
 from sat_jax.interop.huggingface import write_directory
 from sat_jax.nn.loss import perplexity_of
 from sat_jax.results.run_plots import Kept, kept_figure, loss_figure, save, speed_figure
-from sat_jax.sparsity.plan import kept_shares
+from sat_jax.sparsity.plan import Plan, kept_shares
 from sat_jax.train.costs import flops_of_probe, flops_of_selection, step_flops
 from sat_jax.train.counters import RunCounters
 from sat_jax.train.metrics import MetricsLog, read_metrics
 from sat_jax.train.setup import Task
+from sat_jax.train.speed import Speedup
 from sat_jax.train.summary import Clock, write_summary
 from sat_jax.train.trained import exported
 from sat_jax.train.workdir import WorkDir
@@ -25,21 +26,20 @@ from sat_jax.train.workdir import WorkDir
 def finish(
     task: Task,
     workdir: WorkDir,
-    read: Callable[[str], np.ndarray] | None,
     counters: RunCounters,
     metrics: MetricsLog,
     clock: Clock,
+    speedups: Mapping[Plan, Speedup] | None,
 ) -> None:
-    """Writes what is left of a run, last its summary, which marks it as finished.
+    """Write what is left of a run, last its summary, which marks it as finished.
 
-    `read(path)` gives a trained parameter for the exported model; None exports nothing. A run that
-    was interrupted in here does all of it again.
+    `speedups` are those that were measured; None: measuring is switched off. A run that was
+    interrupted in here does all of it again.
     """
     metrics.flush()
     records = read_metrics(workdir.metrics)
-    rungs = rung_summaries(task, counters, records)
+    rungs = rung_summaries(task, counters, records, speedups)
     figures = _draw(workdir, task, counters, records, rungs)
-    export = None if read is None else _export(task, workdir, read)
     evaluations = [r["eval_loss"] for r in records if "eval_loss" in r]
     losses = [r["loss"] for r in records if "loss" in r]
     spent, dense = flops_of_run(task, counters)
@@ -63,13 +63,16 @@ def finish(
             "data": task.data.info.fingerprint,
             "prepared": dataclasses.asdict(task.data.info),
             "figures": figures,
-            "export": export,
+            "export": str(workdir.export) if task.config.export.huggingface else None,
         },
     )
 
 
 def rung_summaries(
-    task: Task, counters: RunCounters, records: list[dict[str, Any]]
+    task: Task,
+    counters: RunCounters,
+    records: list[dict[str, Any]],
+    speedups: Mapping[Plan, Speedup] | None,
 ) -> list[dict[str, Any]]:
     """One mapping a rung, as `results.run_table.end_of_run` reads them."""
     model, config, controller = task.model, task.config, task.controller
@@ -91,6 +94,9 @@ def rung_summaries(
                 "bound": step_flops(config, model) / step_flops(config, model, rung),
             }
         )
+        if speedups is not None:
+            measured = speedups.get(rung.plan)
+            summaries[-1] |= measured._asdict() if measured else dict.fromkeys(Speedup._fields)
     return summaries
 
 
@@ -114,10 +120,9 @@ def _draw(
 ) -> list[str]:
     folder = workdir.path / "figures"
     folder.mkdir(exist_ok=True)
-    figures = [
-        save(loss_figure(records), folder / "loss.png"),
-        save(speed_figure(rungs), folder / "speed.png"),
-    ]
+    figures = [save(loss_figure(records), folder / "loss.png")]
+    if any(rung.get("speedup") for rung in rungs):
+        figures.append(save(speed_figure(rungs), folder / "speed.png"))
     if counters.selections:
         by_group = task.config.sparsity.attention_unit == "kv_group"
         heads, channels = counters.kept["attention"], counters.kept["mlp"]
@@ -132,10 +137,10 @@ def _draw(
     return [str(path) for path in figures]
 
 
-def _export(task: Task, workdir: WorkDir, read: Callable[[str], np.ndarray]) -> str:
-    directory = workdir.path / "huggingface"
+def export_model(task: Task, workdir: WorkDir, read: Callable[[str], np.ndarray]) -> None:
+    """Write the Hugging Face directory; `read(path)` returns a trained parameter."""
+    directory = workdir.export
     shutil.rmtree(directory, ignore_errors=True)  # of an end that was interrupted
     data_format = DataFormat.from_settings(task.config.data)
     write_directory(directory, exported(task.model, task.tokenizer, data_format), read)
     task.tokenizer.save(directory)
-    return str(directory)

@@ -23,13 +23,14 @@ from sat_jax.sparsity.importance import METRICS
 from sat_jax.sparsity.plan import Plan
 from sat_jax.train.checkpoint import Checkpoints
 from sat_jax.train.counters import RunCounters
-from sat_jax.train.finish import finish
+from sat_jax.train.finish import export_model, finish
 from sat_jax.train.interrupt import Interrupt
 from sat_jax.train.metrics import MetricsLog
 from sat_jax.train.programs import Programs
 from sat_jax.train.progress import Progress
 from sat_jax.train.run_state import RunState
 from sat_jax.train.setup import Task, initial_params, set_up
+from sat_jax.train.speed import SHARE, Speedup, measure_speed
 from sat_jax.train.step import StepMetrics
 from sat_jax.train.summary import Clock
 from sat_jax.train.workdir import WorkDir
@@ -138,6 +139,7 @@ class Run:
         if start == 0:
             none = {"tokens": 0, "loss_tokens": 0}
             self._record(0, {"eval_loss": self._held_out_loss()} | none)
+        batch = None
         with Interrupt() as interrupt:
             for step, batch in self._batches(start):
                 self._train(step, batch)
@@ -147,20 +149,38 @@ class Run:
         self._state.expand()
         with self._clock("checkpoint"):
             self._checkpoints.wait()
-        read = on_host(self._state.full.params) if config.export.huggingface else None
-        decide(lambda: self._finish(read))
+        if config.export.huggingface:
+            read = on_host(self._state.full.params)
+            decide(lambda: self._export(read))
+            del read
+        # The state is saved and exported: from here on it may change.
+        speedups = self._measure_speed(batch) if config.train.measure_speed else None
+        decide(lambda: self._finish(speedups))
 
-    def _finish(self, read: Callable[[str], np.ndarray] | None) -> int:
+    def _export(self, read: Callable[[str], np.ndarray]) -> int:
+        """Writes the exported model, on process 0."""
+        export_model(self._task, self._workdir, read)
+        return 0
+
+    def _measure_speed(self, batch: Batch | None) -> dict[Plan, Speedup]:
+        """Return the speed-ups of the rungs that this start trained, on its last batch."""
+        with self._clock("speed"):
+            seconds = self._counters.step_seconds
+            dense = next(filter(self._task.controller.neurons.is_dense, seconds), None)
+            if batch is None or dense is None or len(seconds) == 1:
+                return {}
+            programs = {plan: self._programs.rung(plan) for plan in seconds}
+            limit = SHARE * self._clock.seconds()["total"]
+            speedups = measure_speed(self._state, programs, dense, batch, seconds, limit)
+        if missing := len(seconds) - len(speedups):
+            why = f"it would take more than {SHARE:.0%} of the run's time"
+            self._log(f"speed-up of {missing} of {len(seconds)} rungs not measured: {why}")
+        return speedups
+
+    def _finish(self, speedups: dict[Plan, Speedup] | None) -> int:
         """Writes the end of the run, on process 0."""
         assert self._metrics is not None
-        finish(
-            self._task,
-            self._workdir,
-            read,
-            self._counters,
-            self._metrics,
-            self._clock,
-        )
+        finish(self._task, self._workdir, self._counters, self._metrics, self._clock, speedups)
         return 0
 
     def _record(self, step: int, values: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from sat_jax.train.files import write_json
 from sat_jax.train.metrics import to_json
 from sat_jax.train.workdir import WorkDir
 
-PARTS = ("setup", "compile", "data", "step", "refresh", "evaluate", "checkpoint")
+PARTS = ("setup", "compile", "data", "step", "refresh", "evaluate", "checkpoint", "speed")
 
 
 class Clock:
@@ -45,7 +45,7 @@ class Clock:
     def add(self, seconds: Mapping[str, float]) -> None:
         """Adds the seconds of earlier starts of the same run (`seconds()`, from a checkpoint)."""
         for part in self._seconds:
-            self._seconds[part] += seconds.get(part, 0.0)  # "setup" is younger than the others
+            self._seconds[part] += seconds.get(part, 0.0)  # a checkpoint may be older than a part
 
     def seconds(self) -> dict[str, float]:
         """Seconds by part up to now, with "other" and "total"."""

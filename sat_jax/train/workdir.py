@@ -4,6 +4,7 @@ config.json      the settings it was started with, written once
 metrics.jsonl    one object a logged step, the truth
 tensorboard/     the same for TensorBoard
 checkpoints/     see `sat_jax.train.checkpoint`
+huggingface/     the exported model, where one was asked for
 summary.json     there once the run has finished
 lock             who writes to it now
 """
@@ -33,6 +34,7 @@ class WorkDir:
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
+        self.export = self.path / "huggingface"
         self.summary = self.path / "summary.json"
 
     @contextmanager

@@ -46,19 +46,19 @@ class Attention(Branch):
         group = {"layer": layers, "kv_group": kv_groups}
         head = {**group, "query_head": query_heads}
         row = {"head_dim": head_dim, "embed": embed}
-        self.query = param(normal(rngs, 0.02), **head, **row)
-        self.key = param(normal(rngs, 0.02), **group, **row)
-        self.value = param(normal(rngs, 0.02), **group, **row)
-        self.output = param(normal(rngs, out_scale), "write", **head, **row)
+        self.query = param(normal(rngs, 0.02), {**head, **row})
+        self.key = param(normal(rngs, 0.02), {**group, **row})
+        self.value = param(normal(rngs, 0.02), {**group, **row})
+        self.output = param(normal(rngs, out_scale), {**head, **row}, "write")
         self.query_bias = self.key_bias = self.value_bias = nnx.data(None)
         self.query_norm = self.key_norm = nnx.data(None)
         if bias:
-            self.query_bias = param(jnp.zeros, "vector", **head, head_dim=head_dim)
-            self.key_bias = param(jnp.zeros, "vector", **group, head_dim=head_dim)
-            self.value_bias = param(jnp.zeros, "vector", **group, head_dim=head_dim)
+            self.query_bias = param(jnp.zeros, {**head, "head_dim": head_dim}, "vector")
+            self.key_bias = param(jnp.zeros, {**group, "head_dim": head_dim}, "vector")
+            self.value_bias = param(jnp.zeros, {**group, "head_dim": head_dim}, "vector")
         if norm:
-            self.query_norm = param(jnp.ones, "vector", layer=layers, head_dim=head_dim)
-            self.key_norm = param(jnp.ones, "vector", layer=layers, head_dim=head_dim)
+            self.query_norm = param(jnp.ones, {"layer": layers, "head_dim": head_dim}, "vector")
+            self.key_norm = param(jnp.ones, {"layer": layers, "head_dim": head_dim}, "vector")
         self.norm_eps = norm_eps
 
     def activations(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T K G E"]:

@@ -96,7 +96,7 @@ class LayerSelection:
                 return array
             return gather_rows(array[None], kept[None], self.plan.balance)[0]
 
-        graph, masks, state = nnx.split(branch, UnitMask, ...)
+        graph, masks, state = nnx.split(branch, UnitMask, ...)  # type: ignore[misc]
         arrays = [gather(*item) for item in branch_values(branch, unit.branch).items()]
         gathered = jax.tree.unflatten(jax.tree.structure(state), arrays)
         selected: Branch = nnx.merge(graph, masks, gathered)

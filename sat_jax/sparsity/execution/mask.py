@@ -87,7 +87,9 @@ class Mask(Execution):
         pieces = []
         for segment, more, indices in zip(self.plan.segments, parts, kept, strict=True):
             piece, rows = value[segment.start : segment.stop], self.kept_of(path, indices)
-            pieces.append(piece if rows is None else add_at_rows(piece, more, rows))
+            if rows is not None and more is not None:
+                piece = add_at_rows(piece, more, rows)
+            pieces.append(piece)
         return jnp.concatenate(pieces)
 
 
