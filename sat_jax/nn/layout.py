@@ -124,11 +124,11 @@ def make_layout(abstract_model: Model) -> Layout[Model]:
             shapes[name] = jax.ShapeDtypeStruct(array.shape, array.dtype)
     parts = branches(abstract_model.layers)  # type: ignore[attr-defined]
     sizes: dict[str, int] = {}
-    for path, leaf in leaves.items():
-        sizes |= dict(zip(leaf.axes, shapes[path].shape, strict=True))
+    for name, leaf in leaves.items():
+        sizes |= dict(zip(leaf.axes, shapes[name].shape, strict=True))
     units = {
-        unit: Unit(unit, sizes[unit], name, branch.units[:number])
-        for name, branch in parts.items()
+        unit: Unit(unit, sizes[unit], part, branch.units[:number])
+        for part, branch in parts.items()
         for number, unit in enumerate(branch.units)
     }
     return Layout(graph, masks, jax.tree.structure(state), leaves, shapes, units, parts)
