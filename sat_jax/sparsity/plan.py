@@ -83,6 +83,11 @@ class Neurons:
         return math.prod(segment.kept(u.name) / u.size for u in units)
 
 
+def has_channels(units: Sequence[Unit]) -> bool:
+    """Whether the units are those of an MLP."""
+    return units[0].name == CHANNEL
+
+
 def neurons_of(layout: Layout[Any]) -> Neurons:
     """Return the units of a model."""
     return Neurons(layout.layers, tuple(layout.units.values()))
@@ -124,7 +129,7 @@ def make_plan(
     )
     counts: list[dict[str, int]] = [{} for _ in range(neurons.layers)]
     for units in neurons.branches.values():
-        is_mlp = units[0].name == CHANNEL
+        is_mlp = has_channels(units)
         rates = mlp_rates if is_mlp else attention_rates
         chosen = units[0] if is_mlp else _attention_unit(units, attention_unit)
         multiple = balance * (block if is_mlp else 1) if chosen is units[0] else 1
@@ -154,7 +159,7 @@ def kept_shares(plan: Plan, neurons: Neurons) -> tuple[float, float]:
     shares: dict[bool, list[float]] = {True: [], False: []}
     for name, units in neurons.branches.items():
         kept = sum(s.layers * neurons.kept_share(s, name) for s in plan.segments)
-        shares[units[0].name == CHANNEL].append(kept / neurons.layers)
+        shares[has_channels(units)].append(kept / neurons.layers)
     heads, channels = (sum(shares[key]) / len(shares[key]) for key in (False, True))
     return heads, channels
 

@@ -12,7 +12,7 @@ from sat_jax.data.data_format import DataFormat
 from sat_jax.interop.huggingface import write_directory
 from sat_jax.nn.loss import perplexity_of
 from sat_jax.results.run_plots import Kept, kept_figure, loss_figure, save, speed_figure
-from sat_jax.sparsity.plan import Plan, kept_shares
+from sat_jax.sparsity.plan import Plan, has_channels, kept_shares
 from sat_jax.train.costs import flops_of_probe, flops_of_selection, step_flops
 from sat_jax.train.counters import RunCounters
 from sat_jax.train.metrics import MetricsLog, read_metrics
@@ -125,7 +125,11 @@ def _draw(
         figures.append(save(speed_figure(rungs), folder / "speed.png"))
     if counters.selections:
         by_group = task.config.sparsity.attention_unit == "kv_group"
-        heads, channels = counters.kept["attention"], counters.kept["mlp"]
+        branches = task.controller.neurons.branches
+        heads, channels = (
+            next(counters.kept[n] for n, units in branches.items() if has_channels(units) == mlp)
+            for mlp in (False, True)
+        )
         times = heads["times"]
         times = times.max(axis=2) if by_group else times.reshape(len(times), -1)
         figure = kept_figure(
