@@ -165,7 +165,7 @@ DYNAMIC = {"rate": 0.5, "refresh_every": 0, "metric": "maxip"}
             )
         ],
         (
-            {"sparsity": {"execution": "kernel"}},
+            {"sparsity": {"execution": "kernel", "block": 64}},
             "sparsity.execution 'kernel' needs kept units before the step, and"
             " sparsity.refresh_every is 0; accepted: 'gather', 'mask', or refresh_every 1 or more",
         ),
