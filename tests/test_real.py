@@ -15,6 +15,7 @@ from sat_jax.interop import load_model, locate, open_weights, save_model
 from sat_jax.models.presets import preset
 from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.loss import next_token_loss
+from tests.golden_model import GOLDEN
 from tests.tolerances import assert_close
 
 pytestmark = [
@@ -196,3 +197,17 @@ def test_the_harness_measures_the_same_through_transformers(
     settings = {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}
     prompts = asked("generate_until", ("The capital of France is", settings), (start, settings))
     assert ours.generate_until(prompts) == theirs.generate_until(prompts)
+
+
+@pytest.mark.parametrize("name", ["llama_gqa"])
+def test_a_family_loads_in_transformers(name: str, tmp_path: Path) -> None:
+    """Of random weights: what is written gives the logits of what was read."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = load_model(GOLDEN / name)
+    save_model(model, tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    reference = np.load(GOLDEN / name / "reference.npz")
+    logits = their_logits(theirs, reference["input_ids"])
+    assert_close(logits, reference["logits"], "float32", "forward")
