@@ -6,6 +6,7 @@ from typing import Any
 
 from sat_jax.errors import UserError
 from sat_jax.models.decoder_config import DecoderConfig
+from sat_jax.models.gpt2 import GPT2Config
 from sat_jax.models.llama import LlamaConfig
 from sat_jax.nn.rope import RopeConfig
 
@@ -104,6 +105,20 @@ def _qwen3(d_model: int, n_layers: int, n_heads: int, d_ff: int, **rest: Any) ->
 
 _QWEN_LARGE_VOCABULARY = {"vocab_size": 152_064, "tie_embeddings": False}
 
+
+def _gpt2(d_model: int, n_layers: int, n_heads: int) -> GPT2Config:
+    return GPT2Config(
+        vocab_size=50_257,
+        d_model=d_model,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        d_ff=4 * d_model,
+        max_positions=1024,
+        bos_token_id=50_256,
+        eos_token_ids=(50_256,),
+    )
+
+
 PRESETS: dict[str, DecoderConfig] = {
     # Two layers of two KV groups with two query heads each, for tests and a first look; the
     # vocabulary is bytes and a few control tokens.
@@ -150,6 +165,10 @@ PRESETS: dict[str, DecoderConfig] = {
     "qwen3-1.7b": _qwen3(2048, 28, 16, 6144),
     "qwen3-4b": _qwen3(2560, 36, 32, 9728),
     "qwen3-8b": _qwen3(4096, 36, 32, 12_288, tie_embeddings=False),
+    "gpt2": _gpt2(768, 12, 12),
+    "gpt2-medium": _gpt2(1024, 24, 16),
+    "gpt2-large": _gpt2(1280, 36, 20),
+    "gpt2-xl": _gpt2(1600, 48, 25),
 }
 
 

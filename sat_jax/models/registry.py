@@ -2,7 +2,7 @@
 
 from typing import TypeVar
 
-from sat_jax.models import llama
+from sat_jax.models import gpt2, llama
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.formats import Family, ModelFormat
 
@@ -34,3 +34,4 @@ def format_of(config: DecoderConfig) -> ModelFormat:
 
 
 register(Family(llama.Llama, llama.FORMATS))
+register(Family(gpt2.GPT2, gpt2.FORMATS))
