@@ -1,4 +1,4 @@
-"""GPT-2 computes what transformers computes (tests/golden), in every execution."""
+"""GPT-2 and GPT-NeoX compute what transformers computes (tests/golden), in every execution."""
 
 import dataclasses
 import functools
@@ -37,6 +37,12 @@ from tests.tolerances import assert_close
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("gpt2", "gpt2/reference.npz", {}),
     "gpt2 without prefix": ("gpt2_unprefixed", "gpt2/reference.npz", {}),
+    "gpt_neox": ("gpt_neox", "gpt_neox/reference.npz", {}),
+    "gpt_neox, sequential residual": (
+        "gpt_neox",
+        "gpt_neox/reference_sequential.npz",
+        {"parallel_residual": False},
+    ),
 }
 
 
@@ -65,7 +71,7 @@ def test_logits(case: str) -> None:
     assert_close(logits, golden["logits"], "float32", "forward")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", list(CASES)[:3])  # of the last, logits alone are recorded
 def test_loss_and_gradient_norms(case: str) -> None:
     golden, model = reference(case), model_of(case)
     layout, part = layout_of(model.config), rows(golden["input_ids"])
@@ -87,7 +93,7 @@ def test_loss_and_gradient_norms(case: str) -> None:
         assert_close(norms[name], norm, "float32", "gradient_norm")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", list(CASES)[:3])
 def test_greedy_continuation_with_a_cache(case: str) -> None:
     golden = reference(case)
     for prompt, expected in zip(golden["greedy_prompt"], golden["greedy_ids"], strict=True):
@@ -95,7 +101,7 @@ def test_greedy_continuation_with_a_cache(case: str) -> None:
         assert ids == [expected.tolist()]
 
 
-@pytest.mark.parametrize("name", ["gpt2"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox"])
 def test_saved_models_are_equal(name: str, tmp_path: Path) -> None:
     model = model_of(name)
     save_model(model, tmp_path / "out")
@@ -132,7 +138,7 @@ CONFIGS = {
         n_heads=4,
         d_ff=256,
     )
-    for name in ("gpt2",)
+    for name in ("gpt2", "gpt_neox")
 }
 
 

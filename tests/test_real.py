@@ -199,7 +199,7 @@ def test_the_harness_measures_the_same_through_transformers(
     assert ours.generate_until(prompts) == theirs.generate_until(prompts)
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "gpt2"])
+@pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "gpt_neox"])
 def test_a_family_loads_in_transformers(name: str, tmp_path: Path) -> None:
     """Of random weights: what is written gives the logits of what was read."""
     import torch

@@ -7,6 +7,7 @@ from typing import Any
 from sat_jax.errors import UserError
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.gpt2 import GPT2Config
+from sat_jax.models.gpt_neox import GPTNeoXConfig
 from sat_jax.models.llama import LlamaConfig
 from sat_jax.nn.rope import RopeConfig
 
@@ -119,6 +120,20 @@ def _gpt2(d_model: int, n_layers: int, n_heads: int) -> GPT2Config:
     )
 
 
+def _pythia(d_model: int, n_layers: int, n_heads: int, vocab_size: int = 50_304) -> GPTNeoXConfig:
+    """The vocabulary is padded to a multiple of 128 times the training's model parallelism."""
+    return GPTNeoXConfig(
+        vocab_size=vocab_size,
+        d_model=d_model,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        d_ff=4 * d_model,
+        max_positions=2048,
+        bos_token_id=0,
+        eos_token_ids=(0,),
+    )
+
+
 PRESETS: dict[str, DecoderConfig] = {
     # Two layers of two KV groups with two query heads each, for tests and a first look; the
     # vocabulary is bytes and a few control tokens.
@@ -169,6 +184,16 @@ PRESETS: dict[str, DecoderConfig] = {
     "gpt2-medium": _gpt2(1024, 24, 16),
     "gpt2-large": _gpt2(1280, 36, 20),
     "gpt2-xl": _gpt2(1600, 48, 25),
+    "pythia-14m": _pythia(128, 6, 4),
+    "pythia-31m": _pythia(256, 6, 8),
+    "pythia-70m": _pythia(512, 6, 8),
+    "pythia-160m": _pythia(768, 12, 12),
+    "pythia-410m": _pythia(1024, 24, 16),
+    "pythia-1b": _pythia(2048, 16, 8),
+    "pythia-1.4b": _pythia(2048, 24, 16),
+    "pythia-2.8b": _pythia(2560, 32, 32),
+    "pythia-6.9b": _pythia(4096, 32, 32, vocab_size=50_432),
+    "pythia-12b": _pythia(5120, 36, 40, vocab_size=50_688),
 }
 
 
