@@ -32,7 +32,7 @@ def get_sweep(scale: str = "smoke") -> Sweep:
     runs: list[dict[str, Any]] = [{"sparsity.schedule": name} for name in ("ladder", *OTHERS)]
     runs[-1]["sparsity.min_gain"] = 0.02  # of the loss, between two evaluations
     runs.append({"sparsity.schedule": "ladder", "sparsity.dense_start": 0.125})
-    names = ("schedule", "rungs", "split", "dense_start", "patience", "min_gain")
+    names = ("schedule", "rungs", "split", "dense_start", "min_gain")
     settings = tuple(f"sparsity.{name}" for name in names)
     schedules = Comparison("schedules", "Schedule of the omission rate", settings)
     return Sweep(scales.over_seeds(scale, runs), (schedules,))
