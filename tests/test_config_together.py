@@ -92,6 +92,19 @@ from tests.test_config import built, refusal
             },
             "sparsity.refresh_every 0 does not use sparsity.dense_forward True; accepted: False",
         ),
+        *(
+            (
+                {
+                    "sparsity__rate": 0.1,
+                    "sparsity__refresh_every": 0,
+                    "sparsity__metric": "wanda",
+                    f"sparsity__{name}": value,
+                },
+                f"sparsity.refresh_every 0 does not use sparsity.{name} {value}; accepted:"
+                f" {default}",
+            )
+            for name, value, default in (("probe_tokens", 64, 1024), ("stats_decay", 0.5, 0.9))
+        ),
         (
             {"sparsity__rate": 0.1, "sparsity__refresh_every": 0},
             "sparsity.refresh_every 0 excludes sparsity.metric 'output', which needs outputs;"

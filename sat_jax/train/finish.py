@@ -1,4 +1,4 @@
-"""The end of a run: pictures, the exported model, and `summary.json`."""
+"""The outputs of a finished run: figures, exported model and `summary.json`."""
 
 import dataclasses
 import shutil
@@ -16,9 +16,9 @@ from sat_jax.sparsity.plan import kept_shares
 from sat_jax.train.costs import flops_of_probe, flops_of_selection, step_flops
 from sat_jax.train.counters import RunCounters
 from sat_jax.train.metrics import MetricsLog, read_metrics
+from sat_jax.train.run_weights import exported
 from sat_jax.train.setup import Task
-from sat_jax.train.summary import Clock, write_summary
-from sat_jax.train.trained import exported
+from sat_jax.train.summary import PhaseTimer, write_summary
 from sat_jax.train.workdir import WorkDir
 
 
@@ -28,12 +28,12 @@ def finish(
     read: Callable[[str], np.ndarray] | None,
     counters: RunCounters,
     metrics: MetricsLog,
-    clock: Clock,
+    clock: PhaseTimer,
 ) -> None:
-    """Writes what is left of a run, last its summary, which marks it as finished.
+    """Write figures, the exported model and, last, the summary, which marks the run as finished.
 
-    `read(path)` gives a trained parameter for the exported model; None exports nothing. A run that
-    was interrupted in here does all of it again.
+    `read(path)` returns a trained parameter for the export; None exports nothing. After an
+    interruption everything is written again.
     """
     metrics.flush()
     records = read_metrics(workdir.metrics)
@@ -71,7 +71,7 @@ def finish(
 def rung_summaries(
     task: Task, counters: RunCounters, records: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """One mapping a rung, as `results.run_table.end_of_run` reads them."""
+    """Return a mapping per rung, for `results.run_table.end_of_run`."""
     model, config, controller = task.model, task.config, task.controller
     summaries = []
     for number, rung in enumerate(controller.rungs):
@@ -95,7 +95,7 @@ def rung_summaries(
 
 
 def flops_of_run(task: Task, counters: RunCounters) -> tuple[float, float]:
-    """Training FLOPs spent, with probes and selections, and what the same tokens cost densely."""
+    """Return the training FLOPs, with probes and selections, and those of the dense baseline."""
     config = task.config
     spent = counters.probes * flops_of_probe(config, task.model)
     done = zip(counters.rung_tokens, counters.rung_selections, strict=True)
@@ -134,7 +134,7 @@ def _draw(
 
 def _export(task: Task, workdir: WorkDir, read: Callable[[str], np.ndarray]) -> str:
     directory = workdir.path / "huggingface"
-    shutil.rmtree(directory, ignore_errors=True)  # of an end that was interrupted
+    shutil.rmtree(directory, ignore_errors=True)  # of an interrupted export
     data_format = DataFormat.from_settings(task.config.data)
     write_directory(directory, exported(task.model, task.tokenizer, data_format), read)
     task.tokenizer.save(directory)
