@@ -1,4 +1,4 @@
-"""Typed access to config.json and to GGUF metadata, and the values that any decoder accepts.
+"""Typed access to config.json and GGUF metadata, and values that all decoders accept.
 
 Every error names the file, the field, its value and what is accepted.
 """
@@ -101,7 +101,7 @@ class JsonFields:
         return default if value is None else value
 
     def choice(self, field: str, choices: Mapping[str, T], default: str) -> T:
-        """Return what `choices` has for the field's text."""
+        """Return the entry of `choices` for the text of a field."""
         value = self.raw.get(field)
         key = default if value is None else value
         if not isinstance(key, str) or key not in choices:
@@ -109,7 +109,7 @@ class JsonFields:
         return choices[key]
 
     def token_ids(self, field: str, default: int | None = None) -> tuple[int, ...]:
-        """Return a token id or several. None for null; `default` for a missing field only."""
+        """Return token ids: none for null, `default` for a missing field."""
         value = self.raw.get(field, default)
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if any(type(i) is not int for i in ids):

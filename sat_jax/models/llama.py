@@ -1,8 +1,7 @@
 """The Llama family: Llama, TinyLlama, SmolLM2, Mistral, Qwen2 (q/k/v bias), Qwen3 (q/k norm).
 
-The `llama` architecture of GGUF, which Mistral's files name too, rotates adjacent dimensions. Its
-query and key rows are therefore stored in pairs. The Qwen architectures keep the order of Hugging
-Face.
+The `llama` architecture of GGUF, also used for Mistral, rotates adjacent dimensions, so that query
+and key rows are stored in pairs. The Qwen architectures have the order of Hugging Face.
 """
 
 import dataclasses
@@ -98,7 +97,7 @@ class Block(nnx.Module):
         self.norm_eps = config.norm_eps
 
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
-        """Return the residual stream after one layer (the L axis taken away)."""
+        """Return the residual stream after one layer (without the L axis)."""
         x = x + self.attention(rms_norm(x, self.attention_norm, self.norm_eps), context)
         return x + self.mlp(rms_norm(x, self.mlp_norm, self.norm_eps), context)
 
@@ -195,7 +194,7 @@ def _read_config(fields: JsonFields) -> LlamaConfig:
     family: Family = fields.raw["model_type"]
     n_heads = fields.count("num_attention_heads")
     d_model = fields.count("hidden_size")
-    # Only old Llama files lack the number of KV heads; the other model types' default is not H.
+    # Old Llama files may lack the number of KV heads; in other model types its default is not H.
     n_kv_heads = fields.count("num_key_value_heads", n_heads if family == "llama" else None)
     if n_heads % n_kv_heads:
         raise fields.refuse("num_key_value_heads", f"a divisor of num_attention_heads = {n_heads}")
@@ -203,7 +202,7 @@ def _read_config(fields: JsonFields) -> LlamaConfig:
         raise fields.refuse(
             "head_dim", "a size, as num_attention_heads does not divide hidden_size"
         )
-    # Qwen3's head size is a number of its own that never follows from the others.
+    # The head size of Qwen3 does not follow from other fields.
     head_dim = fields.count("head_dim", None if family == "qwen3" else d_model // n_heads)
     if head_dim % 2:
         raise fields.refuse("head_dim", "an even number")
@@ -235,7 +234,8 @@ def _read_config(fields: JsonFields) -> LlamaConfig:
 def _refuse_sliding_window(
     fields: JsonFields, family: Family, n_layers: int, max_positions: int
 ) -> None:
-    """Refuse a window, unless no layer uses it or it is as long as any row may be."""
+    """Raise `UserError` for a sliding window that some layer uses and that is shorter than the
+    maximum length."""
     layer_types = fields.raw.get("layer_types")
     if layer_types is not None and layer_types != ["full_attention"] * len(layer_types):
         raise fields.refuse("layer_types", '"full_attention" for every layer')
@@ -243,11 +243,11 @@ def _refuse_sliding_window(
     if window is None or (type(window) is int and window >= max_positions):
         return
     if family in ("qwen2", "qwen3"):
-        # The first `max_window_layers` layers of these model types attend in full.
+        # The first `max_window_layers` layers of these model types have full attention.
         full = layer_types is not None or fields.count("max_window_layers", 28) >= n_layers
         if not fields.flag("use_sliding_window", False) or full:
             return
-    raise fields.refuse("sliding_window", "null, or no less than max_position_embeddings")
+    raise fields.refuse("sliding_window", "null, or at least max_position_embeddings")
 
 
 def _write_config(config: LlamaConfig) -> Json:
