@@ -290,7 +290,7 @@ def _read_gguf(fields: GgufFields) -> LlamaConfig:
         if fields.count(key, head_dim) != head_dim:
             raise fields.refuse(key, f"the head size {head_dim}")
     max_positions = decoder["max_positions"]
-    window = fields.own.get("attention.sliding_window", 0)
+    window = fields.metadata.get("attention.sliding_window", 0)
     if window and window < max_positions:
         raise fields.refuse("attention.sliding_window", f"0 or at least {max_positions}")
     family: Family = fields.architecture  # type: ignore[assignment]  # one of those declared below

@@ -154,7 +154,7 @@ def rope_from_gguf(fields: GgufFields, rotary_dim: int, max_positions: int) -> R
     `rotary_dim` is the number of rotated dimensions of a head.
     """
     theta = fields.number("rope.freq_base", 10_000.0)
-    kind = fields.own.get("rope.scaling.type", "none")
+    kind = fields.metadata.get("rope.scaling.type", "none")
     if ROPE_FREQS in fields.shapes:
         if kind not in ("none", "linear") or fields.number("rope.scaling.factor", 1.0) != 1.0:
             raise UserError(f"{fields.where}: {ROPE_FREQS} beside {kind} RoPE is not supported")

@@ -19,9 +19,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     the axes is not the number of devices, or `tensor` splits rows unevenly over processes.
     """
     devices = jax.devices() if devices is None else devices
-    others = config.fsdp * config.tensor
-    data = len(devices) // others if config.data == -1 else config.data
-    if data * others != len(devices):
+    parts = config.fsdp * config.tensor
+    data = len(devices) // parts if config.data == -1 else config.data
+    if data * parts != len(devices):
         raise UserError(
             f"mesh data {config.data} × fsdp {config.fsdp} × tensor {config.tensor} does not fit"
             f" {len(devices)} devices; accepted: axes with that product, or data -1"
