@@ -31,7 +31,7 @@ def key(
     choices: Iterable[str] = (),
     free: bool = False,
 ) -> Any:
-    """Declare a setting: help text, inclusive bounds of numbers, accepted names.
+    """Return a dataclass field with help text, inclusive bounds of numbers, and accepted names.
 
     `free`: no result depends on the setting, so that a resumed run may change it.
     """
@@ -104,8 +104,8 @@ class DataConfig:
     loss_on: LossOn = key("all", "answers that bear loss: all of an example, or its last one")
     too_long: TooLong = key(
         "drop",
-        "treatment of examples longer than a row: drop, truncate, or refuse; dropped and truncated"
-        " examples are counted",
+        "examples longer than a row: drop them, truncate them (cut_end), or raise an error (refuse);"
+        " dropped and truncated examples are counted",
     )
 
 
@@ -177,16 +177,16 @@ class SparsityConfig:
         "ladder",
         "omission rate over steps; auto: a ladder whose phases end early at a loss plateau",
     )
-    rungs: int = key(4, "phases after the first one, down to dense", low=1)
+    rungs: int = key(4, "number of phases in which the rate decreases to 0", low=1)
     dense_start: float = key(
-        0.0, "fraction of the steps that are dense before the phase at r0", low=0.0, high=1.0
+        0.0, "fraction of the steps at the start that are dense", low=0.0, high=1.0
     )
     split: float = key(
         0.5, "fraction of the steps after which the rate starts to decrease", low=0.0, high=1.0
     )
     min_gain: float = key(
         0.005,
-        "schedule auto: relative decrease of the held-out loss below which a phase ends",
+        "schedule auto: minimum relative decrease of the held-out loss; a phase ends below it",
         low=0.0,
         high=0.99,
     )
@@ -232,9 +232,9 @@ class SparsityConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    data: int = key(-1, "data-parallel devices; -1: all remaining devices", low=-1)
-    fsdp: int = key(1, "devices that share rows and the embedding axis of the weights", low=1)
-    tensor: int = key(1, "devices that share heads, channels and vocabulary", low=1)
+    data: int = key(-1, "devices that split the rows; -1: all remaining devices", low=-1)
+    fsdp: int = key(1, "devices that split the rows and the embedding axis of the weights", low=1)
+    tensor: int = key(1, "devices that split heads, channels and vocabulary", low=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +253,9 @@ class ExportConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    seed: int = key(0, "random seed of weights, data order and selection", low=0, high=2**32 - 1)
+    seed: int = key(
+        0, "random seed of initial weights, data order and selection", low=0, high=2**32 - 1
+    )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()

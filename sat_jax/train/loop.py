@@ -45,7 +45,7 @@ def train(config: Config, directory: Path, log: Callable[[str], None]) -> dict[s
     """
     workdir = WorkDir(directory)
     clock = PhaseTimer()
-    log = log if is_primary() else _ignore
+    log = log if is_primary() else lambda _: None
     with ExitStack() as stack:
         if on_primary(lambda: _lock(workdir, config, stack)):
             log(f"the run in {workdir.path} is finished; nothing to do")
@@ -74,10 +74,6 @@ def _lock(workdir: WorkDir, config: Config, stack: ExitStack) -> bool:
     stack.enter_context(workdir.lock())
     workdir.compare(to_dict(config), free_paths(config))
     return workdir.finished() is not None
-
-
-def _ignore(line: str) -> None:
-    del line
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -77,7 +76,8 @@ def prepared_data(
 ) -> tuple[Tokenizer, Prepared]:
     """Return the tokenizer and the data of a run, prepared if necessary. Starts no backend."""
     data_format = DataFormat.from_settings(config.data)
-    tokenizer = load_tokenizer(config.data.tokenizer, _model_path(config), model.vocab_size)
+    path = None if config.model.path is None else locate(config.model.path)
+    tokenizer = load_tokenizer(config.data.tokenizer, path, model.vocab_size)
     data = prepare(
         sources=config.data.sources,
         tokenizer=tokenizer,
@@ -107,10 +107,6 @@ def initial_params(task: Task) -> dict[str, jax.Array]:
 
 def _placed(value: np.ndarray, sharding: Sharding) -> jax.Array:
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
-
-
-def _model_path(config: Config) -> Path | None:
-    return None if config.model.path is None else locate(config.model.path)
 
 
 def _check_attention(config: Config, model: DecoderConfig) -> None:

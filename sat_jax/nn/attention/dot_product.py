@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,6 @@ from sat_jax.nn.attention.documents import number_documents
 from sat_jax.nn.mesh_axes import GROUP_AXES, ROW_AXES
 
 Implementation = Literal["xla", "splash", "cudnn"]
-
-
 Attend = Callable[[Array, Array, Array, Array], Array]
 
 
@@ -29,7 +27,7 @@ class _Backend(NamedTuple):
     refusal: Callable[[jax.ShapeDtypeStruct, str], str | None] | None = None
 
 
-# In the order of preference.
+# In order of preference.
 _BACKENDS: dict[Implementation, _Backend] = {
     "splash": _Backend(splash.attend, splash.refusal),
     "cudnn": _Backend(cudnn.attend, cudnn.refusal),
@@ -55,11 +53,11 @@ def dot_product_attention(
     named one that does not raises `UserError`. Under a mesh (`jax.set_mesh`) every device computes
     its rows and KV groups without communication.
     """
-    name = implementation or _choice(q_BTKGE)
-    if name not in _BACKENDS:
-        accepted = ", ".join(get_args(Implementation))
-        raise UserError(f"attention implementation {name!r}; accepted: {accepted}")
-    if reason := refusals(q_BTKGE)[name]:
+    reasons = refusals(q_BTKGE)
+    name = implementation or next(name for name, reason in reasons.items() if reason is None)
+    if name not in reasons:
+        raise UserError(f"attention implementation {name!r}; accepted: {', '.join(reasons)}")
+    if reason := reasons[name]:
         raise UserError(f"attention implementation {name!r}: {reason}")
     documents = number_documents(segment_ids)
     return _on_each_device(_BACKENDS[name].attend, q_BTKGE, k_BTKE, v_BTKE, documents)
@@ -72,10 +70,6 @@ def refusals(q_BTKGE: Float[Any, "B T K G E"]) -> dict[Implementation, str | Non
         name: backend.refusal(q, platform) if backend.refusal else None
         for name, backend in _BACKENDS.items()
     }
-
-
-def _choice(q_BTKGE: Float[Array, "B T K G E"]) -> Implementation:
-    return next(name for name, reason in refusals(q_BTKGE).items() if reason is None)
 
 
 def _platform() -> str:
