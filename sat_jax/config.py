@@ -104,8 +104,8 @@ class DataConfig:
     loss_on: LossOn = key("all", "answers that bear loss: all of an example, or its last one")
     too_long: TooLong = key(
         "drop",
-        "examples longer than a row: drop them, truncate them (cut_end), or raise an error (refuse);"
-        " dropped and truncated examples are counted",
+        "examples longer than a row: drop or truncate (cut_end) and count them, or raise an error"
+        " (refuse)",
     )
 
 
