@@ -153,18 +153,12 @@ def _tensors(rotary_pairs: bool) -> tuple[Tensor, ...]:
     )
 
 
-# Whether a model type has biases on q, k and v, and norms on q and k.
-_FLAGS: dict[Family, tuple[bool, bool]] = {
-    "llama": (False, False),
-    "mistral": (False, False),
-    "qwen2": (True, False),
-    "qwen3": (False, True),
-}
-_ARCHITECTURES: dict[Family, str] = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
+# The architecture of a model type, and whether it has biases on q, k and v and norms on q and k.
+_MODEL_TYPES: dict[Family, tuple[str, bool, bool]] = {
+    "llama": ("LlamaForCausalLM", False, False),
+    "mistral": ("MistralForCausalLM", False, False),
+    "qwen2": ("Qwen2ForCausalLM", True, False),
+    "qwen3": ("Qwen3ForCausalLM", False, True),
 }
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **JSON_NEUTRAL,
@@ -210,7 +204,7 @@ def _read_config(fields: JsonFields) -> LlamaConfig:
     max_positions = fields.count("max_position_embeddings")
     _refuse_sliding_window(fields, family, n_layers, max_positions)
     bos = fields.token_ids("bos_token_id")
-    qkv_bias, qk_norm = _FLAGS[family]
+    _, qkv_bias, qk_norm = _MODEL_TYPES[family]
     return LlamaConfig(
         vocab_size=fields.count("vocab_size"),
         d_model=d_model,
@@ -251,9 +245,10 @@ def _refuse_sliding_window(
 
 
 def _write_config(config: LlamaConfig) -> Json:
-    if (config.qkv_bias, config.qk_norm) != _FLAGS[config.family]:
+    architecture, *flags = _MODEL_TYPES[config.family]
+    if [config.qkv_bias, config.qk_norm] != flags:
         raise UserError(
-            f"no {_ARCHITECTURES[config.family]} has qkv_bias={config.qkv_bias} and "
+            f"no {architecture} has qkv_bias={config.qkv_bias} and "
             f"qk_norm={config.qk_norm}; the model cannot be written as a Hugging Face directory"
         )
     raw: Json = {
@@ -294,7 +289,7 @@ def _read_gguf(fields: GgufFields) -> LlamaConfig:
     if window and window < max_positions:
         raise fields.refuse("attention.sliding_window", f"0 or at least {max_positions}")
     family: Family = fields.architecture  # type: ignore[assignment]  # one of those declared below
-    qkv_bias, qk_norm = _FLAGS[family]
+    _, qkv_bias, qk_norm = _MODEL_TYPES[family]
     return LlamaConfig(
         **decoder,
         n_kv_heads=n_kv_heads,
@@ -310,7 +305,7 @@ def _read_gguf(fields: GgufFields) -> LlamaConfig:
 def _format(family: Family, gguf: bool = True) -> ModelFormat:
     return ModelFormat(
         model_type=family,
-        architecture=_ARCHITECTURES[family],
+        architecture=_MODEL_TYPES[family][0],
         tensors=_tensors(rotary_pairs=family == "llama"),
         neutral=_NEUTRAL,
         read_config=_read_config,
