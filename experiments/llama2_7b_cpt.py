@@ -4,10 +4,10 @@
         --config.model.path=DIR --config.data.sources=TEXT --workdir=runs/llama2-7b
 
 DIR is the Hugging Face directory of Llama-2-7B. Devices: eight accelerators of 80 GB, bfloat16,
-weights and rows split over all of them (mesh.fsdp = 8). Each holds an eighth of 75.3 GiB of float32
-weights and moments, 9.4 GiB, whether neurons are omitted or not; a step adds gradients, up to 3.1
-GiB a copy, and activations (docs/efficiency.md has steps on one H200, compiled, not run). Time and
-perplexity: not measured; the command above measures them.
+weights and rows split over all of them (mesh.fsdp = 8). Each has an eighth of the 75.3 GiB of
+float32 weights and moments, 9.4 GiB, at all omission rates. A step adds gradients, up to 3.1 GiB
+per copy, and activations (docs/efficiency.md: steps compiled for one H200, not run). Time and
+perplexity are not measured.
 """
 
 from ml_collections import ConfigDict

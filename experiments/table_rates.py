@@ -1,4 +1,4 @@
-"""How much may be omitted: SAT at rates from 0.2 to 0.6, dense, and dense with as many FLOPs.
+"""SAT at omission rates from 0.2 to 0.6, dense training, and dense training with fewer steps.
 
     python -m scripts.sweep --config=experiments/table_rates.py:smoke \
         --config.data.sources=TEXT --workdir=runs/study
@@ -6,7 +6,7 @@
         --config.model.path=DIR --config.data.sources=TEXT --workdir=runs/study-7b
     python -m scripts.report runs/study
 
-Hours in all, estimated, not measured (experiments/scales.py says how): smoke 1.4 on two CPU cores,
+Total hours, estimated as experiments/scales.py describes, not measured: smoke 1.4 on two CPU cores,
 small 1.8 on one GPU, paper 63 on one accelerator of 40 GB, 27 runs each; paper-7b 32 and
 paper-13b 61 on eight of 80 GB, 9 runs.
 """

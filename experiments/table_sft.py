@@ -1,5 +1,5 @@
-"""SAT in supervised fine-tuning: rates from 0.2 to 0.6, the backward pass alone,
-least-squares correction for omitted neurons; and dense with as many FLOPs.
+"""SAT in supervised fine-tuning: omission rates from 0.2 to 0.6, a dense forward pass,
+least-squares correction, and dense training with fewer steps.
 
     python -m scripts.sweep --config=experiments/table_sft.py:smoke \
         --config.data.sources=gsm8k-train.jsonl.gz --workdir=runs/study-sft
@@ -7,9 +7,9 @@ least-squares correction for omitted neurons; and dense with as many FLOPs.
         --config.model.path=DIR --config.data.sources=MESSAGES --workdir=runs/study-sft-7b
     python -m scripts.report runs/study-sft
 
-The smaller two scales take JSON lines of question and answer, the others of messages.
+The scales smoke and small need JSON lines of question and answer, the others of messages.
 
-Hours in all, estimated, not measured (experiments/scales.py says how): smoke 1.7 on two CPU cores,
+Total hours, estimated as experiments/scales.py describes, not measured: smoke 1.7 on two CPU cores,
 small 0.3 on one GPU, paper 39 on one accelerator of 40 GB, 33 runs each; paper-7b 18 and
 paper-13b 35 on eight of 80 GB, 10 runs.
 """

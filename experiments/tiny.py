@@ -1,8 +1,8 @@
-"""A two-layer random model on this project's own documentation: the whole path in seconds.
+"""A two-layer model with random weights on the documentation of this project, in seconds.
 
     python -m scripts.train --config=experiments/tiny.py --workdir=runs/tiny
 
-Any CPU; about 20 seconds with nothing cached. Loss falls from 5.6 to about 3.5 nats a byte.
+Any CPU; about 20 seconds without caches. Loss decreases from 5.6 to about 3.5 nats per byte.
 """
 
 from ml_collections import ConfigDict

@@ -3,12 +3,12 @@
     python -m scripts.train --config=experiments/tinyllama_cpt.py \
         --config.model.path=DIR --config.data.sources=TEXT --workdir=runs/tinyllama
 
-DIR is the Hugging Face directory of TinyLlama-1.1B (or of any other model of the family).
-Device: one accelerator of 40 GB or more, bfloat16. Weights and Adam's moments are 12.3 GiB in
-float32, whether neurons are omitted or not. Compiled for an H200, a step of eight rows, which is
-one microbatch here, takes 18.8 GiB in all densely and 16 to 18 at rates of 0.6 to 0.2, a refresh
-13.3 (docs/efficiency.md); accumulating adds a copy of the gradients, 4.1 GiB densely. More devices:
---config.mesh.fsdp=N. Time and perplexity: not measured; the command above measures them.
+DIR is the Hugging Face directory of TinyLlama-1.1B, or of another model of the family. Device: one
+accelerator of 40 GB or more, bfloat16; for more devices set --config.mesh.fsdp=N. Weights and
+moments are 12.3 GiB in float32 at all omission rates. Compiled for an H200, a step of eight rows
+(one microbatch) needs 18.8 GiB in total if dense and 16 to 18 GiB at rates of 0.6 to 0.2, a refresh
+13.3 GiB (docs/efficiency.md). Accumulation adds a copy of the gradients, 4.1 GiB if dense. Time and
+perplexity are not measured.
 """
 
 from ml_collections import ConfigDict

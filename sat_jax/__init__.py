@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sat_jax.interop import save_model
-    from sat_jax.train.trained import load_model
+    from sat_jax.train.run_weights import load_model
 
 __all__ = ["__version__", "load_model", "save_model"]
 __version__ = "0.1.0"
@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name == "load_model":
-        from sat_jax.train.trained import load_model
+        from sat_jax.train.run_weights import load_model
 
         return load_model
     if name == "save_model":

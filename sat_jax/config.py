@@ -1,18 +1,17 @@
-"""Every setting of a run: frozen, typed, with its meaning and what it accepts.
+"""The settings of a run: frozen dataclasses with types, help texts and bounds.
 
-Experiment files fill an ml_collections `ConfigDict` (`default_config`); `from_config_dict` turns it
-into the frozen `Config` that everything else reads. Unknown keys, wrong types and values out of
-range are refused by name. Conversion between the two is in `config_values.py`.
+Experiment files change an ml_collections `ConfigDict` (`default_config`), and `from_config_dict`
+converts it to a frozen `Config`. Unknown keys, wrong types and values out of range raise
+`UserError`. The conversion is in `config_values.py`.
 """
 
 import dataclasses
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from sat_jax.config_checks import check_sparsity
+from sat_jax.config_checks import check_together
 from sat_jax.data.chat_templates import TEMPLATES
 from sat_jax.data.data_format import DataFormat, Format, LossOn, TooLong
-from sat_jax.errors import UserError
 from sat_jax.models.presets import PRESETS
 from sat_jax.nn.attention.dot_product import Implementation
 from sat_jax.nn.stack import Remat
@@ -32,9 +31,9 @@ def key(
     choices: Iterable[str] = (),
     free: bool = False,
 ) -> Any:
-    """A setting with its help text; for numbers inclusive bounds, for names those that exist.
+    """Return a dataclass field with help text, inclusive bounds of numbers, and accepted names.
 
-    `free`: a resumed run may change it, since no result depends on it.
+    `free`: no result depends on the setting, so that a resumed run may change it.
     """
     return dataclasses.field(
         default=default,
@@ -44,26 +43,28 @@ def key(
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    preset: str | None = key("tiny", "a shape by name, with random weights", choices=PRESETS)
+    preset: str | None = key(
+        "tiny", "a published model shape by name, with random weights", choices=PRESETS
+    )
     path: str | None = key(
         None,
-        "pretrained weights, in place of preset: a Hugging Face directory, a .gguf file, or"
-        " package:NAME for the .gguf file inside an installed Python package",
+        "pretrained weights, used instead of preset: a Hugging Face directory, a .gguf file, or"
+        " package:NAME for the .gguf file of an installed Python package",
     )
     dtype: Literal["float32", "bfloat16"] = key(
-        "float32", "compute dtype; the trained weights are always float32"
+        "float32", "compute dtype; parameters are stored in float32"
     )
     remat: Remat = key(
         "none",
-        "what the backward pass recomputes: nothing, all but matmul outputs (dots), or all but"
-        " each layer's input (full)",
+        "activations that the backward pass recomputes: none, all except matmul outputs (dots), or"
+        " all except the input of each layer (full)",
     )
-    loss_chunk: int = key(512, "positions of each row whose logits exist at once", low=1)
+    loss_chunk: int = key(512, "positions of each row whose logits are in memory at a time", low=1)
     attention: Implementation | None = key(
-        None, "attention backend; None chooses by platform and dtype"
+        None, "attention backend; None selects one by platform and dtype"
     )
     kernels: Kernels | None = key(
-        None, "block-sparse kernels of sparsity.execution 'kernel'; None chooses by platform"
+        None, "block-sparse kernels of sparsity.execution kernel; None selects by platform"
     )
 
 
@@ -71,192 +72,195 @@ class ModelConfig:
 class DataConfig:
     sources: tuple[str, ...] = key(
         (),
-        "texts: files, folders or globs (text, Markdown, JSON-lines; gzip or zstd), package:NAME"
-        " for an installed Python package's files, tfds:DIR for a prepared dataset",
+        "training texts: files, folders or globs (text, Markdown, JSON lines; gzip or zstd),"
+        " package:NAME for files of an installed Python package, tfds:DIR for a prepared dataset",
     )
-    tokenizer: str = key("model", "'model', a path to a tokenizer.json, or 'bytes'")
-    row_length: int = key(1024, "tokens a row", low=2)
+    tokenizer: str = key(
+        "model", "'model' (that of the pretrained model), a path to a tokenizer.json, or 'bytes'"
+    )
+    row_length: int = key(1024, "tokens per row", low=2)
     held_out: float = key(
         0.05,
-        "documents kept for evaluation: a share below 1, a count from 1 on; of a single document a"
-        " share of it, its end",
+        "documents held out for evaluation: a fraction if below 1, otherwise a number; a single"
+        " document is split, and this fraction at its end is held out",
         low=0.0,
     )
-    max_tokens: int | None = key(None, "tokens prepared at most; None takes everything", low=4)
+    max_tokens: int | None = key(None, "maximum number of tokens to prepare; None: no limit", low=4)
     format: Format = key(
         "text",
-        "what is learnt: every token of texts, or the answers in JSON lines of messages"
-        " (role, content), ShareGPT's conversations (from, value), Alpaca's instruction, input and"
-        " output, or a prompt and its completion",
+        "form of the data: plain text with loss on every token, or JSON lines with loss on the"
+        " answers: messages (role, content), ShareGPT conversations (from, value), Alpaca"
+        " (instruction, input, output), or a prompt and its completion",
     )
-    text_field: str = key("text", "the field of JSON-lines (or of a TFDS dataset) that holds text")
-    prompt_field: str = key("prompt", "of prompt_completion: the field that holds the prompt")
-    completion_field: str = key("completion", "of prompt_completion: the field of the answer")
+    text_field: str = key("text", "field of JSON lines or of a TFDS dataset that contains the text")
+    prompt_field: str = key("prompt", "format prompt_completion: field of the prompt")
+    completion_field: str = key("completion", "format prompt_completion: field of the completion")
     chat_template: str = key(
         "model",
-        f"what writes an example as text: the model's own (model), {', '.join(TEMPLATES)}, or the"
-        " path of a .jinja file",
+        f"chat template: that of the model (model), {', '.join(TEMPLATES)}, or the path of a .jinja"
+        " file",
     )
-    system: str | None = key(None, "the system prompt of examples that have none")
-    loss_on: LossOn = key("all", "answers that are learnt: all of an example, or its last")
+    system: str | None = key(None, "system prompt of examples that have none")
+    loss_on: LossOn = key("all", "answers that bear loss: all of an example, or its last one")
     too_long: TooLong = key(
         "drop",
-        "an example longer than a row, which is never split: dropped, cut at its end, or refused;"
-        " the first two are counted",
+        "examples longer than a row: drop or truncate (cut_end) and count them, or raise an error"
+        " (refuse)",
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     steps: int = key(100, "optimizer steps", low=1)
-    rows_per_step: int = key(1, "rows a step, over all devices and microbatches", low=1)
-    accumulate: int = key(1, "microbatches a step", low=1)
+    rows_per_step: int = key(1, "rows per step, over all devices and microbatches", low=1)
+    accumulate: int = key(1, "microbatches per step", low=1)
     log_every: int = key(1, "steps between logged records", low=1, free=True)
     eval_every: int = key(
-        0, "steps between held-out evaluations; 0: only before and after", low=0, free=True
+        0, "steps between held-out evaluations; 0: only before and after training", low=0, free=True
     )
-    eval_rows: int = key(16, "held-out rows evaluated at most", low=1)
+    eval_rows: int = key(16, "maximum number of held-out rows per evaluation", low=1)
     measure_speed: bool = key(
         True,
         "measure each rung's speed-up after training, in at most 5 % of the run's wall time",
         free=True,
     )
-    deterministic: bool = key(False, "ask XLA for deterministic kernels on GPU (slower)")
+    deterministic: bool = key(False, "use deterministic XLA kernels on GPU (slower)")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    name: Literal["adamw", "lion"] = key("adamw", "the update rule")
+    name: Literal["adamw", "lion"] = key("adamw", "update rule")
     learning_rate: float = key(1e-4, "peak learning rate", low=0.0)
-    warmup_steps: int = key(0, "steps of linear warm-up, the last of them at the peak", low=0)
+    warmup_steps: int = key(
+        0, "steps of linear warm-up; the last one has the peak learning rate", low=0
+    )
     schedule: Literal["cosine", "linear", "constant", "wsd"] = key(
-        "cosine", "after the warm-up; wsd: constant, then falling in a line over decay_share"
+        "cosine",
+        "learning rate after the warm-up; wsd: constant, then linear decay over decay_share",
     )
     decay_share: float = key(
         0.125,
-        "of wsd: share of all steps, at the end, over which the rate falls, one at the least",
+        "schedule wsd: fraction of all steps in the final decay, at least one step",
         low=0.0,
         high=1,
     )
     final_scale: float = key(
-        0.1, "last learning rate as a share of the peak, unless constant", low=0.0, high=1.0
+        0.1, "final learning rate relative to the peak; unused if constant", low=0.0, high=1.0
     )
-    weight_decay: float = key(0.0, "decoupled, on matrices only", low=0.0)
-    beta1: float = key(0.9, "decay of the first moment", low=0.0, high=0.9999)
-    beta2: float = key(0.95, "decay of the second moment", low=0.0, high=0.99999)
+    weight_decay: float = key(0.0, "decoupled weight decay, applied to matrices only", low=0.0)
+    beta1: float = key(0.9, "decay rate of the first moment", low=0.0, high=0.9999)
+    beta2: float = key(0.95, "decay rate of the second moment", low=0.0, high=0.99999)
     momentum_dtype: Literal["float32", "bfloat16"] = key(
-        "float32", "of the first moment as it is kept between steps"
+        "float32", "storage dtype of the first moment"
     )
-    clip_norm: float | None = key(1.0, "global gradient norm clipped to; None: never", low=0.0)
+    clip_norm: float | None = key(1.0, "maximum global gradient norm; None: no clipping", low=0.0)
     moments: Literal["freeze", "decay"] = key(
         "freeze",
-        "omitted neurons: untouched (freeze), or updated with zero gradient (decay; in mask"
-        " execution only)",
-    )
-    bias_correction: Literal["neuron", "global"] = key(
-        "neuron", "Adam's step count: each neuron's own updates, or the run's steps"
+        "omitted neurons: not updated (freeze), or updated with zero gradients (decay; execution"
+        " mask only)",
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class SparsityConfig:
     rate: float = key(
-        0.0, "omission rate r0 of heads and channels; 0 trains densely", low=0.0, high=1.0
+        0.0, "omission rate r0 of heads and channels; 0: dense training", low=0.0, high=1.0
     )
-    rate_attention: float | None = key(None, "r0 of heads; None: rate", low=0.0, high=1.0)
-    rate_mlp: float | None = key(None, "r0 of MLP channels; None: rate", low=0.0, high=1.0)
-    metric: str = key("output", "what makes a neuron important", choices=METRICS)
+    rate_attention: float | tuple[float, ...] | None = key(
+        None, "r0 of heads, or one r0 per layer; None: rate", low=0.0, high=1.0
+    )
+    rate_mlp: float | tuple[float, ...] | None = key(
+        None, "r0 of MLP channels, or one r0 per layer; None: rate", low=0.0, high=1.0
+    )
+    metric: str = key("output", "importance metric of neurons", choices=METRICS)
     selection: Literal["topk", "sample"] = key(
-        "topk", "the most important, or drawn without replacement in proportion to importance"
-    )
-    temperature: float = key(
-        1.0, "drawn in proportion to importance to the power 1 / temperature", low=0.01
+        "topk",
+        "keep the neurons with the highest importance, or sample without replacement in proportion"
+        " to importance",
     )
     schedule: Schedule = key(
-        "ladder", "omission rate over steps; auto: a ladder that steps down early at a stall"
+        "ladder",
+        "omission rate over steps; auto: a ladder whose phases end early at a loss plateau",
     )
-    rungs: int = key(4, "stairs from r0 down to dense", low=1)
+    rungs: int = key(4, "number of phases in which the rate decreases to 0", low=1)
     dense_start: float = key(
-        0.0, "share of the steps trained densely before the first at r0", low=0.0, high=1.0
+        0.0, "fraction of the steps at the start that are dense", low=0.0, high=1.0
     )
     split: float = key(
-        0.5, "share of the steps that are over when the first stair begins", low=0.0, high=1.0
-    )
-    patience: int = key(
-        1, "held-out evaluations without progress after which auto steps down", low=1
+        0.5, "fraction of the steps after which the rate starts to decrease", low=0.0, high=1.0
     )
     min_gain: float = key(
-        0.005, "share by which the held-out loss falls where auto sees progress", low=0.0, high=0.99
+        0.005,
+        "schedule auto: minimum relative decrease of the held-out loss; a phase ends below it",
+        low=0.0,
+        high=0.99,
     )
     refresh_every: int = key(
         10,
-        "steps between new selections; 0: every layer selects from each batch as it comes, by a"
-        " metric that needs no outputs",
+        "steps between selections of neurons; 0: per-batch selection inside each layer, with a"
+        " metric of inputs or weights",
         low=0,
     )
-    probe_tokens: int = key(1024, "tokens of the batch that a refresh observes", low=1)
-    probe_sampling: Literal["first", "random"] = key(
-        "first", "which of the batch's tokens: the first rows, or windows of random ones"
-    )
+    probe_tokens: int = key(1024, "tokens of the batch that a probe processes", low=1)
     stats_decay: float = key(
-        0.9, "weight of older observations at each new one", low=0.0, high=0.9999
+        0.9, "decay rate of the running statistics of probes", low=0.0, high=0.9999
     )
     attention_unit: Literal["kv_group", "query_head"] = key(
         "kv_group",
-        "what is omitted in attention: whole KV groups, or query heads in each group; one and the"
-        " same in multi-head attention",
+        "unit that is omitted in attention: KV groups, or query heads in each group; the same in"
+        " multi-head attention",
     )
-    dense_layers: tuple[int, ...] = key((), "layers that keep everything; -1 is the last")
-    layer_rates_attention: tuple[float, ...] = key(
-        (), "r0 of heads layer by layer, in place of rate_attention", low=0.0, high=1.0
+    dense_layers: tuple[int, ...] = key((), "layers in which nothing is omitted; -1 is the last")
+    max_segments: int = key(
+        4, "maximum number of segments (runs of layers that keep equal numbers)", low=1
     )
-    layer_rates_mlp: tuple[float, ...] = key(
-        (), "r0 of MLP channels layer by layer, in place of rate_mlp", low=0.0, high=1.0
-    )
-    max_segments: int = key(4, "runs of layers with equal counts at most", low=1)
-    block: int = key(1, "channels are chosen in aligned runs of this many", low=1)
+    block: int = key(1, "channels are selected in aligned blocks of this size", low=1)
     balance: int | None = key(
-        None, "equal parts that keep equally many neurons; None: mesh.tensor", low=1
+        None,
+        "number of equal parts of a layer that keep equal numbers of neurons; None: mesh.tensor",
+        low=1,
     )
     least_squares_correction: bool = key(
         False,
-        "correct the kept output weights by least squares for the omitted neurons, from the outputs"
-        " that probes observe",
+        "correct the kept output weights by least squares for the omitted neurons, from outputs"
+        " observed by probes",
     )
     dense_forward: bool = key(
-        False, "compute omitted neurons in the forward pass too; the backward pass alone omits them"
+        False, "omit neurons in the backward pass only; the forward pass is dense"
     )
     execution: Literal["gather", "mask", "kernel"] = key(
         "gather",
-        "train the compact model (gather), compute everything and multiply by 0/1 (mask), or leave"
-        " full weights in place and compute with their kept blocks (kernel)",
+        "gather the kept weights into a compact model (gather), multiply activations by 0 or 1"
+        " (mask), or compute with blocks of the full weights (kernel)",
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    data: int = key(-1, "devices that split rows; -1: all that are left", low=-1)
-    fsdp: int = key(1, "devices that split rows and the width of the weights", low=1)
+    data: int = key(-1, "devices that split the rows; -1: all remaining devices", low=-1)
+    fsdp: int = key(1, "devices that split the rows and the embedding axis of the weights", low=1)
     tensor: int = key(1, "devices that split heads, channels and vocabulary", low=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = key(0, "steps between checkpoints; 0: only at the end", low=0, free=True)
-    keep: int = key(2, "newest checkpoints kept", low=1, free=True)
+    every: int = key(0, "steps between checkpoints; 0: only after the last step", low=0, free=True)
+    keep: int = key(2, "number of newest checkpoints to keep", low=1, free=True)
     keep_every: int | None = key(
-        None, "checkpoints at multiples of this many steps are kept for good", low=1, free=True
+        None, "also keep every checkpoint whose step is a multiple of this", low=1, free=True
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-    huggingface: bool = key(False, "write WORKDIR/huggingface at the end", free=True)
+    huggingface: bool = key(False, "write the trained model to WORKDIR/huggingface", free=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    seed: int = key(0, "of weights, data order and selection", low=0, high=2**32 - 1)
+    seed: int = key(
+        0, "random seed of initial weights, data order and selection", low=0, high=2**32 - 1
+    )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -267,45 +271,18 @@ class Config:
     export: ExportConfig = ExportConfig()
 
     def __post_init__(self) -> None:
-        self._check_model()
-        DataFormat.from_settings(self.data)  # refuses a setting that the format does not use
-        self._check_steps()
-        check_sparsity(self)
-
-    def _check_model(self) -> None:
-        if self.model.preset is None and self.model.path is None:
-            raise UserError("model: give a preset by name or a path to pretrained weights")
-        if self.mesh.data == 0:
-            raise UserError("mesh.data is 0; accepted: 1 or more, or -1 for all devices left")
-
-    def _check_steps(self) -> None:
-        rows, parts = self.train.rows_per_step, self.train.accumulate
-        if rows % parts:
-            raise UserError(
-                f"train.rows_per_step {rows} is not a multiple of train.accumulate {parts}"
-            )
-        if self.optimizer.warmup_steps > self.train.steps:
-            raise UserError(
-                f"optimizer.warmup_steps {self.optimizer.warmup_steps} is more than train.steps"
-                f" {self.train.steps}"
-            )
-        share, usual = self.optimizer.decay_share, OptimizerConfig.decay_share
-        if self.optimizer.schedule != "wsd" and share != usual:
-            raise UserError(
-                f"optimizer.decay_share {share} is for optimizer.schedule 'wsd', not"
-                f" {self.optimizer.schedule!r}"
-            )
+        DataFormat.from_settings(self.data)  # raises for settings that the format does not use
+        check_together(self)
 
     @property
     def layer_rates(self) -> tuple[LayerRates, LayerRates]:
-        """Omission rates r0 of (attention, MLP): one for all layers, or one for each."""
+        """Omission rates r0 of (attention, MLP): one number, or one per layer."""
         sparse = self.sparsity
         attention = sparse.rate if sparse.rate_attention is None else sparse.rate_attention
-        mlp = sparse.rate if sparse.rate_mlp is None else sparse.rate_mlp
-        return sparse.layer_rates_attention or attention, sparse.layer_rates_mlp or mlp
+        return attention, sparse.rate if sparse.rate_mlp is None else sparse.rate_mlp
 
     @property
     def rates(self) -> tuple[float, float]:
-        """The same as one rate each, the mean over layers."""
+        """Omission rates r0 of (attention, MLP), each the mean over layers."""
         attention, mlp = self.layer_rates
         return overall(attention), overall(mlp)

@@ -1,6 +1,7 @@
-"""Settings of SAT that do not go together, refused by name before anything is read."""
+"""Checks of settings that depend on each other, before any data or model is read."""
 
-from typing import TYPE_CHECKING
+import operator
+from typing import TYPE_CHECKING, Any
 
 from sat_jax.errors import UserError
 from sat_jax.sparsity.importance import METRICS
@@ -8,119 +9,102 @@ from sat_jax.sparsity.importance import METRICS
 if TYPE_CHECKING:
     from sat_jax.config import Config, SparsityConfig
 
+# (setting, the setting that it needs where it is not at its default, the needed value)
+_NEEDS = (
+    ("optimizer.decay_share", "optimizer.schedule", "wsd"),
+    ("optimizer.moments", "sparsity.execution", "mask"),
+    ("model.kernels", "sparsity.execution", "kernel"),
+    ("sparsity.min_gain", "sparsity.schedule", "auto"),
+)
+# (setting of sparsity, its value, excluded setting, excluded value, reason)
+_EXCLUDES: tuple[tuple[str, Any, str, Any, str], ...] = (
+    ("least_squares_correction", True, "dense_forward", True, "dense passes need no correction"),
+    ("least_squares_correction", True, "execution", "kernel", "kernels use the full weights"),
+    ("least_squares_correction", True, "refresh_every", 0, "refreshes compute corrections"),
+    ("refresh_every", 0, "execution", "kernel", "kernels need kept units before the step"),
+)
 
-def check_sparsity(config: "Config") -> None:
-    """Raises `UserError` for the first pair of settings that do not go together."""
-    sparse = config.sparsity
-    if config.optimizer.moments == "decay" and sparse.execution != "mask":
-        raise UserError(
-            "optimizer.moments 'decay' is of sparsity.execution 'mask', not"
-            f" {sparse.execution!r}; accepted: moments 'freeze', or execution 'mask'"
-        )
-    if config.model.kernels is not None and sparse.execution != "kernel":
-        raise UserError(
-            f"model.kernels {config.model.kernels!r} is for sparsity.execution 'kernel', not"
-            f" {sparse.execution!r}"
-        )
+
+def check_together(config: "Config") -> None:
+    """Raise `UserError` for the first settings that cannot be combined."""
+    if config.model.preset is None and config.model.path is None:
+        raise UserError("model: set preset to a name or path to pretrained weights")
+    if config.mesh.data == 0:
+        raise UserError("mesh.data is 0; accepted: 1 or more, or -1 for all remaining devices")
+    _check_steps(config)
+    for path, needed, wanted in _NEEDS:
+        group, name = path.split(".")
+        settings, current = getattr(config, group), operator.attrgetter(needed)(config)
+        value = getattr(settings, name)
+        if value != getattr(type(settings), name) and current != wanted:
+            raise UserError(f"{path} {value!r} needs {needed} {wanted!r}, not {current!r}")
+    sparse, tensor = config.sparsity, config.mesh.tensor
     if sparse.execution == "kernel" and sparse.block % 64:
         raise UserError(
             f"sparsity.execution 'kernel' with sparsity.block {sparse.block}; accepted: multiples"
             " of 64"
         )
-    if sparse.temperature != 1 and sparse.selection != "sample":
+    if sparse.balance is not None and sparse.balance % tensor:
         raise UserError(
-            f"sparsity.temperature {sparse.temperature} is for sparsity.selection 'sample',"
-            f" not {sparse.selection!r}"
+            f"sparsity.balance is {sparse.balance}; accepted: multiples of mesh.tensor {tensor},"
+            " or None"
         )
-    if sparse.balance is not None and sparse.balance % config.mesh.tensor:
+    if max(config.rates) > 0:
+        _check_selection(config)
+        _check_schedule(config)
+
+
+def _check_steps(config: "Config") -> None:
+    train, warmup = config.train, config.optimizer.warmup_steps
+    if train.rows_per_step % train.accumulate:
         raise UserError(
-            f"sparsity.balance is {sparse.balance}; accepted: multiples of mesh.tensor"
-            f" {config.mesh.tensor}, or None"
+            f"train.rows_per_step {train.rows_per_step} is not a multiple of train.accumulate"
+            f" {train.accumulate}"
         )
-    for module in ("attention", "mlp"):
-        if getattr(sparse, f"layer_rates_{module}") and (
-            getattr(sparse, f"rate_{module}") is not None
-        ):
+    if warmup > train.steps:
+        raise UserError(f"optimizer.warmup_steps {warmup} is more than train.steps {train.steps}")
+
+
+def _check_selection(config: "Config") -> None:
+    """Per-batch selection observes inputs once a step; the correction needs outputs of probes."""
+    sparse, accumulate = config.sparsity, config.train.accumulate
+    for name, value, excluded, current, reason in _EXCLUDES:
+        if getattr(sparse, name) == value and getattr(sparse, excluded) == current:
             raise UserError(
-                f"sparsity.rate_{module} and sparsity.layer_rates_{module} are both given;"
-                " accepted: one of them"
+                f"sparsity.{name} {value!r} excludes sparsity.{excluded} {current!r}: {reason}"
             )
-    if sparse.rate and sparse.layer_rates_attention and sparse.layer_rates_mlp:
+    for name in ("probe_tokens", "stats_decay", "dense_forward"):
+        value, default = getattr(sparse, name), getattr(type(sparse), name)
+        if sparse.refresh_every == 0 and value != default:
+            raise UserError(
+                f"sparsity.refresh_every 0 does not use sparsity.{name} {value!r}; accepted:"
+                f" {default!r}"
+            )
+    if sparse.refresh_every == 0 and accumulate > 1:
         raise UserError(
-            f"sparsity.rate {sparse.rate} says nothing beside the rates of all layers; accepted: 0"
+            f"sparsity.refresh_every 0 excludes train.accumulate {accumulate}: all microbatches"
+            " share one selection; accepted: train.accumulate 1"
         )
-    if max(config.rates) == 0:
-        return
-    _check_correction(config)
-    _check_schedule(config)
-    if sparse.refresh_every == 0:
-        _check_dynamic_selection(config)
-
-
-def _check_dynamic_selection(config: "Config") -> None:
-    """Layers that select from the batch at hand observe their inputs alone, once a step."""
-    sparse = config.sparsity
-    if not METRICS[sparse.metric].needs_inputs_only:
+    if sparse.refresh_every == 0 and not METRICS[sparse.metric].needs_inputs_only:
         accepted = ", ".join(name for name, metric in METRICS.items() if metric.needs_inputs_only)
         raise UserError(
-            "sparsity.refresh_every 0 selects before the outputs are computed that"
-            f" sparsity.metric {sparse.metric!r} needs; accepted: the metrics {accepted}, or"
-            " refresh_every 1 or more"
+            f"sparsity.refresh_every 0 excludes sparsity.metric {sparse.metric!r}, which needs"
+            f" outputs; accepted: {accepted}"
         )
-    if config.train.accumulate > 1:
-        raise UserError(
-            "sparsity.refresh_every 0 selects from each batch, and the microbatches of"
-            f" train.accumulate {config.train.accumulate} share one selection; accepted:"
-            " train.accumulate 1, or refresh_every 1 or more"
-        )
-    for name in ("probe_tokens", "probe_sampling", "stats_decay", "dense_forward"):
-        default = getattr(type(sparse), name)
-        if getattr(sparse, name) != default:
-            raise UserError(
-                f"sparsity.{name} {getattr(sparse, name)!r} has no meaning with"
-                " sparsity.refresh_every 0, where each layer selects from its own input; accepted:"
-                f" {default!r}, or refresh_every 1 or more"
-            )
-    if sparse.execution == "kernel":
-        raise UserError(
-            "sparsity.execution 'kernel' needs kept units before the step, and"
-            " sparsity.refresh_every is 0; accepted: 'gather', 'mask', or refresh_every 1 or more"
-        )
-
-
-def _check_correction(config: "Config") -> None:
-    """The correction needs probes, output rows that are plain arrays, and omitted outputs."""
-    sparse = config.sparsity
-    if not sparse.least_squares_correction:
-        return
-    for name, refused in (("dense_forward", True), ("execution", "kernel"), ("refresh_every", 0)):
-        if getattr(sparse, name) == refused:
-            raise UserError(
-                "sparsity.least_squares_correction is added to kept output weights between two"
-                f" probes, which sparsity.{name} {refused!r} does not allow; accepted:"
-                f" least_squares_correction False, or another sparsity.{name}"
-            )
-    if not METRICS[sparse.metric].probes:
+    if sparse.least_squares_correction and not METRICS[sparse.metric].probes:
         accepted = ", ".join(name for name, metric in METRICS.items() if metric.probes)
         raise UserError(
-            "sparsity.least_squares_correction needs the outputs that probes observe, and"
-            f" sparsity.metric {sparse.metric!r} has no probe at every refresh; accepted: the"
-            f" metrics {accepted}"
+            "sparsity.least_squares_correction excludes sparsity.metric"
+            f" {sparse.metric!r}, which has no probe at refreshes; accepted: {accepted}"
         )
 
 
 def _check_schedule(config: "Config") -> None:
     sparse = config.sparsity
-    if sparse.schedule == "auto":
-        if not config.train.eval_every:
-            raise UserError(
-                "sparsity.schedule 'auto' follows the held-out loss, and train.eval_every is 0;"
-                " accepted: 1 or more"
-            )
-    elif (sparse.patience, sparse.min_gain) != (1, 0.005):
+    if sparse.schedule == "auto" and not config.train.eval_every:
         raise UserError(
-            "sparsity.patience and sparsity.min_gain are for sparsity.schedule 'auto', not"
-            f" {sparse.schedule!r}"
+            "sparsity.schedule 'auto' needs held-out evaluations, and train.eval_every is 0;"
+            " accepted: 1 or more"
         )
     if sparse.dense_start == 1.0:
         raise UserError("sparsity.dense_start 1.0 leaves no step at r0; accepted: below 1")
@@ -134,7 +118,7 @@ def _check_schedule(config: "Config") -> None:
 
 
 def _check_split(sparse: "SparsityConfig") -> None:
-    """Between the dense start and the split are the steps at r0, after the split the dense ones."""
+    """Require a step at r0 between dense start and split, and a dense step after the split."""
     if sparse.dense_start >= sparse.split:
         raise UserError(
             f"sparsity.dense_start {sparse.dense_start} and sparsity.split {sparse.split} leave the"

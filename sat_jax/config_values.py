@@ -1,4 +1,4 @@
-"""Between `Config` and what people write: ConfigDicts, experiment files, command-line overrides."""
+"""Conversion of ConfigDicts, experiment files and command-line overrides to `Config`."""
 
 import dataclasses
 import difflib
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """One setting: dotted path, type, and the metadata of its dataclass field."""
+    """A setting: dotted path, type, and metadata of its dataclass field."""
 
     path: str
     type: Any
@@ -38,20 +38,20 @@ class Key:
 
     @property
     def accepts(self) -> str:
-        """The accepted values in words: `int >= 1`, `one of a, b, or None`."""
+        """The accepted values as text: `int >= 1`, `one of a, b, or None`."""
         options = [t for t in _options(self.type) if t is not type(None)]
-        words = " or ".join(_type_words(t) for t in options)
+        text = " or ".join(_type_text(t) for t in options)
         if self.choices:
-            words = f"one of {', '.join(self.choices)}"
+            text = f"one of {', '.join(self.choices)}"
         if self.low is not None:
-            words += f" >= {self.low:.10g}"
+            text += f" >= {self.low:.10g}"
         if self.high is not None:
-            words += f"{',' if self.low is not None else ''} <= {self.high:.10g}"
-        return words + (", or None" if len(options) < len(_options(self.type)) else "")
+            text += f"{',' if self.low is not None else ''} <= {self.high:.10g}"
+        return text + (", or None" if len(options) < len(_options(self.type)) else "")
 
 
 def keys(cls: type = Config, prefix: str = "") -> Iterator[Key]:
-    """Every setting, in the order of the dataclasses."""
+    """Yield every setting, in the order of the dataclasses."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         path = f"{prefix}{field.name}"
@@ -63,17 +63,17 @@ def keys(cls: type = Config, prefix: str = "") -> Iterator[Key]:
 
 
 def default_config() -> ConfigDict:
-    """All settings at their defaults, for an experiment file to change."""
+    """Return all settings at their defaults, for an experiment file to change."""
     return ConfigDict(to_dict(Config()), type_safe=False)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain values; tuples become lists, so that JSON gives the same back."""
+    """Return nested plain values, with lists instead of tuples, as JSON has them."""
     return json.loads(json.dumps(dataclasses.asdict(config), allow_nan=False))
 
 
 def changed(config: Config) -> dict[str, Any]:
-    """Dotted key → value of every setting that is not at its default, as JSON gives it back."""
+    """Return the settings that are not at their defaults by dotted path, with JSON values."""
     values = {}
     for known in keys():
         value = functools.reduce(getattr, known.path.split("."), config)
@@ -83,29 +83,29 @@ def changed(config: Config) -> dict[str, Any]:
 
 
 def name_of(values: Mapping[str, Any]) -> str:
-    """12 hexadecimal digits that name some settings."""
+    """Return 12 hexadecimal digits of a hash of some settings."""
     text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def fingerprint(config: Config) -> str:
-    """A name for these settings. It stays what it is where settings are added later, since what is
-    at its default has no part in it."""
+    """Return a hash of the settings that are not at their defaults. Settings that are added later
+    do not change it."""
     return name_of(changed(config))
 
 
 def from_config_dict(values: Mapping[str, Any] | ConfigDict) -> Config:
-    """The frozen settings; a key that is missing takes its default."""
+    """Return the frozen settings; a missing key has its default."""
     return _build(Config, values.to_dict() if isinstance(values, ConfigDict) else values, "", {})
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> Config:
-    """Settings from `FILE.py` or `FILE.py:VARIANT`, then overrides `a.b=value` in order."""
+    """Return the settings of `FILE.py` or `FILE.py:VARIANT` with overrides `a.b=value` applied."""
     return build(experiment(spec), parse_overrides(overrides))
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """Values by path, of texts `a.b=value`; the last one of a path counts."""
+    """Return values by path from texts `a.b=value`; the last text of a path counts."""
     changes = {}
     for text in overrides:
         path, separator, value = text.partition("=")
@@ -117,27 +117,27 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def parse(path: str, text: str) -> Any:
-    """The value that `text` gives the setting `path`: of its type, and one that it accepts."""
+    """Return the accepted value of the setting `path` that `text` represents."""
     key = find(path)
     return _check(_parse(text, key), key)
 
 
 def build(values: Mapping[str, Any], changes: Mapping[str, Any]) -> Config:
-    """The frozen settings: nested `values`, with `changes` by path in the place of theirs."""
+    """Return the frozen settings of nested `values`, replaced by `changes`, which are by path."""
     for path in changes:
         find(path)
     return _build(Config, values, "", changes)
 
 
 def free_paths(config: Config) -> set[str]:
-    """The keys on which no result of `config` depends. The schedule `auto` follows the evaluations:
-    there one depends on when they are."""
-    follows = {"train.eval_every"} if config.sparsity.schedule == "auto" else set()
-    return {known.path for known in keys() if known.free} - follows
+    """Return the keys on which no result of `config` depends. Results of the schedule `auto` depend
+    on `train.eval_every`."""
+    needed = {"train.eval_every"} if config.sparsity.schedule == "auto" else set()
+    return {key.path for key in keys() if key.free} - needed
 
 
 def without_free(config: Config) -> Config:
-    """`config` with the keys on which no result depends at their defaults."""
+    """Return `config` with the keys of `free_paths` at their defaults."""
     for path in free_paths(config):
         group, _, name = path.partition(".")
         if name:
@@ -147,24 +147,25 @@ def without_free(config: Config) -> Config:
 
 
 def experiment(spec: str) -> dict[str, Any]:
-    """What `get_config()` or `get_config(VARIANT)` of an experiment file gives."""
+    """Return the settings of `get_config()` or `get_config(VARIANT)` of an experiment file."""
     config = _call(spec, "get_config")
     name = spec.partition(":")[0]
     if config is _NO:
         raise UserError(f"--config: {name} has no get_config()")
     if not isinstance(config, ConfigDict):
-        raise UserError(f"--config: get_config() of {name} gives {config!r}, not a ConfigDict")
+        raise UserError(f"--config: get_config() of {name} returns {config!r}, not a ConfigDict")
     return dict(config.to_dict())
 
 
 def experiment_sweep(spec: str) -> Any:
-    """What `get_sweep()` or `get_sweep(VARIANT)` of an experiment file gives; None without one."""
-    found = _call(spec, "get_sweep")
-    return None if found is _NO else found
+    """Return `get_sweep()` or `get_sweep(VARIANT)` of an experiment file; None without one."""
+    sweep = _call(spec, "get_sweep")
+    return None if sweep is _NO else sweep
 
 
 def _call(spec: str, function: str) -> Any:
-    """What `function` of an experiment file gives for the variant, or `_NO` where it has none."""
+    """Return the result of `function` of an experiment file for the variant of `spec`, or `_NO` if
+    the file has no such function."""
     name, _, variant = spec.partition(":")
     path = Path(name)
     if not path.is_file():
@@ -178,10 +179,10 @@ def _call(spec: str, function: str) -> Any:
         called = getattr(module, function, None)
         if called is None:
             return _NO
-        varied = bool(inspect.signature(called).parameters)
-        if variant and not varied and function == "get_config":
-            raise UserError(f"--config: {name} has no variants, so none is called {variant}")
-        return called(variant) if variant and varied else called()
+        has_variants = bool(inspect.signature(called).parameters)
+        if variant and not has_variants and function == "get_config":
+            raise UserError(f"--config: {name} has no variants; {variant} is not accepted")
+        return called(variant) if variant and has_variants else called()
     except UserError:
         raise
     except Exception as error:
@@ -189,11 +190,11 @@ def _call(spec: str, function: str) -> Any:
             raise UserError(
                 f"--config: {name} has no variant {variant!r}. {inspect.getdoc(called) or ''}"
             ) from error
-        raise UserError(f"--config: {spec}{_place(error, path)}: {_told(error)}") from error
+        raise UserError(f"--config: {spec}{_line_of(error, path)}: {_one_line(error)}") from error
 
 
-def _place(error: Exception, path: Path) -> str:
-    """The line of the file where the error arose, if one did."""
+def _line_of(error: Exception, path: Path) -> str:
+    """Return ", line N" for the last line of the file in the traceback, or nothing."""
     lines = [
         frame.lineno
         for frame in traceback.extract_tb(error.__traceback__)
@@ -204,8 +205,8 @@ def _place(error: Exception, path: Path) -> str:
     return f", line {lines[-1]}" if lines else ""
 
 
-def _told(error: BaseException) -> str:
-    """The error in one line. ml_collections wraps errors in errors, which quotes their text."""
+def _one_line(error: BaseException) -> str:
+    """Return type and message of an error, without the errors that ml_collections wraps around."""
     kind = type(error).__name__
     while error.args and isinstance(error.args[0], BaseException):
         error = error.args[0]
@@ -219,14 +220,14 @@ def _known() -> Mapping[str, Key]:
 
 
 def find(path: str, prefix: str = "") -> Key:
-    """The setting `path`. Raises `UserError`, with `prefix` and near names, where there is none."""
+    """Return the setting `path`. Raises `UserError` with near names if it does not exist."""
     if path in _known():
         return _known()[path]
-    raise UserError(f"{prefix}{path} is no setting; {_near(path)}")
+    raise _not_a_setting(path, prefix)
 
 
-def _near(path: str) -> str:
-    """The settings most like `path`, by the whole path and by its last part."""
+def _not_a_setting(path: str, prefix: str = "") -> UserError:
+    """Return an error with the settings most similar to `path` and to its last part."""
     last = path.rsplit(".", 1)[-1]
     tails = {name.rsplit(".", 1)[-1]: name for name in _known()}
     # A key in the wrong group first.
@@ -234,17 +235,18 @@ def _near(path: str) -> str:
     close += difflib.get_close_matches(path, _known(), n=3, cutoff=0.6)
     close += [tails[tail] for tail in difflib.get_close_matches(last, tails, n=3, cutoff=0.7)]
     unique = list(dict.fromkeys(close))[:3]
-    return f"near: {', '.join(unique)}" if unique else "--help lists all settings"
+    near = f"near: {', '.join(unique)}" if unique else "--help lists all settings"
+    return UserError(f"{prefix}{path} is not a setting; {near}")
 
 
 def _build(cls: type[T], values: Any, prefix: str, changes: Mapping[str, Any]) -> T:
-    """`cls` from nested `values`, with `changes` by path in the place of theirs."""
+    """Return a `cls` of nested `values`, replaced by `changes`, which are by path."""
     if not isinstance(values, Mapping):
         raise UserError(f"{prefix.rstrip('.')} is {values!r}; accepted: a group of settings")
     hints = typing.get_type_hints(cls)
     for name in values:
         if name not in hints:
-            raise UserError(f"{prefix}{name} is no setting; {_near(f'{prefix}{name}')}")
+            raise _not_a_setting(f"{prefix}{name}")
     built = {}
     for field in dataclasses.fields(typing.cast(Any, cls)):
         path = f"{prefix}{field.name}"
@@ -259,7 +261,7 @@ def _build(cls: type[T], values: Any, prefix: str, changes: Mapping[str, Any]) -
 
 
 def _check(value: Any, key: Key) -> Any:
-    """`value` as the key's type and one that it accepts, or a `UserError` naming the key."""
+    """Return `value` in the key's type. Raises `UserError` if the key does not accept it."""
     for option in _options(key.type):
         converted = _convert(value, option)
         if converted is not _NO and _accepted(converted, key):
@@ -273,7 +275,7 @@ _NO = object()
 
 
 def _convert(value: Any, option: Any) -> Any:
-    """`value` as type `option`, or `_NO`."""
+    """Return `value` as type `option`, or `_NO`."""
     origin = typing.get_origin(option)
     if origin is Literal:
         return value if value in typing.get_args(option) else _NO
@@ -292,8 +294,7 @@ def _convert(value: Any, option: Any) -> Any:
 
 
 def _accepted(value: Any, key: Key) -> bool:
-    """Whether a value of the right type, or each of its parts, is one of the names, or within the
-    bounds."""
+    """Return whether a value, or each item of a tuple, is a known name or within the bounds."""
     if isinstance(value, str) and key.choices:
         return value in key.choices
     if isinstance(value, tuple):
@@ -307,7 +308,7 @@ def _accepted(value: Any, key: Key) -> bool:
 
 
 def _parse(text: str, key: Key) -> Any:
-    """A command-line value as the key's type; `None` and comma-separated tuples understood."""
+    """Return a command-line value in the key's type; items of tuples are separated by commas."""
     options = _options(key.type)
     if type(None) in options and text in ("None", "none", ""):
         return None
@@ -336,16 +337,16 @@ def _parse_as(text: str, option: Any) -> Any:
 
 
 def _options(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union, else the annotation itself."""
+    """Return the members of a union, or the annotation itself."""
     if typing.get_origin(annotation) in (Union, types.UnionType):
         return tuple(o for arg in typing.get_args(annotation) for o in _options(arg))
     return (annotation,)
 
 
-def _type_words(option: Any) -> str:
+def _type_text(option: Any) -> str:
     origin = typing.get_origin(option)
     if origin is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(option)))
     if origin is tuple:
-        return f"{_type_words(typing.get_args(option)[0])}s separated by commas"
+        return f"{_type_text(typing.get_args(option)[0])}s separated by commas"
     return {bool: "true or false", str: "text"}.get(option, str(option.__name__))

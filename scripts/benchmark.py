@@ -212,7 +212,7 @@ def moves(_: DecoderConfig, layout: Layout[Decoder], args: Namespace) -> list[Ro
     select = jax.jit(
         lambda p, s: choose(layout, p, s, execution.plan, Criteria(), jax.random.key(0))
     )
-    stats = probe(state.params, zeros, batch, state.step)
+    stats = probe(state.params, zeros, batch)
     kept = select(state.params, stats)
     converted: Any = None
     programs = compile_moves(
@@ -235,7 +235,7 @@ def moves(_: DecoderConfig, layout: Layout[Decoder], args: Namespace) -> list[Ro
     # In this order: compact frees the full state, and expand restores it for the next turn.
     variants = {
         "step": _step(execution, args),
-        "probe": _timed(lambda: probe(state.params, zeros, batch, state.step)),
+        "probe": _timed(lambda: probe(state.params, zeros, batch)),
         "select": _timed(lambda: select(state.params, stats)),
         "compact": _timed(compact),
         "expand": _timed(expand),

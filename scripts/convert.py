@@ -46,7 +46,7 @@ def main() -> None:
     from sat_jax.evaluate.eval_model import open_eval_model
     from sat_jax.interop.huggingface import write_directory
     from sat_jax.models.build import shapes
-    from sat_jax.train.trained import exported
+    from sat_jax.train.run_weights import exported
 
     source = open_eval_model(args.source, args.step)
     weights = source.weights

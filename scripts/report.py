@@ -1,4 +1,4 @@
-"""A report on finished runs: one HTML page with figures and tables, and the tables in Markdown.
+"""Write a report on finished runs: an HTML page with figures and tables, and Markdown tables.
 
   python -m scripts.report runs/rates
   python -m scripts.report runs/x runs/y --rows experiments/results/runs.jsonl --out report
@@ -6,7 +6,7 @@
 The page shows quality against cost, a sentence for each variant, and a table for each comparison
 that a sweep or an experiment file declares, with means over seeds. Each run is compared with its
 dense baseline: the dense run of the same settings, seed and data. Rows of `scripts.evaluate
---record` have tables of their own. The page is one file that refers to nothing else.
+--record` have separate tables. The page is a single self-contained file.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Trains the runs of a sweep that are not finished yet, on this machine or on Slurm.
+"""Train the unfinished runs of a sweep, on this machine or on Slurm.
 
   python -m scripts.sweep --config=experiments/tiny.py --axis sparsity.rate=0,0.25,0.5 --seeds 3 \\
       --workdir=runs/rates --workers 2
@@ -6,11 +6,12 @@
       --axis sparsity.metric=wanda,output --axis 'sparsity.dense_layers=;0;0,1' \\
       --workdir=runs/metrics --launcher slurm --slurm partition=gpu,time=720,gpus_per_node=1
 
-Every combination of the axes is a run, with an ordinary work directory of scripts.train under its
-fingerprint. The first seed of all combinations comes first. The same command, or a larger one,
-skips finished runs and continues the others. A failing run does not stop the others. After Ctrl-C
-local runs end after their step and save; jobs of a cluster continue, and the same command watches
-them. --config.NAME=VALUE is a setting of all runs; `python -m scripts.train --help` lists them.
+Every combination of the axes is a run. Its work directory, as of scripts.train, is named by a
+fingerprint of its settings. The first seed of all combinations runs first. The same command, also
+with more axes, skips finished runs and continues the others. A failing run does not stop the
+others. After Ctrl-C local runs save after their current step; jobs of a cluster continue, and the
+same command monitors them. --config.NAME=VALUE is a setting of all runs; `python -m scripts.train
+--help` lists them.
 """
 
 import sys
@@ -36,17 +37,19 @@ def parser() -> Parser:
         help="a setting and its values; ';' separates values that contain commas")  # fmt: skip
     add("--seeds", type=int, metavar="N", help="each run with the seeds 0 to N-1")
     add("--workdir", required=True, type=Path, metavar="DIR", help="folder of the sweep")
-    add("--dry-run", action="store_true", help="show the runs and their cost, start nothing")
+    add(
+        "--dry-run", action="store_true", help="print the runs and their cost without starting them"
+    )
     add("--flops-per-second", type=float, metavar="X",
         help="speed for the times of --dry-run; default: that of the finished runs")  # fmt: skip
-    add("--skip-invalid", action="store_true", help="leave out invalid runs")
+    add("--skip-invalid", action="store_true", help="skip invalid runs")
     add("--launcher", choices=("local", "slurm"), default="local", help="default: local")
     add("--workers", type=int, metavar="N",
-        help="runs at a time; default: 1, on Slurm its limit. Runs that share a device slow each"
-        " other unevenly, so that speed-ups mean little")  # fmt: skip
+        help="simultaneous runs; default: 1, on Slurm its limit. Speed-ups of runs that share a"
+        " device are not meaningful")  # fmt: skip
     add("--gpus", metavar="I,J,...", help="local: CUDA devices, shared evenly by the workers")
     add("--slurm", action="append", default=[], metavar="NAME=VALUE,...",
-        help="options of sbatch; time=MINUTES is required")  # fmt: skip
+        help="sbatch options; time=MINUTES is required")  # fmt: skip
     add("--record", type=Path, metavar="FILE",
         help="append each finished run to this .jsonl file of rows")  # fmt: skip
     return parser
@@ -111,13 +114,13 @@ def _check(options: Namespace) -> None:
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} {value}; accepted: more than 0")
     if options.launcher != "slurm" and options.slurm:
-        raise UserError("--slurm has options of --launcher slurm")
+        raise UserError("--slurm needs --launcher slurm")
     if options.launcher != "local" and options.gpus:
-        raise UserError("--gpus is for --launcher local; on Slurm: --slurm gpus_per_node=N")
+        raise UserError("--gpus needs --launcher local; on Slurm: --slurm gpus_per_node=N")
 
 
 def _runs(options: Namespace, overrides: Sequence[str]) -> tuple[list[Any], Any]:
-    """Return the valid runs, and the comparisons for which they are tabulated."""
+    """Return the valid runs and the declared comparisons."""
     from sat_jax.config_values import experiment
     from sat_jax.results.planned import plan_runs
     from sat_jax.results.sweep import check_runs, combine, comparison_of, parse_axes, sweep_of
@@ -137,8 +140,8 @@ def _runs(options: Namespace, overrides: Sequence[str]) -> tuple[list[Any], Any]
 
 
 def _valid(runs: Sequence[Any], invalid: Sequence[Any], options: Namespace) -> list[Any]:
-    """Return the valid runs and print the reasons of the others. Raises `UserError` if there are
-    any, unless --skip-invalid is given."""
+    """Return the valid runs and print why others are invalid. Raises `UserError` for invalid runs
+    without --skip-invalid."""
     from sat_jax.results.sweep import settings_text
 
     for settings, reason in invalid:
@@ -146,10 +149,10 @@ def _valid(runs: Sequence[Any], invalid: Sequence[Any], options: Namespace) -> l
     refused = [settings for settings, _ in invalid]
     valid = [run for run in runs if run.settings not in refused]
     if invalid and not (options.skip_invalid and valid):
-        advice = "; --skip-invalid leaves them out" if valid else ""
+        advice = "; --skip-invalid skips them" if valid else ""
         raise UserError(f"{len(invalid)} runs are invalid, nothing was started{advice}")
     if invalid:
-        print(f"left out: {len(invalid)} invalid runs", file=sys.stderr)
+        print(f"skipped: {len(invalid)} invalid runs", file=sys.stderr)
     return valid
 
 

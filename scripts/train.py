@@ -1,11 +1,11 @@
-"""Trains a model with SAT, or continues a run that was interrupted: the same command does both.
+"""Train a model with SAT. The same command continues an interrupted run.
 
   python -m scripts.train --config=experiments/tiny.py --workdir=runs/tiny
   python -m scripts.train --config=experiments/quickstart.py --workdir=runs/mine \\
       --config.sparsity.rate=0.5 --config.model.path=DIR --config.data.sources=a.txt,b.jsonl
 
-Any setting below is given as --config.NAME=VALUE and wins over the experiment file's. Prepared data
-and compiled programs are kept in $SAT_JAX_CACHE (default ~/.cache/sat_jax).
+--config.NAME=VALUE changes a setting of the experiment file; all settings are listed below.
+Prepared data and compiled programs are stored in $SAT_JAX_CACHE (default ~/.cache/sat_jax).
 """
 
 import shlex
@@ -24,30 +24,25 @@ _RESULTS = Path(__file__).resolve().parents[1] / "experiments" / "results" / "ru
 
 
 def parser() -> Parser:
-    """What the command line takes besides settings."""
-    made = Parser("train", f"{__doc__}\n{_settings()}")
-    made.add_argument(
-        "--config", required=True, metavar="FILE[:VARIANT]", help="an experiment file"
-    )
-    made.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="of this run")
-    made.add_argument(
-        "--record", type=Path, metavar="FILE", help="append the result to this .jsonl file of rows"
-    )
-    made.add_argument(
-        "--distributed",
-        action="store_true",
-        help="this is one of several processes that Slurm, Open MPI or a TPU pod started together",
-    )
-    return made
+    """Return the parser of the command line without settings."""
+    parser = Parser("train", f"{__doc__}\n{_settings()}")
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE[:VARIANT]", help="an experiment file")
+    add("--workdir", required=True, type=Path, metavar="DIR", help="work directory of the run")
+    add("--record", type=Path, metavar="FILE",
+        help="append the result to this .jsonl file of rows")  # fmt: skip
+    add("--distributed", action="store_true",
+        help="this is one of several processes of Slurm, Open MPI or a TPU pod")  # fmt: skip
+    return parser
 
 
 def main() -> None:
-    """One run from settings to summary."""
+    """Run the training and print its summary."""
     overrides = [a.removeprefix(_PREFIX) for a in sys.argv[1:] if a.startswith(_PREFIX)]
-    given = parser().parse_args([a for a in sys.argv[1:] if not a.startswith(_PREFIX)])
+    options = parser().parse_args([a for a in sys.argv[1:] if not a.startswith(_PREFIX)])
     from sat_jax.config_values import load
 
-    config = load(given.config, overrides)
+    config = load(options.config, overrides)
 
     from sat_jax.parallel.processes import is_primary, join
     from sat_jax.results.record import dense_reference, record_run
@@ -57,49 +52,49 @@ def main() -> None:
     from sat_jax.train.metrics import read_metrics
     from sat_jax.train.workdir import WorkDir
 
-    if given.record is not None:
-        check(given.record)
-    if given.distributed:
+    if options.record is not None:
+        check(options.record)
+    if options.distributed:
         join()
-    summary = train(config, given.workdir, lambda line: print(line, file=sys.stderr))
+    summary = train(config, options.workdir, lambda line: print(line, file=sys.stderr))
     if not is_primary():
         return
-    if given.record is not None:
-        records = read_metrics(WorkDir(given.workdir).metrics)
-        record_run(given.record, given.config, config, summary, records)
+    if options.record is not None:
+        records = read_metrics(WorkDir(options.workdir).metrics)
+        record_run(options.record, options.config, config, summary, records)
     reference = dense_reference(_RESULTS, config, summary["data"])
     shown = {
         "perplexity_dense": reference,
-        "next_commands": _next(given, overrides, config.data, summary["export"]),
+        "next_commands": _next(options, overrides, config.data, summary["export"]),
     }
     print(end_of_run(summary | shown))
 
 
-def _next(given: Any, overrides: list[str], data: "DataConfig", export: str | None) -> list[str]:
-    """What to try after this run."""
+def _next(options: Any, overrides: list[str], data: "DataConfig", export: str | None) -> list[str]:
+    """Return commands to try after this run."""
     from sat_jax.config_values import experiment_sweep
 
-    made = []
+    commands = []
     if export is not None:
         prompt = ["The "]
         if data.format != "text":
             prompt = ["What is 6 times 7?", "--chat"]
         elif any(source.endswith(".py") for source in data.sources):
             prompt = ["def "]
-        made.append(_command("generate", "--model", export, "--prompt", *prompt))
-    own = ["--config.model.path=DIR", "--config.data.sources=TEXT", "--workdir=runs/mine"]
-    made.append(_command("train", "--config=experiments/tinyllama_cpt.py", *own))
-    same = [f"{_PREFIX}{o}" for o in overrides if not o.startswith("sparsity.rate=")]
+        commands.append(_command("generate", "--model", export, "--prompt", *prompt))
+    inputs = ["--config.model.path=DIR", "--config.data.sources=TEXT", "--workdir=runs/mine"]
+    commands.append(_command("train", "--config=experiments/tinyllama_cpt.py", *inputs))
+    settings = [f"{_PREFIX}{o}" for o in overrides if not o.startswith("sparsity.rate=")]
     rates = ["--axis", "sparsity.rate=0,0.2,0.4,0.6"]
-    if experiment_sweep(given.config) is not None:
-        rates = []  # the experiment says itself what to vary
-    where = f"--workdir={given.workdir}-rates"
-    made.append(_command("sweep", f"--config={given.config}", *same, *rates, where))
-    return made
+    if experiment_sweep(options.config) is not None:
+        rates = []  # the experiment declares its runs
+    workdir = f"--workdir={options.workdir}-rates"
+    commands.append(_command("sweep", f"--config={options.config}", *settings, *rates, workdir))
+    return commands
 
 
 def _command(script: str, *arguments: str) -> str:
-    """A line for the shell, with the Python of this process."""
+    """Return a shell command with the Python interpreter of this process."""
     python = sys.executable
     if shutil.which("python") == python:
         python = "python"

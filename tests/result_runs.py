@@ -20,8 +20,8 @@ PREPARED = {
 
 
 def config_of(seed: int, **changed: Any) -> Config:
-    """`changed`: settings of sparsity by name, `moments`, `bias_correction`, `kernels`."""
-    optimizer = {k: changed.pop(k) for k in ("moments", "bias_correction") if k in changed}
+    """`changed`: settings of sparsity by name, `moments`, `kernels`."""
+    optimizer = {k: changed.pop(k) for k in ("moments",) if k in changed}
     model = ModelConfig(kernels=changed.pop("kernels", None))
     return Config(
         seed=seed,

@@ -55,7 +55,7 @@ def call(monkeypatch: pytest.MonkeyPatch, script: ModuleType, *arguments: object
         (benchmark, "--results", ("--rows", 0), "--rows 0; accepted: 1 or more"),
         (benchmark, "--results", ("--turns", -1), "--turns -1; accepted: 1 or more"),
         (benchmark, "--results", ("--row-length", 0), "--row-length 0; accepted: 1 or more"),
-        (benchmark, "--results", ("--model", "smollm"), "no preset 'smollm'; did you mean"),
+        (benchmark, "--results", ("--model", "smollm"), "no preset 'smollm'; near"),
         (efficiency, "--out", ("--repeat", 0), "--repeat 0; accepted: 1 or more"),
         (efficiency, "--out", ("--rate", 0.4, 1), "--rate 1; accepted: above 0 and below 1"),
         (efficiency, "--out", ("--minutes", 1e-9), "1e-09 minutes are over; the same command"),

@@ -19,7 +19,7 @@ from sat_jax.errors import UserError
 from sat_jax.interop.huggingface import write_directory
 from sat_jax.models.build import initial_values
 from sat_jax.models.presets import preset
-from sat_jax.train.trained import exported
+from sat_jax.train.run_weights import exported
 
 GOLDEN = Path(__file__).parent / "golden" / "chat"
 CASES = [json.loads(line) for line in (GOLDEN / "cases.jsonl").read_text().splitlines()]

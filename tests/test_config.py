@@ -119,10 +119,10 @@ def valid(key: Key) -> st.SearchStrategy[Any]:
 DEPENDENT = {
     *("model.preset", "train.accumulate", "optimizer.warmup_steps", "optimizer.moments"),
     "optimizer.decay_share",
-    *("sparsity.split", "sparsity.rungs", "sparsity.temperature"),
-    *("sparsity.schedule", "sparsity.dense_start", "sparsity.patience", "sparsity.min_gain"),
+    *("sparsity.split", "sparsity.rungs", "sparsity.schedule", "sparsity.dense_start"),
+    "sparsity.min_gain",
     *("sparsity.refresh_every", "sparsity.least_squares_correction"),
-    *("sparsity.layer_rates_attention", "sparsity.layer_rates_mlp", "sparsity.dense_layers"),
+    "sparsity.dense_layers",
     *("mesh.data", "mesh.tensor", "sparsity.execution", "model.kernels"),
     *(f"data.{field.name}" for field in dataclasses.fields(DataFormat)),
 }
@@ -169,6 +169,7 @@ BASE = {
 NEEDS = {
     "model.kernels": {"sparsity.execution": "kernel", "sparsity.block": 64},
     "optimizer.decay_share": {"optimizer.schedule": "wsd"},
+    "sparsity.min_gain": {"sparsity.schedule": "auto"},
     **{
         f"data.{name}_field": {"data.format": "prompt_completion"}
         for name in ("prompt", "completion")
@@ -209,6 +210,7 @@ def test_numbers_become_the_type_of_their_key() -> None:
         ({"rate": 0.4, "rate_mlp": 0.6}, (0.4, 0.6)),
         ({"rate": 0.4, "rate_attention": 0.0}, (0.0, 0.4)),
         ({"rate": 0.4, "rate_mlp": 0.0}, (0.4, 0.0)),
+        ({"rate": 0.4, "rate_mlp": (0.25, 0.75)}, (0.4, 0.5)),
     ],
 )
 def test_rates_of_both_modules(given: dict[str, float], rates: tuple[float, float]) -> None:
@@ -232,7 +234,7 @@ def bad_values(key: Key) -> list[Any]:
         wrong.append(type(key.low)(key.low) - 1 if kind(key) is float else int(key.low) - 1)
     if number and key.high is not None:
         wrong.append(key.high * 1.01 if kind(key) is float else int(key.high) + 1)
-    wrong += [["a", 1], [None]] if kind(key) is tuple else [(1,)]
+    wrong += [["a", 1], [None]] if "separated" in key.accepts else [(1,)]
     return [value for value in wrong if value != 7 or kind(key) is not tuple]
 
 
@@ -256,7 +258,7 @@ def test_bad_values_are_refused_by_name(path: str) -> None:
         ("data.sources", "texts separated by commas"),
         ("sparsity.dense_layers", "ints separated by commas"),
         ("train.deterministic", "true or false"),
-        ("sparsity.rate_mlp", "float >= 0, <= 1, or None"),
+        ("sparsity.rate_mlp", "float or floats separated by commas >= 0, <= 1, or None"),
         ("sparsity.balance", "int >= 1, or None"),
         ("model.path", "text, or None"),
     ],
@@ -295,18 +297,18 @@ def test_misspelt_names_are_answered_with_near_ones(path: str, value: str, near:
     ],
 )
 def test_misspelt_keys_are_answered_with_near_ones(path: str, near: str) -> None:
-    said = rf"{path} is no setting; near: (.*, )?{near}(,|$)"
+    said = rf"{path} is not a setting; near: (.*, )?{near}(,|$)"
     assert re.match(said, refusal(from_config_dict, nested({path: 1})))
     assert re.match("--config." + said, refusal(load, TINY, [f"{path}=1"]))
 
 
 def test_misspelt_groups_and_keys_like_no_other() -> None:
     message = refusal(load, TINY, ["sparsty.rate=0.4"])
-    assert message.startswith("--config.sparsty.rate is no setting; near: sparsity.rate, ")
+    assert message.startswith("--config.sparsty.rate is not a setting; near: sparsity.rate, ")
     message = refusal(load, TINY, ["train=1"])
-    assert message == "--config.train is no setting; near: train.steps"
+    assert message == "--config.train is not a setting; near: train.steps"
     message = refusal(load, TINY, ["zzz=1"])
-    assert message == "--config.zzz is no setting; --help lists all settings"
+    assert message == "--config.zzz is not a setting; --help lists all settings"
 
 
 def test_config_is_frozen() -> None:

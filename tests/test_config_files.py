@@ -116,7 +116,7 @@ def test_how_values_are_written_on_the_command_line(
             "train.deterministic=1",
             "--config.train.deterministic is '1'; accepted: true or false",
         ),
-        ("=3", "--config. is no setting; --help lists all settings"),
+        ("=3", "--config. is not a setting; --help lists all settings"),
     ],
 )
 def test_bad_overrides(override: str, message: str, experiment: Any) -> None:
@@ -125,7 +125,7 @@ def test_bad_overrides(override: str, message: str, experiment: Any) -> None:
 
 def test_a_misspelt_key_in_a_file(experiment: Any) -> None:
     message = refusal(load, experiment("config.sparsity.rte = 0.4"))
-    assert message.startswith("sparsity.rte is no setting; near: sparsity.rate")
+    assert message.startswith("sparsity.rte is not a setting; near: sparsity.rate")
     message = refusal(load, experiment("config.sparsty.rate = 0.4"))
     assert ", line 6: AttributeError: 'sparsty' Did you mean \"sparsity\"" in message
     assert len(message) < 200
@@ -149,7 +149,7 @@ def test_experiments_that_cannot_be_run(experiment: Any, tmp_path: Path) -> None
     for whole, message in {
         "x = 1\n": f"--config: {path} has no get_config()",
         "def get_config():\n    return None\n": (
-            f"--config: get_config() of {path} gives None, not a ConfigDict"
+            f"--config: get_config() of {path} returns None, not a ConfigDict"
         ),
         "x = (\n": f"--config: {path}, line 1: SyntaxError: '(' was never closed",
         "\nimport nothing_like_it\n": (
@@ -168,7 +168,7 @@ def test_the_line_is_named_for_a_relative_path_too(
     experiment("config.seed = 1 / 0")
     monkeypatch.chdir(tmp_path)
     message = refusal(load, "mine.py:small")
-    assert message == "--config: mine.py has no variants, so none is called small"
+    assert message == "--config: mine.py has no variants; small is not accepted"
     message = refusal(load, "mine.py")
     assert message == "--config: mine.py, line 6: ZeroDivisionError: division by zero"
 
@@ -181,7 +181,7 @@ def test_variants(experiment: Any) -> None:
     message = f"--config: {path} has no variant 'c'. Variants: a, b."
     assert refusal(load, f"{path}:c") == message
     path = experiment()
-    message = f"--config: {path} has no variants, so none is called dense"
+    message = f"--config: {path} has no variants; dense is not accepted"
     assert refusal(load, f"{path}:dense") == message
     path = experiment("raise UserError('sizes: small, large')", arguments="variant")
     Path(path).write_text("from sat_jax.errors import UserError\n" + Path(path).read_text())

@@ -10,8 +10,8 @@ from tests.test_config import built, refusal
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model__preset": None}, "model: give a preset by name or a path to pretrained weights"),
-        ({"mesh__data": 0}, "mesh.data is 0; accepted: 1 or more, or -1 for all devices left"),
+        ({"model__preset": None}, "model: set preset to a name or path to pretrained weights"),
+        ({"mesh__data": 0}, "mesh.data is 0; accepted: 1 or more, or -1 for all remaining devices"),
         (
             {"train__rows_per_step": 6, "train__accumulate": 4},
             "train.rows_per_step 6 is not a multiple of train.accumulate 4",
@@ -22,24 +22,19 @@ from tests.test_config import built, refusal
         ),
         (
             {"optimizer__decay_share": 0.5},
-            "optimizer.decay_share 0.5 is for optimizer.schedule 'wsd', not 'cosine'",
+            "optimizer.decay_share 0.5 needs optimizer.schedule 'wsd', not 'cosine'",
         ),
         (
             {"optimizer__moments": "decay"},
-            "optimizer.moments 'decay' is of sparsity.execution 'mask', not 'gather'; accepted:"
-            " moments 'freeze', or execution 'mask'",
+            "optimizer.moments 'decay' needs sparsity.execution 'mask', not 'gather'",
         ),
         (
             {"model__kernels": "xla"},
-            "model.kernels 'xla' is for sparsity.execution 'kernel', not 'gather'",
+            "model.kernels 'xla' needs sparsity.execution 'kernel', not 'gather'",
         ),
         (
             {"sparsity__execution": "kernel", "sparsity__block": 96},
             "sparsity.execution 'kernel' with sparsity.block 96; accepted: multiples of 64",
-        ),
-        (
-            {"sparsity__temperature": 0.5},
-            "sparsity.temperature 0.5 is for sparsity.selection 'sample', not 'topk'",
         ),
         (
             {"mesh__tensor": 4, "sparsity__balance": 6},
@@ -67,13 +62,12 @@ from tests.test_config import built, refusal
         ),
         (
             {"sparsity__rate": 0.1, "sparsity__schedule": "auto"},
-            "sparsity.schedule 'auto' follows the held-out loss, and train.eval_every is 0;"
+            "sparsity.schedule 'auto' needs held-out evaluations, and train.eval_every is 0;"
             " accepted: 1 or more",
         ),
         (
-            {"sparsity__rate": 0.1, "sparsity__patience": 2},
-            "sparsity.patience and sparsity.min_gain are for sparsity.schedule 'auto', not"
-            " 'ladder'",
+            {"sparsity__min_gain": 0.1},
+            "sparsity.min_gain 0.1 needs sparsity.schedule 'auto', not 'ladder'",
         ),
         (
             {"sparsity__rate": 0.1, "sparsity__dense_start": 0.6},
@@ -90,32 +84,31 @@ from tests.test_config import built, refusal
             "sparsity.dense_start 1.0 leaves no step at r0; accepted: below 1",
         ),
         (
-            {"sparsity__rate_mlp": 0.1, "sparsity__layer_rates_mlp": (0.1,)},
-            "sparsity.rate_mlp and sparsity.layer_rates_mlp are both given; accepted: one of them",
-        ),
-        (
-            {
-                "sparsity__rate": 0.1,
-                "sparsity__layer_rates_attention": (0.1,),
-                "sparsity__layer_rates_mlp": (0.1,),
-            },
-            "sparsity.rate 0.1 says nothing beside the rates of all layers; accepted: 0",
-        ),
-        (
             {
                 "sparsity__rate": 0.1,
                 "sparsity__refresh_every": 0,
                 "sparsity__metric": "wanda",
                 "sparsity__dense_forward": True,
             },
-            "sparsity.dense_forward True has no meaning with sparsity.refresh_every 0, where each"
-            " layer selects from its own input; accepted: False, or refresh_every 1 or more",
+            "sparsity.refresh_every 0 does not use sparsity.dense_forward True; accepted: False",
+        ),
+        *(
+            (
+                {
+                    "sparsity__rate": 0.1,
+                    "sparsity__refresh_every": 0,
+                    "sparsity__metric": "wanda",
+                    f"sparsity__{name}": value,
+                },
+                f"sparsity.refresh_every 0 does not use sparsity.{name} {value}; accepted:"
+                f" {default}",
+            )
+            for name, value, default in (("probe_tokens", 64, 1024), ("stats_decay", 0.5, 0.9))
         ),
         (
             {"sparsity__rate": 0.1, "sparsity__refresh_every": 0},
-            "sparsity.refresh_every 0 selects before the outputs are computed that sparsity.metric"
-            " 'output' needs; accepted: the metrics uniform, magnitude, wanda, maxip, svd, or"
-            " refresh_every 1 or more",
+            "sparsity.refresh_every 0 excludes sparsity.metric 'output', which needs outputs;"
+            " accepted: uniform, magnitude, wanda, maxip, svd",
         ),
         (
             {
@@ -125,9 +118,8 @@ from tests.test_config import built, refusal
                 "train__accumulate": 2,
                 "train__rows_per_step": 2,
             },
-            "sparsity.refresh_every 0 selects from each batch, and the microbatches of"
-            " train.accumulate 2 share one selection; accepted: train.accumulate 1, or"
-            " refresh_every 1 or more",
+            "sparsity.refresh_every 0 excludes train.accumulate 2: all microbatches share one"
+            " selection; accepted: train.accumulate 1",
         ),
         (
             {
@@ -137,8 +129,8 @@ from tests.test_config import built, refusal
                 "sparsity__execution": "kernel",
                 "sparsity__block": 64,
             },
-            "sparsity.execution 'kernel' needs kept units before the step, and"
-            " sparsity.refresh_every is 0; accepted: 'gather', 'mask', or refresh_every 1 or more",
+            "sparsity.refresh_every 0 excludes sparsity.execution 'kernel': kernels need kept units"
+            " before the step",
         ),
         (
             {
@@ -146,9 +138,8 @@ from tests.test_config import built, refusal
                 "sparsity__least_squares_correction": True,
                 "sparsity__dense_forward": True,
             },
-            "sparsity.least_squares_correction is added to kept output weights between two probes,"
-            " which sparsity.dense_forward True does not allow; accepted: least_squares_correction"
-            " False, or another sparsity.dense_forward",
+            "sparsity.least_squares_correction True excludes sparsity.dense_forward True: dense"
+            " passes need no correction",
         ),
         (
             {
@@ -156,14 +147,13 @@ from tests.test_config import built, refusal
                 "sparsity__least_squares_correction": True,
                 "sparsity__metric": "wanda",
             },
-            "sparsity.least_squares_correction needs the outputs that probes observe, and"
-            " sparsity.metric 'wanda' has no probe at every refresh; accepted: the metrics output,"
-            " svd, taylor",
+            "sparsity.least_squares_correction excludes sparsity.metric 'wanda', which has no probe"
+            " at refreshes; accepted: output, svd, taylor",
         ),
         (
-            {"sparsity__layer_rates_mlp": (0.1, 1.1)},
-            "sparsity.layer_rates_mlp is (0.1, 1.1); accepted: floats separated by commas >= 0,"
-            " <= 1",
+            {"sparsity__rate_mlp": (0.1, 1.1)},
+            "sparsity.rate_mlp is (0.1, 1.1); accepted: float or floats separated by commas >= 0,"
+            " <= 1, or None",
         ),
         ({"sparsity": 3}, "sparsity is 3; accepted: a group of settings"),
     ],

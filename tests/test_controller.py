@@ -87,7 +87,7 @@ def borders(made: Controller) -> list[tuple[int, int]]:
 def test_auto_steps_down_when_the_held_out_loss_stalls() -> None:
     made = auto()
     assert borders(made) == [(0, 8), (8, 12), (12, 16)]
-    # A tenth lower is progress, less is not; patience starts anew with each rung.
+    # A tenth lower is progress, less is not; the best loss is reset with each rung.
     assert evaluated(made, {0: 9.0, 2: 5.0, 4: 4.4, 6: 4.0}) == [6]
     assert borders(made) == [(0, 6), (6, 12), (12, 16)]
     assert evaluated(made, {8: 4.0, 10: 3.9, 14: 3.9, 16: 3.9}) == [10]
@@ -100,21 +100,18 @@ def test_auto_begins_no_rung_later_than_a_ladder() -> None:
     assert borders(made) == [(0, 8), (8, 12), (12, 16)]
 
 
-def test_patience_counts_evaluations_in_a_row() -> None:
-    losses = {1: 5.0, 2: 5.0, 3: 4.0, 4: 4.0, 5: 4.0, 6: 4.0}
-    assert evaluated(auto(patience=2), losses) == [5]
-    assert evaluated(auto(patience=3), losses) == [6]
-    assert evaluated(controller((0.0, 0.5), rungs=2), losses) == []
+def test_a_ladder_ignores_evaluations() -> None:
+    assert evaluated(controller((0.0, 0.5), rungs=2), {1: 5.0, 2: 5.0}) == []
 
 
 def test_auto_goes_on_where_it_was() -> None:
-    losses = {1: 5.0, 2: 5.0, 3: 5.0, 4: 5.0, 5: 5.0, 6: 5.0}
-    whole, first = auto(patience=2), auto(patience=2)
+    losses = {1: 5.0, 2: 4.0, 3: 4.0, 4: 3.9, 5: 3.0, 6: 3.0}
+    whole, first = auto(), auto()
     evaluated(whole, losses)
     for cut in range(7):
-        first = auto(patience=2)
+        first = auto()
         evaluated(first, {step: loss for step, loss in losses.items() if step <= cut})
-        second = auto(patience=2)
+        second = auto()
         second.restore(json.loads(json.dumps(first.to_json())))
         evaluated(second, {step: loss for step, loss in losses.items() if step > cut})
         assert second.rungs == whole.rungs
@@ -123,5 +120,5 @@ def test_auto_goes_on_where_it_was() -> None:
 
 def test_other_plans_are_another_run() -> None:
     known = controller((0.0, 0.5), rungs=2).to_json()
-    with pytest.raises(UserError, match=r"^the rungs are not those .*: the run is of an older"):
+    with pytest.raises(UserError, match=r"^the plans of the rungs differ .* an older version"):
         controller((0.0, (0.25, 0.75)), rungs=2).restore(known)

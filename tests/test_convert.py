@@ -110,7 +110,7 @@ def test_a_damaged_tokenizer_is_an_error(convert: Convert, tmp_path: Path) -> No
 def test_misuse_is_a_user_error(finished_run: Path, convert: Convert, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--step needs the work directory of a run"):
         convert(GOLDEN / "qwen3", "--out", tmp_path / "out", "--step", 1)
-    with pytest.raises(UserError, match="holds no step 7"):
+    with pytest.raises(UserError, match="has no step 7"):
         convert(finished_run, "--out", tmp_path / "out", "--step", 7)
     with pytest.raises(UserError, match="exists and is not an empty directory"):
         convert(finished_run, "--out", tmp_path)

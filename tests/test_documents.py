@@ -52,7 +52,7 @@ def test_a_table_in_a_document_is_made_of_rows(tmp_path: Path) -> None:
         (text.replace("commit=a", "tokens=4"), "there are rows for: none"),
         (
             text.replace("commit=a", "optimizer.lerning_rate=1"),
-            "is no setting; near: optimizer.lea",
+            "is not a setting; near: optimizer.lea",
         ),
     ):
         with pytest.raises(UserError, match=f"x.md: .*{why}"):

@@ -87,9 +87,9 @@ def test_a_stopped_run_goes_on_where_it_was(
     changes: dict[str, Any],
     sparse_steps: int,
 ) -> None:
-    """In the middle of the third step, between two refreshes, with no checkpoint due. With `auto`
-    the loss after two steps is the one that the loss after four, behind the stop, stalls at: the
-    sparse rung ends a step before the fifth, where it has to."""
+    """Interrupted in the third step, between two refreshes, without a checkpoint due. With `auto`
+    the loss after four steps is compared with that after two, from the checkpoint: the sparse rung
+    ends one step earlier than scheduled."""
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     plain, steps = RunState.step, 0
 
@@ -122,7 +122,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
     with Interrupt() as interrupt:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.05)
-        assert not interrupt.asked(1)
+        assert not interrupt.requested(1)
     assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
@@ -149,7 +149,7 @@ def test_a_run_that_diverges_ends_with_its_sound_checkpoints(tmp_path: Path) -> 
         checkpoint__every=1,
     )  # fmt: skip
     for _ in range(2):  # the same command meets the same step
-        with pytest.raises(UserError, match=r"step 2 has loss .*; the checkpoints before it"):
+        with pytest.raises(UserError, match=r"step 2 has loss .*; earlier checkpoints are kept"):
             train(config, tmp_path / "run", print)
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
     assert not (tmp_path / "run" / "summary.json").exists()
@@ -169,7 +169,7 @@ def test_a_refused_start_leaves_no_settings(tmp_path: Path) -> None:
 
 
 def test_an_attention_that_cannot_run_here_is_refused_first(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model\.attention=splash: .*; accepted here: xla"):
+    with pytest.raises(UserError, match=r"model\.attention=splash: .*; accepted: xla"):
         train(settings(model__attention="splash"), tmp_path / "run", print)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
 
@@ -180,7 +180,7 @@ def test_out_of_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return jax.jit(lambda: jnp.zeros((2**20, 2**20, 2**10)).at[0].set(1))()
 
     monkeypatch.setattr(RunState, "step", step)
-    with pytest.raises(UserError, match=r"out of device memory: .*; what needs less: "):
+    with pytest.raises(UserError, match=r"out of device memory: .*; to use less: "):
         train(settings(), tmp_path / "run", print)
 
 
@@ -188,7 +188,7 @@ def test_a_run_at_rates_that_omit_nothing_says_so(tmp_path: Path) -> None:
     lines: list[str] = []
     config = settings(train__steps=2, sparsity__dense_layers="0,1")
     train(config, tmp_path / "run", lines.append)
-    assert any("no layer omits anything" in line for line in lines)
+    assert any("these rates omit nothing" in line for line in lines)
 
 
 def test_a_compilation_that_fails_ends_the_run_before_its_rung(

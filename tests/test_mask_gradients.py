@@ -57,7 +57,7 @@ def test_the_gradient_of_a_mask_is_weight_times_gradient(name: str) -> None:
     settings = ProbeSettings(("gradients",), decay=0.5, tokens=batch(config).tokens.size)
     probe = jax.jit(make_probe(layout_of(config), settings))
     before = Statistics(jnp.asarray(4.0), gradients=zeros)
-    stats = probe(params, before, batch(config), jnp.asarray(0))
+    stats = probe(params, before, batch(config))
     assert stats.count == 2 + 19  # the tokens that are no padding, and half of those before
     products = {path: params[path] * gradient[path] for path in params}
     heads = products["layers/attention/output"].sum((-2, -1))

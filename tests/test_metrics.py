@@ -1,4 +1,4 @@
-"""Metrics round-trip, survive a kill, never wait for the device; clock, progress, summary."""
+"""Metrics round-trip, survive a kill, never wait for the device; timer, progress, summary."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from sat_jax.train import progress as progress_module
 from sat_jax.train import summary as summary_module
 from sat_jax.train.metrics import MetricsLog, read_metrics, to_json
 from sat_jax.train.progress import Progress, describe
-from sat_jax.train.summary import Clock, peak_memory, write_summary
+from sat_jax.train.summary import PhaseTimer, peak_memory, write_summary
 from sat_jax.train.workdir import WorkDir
 from tests.conftest import ROOT
 
@@ -103,10 +103,10 @@ def test_a_record_is_written_when_the_next_comes(tmp_path: Path) -> None:
             with pytest.raises(ValueError, match=f"step {step} is logged after step 3"):
                 log.log(step, values)
         log.log(4, {})
-        with pytest.raises(ValueError, match="step 4 has step already"):
+        with pytest.raises(ValueError, match="step 4 already has step"):
             log.log(4, {"step": 4})
         log.log(4, {"x": 1})
-        with pytest.raises(ValueError, match="step 4 has x already"):
+        with pytest.raises(ValueError, match="step 4 already has x"):
             log.log(4, {"x": 1})
     assert steps_of(workdir) == [0, 1, 3, 4]
 
@@ -148,7 +148,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
     workdir = WorkDir(tmp_path)
     workdir.metrics.write_text('{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n')
     before = workdir.metrics.read_bytes()
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: no record of a step"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: not a record of a step"):
         MetricsLog(workdir, 3)
     assert workdir.metrics.read_bytes() == before
     assert read_metrics(tmp_path / "none.jsonl") == []
@@ -207,14 +207,14 @@ def test_clock_counts_each_second_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def spend(seconds: float) -> None:
         now[0] += seconds
 
-    clock = Clock()
+    timer = PhaseTimer()
     spend(1)
-    with clock("step"):
+    with timer("step"):
         spend(2)
-        with clock("compile"):
+        with timer("compile"):
             spend(4)
         spend(8)
-        with pytest.raises(RuntimeError), clock("data"):
+        with pytest.raises(RuntimeError), timer("data"):
             spend(16)
             raise RuntimeError
     spend(32)
@@ -225,12 +225,12 @@ def test_clock_counts_each_second_once(monkeypatch: pytest.MonkeyPatch) -> None:
         "other": 33.0,
         "total": 63.0,
     }
-    assert clock.seconds() == expected
-    again = Clock()
+    assert timer.seconds() == expected
+    again = PhaseTimer()
     spend(64)
     again.add(expected)
     assert again.seconds() == {**expected, "other": 97.0, "total": 127.0}
-    with pytest.raises(ValueError, match="known are setup, compile, data, step"), clock("lunch"):
+    with pytest.raises(ValueError, match="accepted: setup, compile, data, step"), timer("lunch"):
         pass
 
 
@@ -316,7 +316,7 @@ def test_summary_marks_the_run_finished_and_says_where_it_ran(tmp_path: Path) ->
         losses={"loss": 2.5, "eval_loss": float("nan")},
         dense_flops=2e12,
         spent_flops=1.5e12,
-        seconds=Clock().seconds(),
+        seconds=PhaseTimer().seconds(),
         more={"rungs": [{"rate": 0.4, "speed_up": 1.5}]},
     )
     assert workdir.finished() == written

@@ -79,7 +79,7 @@ def test_positions(name: str, theta: float, factor: float, positions: int) -> No
 
 
 def test_a_miss_names_the_near_ones() -> None:
-    with pytest.raises(UserError, match=r"'llama-2-7B-hf'; did you mean llama-2-7b"):
+    with pytest.raises(UserError, match=r"'llama-2-7B-hf'; near: llama-2-7b"):
         preset("llama-2-7B-hf")
-    with pytest.raises(UserError, match=r"'zzz'; known are tiny, llama-2-7b"):
+    with pytest.raises(UserError, match=r"'zzz'; accepted: tiny, llama-2-7b"):
         preset("zzz")

@@ -2,12 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from sat_jax.models.build import layout_of
 from sat_jax.sparsity.statistics import Statistics
-from sat_jax.train.probe import ProbeSettings, _windows, make_probe, observe_batch, probe_shape
+from sat_jax.train.probe import ProbeSettings, make_probe, observe_batch, probe_shape
 from tests.small_models import CONFIGS, Rows, batch, random_params
 from tests.tolerances import assert_close
 
@@ -34,34 +33,6 @@ def test_a_probe_is_a_dense_pass_over_the_first_tokens() -> None:
     dense = expected(jax.tree.map(lambda x: x[:1], rows))
     settings = ProbeSettings(("outputs",), decay=0.5, tokens=length + 1)
     probe = jax.jit(make_probe(layout_of(CONFIG), settings))
-    stats = probe(random_params(CONFIG), jax.tree.map(jnp.ones_like, dense), rows, jnp.asarray(0))
+    stats = probe(random_params(CONFIG), jax.tree.map(jnp.ones_like, dense), rows)
     for a, b in zip(jax.tree.leaves(stats), jax.tree.leaves(dense), strict=True):
         assert_close(a, b, "float32", "forward")
-
-
-def test_windows_of_random_rows() -> None:
-    numbers = jnp.arange(5 * 8).reshape(5, 8)
-    rows = Rows(numbers, numbers, numbers, numbers, numbers)
-    starts, firsts = set(), set()
-    for seed in range(40):
-        windows = _windows(rows, 2, 6, jax.random.key(seed))
-        tokens = np.asarray(windows.tokens)
-        assert tokens.shape == (2, 6)
-        assert (np.diff(tokens, axis=1) == 1).all()
-        row, start = tokens[:, 0] // 8, tokens[:, 0] % 8
-        assert (row == tokens[:, -1] // 8).all() and row[0] != row[1]
-        starts |= set(start.tolist())
-        firsts |= set(row.tolist())
-        assert all((x == windows.tokens).all() for x in windows)
-    assert (starts, firsts) == ({0, 1, 2}, {0, 1, 2, 3, 4})
-
-
-def test_every_step_draws_new_windows() -> None:
-    rows = batch(CONFIG)
-    settings = ProbeSettings(("outputs",), decay=0.0, tokens=4, sampling="random")
-    probe = jax.jit(make_probe(layout_of(CONFIG), settings))
-    before = jax.tree.map(jnp.ones_like, expected(rows))
-    seen = [probe(random_params(CONFIG), before, rows, jnp.asarray(s)) for s in (0, 0, 1, 2, 3)]
-    sums = [float(stats.outputs["channel"].sum()) for stats in seen]
-    assert sums[0] == sums[1]
-    assert len(set(sums)) > 1

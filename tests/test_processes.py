@@ -124,7 +124,7 @@ def test_a_refused_run_ends_in_every_process(tmp_path: Path) -> None:
 def test_without_a_cluster_there_is_one_line(tmp_path: Path, run_python: RunPython) -> None:
     done = run_python(*command(tmp_path / "run", "--distributed"))
     assert done.returncode == 2
-    assert done.stderr.startswith("error: --distributed needs processes that Slurm")
+    assert done.stderr.startswith("error: --distributed needs processes started by Slurm")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
 

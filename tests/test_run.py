@@ -295,7 +295,7 @@ def test_a_killed_run_is_continued_by_the_same_command_bit_by_bit(
 
     before, lines = everything(path), list[str]()
     assert train(settings(text), path, lines.append) == summary
-    assert lines == [f"{path} holds this run, finished; nothing to do"]
+    assert lines == [f"the run in {path} is finished; nothing to do"]
     after = everything(path)
     del before[str(path / "lock")], after[str(path / "lock")]
     assert after == before

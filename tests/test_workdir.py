@@ -77,7 +77,7 @@ def test_a_program_started_while_locked_does_not_keep_the_lock(tmp_path: Path) -
 def test_a_folder_of_something_else_is_refused_untouched(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": []}')  # a model, say
     (tmp_path / "model.safetensors").write_text("")
-    with pytest.raises(UserError, match="is no work directory"), WorkDir(tmp_path).lock():
+    with pytest.raises(UserError, match="is not a work directory"), WorkDir(tmp_path).lock():
         pass
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
 
@@ -126,7 +126,12 @@ def test_config_is_written_once_and_compared(tmp_path: Path) -> None:
     def refused(config: dict[str, Any], *free: str) -> str:
         with pytest.raises(UserError) as caught:
             settle(workdir, config, *free)
-        return str(caught.value).split("other settings", 1)[1].strip(": ").split("; give")[0]
+        return (
+            str(caught.value)
+            .split("different settings", 1)[1]
+            .strip(": ")
+            .split("; accepted: the old")[0]
+        )
 
     different = {**changed("train", steps=9, log_every=2), "seed": 1}
     assert (

@@ -12,7 +12,7 @@ from sat_jax.errors import UserError
 from sat_jax.interop import Weights, locate, open_weights
 from sat_jax.models.build import build
 from sat_jax.nn.decoder import Compute, Decoder
-from sat_jax.train.trained import is_run, open_run
+from sat_jax.train.run_weights import is_run, open_run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Typed access to config.json and to GGUF metadata, and the values that any decoder accepts.
+"""Typed access to config.json and GGUF metadata, and values that all decoders accept.
 
 Every error names the file, the field, its value and what is accepted.
 """
@@ -101,7 +101,7 @@ class JsonFields:
         return default if value is None else value
 
     def choice(self, field: str, choices: Mapping[str, T], default: str) -> T:
-        """Return what `choices` has for the field's text."""
+        """Return the entry of `choices` for the text of a field."""
         value = self.raw.get(field)
         key = default if value is None else value
         if not isinstance(key, str) or key not in choices:
@@ -109,7 +109,7 @@ class JsonFields:
         return choices[key]
 
     def token_ids(self, field: str, default: int | None = None) -> tuple[int, ...]:
-        """Return a token id or several. None for null; `default` for a missing field only."""
+        """Return token ids: none for null, `default` for a missing field."""
         value = self.raw.get(field, default)
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if any(type(i) is not int for i in ids):
@@ -120,14 +120,14 @@ class JsonFields:
 class GgufFields:
     """Typed access to the metadata of a GGUF file.
 
-    `own` has the keys below the architecture's prefix, `shapes` the tensors' shapes in row-major
-    order, and `fetch(name)` dequantizes one tensor.
+    `metadata` has the keys below the architecture's prefix, `shapes` the shapes of tensors in
+    row-major order, and `fetch(name)` dequantizes a tensor.
     """
 
     def __init__(
         self,
         architecture: str,
-        own: Mapping[str, Any],
+        metadata: Mapping[str, Any],
         *,
         bos_token_id: int | None,
         eos_token_ids: tuple[int, ...],
@@ -135,13 +135,13 @@ class GgufFields:
         fetch: Callable[[str], np.ndarray],
         where: str,
     ):
-        self.architecture, self.own, self.where = architecture, own, where
+        self.architecture, self.metadata, self.where = architecture, metadata, where
         self.bos_token_id, self.eos_token_ids = bos_token_id, eos_token_ids
         self.shapes, self.fetch = shapes, fetch
 
     def refuse(self, key: str, accepted: str) -> UserError:
         """Return the error that refuses the value of `key`."""
-        value = self.own.get(key, "missing")
+        value = self.metadata.get(key, "missing")
         return UserError(
             f"{self.where}: {self.architecture}.{key} ({value}) is not supported; "
             f"accepted: {accepted}"
@@ -149,27 +149,27 @@ class GgufFields:
 
     def check_neutral(self, keys: frozenset[str], neutral: Mapping[str, tuple[Any, ...]]) -> None:
         """Raise `UserError` for a key that is neither in `keys` nor has a neutral value."""
-        for key, value in self.own.items():
+        for key, value in self.metadata.items():
             if key not in keys and value not in neutral.get(key, ()):
                 raise self.refuse(key, " or ".join(map(str, neutral.get(key, ("no such key",)))))
 
     def count(self, key: str, default: int | None = None) -> int:
         """Return a positive whole number."""
-        value = self.own.get(key, default)
+        value = self.metadata.get(key, default)
         if type(value) is not int or value < 1:
             raise self.refuse(key, "one positive whole number for all layers")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """Return a positive float32, as its shortest decimal (1e-05, not 9.99…e-06)."""
-        value: Any = self.own.get(key, default)
+        value: Any = self.metadata.get(key, default)
         if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
             raise self.refuse(key, "a positive number")
         return float(str(np.float32(value)))
 
     def flag(self, key: str) -> bool:
         """Return a truth value, which must be present."""
-        value = self.own.get(key)
+        value = self.metadata.get(key)
         if type(value) is not bool:
             raise self.refuse(key, "true or false")
         return value

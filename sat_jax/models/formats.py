@@ -1,11 +1,10 @@
-"""How a model family declares its file formats: tensors, config.json and GGUF metadata.
+"""Declarations of file formats by model families: tensors, config.json and GGUF metadata.
 
-A family declares one `ModelFormat` for each Hugging Face model type. `sat_jax.interop` reads and
-writes files from these declarations alone.
+A family declares a `ModelFormat` for each Hugging Face model type, and `sat_jax.interop` reads and
+writes files by these declarations.
 
-A parameter's path is its place in the model (`layers/attention/query`). Its value is float32 and
-stacks all layers on the first axis where the path starts with `layers/`; files hold one tensor a
-layer.
+Parameters have paths in the model (`layers/attention/query`). Their values are float32. Those below
+`layers/` have all layers stacked on the first axis; files have one tensor per layer.
 """
 
 import dataclasses
@@ -51,7 +50,7 @@ class Stored:
         return (*tail, out) if self.layout == "columns" else (out, *tail)
 
     def join(self, parameters: Sequence[np.ndarray]) -> np.ndarray:
-        """Return one layer's stored tensor from the parameters that it holds."""
+        """Return the stored tensor of one layer from its parameters."""
         tail = self._tail(parameters[0].shape)
         lead = len(parameters[0]) if self.by_head else 1
         if self.rotary_pairs:
@@ -84,7 +83,7 @@ def _exchange(parameter: np.ndarray, factors: tuple[int, int]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """The parameters that one stored tensor holds, and where each format keeps it.
+    """The parameters of a stored tensor, and its name and layout in each format.
 
     `gguf` is None if GGUF has no such tensor. A model without these parameters has no such tensor.
     """
@@ -95,7 +94,7 @@ class Tensor:
 
     @property
     def stacked(self) -> bool:
-        """Whether files hold one tensor a layer."""
+        """Whether files have one tensor per layer."""
         return self.paths[0].startswith("layers/")
 
     def stored(self, form: Format) -> Stored:
@@ -130,7 +129,7 @@ def weight_and_bias(
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file: its name and shape, what it holds, and of which layer."""
+    """A tensor of a file: name, declaration, layer and shape."""
 
     name: str
     tensor: Tensor
@@ -140,7 +139,7 @@ class StoredTensor:
 
 @dataclasses.dataclass(frozen=True)
 class GgufFormat:
-    """How GGUF describes a model type.
+    """Declaration of a model type in GGUF.
 
     `keys` are the metadata keys, without the architecture's prefix, that `read_config` uses or that
     change nothing. `neutral` lists for other keys the values that change nothing; a key in neither
@@ -156,7 +155,7 @@ class GgufFormat:
 
 @dataclasses.dataclass(frozen=True)
 class ModelFormat:
-    """How files describe one model type.
+    """Declaration of a model type.
 
     `neutral` lists fields of config.json that would change the function, with the values that do
     not; any other value is refused. `write_config(config)` returns the fields of config.json that
@@ -193,19 +192,19 @@ class ModelFormat:
     def stored_tensors(
         self, shapes: Mapping[str, jax.ShapeDtypeStruct], form: Format
     ) -> Iterator[StoredTensor]:
-        """Yield every tensor of a file that holds the parameters of `shapes`, in declared order."""
+        """Yield every tensor of a file with the parameters of `shapes`, in declared order."""
         declared = {path for tensor in self.tensors for path in tensor.paths}
         if missing := shapes.keys() - declared:
             raise ValueError(f"{self.model_type} declares no tensor for {sorted(missing)}")
-        for held in self.tensors:
-            if not shapes.keys() & set(held.paths):
+        for tensor in self.tensors:
+            if not shapes.keys() & set(tensor.paths):
                 continue
-            full = [shapes[path].shape for path in held.paths]
-            own = [shape[1:] for shape in full] if held.stacked else full
-            stored = held.stored(form)
-            for layer in range(full[0][0]) if held.stacked else [None]:
+            full = [shapes[path].shape for path in tensor.paths]
+            one_layer = [shape[1:] for shape in full] if tensor.stacked else full
+            stored = tensor.stored(form)
+            for layer in range(full[0][0]) if tensor.stacked else [None]:
                 name = stored.name.format(layer=layer)
-                yield StoredTensor(name, held, layer, stored.shape(own))
+                yield StoredTensor(name, tensor, layer, stored.shape(one_layer))
 
 
 @dataclasses.dataclass(frozen=True)

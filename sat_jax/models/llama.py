@@ -1,8 +1,7 @@
 """The Llama family: Llama, TinyLlama, SmolLM2, Mistral, Qwen2 (q/k/v bias), Qwen3 (q/k norm).
 
-The `llama` architecture of GGUF, which Mistral's files name too, rotates adjacent dimensions. Its
-query and key rows are therefore stored in pairs. The Qwen architectures keep the order of Hugging
-Face.
+The `llama` architecture of GGUF, also used for Mistral, rotates adjacent dimensions, so that query
+and key rows are stored in pairs. The Qwen architectures have the order of Hugging Face.
 """
 
 import dataclasses
@@ -98,7 +97,7 @@ class Block(nnx.Module):
         self.norm_eps = config.norm_eps
 
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
-        """Return the residual stream after one layer (the L axis taken away)."""
+        """Return the residual stream after one layer (without the L axis)."""
         x = x + self.attention(rms_norm(x, self.attention_norm, self.norm_eps), context)
         return x + self.mlp(rms_norm(x, self.mlp_norm, self.norm_eps), context)
 
@@ -154,18 +153,12 @@ def _tensors(rotary_pairs: bool) -> tuple[Tensor, ...]:
     )
 
 
-# Whether a model type has biases on q, k and v, and norms on q and k.
-_FLAGS: dict[Family, tuple[bool, bool]] = {
-    "llama": (False, False),
-    "mistral": (False, False),
-    "qwen2": (True, False),
-    "qwen3": (False, True),
-}
-_ARCHITECTURES: dict[Family, str] = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
+# The architecture of a model type, and whether it has biases on q, k and v and norms on q and k.
+_MODEL_TYPES: dict[Family, tuple[str, bool, bool]] = {
+    "llama": ("LlamaForCausalLM", False, False),
+    "mistral": ("MistralForCausalLM", False, False),
+    "qwen2": ("Qwen2ForCausalLM", True, False),
+    "qwen3": ("Qwen3ForCausalLM", False, True),
 }
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **JSON_NEUTRAL,
@@ -195,7 +188,7 @@ def _read_config(fields: JsonFields) -> LlamaConfig:
     family: Family = fields.raw["model_type"]
     n_heads = fields.count("num_attention_heads")
     d_model = fields.count("hidden_size")
-    # Only old Llama files lack the number of KV heads; the other model types' default is not H.
+    # Old Llama files may lack the number of KV heads; in other model types its default is not H.
     n_kv_heads = fields.count("num_key_value_heads", n_heads if family == "llama" else None)
     if n_heads % n_kv_heads:
         raise fields.refuse("num_key_value_heads", f"a divisor of num_attention_heads = {n_heads}")
@@ -203,7 +196,7 @@ def _read_config(fields: JsonFields) -> LlamaConfig:
         raise fields.refuse(
             "head_dim", "a size, as num_attention_heads does not divide hidden_size"
         )
-    # Qwen3's head size is a number of its own that never follows from the others.
+    # The head size of Qwen3 does not follow from other fields.
     head_dim = fields.count("head_dim", None if family == "qwen3" else d_model // n_heads)
     if head_dim % 2:
         raise fields.refuse("head_dim", "an even number")
@@ -211,7 +204,7 @@ def _read_config(fields: JsonFields) -> LlamaConfig:
     max_positions = fields.count("max_position_embeddings")
     _refuse_sliding_window(fields, family, n_layers, max_positions)
     bos = fields.token_ids("bos_token_id")
-    qkv_bias, qk_norm = _FLAGS[family]
+    _, qkv_bias, qk_norm = _MODEL_TYPES[family]
     return LlamaConfig(
         vocab_size=fields.count("vocab_size"),
         d_model=d_model,
@@ -235,7 +228,8 @@ def _read_config(fields: JsonFields) -> LlamaConfig:
 def _refuse_sliding_window(
     fields: JsonFields, family: Family, n_layers: int, max_positions: int
 ) -> None:
-    """Refuse a window, unless no layer uses it or it is as long as any row may be."""
+    """Raise `UserError` for a sliding window that some layer uses and that is shorter than the
+    maximum length."""
     layer_types = fields.raw.get("layer_types")
     if layer_types is not None and layer_types != ["full_attention"] * len(layer_types):
         raise fields.refuse("layer_types", '"full_attention" for every layer')
@@ -243,17 +237,18 @@ def _refuse_sliding_window(
     if window is None or (type(window) is int and window >= max_positions):
         return
     if family in ("qwen2", "qwen3"):
-        # The first `max_window_layers` layers of these model types attend in full.
+        # The first `max_window_layers` layers of these model types have full attention.
         full = layer_types is not None or fields.count("max_window_layers", 28) >= n_layers
         if not fields.flag("use_sliding_window", False) or full:
             return
-    raise fields.refuse("sliding_window", "null, or no less than max_position_embeddings")
+    raise fields.refuse("sliding_window", "null, or at least max_position_embeddings")
 
 
 def _write_config(config: LlamaConfig) -> Json:
-    if (config.qkv_bias, config.qk_norm) != _FLAGS[config.family]:
+    architecture, *flags = _MODEL_TYPES[config.family]
+    if [config.qkv_bias, config.qk_norm] != flags:
         raise UserError(
-            f"no {_ARCHITECTURES[config.family]} has qkv_bias={config.qkv_bias} and "
+            f"no {architecture} has qkv_bias={config.qkv_bias} and "
             f"qk_norm={config.qk_norm}; the model cannot be written as a Hugging Face directory"
         )
     raw: Json = {
@@ -290,11 +285,11 @@ def _read_gguf(fields: GgufFields) -> LlamaConfig:
         if fields.count(key, head_dim) != head_dim:
             raise fields.refuse(key, f"the head size {head_dim}")
     max_positions = decoder["max_positions"]
-    window = fields.own.get("attention.sliding_window", 0)
+    window = fields.metadata.get("attention.sliding_window", 0)
     if window and window < max_positions:
         raise fields.refuse("attention.sliding_window", f"0 or at least {max_positions}")
     family: Family = fields.architecture  # type: ignore[assignment]  # one of those declared below
-    qkv_bias, qk_norm = _FLAGS[family]
+    _, qkv_bias, qk_norm = _MODEL_TYPES[family]
     return LlamaConfig(
         **decoder,
         n_kv_heads=n_kv_heads,
@@ -310,7 +305,7 @@ def _read_gguf(fields: GgufFields) -> LlamaConfig:
 def _format(family: Family, gguf: bool = True) -> ModelFormat:
     return ModelFormat(
         model_type=family,
-        architecture=_ARCHITECTURES[family],
+        architecture=_MODEL_TYPES[family][0],
         tensors=_tensors(rotary_pairs=family == "llama"),
         neutral=_NEUTRAL,
         read_config=_read_config,

@@ -1,6 +1,5 @@
-"""Models by name: the sizes of their published `config.json` files."""
+"""Published model configurations by name, from their `config.json` files."""
 
-import dataclasses
 import difflib
 from typing import Any
 
@@ -12,99 +11,71 @@ from sat_jax.models.llama import LlamaConfig
 from sat_jax.nn.rope import RopeConfig
 
 
-def _llama2(d_model: int, n_layers: int, n_heads: int, n_kv_heads: int, d_ff: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=32_000,
-        d_model=d_model,
-        n_layers=n_layers,
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        head_dim=d_model // n_heads,
-        d_ff=d_ff,
-        max_positions=4096,
-        bos_token_id=1,
-        eos_token_ids=(2,),
-    )
-
-
-def _llama3(
-    d_model: int, n_layers: int, n_heads: int, d_ff: int, factor: float = 1.0, tie: bool = False
+def _llama(
+    d_model: int, n_layers: int, n_heads: int, n_kv_heads: int, d_ff: int, **fields: Any
 ) -> LlamaConfig:
-    """Llama 3 with `factor` 1; 3.1 and 3.2 stretch its 8,192 positions by the `llama3` rule."""
-    rope = RopeConfig(theta=500_000.0)
-    if factor > 1:
-        rope = RopeConfig(500_000.0, "llama3", factor, original_max_positions=8192)
-    return LlamaConfig(
-        vocab_size=128_256,
-        d_model=d_model,
-        n_layers=n_layers,
-        n_heads=n_heads,
-        n_kv_heads=8,
-        head_dim=d_model // n_heads,
-        d_ff=d_ff,
-        max_positions=131_072 if factor > 1 else 8192,
-        rope=rope,
-        tie_embeddings=tie,
-        bos_token_id=128_000,
-        eos_token_ids=(128_001,),
-    )
+    """Return a configuration; `fields` are those that models of a series share or override."""
+    sizes = {"d_model": d_model, "n_layers": n_layers, "d_ff": d_ff, "n_heads": n_heads}
+    heads = {"n_kv_heads": n_kv_heads, "head_dim": d_model // n_heads}
+    return LlamaConfig(**sizes | heads | fields)
 
 
-def _smollm2(
-    d_model: int, n_layers: int, n_heads: int, n_kv_heads: int, d_ff: int, theta: float
-) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=49_152,
-        d_model=d_model,
-        n_layers=n_layers,
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        head_dim=64,
-        d_ff=d_ff,
-        max_positions=8192,
-        rope=RopeConfig(theta),
-        tie_embeddings=True,
-        bos_token_id=0,
-        eos_token_ids=(0,),
-    )
+def _llama3_rope(factor: float) -> RopeConfig:
+    """Return the RoPE of Llama 3.1 and 3.2, which extend 8,192 positions by the `llama3` rule."""
+    return RopeConfig(500_000.0, "llama3", factor, original_max_positions=8192)
 
 
-def _qwen(
-    d_model: int, n_layers: int, n_heads: int, n_kv_heads: int, d_ff: int, **rest: Any
-) -> LlamaConfig:
-    settings: dict[str, Any] = {
-        "vocab_size": 151_936,
-        "d_model": d_model,
-        "n_layers": n_layers,
-        "n_heads": n_heads,
-        "n_kv_heads": n_kv_heads,
-        "head_dim": d_model // n_heads,
-        "d_ff": d_ff,
-        "max_positions": 32_768,
-        "rope": RopeConfig(1_000_000.0),
-        "norm_eps": 1e-6,
-        "tie_embeddings": True,
-        "qkv_bias": True,
-        "family": "qwen2",
-        "bos_token_id": 151_643,
-        "eos_token_ids": (151_643,),
-    }
-    return LlamaConfig(**settings | rest)
-
-
-def _qwen3(d_model: int, n_layers: int, n_heads: int, d_ff: int, **rest: Any) -> LlamaConfig:
-    settings: dict[str, Any] = {
-        "head_dim": 128,
-        "max_positions": 40_960,
-        "qkv_bias": False,
-        "qk_norm": True,
-        "family": "qwen3",
-        "eos_token_ids": (151_645,),
-    }
-    return _qwen(d_model, n_layers, n_heads, 8, d_ff, **settings | rest)
-
-
-_QWEN_LARGE_VOCABULARY = {"vocab_size": 152_064, "tie_embeddings": False}
+_LLAMA2: dict[str, Any] = {
+    "vocab_size": 32_000,
+    "max_positions": 4096,
+    "bos_token_id": 1,
+    "eos_token_ids": (2,),
+}
+_LLAMA3: dict[str, Any] = {
+    "vocab_size": 128_256,
+    "max_positions": 8192,
+    "rope": RopeConfig(500_000.0),
+    "bos_token_id": 128_000,
+    "eos_token_ids": (128_001,),
+}
+_LLAMA31 = _LLAMA3 | {"max_positions": 131_072, "rope": _llama3_rope(8.0)}
+_LLAMA32 = _LLAMA31 | {"rope": _llama3_rope(32.0), "tie_embeddings": True}
+_SMOLLM2: dict[str, Any] = {
+    "vocab_size": 49_152,
+    "max_positions": 8192,
+    "rope": RopeConfig(100_000.0),
+    "tie_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_ids": (0,),
+}
+# Version 0.3: no sliding window, and a vocabulary of 32,768.
+_MISTRAL = _LLAMA2 | {
+    "vocab_size": 32_768,
+    "max_positions": 32_768,
+    "rope": RopeConfig(1_000_000.0),
+    "family": "mistral",
+}
+_QWEN25: dict[str, Any] = {
+    "vocab_size": 151_936,
+    "max_positions": 32_768,
+    "rope": RopeConfig(1_000_000.0),
+    "norm_eps": 1e-6,
+    "tie_embeddings": True,
+    "qkv_bias": True,
+    "family": "qwen2",
+    "bos_token_id": 151_643,
+    "eos_token_ids": (151_643,),
+}
+_QWEN2 = _QWEN25 | {"max_positions": 131_072}
+_QWEN2_7B = _QWEN2 | {"vocab_size": 152_064, "tie_embeddings": False}
+_QWEN3 = _QWEN25 | {
+    "head_dim": 128,
+    "max_positions": 40_960,
+    "qkv_bias": False,
+    "qk_norm": True,
+    "family": "qwen3",
+    "eos_token_ids": (151_645,),
+}
 
 
 def _gpt2(d_model: int, n_layers: int, n_heads: int) -> GPT2Config:
@@ -135,8 +106,8 @@ def _pythia(d_model: int, n_layers: int, n_heads: int, vocab_size: int = 50_304)
 
 
 PRESETS: dict[str, DecoderConfig] = {
-    # Two layers of two KV groups with two query heads each, for tests and a first look; the
-    # vocabulary is bytes and a few control tokens.
+    # For tests: two layers, two KV groups of two query heads each, and a vocabulary of bytes and
+    # control tokens.
     "tiny": LlamaConfig(
         vocab_size=260,
         d_model=64,
@@ -148,38 +119,31 @@ PRESETS: dict[str, DecoderConfig] = {
         max_positions=512,
         tie_embeddings=True,
     ),
-    "llama-2-7b": _llama2(4096, 32, 32, 32, 11_008),
-    "llama-2-13b": _llama2(5120, 40, 40, 40, 13_824),
-    "llama-2-70b": _llama2(8192, 80, 64, 8, 28_672),
-    "llama-3-8b": _llama3(4096, 32, 32, 14_336),
-    "llama-3-70b": _llama3(8192, 80, 64, 28_672),
-    "llama-3.1-8b": _llama3(4096, 32, 32, 14_336, factor=8.0),
-    "llama-3.1-70b": _llama3(8192, 80, 64, 28_672, factor=8.0),
-    "llama-3.2-1b": _llama3(2048, 16, 32, 8192, factor=32.0, tie=True),
-    "llama-3.2-3b": _llama3(3072, 28, 24, 8192, factor=32.0, tie=True),
-    "tinyllama-1.1b": dataclasses.replace(_llama2(2048, 22, 32, 4, 5632), max_positions=2048),
-    "smollm2-135m": _smollm2(576, 30, 9, 3, 1536, theta=100_000.0),
-    "smollm2-360m": _smollm2(960, 32, 15, 5, 2560, theta=100_000.0),
-    "smollm2-1.7b": _smollm2(2048, 24, 32, 32, 8192, theta=130_000.0),
-    # Version 0.3: no sliding window, and a vocabulary of 32,768.
-    "mistral-7b": dataclasses.replace(
-        _llama2(4096, 32, 32, 8, 14_336),
-        vocab_size=32_768,
-        max_positions=32_768,
-        rope=RopeConfig(1_000_000.0),
-        family="mistral",
-    ),
-    "qwen2-0.5b": _qwen(896, 24, 14, 2, 4864, max_positions=131_072),
-    "qwen2-1.5b": _qwen(1536, 28, 12, 2, 8960, max_positions=131_072),
-    "qwen2-7b": _qwen(3584, 28, 28, 4, 18_944, max_positions=131_072, **_QWEN_LARGE_VOCABULARY),
-    "qwen2.5-0.5b": _qwen(896, 24, 14, 2, 4864),
-    "qwen2.5-1.5b": _qwen(1536, 28, 12, 2, 8960, max_positions=131_072),
-    "qwen2.5-3b": _qwen(2048, 36, 16, 2, 11_008),
-    "qwen2.5-7b": _qwen(3584, 28, 28, 4, 18_944, max_positions=131_072, **_QWEN_LARGE_VOCABULARY),
-    "qwen3-0.6b": _qwen3(1024, 28, 16, 3072),
-    "qwen3-1.7b": _qwen3(2048, 28, 16, 6144),
-    "qwen3-4b": _qwen3(2560, 36, 32, 9728),
-    "qwen3-8b": _qwen3(4096, 36, 32, 12_288, tie_embeddings=False),
+    "llama-2-7b": _llama(4096, 32, 32, 32, 11_008, **_LLAMA2),
+    "llama-2-13b": _llama(5120, 40, 40, 40, 13_824, **_LLAMA2),
+    "llama-2-70b": _llama(8192, 80, 64, 8, 28_672, **_LLAMA2),
+    "llama-3-8b": _llama(4096, 32, 32, 8, 14_336, **_LLAMA3),
+    "llama-3-70b": _llama(8192, 80, 64, 8, 28_672, **_LLAMA3),
+    "llama-3.1-8b": _llama(4096, 32, 32, 8, 14_336, **_LLAMA31),
+    "llama-3.1-70b": _llama(8192, 80, 64, 8, 28_672, **_LLAMA31),
+    "llama-3.2-1b": _llama(2048, 16, 32, 8, 8192, **_LLAMA32),
+    "llama-3.2-3b": _llama(3072, 28, 24, 8, 8192, **_LLAMA32),
+    "tinyllama-1.1b": _llama(2048, 22, 32, 4, 5632, **_LLAMA2 | {"max_positions": 2048}),
+    "smollm2-135m": _llama(576, 30, 9, 3, 1536, **_SMOLLM2),
+    "smollm2-360m": _llama(960, 32, 15, 5, 2560, **_SMOLLM2),
+    "smollm2-1.7b": _llama(2048, 24, 32, 32, 8192, **_SMOLLM2 | {"rope": RopeConfig(130_000.0)}),
+    "mistral-7b": _llama(4096, 32, 32, 8, 14_336, **_MISTRAL),
+    "qwen2-0.5b": _llama(896, 24, 14, 2, 4864, **_QWEN2),
+    "qwen2-1.5b": _llama(1536, 28, 12, 2, 8960, **_QWEN2),
+    "qwen2-7b": _llama(3584, 28, 28, 4, 18_944, **_QWEN2_7B),
+    "qwen2.5-0.5b": _llama(896, 24, 14, 2, 4864, **_QWEN25),
+    "qwen2.5-1.5b": _llama(1536, 28, 12, 2, 8960, **_QWEN2),
+    "qwen2.5-3b": _llama(2048, 36, 16, 2, 11_008, **_QWEN25),
+    "qwen2.5-7b": _llama(3584, 28, 28, 4, 18_944, **_QWEN2_7B),
+    "qwen3-0.6b": _llama(1024, 28, 16, 8, 3072, **_QWEN3),
+    "qwen3-1.7b": _llama(2048, 28, 16, 8, 6144, **_QWEN3),
+    "qwen3-4b": _llama(2560, 36, 32, 8, 9728, **_QWEN3),
+    "qwen3-8b": _llama(4096, 36, 32, 8, 12_288, **_QWEN3 | {"tie_embeddings": False}),
     "gpt2": _gpt2(768, 12, 12),
     "gpt2-medium": _gpt2(1024, 24, 16),
     "gpt2-large": _gpt2(1280, 36, 20),
@@ -198,9 +162,9 @@ PRESETS: dict[str, DecoderConfig] = {
 
 
 def preset(name: str) -> DecoderConfig:
-    """Return the published configuration called `name`; a miss lists the near names."""
+    """Return the configuration `name`. Raises `UserError` with the near names if there is none."""
     if name in PRESETS:
         return PRESETS[name]
     near = difflib.get_close_matches(name.lower(), PRESETS, n=4, cutoff=0.5)
-    names = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(PRESETS)}"
+    names = f"near: {', '.join(near)}" if near else f"accepted: {', '.join(PRESETS)}"
     raise UserError(f"no preset {name!r}; {names}")

@@ -1,7 +1,7 @@
 """Rotary embeddings in config.json, in the forms of transformers 4 and 5, and in GGUF metadata.
 
-transformers 4: a field for the base and `rope_scaling`; transformers 5: `rope_parameters`. What is
-written carries both.
+transformers 4 has a field for the base and `rope_scaling`, transformers 5 has `rope_parameters`.
+Written files have both.
 """
 
 import json
@@ -38,10 +38,10 @@ ROPE_NEUTRAL: dict[str, tuple[Any, ...]] = {
 def rope_from_json(
     fields: JsonFields, max_positions: int, theta: float, rotary_fraction: float = 1.0
 ) -> RopeConfig:
-    """Return the RoPE of a config.json. If a file carries both forms, they must agree.
+    """Return the RoPE of a config.json. If a file has both forms, they must agree.
 
-    `theta` is the base that holds where neither form gives one. Raises `UserError` if a form
-    rotates another part of a head than `rotary_fraction`.
+    `theta` is the base if no form has one. Raises `UserError` if a form rotates another fraction of
+    a head than `rotary_fraction`.
     """
     forms = {
         _rope_from(nested, theta, max_positions, rotary_fraction)
@@ -86,7 +86,7 @@ def _rope_from(
         case "linear":
             return RopeConfig(theta, kind, factor)
         case "dynamic":
-            # transformers measures growth from max_position_embeddings and nothing else.
+            # transformers uses max_position_embeddings only.
             if fields.count("original_max_position_embeddings", max_positions) != max_positions:
                 raise fields.refuse("original_max_position_embeddings", "max_position_embeddings")
             return RopeConfig(theta, kind, factor, max_positions)
@@ -114,7 +114,7 @@ def _rope_from(
 
 
 def _yarn_attention_factor(fields: JsonFields, factor: float) -> float | None:
-    """Return the explicit factor, or the quotient that the `mscale` pair stands for, or None."""
+    """Return the explicit factor, or the quotient of the two `mscale` fields, or None."""
     if fields.raw.get("attention_factor") is not None:
         return fields.number("attention_factor")
     if not (fields.raw.get("mscale") and fields.raw.get("mscale_all_dim")) or factor <= 1:
@@ -154,7 +154,7 @@ def rope_from_gguf(fields: GgufFields, rotary_dim: int, max_positions: int) -> R
     `rotary_dim` is the number of rotated dimensions of a head.
     """
     theta = fields.number("rope.freq_base", 10_000.0)
-    kind = fields.own.get("rope.scaling.type", "none")
+    kind = fields.metadata.get("rope.scaling.type", "none")
     if ROPE_FREQS in fields.shapes:
         if kind not in ("none", "linear") or fields.number("rope.scaling.factor", 1.0) != 1.0:
             raise UserError(f"{fields.where}: {ROPE_FREQS} beside {kind} RoPE is not supported")
@@ -166,7 +166,7 @@ def rope_from_gguf(fields: GgufFields, rotary_dim: int, max_positions: int) -> R
             return RopeConfig(theta, "linear", fields.number("rope.scaling.factor"))
         case "yarn":
             factor = fields.number("rope.scaling.factor")
-            # GGUF gives a multiple of YaRN's own scaling, ours is the scaling itself.
+            # GGUF has a multiple of the scaling of YaRN.
             multiple = fields.number("rope.scaling.attn_factor", 1.0)
             return RopeConfig(
                 theta,
@@ -186,7 +186,7 @@ def rope_from_gguf(fields: GgufFields, rotary_dim: int, max_positions: int) -> R
 def _rope_from_divisors(theta: float, rotary_dim: int, fields: GgufFields) -> RopeConfig:
     """Return the `llama3` rule whose divisors the file has: low 1, high 4, original length 2^n.
 
-    Every published model that carries the tensor was made by that rule, with length 8,192.
+    All published models with this tensor follow that rule, with length 8,192.
     """
     divisors = fields.fetch(ROPE_FREQS).reshape(-1)
     default = RopeConfig(theta)

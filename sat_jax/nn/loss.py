@@ -1,4 +1,4 @@
-"""Next-token cross-entropy in chunks: the logits of a whole batch never exist at once."""
+"""Next-token cross-entropy in chunks of positions, without the logits of a full batch in memory."""
 
 import functools
 import math
@@ -22,12 +22,12 @@ def chunked_cross_entropy(
     loss_mask_BT: Bool[Array, "B T"],
     chunk: int,
 ) -> Float[Array, ""]:
-    """Sum over the masked-in tokens of -log p(target), float32, natural logarithm.
+    """Return the sum of -log p(target) over the loss mask, float32, natural logarithm.
 
-    Logits exist for `chunk` positions of each row at a time. Under differentiation the gradients
-    are formed in the same pass over the chunks, so logits are computed once; `chunk` changes
-    memory and nothing else. On a mesh each device adds up its own rows, losses and gradient of the
-    head, and what the devices have is added once, after the last chunk.
+    Logits of `chunk` positions of each row are in memory at a time. Differentiation computes the
+    gradients in the same pass over the chunks, so that logits are computed once. On a mesh each
+    device sums losses and gradients of the head over its rows; devices are reduced once, after the
+    last chunk.
     """
     _, total = jax.lax.scan(
         lambda _, xs: (None, _chunk_loss(head_VD, *xs)[0]),
@@ -40,7 +40,7 @@ def chunked_cross_entropy(
 def _chunk_logits(
     head_VD: Array, h_BCD: Array, targets_BC: Array
 ) -> tuple[Float[Array, "B C V"], Float[Array, "B C"], Float[Array, "B C"]]:
-    """All logits, the logarithm of their sum of exponentials, and the targets' logits."""
+    """Return logits, their log-sum-exp, and the logits of the targets."""
     logits_BCV = jnp.einsum("BCD,VD->BCV", h_BCD, head_VD, preferred_element_type=jnp.float32)
     log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
     target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
@@ -61,9 +61,9 @@ def token_scores(
     targets_BT: Int[Array, "B T"],
     chunk: int,
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """log p(target) at every position, and whether the target is what greedy decoding takes.
+    """Return log p(target) at every position, and whether the target has the highest probability.
 
-    Float32, natural logarithm; in chunks, as `chunked_cross_entropy`.
+    Float32, natural logarithm; in chunks, as in `chunked_cross_entropy`.
     """
 
     def body(_: None, xs: tuple[Array, ...]) -> tuple[None, tuple[Array, Array]]:
@@ -79,7 +79,7 @@ def token_scores(
 
 
 def _split(chunk: int, *arrays_BT: Array) -> tuple[Array, ...]:
-    """`[B, T, ...]` → `[T / chunk, B, chunk, ...]`, zero-padded at the end, masked out."""
+    """Return `[B, T, ...]` as `[T / chunk, B, chunk, ...]`, with zeros at the end (masked out)."""
 
     def split(x: Array) -> Array:
         length = x.shape[1]
@@ -119,8 +119,8 @@ def _forward(
 
 
 def _row_parts(batch: int) -> int:
-    """Into how many parts the mesh splits the rows: each adds up its own gradient of the head, so
-    that devices exchange it once and not at every chunk."""
+    """Return the number of parts in which the mesh splits the rows. Each part sums its gradient of
+    the head, so that devices communicate once and not at every chunk."""
     mesh = jax.sharding.get_abstract_mesh()
     sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
     parts = math.prod(sizes.get(axis, 1) for axis in ROW_AXES)
@@ -145,7 +145,7 @@ chunked_cross_entropy.defvjp(_forward, _backward)
 
 
 def perplexity_of(loss: float) -> float:
-    """The perplexity of a mean loss in nats; infinite where no float is as large."""
+    """Return the perplexity of a mean loss in nats; infinity if it exceeds the largest float."""
     return math.exp(loss) if loss < 709 else math.inf
 
 
@@ -158,8 +158,8 @@ def next_token_loss(
     loss_mask: Bool[Array, "B T"],
     **options: Any,
 ) -> tuple[Float[Array, ""], tuple[Observed, ...]]:
-    """Return the sum over the masked-in tokens of the cross-entropy (natural logarithm), and what
-    was observed; `options` are those of `Decoder.hidden`."""
+    """Return the sum of the cross-entropy over the loss mask (natural logarithm), and the
+    observations; `options` are those of `Decoder.hidden`."""
     x_BTD, observed = model.hidden(tokens, segment_ids, positions, **options)
     loss = chunked_cross_entropy(x_BTD, model.head(), targets, loss_mask, model.compute.loss_chunk)
     return loss, observed

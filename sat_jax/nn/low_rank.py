@@ -1,24 +1,24 @@
-"""What neurons would output if their weights had low rank: a cheap prediction, after SparseLoRA.
+"""Low-rank prediction of activations.
 
-SparseLoRA (arXiv:2506.16500) scores channels by their outputs under a truncated singular value
-decomposition of the weights. With rank r a token costs O(r · (D + N)) operations, not O(D · N).
+SparseLoRA (arXiv:2506.16500) scores channels by their outputs with a truncated singular value
+decomposition of the weights. Rank r needs O(r · (D + N)) operations per token, not O(D · N).
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-RANK = 8  # SparseLoRA's
+RANK = 8  # as in SparseLoRA
 _ITERATIONS = 3
 
 
 def low_rank(
     weight_ND: Float[Array, "N D"], rank: int = RANK
 ) -> tuple[Float[Array, "D r"], Float[Array, "N r"]]:
-    """(basis, coordinates) with weight ≈ coordinates · basisᵀ, float32: the best such product, but
-    for what a few subspace iterations leave undone (Halko et al., arXiv:0909.4061).
+    """Return (basis, coordinates) with weight ≈ coordinates · basisᵀ, float32, by a few subspace
+    iterations (Halko et al., arXiv:0909.4061).
 
-    The iterations begin with the same random vectors always; `rank` is cut to the smaller side.
+    The initial vectors are always the same; `rank` is at most the smaller dimension.
     """
     weight = weight_ND.astype(jnp.float32)
     rank = min(rank, *weight.shape)
@@ -34,6 +34,6 @@ def low_rank(
 def predicted(
     x_BTD: Float[Array, "B T D"], weight_ND: Float[Array, "N D"]
 ) -> Float[Array, "B T N"]:
-    """x · weightᵀ with the weight at low rank, float32."""
+    """Return x · weightᵀ with a low-rank approximation of the weight, float32."""
     basis, coordinates = low_rank(weight_ND)
     return (x_BTD.astype(jnp.float32) @ basis) @ coordinates.T

@@ -18,11 +18,11 @@ RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3"]
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """What turns positions into angles. Lengths are in tokens.
+    """Rotary embedding and its length scaling. Lengths are in tokens.
 
-    `original_max_positions` is the length the model was first trained at; every type but `default`
-    and `linear` needs it. `low_freq_factor` and `high_freq_factor` belong to `llama3`; `beta_fast`,
-    `beta_slow`, `truncate` and `attention_factor` (None: 0.1 ln(factor) + 1) to `yarn`.
+    `original_max_positions` is the length of the first training; all types except `default` and
+    `linear` need it. `low_freq_factor` and `high_freq_factor` are for `llama3`; `beta_fast`,
+    `beta_slow`, `truncate` and `attention_factor` (None: 0.1 ln(factor) + 1) for `yarn`.
     """
 
     theta: float = 10_000.0
@@ -44,14 +44,14 @@ def _original_length(rope: RopeConfig) -> int:
 
 
 def _dynamic(rope: RopeConfig, head_dim: int, length: int) -> np.ndarray:
-    """NTK-aware base that grows once `length` exceeds the original one."""
+    """Return frequencies with the NTK-aware base for a `length` above the original one."""
     original = _original_length(rope)
     growth = rope.factor * max(length, original) / original - (rope.factor - 1)
     return _default(rope.theta * growth ** (head_dim / (head_dim - 2)), head_dim)
 
 
 def _yarn(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """NTK-by-parts: fast dimensions unchanged, slow ones interpolated, a linear ramp between."""
+    """Return NTK-by-parts frequencies: low ones interpolated, a linear ramp to unchanged ones."""
     original = _original_length(rope)
 
     def dimension_of(rotations: float) -> float:
@@ -69,7 +69,8 @@ def _yarn(rope: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def _llama3(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Interpolated below `low_freq_factor` rotations, unchanged above `high_freq_factor`."""
+    """Return frequencies: interpolated below `low_freq_factor` rotations, unchanged above
+    `high_freq_factor`."""
     frequencies = _default(rope.theta, head_dim)
     rotations = _original_length(rope) * frequencies / (2 * math.pi)
     span = rope.high_freq_factor - rope.low_freq_factor
@@ -82,7 +83,7 @@ def _default(theta: float, head_dim: int) -> np.ndarray:
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, length: int) -> np.ndarray:
-    """Radians a position, float64 `[head_dim / 2]`. Only `dynamic` looks at `length`."""
+    """Return radians per position, float64 `[head_dim / 2]`. Only `dynamic` depends on `length`."""
     match rope.type:
         case "default":
             return _default(rope.theta, head_dim)
@@ -99,7 +100,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, length: int) -> np.ndar
 
 
 def attention_scaling(rope: RopeConfig) -> float:
-    """What cos and sin are multiplied by (YaRN equation 22); 1 for every other type."""
+    """Return the factor of cos and sin (YaRN equation 22), which is 1 for other types."""
     if rope.type != "yarn":
         return 1.0
     if rope.attention_factor is not None:
@@ -110,7 +111,7 @@ def attention_scaling(rope: RopeConfig) -> float:
 def rotary_tables(
     rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"], length: int | None = None
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-    """Float32 (cos, sin) `[B, T, E/2]`. `length` (default T): the sequence length of `dynamic`."""
+    """Return float32 (cos, sin). `length` (default T) is the sequence length of `dynamic`."""
     frequencies = inverse_frequencies(rope, head_dim, length or positions.shape[-1])
     angles = positions[..., None] * jnp.asarray(frequencies, jnp.float32)[None, None]
     scale = attention_scaling(rope)
@@ -122,7 +123,7 @@ def rotate(
 ) -> Float[Array, "B T *heads E"]:
     """Return queries or keys `[B, T, ..., E]` rotated in float32, in the dtype of `x`.
 
-    The first `2 · half` dimensions of a head are rotated, the others stay (partial rotary)."""
+    The first `2 · half` dimensions of a head are rotated (partial rotary)."""
     lead = cos.shape[:2] + (1,) * (x.ndim - 3) + cos.shape[2:]
     cos, sin = cos.reshape(lead), sin.reshape(lead)
     rotated_dims = 2 * cos.shape[-1]

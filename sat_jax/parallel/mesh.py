@@ -1,4 +1,4 @@
-"""The device mesh: `data` and `fsdp` split rows, `fsdp` the width of weights, `tensor` neurons."""
+"""The device mesh: `data` and `fsdp` split rows, `fsdp` the embedding axis, `tensor` neurons."""
 
 from collections.abc import Sequence
 
@@ -13,36 +13,36 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices. `data = -1` takes what the other axes leave.
+    """Return the mesh over all devices. `data = -1` is the number that the other axes leave.
 
-    Axes are `Auto`: the compiler places intermediate values. Raises `UserError` where the axes do
-    not multiply to the number of devices, or `tensor` would split rows unevenly over processes.
+    Axes are `Auto`: the compiler shards intermediate values. Raises `UserError` if the product of
+    the axes is not the number of devices, or `tensor` splits rows unevenly over processes.
     """
     devices = jax.devices() if devices is None else devices
-    rest = config.fsdp * config.tensor
-    data = len(devices) // rest if config.data == -1 else config.data
-    if data * rest != len(devices):
+    parts = config.fsdp * config.tensor
+    data = len(devices) // parts if config.data == -1 else config.data
+    if data * parts != len(devices):
         raise UserError(
             f"mesh data {config.data} × fsdp {config.fsdp} × tensor {config.tensor} does not fit"
-            f" {len(devices)} devices; accepted: that product, or data -1, which takes the rest"
+            f" {len(devices)} devices; accepted: axes with that product, or data -1"
         )
     local = len(devices) // jax.process_count()
     if local % config.tensor and config.tensor % local:
         raise UserError(
-            f"mesh.tensor {config.tensor} cuts through processes of {local} devices; accepted: a"
-            " divisor or a multiple of that"
+            f"mesh.tensor is {config.tensor}, and each process has {local} devices; accepted: a"
+            " divisor or a multiple of that number"
         )
-    # Process by process, so that each one reads consecutive rows.
+    # Ordered by process, so that each process reads consecutive rows.
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
     grid = np.asarray(ordered).reshape(data, config.fsdp, config.tensor)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def row_share(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): of `count` equal shares of a batch's rows, the one that this process reads.
+    """Return (index, count): this process reads share `index` of `count` equal shares of the rows.
 
-    Processes whose devices stand in one `tensor` group read the same rows.
+    Processes whose devices are in one `tensor` group read the same rows.
     """
     local = mesh.size // jax.process_count()
-    together = max(mesh.shape["tensor"] // local, 1)
-    return jax.process_index() // together, jax.process_count() // together
+    readers = max(mesh.shape["tensor"] // local, 1)  # processes that read the same rows
+    return jax.process_index() // readers, jax.process_count() // readers

@@ -1,4 +1,4 @@
-"""How every array of a run is split over the mesh, by the named axes of the parameters."""
+"""Sharding of the arrays of a run over the mesh, by the named axes of the parameters."""
 
 from typing import Any
 
@@ -10,20 +10,20 @@ from sat_jax.errors import UserError
 from sat_jax.nn.layout import Layout
 from sat_jax.nn.mesh_axes import ROW_AXES
 
-# Axes of parameters that are split, and the mesh axis that splits them; all others are replicated.
+# Mesh axes of the split parameter axes; all other axes are replicated.
 MESH_AXES = {"vocab": "tensor", "kv_group": "tensor", "channel": "tensor", "embed": "fsdp"}
 BATCH = P(ROW_AXES)
 
 
 def parameter_spec(layout: Layout[Any], path: str, ndim: int) -> P:
-    """Return the partition of the parameter at `path`, or of something with its first `ndim` axes
-    that belongs to it: a moment, an update count."""
+    """Return the partition of the first `ndim` axes of the parameter at `path`, for the parameter,
+    its moments and its update counts."""
     return P(*(MESH_AXES.get(axis) for axis in layout.leaves[path].axes[:ndim]))
 
 
 def tree_shardings(mesh: Mesh, layout: Layout[Any], tree: Any) -> Any:
-    """Return `NamedSharding`s in the shape of `tree`: by parameter path for whatever is keyed by
-    one, replicated for all else (steps, kept indices, statistics)."""
+    """Return the `NamedSharding`s of `tree`: by parameter path for leaves whose path contains one,
+    replicated for all others (steps, kept indices, statistics)."""
 
     def sharding(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
         for key in reversed(keys):
@@ -36,7 +36,7 @@ def tree_shardings(mesh: Mesh, layout: Layout[Any], tree: Any) -> Any:
 
 
 def check_divisible(mesh: Mesh, layout: Layout[Any]) -> None:
-    """Raises `UserError` for the first parameter that the mesh cannot split evenly."""
+    """Raise `UserError` for the first parameter that the mesh does not split evenly."""
     for path, shape in layout.shapes.items():
         spec = parameter_spec(layout, path, len(shape.shape))
         for size, axis in zip(shape.shape, spec, strict=True):

@@ -21,7 +21,7 @@ _COPIED = (
     "data",
 )
 
-SPARSE_ONLY = ("optimizer.moments", "optimizer.bias_correction", "model.kernels")
+SPARSE_ONLY = ("optimizer.moments", "model.kernels")
 """Settings outside `Config.sparsity` that have an effect only with sparsity."""
 
 

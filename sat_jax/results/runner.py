@@ -85,7 +85,9 @@ def run_sweep(
     `KeyboardInterrupt` when asked to stop: local runs have saved, and jobs of a cluster continue.
     """
     with Interrupt() as interrupt:
-        _Runner(folder, runs, launcher, finished, Display(runs), lambda: interrupt.asked(0)).run()
+        _Runner(
+            folder, runs, launcher, finished, Display(runs), lambda: interrupt.requested(0)
+        ).run()
 
 
 def first_seeds_first(runs: Sequence[WatchedRun]) -> list[WatchedRun]:

@@ -9,8 +9,8 @@ from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.sparsity.controller import Controller, Rung
 from sat_jax.sparsity.importance import METRICS
 from sat_jax.train.costs import flops_of_probe, flops_of_selection, step_flops
+from sat_jax.train.run_weights import starting_point
 from sat_jax.train.setup import controller_of, prepared_data
-from sat_jax.train.trained import starting_point
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,6 @@ class Criteria(NamedTuple):
 
     metric: str = "output"
     selection: Selection = "topk"
-    temperature: float = 1.0
 
 
 def selection_key(seed: int, step: Int[Array, ""]) -> PRNGKeyArray:
@@ -84,5 +83,4 @@ def choose_units(
         key=draw_key,
         balance=1 if within else plan.balance,
         block=plan.block if unit.name == CHANNEL else 1,
-        temperature=criteria.temperature,
     )

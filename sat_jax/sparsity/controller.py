@@ -1,4 +1,4 @@
-"""Plain Python between steps: which rung a step belongs to, and when neurons are chosen anew."""
+"""The rungs of a run and the steps at which neurons are selected."""
 
 import dataclasses
 import hashlib
@@ -17,11 +17,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Rung:
-    """Steps `[start, stop)` that share one plan.
+    """Steps `[start, stop)` with the same plan.
 
-    `rate_attention` and `rate_mlp` are the omission rates that the first of the stairs in it asked
-    for (means over layers where each has its own), both 0 where the plan omits nothing; the plan
-    has the realised counts.
+    `rate_attention` and `rate_mlp` are the requested omission rates at its first step (means over
+    layers), both 0 if the plan omits nothing. The plan has the realised counts.
     """
 
     start: int
@@ -32,16 +31,16 @@ class Rung:
 
     @property
     def rate(self) -> float:
-        """The higher of the two asked rates, logged as `omission_rate`: 0 means dense."""
+        """The higher of the two requested rates, logged as `omission_rate`; 0: dense."""
         return max(self.rate_attention, self.rate_mlp)
 
 
 class Controller:
     """The rungs of a run, first to last.
 
-    With the schedule `auto` a rung ends early: as soon as `patience` evaluations one after the
-    other have not brought the held-out loss down by the share `min_gain` (see `evaluated`).
-    `refresh_every` 0: no neurons are chosen between steps, but in each layer, from each batch.
+    With the schedule `auto` a rung ends at the first evaluation whose loss is not lower than the
+    best one in the rung by the relative decrease `min_gain`; other schedules have None.
+    `refresh_every` 0: neurons are selected inside each layer from each batch, not between steps.
     """
 
     def __init__(
@@ -49,76 +48,71 @@ class Controller:
         rungs: Sequence[Rung],
         neurons: Neurons,
         refresh_every: int,
-        patience: int | None = None,
-        min_gain: float = 0.0,
+        min_gain: float | None = None,
     ):
         self.rungs, self.neurons = tuple(rungs), neurons
         self.refresh_every = refresh_every
-        self._patience, self._min_gain = patience, min_gain
-        self._best, self._waited = math.inf, 0
+        self._min_gain, self._best_loss = min_gain, math.inf
 
     @property
     def sparse(self) -> bool:
-        """Whether any rung omits anything."""
+        """Whether any rung omits neurons."""
         return not all(self.neurons.is_dense(rung.plan) for rung in self.rungs)
 
     def number_at(self, step: int) -> int:
-        """Which rung, from 0, trains step `step` (from 0)."""
+        """Return the number of the rung that contains step `step`; both count from 0."""
         return next(n for n, rung in enumerate(self.rungs) if rung.start <= step < rung.stop)
 
     def rung_at(self, step: int) -> Rung:
-        """The rung that trains step `step` (from 0)."""
+        """Return the rung that contains step `step`, from 0."""
         return self.rungs[self.number_at(step)]
 
     def refreshes(self, step: int) -> bool:
-        """Whether neurons are chosen before step `step`: at the start of a sparse rung and every
-        `refresh_every` steps in it."""
+        """Return whether neurons are selected before step `step`: at the start of a sparse rung and
+        every `refresh_every` steps in it."""
         rung = self.rung_at(step)
         if self.refresh_every == 0 or self.neurons.is_dense(rung.plan):
             return False
         return (step - rung.start) % self.refresh_every == 0
 
     def evaluated(self, step: int, loss: float) -> bool:
-        """Takes note of the held-out loss after `step` steps; whether the next rung begins now,
-        earlier than it would have to."""
-        if self._patience is None or step in (0, self.rungs[-1].stop):
+        """Record the held-out loss after `step` steps and return whether the next rung now starts
+        earlier than scheduled."""
+        if self._min_gain is None or step in (0, self.rungs[-1].stop):
             return False
-        if loss < self._best * (1 - self._min_gain):
-            self._best, self._waited = loss, 0
+        if loss < self._best_loss * (1 - self._min_gain):
+            self._best_loss = loss
             return False
-        self._waited += 1
         number = self.number_at(step - 1)
-        ending, dense = self.rungs[number], self.neurons.is_dense(self.rungs[number].plan)
-        if self._waited < self._patience or dense or ending.stop == step:
+        current = self.rungs[number]
+        if self.neurons.is_dense(current.plan) or current.stop == step:
             return False
-        self._begin(number + 1, step)
-        self._best, self._waited = math.inf, 0
+        self._start(number + 1, step)
+        self._best_loss = math.inf
         return True
 
     def to_json(self) -> dict[str, Any]:
-        """What `evaluated` has learnt and decided, for a checkpoint."""
-        best = None if math.isinf(self._best) else self._best
+        """Return the starts of the rungs and the best loss, for a checkpoint."""
+        loss = None if math.isinf(self._best_loss) else self._best_loss
         starts = [rung.start for rung in self.rungs]
-        return {"plans": self._plans(), "starts": starts, "best": best, "waited": self._waited}
+        return {"plans": self._plans(), "starts": starts, "best_loss": loss}
 
-    def restore(self, known: dict[str, Any]) -> None:
-        """The inverse of `to_json`. Raises `UserError` where the plans are others."""
-        if known["plans"] != self._plans():
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Restore the result of `to_json`. Raises `UserError` if the plans differ."""
+        if saved["plans"] != self._plans():
             raise UserError(
-                "the rungs are not those that this run was started with: the run is of an older"
+                "the plans of the rungs differ from those in the checkpoint, which is of an older"
                 " version; accepted: another work directory"
             )
-        for number, start in enumerate(known["starts"]):
-            if number:
-                self._begin(number, start)
-        self._best = math.inf if known["best"] is None else known["best"]
-        self._waited = known["waited"]
+        for number, start in enumerate(saved["starts"][1:], 1):
+            self._start(number, start)
+        self._best_loss = math.inf if saved["best_loss"] is None else saved["best_loss"]
 
     def _plans(self) -> str:
-        """A name for what all rungs keep."""
+        """Return a hash of the plans of all rungs."""
         return hashlib.sha256(repr([rung.plan for rung in self.rungs]).encode()).hexdigest()[:20]
 
-    def _begin(self, number: int, step: int) -> None:
+    def _start(self, number: int, step: int) -> None:
         rungs = list(self.rungs)
         rungs[number - 1] = dataclasses.replace(rungs[number - 1], stop=step)
         rungs[number] = dataclasses.replace(rungs[number], start=step)
@@ -132,11 +126,12 @@ def make_controller(
     rates: tuple[LayerRates, LayerRates],
     balance: int,
 ) -> Controller:
-    """The rungs of a run at r0 `rates` (attention, MLP); rungs with equal counts are one."""
+    """Return the controller of a run at r0 `rates` (attention, MLP). Adjacent stairs with equal
+    plans form one rung."""
     rungs: list[Rung] = []
     for stair in stairs(config.schedule, steps, config.rungs, config.split, config.dense_start):
         attention, mlp = (_scaled(rate, stair.scale) for rate in rates)
-        asked = [overall(attention), overall(mlp)]
+        requested = [overall(attention), overall(mlp)]
         plan = make_plan(
             neurons,
             attention,
@@ -151,14 +146,14 @@ def make_controller(
             rungs[-1] = dataclasses.replace(rungs[-1], stop=stair.stop)
         else:
             if neurons.is_dense(plan):
-                asked = [0.0, 0.0]
-            rungs.append(Rung(stair.start, stair.stop, plan, *asked))
-    patience = config.patience if config.schedule == "auto" else None
-    return Controller(rungs, neurons, config.refresh_every, patience, config.min_gain)
+                requested = [0.0, 0.0]
+            rungs.append(Rung(stair.start, stair.stop, plan, *requested))
+    min_gain = config.min_gain if config.schedule == "auto" else None
+    return Controller(rungs, neurons, config.refresh_every, min_gain)
 
 
 def overall(rates: LayerRates) -> float:
-    """One rate for all layers: the mean of those that each has."""
+    """Return the mean rate over layers."""
     return statistics.fmean(rates) if isinstance(rates, Sequence) else rates
 
 

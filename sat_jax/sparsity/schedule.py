@@ -1,7 +1,7 @@
-"""Omission rate over the steps of a run, as rungs: each rung is one static shape.
+"""Schedules of the omission rate, in stairs of constant rate.
 
-`ladder` is LORS of the SAT paper (arXiv:2406.01392); `cubic` is Zhu & Gupta (arXiv:1710.01878) run
-backwards, from sparse to dense; `s2d` is one switch to dense (arXiv:2303.10464).
+`ladder` is LORS of the SAT paper (arXiv:2406.01392); `cubic` is that of Zhu & Gupta
+(arXiv:1710.01878) reversed, from sparse to dense; `s2d` is arXiv:2303.10464.
 """
 
 import math
@@ -12,7 +12,7 @@ Schedule = Literal["ladder", "auto", "constant", "linear", "cosine", "cubic", "s
 
 
 class Stair(NamedTuple):
-    """Steps `[start, stop)` that train at `scale` · r0."""
+    """Steps `[start, stop)` with omission rate `scale` · r0."""
 
     start: int
     stop: int
@@ -29,18 +29,17 @@ _DECLINE: dict[str, Callable[[float], float]] = {
 def stairs(
     schedule: Schedule, steps: int, rungs: int, split: float, dense_start: float = 0.0
 ) -> tuple[Stair, ...]:
-    """The stairs of a run, without the empty ones. Where steps do not divide evenly, later stairs
-    are the longer ones.
+    """Return the nonempty stairs of a run. If steps do not divide evenly, later stairs are longer.
 
-    The first `dense_start · steps` are dense; then
+    The first `dense_start · steps` are dense. After them
 
     - `ladder`: r0 up to step `split · steps`, then `rungs` equal stairs, stair k at
-      (1 - k / rungs) r0: the last one is dense and has at least one step.
-    - `auto`: the same, as the latest that each stair begins.
-    - `constant`: r0 throughout.
-    - `linear`, `cosine`, `cubic`: all steps in `rungs` equal stairs, stair k at the curve's value
-      at k / (rungs - 1), so that the first is at r0 and the last dense (two rungs or more).
-    - `s2d`: r0 up to step `split · steps`, then dense, at least for one step.
+      (1 - k / rungs) r0; the last stair is dense and has at least one step.
+    - `auto`: the same; each start is the latest possible one.
+    - `constant`: r0 in all steps.
+    - `linear`, `cosine`, `cubic`: `rungs` equal stairs, stair k at the curve's value at
+      k / (rungs - 1). The first is at r0, the last is dense (two rungs or more).
+    - `s2d`: r0 up to step `split · steps`, then dense for at least one step.
     """
     begin = round(dense_start * steps)
     first = max(begin, min(round(split * steps), steps - 1))
@@ -50,8 +49,8 @@ def stairs(
         case "s2d":
             edges, scales = [begin, first, steps], [1.0, 0.0]
         case "ladder" | "auto":
-            rest = _edges(first, steps, rungs)
-            edges, scales = [begin, *rest], [1.0] + [1 - k / rungs for k in range(1, rungs + 1)]
+            edges = [begin, *_edges(first, steps, rungs)]
+            scales = [1 - k / rungs for k in range(rungs + 1)]
         case _:
             curve = _DECLINE[schedule]
             edges = _edges(begin, steps, rungs)
@@ -61,5 +60,5 @@ def stairs(
 
 
 def _edges(start: int, stop: int, parts: int) -> list[int]:
-    """`parts + 1` borders of equal stretches, rounded down, so that the last is never empty."""
+    """Return the `parts + 1` edges of equal parts, rounded down: the last part is never empty."""
     return [start + (stop - start) * k // parts for k in range(parts + 1)]

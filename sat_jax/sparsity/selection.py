@@ -1,4 +1,4 @@
-"""Scores → the neurons that are kept."""
+"""Selection of neurons by their scores."""
 
 from typing import Literal
 
@@ -17,29 +17,26 @@ def select(
     key: PRNGKeyArray | None = None,
     balance: int = 1,
     block: int = 1,
-    temperature: float = 1.0,
 ) -> Int[Array, "*lead keep"]:
-    """Indices of the `keep` neurons chosen along the last axis: int32, sorted, unique.
+    """Return the indices of the `keep` selected neurons on the last axis: int32, sorted, unique.
 
-    `keep / balance` are chosen in each of `balance` contiguous parts, in aligned runs of `block`
-    whose scores are added. `topk` takes the highest scores, the lower index at a tie; `sample`
-    draws without replacement with probability in proportion to score^(1 / temperature) (Gumbel
-    top-k, needs `key`). A run with a NaN score counts as the lowest. N and `keep` are multiples of
-    `balance · block`.
+    Each of `balance` contiguous parts keeps `keep / balance`, in aligned blocks of `block` neurons
+    whose scores are summed. `topk` selects the highest scores, and the lower index at a tie;
+    `sample` draws without replacement in proportion to the scores (Gumbel top-k, needs `key`). A
+    block with a NaN score ranks last. N and `keep` are multiples of `balance · block`.
     """
     total = scores.shape[-1]
     unit = balance * block
     if total % unit or keep % unit or not 0 <= keep <= total:
         raise ValueError(f"cannot keep {keep} of {total} neurons in multiples of {unit}")
     lead = scores.shape[:-1]
-    runs = scores.reshape(*lead, balance, total // unit, block).sum(-1)
-    runs = jnp.where(jnp.isnan(runs), -jnp.inf, runs)
+    sums = scores.reshape(*lead, balance, total // unit, block).sum(-1)
+    sums = jnp.where(jnp.isnan(sums), -jnp.inf, sums)
     if selection == "sample":
         if key is None:
             raise ValueError("selection 'sample' needs a key")
-        drawn = jax.random.gumbel(key, runs.shape)
-        runs = jnp.log(jnp.maximum(runs, 0)) / temperature + drawn
-    _, chosen = jax.lax.top_k(runs, keep // unit)
+        sums = jnp.log(jnp.maximum(sums, 0)) + jax.random.gumbel(key, sums.shape)
+    _, chosen = jax.lax.top_k(sums, keep // unit)
     chosen = jnp.sort(chosen, axis=-1)
     chosen = chosen + jnp.expand_dims(
         jnp.arange(balance)[:, None] * (total // unit), range(len(lead))

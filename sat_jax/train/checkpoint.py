@@ -1,11 +1,11 @@
-"""Checkpoints that are either whole or not there.
+"""Checkpoints that are written atomically and verified before they are read.
 
-A save goes through three names: orbax writes `30.saving.orbax-checkpoint-tmp` and renames it to
-`30.saving`; then the sha256 manifest is written into it, and only then does it become `30`. What
-has a step's name was therefore whole once, and the manifest says if it still is. Inside:
+Orbax writes `30.saving.orbax-checkpoint-tmp` and renames it to `30.saving`. Then the sha256
+manifest is added, and the folder is renamed to `30`. A folder that has a step's name was therefore
+complete at that time, and the manifest shows whether it still is. A folder contains
 
-    30/state/          the arrays, each under its path in the pytree ("params/layers/mlp/gate")
-    30/meta/meta.json  shapes and dtypes of the arrays, and what the caller wanted kept
+    30/state/          the arrays, by their path in the pytree ("params/layers/mlp/gate")
+    30/meta/meta.json  shapes and dtypes of the arrays, and the caller's metadata
     30/manifest.json   sha256 and size of every other file
 """
 
@@ -22,52 +22,48 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from sat_jax.errors import UserError
-from sat_jax.parallel.processes import decide, is_primary
+from sat_jax.parallel.processes import is_primary, on_primary
 from sat_jax.train.files import read_json, sync_directory
 from sat_jax.train.manifest import find_fault, write_manifest
 
 _log = logging.getLogger(__name__)
 
-# What a step's folder ends in before and after its life.
+# Suffixes of a step's folder while it is saved and deleted.
 _SAVING, _DELETING = "saving", "deleting"
-_NO_STEPS = -1  # instead of a step, which is never negative
+_NO_STEPS = -1  # steps are never negative
 
 
 class Restored(NamedTuple):
-    """What `Checkpoints.restore` gives back."""
+    """The result of `Checkpoints.restore`."""
 
     step: int
     state: Any
     meta: dict[str, Any]
 
 
-class Stored:
-    """One whole checkpoint on disk.
-
-    `meta` is what was given to `save`; `leaves` maps paths to the arrays' shapes and dtypes. The
-    arrays themselves are read by `read`.
-    """
+class Checkpoint:
+    """A verified checkpoint on disk: the metadata of `save`, and shapes and dtypes by path."""
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
         self.step = step
-        held = read_json(path / "meta" / "meta.json")
-        self.meta: dict[str, Any] = held["meta"]
+        content = read_json(path / "meta" / "meta.json")
+        self.meta: dict[str, Any] = content["meta"]
         self.leaves: dict[str, jax.ShapeDtypeStruct] = {
             name: jax.ShapeDtypeStruct(tuple(leaf["shape"]), np.dtype(leaf["dtype"]))
-            for name, leaf in held["leaves"].items()
+            for name, leaf in content["leaves"].items()
         }
 
     def read(
         self, names: Iterable[str], shardings: Mapping[str, jax.sharding.Sharding] | None = None
     ) -> dict[str, Any]:
-        """Reads the arrays `names`: on devices where `shardings` says so, otherwise host numpy."""
+        """Return the arrays `names`: on devices if `shardings` has the name, else host numpy."""
         shardings = shardings or {}
         result: dict[str, Any] = {}
         arguments: dict[str, ocp.RestoreArgs] = {}
         for name in names:
             leaf, sharding = self.leaves[name], shardings.get(name)
-            if leaf.size == 0:  # orbax stores none of these
+            if leaf.size == 0:  # not stored by orbax
                 empty = np.zeros(leaf.shape, leaf.dtype)
                 result[name] = empty if sharding is None else jax.device_put(empty, sharding)
             elif sharding is None:
@@ -85,10 +81,10 @@ class Stored:
 
 
 class Checkpoints:
-    """The checkpoints of one run, kept in `directory` (made if missing).
+    """The checkpoints of one run in `directory`, which is created if missing.
 
-    `keep_last` newest steps stay, and every step that `keep_every` divides. All processes of a run
-    make one and call the same methods in the same order; process 0 judges, and removes.
+    The `keep_last` newest steps and the multiples of `keep_every` are kept. All processes of a run
+    call the same methods in the same order; process 0 verifies and deletes.
     """
 
     def __init__(self, directory: Path, keep_last: int, keep_every: int | None = None) -> None:
@@ -100,7 +96,7 @@ class Checkpoints:
         self._keep_last = keep_last
         self._keep_every = keep_every
         self._damaged: set[int] = set()
-        self._newest: Stored | None = None
+        self._newest: Checkpoint | None = None
         self._pending: Future[None] | None = None
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writer = ocp.AsyncCheckpointer(
@@ -113,85 +109,83 @@ class Checkpoints:
             self._clean()
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
-        """Saves any pytree of arrays (`jax.Array`, sharded or not, or numpy) and JSON `meta`.
+        """Save a pytree of arrays (`jax.Array`, sharded or not, or numpy) and JSON `meta`.
 
-        When it returns, the buffers may be donated or overwritten: orbax has copied them to the
-        host or, on CPU, holds them so that a donation copies instead. The rest goes on in the
-        background; what fails there is raised by `wait` or `close`, while the next `save` logs it
-        and tries anew: a disk may be full for a while. Raises
-        `ValueError` if the step is there already, `TypeError` for a leaf that is no array.
+        Afterwards the buffers may be donated or overwritten: orbax has copied them to the host or,
+        on CPU, references them, so that a donation copies. Writing continues in the background.
+        `wait` and `close` raise its errors; the next `save` logs them and continues, because a disk
+        may be full for a limited time. Raises `ValueError` if the step exists, and `TypeError` for
+        a leaf that is not an array.
         """
         try:
             self.wait()
         except UserError as error:
-            _log.warning("%s; the next one is tried", error)
+            _log.warning("%s; continuing with the next checkpoint", error)
         leaves = named_leaves(state)
         for name, leaf in leaves.items():
             if not isinstance(leaf, jax.Array | np.ndarray | np.generic) or jax.numpy.issubdtype(
                 leaf.dtype, jax.dtypes.extended
             ):
-                raise TypeError(f"{name} is a {type(leaf).__name__} that no checkpoint can hold")
+                raise TypeError(f"{name} is a {type(leaf).__name__}; accepted: arrays")
         if is_primary() and step not in self._damaged and step in _steps(self.directory):
             raise ValueError(f"step {step} is already saved in {self.directory}")
         shapes = {
             name: {"shape": leaf.shape, "dtype": leaf.dtype.name} for name, leaf in leaves.items()
         }
-        # A round trip through text: the caller may change `meta` while the background writes.
-        held = json.loads(json.dumps({"meta": dict(meta), "leaves": shapes}, allow_nan=False))
+        # A copy: the caller may change `meta` during the write in the background.
+        content = json.loads(json.dumps({"meta": dict(meta), "leaves": shapes}, allow_nan=False))
         self._writer.save(
-            self._staged(step),
+            self._saving(step),
             args=ocp.args.Composite(
                 state=ocp.args.PyTreeSave({n: leaf for n, leaf in leaves.items() if leaf.size}),
-                meta=ocp.args.JsonSave(held),
+                meta=ocp.args.JsonSave(content),
             ),
         )
         self._newest = None
         self._pending = self._finisher.submit(self._finish, step)
 
     def wait(self) -> None:
-        """Blocks until the last save is whole on disk; `UserError` if it could not be written."""
+        """Wait until the last save is complete. Raises `UserError` if it could not be written."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
-    def newest(self) -> Stored | None:
-        """The newest step that verifies, or None if there are no steps.
+    def newest(self) -> Checkpoint | None:
+        """Return the newest valid checkpoint, or None if there are no steps.
 
-        Reads every byte of it once. Each newer step that fails is logged with the reason, and
-        removed by the next successful save. Raises `UserError` if there are steps and none
-        verifies.
+        All its bytes are verified. Newer steps that are damaged are logged with the reason and
+        deleted by the next successful save. Raises `UserError` if all steps are damaged.
         """
         self.wait()
         if self._newest is None:
-            step = decide(lambda: _newest_whole(self.directory, self._damaged))
+            step = on_primary(lambda: _newest_valid(self.directory, self._damaged))
             if step != _NO_STEPS:
-                self._newest = Stored(self.directory / str(step), step)
+                self._newest = Checkpoint(self.directory / str(step), step)
         return self._newest
 
     def restore(self, target: Any) -> Restored | None:
-        """Reads `newest()` into the structure of `target`; None if there are no steps.
+        """Return `newest()` in the structure of `target`, or None if there are no steps.
 
-        Each leaf of `target` has a shape and a dtype (`jax.ShapeDtypeStruct`). One with a sharding,
-        on any mesh, becomes a `jax.Array`; one without becomes a host numpy array. Raises
-        `UserError` naming the paths where names, shapes or dtypes differ; nothing is cast or
-        padded.
+        Leaves of `target` are `jax.ShapeDtypeStruct`s. A leaf with a sharding, on any mesh, becomes
+        a `jax.Array`, a leaf without becomes a host numpy array. Raises `UserError` with the paths
+        whose names, shapes or dtypes differ; nothing is cast or padded.
         """
-        stored = self.newest()
-        if stored is None:
+        newest = self.newest()
+        if newest is None:
             return None
         wanted = named_leaves(target)
-        _compare(stored, wanted)
+        _compare(newest, wanted)
         shardings = {
             name: leaf.sharding
             for name, leaf in wanted.items()
             if getattr(leaf, "sharding", None) is not None
         }
-        arrays = stored.read(wanted, shardings)
+        arrays = newest.read(wanted, shardings)
         state = jax.tree.unflatten(jax.tree.structure(target), [arrays[name] for name in wanted])
-        return Restored(stored.step, state, stored.meta)
+        return Restored(newest.step, state, newest.meta)
 
     def close(self) -> None:
-        """Waits for the last save and ends the threads; an interpreter that ends first loses it."""
+        """Wait for the last save and stop the threads. Without this call the save can be lost."""
         try:
             self.wait()
         finally:
@@ -204,14 +198,13 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _staged(self, step: int) -> Path:
+    def _saving(self, step: int) -> Path:
         return self.directory / f"{step}.{_SAVING}"
 
     def _finish(self, step: int) -> None:
-        """In the background: waits for orbax, then makes the step whole and drops old ones.
+        """Complete the save in the background and delete old steps.
 
-        Orbax returns on process 0 only after every process has written, so no barrier is needed
-        here.
+        Orbax returns on process 0 after every process has written, so that no barrier is needed.
         """
         try:
             self._writer.wait_until_finished()
@@ -221,12 +214,12 @@ class Checkpoints:
             ) from error
         if not is_primary():
             return
-        staged, final = self._staged(step), self.directory / str(step)
+        folder, final = self._saving(step), self.directory / str(step)
         try:
-            write_manifest(staged, step)
+            write_manifest(folder, step)
             if final.exists():  # damaged, or empty
                 self._remove(final)
-            staged.rename(final)
+            folder.rename(final)
             sync_directory(self.directory)
         except OSError as error:
             raise UserError(f"checkpoint {final}: not written: {error}") from error
@@ -241,28 +234,28 @@ class Checkpoints:
 
     @staticmethod
     def _remove(folder: Path) -> None:
-        """Takes the step's name away first: a removal cut short leaves no half checkpoint."""
-        doomed = folder.with_name(f"{folder.name}.{_DELETING}")
+        """Rename, then delete: an interrupted deletion leaves no incomplete step."""
+        deleting = folder.with_name(f"{folder.name}.{_DELETING}")
         try:
-            folder.rename(doomed)
-            shutil.rmtree(doomed)
-        except OSError as error:  # NFS keeps files that are being read; a later run cleans up
+            folder.rename(deleting)
+            shutil.rmtree(deleting)
+        except OSError as error:  # NFS keeps files that are being read; a later run deletes them
             _log.warning("%s could not be removed: %s", folder, error)
 
     def _clean(self) -> None:
-        """Removes the folders of saves and removals that an earlier process did not finish."""
+        """Delete folders of incomplete saves and deletions of an earlier process."""
         for path in self.directory.iterdir():
-            step, _, rest = path.name.partition(".")
-            if step.isdecimal() and rest.partition(".")[0] in (_SAVING, _DELETING):
-                _log.info("removing %s, left over by an interrupted run", path)
+            step, _, suffix = path.name.partition(".")
+            if step.isdecimal() and suffix.partition(".")[0] in (_SAVING, _DELETING):
+                _log.info("removing %s of an interrupted run", path)
                 shutil.rmtree(path)
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by path ("params/layers/mlp/gate"), in the order of the tree.
+    """Return leaves by path ("params/layers/mlp/gate"), in the order of the tree.
 
-    The `value` inside an `nnx.Variable` is no part of the name: an `nnx.State` and its plain form
-    have the same names.
+    Names do not contain the `value` of an `nnx.Variable`: an `nnx.State` has the same names as its
+    pure dictionary.
     """
     result: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
@@ -270,30 +263,30 @@ def named_leaves(tree: Any) -> dict[str, Any]:
             path = path[:-1]
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name in result:
-            raise TypeError(f"two leaves of the state are called {name}")
+            raise TypeError(f"two leaves of the state have the path {name}")
         result[name] = leaf
     return result
 
 
-def find(directory: Path, step: int | None = None) -> Stored:
-    """A checkpoint to read from, without a model: `step`, or the newest that verifies.
+def find(directory: Path, step: int | None = None) -> Checkpoint:
+    """Return the checkpoint of `step`, or the newest valid one, without changing `directory`.
 
-    Changes nothing in `directory`. Raises `UserError` if there is none, or it is not whole.
+    Raises `UserError` if it does not exist or is damaged.
     """
     steps = _steps(directory) if directory.is_dir() else []
     if not steps:
-        raise UserError(f"{directory} holds no checkpoints")
+        raise UserError(f"{directory} has no checkpoints")
     if step is None:
-        step = _newest_whole(directory, set())
+        step = _newest_valid(directory, set())
     elif step not in steps:
-        raise UserError(f"{directory} holds no step {step}; it holds {_listed(map(str, steps))}")
+        raise UserError(f"{directory} has no step {step}; it has {_listed(map(str, steps))}")
     elif fault := find_fault(directory / str(step), step):
-        raise UserError(f"checkpoint {directory / str(step)} is not whole: {fault}")
-    return Stored(directory / str(step), step)
+        raise UserError(f"checkpoint {directory / str(step)} is damaged: {fault}")
+    return Checkpoint(directory / str(step), step)
 
 
 def _steps(directory: Path) -> list[int]:
-    """Steps in rising order. An empty folder with a number for a name is no step."""
+    """Return the steps in increasing order, without empty folders."""
     return sorted(
         int(path.name)
         for path in directory.iterdir()
@@ -302,10 +295,10 @@ def _steps(directory: Path) -> list[int]:
     )
 
 
-def _newest_whole(directory: Path, damaged: set[int]) -> int:
-    """The newest step that verifies, or `_NO_STEPS`; adds newer ones to `damaged`.
+def _newest_valid(directory: Path, damaged: set[int]) -> int:
+    """Return the newest valid step, or `_NO_STEPS`, and add newer steps to `damaged`.
 
-    Raises `UserError` if there are steps and none verifies.
+    Raises `UserError` if all steps are damaged.
     """
     faults: dict[int, str] = {}
     for step in reversed(_steps(directory)):
@@ -314,33 +307,35 @@ def _newest_whole(directory: Path, damaged: set[int]) -> int:
             if faults:
                 _log.warning("falling back to checkpoint %s", directory / str(step))
             return step
-        _log.warning("checkpoint %s is not whole: %s", directory / str(step), fault)
+        _log.warning("checkpoint %s is damaged: %s", directory / str(step), fault)
         faults[step] = fault
         damaged.add(step)
     if faults:
         reasons = _listed(f"{step} ({fault})" for step, fault in faults.items())
         raise UserError(
-            f"no checkpoint in {directory} is whole: {reasons}; remove them to start anew"
+            f"all checkpoints in {directory} are damaged: {reasons}; remove them to restart the run"
         )
     return _NO_STEPS
 
 
-def _compare(stored: Stored, wanted: Mapping[str, Any]) -> None:
-    def told(leaf: Any) -> str:
+def _compare(checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> None:
+    def form(leaf: Any) -> str:
         return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
-    differences = [f"{name} is missing there" for name in wanted.keys() - stored.leaves.keys()]
-    differences += [f"{name} is not expected" for name in stored.leaves.keys() - wanted.keys()]
+    saved = checkpoint.leaves
+    differences = [f"{name} is missing" for name in wanted.keys() - saved.keys()]
+    differences += [f"{name} is not expected" for name in saved.keys() - wanted.keys()]
     differences += [
-        f"{name} is {told(stored.leaves[name])} there and {told(leaf)} here"
+        f"{name} is {form(saved[name])}, not {form(leaf)}"
         for name, leaf in wanted.items()
-        if name in stored.leaves and told(stored.leaves[name]) != told(leaf)
+        if name in saved and form(saved[name]) != form(leaf)
     ]
     if differences:
-        raise UserError(f"checkpoint {stored.path} does not fit: {_listed(sorted(differences))}")
+        differing = _listed(sorted(differences))
+        raise UserError(f"checkpoint {checkpoint.path} is not of this run: {differing}")
 
 
-def _listed(items: Iterable[str], shown: int = 4) -> str:
-    found = list(items)
-    rest = f", and {len(found) - shown} more" if len(found) > shown else ""
-    return ", ".join(found[:shown]) + rest
+def _listed(items: Iterable[str], limit: int = 4) -> str:
+    texts = list(items)
+    more = f", and {len(texts) - limit} more" if len(texts) > limit else ""
+    return ", ".join(texts[:limit]) + more

@@ -1,4 +1,4 @@
-"""The end of a run: pictures, the exported model, and `summary.json`."""
+"""The outputs of a finished run: figures, exported model and `summary.json`."""
 
 import dataclasses
 import shutil
@@ -16,10 +16,10 @@ from sat_jax.sparsity.plan import Plan, has_channels, kept_shares
 from sat_jax.train.costs import flops_of_probe, flops_of_selection, step_flops
 from sat_jax.train.counters import RunCounters
 from sat_jax.train.metrics import MetricsLog, read_metrics
+from sat_jax.train.run_weights import exported
 from sat_jax.train.setup import Task
 from sat_jax.train.speed import Speedup
-from sat_jax.train.summary import Clock, write_summary
-from sat_jax.train.trained import exported
+from sat_jax.train.summary import PhaseTimer, write_summary
 from sat_jax.train.workdir import WorkDir
 
 
@@ -28,7 +28,7 @@ def finish(
     workdir: WorkDir,
     counters: RunCounters,
     metrics: MetricsLog,
-    clock: Clock,
+    clock: PhaseTimer,
     speedups: Mapping[Plan, Speedup] | None,
 ) -> None:
     """Write what is left of a run, last its summary, which marks it as finished.
@@ -74,7 +74,7 @@ def rung_summaries(
     records: list[dict[str, Any]],
     speedups: Mapping[Plan, Speedup] | None,
 ) -> list[dict[str, Any]]:
-    """One mapping a rung, as `results.run_table.end_of_run` reads them."""
+    """Return a mapping per rung, for `results.run_table.end_of_run`."""
     model, config, controller = task.model, task.config, task.controller
     summaries = []
     for number, rung in enumerate(controller.rungs):
@@ -101,7 +101,7 @@ def rung_summaries(
 
 
 def flops_of_run(task: Task, counters: RunCounters) -> tuple[float, float]:
-    """Training FLOPs spent, with probes and selections, and what the same tokens cost densely."""
+    """Return the training FLOPs, with probes and selections, and those of the dense baseline."""
     config = task.config
     spent = counters.probes * flops_of_probe(config, task.model)
     done = zip(counters.rung_tokens, counters.rung_selections, strict=True)

@@ -1,4 +1,4 @@
-"""The training loop: plain Python between compiled steps."""
+"""The training loop around compiled steps."""
 
 import dataclasses
 import time
@@ -16,7 +16,7 @@ from sat_jax.data.batch import Batch
 from sat_jax.data.batches import Prefetcher, batches, in_order, open_split
 from sat_jax.errors import UserError
 from sat_jax.parallel.mesh import row_share
-from sat_jax.parallel.processes import decide, is_primary, on_host
+from sat_jax.parallel.processes import is_primary, on_host, on_primary
 from sat_jax.sparsity.controller import Rung
 from sat_jax.sparsity.execution.state import new_state
 from sat_jax.sparsity.importance import METRICS
@@ -32,36 +32,36 @@ from sat_jax.train.run_state import RunState
 from sat_jax.train.setup import Task, initial_params, set_up
 from sat_jax.train.speed import SHARE, Speedup, measure_speed
 from sat_jax.train.step import StepMetrics
-from sat_jax.train.summary import Clock
+from sat_jax.train.summary import PhaseTimer
 from sat_jax.train.workdir import WorkDir
 
 
 def train(config: Config, directory: Path, log: Callable[[str], None]) -> dict[str, Any]:
-    """Runs, or continues, the run in `directory`, and returns its summary.
+    """Start or continue the run in `directory` and return its summary.
 
-    A finished run is left as it is. `log` gets lines for people. All processes of a run call this,
-    with one `directory` that they share. Raises `UserError` for bad settings or data, for a
-    directory that is in use or holds a run with other settings, and for a loss that is not finite;
-    `KeyboardInterrupt`, with all steps saved, when asked to stop between two steps.
+    A finished run is not changed. `log` is called with status messages. All processes of a run call
+    this with the same shared `directory`. Raises `UserError` for bad settings or data, a directory
+    that is in use or has a run with different settings, and a loss that is not finite. Raises
+    `KeyboardInterrupt` after an interruption, with all steps saved.
     """
     workdir = WorkDir(directory)
-    clock = Clock()
-    tell = log if is_primary() else _say_nothing
-    with ExitStack() as held:
-        if decide(lambda: _claim(workdir, config, held)):
-            tell(f"{workdir.path} holds this run, finished; nothing to do")
+    clock = PhaseTimer()
+    log = log if is_primary() else lambda _: None
+    with ExitStack() as stack:
+        if on_primary(lambda: _lock(workdir, config, stack)):
+            log(f"the run in {workdir.path} is finished; nothing to do")
         else:
             with clock("setup"):
-                task = set_up(config, tell)
+                task = set_up(config, log)
             try:
-                with Run(task, workdir, clock, tell) as run:
+                with Run(task, workdir, clock, log) as run:
                     run.run()
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 raise UserError(
-                    f"out of device memory: {str(error).splitlines()[0]}; what needs less: a larger"
-                    " train.accumulate or fewer train.rows_per_step, model.remat=full,"
+                    f"out of device memory: {str(error).splitlines()[0]}; to use less: a larger"
+                    " train.accumulate or smaller train.rows_per_step, model.remat=full,"
                     " model.dtype=bfloat16, a larger mesh.fsdp over more devices"
                 ) from error
         summary = workdir.finished()
@@ -69,21 +69,17 @@ def train(config: Config, directory: Path, log: Callable[[str], None]) -> dict[s
         return summary
 
 
-def _claim(workdir: WorkDir, config: Config, held: ExitStack) -> bool:
-    """Locks the work directory for as long as `held` is open, and compares settings; returns
-    whether the run in it is finished."""
-    held.enter_context(workdir.lock())
+def _lock(workdir: WorkDir, config: Config, stack: ExitStack) -> bool:
+    """Lock the work directory until `stack` is closed, compare settings, and return whether the run
+    is finished."""
+    stack.enter_context(workdir.lock())
     workdir.compare(to_dict(config), free_paths(config))
     return workdir.finished() is not None
 
 
-def _say_nothing(line: str) -> None:
-    del line
-
-
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """A step that the device works on. `steady`: nothing is compiled meanwhile."""
+    """A step that runs on the device. `steady`: nothing is compiled at the same time."""
 
     number: int
     rung: Rung
@@ -95,7 +91,7 @@ class _Step:
 class Run:
     """One run, from its first step or its newest checkpoint to its summary."""
 
-    def __init__(self, task: Task, workdir: WorkDir, clock: Clock, log: Callable[[str], None]):
+    def __init__(self, task: Task, workdir: WorkDir, clock: PhaseTimer, log: Callable[[str], None]):
         config = task.config
         self._task, self._config, self._workdir = task, config, workdir
         self._clock, self._log = clock, log
@@ -121,12 +117,12 @@ class Run:
         self._stack.close()
 
     def run(self) -> None:
-        """Trains to the end, evaluates, and writes what is left of a run."""
+        """Train all remaining steps, evaluate, and write the outputs."""
         config, stack = self._config, self._stack
         self._evaluation = self._programs.evaluation(self._eval_rows)
         self._probing = self._programs.probe() if self._programs.observe else None
         start = self._restore_or_begin()
-        # All that are left, in order: while the first one trains, the others are built.
+        # In order: later rungs are compiled while the first one trains.
         for rung in self._task.controller.rungs:
             if rung.stop > start:
                 self._programs.prepare(rung.plan)
@@ -144,18 +140,18 @@ class Run:
             for step, batch in self._batches(start):
                 self._train(step, batch)
                 self._programs.check()
-                self._between_steps(step + 1, interrupt.asked(step))
+                self._between_steps(step + 1, interrupt.requested(step))
         self._settle()
         self._state.expand()
         with self._clock("checkpoint"):
             self._checkpoints.wait()
         if config.export.huggingface:
             read = on_host(self._state.full.params)
-            decide(lambda: self._export(read))
+            on_primary(lambda: self._export(read))
             del read
         # The state is saved and exported: from here on it may change.
         speedups = self._measure_speed(batch) if config.train.measure_speed else None
-        decide(lambda: self._finish(speedups))
+        on_primary(lambda: self._finish(speedups))
 
     def _export(self, read: Callable[[str], np.ndarray]) -> int:
         """Writes the exported model, on process 0."""
@@ -184,12 +180,12 @@ class Run:
         return 0
 
     def _record(self, step: int, values: dict[str, Any]) -> None:
-        """Adds to what is logged of a step, on process 0."""
+        """Add values to the record of a step, on process 0."""
         if self._metrics is not None:
             self._metrics.log(step, values)
 
     def _batches(self, start: int) -> Iterator[tuple[int, Batch]]:
-        """Each step that is left and its batch, on the devices."""
+        """Yield each remaining step and its batch on the devices."""
         config = self._config
         rows = open_split(self._task.data, "train")
         get = batches(rows, config.train.rows_per_step, config.seed, *self._share)
@@ -201,10 +197,10 @@ class Run:
                 yield step, batch
 
     def _place(self, share: Batch, rows: int) -> Batch:
-        """This process's share as part of a batch of `rows` rows over all devices."""
+        """Return the global batch of `rows` rows from the shares of all processes."""
         return jax.tree.map(
-            lambda whole, local: jax.make_array_from_process_local_data(
-                whole.sharding, local, whole.shape
+            lambda full, local: jax.make_array_from_process_local_data(
+                full.sharding, local, full.shape
             ),
             self._programs.batch(rows),
             share,
@@ -213,8 +209,7 @@ class Run:
     def _train(self, step: int, batch: Batch) -> None:
         rung = self._task.controller.rung_at(step)
         refresh = self._task.controller.refreshes(step)
-        moved = rung is not self._rung or refresh
-        if moved:
+        if rung is not self._rung or refresh:
             self._settle()
             self._change(step, rung, refresh, batch)
         steady = not self._programs.compiling
@@ -225,7 +220,7 @@ class Run:
             self._running = _Step(step, rung, metrics, started, steady)
 
     def _change(self, step: int, rung: Rung, refresh: bool, batch: Batch) -> None:
-        """Enters a rung, or enters it anew with other neurons."""
+        """Compact the state for a rung, with newly selected neurons if `refresh`."""
         state, controller = self._state, self._task.controller
         with self._clock("compile"):
             programs = self._programs.rung(rung.plan)
@@ -243,15 +238,15 @@ class Run:
         self._rung = rung
 
     def _probe_for(self, step: int) -> Any:
-        """The probe, where this refresh needs one: inputs are seen with every step, except before
-        the first, all else by probes alone."""
+        """Return the probe if this refresh needs one. Training steps observe inputs: metrics of
+        inputs need a probe before the first step only."""
         metric = METRICS[self._config.sparsity.metric]
         if self._probing is None or (step > 0 and not metric.probes):
             return None
         return self._probing.result()
 
     def _settle(self) -> None:
-        """Waits for the running step and records it."""
+        """Wait for the running step and record it."""
         running, self._running = self._running, None
         if running is None:
             return
@@ -269,15 +264,15 @@ class Run:
         if _due(done, self._config.train.log_every) or done == self._config.train.steps:
             self._record(done, record)
         if not np.isfinite([metrics.loss, metrics.grad_norm]).all():
-            # Before anything is saved: the checkpoints that are kept stay those of a sound model.
+            # Raised before the next save, so that all checkpoints have finite weights.
             raise UserError(
                 f"{self._workdir.path}: step {done} has loss {metrics.loss} and gradient norm"
-                f" {metrics.grad_norm}; the checkpoints before it are kept; a lower"
-                " optimizer.learning_rate may help"
+                f" {metrics.grad_norm}; earlier checkpoints are kept; try a lower"
+                " optimizer.learning_rate"
             )
 
     def _between_steps(self, done: int, stop: bool) -> None:
-        """Evaluates and saves where it is due after `done` steps; ends a run that is to `stop`."""
+        """Evaluate and save if due after `done` steps; raise `KeyboardInterrupt` if `stop`."""
         config = self._config
         last = done == config.train.steps
         evaluate = last or _due(done, config.train.eval_every)
@@ -287,13 +282,13 @@ class Run:
         self._settle()
         with self._clock("refresh"):
             self._state.expand()
-        self._rung = None  # entered anew by the next step, with the same neurons or others
+        self._rung = None  # the next step compacts the state again
         if evaluate:
             loss = self._held_out_loss()
             self._record(done, {"eval_loss": loss})
             if self._task.controller.evaluated(done, loss):
                 rate = self._task.controller.rung_at(done).rate
-                self._log(f"after step {done}: the held-out loss stalls; omission rate {rate:.3g}")
+                self._log(f"after step {done}: held-out loss plateau; omission rate {rate:.3g}")
         if save:
             self._save(done)
         if stop and not last:
@@ -304,11 +299,11 @@ class Run:
 
     @property
     def _eval_rows(self) -> int:
-        """Rows evaluated at once: those of a microbatch, which are known to fit."""
+        """Rows per evaluation batch: those of a microbatch, which fit in memory."""
         return self._config.train.rows_per_step // self._config.train.accumulate
 
     def _held_out_loss(self) -> float:
-        """Mean dense loss of the held-out rows, a token that bears loss."""
+        """Return the mean loss of the dense model over the loss tokens of the held-out rows."""
         total = tokens = 0.0
         with self._clock("compile"):
             evaluate = self._evaluation.result()
@@ -347,15 +342,15 @@ class Run:
         return self._task.controller.rung_at(done - 1).plan
 
     def _restore_or_begin(self) -> int:
-        """Fills the state; returns the steps done."""
+        """Restore or initialise the state and return the number of completed steps."""
         programs, controller = self._programs, self._task.controller
         with self._clock("checkpoint"):
             newest = self._checkpoints.newest()
             if newest is not None:
                 if newest.meta["data"] != self._task.data.info.fingerprint:
                     raise UserError(
-                        f"{self._workdir.path}: the texts in data.sources are not those this run"
-                        " was started with"
+                        f"{self._workdir.path}: the texts in data.sources have changed since the"
+                        " start of the run"
                     )
                 controller.restore(newest.meta["controller"])
                 plan = self._plan_after(newest.step)

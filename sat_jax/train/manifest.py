@@ -1,7 +1,7 @@
-"""A sha256 manifest: which files a folder must hold, byte for byte.
+"""Manifests of checkpoints: sha256 and size of every file.
 
-Orbax notices a truncated file but restores flipped bytes without an error, so nothing is loaded
-before its manifest verifies.
+Orbax detects truncated files but restores flipped bytes without an error. Nothing is loaded before
+its manifest is verified.
 """
 
 import hashlib
@@ -12,11 +12,11 @@ from pathlib import Path
 from sat_jax.train.files import write_json
 
 MANIFEST = "manifest.json"
-_READERS = 4  # hashing leaves the GIL; more readers than this do not help one disk
+_THREADS = 4  # hashing releases the GIL; more threads are not faster on one disk
 
 
 def write_manifest(folder: Path, step: int) -> None:
-    """Hashes every file under `folder` and writes `manifest.json` beside them, atomically."""
+    """Hash every file under `folder` and write `manifest.json` atomically."""
     names = sorted(
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
     )
@@ -28,7 +28,7 @@ def write_manifest(folder: Path, step: int) -> None:
 
 
 def find_fault(folder: Path, step: int) -> str | None:
-    """Why `folder` is not the whole checkpoint of `step`; None if it is. Reads every byte."""
+    """Return why `folder` is not a complete checkpoint of `step`, or None. Reads every byte."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -36,18 +36,18 @@ def find_fault(folder: Path, step: int) -> str | None:
     except (OSError, ValueError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     try:
-        said = manifest["step"]
+        manifest_step = manifest["step"]
         files = {str(name): (f["bytes"], f["sha256"]) for name, f in manifest["files"].items()}
     except (AttributeError, KeyError, TypeError):
         return f"{MANIFEST} is damaged"
-    if said != step:
-        return f"{MANIFEST} is that of step {said}"
+    if manifest_step != step:
+        return f"{MANIFEST} is that of step {manifest_step}"
     try:
-        # Sizes first: they cost nothing and find most damage.
+        # Sizes first: reading them is fast and detects most damage.
         for name, (size, _) in files.items():
-            found = (folder / name).stat().st_size
-            if found != size:
-                return f"{name} has {found} bytes instead of {size}"
+            current = (folder / name).stat().st_size
+            if current != size:
+                return f"{name} has {current} bytes instead of {size}"
         for name, digest in zip(files, _digests(folder, list(files)), strict=True):
             if digest != files[name][1]:
                 return f"{name} has another sha256"
@@ -63,5 +63,5 @@ def _digests(folder: Path, names: list[str]) -> list[str]:
         with open(folder / name, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    with ThreadPoolExecutor(_READERS) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(digest, names))

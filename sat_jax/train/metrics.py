@@ -1,4 +1,4 @@
-"""What a run measures: `metrics.jsonl` is the truth, TensorBoard and the progress bar show it."""
+"""The metrics of a run, in `metrics.jsonl`, TensorBoard and the progress display."""
 
 import json
 import math
@@ -19,23 +19,22 @@ from sat_jax.train.workdir import WorkDir
 
 Value: TypeAlias = jax.Array | np.ndarray | np.generic | float | int | bool | str | list[Any] | None
 
-# JSON has no such numbers: they are written as null, and this key of a record says where and which.
+# JSON has no NaN and infinity: they are written as null, and listed under this key of the record.
 NONFINITE = "nonfinite"
 
 
 class MetricsLog:
-    """Writes one record a logged step, one step late, so that logging never waits for the device.
+    """The log of a run on process 0. A record is written when the next one starts, so that logging
+    does not wait for the device.
 
-    A step's number is the count of steps done, as in checkpoints: a run restored at step n drops
-    every record after n, one that starts at 0 drops all. A record is held until the next one comes,
-    while the device works on; `flush` writes it at once, and has to be called before a checkpoint
-    is saved, or a kill could leave a checkpoint whose last records were never written. For process
-    0 of a run.
+    The step of a record is the number of completed steps, as in checkpoints. A run that is restored
+    at step n deletes the records after n; one that starts at 0 deletes all. Call `flush` before a
+    checkpoint is saved, so that the records of its steps are on disk.
     """
 
     def __init__(self, workdir: WorkDir, start_step: int, progress: Progress | None = None) -> None:
         self._progress = progress
-        # A run may log step 0: what it measured before its first step.
+        # Step 0 may be logged: measurements before the first step.
         self._step = start_step or -1
         self._pending: dict[str, Value] | None = None
         _drop_after(workdir.metrics, self._step)
@@ -43,18 +42,17 @@ class MetricsLog:
         self._board = SummaryWriter(str(workdir.tensorboard), purge_step=start_step + 1)
 
     def log(self, step: int, values: Mapping[str, Value]) -> None:
-        """Adds `values` (scalars, or arrays and lists of them) to the record of `step`.
+        """Add `values` (scalars, or arrays and lists of them) to the record of `step`.
 
-        Several calls for one step make one record. Raises `ValueError` if the step was already
-        written or a name is taken.
+        Raises `ValueError` if the record is already written or contains one of the names.
         """
         if step < self._step or (step == self._step and self._pending is None):
             raise ValueError(f"step {step} is logged after step {self._step}")
         if step > self._step:
             self._write()
         pending = self._pending or {}
-        if taken := values.keys() & {"step", NONFINITE, *pending}:
-            raise ValueError(f"step {step} has {', '.join(sorted(taken))} already")
+        if duplicates := values.keys() & {"step", NONFINITE, *pending}:
+            raise ValueError(f"step {step} already has {', '.join(sorted(duplicates))}")
         for value in values.values():
             if isinstance(value, jax.Array):
                 value.copy_to_host_async()
@@ -62,13 +60,13 @@ class MetricsLog:
         self._pending = {**pending, **values}
 
     def flush(self) -> None:
-        """Writes the held record; returns when it is on disk."""
+        """Write the pending record and wait until it is on disk."""
         self._write()
         os.fsync(self._file.fileno())
         self._board.flush()
 
     def close(self) -> None:
-        """Writes the held record and closes the files, and the progress with them."""
+        """Write the pending record and close the files and the progress display."""
         try:
             self.flush()
         finally:
@@ -88,7 +86,7 @@ class MetricsLog:
             return
         pending, self._pending = jax.device_get(self._pending), None
         values = {name: _plain(value) for name, value in pending.items()}
-        # One write of one line: a kill tears at most the last line.
+        # One write per line: only the last line can be incomplete after a kill.
         self._file.write(
             json.dumps(to_json({"step": self._step, **values}), allow_nan=False) + "\n"
         )
@@ -101,47 +99,47 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, non-finite numbers restored; a torn last line is left out.
+    """Return the records of a `metrics.jsonl`, without an incomplete last line.
 
-    Raises `UserError` naming the line if any other is damaged.
+    Raises `UserError` with the number of any other damaged line.
     """
     return [_from_json(record) for _, record in _records(path)]
 
 
 def to_json(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy with None for non-finite numbers, which are listed: {"loss": "nan", "x[2]": "inf"}."""
-    flags: dict[str, str] = {}
+    """Return a copy with None for non-finite numbers, listed as {"loss": "nan", "x[2]": "inf"}."""
+    nonfinite: dict[str, str] = {}
 
-    def clean(value: Any, place: str) -> Any:
+    def finite(value: Any, name: str) -> Any:
         if isinstance(value, float) and not math.isfinite(value):
-            flags[place] = str(value)
+            nonfinite[name] = str(value)
             return None
         if isinstance(value, list | tuple):
-            return [clean(item, f"{place}[{index}]") for index, item in enumerate(value)]
+            return [finite(item, f"{name}[{index}]") for index, item in enumerate(value)]
         return value
 
-    cleaned = {name: clean(value, name) for name, value in record.items()}
-    return {**cleaned, NONFINITE: flags} if flags else cleaned
+    values = {name: finite(value, name) for name, value in record.items()}
+    return {**values, NONFINITE: nonfinite} if nonfinite else values
 
 
 def _from_json(record: dict[str, Any]) -> dict[str, Any]:
-    for place, text in record.pop(NONFINITE, {}).items():
-        name, indices = re.fullmatch(r"(.*?)((?:\[\d+\])*)", place).groups()  # type: ignore[union-attr]
-        holder: Any = record
+    for path, text in record.pop(NONFINITE, {}).items():
+        name, indices = re.fullmatch(r"(.*?)((?:\[\d+\])*)", path).groups()  # type: ignore[union-attr]
+        parent: Any = record
         keys: list[Any] = [name, *map(int, re.findall(r"\d+", indices))]
         for key in keys[:-1]:
-            holder = holder[key]
-        holder[keys[-1]] = float(text)
+            parent = parent[key]
+        parent[keys[-1]] = float(text)
     return record
 
 
 def _plain(value: Any) -> Any:
-    """Python numbers. A float32 becomes the float of the same value, which prints exactly."""
+    """Return Python numbers with exactly the same values."""
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 
 def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Lines with their records."""
+    """Return lines and their records."""
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -157,14 +155,16 @@ def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
             int(record["step"])
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):
-                break  # torn by a kill
-            raise UserError(f"{path}, line {number}: no record of a step: {line[:60]!r}") from error
+                break  # incomplete after a kill
+            raise UserError(
+                f"{path}, line {number}: not a record of a step: {line[:60]!r}"
+            ) from error
         result.append((line.decode(), record))
     return result
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Leaves the records up to `step`; rewrites the file only if that changes it."""
+    """Delete the records after `step`; rewrite the file only if there are any."""
     if not path.exists():
         return
     kept = "".join(f"{line}\n" for line, record in _records(path) if record["step"] <= step)

@@ -1,7 +1,7 @@
-"""Optimizers over parameters keyed by path, with an update count for every neuron.
+"""Optimizers over parameters by path, with an update count for every neuron.
 
-Between refreshes only the kept neurons are trained, so that Adam's step count is kept per neuron.
-With one global count, a neuron first chosen late would move several learning rates at once.
+Between refreshes only kept neurons are updated, and Adam's step count is kept per neuron. With a
+global count, a neuron that is first selected late would move by several learning rates at once.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ _EPSILON = 1e-8
 
 
 class NeuronAdamState(NamedTuple):
-    """Update counts int32 over the layer and unit axes of each parameter, and both moments."""
+    """Update counts (int32, over the layer and unit axes of each parameter) and both moments."""
 
     counts: dict[str, Any]
     mu: dict[str, Any]
@@ -34,7 +34,7 @@ class NeuronAdamState(NamedTuple):
 def scale_by_neuron_adam(
     beta1: float, beta2: float, layout: Layout[Any], momentum_dtype: str = "float32"
 ) -> optax.GradientTransformation:
-    """Adam (arXiv:1412.6980) whose bias correction counts each neuron's own updates."""
+    """Return Adam (arXiv:1412.6980) with bias correction by the update count of each neuron."""
 
     def init(params: Mapping[str, Any]) -> NeuronAdamState:
         def zeros(path: str, array: Array) -> Array:
@@ -65,45 +65,42 @@ def scale_by_neuron_adam(
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> Schedule:
-    """Step (from 0) → learning rate: linear warm-up to the peak, then the schedule down to the last
-    step, which trains at `final_scale` of the peak unless it is the peak itself."""
+    """Return the learning rate as a function of the step, from 0: linear warm-up to the peak, then
+    the schedule, whose value at the last step is `final_scale` times the peak."""
     peak, warmup = config.learning_rate, config.warmup_steps
-    top = max(warmup - 1, 0)  # the step at the peak
-    rest = max(steps - 1 - top, 1)
+    peak_step = max(warmup - 1, 0)
+    decay_steps = max(steps - 1 - peak_step, 1)
     match config.schedule:
         case "cosine":
-            after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_scale)
+            after = optax.cosine_decay_schedule(peak, decay_steps, alpha=config.final_scale)
         case "linear":
-            after = optax.linear_schedule(peak, peak * config.final_scale, rest)
+            after = optax.linear_schedule(peak, peak * config.final_scale, decay_steps)
         case "constant":
             after = optax.constant_schedule(peak)
         case "wsd":  # warm-up, stable, decay (arXiv:2404.06395)
-            falling = min(rest, max(1, round(config.decay_share * steps)))
-            fall = optax.linear_schedule(peak, peak * config.final_scale, falling)
-            after = optax.join_schedules([optax.constant_schedule(peak), fall], [rest - falling])
-    if not top:
+            length = min(decay_steps, max(1, round(config.decay_share * steps)))
+            decay = optax.linear_schedule(peak, peak * config.final_scale, length)
+            stable = optax.constant_schedule(peak)
+            after = optax.join_schedules([stable, decay], [decay_steps - length])
+    if not peak_step:
         return after
-    ramp = optax.linear_schedule(peak / warmup, peak, top)
-    return optax.join_schedules([ramp, after], [top])
+    warm_up = optax.linear_schedule(peak / warmup, peak, peak_step)
+    return optax.join_schedules([warm_up, after], [peak_step])
 
 
 def make_optimizer(
     config: OptimizerConfig, steps: int, layout: Layout[Any]
 ) -> optax.GradientTransformation:
-    """Scale by the rule, decay matrices, scale by the learning rate; clipping comes before. Arrays
-    that are not trained have no moments.
+    """Return the update rule with weight decay of matrices and the learning rate, without clipping.
+    Constants have no moments.
 
-    All of it is elementwise: training the compacted model updates the kept neurons exactly as
-    training the whole one would, and parameters can be updated one part after the other.
+    All operations are elementwise: a compact model gets the same updates of the kept neurons as the
+    full model, and parameters can be updated chunk by chunk.
     """
     if config.name == "lion":
         rule = optax.scale_by_lion(config.beta1, config.beta2, config.momentum_dtype)
-    elif config.bias_correction == "neuron":
-        rule = scale_by_neuron_adam(config.beta1, config.beta2, layout, config.momentum_dtype)
     else:
-        rule = optax.scale_by_adam(
-            config.beta1, config.beta2, _EPSILON, mu_dtype=config.momentum_dtype
-        )
+        rule = scale_by_neuron_adam(config.beta1, config.beta2, layout, config.momentum_dtype)
     chain = optax.chain(
         rule,
         optax.add_decayed_weights(config.weight_decay, mask=partial(_matrices, layout)),
@@ -117,8 +114,8 @@ def make_optimizer(
 
 
 def clipping(config: OptimizerConfig) -> Clip:
-    """Global norm of the gradients → what they are multiplied by, so that it is not above
-    `clip_norm`."""
+    """Return the factor of the gradients as a function of their global norm, which `clip_norm`
+    limits."""
     limit = config.clip_norm
     if limit is None:
         return jnp.ones_like
@@ -126,5 +123,5 @@ def clipping(config: OptimizerConfig) -> Clip:
 
 
 def _matrices(layout: Layout[Any], params: Mapping[str, Any]) -> dict[str, bool]:
-    """Return by path whether weight decay applies: to all but norm scales and biases."""
+    """Return whether weight decay applies, by path: not to norm scales and biases."""
     return {path: layout.leaves[path].role != "vector" for path in params}

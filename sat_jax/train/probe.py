@@ -1,11 +1,11 @@
-"""Forward passes of the full model between steps, which observe what its units output."""
+"""Probes: forward passes of the full model between steps, for statistics of its units."""
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array
 
 from sat_jax.data.batch import Batch
 from sat_jax.nn.decoder import Decoder
@@ -13,37 +13,25 @@ from sat_jax.nn.layout import Layout
 from sat_jax.nn.loss import next_token_loss
 from sat_jax.sparsity.statistics import Observable, Statistics, accumulate, statistics_of
 
-Probe = Callable[[dict[str, Array], Statistics, Batch, Int[Array, ""]], Statistics]
-Sampling = Literal["first", "random"]
-
-_PROBE = 2  # the purpose of a random key: what it is folded with after the seed
+Probe = Callable[[dict[str, Array], Statistics, Batch], Statistics]
 
 
 class ProbeSettings(NamedTuple):
-    """What a probe observes, the weight of older observations, and which tokens it sees: at most
-    `tokens`, as `probe_shape` counts them, from `sampling`."""
+    """The observed kinds, the decay rate of statistics, and the maximum number of tokens."""
 
     observe: tuple[Observable, ...]
     decay: float
     tokens: int
-    sampling: Sampling = "first"
-    seed: int = 0
 
 
 def make_probe(layout: Layout[Decoder], settings: ProbeSettings) -> Probe:
-    """Return `probe(params, stats, batch, step)`: the running statistics after a dense forward pass
-    of the full model over some tokens of the batch."""
-    observe, decay, tokens, sampling, seed = settings
+    """Return `probe(params, stats, batch)`: the running statistics after a dense forward pass of
+    the full model over the first tokens of the batch."""
+    observe, decay, tokens = settings
 
-    def probe(
-        params: dict[str, Array], stats: Statistics, batch: Batch, step: Int[Array, ""]
-    ) -> Statistics:
+    def probe(params: dict[str, Array], stats: Statistics, batch: Batch) -> Statistics:
         rows, length = probe_shape(batch.tokens.shape[0], batch.tokens.shape[1], tokens)
-        if sampling == "random":
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _PROBE), step)
-            part = _windows(batch, rows, length, key)
-        else:
-            part = jax.tree.map(lambda x: x[:rows, :length], batch)
+        part = jax.tree.map(lambda x: x[:rows, :length], batch)
         return accumulate(stats, observe_batch(layout, params, part, observe), decay)
 
     return probe
@@ -87,13 +75,3 @@ def _ones(layout: Layout[Decoder]) -> dict[str, Array]:
         sizes = [layout.units[unit].size for unit in branch.units]
         masks[branch.units[-1]] = jnp.ones((layout.layers, *sizes))
     return masks
-
-
-def _windows(batch: Batch, rows: int, length: int, key: PRNGKeyArray) -> Batch:
-    """Return `rows` different rows, and of each `length` positions from a random one on."""
-    row_key, start_key = jax.random.split(key)
-    total, width = batch.tokens.shape
-    chosen = jax.random.permutation(row_key, total)[:rows]
-    start = jax.random.randint(start_key, (rows, 1), 0, width - length + 1)
-    columns = start + jnp.arange(length)[None]
-    return jax.tree.map(lambda x: x[chosen[:, None], columns], batch)

@@ -124,18 +124,12 @@ class Programs:
         return self.submit(make_evaluation(self.layout), self.state.params, self.batch(rows))
 
     def probe(self) -> "Future[Compiled]":
-        """Compile `probe(params, stats, batch, step)`: the full model on some of a step's
+        """Compile `probe(params, stats, batch)`: the full model on some of a step's
         tokens."""
         config, sparse = self._config, self._config.sparsity
-        settings = ProbeSettings(
-            self.observe,
-            sparse.stats_decay,
-            sparse.probe_tokens,
-            sparse.probe_sampling,
-            config.seed,
-        )
+        settings = ProbeSettings(self.observe, sparse.stats_decay, sparse.probe_tokens)
         batch, state = self.batch(config.train.rows_per_step), self.state
-        shapes = (state.params, self.stats, batch, state.step)
+        shapes = (state.params, self.stats, batch)
         return self.submit(make_probe(self.layout, settings), *shapes, donate_argnums=1)
 
     def batch(self, rows: int) -> Batch:
@@ -210,7 +204,7 @@ class Programs:
     @property
     def _criteria(self) -> Criteria:
         sparse = self._config.sparsity
-        return Criteria(sparse.metric, sparse.selection, sparse.temperature)
+        return Criteria(sparse.metric, sparse.selection)
 
     def _select(self, plan: Plan) -> Callable[[TrainState, Statistics], Kept]:
         def select(full: TrainState, stats: Statistics) -> Kept:

@@ -1,4 +1,4 @@
-"""Progress that is always visible: a bar on a terminal, a line every so often elsewhere."""
+"""Progress display: a bar on a terminal, periodic lines elsewhere."""
 
 import sys
 import time
@@ -9,13 +9,13 @@ from tqdm import tqdm
 
 from sat_jax.results.text import percent
 
-_SMOOTHING = 0.3  # of the seconds a step; tqdm's own default
+_SMOOTHING = 0.3  # weight of the latest seconds per step, as in tqdm
 
 
 class Progress:
-    """Shows steps done, losses, what is kept, tokens/s and time left of a run of `total` steps.
+    """Display of steps, losses, kept shares, tokens/s and remaining time of a run.
 
-    Without a terminal it prints a line for the first record, the last one, each new rung, each
+    Without a terminal a line is printed for the first and last record, each new rung and each
     evaluation, and otherwise every `every` seconds.
     """
 
@@ -29,7 +29,7 @@ class Progress:
         self._updated: float | None = None
         self._printed = -float("inf")
         self._rung: Any = None
-        self._seconds_a_step: float | None = None
+        self._step_seconds: float | None = None
         self._bar = None
         if self._stream.isatty():
             self._bar = tqdm(
@@ -37,13 +37,13 @@ class Progress:
             )
 
     def update(self, step: int, record: Mapping[str, Any]) -> None:
-        """Shows that `step` steps are done, with what it knows in `record`."""
+        """Display that `step` steps are done, with the values of `record`."""
         now = time.monotonic()
         rung, evaluated = record.get("rung"), record.get("eval_loss") is not None
         if self._updated is not None and step > self._step:
             seconds = (now - self._updated) / (step - self._step)
-            old = self._seconds_a_step
-            self._seconds_a_step = seconds if old is None else old + _SMOOTHING * (seconds - old)
+            mean = self._step_seconds
+            self._step_seconds = seconds if mean is None else mean + _SMOOTHING * (seconds - mean)
         done, self._step, self._updated = step - self._step, step, now
         if self._bar is not None:
             self._bar.set_postfix_str(describe(record), refresh=False)
@@ -57,14 +57,14 @@ class Progress:
             self._line(f"step {step}/{self._total}  {describe(record)}  left {self._left()}")
 
     def note(self, text: str) -> None:
-        """Prints a line of its own, above the bar."""
+        """Print a line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:
             self._line(text)
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Close the bar without clearing it."""
         if self._bar is not None:
             self._bar.close()
 
@@ -75,14 +75,14 @@ class Progress:
     def _left(self) -> str:
         if self._step >= self._total:
             return "00:00"
-        if self._seconds_a_step is None:
+        if self._step_seconds is None:
             return "?"
-        return str(tqdm.format_interval(self._seconds_a_step * (self._total - self._step)))
+        return str(tqdm.format_interval(self._step_seconds * (self._total - self._step)))
 
 
 def describe(record: Mapping[str, Any]) -> str:
-    """ "loss 3.2145  eval 3.4567  heads 69 % channels 63 %  1.23k tok/s", of what `record` holds:
-    the shares are what is kept."""
+    """Return the values of `record` as text, with kept shares of heads and channels:
+    "loss 3.2145  eval 3.4567  heads 69 % channels 63 %  1.23k tok/s"."""
     parts: list[str] = []
     for name, key in (("loss", "loss"), ("eval", "eval_loss")):
         if record.get(key) is not None:

@@ -56,7 +56,7 @@ class RunState:
         """Choose the kept units of a rung anew; with `probe`, observe the full model on `batch`
         first."""
         if probe is not None:
-            self.stats = probe(self.full.params, self.stats, batch, self.full.step)
+            self.stats = probe(self.full.params, self.stats, batch)
         self.kept = programs.select(self.full, self.stats)
         self.corrections = programs.correct(self.full, self.stats, self.kept)
 

@@ -1,8 +1,7 @@
-"""From settings to everything that a run needs before its first step."""
+"""Set-up of a run from its settings: model, data, mesh and schedule."""
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,11 +19,11 @@ from sat_jax.models.build import initial_values, layout_of
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.attention.dot_product import refusals
 from sat_jax.parallel.mesh import make_mesh
-from sat_jax.parallel.processes import check_joined
+from sat_jax.parallel.processes import check_processes
 from sat_jax.parallel.rules import check_divisible, tree_shardings
 from sat_jax.sparsity.controller import Controller, make_controller
 from sat_jax.sparsity.plan import neurons_of
-from sat_jax.train.trained import starting_point
+from sat_jax.train.run_weights import starting_point
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +40,13 @@ class Task:
 
 
 def set_up(config: Config, log: Callable[[str], None]) -> Task:
-    """Checks everything that can be checked before compiling, and prepares the data.
+    """Check all settings before compilation, and prepare the data.
 
-    Raises `UserError` for settings that do not fit the model, the devices or the data.
+    Raises `UserError` for settings that the model, devices or data do not allow.
     """
     jax.config.update("jax_compilation_cache_dir", str(cache_dir("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    check_joined()
+    check_processes()
     mesh = make_mesh(config.mesh)
     model, weights = starting_point(config)
     check_divisible(mesh, layout_of(model))
@@ -56,13 +55,13 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
     model.check_length("data.row_length", config.data.row_length)
     controller = controller_of(config, model)
     if max(config.rates) > 0 and not controller.sparse:
-        log("sparsity: no layer omits anything at these rates; this is a dense run")
+        log("sparsity: these rates omit nothing in this model; the run is dense")
     tokenizer, data = prepared_data(config, model, log)
     return Task(config, model, weights, tokenizer, data, mesh, controller)
 
 
 def controller_of(config: Config, model: DecoderConfig) -> Controller:
-    """The rungs of a run, from its settings and its model's shape."""
+    """Return the controller of a run."""
     return make_controller(
         config.sparsity,
         neurons_of(layout_of(model)),
@@ -75,9 +74,10 @@ def controller_of(config: Config, model: DecoderConfig) -> Controller:
 def prepared_data(
     config: Config, model: DecoderConfig, log: Callable[[str], None]
 ) -> tuple[Tokenizer, Prepared]:
-    """The run's tokenizer, and its data, prepared if they are not yet. Starts no device."""
+    """Return the tokenizer and the data of a run, prepared if necessary. Starts no backend."""
     data_format = DataFormat.from_settings(config.data)
-    tokenizer = load_tokenizer(config.data.tokenizer, _model_path(config), model.vocab_size)
+    path = None if config.model.path is None else locate(config.model.path)
+    tokenizer = load_tokenizer(config.data.tokenizer, path, model.vocab_size)
     data = prepare(
         sources=config.data.sources,
         tokenizer=tokenizer,
@@ -92,14 +92,13 @@ def prepared_data(
 
 
 def initial_params(task: Task) -> dict[str, jax.Array]:
-    """Float32 parameters by path, made or read straight into their place on the mesh."""
+    """Return float32 parameters by path, initialised or read, sharded over the mesh."""
     layout = layout_of(task.model)
     shardings = tree_shardings(task.mesh, layout, dict(layout.shapes))
     if task.weights is None:
-        make = jax.jit(
+        return jax.jit(
             lambda: initial_values(task.model, task.config.seed), out_shardings=shardings
-        )
-        return make()
+        )()
     return {
         path: _placed(np.asarray(task.weights.read(path), np.float32), shardings[path])
         for path in layout.shapes
@@ -108,10 +107,6 @@ def initial_params(task: Task) -> dict[str, jax.Array]:
 
 def _placed(value: np.ndarray, sharding: Sharding) -> jax.Array:
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
-
-
-def _model_path(config: Config) -> Path | None:
-    return None if config.model.path is None else locate(config.model.path)
 
 
 def _check_attention(config: Config, model: DecoderConfig) -> None:
@@ -123,9 +118,7 @@ def _check_attention(config: Config, model: DecoderConfig) -> None:
     reasons = refusals(q)
     if reason := reasons[config.model.attention]:
         accepted = ", ".join(name for name, reason in reasons.items() if reason is None)
-        raise UserError(
-            f"model.attention={config.model.attention}: {reason}; accepted here: {accepted}"
-        )
+        raise UserError(f"model.attention={config.model.attention}: {reason}; accepted: {accepted}")
 
 
 def _check_rows(config: Config, mesh: Mesh) -> None:
@@ -133,6 +126,6 @@ def _check_rows(config: Config, mesh: Mesh) -> None:
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % parts:
         raise UserError(
-            f"train.rows_per_step / train.accumulate is {rows} rows, which mesh.data × mesh.fsdp ="
-            f" {parts} does not divide"
+            f"train.rows_per_step / train.accumulate = {rows} is not a multiple of"
+            f" mesh.data × mesh.fsdp = {parts}"
         )

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 
 from sat_jax.data.batch import Batch
-from sat_jax.parallel.processes import decide
+from sat_jax.parallel.processes import on_primary
 from sat_jax.sparsity.plan import Plan
 from sat_jax.train.programs import RungPrograms
 from sat_jax.train.run_state import RunState
@@ -60,7 +60,7 @@ def measure_speed(
     """
     order = [dense, *(plan for plan in programs if plan != dense)]
     slowest = max(step_seconds.values())
-    steps = decide(lambda: max(1, math.ceil(_TURN_SECONDS / slowest)))
+    steps = on_primary(lambda: max(1, math.ceil(_TURN_SECONDS / slowest)))
 
     def turn(plan: Plan) -> Turn:
         state.expand()
@@ -102,7 +102,7 @@ def take_turns(
         most = len(rounds[-1]) if rounds else len(turns)
         return next((n for n in (most, 2) if to_do * sum(costs[:n]) <= left), 0)
 
-    while len(rounds) < MAXIMUM_ROUNDS and (count := decide(affordable)):
+    while len(rounds) < MAXIMUM_ROUNDS and (count := on_primary(affordable)):
         rounds.append([])
         for number in range(count):
             began = time.perf_counter()

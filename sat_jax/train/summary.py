@@ -1,4 +1,4 @@
-"""What is left of a run when it ends: `summary.json`, and where its wall time went."""
+"""The summary of a run, and its wall time by phase."""
 
 import resource
 import sys
@@ -17,11 +17,10 @@ from sat_jax.train.workdir import WorkDir
 PARTS = ("setup", "compile", "data", "step", "refresh", "evaluate", "checkpoint", "speed")
 
 
-class Clock:
-    """Splits wall time: `with clock("data"): ...`. Everything outside is "other".
+class PhaseTimer:
+    """Wall time of one thread by phase: `with timer("data"): ...`; everything else is "other".
 
-    Parts may be nested; each second counts once, for the innermost. For one thread: what runs in
-    the background costs no wall time.
+    Phases may be nested; each second counts once, for the innermost.
     """
 
     def __init__(self) -> None:
@@ -31,9 +30,9 @@ class Clock:
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Counts the time inside for `part`, one of `PARTS`."""
+        """Count the time of the block for `part`, one of `PARTS`."""
         if part not in PARTS:
-            raise ValueError(f"part {part!r} of the wall time; known are {', '.join(PARTS)}")
+            raise ValueError(f"part {part!r} of the wall time; accepted: {', '.join(PARTS)}")
         self._settle()
         self._open.append(part)
         try:
@@ -43,12 +42,12 @@ class Clock:
             self._open.pop()
 
     def add(self, seconds: Mapping[str, float]) -> None:
-        """Adds the seconds of earlier starts of the same run (`seconds()`, from a checkpoint)."""
+        """Add the `seconds()` of a checkpoint of the same run."""
         for part in self._seconds:
             self._seconds[part] += seconds.get(part, 0.0)  # a checkpoint may be older than a part
 
     def seconds(self) -> dict[str, float]:
-        """Seconds by part up to now, with "other" and "total"."""
+        """Return the seconds by part until now, with "other" and "total"."""
         self._settle()
         return {**self._seconds, "total": sum(self._seconds.values())}
 
@@ -69,11 +68,10 @@ def write_summary(
     seconds: Mapping[str, float],
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Writes `summary.json` atomically, which marks the run as finished, and returns what it holds.
+    """Write `summary.json` atomically, which marks the run as finished, and return its content.
 
-    `losses` by name ("loss", "eval_loss"); `dense_flops` is what the same tokens cost without
-    sparsity, `spent_flops` what they did cost; `seconds` is `Clock.seconds()`; `more` is added as
-    it is.
+    `losses` are by name ("loss", "eval_loss"). `dense_flops` are those of the same tokens without
+    sparsity, `seconds` those of `PhaseTimer.seconds()`, and `more` is added unchanged.
     """
     summary = {
         "steps": steps,
@@ -83,7 +81,7 @@ def write_summary(
         "spent_flops": spent_flops,
         "seconds": dict(seconds),
         "peak_memory": peak_memory(),
-        # No portable counter: the drivers' own would be one more dependency.
+        # Not measured: counters depend on the driver.
         "energy_joules": None,
         **environment(),
         **(more or {}),
@@ -94,7 +92,8 @@ def write_summary(
 
 
 def peak_memory() -> dict[str, Any]:
-    """Bytes at the highest, of the fullest local device; of this process if none counts them."""
+    """Return the peak memory in bytes: the maximum over local devices, or that of the process if no
+    device counts it."""
     counted = [
         stats["peak_bytes_in_use"]
         for device in jax.local_devices()

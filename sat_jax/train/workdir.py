@@ -1,7 +1,7 @@
-"""The folder of one run: what is in it, who may write to it, and whether it is this run's.
+"""The work directory of a run: its files, its lock, and comparison of settings.
 
-config.json      the settings it was started with, written once
-metrics.jsonl    one object a logged step, the truth
+config.json      the settings of the run, written once
+metrics.jsonl    one object per logged step
 tensorboard/     the same for TensorBoard
 checkpoints/     see `sat_jax.train.checkpoint`
 huggingface/     the exported model, where one was asked for
@@ -26,7 +26,7 @@ _LOCK = "lock"
 
 
 class WorkDir:
-    """Names the files of a work directory. Nothing is touched before `lock`."""
+    """The paths of a work directory. Nothing is written before `lock`."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path).expanduser().absolute()
@@ -39,15 +39,15 @@ class WorkDir:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Makes the folder if missing and holds it for this process; for process 0 of a run.
+        """Create the directory if missing and lock it for this process (process 0 of a run).
 
-        Raises `UserError` if another process holds it (naming it), if the folder holds something
-        else than a run, or if it cannot be made or written. The system lets go of the lock when a
-        process dies.
+        Raises `UserError` if another process has the lock, if the directory contains other files
+        than those of a run, or if it cannot be created or written. The operating system releases
+        the lock when the process ends.
         """
-        self._make()
+        self._create()
         try:
-            # Kept open, and closed on exec: a program started from here does not keep the lock.
+            # Closed on exec: child processes do not keep the lock.
             descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror}") from error
@@ -65,60 +65,58 @@ class WorkDir:
             try:
                 yield
             finally:
-                # Emptied, not removed: another process may be waiting on this very file.
+                # Not removed: another process may have opened the same file.
                 file.truncate(0)
 
     def compare(self, config: Mapping[str, Any], free: Collection[str] = ()) -> None:
-        """Compares `config` (nested, JSON) with that of the run that is there, if one is.
+        """Compare `config` (nested, JSON) with that of the run in the directory, if any.
 
-        `free` names keys that may change between two starts of a run ("train.log_every"), or groups
-        of them ("export"). Raises `UserError` naming every other key that differs, with the old
-        and the new value.
+        `free` has keys ("train.log_every") and groups ("export") that may change when a run is
+        continued. Raises `UserError` with old and new values of all other keys that differ.
         """
         if not self.config.exists():
             return
         old = _flat(read_json(self.config))
         new = _flat(json.loads(json.dumps(config, allow_nan=False)))  # tuples become lists
         changes = [
-            f"{key} was {_told(old[key])} and is {_told(new[key])}"
+            f"{key} was {_json(old[key])} and is {_json(new[key])}"
             for key in sorted(old.keys() & new.keys())
             if old[key] != new[key] and not _is_free(key, free)
         ]
         if missing := sorted(key for key in new.keys() ^ old.keys() if not _is_free(key, free)):
             raise UserError(
-                f"{self.path} was begun by a version of sat_jax with other settings"
+                f"{self.path} was started by a version of sat_jax with different settings"
                 f" ({', '.join(missing)}); accepted: that version, or a new work directory"
             )
         if changes:
             raise UserError(
-                f"{self.path} was started with other settings: {'; '.join(changes)}; "
-                "give the old values or another work directory"
+                f"{self.path} was started with different settings: {'; '.join(changes)}; "
+                "accepted: the old values, or a new work directory"
             )
 
     def begin(self, config: Mapping[str, Any]) -> None:
-        """Writes `config` if the run is new. After everything that can refuse a run, so that a
-        mistake does not stay in the folder."""
+        """Write `config` if the run is new. Called after all checks, so that refused settings are
+        not written."""
         if not self.config.exists():
             write_json(self.config, config)
 
     def finished(self) -> dict[str, Any] | None:
-        """The summary of a run that has ended, None for one that has not."""
+        """Return the summary of a finished run, or None."""
         return read_json(self.summary) if self.summary.exists() else None
 
-    def _make(self) -> None:
+    def _create(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            inside = {path.name for path in self.path.iterdir()}
+            names = {path.name for path in self.path.iterdir()}
         except OSError as error:
             raise UserError(f"work directory {self.path}: {folder_error(error)}") from error
-        # The lock is the first file that a run makes; a copy may come without it.
-        ours = not inside or _LOCK in inside or {self.config.name, self.metrics.name} <= inside
-        if not ours:
-            raise UserError(f"{self.path} is no work directory: it is not empty and holds no run")
+        # A run writes the lock first; a copy of a work directory may not contain it.
+        if names and _LOCK not in names and not {self.config.name, self.metrics.name} <= names:
+            raise UserError(f"{self.path} is not a work directory: it contains other files")
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys to values; an empty group counts as a value."""
+    """Return values by dotted key; an empty group is a value."""
     result: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
@@ -128,7 +126,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def _told(value: Any) -> str:
+def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 

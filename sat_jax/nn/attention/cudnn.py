@@ -1,10 +1,10 @@
-"""Attention on NVIDIA GPUs: cuDNN's fused kernels, which jax calls.
+"""Attention on NVIDIA GPUs by cuDNN's fused kernels.
 
-Where the device can, documents are handed over as offsets of segments; where it cannot, or where a
-row has more than `MAX_DOCUMENTS`, as a bias `[B, 1, T, T]` in the compute dtype that exists for one
-layer at a time (2·B·T² bytes in bfloat16). Both are exact and neither looks across a border.
+Documents are passed as segment offsets if the device supports them. Otherwise, or if a row has more
+than `MAX_DOCUMENTS`, they are passed as a bias `[B, 1, T, T]` in the compute dtype, for one layer
+at a time (2·B·T² bytes in bfloat16). Both are exact.
 
-jax's public function does not know offsets: this is the only module that reaches behind it.
+The public function of jax has no offsets, so that this module uses a private one.
 """
 
 import functools
@@ -17,24 +17,24 @@ from jaxtyping import Array, Float, Int
 
 from sat_jax.nn.attention.documents import pad_rows
 
-# Older ones read grouped heads at wrong offsets, without an error (jax pull request 39521), and
+# Older versions read grouped heads at wrong offsets, without an error (jax pull request 39521), and
 # compute the gradient of a boolean mask (39512).
 _FIRST_JAX = (0, 11, 2)
 # For segment offsets: cuDNN 9.6 on Hopper or newer.
 _OFFSETS_CUDNN, _OFFSETS_CAPABILITY = 90_600, (9, 0)
-# The kernel's statistics for the backward pass are float32 [B · MAX_DOCUMENTS, K · G, T].
+# The saved statistics of the kernel are float32 [B · MAX_DOCUMENTS, K · G, T].
 MAX_DOCUMENTS = 32
 
 
 class Device(NamedTuple):
-    """Which kernels there are: by cuDNN's version (9.6.0 is 90600) and the GPU's capability."""
+    """cuDNN's version (9.6.0 is 90600) and the compute capability of the GPU."""
 
     cudnn: int
     capability: tuple[int, ...]
 
 
 def device() -> Device | None:
-    """The first GPU; None where jax sees no NVIDIA GPU or no cuDNN."""
+    """Return the first GPU, or None without an NVIDIA GPU or cuDNN."""
     if jax.default_backend() != "gpu":
         return None
     try:
@@ -46,16 +46,16 @@ def device() -> Device | None:
 
 
 def refusal(q_BTKGE: jax.ShapeDtypeStruct, platform: str) -> str | None:
-    """Why the kernels cannot take such queries there; None if they can."""
-    found = device()
-    if platform != "gpu" or found is None:
+    """Return why the kernels do not support these queries, or None."""
+    gpu = device()
+    if platform != "gpu" or gpu is None:
         return f"it needs an NVIDIA GPU with cuDNN, this is {platform}"
     if jax.__version_info__ < _FIRST_JAX:
         first = ".".join(map(str, _FIRST_JAX))
         return f"it needs jax {first} or newer, this is {jax.__version__}"
     if q_BTKGE.dtype not in (jnp.bfloat16, jnp.float16):
         return f"dtype {q_BTKGE.dtype}; accepted: bfloat16, float16"
-    size, widest = q_BTKGE.shape[-1], 256 if found.capability >= (9, 0) else 128
+    size, widest = q_BTKGE.shape[-1], 256 if gpu.capability >= (9, 0) else 128
     if size > widest or size % 8:
         return f"head size {size}; accepted: multiples of 8 up to {widest}"
     return None
@@ -67,14 +67,14 @@ def attend(
     v_BTKE: Float[Array, "B T K E"],
     documents: Int[Array, "B T"],
 ) -> Float[Array, "B T K G E"]:
-    """Causal attention within documents, numbered as `number_documents` does."""
+    """Return causal attention within documents, as numbered by `number_documents`."""
     length = documents.shape[1]
-    # The backward pass with a bias takes an even number of tokens only.
+    # The backward pass with a bias needs an even number of tokens.
     q, k, v, documents = pad_rows(2, q_BTKGE, k_BTKE, v_BTKE, documents)
-    # The kernels' query head h reads KV head h // G, which is what group-major means.
+    # Query head h uses KV head h // G: heads are group-major.
     operands = q.reshape(*q.shape[:2], -1, q.shape[-1]), k, v, documents
-    found = device()
-    if found and found.cudnn >= _OFFSETS_CUDNN and found.capability >= _OFFSETS_CAPABILITY:
+    gpu = device()
+    if gpu and gpu.cudnn >= _OFFSETS_CUDNN and gpu.capability >= _OFFSETS_CAPABILITY:
         few = jnp.max(documents) < MAX_DOCUMENTS
         o = jax.lax.cond(few, _attend_by_offsets, _attend_by_bias, *operands)
     else:
@@ -86,8 +86,8 @@ def _is_kernel(primitive: Any, *_: Any, **__: Any) -> bool:
     return bool(primitive.name == "dot_product_attention_fwd_wrapper")
 
 
-# What the backward pass finds saved are the kernels' outputs; bias and offsets are made again, so
-# that neither branch of the choice above has to hand them over in the other's name.
+# Only outputs of the kernels are saved for the backward pass. Bias and offsets are recomputed, as
+# both branches of `lax.cond` would have to save them.
 _saves_kernel = functools.partial(jax.checkpoint, policy=_is_kernel)
 
 
@@ -126,12 +126,11 @@ def _attend_by_bias(
 
 
 def _segments(documents: Int[Array, "B T"]) -> tuple[Int[Array, "B M"], Int[Array, "B M1"]]:
-    """Lengths and offsets of each row's documents, in the form the kernel asks for: -1 where there
-    is no document, and after the last."""
+    """Return lengths and offsets of the documents of each row, -1 after the last document."""
     before = documents[:, :, None] < jnp.arange(MAX_DOCUMENTS + 1)[None, None, :]
     begins = jnp.sum(before, axis=1, dtype=jnp.int32)
     lengths = jnp.diff(begins, axis=1)
-    there = lengths > 0
-    offsets = jnp.where(there, begins[:, :-1], -1)
+    exists = lengths > 0
+    offsets = jnp.where(exists, begins[:, :-1], -1)
     ends = jnp.full_like(offsets[:, :1], -1)
-    return jnp.where(there, lengths, -1), jnp.concatenate([offsets, ends], axis=1)
+    return jnp.where(exists, lengths, -1), jnp.concatenate([offsets, ends], axis=1)

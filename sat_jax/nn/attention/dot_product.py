@@ -1,8 +1,8 @@
-"""Causal attention inside documents: one function, a backend a platform, none ignores segments."""
+"""Causal attention within documents, with one backend per platform."""
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +16,18 @@ from sat_jax.nn.attention.documents import number_documents
 from sat_jax.nn.mesh_axes import GROUP_AXES, ROW_AXES
 
 Implementation = Literal["xla", "splash", "cudnn"]
-
-
 Attend = Callable[[Array, Array, Array, Array], Array]
 
 
 class _Backend(NamedTuple):
-    """`attend(q, k, v, documents)`, and `refusal(shape and dtype of q, platform)`: why it cannot,
-    or None. A backend without `refusal` takes everything."""
+    """`attend(q, k, v, documents)`, and `refusal(q, platform)`: why the backend does not support
+    queries of this shape and dtype, or None. Without `refusal` it supports all."""
 
     attend: Attend
     refusal: Callable[[jax.ShapeDtypeStruct, str], str | None] | None = None
 
 
-# In the order of preference.
+# In order of preference.
 _BACKENDS: dict[Implementation, _Backend] = {
     "splash": _Backend(splash.attend, splash.refusal),
     "cudnn": _Backend(cudnn.attend, cudnn.refusal),
@@ -45,28 +43,28 @@ def dot_product_attention(
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T K G E"]:
-    """softmax(q·k / √E) v over the earlier tokens of the same document. Softmax in float32.
+    """Return softmax(q·k / √E) v over the tokens of the same document up to the query. Softmax is
+    computed in float32.
 
-    A document is a run of equal `segment_ids`; padding is a document like any other. A token
-    attends to its document's positions up to its own and to nothing else, so that no gradient ever
-    crosses a border: it is exactly zero there.
+    A document is a run of equal `segment_ids`; padding is treated as a document. Gradients between
+    different documents are exactly zero.
 
-    None takes the platform's fastest backend that accepts the arrays. A backend asked for by name
-    is taken or refused with `UserError`. Under a mesh (`jax.set_mesh`) every device attends over
-    its own rows and KV groups, without communication.
+    `implementation` None selects the fastest backend of the platform that supports the arrays; a
+    named one that does not raises `UserError`. Under a mesh (`jax.set_mesh`) every device computes
+    its rows and KV groups without communication.
     """
-    name = implementation or _choice(q_BTKGE)
-    if name not in _BACKENDS:
-        accepted = ", ".join(get_args(Implementation))
-        raise UserError(f"attention implementation {name!r}; accepted: {accepted}")
-    if reason := refusals(q_BTKGE)[name]:
+    reasons = refusals(q_BTKGE)
+    name = implementation or next(name for name, reason in reasons.items() if reason is None)
+    if name not in reasons:
+        raise UserError(f"attention implementation {name!r}; accepted: {', '.join(reasons)}")
+    if reason := reasons[name]:
         raise UserError(f"attention implementation {name!r}: {reason}")
     documents = number_documents(segment_ids)
     return _on_each_device(_BACKENDS[name].attend, q_BTKGE, k_BTKE, v_BTKE, documents)
 
 
 def refusals(q_BTKGE: Float[Any, "B T K G E"]) -> dict[Implementation, str | None]:
-    """For each backend, why it cannot take such queries, or their shape, here; None if it can."""
+    """Return for each backend why it does not support these queries (arrays or shapes), or None."""
     q, platform = jax.ShapeDtypeStruct(q_BTKGE.shape, q_BTKGE.dtype), _platform()
     return {
         name: backend.refusal(q, platform) if backend.refusal else None
@@ -74,15 +72,10 @@ def refusals(q_BTKGE: Float[Any, "B T K G E"]) -> dict[Implementation, str | Non
     }
 
 
-def _choice(q_BTKGE: Float[Array, "B T K G E"]) -> Implementation:
-    return next(name for name, reason in refusals(q_BTKGE).items() if reason is None)
-
-
 def _platform() -> str:
-    """Where what is being traced will run.
+    """Return the platform of the computation that is traced.
 
-    Read while tracing, and not left to `jax.lax.platform_dependent`: that would trace every backend
-    everywhere, and differentiating it would save every backend's residuals in each.
+    `jax.lax.platform_dependent` would trace all backends and save the residuals of all of them.
     """
     device = jax.config.jax_default_device  # type: ignore[attr-defined]
     return jax.default_backend() if device is None else getattr(device, "platform", device)
@@ -95,9 +88,9 @@ def _on_each_device(
     v_BTKE: Float[Array, "B T K E"],
     documents: Int[Array, "B T"],
 ) -> Float[Array, "B T K G E"]:
-    """`attend` on each device's rows and groups: the compiler cannot split a kernel by itself.
+    """Return `attend` of each device's rows and groups, as the compiler cannot partition kernels.
 
-    Rows or groups that do not divide evenly are whole on every device.
+    Rows or groups that the mesh does not split evenly are replicated.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
@@ -116,7 +109,7 @@ def _on_each_device(
         in_specs=(heads, heads, heads, P(rows)),
         out_specs=heads,
         axis_names=set(sizes),
-        # Sums in the backends' loops start as constants, equal on all devices, and end different.
+        # Loop carries of the backends start replicated and end varying over devices.
         check_vma=False,
     )(q_BTKGE, k_BTKE, v_BTKE, documents)
 
@@ -129,9 +122,9 @@ def attend_chunk(
     query_segments: Int[Array, "B C"],
     key_segments: Int[Array, "B S"],
 ) -> Float[Array, "B C K G E"]:
-    """Queries at positions `start, start + 1, …` against keys at positions `0, 1, …, S - 1`.
+    """Return attention of queries at positions `start, start + 1, …` to keys at `0, 1, …, S - 1`.
 
-    Segments are compared as they are: equal numbers see each other wherever they stand.
+    Tokens with equal segment numbers attend to each other, adjacent or not.
     """
     rows = start + jnp.arange(q_BCKGE.shape[1])
     earlier = rows[:, None] >= jnp.arange(k_BSKE.shape[1])[None, :]

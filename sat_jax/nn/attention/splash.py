@@ -1,4 +1,4 @@
-"""Attention on TPUs: the splash kernel that comes with jax (`jax.experimental.pallas.ops.tpu`)."""
+"""Attention on TPUs by the splash kernel of jax (`jax.experimental.pallas.ops.tpu`)."""
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +10,17 @@ from jaxtyping import Array, Float, Int
 
 from sat_jax.nn.attention.documents import pad_rows
 
-# The kernel's tiles are multiples of the TPU's 128 lanes; the larger ones are what other trainers
-# run with. Not measured here.
+# Tiles are multiples of the 128 lanes of a TPU. The larger ones are those of other training
+# libraries; not measured.
 _TILES = (512, 256, 128)
 _LANES = 128
 
-# Compiled for TPU v5e up to this size; a tile of wider heads soon exceeds the on-chip memory.
+# Compiled for TPU v5e up to this size; tiles of larger heads exceed the on-chip memory.
 _WIDEST_HEAD = 512
 
 
 def refusal(q_BTKGE: jax.ShapeDtypeStruct, platform: str) -> str | None:
-    """Why the kernel cannot take such queries there; None if it can."""
+    """Return why the kernel does not support these queries, or None."""
     if platform != "tpu":
         return f"it needs a TPU, this is {platform}"
     if q_BTKGE.dtype not in (jnp.bfloat16, jnp.float32):
@@ -38,9 +38,9 @@ def attend(
     *,
     interpret: bool = False,
 ) -> Float[Array, "B T K G E"]:
-    """Causal attention within documents. `interpret` runs the kernel's program on any platform."""
+    """Return causal attention within documents. `interpret` runs the kernel on any platform."""
     batch, length, groups, heads, size = q_BTKGE.shape
-    # The kernel multiplies q and k as they are.
+    # The kernel does not scale q·k.
     q_BTKGE = (q_BTKGE.astype(jnp.float32) * size**-0.5).astype(q_BTKGE.dtype)
     q, k, v, documents = pad_rows(_LANES, q_BTKGE, k_BTKE, v_BTKE, documents)
     padded = documents.shape[1]
@@ -49,7 +49,7 @@ def attend(
         block_sizes=_block_sizes(padded),
         interpret=interpret,
     )
-    # Query head h reads KV head h // G, which is what group-major means.
+    # Query head h uses KV head h // G: heads are group-major.
     o = jax.vmap(kernel)(
         q.reshape(batch, padded, groups * heads, size).swapaxes(1, 2),
         k.swapaxes(1, 2),

@@ -1,10 +1,10 @@
-"""Attention in plain XLA, for every platform: blocks of queries against blocks of keys.
+"""Blocked attention in XLA, for every platform.
 
-Softmax runs along the blocks (Milakov and Gimelshein, arXiv:1805.02867), and the backward pass
-computes the weights again from each query's log-sum-exp (Dao et al., arXiv:2205.14135), so that the
-scores of one pair of blocks are all that ever exists of them. Both passes are loops over the pairs
-in which a key is visible: the lower triangle, and of it only what documents reach across. On a CPU
-a block's scores stay in the cache, which is where most of the time of unblocked attention goes.
+The forward pass uses an online softmax over blocks of keys (Milakov and Gimelshein,
+arXiv:1805.02867). The backward pass recomputes the weights from the log-sum-exp of each query (Dao
+et al., arXiv:2205.14135). Only the scores of one pair of blocks are in memory at a time. Both
+passes loop over the pairs with visible keys: those of the lower triangle that share a document. On
+a CPU the scores of a block stay in the cache.
 """
 
 import functools
@@ -16,23 +16,23 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sat_jax.nn.attention.documents import pad_rows
 
-# Tokens a block. Measured on CPU cores with 9 to 32 heads, 1,024 and 2,048 tokens: where a row is
-# one document, 64, 128 and 256 are within a tenth of each other and 512 is a third slower; rows of
-# short documents want small blocks.
+# Tokens per block. Measured on CPU cores with 9 to 32 heads, 1,024 and 2,048 tokens: in rows of one
+# document 64, 128 and 256 differ by less than 10 %, and 512 is a third slower; in rows of short
+# documents small blocks are faster.
 BLOCK = 128
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 _dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-# Matrix products within each row and KV group. `_TN` keeps the wide operand on the right: the
-# other way round XLA:CPU would transpose the whole block of scores first, at half the speed.
+# Matrix products within each row and KV group. In `_TN` the wide operand is on the right: on the
+# left XLA:CPU transposes the block of scores first, which takes twice as long.
 _NN = (((3,), (2,)), ((0, 1), (0, 1)))
 _NT = (((3,), (3,)), ((0, 1), (0, 1)))
 _TN = (((2,), (2,)), ((0, 1), (0, 1)))
 
 
 class Blocks(NamedTuple):
-    """N blocks of C tokens. R = G·C rows: the query heads of a group, one below the other."""
+    """N blocks of C tokens. R = G·C: the queries of all heads of a group."""
 
     q: Float[Array, "N B K R E"]
     k: Float[Array, "N B K C E"]
@@ -45,7 +45,7 @@ def attend(
     v_BTKE: Float[Array, "B T K E"],
     documents: Int[Array, "B T"],
 ) -> Float[Array, "B T K G E"]:
-    """Causal attention within documents, numbered as `number_documents` does."""
+    """Return causal attention within documents, as numbered by `number_documents`."""
     batch, length, groups, heads, size = q_BTKGE.shape
     count = -(-length // BLOCK)
     block = -(-length // count)
@@ -68,7 +68,7 @@ def _attend_blocks(blocks: Blocks, documents: Int[Array, "N B C"]) -> Float[Arra
 def _forward(
     blocks: Blocks, documents: Int[Array, "N B C"]
 ) -> tuple[Float[Array, "N B K R E"], Any]:
-    def one_query_block(i: Int[Array, ""]) -> tuple[Array, Array]:
+    def query_block(i: Int[Array, ""]) -> tuple[Array, Array]:
         q = _take(blocks.q, i)
 
         def add_key_block(j: Int[Array, ""], sums: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -81,15 +81,15 @@ def _forward(
             mix = mix * shrink + _dot(weights.astype(v.dtype), v, _NN)
             return mix, new_highest, total * shrink + weights.sum(axis=-1, keepdims=True)
 
-        nothing = jnp.zeros(q.shape, jnp.float32)
-        # Finite where nothing has been seen: scores of -inf then weigh exactly 0, and never NaN.
-        column = jnp.full_like(nothing[..., :1], _LOWEST)
-        sums = (nothing, column, jnp.zeros_like(column))
+        zeros = jnp.zeros(q.shape, jnp.float32)
+        # Finite, so that scores of -inf have weight 0 and not NaN.
+        lowest = jnp.full_like(zeros[..., :1], _LOWEST)
+        sums = (zeros, lowest, jnp.zeros_like(lowest))
         mix, highest, total = jax.lax.fori_loop(first[i], i + 1, add_key_block, sums)
         return (mix / total).astype(q.dtype), highest + jnp.log(total)
 
     first = _first_visible(documents)
-    o, log_total = jax.lax.map(one_query_block, jnp.arange(len(first)))
+    o, log_total = jax.lax.map(query_block, jnp.arange(len(first)))
     return o, (blocks, documents, o, log_total)
 
 
@@ -98,30 +98,30 @@ def _backward(saved: Any, do: Float[Array, "N B K R E"]) -> tuple[Blocks, None]:
     mean = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1, keepdims=True)
     scale = o.shape[-1] ** -0.5
 
-    def one_query_block(
-        wide: tuple[Array, Array], i: Int[Array, ""]
+    def query_block(
+        dk_dv: tuple[Array, Array], i: Int[Array, ""]
     ) -> tuple[tuple[Array, Array], Array]:
-        q, my_do, my_mean, my_log_total = (_take(x, i) for x in (blocks.q, do, mean, log_total))
+        q, do_i, mean_i, log_total_i = (_take(x, i) for x in (blocks.q, do, mean, log_total))
 
         def add_key_block(j: Int[Array, ""], sums: tuple[Array, ...]) -> tuple[Array, ...]:
             dq, dk, dv = sums
             k, v = _take(blocks.k, j), _take(blocks.v, j)
-            weights = jnp.exp(_scores(q, k, _visible(documents, i, j)) - my_log_total)
-            dweights = _dot(my_do, v, _NT)
-            dscores = (weights * (dweights - my_mean) * scale).astype(q.dtype)
+            weights = jnp.exp(_scores(q, k, _visible(documents, i, j)) - log_total_i)
+            dweights = _dot(do_i, v, _NT)
+            dscores = (weights * (dweights - mean_i) * scale).astype(q.dtype)
             dq += _dot(dscores, k, _NN)
             dk = _add_at(dk, j, _dot(q, dscores, _TN))
-            dv = _add_at(dv, j, _dot(my_do, weights.astype(my_do.dtype), _TN))
+            dv = _add_at(dv, j, _dot(do_i, weights.astype(do_i.dtype), _TN))
             return dq, dk, dv
 
-        nothing = jnp.zeros(q.shape, jnp.float32)
-        dq, dk, dv = jax.lax.fori_loop(first[i], i + 1, add_key_block, (nothing, *wide))
+        zeros = jnp.zeros(q.shape, jnp.float32)
+        dq, dk, dv = jax.lax.fori_loop(first[i], i + 1, add_key_block, (zeros, *dk_dv))
         return (dk, dv), dq.astype(q.dtype)
 
     first = _first_visible(documents)
-    # Keys' and values' gradients lie on their sides, [N, B, K, E, C], as `_TN` makes them.
-    nothing = jnp.zeros(blocks.k.swapaxes(-1, -2).shape, jnp.float32)
-    (dk, dv), dq = jax.lax.scan(one_query_block, (nothing, nothing), jnp.arange(len(first)))
+    # Gradients of keys and values are transposed, [N, B, K, E, C], as in `_TN`.
+    zeros = jnp.zeros(blocks.k.swapaxes(-1, -2).shape, jnp.float32)
+    (dk, dv), dq = jax.lax.scan(query_block, (zeros, zeros), jnp.arange(len(first)))
     dk, dv = (x.swapaxes(-1, -2).astype(blocks.k.dtype) for x in (dk, dv))
     return Blocks(dq, dk, dv), None
 
@@ -132,7 +132,7 @@ _attend_blocks.defvjp(_forward, _backward)
 def _scores(
     q: Float[Array, "B K R E"], k: Float[Array, "B K C E"], visible: Bool[Array, "B C C"]
 ) -> Float[Array, "B K R C"]:
-    """q·k / √E in float32, -inf where the query must not see the key."""
+    """Return q·k / √E in float32, -inf where the key is not visible."""
     scores = _dot(q, k, _NT) * q.shape[-1] ** -0.5
     by_head = scores.reshape(*scores.shape[:2], -1, *visible.shape[1:])
     return jnp.where(visible[:, None, None], by_head, -jnp.inf).reshape(scores.shape)
@@ -141,24 +141,24 @@ def _scores(
 def _visible(
     documents: Int[Array, "N B C"], i: Int[Array, ""], j: Int[Array, ""]
 ) -> Bool[Array, "B C C"]:
-    """Which keys of block j the queries of block i see."""
+    """Return which keys of block j are visible to the queries of block i."""
     block = documents.shape[-1]
-    place = jnp.arange(block)
-    earlier = (i * block + place)[:, None] >= (j * block + place)[None, :]
+    offsets = jnp.arange(block)
+    earlier = (i * block + offsets)[:, None] >= (j * block + offsets)[None, :]
     same = _take(documents, i)[:, :, None] == _take(documents, j)[:, None, :]
     return earlier[None] & same
 
 
 def _first_visible(documents: Int[Array, "N B C"]) -> Int[Array, " N"]:
-    """For each block of queries, the first block in which one of them sees a key, in any row."""
+    """Return for each block of queries the first block with a visible key, in any row."""
     begins, ends = documents[:, :, 0], documents[:, :, -1]
-    behind = jnp.all(ends[None, :, :] < begins[:, None, :], axis=-1)
-    return jnp.sum(behind, axis=1, dtype=jnp.int32)
+    earlier = jnp.all(ends[None, :, :] < begins[:, None, :], axis=-1)
+    return jnp.sum(earlier, axis=1, dtype=jnp.int32)
 
 
 def _take(x: Array, index: Int[Array, ""]) -> Array:
     return jax.lax.dynamic_index_in_dim(x, index, axis=0, keepdims=False)
 
 
-def _add_at(x: Array, index: Int[Array, ""], more: Array) -> Array:
-    return jax.lax.dynamic_update_index_in_dim(x, _take(x, index) + more, index, axis=0)
+def _add_at(x: Array, index: Int[Array, ""], added: Array) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(x, _take(x, index) + added, index, axis=0)

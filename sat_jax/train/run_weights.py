@@ -1,5 +1,4 @@
-"""The model of a run: what it starts from, and what it has trained by its newest whole checkpoint,
-or at a step's."""
+"""Weights of a run: the initial ones, and those of its checkpoints."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,30 +28,30 @@ from sat_jax.train.workdir import WorkDir
 
 
 def is_run(path: Path) -> bool:
-    """Whether `path` is the work directory of a run."""
+    """Return whether `path` is the work directory of a run."""
     return WorkDir(path).checkpoints.is_dir()
 
 
 def open_run(path: Path, step: int | None = None) -> tuple[Weights, Config]:
-    """The parameters that the run in `path` had at `step` (None: at its newest whole checkpoint).
+    """Return the weights of the run in `path` after `step` (None: its newest valid checkpoint), and
+    its settings.
 
-    One parameter is read at a time. Raises `UserError` where the checkpoint is not of the run's
-    model.
+    One parameter is read at a time. Raises `UserError` if the checkpoint is of another model.
     """
     workdir = WorkDir(path)
     config = from_config_dict(read_json(workdir.config))
     model, _ = starting_point(config)
-    stored = find(workdir.checkpoints, step)
-    for name, wanted in shapes(model).items():
-        found = stored.leaves.get(f"params/{name}")
-        if found is None or found.shape != wanted.shape:
+    checkpoint = find(workdir.checkpoints, step)
+    for name, expected in shapes(model).items():
+        leaf = checkpoint.leaves.get(f"params/{name}")
+        if leaf is None or leaf.shape != expected.shape:
             raise UserError(
-                f"checkpoint {stored.path} is not of the model in {workdir.config}: {name} is"
-                f" {'missing' if found is None else list(found.shape)}, not {list(wanted.shape)}"
+                f"checkpoint {checkpoint.path} is not of the model in {workdir.config}: {name} is"
+                f" {'missing' if leaf is None else list(leaf.shape)}, not {list(expected.shape)}"
             )
 
     def read(name: str) -> np.ndarray:
-        return np.asarray(stored.read([f"params/{name}"])[f"params/{name}"], np.float32)
+        return np.asarray(checkpoint.read([f"params/{name}"])[f"params/{name}"], np.float32)
 
     return Weights(model, read), config
 
@@ -61,19 +60,19 @@ def load_model(path: str | Path, dtype: Literal["float32", "bfloat16"] = "float3
     """Return the model at `path` with float32 parameters, computing in `dtype`: a Hugging Face
     directory, a .gguf file, `package:NAME`, or the work directory of a run.
 
-    Of a run it is the model of the newest whole checkpoint, with the masks on its branches that the
-    last step trained under: `nnx.state(model, Mask)` shows them. After a dense rung all are None.
+    The model of a run is that of its newest valid checkpoint, with the masks of the last step in
+    its branches: `nnx.state(model, Mask)`. After a dense rung all masks are None.
     """
-    place = interop.locate(path)
-    if not is_run(place):
+    directory = interop.locate(path)
+    if not is_run(directory):
         return interop.load_model(path, dtype)
-    weights, _ = open_run(place)
+    weights, _ = open_run(directory)
     model = build(weights.config, weights.read, Compute(dtype=dtype))
-    stored = find(WorkDir(place).checkpoints)
-    layers = stored.meta["segment_layers"]
-    names = [name for name in stored.leaves if name.startswith("kept/")]
+    checkpoint = find(WorkDir(directory).checkpoints)
+    layers = checkpoint.meta["segment_layers"]
+    names = [name for name in checkpoint.leaves if name.startswith("kept/")]
     kept: Kept = tuple({} for _ in layers)
-    for name, indices in stored.read(names).items():
+    for name, indices in checkpoint.read(names).items():
         _, segment, unit = name.split("/")
         kept[int(segment)][unit] = jnp.asarray(indices)
     masks = as_floats(unit_masks(layout_of(weights.config), layers, kept))
@@ -84,7 +83,7 @@ def load_model(path: str | Path, dtype: Literal["float32", "bfloat16"] = "float3
 
 
 def starting_point(config: Config) -> tuple[DecoderConfig, Weights | None]:
-    """The model that is trained, and its pretrained weights, opened, where it has some."""
+    """Return the model that is trained, and its pretrained weights if it has any."""
     if config.model.path is not None:
         weights = open_weights(config.model.path)
         return weights.config, weights
@@ -93,8 +92,8 @@ def starting_point(config: Config) -> tuple[DecoderConfig, Weights | None]:
 
 
 def exported(model: DecoderConfig, tokenizer: Tokenizer, form: DataFormat) -> DecoderConfig:
-    """The config that a model trained on data of this form is written with: a token that ended its
-    answers is one of its ends, behind its own, or other programs would not stop there."""
-    learnt = [] if form.is_text else end_of_turn(tokenizer)
-    ends = [end for end in learnt if isinstance(end, int) and end not in model.eos_token_ids]
-    return replace(model, eos_token_ids=(*model.eos_token_ids, *ends))
+    """Return the config for export. Its end-of-sequence tokens include those that end answers in
+    the training data, so that other programs stop there."""
+    ends = [] if form.is_text else end_of_turn(tokenizer)
+    added = [end for end in ends if isinstance(end, int) and end not in model.eos_token_ids]
+    return replace(model, eos_token_ids=(*model.eos_token_ids, *added))
