@@ -16,7 +16,6 @@ from sat_jax.interop import open_weights
 from sat_jax.interop.huggingface import write_directory
 from sat_jax.interop.huggingface_config import config_from_json, config_to_json
 from sat_jax.models import gpt2, presets, registry
-from sat_jax.models.build import shapes
 from sat_jax.models.formats import Family
 from sat_jax.models.gpt2 import GPT2Config
 from sat_jax.models.gpt_neox import GPTNeoXConfig
@@ -249,35 +248,6 @@ def test_names_of_one_activation() -> None:
     raw = config_to_json(GPT2, "float32")
     for name in ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"):
         assert config_from_json(raw | {"activation_function": name}, "x") == GPT2
-
-
-# Parameters in the published checkpoints, tied embeddings counted once.
-PUBLISHED = {
-    "gpt2": 124_439_808,
-    "gpt2-medium": 354_823_168,
-    "gpt2-large": 774_030_080,
-    "gpt2-xl": 1_557_611_200,
-    "pythia-14m": 14_067_712,
-    "pythia-31m": 30_494_720,
-    "pythia-70m": 70_426_624,
-    "pythia-160m": 162_322_944,
-    "pythia-410m": 405_334_016,
-    "pythia-1b": 1_011_781_632,
-    "pythia-1.4b": 1_414_647_808,
-    "pythia-2.8b": 2_775_208_960,
-    "pythia-6.9b": 6_857_302_016,
-    "pythia-12b": 11_846_072_320,
-}
-
-
-def test_number_of_parameters() -> None:
-    sizes = {name: sum(leaf.size for leaf in shapes(PRESETS[name]).values()) for name in PRESETS}
-    assert sizes == PUBLISHED
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_survives_config_json(name: str) -> None:
-    assert config_from_json(config_to_json(PRESETS[name], "bfloat16"), name) == PRESETS[name]
 
 
 def test_a_family_is_registered_once() -> None:
