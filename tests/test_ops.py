@@ -14,9 +14,12 @@ import pytest
 
 from kernels.block_sparse_matmul.backends import IMPLEMENTATIONS
 from sat_jax.errors import UserError
+from sat_jax.models.build import layout_of
 from sat_jax.models.presets import preset
 from sat_jax.ops import Implementation, KernelConfig
-from sat_jax.train.programs import Programs
+from sat_jax.sparsity.choose import Criteria
+from sat_jax.sparsity.execution.make import make_execution
+from sat_jax.sparsity.plan import make_plan, neurons_of
 from tests.test_config import built
 from tests.test_knobs import KERNELS, MODEL, config_with, controller_of, programs_of
 
@@ -59,8 +62,10 @@ def test_implementation_names_equal_those_of_the_kernels() -> None:
 def test_kernels_run_on_one_device() -> None:
     config = built(sparsity__rate=0.5, sparsity__execution="kernel", sparsity__block=64)
     mesh: Any = jax.sharding.AbstractMesh((2,), ("data",))
+    layout = layout_of(preset("tiny"))
+    plan = make_plan(neurons_of(layout), 0.5, 0.5, block=64)
     with pytest.raises(UserError, match="'kernel' on 2 devices; accepted: one, or another"):
-        Programs._kernels(config, preset("tiny"), mesh)
+        make_execution(config, layout, plan, mesh, Criteria())
 
 
 @pytest.mark.parametrize(
