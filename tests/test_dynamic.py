@@ -20,7 +20,6 @@ from sat_jax.sparsity.statistics import statistics_of
 from tests.executions import Result, assert_gradients_close, differentiate, run
 from tests.small_models import CONFIGS, neurons, nothing_omitted, random_params
 from tests.tolerances import assert_close
-from tests.user_errors import user_error
 
 KEY = jax.random.key(7)
 
@@ -134,48 +133,6 @@ def test_a_plan_that_omits_nothing_selects_nothing(masked: bool) -> None:
 
 
 DYNAMIC = {"rate": 0.5, "refresh_every": 0, "metric": "maxip"}
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        (
-            {"sparsity": {"metric": "taylor"}},
-            "sparsity.refresh_every 0 selects before the outputs are computed that sparsity.metric"
-            " 'taylor' needs; accepted: the metrics uniform, magnitude, wanda, maxip, svd, or"
-            " refresh_every 1 or more",
-        ),
-        (
-            {"train": {"accumulate": 2, "rows_per_step": 2}},
-            "sparsity.refresh_every 0 selects from each batch, and the microbatches of"
-            " train.accumulate 2 share one selection; accepted: train.accumulate 1, or"
-            " refresh_every 1 or more",
-        ),
-        *[
-            (
-                {"sparsity": {name: value}},
-                f"sparsity.{name} {value!r} has no meaning with sparsity.refresh_every 0, where"
-                f" each layer selects from its own input; accepted: {default!r}, or refresh_every"
-                " 1 or more",
-            )
-            for name, value, default in (
-                ("probe_tokens", 64, 1024),
-                ("stats_decay", 0.5, 0.9),
-                ("dense_forward", True, False),
-            )
-        ],
-        (
-            {"sparsity": {"execution": "kernel", "block": 64}},
-            "sparsity.execution 'kernel' needs kept units before the step, and"
-            " sparsity.refresh_every is 0; accepted: 'gather', 'mask', or refresh_every 1 or more",
-        ),
-    ],
-)
-def test_settings_that_layers_cannot_follow_are_refused(
-    values: dict[str, Any], message: str
-) -> None:
-    values = values | {"sparsity": DYNAMIC | values.get("sparsity", {})}
-    assert user_error(lambda: from_config_dict(values)) == message
 
 
 def test_settings_that_a_dense_run_does_not_use_are_accepted() -> None:

@@ -20,6 +20,7 @@ from sat_jax.ops import Implementation, KernelConfig
 from sat_jax.sparsity.choose import Criteria
 from sat_jax.sparsity.execution.make import make_execution
 from sat_jax.sparsity.plan import make_plan, neurons_of
+from sat_jax.train.programs import Programs
 from tests.test_config import built
 from tests.test_knobs import KERNELS, MODEL, config_with, controller_of, programs_of
 
