@@ -50,7 +50,7 @@ def main() -> None:
     config = load(given.config, overrides)
 
     from sat_jax.parallel.processes import is_primary, join
-    from sat_jax.results.record import dense_reference, record_run
+    from sat_jax.results.record import dense_reference, record_run, row_of
     from sat_jax.results.rows import check
     from sat_jax.results.run_table import end_of_run
     from sat_jax.train.loop import train
@@ -66,7 +66,7 @@ def main() -> None:
         return
     if given.record is not None:
         records = read_metrics(WorkDir(given.workdir).metrics)
-        record_run(given.record, given.config, config, summary, records)
+        record_run(given.record, row_of(given.config, config, summary, records))
     reference = dense_reference(_RESULTS, config, summary["data"])
     shown = {
         "perplexity_dense": reference,

@@ -40,8 +40,6 @@ _REQUIRED = (
     *("perplexity_after", "spent_flops", "dense_flops", "rungs", "seconds", "peak_memory", "data"),
     *("date", *ORIGIN),
 )
-
-
 _TRAINING = ("data", "step", "refresh", "checkpoint")  # parts of the wall time
 
 
@@ -65,15 +63,13 @@ class FinishedRun:
 
     @cached_property
     def settings(self) -> Settings:
-        """The settings outside sparsity that are not at their defaults, by dotted path. The oldest
-        rows have none."""
+        """Settings outside sparsity that differ from their defaults; none in the oldest rows."""
         settings = self.row.get("settings", {})
         return {path: value for path, value in settings.items() if path not in DEFAULTS}
 
     @cached_property
     def sparsity(self) -> Settings:
-        """All settings of sparsity by dotted path, under their recorded names; the defaults for a
-        dense run."""
+        """All settings of sparsity under their recorded names; the defaults for a dense run."""
         if self.dense:
             return DEFAULTS
         recorded = {f"sparsity.{name}": value for name, value in self.row["sparsity"].items()}
@@ -144,20 +140,24 @@ def collect(
     """
     runs, evaluations, comparisons = [], [], []
     for folder in folders:
-        workdirs = [folder]
+        paths = [folder]
         if (folder / "sweep.json").is_file():
             contents = read_json(folder / "sweep.json")
-            workdirs = [folder / name for name in contents.get("runs", {})]
-            for table in contents.get("comparisons", []):
-                comparisons.append(
-                    Comparison(table["name"], table["title"], tuple(table["settings"]))
-                )
+            paths = [folder / name for name in contents["runs"]]
+            for table in contents["comparisons"]:
+                settings = tuple(table["settings"])
+                comparisons.append(Comparison(table["name"], table["title"], settings))
         elif not (folder / "config.json").is_file():
             raise UserError(
                 f"{folder} is neither a run's work directory (config.json) nor a sweep's"
                 " (sweep.json)"
             )
-        runs += [run for path in workdirs if (run := _in_workdir(path, folder.name, log))]
+        for path in paths:
+            run = finished_run(WorkDir(path), folder.name)
+            if run is None:
+                log(f"{path} has not finished: left out")
+            else:
+                runs.append(run)
     for file in files:
         for number, row in enumerate(read(file), 1):
             if "twin" in row:
@@ -169,14 +169,12 @@ def collect(
     return runs, evaluations, comparisons
 
 
-def _in_workdir(path: Path, experiment: str, log: Callable[[str], None]) -> FinishedRun | None:
-    workdir = WorkDir(path)
+def finished_run(workdir: WorkDir, experiment: str) -> FinishedRun | None:
+    """Return the run of a work directory, or None if it has not finished."""
     summary = workdir.finished()
     if summary is None:
-        log(f"{path} has not finished: left out")
         return None
     config = from_config_dict(read_json(workdir.config))
-    ended = datetime.datetime.fromtimestamp(workdir.summary.stat().st_mtime, datetime.UTC)
     row = row_of(experiment, config, summary, read_metrics(workdir.metrics))
-    row |= {name: summary[name] for name in ORIGIN}
+    ended = datetime.datetime.fromtimestamp(workdir.summary.stat().st_mtime, datetime.UTC)
     return FinishedRun(row | {"date": ended.isoformat(timespec="seconds")})

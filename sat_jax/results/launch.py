@@ -64,11 +64,14 @@ class Job:
             except KeyboardInterrupt:
                 signals.requeue()
                 sys.exit(130)
-            except UserError as error:
-                return _last_line(str(error))
             except Exception as error:
-                traceback.print_exc()
-                return _last_line(f"{type(error).__name__}: {error}")
+                reason = str(error)
+                if not isinstance(error, UserError):
+                    traceback.print_exc()
+                    reason = f"{type(error).__name__}: {error}"
+                reason = " ".join(reason.split())
+                _log(f"error: {reason}")
+                return reason
         return None
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
@@ -246,8 +249,7 @@ class Slurm:
 def slurm_options(texts: Sequence[str]) -> dict[str, Any]:
     """Return options of sbatch by name, from texts `name=value,name=value`.
 
-    Raises `UserError` for a text of another form, a name given twice, a missing time limit, and
-    more than one process per run.
+    Raises `UserError` for a text of another form and a missing time limit.
     """
     options: dict[str, Any] = {}
     for part in (part for text in texts for part in re.split(r",(?=\w+=)", text)):
@@ -257,9 +259,6 @@ def slurm_options(texts: Sequence[str]) -> dict[str, Any]:
         options[name] = int(value) if value.isdecimal() else value
     if not isinstance(options.get("time"), int):
         raise UserError("--slurm time=MINUTES is missing or not an integer")
-    for name in ("nodes", "ntasks_per_node"):
-        if options.get(name, 1) != 1:
-            raise UserError(f"--slurm {name}={options[name]}: a run of a sweep is one process")
     if "setup" in options:
         options["setup"] = [str(options["setup"])]
     return options
@@ -273,12 +272,5 @@ def _redirect_output(log: Path) -> None:
             os.dup2(file.fileno(), stream.fileno())
 
 
-def _last_line(message: str) -> str:
-    line = " ".join(message.split())
-    _log(f"error: {line}")
-    return line
-
-
 def _log(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
+    print(line, file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from sat_jax.config_values import experiment_sweep, find, parse, parse_overrides
 from sat_jax.errors import UserError
+from sat_jax.results.text import setting_text
 
 Settings: TypeAlias = Mapping[str, Any]
 Axes: TypeAlias = Mapping[str, Sequence[Any]]
@@ -141,12 +142,8 @@ def combine(
 def settings_text(settings: Settings, names: Mapping[str, str] | None = None) -> str:
     """Format as `sparsity.rate=0.4 seed=1`; `names` has shorter names of paths."""
 
-    def text(value: Any) -> str:
-        return (
-            (",".join(map(str, value)) or "()") if isinstance(value, list | tuple) else str(value)
-        )
-
-    return " ".join(f"{(names or {}).get(k, k)}={text(value)}" for k, value in settings.items())
+    names = names or {}
+    return " ".join(f"{names.get(k, k)}={setting_text(value)}" for k, value in settings.items())
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:
