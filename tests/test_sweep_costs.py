@@ -4,11 +4,11 @@ from typing import Any, cast
 
 from sat_jax.config_values import experiment
 from sat_jax.results.finished import FinishedRun
-from sat_jax.results.means import mean_of
 from sat_jax.results.planned import dry_run, plan_runs
 from sat_jax.results.record import row_of
 from sat_jax.results.rows import latest, read
 from sat_jax.results.tables import terminal_table
+from sat_jax.results.variants import mean_of
 from sat_jax.train.costs import flops_of_probe, flops_of_selection
 from sat_jax.train.counters import RunCounters
 from sat_jax.train.finish import flops_of_run, rung_summaries

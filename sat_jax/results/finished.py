@@ -11,7 +11,7 @@ from sat_jax.config import SparsityConfig
 from sat_jax.config_values import find, from_config_dict, name_of
 from sat_jax.errors import UserError
 from sat_jax.results.record import SPARSE_ONLY, row_of
-from sat_jax.results.rows import ORIGIN, Row, device_name, read
+from sat_jax.results.rows import Row, device_name, read
 from sat_jax.results.sweep import Comparison
 from sat_jax.train.files import read_json
 from sat_jax.train.metrics import read_metrics
@@ -35,11 +35,6 @@ DEFAULTS: Settings = {
 } | {path: find(path).default for path in SPARSE_ONLY}
 """The settings of sparsity, by dotted path, at their defaults."""
 
-_REQUIRED = (
-    *("experiment", "twin", "rate", "sparsity", "steps", "tokens", "perplexity_before"),
-    *("perplexity_after", "spent_flops", "dense_flops", "rungs", "seconds", "peak_memory", "data"),
-    *("date", *ORIGIN),
-)
 _TRAINING = ("data", "step", "refresh", "checkpoint")  # parts of the wall time
 
 
@@ -63,9 +58,8 @@ class FinishedRun:
 
     @cached_property
     def settings(self) -> Settings:
-        """Settings outside sparsity that differ from their defaults; none in the oldest rows."""
-        settings = self.row.get("settings", {})
-        return {path: value for path, value in settings.items() if path not in DEFAULTS}
+        """Settings outside sparsity that differ from their defaults, by dotted path."""
+        return {path: v for path, v in self.row["settings"].items() if path not in DEFAULTS}
 
     @cached_property
     def sparsity(self) -> Settings:
@@ -73,21 +67,26 @@ class FinishedRun:
         if self.dense:
             return DEFAULTS
         recorded = {f"sparsity.{name}": value for name, value in self.row["sparsity"].items()}
-        elsewhere = self.row.get("settings", {})
-        recorded |= {path: elsewhere[path] for path in SPARSE_ONLY if path in elsewhere}
-        values = {**DEFAULTS, **recorded}
+        outside = {path: v for path, v in self.row["settings"].items() if path in SPARSE_ONLY}
+        values = {**DEFAULTS, **recorded, **outside}
         return {path: tuple(v) if isinstance(v, list) else v for path, v in values.items()}
 
     def shared(self, apart: Collection[str] = ()) -> str:
-        """Return a fingerprint of everything but sparsity, seed, and the settings `apart`.
-
-        For a row without settings it is that of its dense baseline, which contains the seed.
-        """
-        if "settings" not in self.row:
-            return f"{self.row['twin']} {self.row['data']}"
+        """Return a fingerprint of everything but sparsity, seed, and the settings `apart`."""
         apart = {"seed", "data.sources", *apart}
         settings = {path: v for path, v in self.settings.items() if path not in apart}
         return f"{name_of(settings)} {self.row['data']}"
+
+    @property
+    def after(self) -> float | None:
+        """Held-out perplexity after training; None: infinite."""
+        after: float | None = self.row["perplexity_after"]
+        return after
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of training, probes included."""
+        return float(self.row["spent_flops"])
 
     @property
     def fine_tuned(self) -> bool:
@@ -104,17 +103,14 @@ class FinishedRun:
         return device_name(self.row["device"])
 
     @property
-    def commit(self) -> str:
-        """Ten digits of the commit, with `-dirty` where files differed from it."""
-        digits, dirty, _ = (self.row["commit"] or "unknown").partition("-dirty")
-        return f"{digits[:10]}{dirty}"
+    def place(self) -> tuple[str, str | None]:
+        """Device and commit: times are comparable where both are equal."""
+        return self.device, self.row["commit"]
 
 
-def run_of_row(row: Row, origin: str = "") -> FinishedRun:
-    """Return the run of a row. Raises `UserError`, naming `origin`, if the row is not a run's."""
-    if missing := [name for name in _REQUIRED if name not in row]:
-        raise UserError(f"{origin}: the row of a run needs {', '.join(missing)} too")
-    return FinishedRun(row)
+def runs_of_rows(rows: Iterable[Row]) -> list[FinishedRun]:
+    """Return the runs among rows. The oldest rows have no settings and are left out."""
+    return [FinishedRun(row) for row in rows if "twin" in row and "settings" in row]
 
 
 def newest(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
@@ -159,11 +155,9 @@ def collect(
             else:
                 runs.append(run)
     for file in files:
-        for number, row in enumerate(read(file), 1):
-            if "twin" in row:
-                runs.append(run_of_row(row, f"{file}:{number}"))
-            elif "measure" in row:
-                evaluations.append(row)
+        rows = read(file)
+        runs += runs_of_rows(rows)
+        evaluations += [row for row in rows if "measure" in row]
     if not runs and not evaluations:
         raise UserError("no finished run and no evaluation to report on")
     return runs, evaluations, comparisons
