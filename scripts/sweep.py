@@ -124,16 +124,13 @@ def _runs(
     """Return the runs, and the comparisons for which they are tabulated."""
     from sat_jax.config_values import experiment
     from sat_jax.results.planned import plan_runs
-    from sat_jax.results.sweep import check_runs, combine, comparison_of, parse_axes, sweep_of
+    from sat_jax.results.sweep import combine, comparison_of, parse_axes, sweep_of
 
     values = experiment(options.config)
     axes = parse_axes(options.axis)
     sweep = sweep_of(options.config)
-    listed = None
-    if sweep is not None:
-        listed = check_runs(sweep.runs, f"get_sweep() of {options.config}")
-    fixed, settings = combine(overrides, axes, listed, options.seeds)
-    declared = sweep.comparisons if sweep is not None else ()
+    fixed, settings = combine(overrides, axes, sweep.runs if sweep else None, options.seeds)
+    declared = sweep.comparisons if sweep else ()
     if axes or not declared:
         declared = (*declared, comparison_of(settings))
     return plan_runs(values, fixed, settings), declared

@@ -19,7 +19,6 @@ from sat_jax.results.runner import SweepDir, run_sweep
 from sat_jax.results.sweep import (
     Comparison,
     Sweep,
-    check_runs,
     combine,
     comparison_of,
     cross,
@@ -73,7 +72,7 @@ def test_a_wrong_axis_is_refused(texts: list[str], message: str) -> None:
 
 
 def test_runs_axes_and_seeds_are_crossed() -> None:
-    listed = check_runs([{"sparsity.rate": 0.2}, {"sparsity.rate": 0.4}], "x")
+    listed = [{"sparsity.rate": 0.2}, {"sparsity.rate": 0.4}]
     fixed, points = combine(["train.steps=5"], {"sparsity.metric": ["uniform"]}, listed, 2)
     assert fixed == {"train.steps": 5}
     assert [tuple(point.values()) for point in points] == [
@@ -88,9 +87,9 @@ def test_runs_axes_and_seeds_are_crossed() -> None:
     ("overrides", "axes", "listing", "seeds", "message"),
     [
         ([], {}, None, None, "nothing to sweep over"),
-        ([], {"seed": [1]}, None, 2, "seed is given by --seeds and by --axis"),
-        (["seed=3"], {"seed": [1]}, None, None, "seed varies over the sweep, and --config.seed"),
-        ([], {"seed": [1]}, [{"seed": 2}], None, "seed is in the list of runs and an axis"),
+        ([], {"seed": [1]}, None, 2, "seed is given by --axis and by --seeds"),
+        (["seed=3"], {"seed": [1]}, None, None, "seed is given by --config and by --axis"),
+        ([], {"seed": [1]}, [{"seed": 2}], None, "seed is given by --axis and by get_sweep"),
     ],
 )
 def test_a_setting_has_one_source(
@@ -98,12 +97,6 @@ def test_a_setting_has_one_source(
 ) -> None:
     with pytest.raises(UserError, match=message):
         combine(overrides, axes, listing, seeds)
-
-
-def test_a_list_of_runs_is_checked() -> None:
-    for wrong in (3, [], "ab", [{"seed": 1}, 4], [{"sead": 1}]):
-        with pytest.raises(UserError, match=r"^x"):
-            check_runs(wrong, "x")
 
 
 def test_an_experiment_declares_its_runs_and_comparisons(tmp_path: Path) -> None:
@@ -126,9 +119,15 @@ def test_an_experiment_declares_its_runs_and_comparisons(tmp_path: Path) -> None
     (tmp_path / "c.py").write_text(text.replace("'Rate'", "'Another title'"))
     with pytest.raises(UserError, match=r"c\.py: comparison rates differs from another file's"):
         declared_comparisons(tmp_path)
-    file.write_text("def get_sweep():\n    return [{'seed': 1}]\n")
-    with pytest.raises(UserError, match=r"returns \[{'seed': 1}\]; accepted: a Sweep"):
-        sweep_of(str(file))
+    for returned, message in (
+        ("[{'seed': 1}]", r"returns \[{'seed': 1}\]; accepted: a Sweep"),
+        ("Sweep([4])", "accepted: a Sweep of runs, each a mapping"),
+        ("Sweep([{'sead': 1}])", "sead is no setting; near: seed"),
+    ):
+        start = "from sat_jax.results.sweep import Sweep\n"
+        file.write_text(f"{start}def get_sweep():\n    return {returned}\n")
+        with pytest.raises(UserError, match=message):
+            sweep_of(str(file))
 
 
 def test_a_name_is_what_results_depend_on() -> None:

@@ -46,24 +46,16 @@ def steps_table(rows: Sequence[Row]) -> str:
 
 def memory_table(rows: Sequence[Row]) -> str:
     """Return what `scripts.memory` compiled, a table for each setting."""
-    header = (
-        "trained",
-        "heads kept",
-        "channels kept",
-        *_MEMORY,
-        "total",
-        "of dense",
-        "at a refresh",
-    )
+    header = ["trained", "heads kept", "channels kept", *_MEMORY, "total", "of dense"]
+    header.append("at a refresh")
     parts = []
     for steps in _settings(rows):
         dense, body = steps[0], []
+        dense_total = sum(dense[field] for field, _ in _MEMORY.values())
         for row in steps:
             sizes = [row[field] for field, _ in _MEMORY.values()]
-            dense_total = sum(dense[field] for field, _ in _MEMORY.values())
-            ratio = f"{sum(sizes) / dense_total:.2f}×"
-            refresh = _gibibytes(row["refresh_bytes"]) if row.get("refresh_bytes") else "-"
-            cells = [*map(_gibibytes, (*sizes, sum(sizes))), ratio, refresh]
+            cells = [*map(_gibibytes, (*sizes, sum(sizes))), f"{sum(sizes) / dense_total:.2f}×"]
+            cells.append(_gibibytes(row["refresh_bytes"]) if row.get("refresh_bytes") else "-")
             body.append([_trained(row), *_kept(row), *cells])
         settings = [dense["dtype"], dense["optimizer"], f"remat {dense['remat']}"]
         settings += [f"kernels {dense['kernels']}"] if dense["kernels"] else []
