@@ -35,8 +35,6 @@ DEFAULTS: Settings = {
 } | {path: find(path).default for path in SPARSE_ONLY}
 """The settings of sparsity, by dotted path, at their defaults."""
 
-_TRAINING = ("data", "step", "refresh", "checkpoint")  # parts of the wall time
-
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRun:
@@ -89,14 +87,10 @@ class FinishedRun:
         return float(self.row["spent_flops"])
 
     @property
-    def fine_tuned(self) -> bool:
-        """Whether the loss is on answers alone."""
-        return self.settings.get("data.format", "text") != "text"
-
-    @property
     def seconds(self) -> float:
         """Time of training, without set-up, compilation and evaluation."""
-        return sum(self.row["seconds"][part] for part in _TRAINING)
+        parts = ("data", "step", "refresh", "checkpoint")
+        return sum(self.row["seconds"][part] for part in parts)
 
     @property
     def device(self) -> str:

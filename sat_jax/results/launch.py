@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import submitit
@@ -130,30 +130,11 @@ class _Signals:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-class Launcher(Protocol):
-    """Starts jobs."""
-
-    outlives: bool  # whether jobs continue when the sweep's command ends
-    seconds: float  # between two polls of the jobs
-
-    def room(self) -> int:
-        """Return how many more jobs may be submitted now."""
-
-    def submit(self, jobs: Sequence[Job]) -> list[Submitted]:
-        """Submit jobs, at most `room()`."""
-
-    def attach(self, job_id: str) -> Submitted | None:
-        """Return a job that an earlier command submitted, if it waits or runs."""
-
-    def stop(self) -> None:
-        """Ask the jobs to save and end."""
-
-
 class Local:
     """Runs `workers` jobs at a time on this machine, each with an equal share of `gpus` (ids)."""
 
-    outlives = False
-    seconds = 0.5
+    outlives = False  # whether jobs continue when the sweep's command ends
+    seconds = 0.5  # between two polls of the jobs
 
     def __init__(self, folder: Path, workers: int = 1, gpus: Sequence[int] = ()):
         if len(gpus) % workers or len(set(gpus)) < len(gpus):
@@ -169,9 +150,11 @@ class Local:
         self._visible = [",".join(map(str, part)) for part in parts]
 
     def room(self) -> int:
+        """Return how many more jobs may be submitted now."""
         return sum(self._is_free(slot) for slot in range(len(self._slots)))
 
     def submit(self, jobs: Sequence[Job]) -> list[Submitted]:
+        """Submit jobs, at most `room()`."""
         submitted = []
         for job in jobs:
             slot = next(slot for slot in range(len(self._slots)) if self._is_free(slot))
@@ -193,10 +176,12 @@ class Local:
         return submitted  # type: ignore[return-value]
 
     def attach(self, job_id: str) -> Submitted | None:
+        """Return a job that an earlier command submitted, if it waits or runs."""
         del job_id
         return None
 
     def stop(self) -> None:
+        """Ask the jobs to save and end."""
         for job in self._slots:
             if job is not None and not job.done():
                 os.kill(int(job.job_id), signal.SIGTERM)  # submitit's process forwards it
@@ -244,6 +229,9 @@ class Slurm:
 
     def stop(self) -> None:
         pass
+
+
+Launcher: TypeAlias = Local | Slurm
 
 
 def slurm_options(texts: Sequence[str]) -> dict[str, Any]:

@@ -38,11 +38,6 @@ class PlannedRun:
         """The name of its work directory: a fingerprint of all that its results depend on."""
         return fingerprint(without_free(self.config))
 
-    @property
-    def variant(self) -> str:
-        """A fingerprint shared by the runs that differ in their seed alone."""
-        return fingerprint(dataclasses.replace(without_free(self.config), seed=0))
-
     def dense_flops(self) -> float:
         """FLOPs of dense training on the same tokens."""
         config = self.config

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -128,19 +127,6 @@ def run_sweep(
         _Runner(folder, runs, launcher, finished, lambda: interrupt.asked(0)).run()
 
 
-def first_seeds_first(runs: Sequence[SweepRun]) -> list[SweepRun]:
-    """Order runs so that the first seed of every variant precedes the second of any.
-
-    Seeds share compiled programs: side by side each would compile them.
-    """
-    seen = Counter[str]()
-    turns = []
-    for run in runs:
-        turns.append(seen[run.run.variant])
-        seen[run.run.variant] += 1
-    return [run for _, run in sorted(zip(turns, runs, strict=True), key=lambda pair: pair[0])]
-
-
 class _Runner:
     def __init__(
         self,
@@ -150,7 +136,9 @@ class _Runner:
         finished: Callable[[SweepRun], None],
         stop_requested: Callable[[], bool],
     ):
-        self._folder, self._runs, self._launcher = folder, first_seeds_first(runs), launcher
+        # Seeds share compiled programs: side by side each would compile them.
+        self._runs = sorted(runs, key=lambda run: run.run.config.seed)
+        self._folder, self._launcher = folder, launcher
         self._finished, self._stop_requested = finished, stop_requested
         self._names = short_names(path for run in runs for path in run.run.settings)
         self._shown = time.monotonic()

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sat_jax.config_values import find
@@ -69,20 +69,20 @@ def comparison_tables(group: Group, comparisons: Iterable[Comparison]) -> list[T
             dense = group.dense if "sparsity.rate" in settings else baseline
             named = [(variant.name, variant) for variant in (*dense, *variants)]
             caption = _quality_caption(group)
-            tables.append(_quality(comparison.name, comparison.title, caption, named))
+            tables.append(_table(comparison.name, comparison.title, caption, named, _QUALITY))
             shown |= {variant.name for variant in variants}
     others = [variant for variant in group.sparse if variant.name not in shown]
     if others or not tables:
         named = [(variant.name, variant) for variant in (*baseline, *others)]
         title = "Other variants" if tables else "Variants"
-        tables.append(_quality("other", title, _quality_caption(group), named))
+        tables.append(_table("other", title, _quality_caption(group), named, _QUALITY))
     return tables
 
 
 def quality_table(group: Group) -> Table:
     """Return a table of all variants."""
     named = [(variant.name, variant) for variant in group.variants]
-    return _quality("quality", "Variants", _quality_caption(group), named)
+    return _table("quality", "Variants", _quality_caption(group), named, _QUALITY)
 
 
 def across_tables(groups: Sequence[Group], comparisons: Iterable[Comparison]) -> list[Table]:
@@ -100,7 +100,7 @@ def across_tables(groups: Sequence[Group], comparisons: Iterable[Comparison]) ->
                 common = [(label, variant) for label, name, variant in lines if counts[name] > 1]
                 group = dataclasses.replace(several[0], reference=_common_reference(several))
                 caption = _caption(group, _ACROSS)
-                tables.append(_quality(comparison.name, comparison.title, caption, common))
+                tables.append(_table(comparison.name, comparison.title, caption, common, _QUALITY))
     return tables
 
 
@@ -108,7 +108,7 @@ def small_groups_table(groups: Sequence[Group]) -> Table:
     """Return one table of all variants of several groups."""
     named = [(label, variant) for label, _, variant in _lines_across(groups)]
     caption = "; ".join([_ACROSS, *_reference_words(_common_reference(groups))])
-    return _quality("settings", "Other settings", caption, named)
+    return _table("settings", "Other settings", caption, named, _QUALITY)
 
 
 def _lines_across(groups: Sequence[Group]) -> Iterator[tuple[str, str, Variant]]:
@@ -130,55 +130,11 @@ def _outside(comparison: Comparison) -> list[str]:
     return [path for path in comparison.settings if path not in DEFAULTS]
 
 
-def _quality(name: str, title: str, caption: str, named: Sequence[tuple[str, Variant]]) -> Table:
-    """Columns without any value are left out."""
-    columns = {
-        "variant": [label for label, _ in named],
-        "seeds": [str(len(variant.runs)) for _, variant in named],
-        "perplexity": [
-            _mean(variant.over(lambda run: run.after), "{:.3f}") for _, variant in named
-        ],
-        "from dense": [_difference(variant.differences(), variant) for _, variant in named],
-        "at equal FLOPs": [
-            _difference(variant.differences_at_equal_flops(), variant) for _, variant in named
-        ],
-        "FLOPs": [_mean_only(variant.flops_shares(), "{:.0f} %") for _, variant in named],
-    }
-    known = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
-    return Table(name, title, caption, tuple(known), tuple(zip(*known.values(), strict=True)))
-
-
 def cost_table(group: Group) -> Table:
     """Return a table of time, memory and FLOPs, with the speed-up beside its bound."""
     named = [(variant.name, variant) for variant in group.variants]
-    return _cost(_caption(group, _learning_rate(group)), named)
-
-
-def _cost(caption: str, named: Sequence[tuple[str, Variant]]) -> Table:
-    header = ("variant", "seeds", "time", "memory", "FLOPs", "of dense", "speed-up", "bound")
-    rows = []
-    for label, variant in named:
-        cells = ["-", "-"]
-        if not variant.is_baseline:
-            speedup, bound = variant.speedup_and_bound()
-            if bound:
-                cells[1] = f"{bound.value:.2f}×"
-            if speedup:
-                cells[0] = speedup_text(speedup.value, bound and bound.value, speedup.error)
-        memory = mean_of(variant.over(lambda run: run.row["peak_memory"]["bytes"]))
-        flops = mean_of(variant.over(lambda run: run.flops))
-        rows.append(
-            (
-                label,
-                str(len(variant.runs)),
-                _mean(variant.over(lambda run: run.seconds), "{:,.1f} s"),
-                quantity(memory.value, "B") if memory else "-",
-                quantity(flops.value, "FLOP") if flops else "-",
-                _mean_only(variant.flops_shares(), "{:.0f} %"),
-                *cells,
-            )
-        )
-    return Table("cost", "Time, memory and FLOPs", caption, header, tuple(rows))
+    caption = _caption(group, _learning_rate(group))
+    return _table("cost", "Time, memory and FLOPs", caption, named, _COST)
 
 
 def loss_table(group: Group) -> Table | None:
@@ -225,7 +181,7 @@ def sentence(variant: Variant) -> str:
 def terminal_table(runs: Sequence[FinishedRun]) -> str:
     """Return the quality and the cost of a sweep's runs, as two tables for a terminal."""
     named = [(label, variant) for label, _, variant in _lines_across(make_groups(runs))]
-    tables = [_quality("quality", "", "", named), _cost("", named)]
+    tables = [_table("quality", "", "", named, _QUALITY), _table("cost", "", "", named, _COST)]
     return "\n\n".join(
         "\n".join([fixed_width(table.header, table.rows), *table.notes]) for table in tables
     )
@@ -236,7 +192,7 @@ def _caption(group: Group, *more: str) -> str:
     run = group.runs[0]
     tokens = sum(r.row["tokens"] for r in group.runs) / len(group.runs)
     parts = [model_of(run), f"{run.steps:,} steps, {tokens:,.0f} tokens"]
-    if run.fine_tuned and "loss_tokens" in run.row:
+    if _setting(run, "data.format") != "text":
         parts.append(f"{percent(run.row['loss_tokens'] / run.row['tokens'])} of them with loss")
     parts += [*more, *_reference_words(group.reference), f"data {run.row['data'][:8]}"]
     return "; ".join([*parts, " and ".join(dict.fromkeys(run.device for run in group.runs))])
@@ -286,16 +242,62 @@ def group_labels(groups: Sequence[Group]) -> list[str]:
     return [", ".join(label) for label in labels]
 
 
+def _table(
+    name: str,
+    title: str,
+    caption: str,
+    named: Sequence[tuple[str, Variant]],
+    columns: Mapping[str, Callable[[Variant], str]],
+) -> Table:
+    """Return a row for each variant; columns without any value are left out."""
+    cells = {head: [cell(variant) for _, variant in named] for head, cell in columns.items()}
+    known = {head: values for head, values in cells.items() if set(values) != {"-"}}
+    rows = zip([label for label, _ in named], *known.values(), strict=True)
+    return Table(name, title, caption, ("variant", *known), tuple(rows))
+
+
 def _mean(values: Values, form: str) -> str:
     mean = mean_of(values)
     return "-" if mean is None else mean.text(form)
 
 
-def _mean_only(values: Values, form: str) -> str:
+def _mean_only(values: Values, form: Callable[[float], str]) -> str:
     """Without the error, for what hardly differs between seeds."""
     mean = mean_of(values)
-    return "-" if mean is None else form.format(mean.value)
+    return "-" if mean is None else form(mean.value)
 
 
 def _difference(values: Values, variant: Variant) -> str:
     return _mean(values, "{:+.1f} %") + _FEWER * (0 < len(values) < len(variant.runs))
+
+
+def _speedup(variant: Variant) -> str:
+    speedup, bound = variant.speedup_and_bound()
+    if variant.is_baseline or speedup is None:
+        return "-"
+    return speedup_text(speedup.value, bound and bound.value, speedup.error)
+
+
+def _bound(variant: Variant) -> str:
+    _, bound = variant.speedup_and_bound()
+    return "-" if variant.is_baseline or bound is None else f"{bound.value:.2f}×"
+
+
+_QUALITY: Mapping[str, Callable[[Variant], str]] = {
+    "seeds": lambda variant: str(len(variant.runs)),
+    "perplexity": lambda variant: _mean(variant.over(lambda run: run.after), "{:.3f}"),
+    "from dense": lambda variant: _difference(variant.differences(), variant),
+    "at equal FLOPs": lambda v: _difference(v.differences_at_equal_flops(), v),
+    "FLOPs": lambda variant: _mean_only(variant.flops_shares(), "{:.0f} %".format),
+}
+_COST: Mapping[str, Callable[[Variant], str]] = {
+    "seeds": lambda variant: str(len(variant.runs)),
+    "time": lambda variant: _mean(variant.over(lambda run: run.seconds), "{:,.1f} s"),
+    "memory": lambda v: _mean_only(
+        v.over(lambda r: r.row["peak_memory"]["bytes"]), lambda n: quantity(n, "B")
+    ),
+    "FLOPs": lambda v: _mean_only(v.over(lambda run: run.flops), lambda n: quantity(n, "FLOP")),
+    "of dense": lambda variant: _mean_only(variant.flops_shares(), "{:.0f} %".format),
+    "speed-up": _speedup,
+    "bound": _bound,
+}
