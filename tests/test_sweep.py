@@ -313,13 +313,13 @@ def test_each_worker_has_its_own_devices(tmp_path: Path, monkeypatch: pytest.Mon
         assert only.environment == {"CUDA_VISIBLE_DEVICES": given} and only.platform is None
 
 
-@pytest.mark.slow
-def test_a_job_that_cannot_begin_says_why(tmp_path: Path) -> None:
-    """Its log is a directory, so that it ends before its run has begun."""
-    (run,) = runs_of("sparsity.rate=0.5")
-    (job,) = Local(tmp_path).submit([Job(run.config, tmp_path / "run", tmp_path)])
-    assert failure(job).startswith("IsADirectoryError: [Errno 21] Is a directory: ")
-    assert not (tmp_path / "run").exists()
+def test_the_reason_of_a_failure_is_the_end_of_the_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert failure(log) == "its process ended without an error"
+    log.write_text("step 1/2\nerror: step 2 has loss nan\n")
+    assert failure(log) == "step 2 has loss nan"
+    log.write_text("error: of an earlier attempt\nstep 1/2\n")
+    assert failure(log) == "its process ended without an error"
 
 
 def test_invalid_runs_start_nothing(tmp_path: Path, run_python: RunPython) -> None:

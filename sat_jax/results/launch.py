@@ -25,9 +25,8 @@ from sat_jax.config import Config
 from sat_jax.errors import UserError
 from sat_jax.train.loop import train
 
-Submitted: TypeAlias = submitit.Job[str | None]
+Submitted: TypeAlias = submitit.Job[None]
 
-_RULE = "\n----------------------\n"
 _NO_TIMEOUT = 60 * 24 * 365  # minutes
 _REQUEUES = 20  # of a job that reaches its time limit, each time after a checkpoint
 _ALIVE = ("PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING", "SUSPENDED")
@@ -47,10 +46,13 @@ class Job:
     environment: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     platform: str | None = None
 
-    def __call__(self) -> str | None:
-        """Train. Return None, or the reason of a failure in one line, which also ends the log. A
-        run that is stopped ends the process."""
-        _redirect_output(self.log)
+    def __call__(self) -> None:
+        """Train. A failure ends the log with its reason in one line. A run that is stopped ends the
+        process."""
+        with self.log.open("a", encoding="utf-8") as file:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+                os.dup2(file.fileno(), stream.fileno())
         logging.getLogger("submitit").setLevel(logging.WARNING)
         for name, value in self.environment.items():
             os.environ.pop(name, None)
@@ -64,32 +66,28 @@ class Job:
             except KeyboardInterrupt:
                 signals.requeue()
                 sys.exit(130)
+            except UserError as error:
+                _log(f"error: {' '.join(str(error).split())}")
             except Exception as error:
-                reason = str(error)
-                if not isinstance(error, UserError):
-                    traceback.print_exc()
-                    reason = f"{type(error).__name__}: {error}"
-                reason = " ".join(reason.split())
-                _log(f"error: {reason}")
-                return reason
-        return None
+                traceback.print_exc()
+                _log(f"error: {type(error).__name__}: {' '.join(str(error).split())}")
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Return the job that runs after a requeue: the same one."""
         return submitit.helpers.DelayedSubmission(self)
 
 
-def failure(job: Submitted) -> str:
-    """Return the reason, in one line, why a job ended without finishing its run.
+def failure(log: Path) -> str:
+    """Return the reason, in one line, why a run ended without finishing, from its log."""
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    if lines and lines[-1].startswith("error: "):
+        return lines[-1].removeprefix("error: ")
+    return "its process ended without an error"
 
-    It is the run's own error, or that of its process, such as a missing module or a full disk.
-    """
-    try:
-        return job.result() or "ended without a summary"
-    except Exception as error:  # a job can end with any class of error
-        _, rule, trace = str(error).partition(_RULE)  # submitit's, around the job's trace
-        lines = (trace.partition(_RULE)[0] if rule else str(error)).strip().splitlines()
-        return lines[-1] if lines else type(error).__name__
+
+def _log(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 class _Signals:
@@ -250,16 +248,3 @@ def slurm_options(texts: Sequence[str]) -> dict[str, Any]:
     if "setup" in options:
         options["setup"] = [str(options["setup"])]
     return options
-
-
-def _redirect_output(log: Path) -> None:
-    """Append the standard output and error of this process to `log` from now on."""
-    with log.open("a", encoding="utf-8") as file:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-            os.dup2(file.fileno(), stream.fileno())
-
-
-def _log(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()

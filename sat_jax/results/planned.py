@@ -5,7 +5,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from sat_jax.config import Config
 from sat_jax.config_values import build, fingerprint, free_paths, without_free
@@ -16,8 +16,9 @@ from sat_jax.results.sweep import Settings, settings_text, short_names
 from sat_jax.results.text import duration, fixed_width, quantity
 from sat_jax.sparsity.controller import Controller, Rung
 from sat_jax.sparsity.importance import METRICS
-from sat_jax.train.costs import flops_of_probe, flops_of_selection, step_flops
-from sat_jax.train.setup import controller_of, prepared_data
+from sat_jax.train.counters import RunCounters
+from sat_jax.train.finish import flops_of_run
+from sat_jax.train.setup import Task, controller_of, prepared_data
 from sat_jax.train.trained import starting_point
 
 
@@ -38,20 +39,14 @@ class PlannedRun:
         """The name of its work directory: a fingerprint of all that its results depend on."""
         return fingerprint(without_free(self.config))
 
-    def dense_flops(self) -> float:
-        """FLOPs of dense training on the same tokens."""
-        config = self.config
-        return config.train.steps * self._tokens_per_step * step_flops(config, self.model)
-
-    def spent_flops(self) -> float:
-        """FLOPs of the run with probes and selections."""
-        config, model = self.config, self.model
-        flops = self.probes() * flops_of_probe(config, model)
-        for rung in self.controller.rungs:
-            steps = rung.stop - rung.start
-            flops += steps * self._tokens_per_step * step_flops(config, model, rung)
-            flops += self.selections(rung) * flops_of_selection(config, model, rung)
-        return flops
+    def flops(self) -> tuple[float, float]:
+        """FLOPs of the run with probes and selections, and of dense training on its tokens."""
+        counters, rungs = RunCounters(self.controller), self.controller.rungs
+        tokens = self.config.train.rows_per_step * self.config.data.row_length
+        counters.probes = self.probes()
+        counters.rung_selections = [self.selections(rung) for rung in rungs]
+        counters.rung_tokens = [(rung.stop - rung.start) * tokens for rung in rungs]
+        return flops_of_run(cast(Task, self), counters)  # of a task: these three fields alone
 
     def probes(self) -> int:
         """Number of refreshes with a probe: all of them, or the first for metrics of inputs."""
@@ -66,10 +61,6 @@ class PlannedRun:
         if controller.refresh_every == 0 or controller.neurons.is_dense(rung.plan):
             return 0
         return math.ceil((rung.stop - rung.start) / controller.refresh_every)
-
-    @property
-    def _tokens_per_step(self) -> int:
-        return self.config.train.rows_per_step * self.config.data.row_length
 
 
 def plan_runs(
@@ -153,7 +144,7 @@ def dry_run(
     names = short_names(path for run in runs for path in run.settings)
     rows, remaining = [], 0.0
     for run in runs:
-        dense, spent = run.dense_flops(), run.spent_flops()
+        spent, dense = run.flops()
         flops = [quantity(dense, "FLOP"), quantity(spent, "FLOP"), f"{dense / spent:.2f}×"]
         remaining += 0.0 if run.name in finished else spent
         left = "finished" if run.name in finished else time(spent)

@@ -189,22 +189,19 @@ class _Runner:
     def _update(self) -> None:
         for run in self._running():
             if run.job is not None and run.job.done():
-                self._end(run, run.job)
+                self._end(run)
         if time.monotonic() - self._shown >= _PROGRESS_SECONDS:
             self._shown = time.monotonic()
             for run in self._running():
                 self._show(run, run.progress())
 
-    def _end(self, run: SweepRun, job: Submitted) -> None:
+    def _end(self, run: SweepRun) -> None:
         run.job = None
         if run.finished:
             self._finished(run)
             self._show(run, f"finished  {run.progress()}")
-        elif job.paths.result_pickle.exists():
-            run.error = failure(job)
         elif not self._stop_requested():
-            run.error = "killed: its process ended without an error"
-        if run.error:
+            run.error = failure(run.log)
             self._show(run, f"failed: {run.error} (log: {run.log})")
 
     def _show(self, run: SweepRun, text: str) -> None:

@@ -61,28 +61,26 @@ def comparison_tables(group: Group, comparisons: Iterable[Comparison]) -> list[T
     Comparisons of the omission rate have the shorter dense runs too: they cost as much.
     """
     tables, shown = [], set[str]()
+    caption = _quality_caption(group)
     baseline = [variant for variant in group.dense if variant.is_baseline]
     for comparison in comparisons:
         settings = set(comparison.settings)
         variants = [variant for variant in group.sparse if group.differing(variant) <= settings]
         if len(variants) > 1 and not _outside(comparison):
             dense = group.dense if "sparsity.rate" in settings else baseline
-            named = [(variant.name, variant) for variant in (*dense, *variants)]
-            caption = _quality_caption(group)
-            tables.append(_table(comparison.name, comparison.title, caption, named, _QUALITY))
+            lines = [*dense, *variants]
+            tables.append(_table(comparison.name, comparison.title, caption, lines, _QUALITY))
             shown |= {variant.name for variant in variants}
     others = [variant for variant in group.sparse if variant.name not in shown]
     if others or not tables:
-        named = [(variant.name, variant) for variant in (*baseline, *others)]
         title = "Other variants" if tables else "Variants"
-        tables.append(_table("other", title, _quality_caption(group), named, _QUALITY))
+        tables.append(_table("other", title, caption, [*baseline, *others], _QUALITY))
     return tables
 
 
 def quality_table(group: Group) -> Table:
     """Return a table of all variants."""
-    named = [(variant.name, variant) for variant in group.variants]
-    return _table("quality", "Variants", _quality_caption(group), named, _QUALITY)
+    return _table("quality", "Variants", _quality_caption(group), group.variants, _QUALITY)
 
 
 def across_tables(groups: Sequence[Group], comparisons: Iterable[Comparison]) -> list[Table]:
@@ -95,9 +93,9 @@ def across_tables(groups: Sequence[Group], comparisons: Iterable[Comparison]) ->
             together.setdefault(group.runs[0].shared(outside), []).append(group)
         for several in together.values():
             if len(several) > 1:
-                lines = list(_lines_across(several))
-                counts = Counter(name for _, name, _ in lines)
-                common = [(label, variant) for label, name, variant in lines if counts[name] > 1]
+                lines = list(_variants_across(several))
+                counts = Counter(name for name, _ in lines)
+                common = [variant for name, variant in lines if counts[name] > 1]
                 group = dataclasses.replace(several[0], reference=_common_reference(several))
                 caption = _caption(group, _ACROSS)
                 tables.append(_table(comparison.name, comparison.title, caption, common, _QUALITY))
@@ -106,20 +104,22 @@ def across_tables(groups: Sequence[Group], comparisons: Iterable[Comparison]) ->
 
 def small_groups_table(groups: Sequence[Group]) -> Table:
     """Return one table of all variants of several groups."""
-    named = [(label, variant) for label, _, variant in _lines_across(groups)]
+    variants = [variant for _, variant in _variants_across(groups)]
     caption = "; ".join([_ACROSS, *_reference_words(_common_reference(groups))])
-    return _table("settings", "Other settings", caption, named, _QUALITY)
+    return _table("settings", "Other settings", caption, variants, _QUALITY)
 
 
-def _lines_across(groups: Sequence[Group]) -> Iterator[tuple[str, str, Variant]]:
-    """Yield label, name and variant of all variants, named by one reference for all groups."""
+def _variants_across(groups: Sequence[Group]) -> Iterator[tuple[str, Variant]]:
+    """Yield all variants, named by one reference for all groups, without and with the settings of
+    their group in the name."""
     reference = _common_reference(groups)
     for group, setting in zip(groups, group_labels(groups), strict=True):
         for variant in group.variants:
             name = variant.name
             if not variant.dense:
                 name = variant_name(variant.runs[0].sparsity, reference)
-            yield f"{setting}: {name}" if setting else name, name, variant
+            label = f"{setting}: {name}" if setting else name
+            yield name, dataclasses.replace(variant, name=label)
 
 
 def _common_reference(groups: Sequence[Group]) -> Settings:
@@ -132,9 +132,8 @@ def _outside(comparison: Comparison) -> list[str]:
 
 def cost_table(group: Group) -> Table:
     """Return a table of time, memory and FLOPs, with the speed-up beside its bound."""
-    named = [(variant.name, variant) for variant in group.variants]
     caption = _caption(group, _learning_rate(group))
-    return _table("cost", "Time, memory and FLOPs", caption, named, _COST)
+    return _table("cost", "Time, memory and FLOPs", caption, group.variants, _COST)
 
 
 def loss_table(group: Group) -> Table | None:
@@ -180,8 +179,11 @@ def sentence(variant: Variant) -> str:
 
 def terminal_table(runs: Sequence[FinishedRun]) -> str:
     """Return the quality and the cost of a sweep's runs, as two tables for a terminal."""
-    named = [(label, variant) for label, _, variant in _lines_across(make_groups(runs))]
-    tables = [_table("quality", "", "", named, _QUALITY), _table("cost", "", "", named, _COST)]
+    variants = [variant for _, variant in _variants_across(make_groups(runs))]
+    tables = [
+        _table(name, "", "", variants, columns)
+        for name, columns in (("quality", _QUALITY), ("cost", _COST))
+    ]
     return "\n\n".join(
         "\n".join([fixed_width(table.header, table.rows), *table.notes]) for table in tables
     )
@@ -246,13 +248,13 @@ def _table(
     name: str,
     title: str,
     caption: str,
-    named: Sequence[tuple[str, Variant]],
+    variants: Sequence[Variant],
     columns: Mapping[str, Callable[[Variant], str]],
 ) -> Table:
     """Return a row for each variant; columns without any value are left out."""
-    cells = {head: [cell(variant) for _, variant in named] for head, cell in columns.items()}
+    cells = {head: list(map(cell, variants)) for head, cell in columns.items()}
     known = {head: values for head, values in cells.items() if set(values) != {"-"}}
-    rows = zip([label for label, _ in named], *known.values(), strict=True)
+    rows = zip([variant.name for variant in variants], *known.values(), strict=True)
     return Table(name, title, caption, ("variant", *known), tuple(rows))
 
 
