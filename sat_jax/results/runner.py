@@ -51,6 +51,22 @@ class SweepRun:
                 " --workdir, or the old data"
             )
 
+    def end(self, stopping: bool) -> None:
+        """Drop the job, which has ended; `stopping`: the sweep was asked to stop."""
+        self.job = None
+        if not self.finished and not stopping:
+            self.error = failure(self.log)
+
+    def state(self) -> str:
+        """Return how the run ended."""
+        if self.error:
+            return f"failed: {self.error} (log: {self.log})"
+        return f"{'finished' if self.finished else 'stopped'}  {self.progress()}"
+
+    def text(self, names: Mapping[str, str]) -> str:
+        """Return name and settings, with the `names` of their paths."""
+        return f"{self.run.name}  {settings_text(self.run.settings, names)}"
+
     def progress(self) -> str:
         """Return the last step and the newest value of each metric."""
         newest: dict[str, Any] = {"step": 0}
@@ -118,106 +134,70 @@ def run_sweep(
     launcher: Launcher,
     finished: Callable[[SweepRun], None],
 ) -> None:
-    """Run all runs that are not finished, to their end.
+    """Run all runs that are not finished, to their end, with a line on stderr when a run starts or
+    ends, and for each running one every 30 seconds.
 
     `finished` is called in this process with each finished run. Raises `KeyboardInterrupt` when
     asked to stop: local runs have saved, and jobs of a cluster continue.
     """
-    with Interrupt() as interrupt:
-        _Runner(folder, runs, launcher, finished, lambda: interrupt.asked(0)).run()
+    # Seeds share compiled programs: side by side each would compile them.
+    runs = sorted(runs, key=lambda run: run.run.config.seed)
+    names = short_names(path for run in runs for path in run.run.settings)
+    before = [run for run in runs if run.finished]
+    for run in before:
+        finished(run)
+    _print(f"{len(runs)} runs in {folder.path}, {len(before)} finished before")
+    stopping, shown = False, time.monotonic()
+    ids = folder.job_ids()
+    try:
+        with Interrupt() as interrupt:
+            for run in runs:  # jobs that an earlier command submitted to a cluster
+                if run.waiting and run.run.name in ids:
+                    run.job = launcher.attach(ids[run.run.name])
+            while any(run.job or (run.waiting and not stopping) for run in runs):
+                if interrupt.asked(0) and not stopping:
+                    _stop(launcher)
+                    stopping = True
+                for run in [] if stopping else _start(folder, runs, launcher):
+                    _print(f"{run.text(names)}  started")
+                for run in runs:
+                    if run.job is not None and run.job.done():
+                        run.end(interrupt.asked(0))
+                        if run.finished:
+                            finished(run)
+                        _print(f"{run.text(names)}  {run.state()}")
+                if time.monotonic() - shown >= _PROGRESS_SECONDS:
+                    shown = time.monotonic()
+                    for run in runs:
+                        if run.job is not None:
+                            _print(f"{run.text(names)}  {run.progress()}")
+                time.sleep(launcher.seconds)
+    except BaseException:
+        launcher.stop()  # the second request ends runs at once
+        raise
+    if stopping:
+        raise KeyboardInterrupt
 
 
-class _Runner:
-    def __init__(
-        self,
-        folder: SweepDir,
-        runs: Sequence[SweepRun],
-        launcher: Launcher,
-        finished: Callable[[SweepRun], None],
-        stop_requested: Callable[[], bool],
-    ):
-        # Seeds share compiled programs: side by side each would compile them.
-        self._runs = sorted(runs, key=lambda run: run.run.config.seed)
-        self._folder, self._launcher = folder, launcher
-        self._finished, self._stop_requested = finished, stop_requested
-        self._names = short_names(path for run in runs for path in run.run.settings)
-        self._shown = time.monotonic()
-
-    def run(self) -> None:
-        before = [run for run in self._runs if run.finished]
-        for run in before:
-            self._finished(run)
-        _print(f"{len(self._runs)} runs in {self._folder.path}, {len(before)} finished before")
-        self._attach()
-        try:
-            while self._waiting() or self._running():
-                if self._stop_requested():
-                    self._stop()
-                self._start(self._waiting())
-                self._update()
-                if self._waiting() or self._running():
-                    time.sleep(self._launcher.seconds)
-        except BaseException:
-            self._launcher.stop()  # the second request ends runs at once
-            raise
-
-    def _waiting(self) -> list[SweepRun]:
-        return [run for run in self._runs if run.waiting]
-
-    def _running(self) -> list[SweepRun]:
-        return [run for run in self._runs if run.job is not None]
-
-    def _attach(self) -> None:
-        """Find the jobs that an earlier command submitted to a cluster."""
-        ids = self._folder.job_ids()
-        for run in self._waiting():
-            if run.run.name in ids:
-                run.job = self._launcher.attach(ids[run.run.name])
-
-    def _start(self, waiting: Sequence[SweepRun]) -> None:
-        starting = waiting[: self._launcher.room()]
-        if not starting:
-            return
-        jobs = self._launcher.submit([Job(r.run.config, r.workdir.path, r.log) for r in starting])
+def _start(folder: SweepDir, runs: Sequence[SweepRun], launcher: Launcher) -> list[SweepRun]:
+    starting = [run for run in runs if run.waiting][: launcher.room()]
+    if starting:
+        jobs = launcher.submit([Job(r.run.config, r.workdir.path, r.log) for r in starting])
         for run, job in zip(starting, jobs, strict=True):
             run.job = job
-            self._show(run, "started")
-        if self._launcher.outlives:
-            ids = zip(starting, jobs, strict=True)
-            self._folder.add_jobs({run.run.name: job.job_id for run, job in ids})
+        if launcher.outlives:
+            names = [run.run.name for run in starting]
+            folder.add_jobs(dict(zip(names, [job.job_id for job in jobs], strict=True)))
+    return starting
 
-    def _update(self) -> None:
-        for run in self._running():
-            if run.job is not None and run.job.done():
-                self._end(run)
-        if time.monotonic() - self._shown >= _PROGRESS_SECONDS:
-            self._shown = time.monotonic()
-            for run in self._running():
-                self._show(run, run.progress())
 
-    def _end(self, run: SweepRun) -> None:
-        run.job = None
-        if run.finished:
-            self._finished(run)
-            self._show(run, f"finished  {run.progress()}")
-        elif not self._stop_requested():
-            run.error = failure(run.log)
-            self._show(run, f"failed: {run.error} (log: {run.log})")
-
-    def _show(self, run: SweepRun, text: str) -> None:
-        _print(f"{run.run.name}  {settings_text(run.run.settings, self._names)}  {text}")
-
-    def _stop(self) -> None:
-        """End the sweep; local runs save first."""
-        if self._launcher.outlives:
-            _print("the jobs continue; the same command watches them, scancel ends them")
-            raise KeyboardInterrupt
-        _print("stopping: each run ends after its step and saves; again ends them now")
-        self._launcher.stop()
-        while self._running():
-            self._update()
-            time.sleep(self._launcher.seconds)
+def _stop(launcher: Launcher) -> None:
+    """Ask local runs to save and end; leave those of a cluster."""
+    if launcher.outlives:
+        _print("the jobs continue; the same command watches them, scancel ends them")
         raise KeyboardInterrupt
+    _print("stopping: each run ends after its step and saves; again ends them now")
+    launcher.stop()
 
 
 def _print(line: str) -> None:

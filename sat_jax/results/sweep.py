@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import typing
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -78,7 +79,7 @@ def parse_axes(texts: Sequence[str]) -> dict[str, list[Any]]:
 
     Semicolons instead of commas separate values that contain commas, and are required where a
     setting is a list: `a.b=0,1;0`. Raises `UserError` for an unknown setting, a value that it does
-    not accept, and anything given twice.
+    not accept, and a setting given twice.
     """
     axes: dict[str, list[Any]] = {}
     for text in texts:
@@ -95,8 +96,6 @@ def parse_axes(texts: Sequence[str]) -> dict[str, list[Any]]:
             )
         parts = values.split(";" if ";" in values else ",")
         axes[path] = [parse(path, part) for part in parts]
-        if len(set(axes[path])) < len(parts):
-            raise UserError(f"--axis {text} has a value twice")
     return axes
 
 
@@ -134,15 +133,12 @@ def combine(
 
 def settings_text(settings: Settings, names: Mapping[str, str] | None = None) -> str:
     """Format as `sparsity.rate=0.4 seed=1`; `names` has shorter names of paths."""
-
     names = names or {}
     return " ".join(f"{names.get(k, k)}={setting_text(value)}" for k, value in settings.items())
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:
     """Return the last part of each path, or the whole path where two end the same."""
-    paths = list(dict.fromkeys(paths))
-    ends = [path.rpartition(".")[2] for path in paths]
-    return {
-        path: end if ends.count(end) == 1 else path for path, end in zip(paths, ends, strict=True)
-    }
+    ends = {path: path.rpartition(".")[2] for path in paths}
+    unique = [end for end, count in Counter(ends.values()).items() if count == 1]
+    return {path: end if end in unique else path for path, end in ends.items()}
