@@ -4,11 +4,7 @@
     this text is replaced
     <!-- /table -->
 
-FILE is a file of rows, `experiments/results/FILE.jsonl`. KIND is `quality` (all variants), the
-name of a comparison that an experiment file declares, `other` (variants of no comparison), `cost`
-or `losses`; `steps` or `memory` of benchmarks; `perplexity`, `choices`, `answers` or
-`harness` of evaluations. Only rows are used whose FIELD (twin, data, commit, ..., or a setting by
-its dotted path) starts with one of the texts START, or equals it if it is a number.
+`python -m scripts.tables --help` says what FILE, KIND, FIELD and START are.
 """
 
 import hashlib
@@ -21,7 +17,7 @@ from matplotlib.figure import Figure
 
 from sat_jax.config_values import find
 from sat_jax.errors import UserError
-from sat_jax.results.benchmarks import TABLES, memory_figure
+from sat_jax.results.benchmarks import memory_figure, memory_tables, steps_table
 from sat_jax.results.evaluations import evaluation_tables
 from sat_jax.results.figures import quality_figure
 from sat_jax.results.finished import newest, runs_of_rows
@@ -106,10 +102,9 @@ def _table(
         for row in read(results / f"{stem}.jsonl")
         if all(_matches(row, field, starts) for field, starts in filters.items())
     ]
-    if kind in TABLES:
-        return TABLES[kind](rows)
     groups = make_groups(newest(runs_of_rows(rows)))
     tables = across_tables(groups, comparisons) + evaluation_tables(rows)
+    tables += steps_table(rows) + memory_tables(rows)
     for group in groups:
         tables += [quality_table(group), *comparison_tables(group, comparisons), cost_table(group)]
         tables += [table for table in [loss_table(group)] if table]
