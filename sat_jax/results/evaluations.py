@@ -10,7 +10,7 @@ from sat_jax.results.rows import Row, device_name
 from sat_jax.results.tables import Table
 from sat_jax.results.variants import variant_name
 
-_Column: TypeAlias = tuple[str, str, *tuple[str, ...]]
+_Column: TypeAlias = tuple[str, ...]
 
 _NOT_SHOWN = ("generations", "rows", "length", "stride")  # options without effect, or shown anyway
 # Name and title of each table, the measures of its rows, and its columns: heading, format, and the

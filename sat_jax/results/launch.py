@@ -142,36 +142,36 @@ class Local:
         # One folder per command: submitit names files by process ids, which recur.
         self._executor = submitit.LocalExecutor(folder / f"local-{time.time_ns()}")
         self._executor.update_parameters(timeout_min=_NO_TIMEOUT)
-        self._slots: list[Submitted | None] = [None] * workers
+        self._jobs: list[Submitted | None] = [None] * workers
         share = len(gpus) // workers
-        parts = [gpus[slot * share : (slot + 1) * share] for slot in range(workers)]
-        self._visible = [",".join(map(str, part)) for part in parts]
+        parts = [gpus[worker * share : (worker + 1) * share] for worker in range(workers)]
+        self._gpus = [",".join(map(str, part)) for part in parts]
 
     def room(self) -> int:
         """Return how many more jobs may be submitted now."""
-        return sum(self._is_free(slot) for slot in range(len(self._slots)))
+        return len(self._idle())
 
     def submit(self, jobs: Sequence[Job]) -> list[Submitted]:
         """Submit jobs, at most `room()`."""
-        submitted = []
-        for job in jobs:
-            slot = next(slot for slot in range(len(self._slots)) if self._is_free(slot))
-            # submitit hides all GPUs that were not requested from it.
-            visible = self._visible[slot] or os.environ.get("CUDA_VISIBLE_DEVICES")
-            local_job = dataclasses.replace(
-                job,
-                environment={"CUDA_VISIBLE_DEVICES": visible},
-                platform="cuda" if self._visible[slot] else None,
-            )
-            # Ctrl-C reaches every process of a terminal and would kill submitit's before the run
-            # saves. They inherit that it is blocked, and are stopped by SIGTERM alone.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
-                self._slots[slot] = self._executor.submit(local_job)
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            submitted.append(self._slots[slot])
-        return submitted  # type: ignore[return-value]
+        # Ctrl-C reaches every process of a terminal and would kill submitit's before the run
+        # saves. They inherit that it is blocked, and are stopped by SIGTERM alone.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return [
+                self._submit(worker, job) for worker, job in zip(self._idle(), jobs, strict=False)
+            ]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _submit(self, worker: int, job: Job) -> Submitted:
+        # submitit hides all GPUs that were not requested from it.
+        visible = self._gpus[worker] or os.environ.get("CUDA_VISIBLE_DEVICES")
+        platform = "cuda" if self._gpus[worker] else None
+        environment = {"CUDA_VISIBLE_DEVICES": visible}
+        local_job = dataclasses.replace(job, environment=environment, platform=platform)
+        submitted: Submitted = self._executor.submit(local_job)
+        self._jobs[worker] = submitted
+        return submitted
 
     def attach(self, job_id: str) -> Submitted | None:
         """Return a job that an earlier command submitted, if it waits or runs."""
@@ -180,13 +180,12 @@ class Local:
 
     def stop(self) -> None:
         """Ask the jobs to save and end."""
-        for job in self._slots:
+        for job in self._jobs:
             if job is not None and not job.done():
                 os.kill(int(job.job_id), signal.SIGTERM)  # submitit's process forwards it
 
-    def _is_free(self, slot: int) -> bool:
-        job = self._slots[slot]
-        return job is None or job.done()
+    def _idle(self) -> list[int]:
+        return [worker for worker, job in enumerate(self._jobs) if job is None or job.done()]
 
 
 class Slurm:

@@ -80,11 +80,11 @@ def _sections(groups: Sequence[Group], comparisons: Sequence[Comparison]) -> Ite
     ordered = sorted(groups, key=lambda group: -sum(len(v.runs) for v in group.variants))
     large = [group for group in ordered if len(group.sparse) > 1] or ordered[:1]
     for group in large:
-        tables = [*comparison_tables(group, comparisons), cost_table(group), loss_table(group)]
-        figure = quality_figure(group)
+        figure, losses = quality_figure(group), loss_table(group)
+        tables = [*comparison_tables(group, comparisons), cost_table(group)]
         yield Section(
             ": ".join(filter(None, [model_of(group.runs[0]), labels[id(group)]])),
-            [table for table in tables if table],
+            [*tables, losses] if losses else tables,
             svg(figure) if figure else None,
             [sentence(variant) for variant in group.variants if not variant.is_baseline],
         )
