@@ -19,10 +19,17 @@ from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sat_jax.cli import Parser, run
 from sat_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from sat_jax.results.finished import FinishedRun
+    from sat_jax.results.launch import Launcher
+    from sat_jax.results.planned import PlannedRun
+    from sat_jax.results.runner import SweepDir, SweepRun
+    from sat_jax.results.sweep import Comparison
 
 _PREFIX = "--config."
 
@@ -42,7 +49,6 @@ def parser() -> Parser:
     )
     add("--flops-per-second", type=float, metavar="X",
         help="speed for the times of --dry-run; default: that of the finished runs")  # fmt: skip
-    add("--skip-invalid", action="store_true", help="skip invalid runs")
     add("--launcher", choices=("local", "slurm"), default="local", help="default: local")
     add("--workers", type=int, metavar="N",
         help="simultaneous runs; default: 1, on Slurm its limit. Speed-ups of runs that share a"
@@ -60,49 +66,45 @@ def main() -> None:
     overrides = [a.removeprefix(_PREFIX) for a in sys.argv[1:] if a.startswith(_PREFIX)]
     options = parser().parse_args([a for a in sys.argv[1:] if not a.startswith(_PREFIX)])
     _check(options)
-    from sat_jax.results.finished import FinishedRun
+    from sat_jax.results.finished import finished_run
     from sat_jax.results.planned import dry_run, prepare_all
-    from sat_jax.results.record import record_run, row_of
-    from sat_jax.results.rows import ORIGIN, check
+    from sat_jax.results.record import record_run
+    from sat_jax.results.rows import check
     from sat_jax.results.runner import SweepDir, run_sweep
     from sat_jax.results.tables import terminal_table
-    from sat_jax.results.watch import State
-    from sat_jax.train.metrics import read_metrics
 
     runs, comparisons = _runs(options, overrides)
     folder = SweepDir(options.workdir)
+    found = [folder.find(run) for run in runs]
     if options.dry_run:
-        summaries = {run.name: folder.watch(run).workdir.finished() for run in runs}
-        finished_runs = {name: summary for name, summary in summaries.items() if summary}
-        print(dry_run(runs, finished_runs, options.flops_per_second))
+        summaries = {r.run.name: r.workdir.finished() for r in found}
+        done = {name: summary for name, summary in summaries.items() if summary}
+        print(dry_run(runs, done, options.flops_per_second))
         return
     if options.record is not None:
         check(options.record)
     results: list[FinishedRun] = []
 
-    def finished(run: Any, summary: dict[str, Any]) -> None:
-        records = read_metrics(folder.watch(run).workdir.metrics)
-        row = row_of(options.config, run.config, summary, records)
-        results.append(FinishedRun(row | {name: summary[name] for name in ORIGIN}))
+    def finished(run: "SweepRun") -> None:
+        result = finished_run(run.workdir, options.config)
+        assert result is not None
+        results.append(result)
         if options.record is not None:
-            record_run(options.record, options.config, run.config, summary, records)
+            record_run(options.record, result.row)
 
     with ExitStack() as stack:
         folder.lock(stack)
         launcher = _launcher(options, folder)
-        data, invalid = prepare_all(runs, lambda line: print(line, file=sys.stderr))
-        runs = _valid(runs, invalid, options)
-        watched = [folder.watch(run) for run in runs]
-        for watched_run in watched:
-            watched_run.check_finished(data[watched_run.run.name])
+        data = prepare_all(runs, lambda line: print(line, file=sys.stderr))
+        for run in found:
+            run.check_finished(data[run.run.name])
         folder.add(sys.argv[1:], runs, comparisons)
-        run_sweep(folder, watched, launcher, finished)
+        run_sweep(folder, found, launcher, finished)
     if results:
         print(terminal_table(results))
-    failed = [watched_run for watched_run in watched if watched_run.state is State.FAILED]
-    for failure in failed:
-        line = f"failed: {failure.run.name}: {failure.error} (log: {failure.log})"
-        print(line, file=sys.stderr)
+    failed = [run for run in found if run.error]
+    for run in failed:
+        print(f"failed: {run.run.name}: {run.error} (log: {run.log})", file=sys.stderr)
     if failed:
         raise UserError(f"{len(failed)} of {len(runs)} runs failed; the same command tries again")
 
@@ -119,44 +121,25 @@ def _check(options: Namespace) -> None:
         raise UserError("--gpus needs --launcher local; on Slurm: --slurm gpus_per_node=N")
 
 
-def _runs(options: Namespace, overrides: Sequence[str]) -> tuple[list[Any], Any]:
-    """Return the valid runs and the declared comparisons."""
+def _runs(
+    options: Namespace, overrides: Sequence[str]
+) -> tuple[list["PlannedRun"], Sequence["Comparison"]]:
+    """Return the runs, and the comparisons for which they are tabulated."""
     from sat_jax.config_values import experiment
     from sat_jax.results.planned import plan_runs
-    from sat_jax.results.sweep import check_runs, combine, comparison_of, parse_axes, sweep_of
+    from sat_jax.results.sweep import combine, comparison_of, parse_axes, sweep_of
 
     values = experiment(options.config)
     axes = parse_axes(options.axis)
     sweep = sweep_of(options.config)
-    listed = None
-    if sweep is not None:
-        listed = check_runs(sweep.runs, f"get_sweep() of {options.config}")
-    fixed, settings = combine(overrides, axes, listed, options.seeds)
-    runs, invalid = plan_runs(values, fixed, settings)
-    declared = sweep.comparisons if sweep is not None else ()
+    fixed, settings = combine(overrides, axes, sweep.runs if sweep else None, options.seeds)
+    declared = sweep.comparisons if sweep else ()
     if axes or not declared:
         declared = (*declared, comparison_of(settings))
-    return _valid(runs, invalid, options), declared
+    return plan_runs(values, fixed, settings), declared
 
 
-def _valid(runs: Sequence[Any], invalid: Sequence[Any], options: Namespace) -> list[Any]:
-    """Return the valid runs and print why others are invalid. Raises `UserError` for invalid runs
-    without --skip-invalid."""
-    from sat_jax.results.sweep import settings_text
-
-    for settings, reason in invalid:
-        print(f"invalid: {settings_text(settings)}: {reason}", file=sys.stderr)
-    refused = [settings for settings, _ in invalid]
-    valid = [run for run in runs if run.settings not in refused]
-    if invalid and not (options.skip_invalid and valid):
-        advice = "; --skip-invalid skips them" if valid else ""
-        raise UserError(f"{len(invalid)} runs are invalid, nothing was started{advice}")
-    if invalid:
-        print(f"skipped: {len(invalid)} invalid runs", file=sys.stderr)
-    return valid
-
-
-def _launcher(options: Namespace, folder: Any) -> Any:
+def _launcher(options: Namespace, folder: "SweepDir") -> "Launcher":
     from sat_jax.results.launch import Local, Slurm, slurm_options
 
     if options.launcher == "slurm":

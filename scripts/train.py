@@ -45,7 +45,7 @@ def main() -> None:
     config = load(options.config, overrides)
 
     from sat_jax.parallel.processes import is_primary, join
-    from sat_jax.results.record import dense_reference, record_run
+    from sat_jax.results.record import dense_reference, record_run, row_of
     from sat_jax.results.rows import check
     from sat_jax.results.run_table import end_of_run
     from sat_jax.train.loop import train
@@ -61,7 +61,7 @@ def main() -> None:
         return
     if options.record is not None:
         records = read_metrics(WorkDir(options.workdir).metrics)
-        record_run(options.record, options.config, config, summary, records)
+        record_run(options.record, row_of(options.config, config, summary, records))
     reference = dense_reference(_RESULTS, config, summary["data"])
     shown = {
         "perplexity_dense": reference,

@@ -5,7 +5,7 @@ from typing import Any
 
 from sat_jax.config import Config, ModelConfig, OptimizerConfig, SparsityConfig, TrainConfig
 from sat_jax.results.finished import FinishedRun, collect
-from sat_jax.results.record import record_run
+from sat_jax.results.record import record_run, row_of
 from sat_jax.results.sweep import Comparison
 from tests.test_tables import rung
 
@@ -62,7 +62,7 @@ def runs(tmp_path: Path, *finished: tuple[Config, dict[str, Any]]) -> list[Finis
     """Return the runs as read from recorded rows."""
     file = tmp_path / "rows.jsonl"
     for config, summary in finished:
-        record_run(file, "experiments/x.py", config, summary, RECORDS)
+        record_run(file, row_of("experiments/x.py", config, summary, RECORDS))
     return collect([], [file], print)[0]
 
 

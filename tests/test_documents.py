@@ -44,7 +44,7 @@ def test_a_table_in_a_document_is_made_of_rows(tmp_path: Path) -> None:
         (text.replace("commit=a -->", "commit=a --> "), "is malformed"),
         (text.replace("<!-- table", "  <!-- Table"), "is malformed"),
         (text.replace("<!-- /table", "<!--/table"), "is malformed"),
-        (text.replace(mark, ""), "<!-- /table --> is malformed or not one of a pair"),
+        (text.replace(mark, ""), "not one of a pair"),
         (text.replace("commit=a", "steps=8,a"), "steps=8,a is no number"),
         (of_setting.replace("1e-1", "0.2"), "there are rows for: none"),
         (of_setting.replace("1e-1", "0.2a"), "optimizer.momentum=0.2a is no number"),

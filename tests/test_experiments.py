@@ -68,9 +68,9 @@ def test_sweeps_of_the_tables_are_valid(file: Path, scale: str) -> None:
     assert sweep is not None and sweep.comparisons
     fixed, settings = combine([], {}, sweep.runs, None)
     shape = {"model.path": None, "model.preset": SCALES[scale], "data.tokenizer": "bytes"}
-    runs, invalid = plan_runs(experiment(spec), {**fixed, **shape}, settings)
-    assert not invalid and len(runs) == len(settings) > 4
-    baselines = {dense_baseline(run.config) for run in runs if run.dense}
+    runs = plan_runs(experiment(spec), {**fixed, **shape}, settings)
+    assert len(runs) == len(settings) > 4
+    baselines = {dense_baseline(run.config) for run in runs if max(run.config.rates) == 0}
     assert {dense_baseline(run.config) for run in runs} == baselines
     for comparison in sweep.comparisons:
         assert all(path in DEFAULTS or find(path) for path in comparison.settings)

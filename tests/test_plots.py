@@ -6,7 +6,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import pytest
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 
@@ -97,27 +96,6 @@ def test_omission_rate_is_that_of_the_tokens_before() -> None:
     assert not inside((201, 0.01)) and not inside((399, 0.01))
 
 
-@pytest.mark.parametrize(("steps", "window"), [(15, 0), (16, 5), (200, 5), (400, 11)])
-def test_noisy_losses_get_their_centred_mean(steps: int, window: int) -> None:
-    rows = [
-        {"step": i, "tokens": 10 * i, "loss": float(i % 5), "omission_rate": 0.0}
-        for i in range(1, steps + 1)
-    ]
-    axes = loss_figure(rows).axes[0]
-    assert points(axes, 0) == [(10 * i, i % 5) for i in range(1, steps + 1)]  # all of them
-    assert axes.get_ylim()[0] < 0 and axes.get_ylim()[1] > 4
-    legend = axes.get_legend()
-    assert legend is not None
-    if not window:
-        assert len(axes.lines) == 2 and len(legend.get_texts()) == 3
-        return
-    means = points(axes, 1)
-    assert len(means) == steps - window + 1
-    assert_close(means[0], (5 * (window + 1), sum(i % 5 for i in range(1, window + 1)) / window),
-                 "float64", "forward")  # fmt: skip
-    assert f"mean over {window} records" in legend.get_texts()[1].get_text()
-
-
 def test_a_run_of_no_steps_still_draws(tmp_path: Path) -> None:
     assert save(loss_figure(METRICS[:1]), tmp_path / "loss.png").exists()
 
@@ -160,11 +138,3 @@ def test_maps_show_shares_layer_by_layer_on_one_whole_scale() -> None:
 def test_layers_that_never_omit_keep_everything() -> None:
     heads = kept_figure(Kept(np.zeros((2, 3), int), np.zeros(2, int)), CHANNELS).axes[0]
     assert_close(heads.images[0].get_array(), np.ones((2, 3)), "float64", "exact")
-
-
-def test_counts_that_cannot_be_are_refused() -> None:
-    for counts in (CHANNELS.counts + 1, CHANNELS.counts - 1):
-        with pytest.raises(ValueError, match=r"counts must be in 0\.\.selections"):
-            kept_figure(HEADS, Kept(counts, CHANNELS.selections))
-    with pytest.raises(ValueError, match="2 layers of heads, 1 of channels"):
-        kept_figure(HEADS, Kept(CHANNELS.counts[:1], CHANNELS.selections[:1]))

@@ -4,11 +4,11 @@ from typing import Any, cast
 
 from sat_jax.config_values import experiment
 from sat_jax.results.finished import FinishedRun
-from sat_jax.results.means import mean_of
 from sat_jax.results.planned import dry_run, plan_runs
 from sat_jax.results.record import row_of
 from sat_jax.results.rows import latest, read
 from sat_jax.results.tables import terminal_table
+from sat_jax.results.variants import mean_of
 from sat_jax.train.costs import flops_of_probe, flops_of_selection
 from sat_jax.train.counters import RunCounters
 from sat_jax.train.finish import flops_of_run, rung_summaries
@@ -21,15 +21,14 @@ from tests.tolerances import assert_close
 
 def test_costs_are_counted_from_shapes() -> None:
     runs = runs_of("sparsity.rate=0,0.5", "sparsity.metric=uniform,wanda,output")
-    dense, uniform, wanda, output = plans = [run.plan for run in runs]
-    assert [plan.probes() for plan in plans] == [0, 0, 1, 5]
+    dense, uniform, wanda, output = runs
+    assert [run.probes() for run in runs] == [0, 0, 1, 5]
     in_layers = {"sparsity.refresh_every": 0, "sparsity.probe_tokens": 1024}
     (dynamic,) = runs_of("sparsity.metric=wanda", fixed=in_layers)
-    assert (dynamic.plan.probes(), dynamic.plan.spent_flops()) == (0, uniform.spent_flops())
-    assert dense.spent_flops() == dense.dense_flops() == uniform.dense_flops()
-    assert uniform.spent_flops() < wanda.spent_flops() < output.spent_flops() < dense.spent_flops()
-    (run,) = runs_of("sparsity.metric=output", fixed={"sparsity.least_squares_correction": True})
-    more = run.plan
+    assert (dynamic.probes(), dynamic.flops()[0]) == (0, uniform.flops()[0])
+    assert dense.flops()[0] == dense.flops()[1] == uniform.flops()[1]
+    assert uniform.flops()[0] < wanda.flops()[0] < output.flops()[0] < dense.flops()[0]
+    (more,) = runs_of("sparsity.metric=output", fixed={"sparsity.least_squares_correction": True})
     assert more.probes() == 5
     solved = [
         more.selections(rung) * flops_of_selection(more.config, more.model, rung)
@@ -40,7 +39,7 @@ def test_costs_are_counted_from_shapes() -> None:
         flops_of_probe(more.config, more.model) - flops_of_probe(output.config, output.model)
     )
     assert products > 0 and sum(solved) > 0
-    difference = more.spent_flops() - output.spent_flops()
+    difference = more.flops()[0] - output.flops()[0]
     assert_close(difference, products + sum(solved), "float64", "forward")
     # What a run is billed when it ends, which here has chosen and not trained.
     counters = RunCounters(more.controller)
@@ -51,9 +50,9 @@ def test_costs_are_counted_from_shapes() -> None:
     row = latest(rows, experiment="experiments/quickstart.py")
     assert row is not None
     fixed = {"model.path": None, "model.preset": "smollm2-135m"}
-    ((quick,), _) = plan_runs(experiment(str(ROOT / "experiments/quickstart.py")), fixed, [{}])
-    assert quick.plan.probes() == row["probes"]
-    assert row["spent_flops"] <= quick.plan.spent_flops() < 1.03 * row["spent_flops"]
+    (quick,) = plan_runs(experiment(str(ROOT / "experiments/quickstart.py")), fixed, [{}])
+    assert quick.probes() == row["probes"]
+    assert row["spent_flops"] <= quick.flops()[0] < 1.03 * row["spent_flops"]
 
 
 def test_bounds_of_rungs_are_of_the_flops_that_a_run_is_billed() -> None:
@@ -61,10 +60,10 @@ def test_bounds_of_rungs_are_of_the_flops_that_a_run_is_billed() -> None:
     fixed = {"sparsity.block": 64, "sparsity.metric": "uniform"}
     bounds = {}
     for run in runs_of("sparsity.execution=gather,mask,kernel", fixed=fixed):
-        rungs = rung_summaries(cast(Any, run.plan), RunCounters(run.plan.controller), [], None)
+        rungs = rung_summaries(cast(Any, run), RunCounters(run.controller), [], None)
         shares = [rung["steps"] / rung["bound"] for rung in rungs]
         share = sum(shares) / run.config.train.steps
-        assert_close(share, run.plan.spent_flops() / run.plan.dense_flops(), "float64", "forward")
+        assert_close(share, run.flops()[0] / run.flops()[1], "float64", "forward")
         bounds[run.config.sparsity.execution] = rungs[0]["bound"]
     assert bounds["gather"] > bounds["kernel"] > bounds["mask"] == 1
 
@@ -74,14 +73,14 @@ def test_a_dry_run_shows_costs_and_the_source_of_times() -> None:
     finished = {runs[0].name: {"spent_flops": 6e9, "seconds": {"total": 3.0}}}
     shown = dry_run(runs, finished, 1e9)
     assert shown.splitlines()[2].split() == [
-        runs[0].name, "rate=0.0", "7.38", "GFLOP", "7.38", "GFLOP", "1.00×", "finished",
+        runs[0].name, "rate=0", "7.38", "GFLOP", "7.38", "GFLOP", "1.00×", "finished",
     ]  # fmt: skip
     assert "5.7 s" in shown.splitlines()[3]
-    assert "2 runs, 1 to do: at most 5.72 GFLOP, 5.7 s one after another" in shown
-    assert shown.endswith("at 1.00 GFLOP/s, from --flops-per-second")
-    assert dry_run(runs, {}, None).endswith("unknown; give --flops-per-second")
-    measured = dry_run(runs, finished, None)
-    assert measured.endswith("at 2.00 GFLOP/s, from 1 finished runs of this sweep")
+    assert shown.splitlines()[-1] == (
+        "2 runs, 1 to do: at most 5.72 GFLOP, 5.7 s one after another at 1.00 GFLOP/s"
+    )
+    assert dry_run(runs, {}, None).endswith("unknown speed; give --flops-per-second")
+    assert dry_run(runs, finished, None).endswith("at 2.00 GFLOP/s")
 
 
 def finished(run: Any, after: float, **changed: Any) -> FinishedRun:
@@ -89,8 +88,7 @@ def finished(run: Any, after: float, **changed: Any) -> FinishedRun:
     rungs = [rung(rate, 150.0), rung(0.0, 100.0)] if rate else [rung(0.0, 100.0)]
     flops = {"spent_flops": 8e9 if rate else 1e10}
     summary = summary_of(after, 2 * after - 2, rungs, **flops, **changed)
-    row = row_of("x", run.config, summary, RECORDS)
-    return FinishedRun(row | {key: summary[key] for key in ("versions", "device", "commit")})
+    return FinishedRun(row_of("x", run.config, summary, RECORDS))
 
 
 def test_the_last_table_has_means_over_seeds() -> None:

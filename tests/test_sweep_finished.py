@@ -29,9 +29,9 @@ def test_a_run_that_finished_on_other_data_is_not_finished(
     sources = f"--config.data.sources={text},{other}"
     line = ["sweep", f"--config={TINY}", f"--workdir={folder}", sources, "--seeds=1"]
     monkeypatch.setattr("sys.argv", line)
-    (run,) = plan_runs(experiment(TINY), {"data.sources": (str(text), str(other))}, [{}])[0]
-    data = prepare_all([run], print)[0][run.name]
-    done = SweepDir(folder).watch(run)
+    (run,) = plan_runs(experiment(TINY), {"data.sources": (str(text), str(other))}, [{}])
+    data = prepare_all([run], print)[run.name]
+    done = SweepDir(folder).find(run)
     done.workdir.path.mkdir(parents=True)
     write_json(done.workdir.summary, {"data": data})
     done.check_finished(data)

@@ -64,10 +64,13 @@ def test_runs_are_paired_with_the_dense_baseline_of_their_seed(tmp_path: Path) -
     """Differences 10 % and 20 %; 40 s dense, 20 s and 16 s sparse."""
     (group,) = make_groups(study(tmp_path))
     at_2, at_4 = group.sparse
-    assert group.dense is not None and group.dense.is_baseline
+    assert group.dense[0].is_baseline
     assert [variant.name for variant in group.variants] == ["dense", "r = 0.2", "r = 0.4"]
     assert_close(at_4.differences(), [10.0, 20.0], "float64", "forward")
-    assert_close(at_4.speedups(), [2.0, 2.5], "float64", "forward")
+    speedup, bound = at_4.speedup_and_bound()
+    assert speedup is not None and bound is not None
+    assert_close([*speedup, bound.value], [2.25, 0.25, 1.25], "float64", "forward")
+    assert at_2.speedup_and_bound()[0] is None  # at another commit than its baseline
     assert_close(at_4.flops_shares(), [80.0, 80.0], "float64", "forward")
     assert [run.seed for run in at_2.runs] == [0]
 
@@ -82,7 +85,7 @@ def test_a_baseline_on_another_device_gives_no_speedup(tmp_path: Path) -> None:
             (config_of(1, rate=0.4), summary_of(11.0, 18.0, SPARSE)),
         )
     )
-    assert group.sparse[0].speedups() == [None, None]
+    assert group.sparse[0].speedup_and_bound()[0] is None
     assert_close(group.sparse[0].differences(), [10.0], "float64", "forward")  # of one seed
 
 
@@ -106,7 +109,7 @@ def test_dense_runs_of_half_the_steps_and_more_belong_to_the_group(tmp_path: Pat
     """12 is 20 % from 10, and 11.4 is 5 % below 12; seed 1 has one length alone."""
     group, alone = make_groups(shorter(tmp_path))
     assert [variant.name for variant in group.variants] == ["dense", "dense, 6 steps", "r = 0.4"]
-    (six,), (sparse,) = group.shorter, group.sparse
+    (_, six), (sparse,) = group.dense, group.sparse
     assert_close(six.differences(), [20.0], "float64", "forward")
     assert_close(six.flops_shares(), [80.0], "float64", "forward")
     assert_close(sparse.differences_at_equal_flops(), [-5.0], "float64", "forward")

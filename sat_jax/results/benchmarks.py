@@ -1,15 +1,16 @@
 """Tables and a figure of benchmarks, which time or compile single steps."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from matplotlib.figure import Figure
 
 from sat_jax.errors import UserError
 from sat_jax.results.rows import STEP_SETTING, Row, device_name, latest
 from sat_jax.results.run_plots import BLUE, GREY, INK, ORANGE, new_figure, tidy
-from sat_jax.results.speed import ABOVE_BOUND, ABOVE_BOUND_NOTE, speedup_text
-from sat_jax.results.text import markdown, percent
+from sat_jax.results.speed import speedup_text
+from sat_jax.results.tables import Table
+from sat_jax.results.text import percent
 
 _MEMORY = {
     "state": ("state_bytes", BLUE),
@@ -20,11 +21,11 @@ _COLUMNS = 2  # of plots
 _PLOT = (6.0, 3.0)  # inches
 
 
-def steps_table(rows: Sequence[Row]) -> str:
+def steps_table(rows: Sequence[Row]) -> list[Table]:
     """Return the last measurement of `scripts.benchmark --only steps` beside the dense step."""
     dense = latest(rows, benchmark="steps", execution="dense")
     if dense is None:
-        raise UserError("no dense step among the rows")
+        return []
     body = []
     for row in rows:
         if row.get("benchmark") != "steps" or row["date"] != dense["date"]:
@@ -35,44 +36,31 @@ def steps_table(rows: Sequence[Row]) -> str:
         # Mask execution computes everything, so that it has no bound.
         bound = None if row["execution"] == "mask" else row["bound"]
         speedup = [speedup_text(row["speedup_wall"], bound), f"{bound:.2f}×" if bound else "-"]
-        body.append([name, *_kept(row), f"{row['wall_seconds']:.1f} s", *speedup])
+        body.append((name, *_kept(row), f"{row['wall_seconds']:.1f} s", *speedup))
     header = ("one step", "heads kept", "channels kept", "time", "speed-up", "FLOP bound")
     tokens = f"{dense['rows'] * dense['row_length']:,} tokens"
     caption = f"{dense['model']}; {tokens}; {dense['dtype']}; {device_name(dense['device'])}"
-    table = markdown(header, body)
-    note = f" {ABOVE_BOUND_NOTE}." if ABOVE_BOUND in table else ""
-    return f"{table}\n\n{caption}.{note}"
+    return [Table("steps", "Single steps", caption, header, tuple(body))]
 
 
-def memory_table(rows: Sequence[Row]) -> str:
+def memory_tables(rows: Sequence[Row]) -> list[Table]:
     """Return what `scripts.memory` compiled, a table for each setting."""
-    header = (
-        "trained",
-        "heads kept",
-        "channels kept",
-        *_MEMORY,
-        "total",
-        "of dense",
-        "at a refresh",
-    )
-    parts = []
+    header = ("trained", "heads kept", "channels kept", *_MEMORY, "total", "of dense",
+              "at a refresh")  # fmt: skip
+    tables = []
     for steps in _settings(rows):
         dense, body = steps[0], []
+        dense_total = sum(dense[field] for field, _ in _MEMORY.values())
         for row in steps:
             sizes = [row[field] for field, _ in _MEMORY.values()]
-            dense_total = sum(dense[field] for field, _ in _MEMORY.values())
-            ratio = f"{sum(sizes) / dense_total:.2f}×"
-            refresh = _gibibytes(row["refresh_bytes"]) if row.get("refresh_bytes") else "-"
-            cells = [*map(_gibibytes, (*sizes, sum(sizes))), ratio, refresh]
-            body.append([_trained(row), *_kept(row), *cells])
+            cells = [*map(_gibibytes, (*sizes, sum(sizes))), f"{sum(sizes) / dense_total:.2f}×"]
+            cells.append(_gibibytes(row["refresh_bytes"]) if row.get("refresh_bytes") else "-")
+            body.append((_trained(row), *_kept(row), *cells))
         settings = [dense["dtype"], dense["optimizer"], f"remat {dense['remat']}"]
         settings += [f"kernels {dense['kernels']}"] if dense["kernels"] else []
         caption = "; ".join([_model_and_tokens(dense), *settings, dense["target"]])
-        parts.append(f"{markdown(header, body)}\n\n{caption}.")
-    return "\n\n".join(parts)
-
-
-TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"steps": steps_table, "memory": memory_table}
+        tables.append(Table("memory", "Memory of a step", caption, header, tuple(body)))
+    return tables
 
 
 def memory_figure(rows: Sequence[Row]) -> Figure:
@@ -101,7 +89,7 @@ def _settings(rows: Sequence[Row]) -> Iterator[list[Row]]:
     newest = {
         (tuple(row[name] for name in STEP_SETTING), row["execution"], row["rate"]): row
         for row in rows
-        if row["part"] == "step" and row["rate"] < 1 and "error" not in row
+        if row.get("part") == "step" and row["rate"] < 1 and "error" not in row
     }
     for setting in dict.fromkeys(key[0] for key in newest):
         steps = [row for key, row in newest.items() if key[0] == setting]

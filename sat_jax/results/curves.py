@@ -30,12 +30,16 @@ def curve_of(records: Sequence[Mapping[str, Any]]) -> dict[str, list[float | Non
         [0, *(record["step"] for record in steps)],
         [0, *(record["tokens"] for record in steps)],
     )
+    curve = {
+        "tokens": [record["tokens"] for record in ends],
+        "rate": [record["omission_rate"] for record in ends],
+        "loss": [losses[block].mean() for block in blocks],
+        "eval_tokens": eval_tokens,
+        "eval_loss": [record["eval_loss"] for record in held_out],
+    }
     return {
-        "tokens": _rounded([record["tokens"] for record in ends]),
-        "rate": _rounded([record["omission_rate"] for record in ends]),
-        "loss": _rounded([losses[block].mean() for block in blocks]),
-        "eval_tokens": _rounded(eval_tokens),
-        "eval_loss": _rounded([record["eval_loss"] for record in held_out]),
+        name: [float(f"{value:.5g}") if math.isfinite(value) else None for value in values]
+        for name, values in curve.items()
     }
 
 
@@ -53,7 +57,3 @@ def part_means(curve: Mapping[str, Sequence[float | None]], parts: int) -> list[
     ends = np.linspace(0, tokens[-1], parts + 1)
     means = np.diff(np.interp(ends, tokens, totals)) / np.diff(ends)
     return [float(mean) if math.isfinite(mean) else None for mean in means]
-
-
-def _rounded(values: Any) -> list[float | None]:
-    return [float(f"{value:.5g}") if math.isfinite(value) else None for value in values]

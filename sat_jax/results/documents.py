@@ -4,11 +4,7 @@
     this text is replaced
     <!-- /table -->
 
-FILE is a file of rows, `experiments/results/FILE.jsonl`. KIND is `quality` (all variants), the
-name of a comparison that an experiment file declares, `other` (variants of no comparison), `cost`
-or `losses`; `steps`, `memory` or `speed` of benchmarks; `perplexity`, `choices`, `answers` or
-`harness` of evaluations. Only rows are used whose FIELD (twin, data, commit, ..., or a setting by
-its dotted path) starts with one of the texts START, or equals it if it is a number.
+`python -m scripts.tables --help` says what FILE, KIND, FIELD and START are.
 """
 
 import hashlib
@@ -21,10 +17,10 @@ from matplotlib.figure import Figure
 
 from sat_jax.config_values import find
 from sat_jax.errors import UserError
-from sat_jax.results.benchmarks import TABLES, memory_figure
+from sat_jax.results.benchmarks import memory_figure, memory_tables, steps_table
 from sat_jax.results.evaluations import evaluation_tables
 from sat_jax.results.figures import quality_figure
-from sat_jax.results.finished import newest, run_of_row
+from sat_jax.results.finished import newest, runs_of_rows
 from sat_jax.results.rows import Row, read
 from sat_jax.results.sweep import Comparison
 from sat_jax.results.tables import (
@@ -71,13 +67,12 @@ def fill(text: str, results: Path, origin: str, comparisons: Sequence[Comparison
         except UserError as error:
             raise UserError(f"{origin}: {opening.strip()}: {error}") from error
 
-    unpaired = _MARK.search(_TABLE.sub("", text))
-    nested = [match.group() for match in _TABLE.finditer(text) if len(_MARK.findall(match[0])) > 2]
-    if unpaired or nested:
-        mark = (unpaired.group() if unpaired else nested[0].partition("\n")[0]).strip()
+    marks, pairs = _MARK.findall(text), [*_TABLE.finditer(text)]
+    if len(marks) != 2 * len(pairs):
         raise UserError(
-            f"{origin}: {mark} is malformed or not one of a pair; accepted: <!-- table: FILE.KIND"
-            " [FIELD=START ...] --> on a line of its own, then <!-- /table -->"
+            f"{origin}: {len(marks)} table marks make {len(pairs)} pairs, so that one is malformed"
+            " or not one of a pair; accepted: <!-- table: FILE.KIND [FIELD=START ...] --> on a line"
+            " of its own, then <!-- /table -->"
         )
     return _TABLE.sub(filled, text)
 
@@ -107,21 +102,12 @@ def _table(
         for row in read(results / f"{stem}.jsonl")
         if all(_matches(row, field, starts) for field, starts in filters.items())
     ]
-    if kind in TABLES:
-        return TABLES[kind](rows)
-    groups = make_groups(newest(run_of_row(row, stem) for row in rows if "twin" in row))
-    tables = [
-        table
-        for group in groups
-        for table in (
-            quality_table(group),
-            *comparison_tables(group, comparisons),
-            cost_table(group),
-            loss_table(group),
-        )
-        if table
-    ]
-    tables += across_tables(groups, comparisons) + evaluation_tables(rows)
+    groups = make_groups(newest(runs_of_rows(rows)))
+    tables = across_tables(groups, comparisons) + evaluation_tables(rows)
+    tables += steps_table(rows) + memory_tables(rows)
+    for group in groups:
+        tables += [quality_table(group), *comparison_tables(group, comparisons), cost_table(group)]
+        tables += [table for table in [loss_table(group)] if table]
     wanted = [table.markdown() for table in tables if table.name == kind]
     if not wanted:
         names = ", ".join(dict.fromkeys(table.name for table in tables)) or "none"
@@ -131,11 +117,10 @@ def _table(
 
 def pictures(results: Path, folder: Path) -> list[Path]:
     """Write a picture into `folder` for each file of `results` that has one; return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, draw in _PICTURES.items():
-        file = results / f"{name}.jsonl"
-        if file.exists():
-            folder.mkdir(parents=True, exist_ok=True)
+        if (file := results / f"{name}.jsonl").exists():
             written.append(folder / f"{name}.png")
             metadata = {"Software": None, _DIGEST: _digest(file)}
             draw(read(file)).savefig(written[-1], format="png", metadata=metadata)
@@ -147,15 +132,16 @@ def outdated_pictures(results: Path, folder: Path) -> list[Path]:
 
     Rows are compared and not pixels, which depend on the versions of matplotlib and its fonts.
     """
-    outdated = []
-    for name in _PICTURES:
-        file, picture = results / f"{name}.jsonl", folder / f"{name}.png"
+    files = {folder / f"{name}.png": results / f"{name}.jsonl" for name in _PICTURES}
+    return [
+        picture
+        for picture, file in files.items()
         # A PNG's tEXt chunk: keyword, a zero byte, the text.
-        if file.exists() and not (
+        if file.exists()
+        and not (
             picture.exists() and f"{_DIGEST}\0{_digest(file)}".encode() in picture.read_bytes()
-        ):
-            outdated.append(picture)
-    return outdated
+        )
+    ]
 
 
 def _digest(file: Path) -> str:
@@ -164,9 +150,8 @@ def _digest(file: Path) -> str:
 
 def _study_figure(rows: Sequence[Row]) -> Figure:
     """Draw the group with the most runs."""
-    groups = make_groups(newest(run_of_row(row, "study") for row in rows))
-    largest = max(groups, key=lambda group: len(group.runs), default=None)
-    figure = None if largest is None else quality_figure(largest)
+    groups = make_groups(newest(runs_of_rows(rows)))
+    figure = quality_figure(max(groups, key=lambda group: len(group.runs))) if groups else None
     if figure is None:
         raise UserError("study.jsonl: no sparse run with a dense baseline")
     return figure

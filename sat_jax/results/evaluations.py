@@ -1,76 +1,43 @@
 """Tables of evaluations: rows of `scripts.evaluate --record`."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 from sat_jax.config_values import name_of
 from sat_jax.results.finished import DEFAULTS
-from sat_jax.results.rows import device_name
+from sat_jax.results.rows import Row, device_name
 from sat_jax.results.tables import Table
 from sat_jax.results.variants import variant_name
 
-Row: TypeAlias = Mapping[str, Any]
+_Column: TypeAlias = tuple[str, ...]
+
 _NOT_SHOWN = ("generations", "rows", "length", "stride")  # options without effect, or shown anyway
-
-
-class _Column(NamedTuple):
-    """A number of a row, with its standard error where the row has one."""
-
-    value: str
-    form: str = "{:.3f}"
-    error: str | None = None
-
-    def text(self, row: Row) -> str:
-        if row[self.value] is None:
-            return "not finite"
-        numbers = [row[key] for key in (self.value, self.error) if key and row[key] is not None]
-        return " ± ".join(map(self.form.format, numbers)).replace("%", " %")
-
-
-class _Kind(NamedTuple):
-    title: str
-    measures: tuple[str, ...]
-    columns: Mapping[str, _Column]
-    asked: tuple[str, ...] = ()  # fields that are columns of their own
-
-
-_KINDS = {
-    "perplexity": _Kind(
-        "Perplexity of texts",
-        ("text", "prepared"),
-        {
-            "tokens": _Column("tokens", "{:,}"),
-            "per token": _Column("perplexity"),
-            "per byte": _Column("byte_perplexity"),
-            "bits per byte": _Column("bits_per_byte"),
-        },
-    ),
-    "choices": _Kind(
-        "Multiple choice",
-        ("choices",),
-        {
-            "accuracy": _Column("accuracy", "{:.1%}", "stderr"),
-            "by length in bytes": _Column("accuracy_per_byte", "{:.1%}", "stderr_per_byte"),
-            "random guess": _Column("chance", "{:.0%}"),
-        },
-    ),
-    "answers": _Kind(
-        "Generated answers",
-        ("answers",),
-        {
-            "exact match": _Column("accuracy", "{:.1%}", "stderr"),
-            "no result": _Column("no_result", "{:.0%}"),
-            "at the token limit": _Column("cut", "{:.0%}"),
-        },
-    ),
-    "harness": _Kind(
-        "lm-evaluation-harness",
-        ("lm_eval",),
-        {"value": _Column("value", error="stderr")},
-        ("task", "metric"),
-    ),
-}
+# Name and title of each table, the measures of its rows, and its columns: heading, format, and the
+# field of a number, followed by that of its standard error if it has one.
+_TABLES: tuple[tuple[str, str, tuple[str, ...], tuple[_Column, ...]], ...] = (
+    ("perplexity", "Perplexity of texts", ("text", "prepared"), (
+        ("tokens", "{:,}", "tokens"),
+        ("per token", "{:.3f}", "perplexity"),
+        ("per byte", "{:.3f}", "byte_perplexity"),
+        ("bits per byte", "{:.3f}", "bits_per_byte"),
+    )),
+    ("choices", "Multiple choice", ("choices",), (
+        ("accuracy", "{:.1%}", "accuracy", "stderr"),
+        ("by length in bytes", "{:.1%}", "accuracy_per_byte", "stderr_per_byte"),
+        ("random guess", "{:.0%}", "chance"),
+    )),
+    ("answers", "Generated answers", ("answers",), (
+        ("exact match", "{:.1%}", "accuracy", "stderr"),
+        ("no result", "{:.0%}", "no_result"),
+        ("at the token limit", "{:.0%}", "cut"),
+    )),
+    ("harness", "lm-evaluation-harness", ("lm_eval",), (
+        ("task", "{}", "task"),
+        ("metric", "{}", "metric"),
+        ("value", "{:.3f}", "value", "stderr"),
+    )),
+)  # fmt: skip
 
 
 def evaluation_tables(rows: Sequence[Row]) -> list[Table]:
@@ -79,52 +46,45 @@ def evaluation_tables(rows: Sequence[Row]) -> list[Table]:
     Models are in order of their first rows; the newest row of a model counts.
     """
     tables = []
-    for name, kind in _KINDS.items():
-        conditions: dict[str, dict[tuple[str, ...], Row]] = {}
+    for name, title, measures, columns in _TABLES:
+        settings = defaultdict[str, dict[Any, Row]](dict)
         for row in rows:
-            if row.get("measure") in kind.measures:
-                newest = conditions.setdefault(_conditions(row), {})
-                model = name_of(row["run"] or {"model": row["model"]})
-                key = (model, *(str(row[field]) for field in kind.asked))
+            if row.get("measure") in measures:
+                newest = settings[_setting(row)]
+                key = (_model(row), row.get("task"), row.get("metric"))
                 newest[key] = max(row, newest.get(key, row), key=lambda other: other["date"])
-        for condition, newest in conditions.items():
+        for setting, newest in settings.items():
             devices = dict.fromkeys(device_name(row["device"]) for row in newest.values())
-            caption = "; ".join([condition, " and ".join(devices)])
-            if any(column.error for column in kind.columns.values()):
+            caption = f"{setting}; {' and '.join(devices)}"
+            if any(len(column) > 3 for column in columns):
                 caption += "; ± is the standard error over questions"
-            header = ("model", *kind.asked, *kind.columns)
-            lines = _lines(kind, newest)
-            tables.append(Table(name, kind.title, caption, header, lines))
+            models = _names({model: row for (model, *_), row in newest.items()})
+            lines = [
+                (models[model], *(_cell(row, column) for column in columns))
+                for (model, *_), row in newest.items()
+            ]
+            header = ("model", *(column[0] for column in columns))
+            tables.append(Table(name, title, caption, header, tuple(lines)))
     return tables
 
 
-def _lines(kind: _Kind, newest: Mapping[tuple[str, ...], Row]) -> tuple[tuple[str, ...], ...]:
-    """Models of the same name are told apart by six digits of their fingerprint."""
-    names = {model: _model_name(row) for (model, *_), row in newest.items()}
+def _cell(row: Row, column: _Column) -> str:
+    _, form, field, *error = column
+    if row[field] is None:
+        return "not finite"
+    numbers = [row[name] for name in (field, *error) if row[name] is not None]
+    return " ± ".join(map(form.format, numbers)).replace("%", " %")
+
+
+def _model(row: Row) -> str:
+    return name_of(row["run"] or {"model": row["model"]})
+
+
+def _names(rows: Mapping[str, Row]) -> dict[str, str]:
+    """Return names by fingerprint; six digits of it tell apart models of the same name."""
+    names = {model: _model_name(row) for model, row in rows.items()}
     counts = Counter(names.values())
-    return tuple(
-        (
-            names[model] if counts[names[model]] == 1 else f"{names[model]} ({model[:6]})",
-            *asked,
-            *(column.text(row) for column in kind.columns.values()),
-        )
-        for (model, *asked), row in newest.items()
-    )
-
-
-def _conditions(row: Row) -> str:
-    """Return the data, their amount, and the options of an evaluation."""
-    parts = [row["data"] if isinstance(row["data"], str) else ", ".join(row["data"])]
-    if "questions" in row:
-        parts.append(f"{row['questions']:,} questions")
-    if "length" in row:
-        parts.append(f"windows of {row['length']:,} with a stride of {row['stride']:,}")
-    options = [
-        f"{key} {value}"
-        for key, value in row["options"].items()
-        if key not in _NOT_SHOWN and value is not None
-    ]
-    return "; ".join(filter(None, [", ".join(parts), ", ".join(options)]))
+    return {m: name if counts[name] == 1 else f"{name} ({m[:6]})" for m, name in names.items()}
 
 
 def _model_name(row: Row) -> str:
@@ -140,3 +100,15 @@ def _model_name(row: Row) -> str:
     dense = not any(value for path, value in sparsity.items() if "rate" in path)
     method = "dense" if dense else variant_name({**DEFAULTS, **sparsity}, DEFAULTS)
     return f"{', '.join(settings['data.sources'])}: {method}, seed {row['run']['seed']}"
+
+
+def _setting(row: Row) -> str:
+    """Return the data, their amount, and the options of an evaluation."""
+    parts = [row["data"] if isinstance(row["data"], str) else ", ".join(row["data"])]
+    if "questions" in row:
+        parts.append(f"{row['questions']:,} questions")
+    if "length" in row:
+        parts.append(f"windows of {row['length']:,} with a stride of {row['stride']:,}")
+    shown = {k: v for k, v in row["options"].items() if k not in _NOT_SHOWN and v is not None}
+    options = ", ".join(f"{key} {value}" for key, value in shown.items())
+    return "; ".join(filter(None, [", ".join(parts), options]))

@@ -11,7 +11,7 @@ from sat_jax.config import SparsityConfig
 from sat_jax.config_values import find, from_config_dict, name_of
 from sat_jax.errors import UserError
 from sat_jax.results.record import SPARSE_ONLY, row_of
-from sat_jax.results.rows import ORIGIN, Row, device_name, read
+from sat_jax.results.rows import Row, device_name, read
 from sat_jax.results.sweep import Comparison
 from sat_jax.train.files import read_json
 from sat_jax.train.metrics import read_metrics
@@ -35,15 +35,6 @@ DEFAULTS: Settings = {
 } | {path: find(path).default for path in SPARSE_ONLY}
 """The settings of sparsity, by dotted path, at their defaults."""
 
-_REQUIRED = (
-    *("experiment", "twin", "rate", "sparsity", "steps", "tokens", "perplexity_before"),
-    *("perplexity_after", "spent_flops", "dense_flops", "rungs", "seconds", "peak_memory", "data"),
-    *("date", *ORIGIN),
-)
-
-
-_TRAINING = ("data", "step", "refresh", "checkpoint")  # parts of the wall time
-
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRun:
@@ -65,60 +56,55 @@ class FinishedRun:
 
     @cached_property
     def settings(self) -> Settings:
-        """The settings outside sparsity that are not at their defaults, by dotted path. The oldest
-        rows have none."""
-        settings = self.row.get("settings", {})
-        return {path: value for path, value in settings.items() if path not in DEFAULTS}
+        """Settings outside sparsity that differ from their defaults, by dotted path."""
+        return {path: v for path, v in self.row["settings"].items() if path not in DEFAULTS}
 
     @cached_property
     def sparsity(self) -> Settings:
-        """All settings of sparsity by dotted path, under their recorded names; the defaults for a
-        dense run."""
+        """All settings of sparsity under their recorded names; the defaults for a dense run."""
         if self.dense:
             return DEFAULTS
         recorded = {f"sparsity.{name}": value for name, value in self.row["sparsity"].items()}
-        elsewhere = self.row.get("settings", {})
-        recorded |= {path: elsewhere[path] for path in SPARSE_ONLY if path in elsewhere}
-        values = {**DEFAULTS, **recorded}
+        outside = {path: v for path, v in self.row["settings"].items() if path in SPARSE_ONLY}
+        values = {**DEFAULTS, **recorded, **outside}
         return {path: tuple(v) if isinstance(v, list) else v for path, v in values.items()}
 
     def shared(self, apart: Collection[str] = ()) -> str:
-        """Return a fingerprint of everything but sparsity, seed, and the settings `apart`.
-
-        For a row without settings it is that of its dense baseline, which contains the seed.
-        """
-        if "settings" not in self.row:
-            return f"{self.row['twin']} {self.row['data']}"
+        """Return a fingerprint of everything but sparsity, seed, and the settings `apart`."""
         apart = {"seed", "data.sources", *apart}
         settings = {path: v for path, v in self.settings.items() if path not in apart}
         return f"{name_of(settings)} {self.row['data']}"
 
     @property
-    def fine_tuned(self) -> bool:
-        """Whether the loss is on answers alone."""
-        return self.settings.get("data.format", "text") != "text"
+    def after(self) -> float | None:
+        """Held-out perplexity after training; None: infinite."""
+        after: float | None = self.row["perplexity_after"]
+        return after
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of training, probes included."""
+        return float(self.row["spent_flops"])
 
     @property
     def seconds(self) -> float:
         """Time of training, without set-up, compilation and evaluation."""
-        return sum(self.row["seconds"][part] for part in _TRAINING)
+        parts = ("data", "step", "refresh", "checkpoint")
+        return sum(self.row["seconds"][part] for part in parts)
 
     @property
     def device(self) -> str:
         return device_name(self.row["device"])
 
     @property
-    def commit(self) -> str:
-        """Ten digits of the commit, with `-dirty` where files differed from it."""
-        digits, dirty, _ = (self.row["commit"] or "unknown").partition("-dirty")
-        return f"{digits[:10]}{dirty}"
+    def place(self) -> tuple[str, str | None]:
+        """Device and commit: times are comparable where both are equal."""
+        return self.device, self.row["commit"]
 
 
-def run_of_row(row: Row, origin: str = "") -> FinishedRun:
-    """Return the run of a row. Raises `UserError`, naming `origin`, if the row is not a run's."""
-    if missing := [name for name in _REQUIRED if name not in row]:
-        raise UserError(f"{origin}: the row of a run needs {', '.join(missing)} too")
-    return FinishedRun(row)
+def runs_of_rows(rows: Iterable[Row]) -> list[FinishedRun]:
+    """Return the runs among rows. The oldest rows have no settings and are left out."""
+    return [FinishedRun(row) for row in rows if "twin" in row and "settings" in row]
 
 
 def newest(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
@@ -144,39 +130,39 @@ def collect(
     """
     runs, evaluations, comparisons = [], [], []
     for folder in folders:
-        workdirs = [folder]
+        paths = [folder]
         if (folder / "sweep.json").is_file():
             contents = read_json(folder / "sweep.json")
-            workdirs = [folder / name for name in contents.get("runs", {})]
-            for table in contents.get("comparisons", []):
-                comparisons.append(
-                    Comparison(table["name"], table["title"], tuple(table["settings"]))
-                )
+            paths = [folder / name for name in contents["runs"]]
+            for table in contents["comparisons"]:
+                settings = tuple(table["settings"])
+                comparisons.append(Comparison(table["name"], table["title"], settings))
         elif not (folder / "config.json").is_file():
             raise UserError(
                 f"{folder} is neither a run's work directory (config.json) nor a sweep's"
                 " (sweep.json)"
             )
-        runs += [run for path in workdirs if (run := _in_workdir(path, folder.name, log))]
+        for path in paths:
+            run = finished_run(WorkDir(path), folder.name)
+            if run is None:
+                log(f"{path} has not finished: left out")
+            else:
+                runs.append(run)
     for file in files:
-        for number, row in enumerate(read(file), 1):
-            if "twin" in row:
-                runs.append(run_of_row(row, f"{file}:{number}"))
-            elif "measure" in row:
-                evaluations.append(row)
+        rows = read(file)
+        runs += runs_of_rows(rows)
+        evaluations += [row for row in rows if "measure" in row]
     if not runs and not evaluations:
         raise UserError("no finished run and no evaluation to report on")
     return runs, evaluations, comparisons
 
 
-def _in_workdir(path: Path, experiment: str, log: Callable[[str], None]) -> FinishedRun | None:
-    workdir = WorkDir(path)
+def finished_run(workdir: WorkDir, experiment: str) -> FinishedRun | None:
+    """Return the run of a work directory, or None if it has not finished."""
     summary = workdir.finished()
     if summary is None:
-        log(f"{path} has not finished: left out")
         return None
     config = from_config_dict(read_json(workdir.config))
-    ended = datetime.datetime.fromtimestamp(workdir.summary.stat().st_mtime, datetime.UTC)
     row = row_of(experiment, config, summary, read_metrics(workdir.metrics))
-    row |= {name: summary[name] for name in ORIGIN}
+    ended = datetime.datetime.fromtimestamp(workdir.summary.stat().st_mtime, datetime.UTC)
     return FinishedRun(row | {"date": ended.isoformat(timespec="seconds")})

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import submitit
@@ -25,9 +25,8 @@ from sat_jax.config import Config
 from sat_jax.errors import UserError
 from sat_jax.train.loop import train
 
-Submitted: TypeAlias = submitit.Job[str | None]
+Submitted: TypeAlias = submitit.Job[None]
 
-_RULE = "\n----------------------\n"
 _NO_TIMEOUT = 60 * 24 * 365  # minutes
 _REQUEUES = 20  # of a job that reaches its time limit, each time after a checkpoint
 _ALIVE = ("PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING", "SUSPENDED")
@@ -47,10 +46,13 @@ class Job:
     environment: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     platform: str | None = None
 
-    def __call__(self) -> str | None:
-        """Train. Return None, or the reason of a failure in one line, which also ends the log. A
-        run that is stopped ends the process."""
-        _redirect_output(self.log)
+    def __call__(self) -> None:
+        """Train. A failure ends the log with its reason in one line. A run that is stopped ends the
+        process."""
+        with self.log.open("a", encoding="utf-8") as file:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+                os.dup2(file.fileno(), stream.fileno())
         logging.getLogger("submitit").setLevel(logging.WARNING)
         for name, value in self.environment.items():
             os.environ.pop(name, None)
@@ -65,28 +67,27 @@ class Job:
                 signals.requeue()
                 sys.exit(130)
             except UserError as error:
-                return _last_line(str(error))
+                _log(f"error: {' '.join(str(error).split())}")
             except Exception as error:
                 traceback.print_exc()
-                return _last_line(f"{type(error).__name__}: {error}")
-        return None
+                _log(f"error: {type(error).__name__}: {' '.join(str(error).split())}")
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Return the job that runs after a requeue: the same one."""
         return submitit.helpers.DelayedSubmission(self)
 
 
-def failure(job: Submitted) -> str:
-    """Return the reason, in one line, why a job ended without finishing its run.
+def failure(log: Path) -> str:
+    """Return the reason, in one line, why a run ended without finishing, from its log."""
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    if lines and lines[-1].startswith("error: "):
+        return lines[-1].removeprefix("error: ")
+    return "its process ended without an error"
 
-    It is the run's own error, or that of its process, such as a missing module or a full disk.
-    """
-    try:
-        return job.result() or "ended without a summary"
-    except Exception as error:  # a job can end with any class of error
-        _, rule, trace = str(error).partition(_RULE)  # submitit's, around the job's trace
-        lines = (trace.partition(_RULE)[0] if rule else str(error)).strip().splitlines()
-        return lines[-1] if lines else type(error).__name__
+
+def _log(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 class _Signals:
@@ -127,30 +128,11 @@ class _Signals:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-class Launcher(Protocol):
-    """Starts jobs."""
-
-    outlives: bool  # whether jobs continue when the sweep's command ends
-    seconds: float  # between two polls of the jobs
-
-    def room(self) -> int:
-        """Return how many more jobs may be submitted now."""
-
-    def submit(self, jobs: Sequence[Job]) -> list[Submitted]:
-        """Submit jobs, at most `room()`."""
-
-    def attach(self, job_id: str) -> Submitted | None:
-        """Return a job that an earlier command submitted, if it waits or runs."""
-
-    def stop(self) -> None:
-        """Ask the jobs to save and end."""
-
-
 class Local:
     """Runs `workers` jobs at a time on this machine, each with an equal share of `gpus` (ids)."""
 
-    outlives = False
-    seconds = 0.5
+    outlives = False  # whether jobs continue when the sweep's command ends
+    seconds = 0.5  # between two polls of the jobs
 
     def __init__(self, folder: Path, workers: int = 1, gpus: Sequence[int] = ()):
         if len(gpus) % workers or len(set(gpus)) < len(gpus):
@@ -160,47 +142,50 @@ class Local:
         # One folder per command: submitit names files by process ids, which recur.
         self._executor = submitit.LocalExecutor(folder / f"local-{time.time_ns()}")
         self._executor.update_parameters(timeout_min=_NO_TIMEOUT)
-        self._slots: list[Submitted | None] = [None] * workers
+        self._jobs: list[Submitted | None] = [None] * workers
         share = len(gpus) // workers
-        parts = [gpus[slot * share : (slot + 1) * share] for slot in range(workers)]
-        self._visible = [",".join(map(str, part)) for part in parts]
+        parts = [gpus[worker * share : (worker + 1) * share] for worker in range(workers)]
+        self._gpus = [",".join(map(str, part)) for part in parts]
 
     def room(self) -> int:
-        return sum(self._is_free(slot) for slot in range(len(self._slots)))
+        """Return how many more jobs may be submitted now."""
+        return len(self._idle())
 
     def submit(self, jobs: Sequence[Job]) -> list[Submitted]:
-        submitted = []
-        for job in jobs:
-            slot = next(slot for slot in range(len(self._slots)) if self._is_free(slot))
-            # submitit hides all GPUs that were not requested from it.
-            visible = self._visible[slot] or os.environ.get("CUDA_VISIBLE_DEVICES")
-            local_job = dataclasses.replace(
-                job,
-                environment={"CUDA_VISIBLE_DEVICES": visible},
-                platform="cuda" if self._visible[slot] else None,
-            )
-            # Ctrl-C reaches every process of a terminal and would kill submitit's before the run
-            # saves. They inherit that it is blocked, and are stopped by SIGTERM alone.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
-                self._slots[slot] = self._executor.submit(local_job)
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            submitted.append(self._slots[slot])
-        return submitted  # type: ignore[return-value]
+        """Submit jobs, at most `room()`."""
+        # Ctrl-C reaches every process of a terminal and would kill submitit's before the run
+        # saves. They inherit that it is blocked, and are stopped by SIGTERM alone.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return [
+                self._submit(worker, job) for worker, job in zip(self._idle(), jobs, strict=False)
+            ]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _submit(self, worker: int, job: Job) -> Submitted:
+        # submitit hides all GPUs that were not requested from it.
+        visible = self._gpus[worker] or os.environ.get("CUDA_VISIBLE_DEVICES")
+        platform = "cuda" if self._gpus[worker] else None
+        environment = {"CUDA_VISIBLE_DEVICES": visible}
+        local_job = dataclasses.replace(job, environment=environment, platform=platform)
+        submitted: Submitted = self._executor.submit(local_job)
+        self._jobs[worker] = submitted
+        return submitted
 
     def attach(self, job_id: str) -> Submitted | None:
+        """Return a job that an earlier command submitted, if it waits or runs."""
         del job_id
         return None
 
     def stop(self) -> None:
-        for job in self._slots:
+        """Ask the jobs to save and end."""
+        for job in self._jobs:
             if job is not None and not job.done():
                 os.kill(int(job.job_id), signal.SIGTERM)  # submitit's process forwards it
 
-    def _is_free(self, slot: int) -> bool:
-        job = self._slots[slot]
-        return job is None or job.done()
+    def _idle(self) -> list[int]:
+        return [worker for worker, job in enumerate(self._jobs) if job is None or job.done()]
 
 
 class Slurm:
@@ -243,11 +228,13 @@ class Slurm:
         pass
 
 
+Launcher: TypeAlias = Local | Slurm
+
+
 def slurm_options(texts: Sequence[str]) -> dict[str, Any]:
     """Return options of sbatch by name, from texts `name=value,name=value`.
 
-    Raises `UserError` for a text of another form, a name given twice, a missing time limit, and
-    more than one process per run.
+    Raises `UserError` for a text of another form and a missing time limit.
     """
     options: dict[str, Any] = {}
     for part in (part for text in texts for part in re.split(r",(?=\w+=)", text)):
@@ -257,28 +244,6 @@ def slurm_options(texts: Sequence[str]) -> dict[str, Any]:
         options[name] = int(value) if value.isdecimal() else value
     if not isinstance(options.get("time"), int):
         raise UserError("--slurm time=MINUTES is missing or not an integer")
-    for name in ("nodes", "ntasks_per_node"):
-        if options.get(name, 1) != 1:
-            raise UserError(f"--slurm {name}={options[name]}: a run of a sweep is one process")
     if "setup" in options:
         options["setup"] = [str(options["setup"])]
     return options
-
-
-def _redirect_output(log: Path) -> None:
-    """Append the standard output and error of this process to `log` from now on."""
-    with log.open("a", encoding="utf-8") as file:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-            os.dup2(file.fileno(), stream.fileno())
-
-
-def _last_line(message: str) -> str:
-    line = " ".join(message.split())
-    _log(f"error: {line}")
-    return line
-
-
-def _log(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()

@@ -35,9 +35,15 @@ class Section:
     """A part of the page: the figure that answers, a sentence per variant, tables."""
 
     title: str
-    quality: str | None
-    sentences: Sequence[str]
     tables: Sequence[Table]
+    figure: str | None = None
+    sentences: Sequence[str] = ()
+
+    def markdown(self) -> str:
+        """Return the section without its figure."""
+        sentences = "\n".join(f"- {text}" for text in self.sentences)
+        tables = [f"### {table.title}\n\n{table.markdown()}" for table in self.tables]
+        return "\n\n".join(filter(None, [f"## {self.title}", sentences, *tables]))
 
 
 def write_report(
@@ -51,28 +57,20 @@ def write_report(
     `evaluations` are rows of `scripts.evaluate --record`. Raises `UserError` if the folder cannot
     be made.
     """
-    groups = make_groups(newest(runs))
-    sections = list(_sections(groups, comparisons))
+    sections = list(_sections(make_groups(newest(runs)), comparisons))
     if tables := evaluation_tables(evaluations):
-        sections.append(Section("Evaluations", None, [], tables))
+        sections.append(Section("Evaluations", tables))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: {folder_error(error)}") from error
-    parts = [
-        text
-        for section in sections
-        for text in (
-            f"## {section.title}",
-            *("\n".join(f"- {text}" for text in section.sentences),) * bool(section.sentences),
-            *(f"### {table.title}\n\n{table.markdown()}" for table in section.tables),
-        )
-    ]
-    write_atomically(
-        out / "report.html", _html(sections, [*(run.row for run in runs), *evaluations])
-    )
-    write_atomically(out / "tables.md", "\n\n".join(parts) + "\n")
-    return [out / "report.html", out / "tables.md"]
+    texts = {
+        "report.html": _html(sections, [*(run.row for run in runs), *evaluations]),
+        "tables.md": "\n\n".join(section.markdown() for section in sections) + "\n",
+    }
+    for name, text in texts.items():
+        write_atomically(out / name, text)
+    return [out / name for name in texts]
 
 
 def _sections(groups: Sequence[Group], comparisons: Sequence[Comparison]) -> Iterator[Section]:
@@ -82,22 +80,19 @@ def _sections(groups: Sequence[Group], comparisons: Sequence[Comparison]) -> Ite
     ordered = sorted(groups, key=lambda group: -sum(len(v.runs) for v in group.variants))
     large = [group for group in ordered if len(group.sparse) > 1] or ordered[:1]
     for group in large:
-        quality, losses = quality_figure(group), loss_table(group)
+        figure, losses = quality_figure(group), loss_table(group)
+        tables = [*comparison_tables(group, comparisons), cost_table(group)]
         yield Section(
             ": ".join(filter(None, [model_of(group.runs[0]), labels[id(group)]])),
-            svg(quality) if quality else None,
+            [*tables, losses] if losses else tables,
+            svg(figure) if figure else None,
             [sentence(variant) for variant in group.variants if not variant.is_baseline],
-            [
-                *comparison_tables(group, comparisons),
-                cost_table(group),
-                *([losses] if losses else []),
-            ],
         )
     tables = across_tables(groups, comparisons)
     if small := [group for group in ordered if group not in large]:
         tables.append(small_groups_table(small))
     if tables:
-        yield Section("Other learning rates, lengths and data", None, [], tables)
+        yield Section("Other learning rates, lengths and data", tables)
 
 
 def _html(sections: Sequence[Section], rows: Sequence[Row]) -> str:
@@ -105,21 +100,13 @@ def _html(sections: Sequence[Section], rows: Sequence[Row]) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    origin = {
+        "Device": Counter(device_name(row["device"]) for row in rows),
+        "Commit": Counter((row["commit"] or "unknown")[:10] for row in rows),
+        "Day": Counter(row["date"][:10] for row in rows),
+        "Versions": Counter(
+            ", ".join(f"{k} {v}" for k, v in row["versions"].items() if v) for row in rows
+        ),
+    }
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    dates = sorted(row["date"][:10] for row in rows)
-    versions = [", ".join(f"{k} {v}" for k, v in row["versions"].items() if v) for row in rows]
-    return template.render(
-        sections=sections,
-        origin={
-            "Device": _counted([device_name(row["device"]) for row in rows]),
-            "Commit": _counted([(row["commit"] or "unknown")[:10] for row in rows]),
-            "Date": [" to ".join(dict.fromkeys([dates[0], dates[-1]]))],
-            "Versions": _counted(versions),
-        },
-        count=len(rows),
-    )
-
-
-def _counted(values: Sequence[str]) -> list[str]:
-    counts = Counter(values)
-    return [f"{value} ({n} of {len(values)})" for value, n in counts.items()]
+    return template.render(sections=sections, origin=origin, count=len(rows))

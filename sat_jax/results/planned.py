@@ -1,117 +1,126 @@
-"""The runs of a sweep before they start: settings, names, costs, and which are invalid."""
+"""The runs of a sweep before they start: settings, names, and costs."""
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 from sat_jax.config import Config
 from sat_jax.config_values import build, fingerprint, free_paths, without_free
 from sat_jax.errors import UserError
+from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.results.record import SPARSE_ONLY, dense_version
 from sat_jax.results.sweep import Settings, settings_text, short_names
 from sat_jax.results.text import duration, fixed_width, quantity
-from sat_jax.results.training import Plan, make_plan, prepare_data
+from sat_jax.sparsity.controller import Controller, Rung
+from sat_jax.sparsity.importance import METRICS
+from sat_jax.train.counters import RunCounters
+from sat_jax.train.finish import flops_of_run
+from sat_jax.train.run_weights import starting_point
+from sat_jax.train.setup import Task, controller_of, prepared_data
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedRun:
-    """One run. `settings` are those in which the runs of the sweep differ, by dotted path."""
+    """One run. `settings` are those in which the runs of the sweep differ, by dotted path.
+
+    FLOPs are those of full rows, at most what a run with padding spends.
+    """
 
     settings: Settings
-    plan: Plan
-
-    @property
-    def config(self) -> Config:
-        return self.plan.config
+    config: Config
+    model: DecoderConfig
+    controller: Controller
 
     @cached_property
     def name(self) -> str:
         """The name of its work directory: a fingerprint of all that its results depend on."""
         return fingerprint(without_free(self.config))
 
-    @property
-    def dense(self) -> bool:
-        return max(self.config.rates) == 0
+    def flops(self) -> tuple[float, float]:
+        """FLOPs of the run with probes and selections, and of dense training on its tokens."""
+        counters, rungs = RunCounters(self.controller), self.controller.rungs
+        tokens = self.config.train.rows_per_step * self.config.data.row_length
+        counters.probes = self.probes()
+        counters.rung_selections = [self.selections(rung) for rung in rungs]
+        counters.rung_tokens = [(rung.stop - rung.start) * tokens for rung in rungs]
+        return flops_of_run(cast(Task, self), counters)  # of a task: these three fields alone
 
-    @property
-    def variant(self) -> str:
-        """A fingerprint shared by the runs that differ in their seed alone."""
-        return fingerprint(dataclasses.replace(without_free(self.config), seed=0))
+    def probes(self) -> int:
+        """Number of refreshes with a probe: all of them, or the first for metrics of inputs."""
+        controller, metric = self.controller, METRICS[self.config.sparsity.metric]
+        if not controller.sparse or not metric.needs or controller.refresh_every == 0:
+            return 0
+        return sum(map(self.selections, controller.rungs)) if metric.probes else 1
 
-
-class InvalidRun(NamedTuple):
-    """Settings that make no valid run, and the reason."""
-
-    settings: Settings
-    reason: str
+    def selections(self, rung: Rung) -> int:
+        """Number of selections between the steps of a rung."""
+        controller = self.controller
+        if controller.refresh_every == 0 or controller.neurons.is_dense(rung.plan):
+            return 0
+        return math.ceil((rung.stop - rung.start) / controller.refresh_every)
 
 
 def plan_runs(
-    values: Mapping[str, Any], fixed: Settings, settings_of_runs: Sequence[Settings]
-) -> tuple[list[PlannedRun], list[InvalidRun]]:
-    """Return the runs of the experiment `values` with the settings `fixed`, and the invalid ones.
+    values: Mapping[str, Any], fixed: Settings, settings_of_runs: Iterable[Settings]
+) -> list[PlannedRun]:
+    """Return the runs of the experiment `values` with the settings `fixed`, equal runs once.
 
-    Equal runs are planned once. Dense runs that differ in sparsity alone are equal, so a sweep over
-    rates from 0 and metrics has one dense run per seed.
+    Dense runs that differ in sparsity alone are equal, so a sweep over rates from 0 and metrics
+    has one dense run per seed. Raises `UserError`, naming the settings, for an invalid run.
     """
     runs: dict[str, PlannedRun] = {}
-    invalid = []
-    models: dict[Any, Any] = {}
+    models: dict[Any, DecoderConfig] = {}
     for settings in settings_of_runs:
         try:
-            config = build(values, {**fixed, **settings})
-            for path in sorted(free_paths(config) & settings.keys()):
-                raise UserError(
-                    f"{path} changes no result, so runs that differ in it are equal; give it as"
-                    f" --config.{path}"
-                )
-            if max(config.rates) == 0:
-                config = dense_version(config)
-                settings = _dense_settings(settings)
-            run = PlannedRun(settings, make_plan(config, models))
+            run = _plan_run(values, fixed, settings, models)
         except UserError as error:
-            invalid.append(InvalidRun(settings, str(error)))
-        else:
-            runs.setdefault(run.name, run)
-    return list(runs.values()), invalid
+            raise UserError(f"{settings_text(settings)}: {error}") from error
+        runs.setdefault(run.name, run)
+    return list(runs.values())
 
 
-def _dense_settings(settings: Settings) -> Settings:
-    """Replace the settings of sparsity by a rate of 0."""
-    outside = {
-        path: value
-        for path, value in settings.items()
-        if not (path.startswith("sparsity.") or path in SPARSE_ONLY)
-    }
-    return {"sparsity.rate": 0.0, **outside} if len(outside) < len(settings) else outside
+def _plan_run(
+    values: Mapping[str, Any], fixed: Settings, settings: Settings, models: dict[Any, DecoderConfig]
+) -> PlannedRun:
+    """`models` caches the models that were read."""
+    config = build(values, {**fixed, **settings})
+    for path in sorted(free_paths(config) & settings.keys()):
+        raise UserError(
+            f"{path} changes no result, so runs that differ in it are equal; give it as"
+            f" --config.{path}"
+        )
+    if max(config.rates) == 0:
+        config = dense_version(config)
+        sparse = {path for path in settings if path.startswith("sparsity.") or path in SPARSE_ONLY}
+        outside = {path: value for path, value in settings.items() if path not in sparse}
+        settings = {"sparsity.rate": 0.0, **outside} if sparse else outside
+    source = (config.model.path, config.model.preset)
+    if source not in models:
+        models[source] = starting_point(config)[0]
+    models[source].check_length("data.row_length", config.data.row_length)
+    return PlannedRun(settings, config, models[source], controller_of(config, models[source]))
 
 
-def prepare_all(
-    runs: Iterable[PlannedRun], log: Callable[[str], None]
-) -> tuple[dict[str, str], list[InvalidRun]]:
-    """Prepare the data of all runs, each once, before any run starts.
+def prepare_all(runs: Iterable[PlannedRun], log: Callable[[str], None]) -> dict[str, str]:
+    """Prepare the data of all runs, each once; return their fingerprints by the name of the run.
 
-    Returns the fingerprints of the data by the name of the run, and the runs whose data are
-    invalid.
+    Raises `UserError`, naming the settings, for invalid data.
     """
     prepared: dict[Any, str] = {}
-    errors: dict[Any, str] = {}
-    valid, invalid = {}, []
+    by_name = {}
     for run in runs:
-        config = run.config
-        source = (config.data, config.model.path, config.model.preset)
-        if source not in prepared and source not in errors:
+        source = (run.config.data, run.config.model.path, run.config.model.preset)
+        if source not in prepared:
             try:
-                prepared[source] = prepare_data(run.plan, log)
+                data = prepared_data(run.config, run.model, log)[1]
             except UserError as error:
-                errors[source] = str(error)
-        if source in prepared:
-            valid[run.name] = prepared[source]
-        else:
-            invalid.append(InvalidRun(run.settings, errors[source]))
-    return valid, invalid
+                raise UserError(f"{settings_text(run.settings)}: {error}") from error
+            prepared[source] = data.info.fingerprint
+        by_name[run.name] = prepared[source]
+    return by_name
 
 
 def dry_run(
@@ -124,11 +133,10 @@ def dry_run(
     `finished` has the summaries of finished runs by name, whose median speed is used where
     `flops_per_second` is None.
     """
-    source = "--flops-per-second"
     if flops_per_second is None and finished:
-        speeds = [run["spent_flops"] / run["seconds"]["total"] for run in finished.values()]
-        flops_per_second = statistics.median(speeds)
-        source = f"{len(speeds)} finished runs of this sweep"
+        flops_per_second = statistics.median(
+            run["spent_flops"] / run["seconds"]["total"] for run in finished.values()
+        )
 
     def time(flops: float) -> str:
         return "-" if flops_per_second is None else duration(flops / flops_per_second)
@@ -136,17 +144,16 @@ def dry_run(
     names = short_names(path for run in runs for path in run.settings)
     rows, remaining = [], 0.0
     for run in runs:
-        dense, spent = run.plan.dense_flops(), run.plan.spent_flops()
+        spent, dense = run.flops()
         flops = [quantity(dense, "FLOP"), quantity(spent, "FLOP"), f"{dense / spent:.2f}×"]
-        left = "finished" if run.name in finished else time(spent)
         remaining += 0.0 if run.name in finished else spent
+        left = "finished" if run.name in finished else time(spent)
         rows.append([run.name, settings_text(run.settings, names), *flops, left])
     header = ("run", "settings", "dense", "spent", "bound", "time")
-    speed = "unknown; give --flops-per-second"
+    speed = "unknown speed; give --flops-per-second"
     if flops_per_second is not None:
-        speed = f"at {quantity(flops_per_second, 'FLOP/s')}, from {source}"
+        speed = f"{time(remaining)} one after another at {quantity(flops_per_second, 'FLOP/s')}"
     return (
         f"{fixed_width(header, rows, left=2)}\n\n{len(runs)} runs, {len(runs) - len(finished)} to"
-        f" do: at most {quantity(remaining, 'FLOP')}, {time(remaining)} one after another\n"
-        f"Time: {speed}"
+        f" do: at most {quantity(remaining, 'FLOP')}, {speed}"
     )

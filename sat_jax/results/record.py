@@ -13,7 +13,7 @@ from typing import Any
 from sat_jax.config import Config, SparsityConfig
 from sat_jax.config_values import changed, find, name_of, without_free
 from sat_jax.results.curves import curve_of
-from sat_jax.results.rows import ORIGIN, append, latest, read
+from sat_jax.results.rows import ORIGIN, Row, append, latest, read
 
 _COPIED = (
     *("steps", "tokens", "loss_tokens", "perplexity_before", "perplexity_after", "spent_flops"),
@@ -47,8 +47,8 @@ def row_of(
     config: Config,
     summary: Mapping[str, Any],
     records: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
-    """Return a finished run as a row without its origin.
+) -> Row:
+    """Return a finished run as a row with the origin of the run, but no date.
 
     `summary` is its `summary.json`, `records` its `metrics.jsonl`, of which the row has a short
     curve.
@@ -64,7 +64,8 @@ def row_of(
     if "prepared" in summary:  # absent in summaries of older versions
         row["prepared"] = _data_counts(summary["prepared"])
     row["curve"] = curve_of(records)
-    plain: dict[str, Any] = json.loads(json.dumps(row))  # tuples become lists
+    row |= {name: summary[name] for name in ORIGIN}
+    plain: Row = json.loads(json.dumps(row))  # tuples become lists
     return plain
 
 
@@ -81,20 +82,11 @@ def _data_counts(prepared: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def record_run(
-    file: Path,
-    experiment: str,
-    config: Config,
-    summary: Mapping[str, Any],
-    records: Sequence[Mapping[str, Any]],
-) -> None:
-    """Append a finished run to `file` as `row_of` gives it, unless `file` has this row already.
-
-    The origin is that of the run, which may differ from that of this process.
-    """
-    row = row_of(experiment, config, summary, records)
-    if not file.exists() or latest(read(file), **row) is None:
-        append(file, [row], {name: summary[name] for name in ORIGIN})
+def record_run(file: Path, row: Row) -> None:
+    """Append a row of `row_of` to `file`, with the date of today, unless `file` has it already."""
+    fields = {name: value for name, value in row.items() if name not in ("date", *ORIGIN)}
+    if not file.exists() or latest(read(file), **fields) is None:
+        append(file, [fields], {name: row[name] for name in ORIGIN})
 
 
 def without_place(value: Any, key: str) -> Any:

@@ -69,11 +69,7 @@ def append(
 
 def latest(rows: Iterable[Row], **fields: Any) -> Row | None:
     """Return the last row in which every named field has the given value, or None."""
-    matching = [
-        row
-        for row in rows
-        if all(name in row and row[name] == value for name, value in fields.items())
-    ]
+    matching = [row for row in rows if fields.items() <= row.items()]
     return matching[-1] if matching else None
 
 

@@ -17,26 +17,17 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-from sat_jax.results.speed import (
-    ABOVE_BOUND,
-    ABOVE_BOUND_NOTE,
-    exceeds_bound,
-    is_dense,
-)
+from sat_jax.results.speed import ABOVE_BOUND, ABOVE_BOUND_NOTE, exceeds_bound, is_dense
 
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#C8C8C8", "#333333"
 
-_DPI = 150
 _SIZE = (8.0, 4.5)  # inches: 1200 × 675 pixels
-_FEW_BARS = 7  # bars that leave room for labels in full size
-_SMOOTHED_LOSSES = 16  # losses from which their running mean is drawn
-_MANY_LOSSES = 60  # losses beyond which markers hide each other
 _FONT = 10
 
 
 def new_figure(height: float = _SIZE[1], width: float = _SIZE[0]) -> Figure:
     """Return an empty white figure; sizes in inches."""
-    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
@@ -91,42 +82,23 @@ def loss_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.patch.set_visible(False)
     tidy(axes, title="Loss and omission rate", x="tokens trained on", y="loss [nats per token]")
     tidy(rate_axes, title="", x="", y="omission rate")
-
     tokens, rates = series("omission_rate")
     shading = rate_axes.fill_between(
         [0, *tokens], [*rates[:1], *rates], step="pre", color=GREY, alpha=0.45, linewidth=0
     )
     rate_axes.set_ylim(0, 1)
     rate_axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
-    rate_axes.spines["left"].set_visible(False)
-    rate_axes.spines["right"].set_visible(True)
-
-    tokens, losses = series("loss")
-    smoothed = len(losses) >= _SMOOTHED_LOSSES
-    marker = "o" if len(losses) <= _MANY_LOSSES else ""
-    trained = axes.plot(
-        tokens, losses, color=BLUE, marker=marker, markersize=3, clip_on=False,
-        linewidth=0.7 if smoothed else 1.4, alpha=0.4 if smoothed else 1,
-    )  # fmt: skip
-    names = ["training loss, under masks"]
-    if smoothed:
-        window = max(5, len(losses) // 40) | 1  # odd, so that the mean is centred
-        middles, means = (
-            np.convolve(values, np.full(window, 1 / window), mode="valid")
-            for values in (tokens, losses)
-        )
-        trained += axes.plot(middles, means, color=BLUE, linewidth=2)
-        names.append(f"its mean over {window} records, centred")
-    (held_out,) = axes.plot(
+    trained = axes.plot(*series("loss"), color=BLUE, linewidth=1, clip_on=False)
+    held_out = axes.plot(
         *series("eval_loss"), color=ORANGE, linewidth=2, marker="D", markersize=5, clip_on=False
     )
     axes.set_xlim(0, max(row["tokens"] for row in counted) or 1)
     axes.margins(y=0.08)
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.legend(
-        [*trained, held_out, shading],
-        [*names, "held-out loss, dense model", "omission rate (right)"],
-        loc="upper right", fontsize=_FONT - 1, frameon=True, framealpha=0.9, edgecolor="none",
+        [*trained, *held_out, shading],
+        ["training loss, under masks", "held-out loss, dense model", "omission rate (right)"],
+        loc="upper right", fontsize=_FONT - 1, framealpha=0.9, edgecolor="none",
     )  # fmt: skip
     return figure
 
@@ -137,28 +109,31 @@ def speed_figure(rungs: Sequence[Mapping[str, Any]]) -> Figure:
     Takes the rungs of `sat_jax.results.run_table.end_of_run`. A speed-up above its bound by more
     than its spread has no bar.
     """
-    places = range(len(rungs))
-    shown = [place for place in places if _is_plausible(rungs[place])]
-    heights = [rungs[place]["speedup"] for place in shown]
-    spreads = [rungs[place]["speedup_spread"] for place in shown]
     bounds = [rung["bound"] for rung in rungs]
-
+    texts, bars = [], []
+    for place, rung in enumerate(rungs):
+        speedup = rung.get("speedup")
+        if speedup is None:
+            texts.append("not\nmeasured")
+        elif exceeds_bound(speedup, rung["bound"], rung["speedup_spread"]):
+            texts.append(f"above\nbound{ABOVE_BOUND}")
+        else:
+            texts.append(f"{speedup:.2f}×")
+            bars.append((place, speedup, rung["speedup_spread"], GREY if is_dense(rung) else BLUE))
     figure = new_figure()
     axes = figure.add_subplot()
     tidy(axes, title="Training speed of each rung", x="omission rate", y="dense time ÷ time")
     # In one row above all bars and bounds, so that no line crosses a number.
-    texts = [_bar_text(rung) for rung in rungs]
-    size = _FONT if len(rungs) <= _FEW_BARS else _FONT - 2
-    for place, text in zip(places, texts, strict=True):
+    for place, text in enumerate(texts):
         axes.text(
             place, 0.99, text, transform=axes.get_xaxis_transform(), ha="center", va="top",
-            fontsize=size, linespacing=1.4, color=INK,
+            fontsize=_FONT if len(rungs) < 8 else _FONT - 2, linespacing=1.4, color=INK,
         )  # fmt: skip
-    colours = [GREY if is_dense(rungs[place]) else BLUE for place in shown]
-    measured = axes.bar(shown, heights, width=0.7, color=colours, yerr=spreads, ecolor=INK,
+    places, heights, spreads, colours = zip(*bars, strict=True) if bars else ((), (), (), ())
+    measured = axes.bar(places, heights, width=0.7, color=colours, yerr=spreads, ecolor=INK,
                         capsize=4)  # fmt: skip
-    ends = [place - 0.4 for place in places], [place + 0.4 for place in places]
-    limits = axes.hlines(bounds, *ends, color=ORANGE, linewidth=2.2)
+    numbers = np.arange(len(rungs))
+    limits = axes.hlines(bounds, numbers - 0.4, numbers + 0.4, color=ORANGE, linewidth=2.2)
     handles: list[Any] = [measured, limits]
     figure.legend(
         handles,
@@ -167,30 +142,11 @@ def speed_figure(rungs: Sequence[Mapping[str, Any]]) -> Figure:
         title_fontsize=_FONT - 1, loc="outside lower center", ncols=2, fontsize=_FONT - 1,
         frameon=False,
     )  # fmt: skip
-    axes.set_xticks(places, [_rung_name(rung) for rung in rungs])
-    margin = max(0, 4 - len(rungs)) / 2  # keeps a single bar narrow
-    axes.set_xlim(-0.7 - margin, len(rungs) - 0.3 + margin)
-    tops = [height + spread for height, spread in zip(heights, spreads, strict=True)]
-    axes.set_ylim(0, 1.3 * max([*tops, *bounds]))
+    names = ["dense" if is_dense(r) else f"{100 * r['omission_rate']:.3g} %" for r in rungs]
+    axes.set_xticks(numbers, names)
+    axes.set_ylim(0, 1.3 * max([*np.add(heights, spreads), *bounds]))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     return figure
-
-
-def _is_plausible(rung: Mapping[str, Any]) -> bool:
-    speedup = rung.get("speedup")
-    return speedup is not None and not exceeds_bound(speedup, rung["bound"], rung["speedup_spread"])
-
-
-def _bar_text(rung: Mapping[str, Any]) -> str:
-    if rung.get("speedup") is None:
-        return "not\nmeasured"
-    if not _is_plausible(rung):
-        return f"above\nbound{ABOVE_BOUND}"
-    return f"{rung['speedup']:.2f}×"
-
-
-def _rung_name(rung: Mapping[str, Any]) -> str:
-    return "dense" if is_dense(rung) else f"{100 * rung['omission_rate']:.3g} %"
 
 
 class Kept(NamedTuple):
@@ -201,29 +157,19 @@ class Kept(NamedTuple):
 
     def shares(self) -> Float[np.ndarray, "L N"]:
         """Return the share of selections that kept each neuron; 1 in layers that never omit."""
-        counts, selections = self.counts, self.selections[:, None]
-        if (counts < 0).any() or (counts > selections).any():
-            raise ValueError("counts must be in 0..selections")
-        return np.where(selections == 0, 1.0, counts / np.maximum(selections, 1))
+        selections = self.selections[:, None]
+        return np.where(selections == 0, 1.0, self.counts / np.maximum(selections, 1))
 
 
 def kept_figure(heads: Kept, channels: Kept, *, head_unit: str = "KV group") -> Figure:
-    """Return heat maps of how often each head (or `head_unit`) and channel was kept.
-
-    Raises `ValueError` for a count outside 0..selections, or different numbers of layers.
-    """
-    layers = len(heads.counts)
-    if len(channels.counts) != layers:
-        raise ValueError(f"{layers} layers of heads, {len(channels.counts)} of channels")
-    figure = new_figure(height=min(max(_SIZE[1], 0.12 * layers + 1.5), 12.0))
+    """Return heat maps of how often each head (or `head_unit`) and channel was kept."""
+    figure = new_figure(height=min(max(_SIZE[1], 0.12 * len(heads.counts) + 1.5), 12.0))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 2.4))
     _map(left, heads.shares(), title="Heads", x=head_unit)
     image = _map(right, channels.shares(), title="Channels", x="channel")
     left.set_ylabel("layer", fontsize=_FONT, color=INK)
     bar = figure.colorbar(image, ax=[left, right], pad=0.02, aspect=30)
-    bar.outline.set_visible(False)
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
-    bar.ax.tick_params(labelsize=_FONT - 1, color=GREY, labelcolor=INK)
     figure.suptitle(
         "Share of selections that kept each neuron",
         fontsize=_FONT + 2, color=INK, x=0.01, ha="left",
@@ -234,8 +180,6 @@ def kept_figure(heads: Kept, channels: Kept, *, head_unit: str = "KV group") -> 
 def _map(axes: Axes, shares: Float[np.ndarray, "L N"], *, title: str, x: str) -> AxesImage:
     image = axes.imshow(shares, aspect="auto", interpolation="auto", cmap="cividis", vmin=0, vmax=1)
     tidy(axes, title=title, x=x, y="")
-    for spine in axes.spines.values():
-        spine.set_visible(False)
     for axis, size in ((axes.xaxis, shares.shape[1]), (axes.yaxis, shares.shape[0])):
         axis.set_major_locator(MaxNLocator(min(8, size), integer=True, min_n_ticks=1))
     return image

@@ -12,6 +12,7 @@ from sat_jax.results.speed import (
     whole_run_speedup,
 )
 from sat_jax.results.text import duration, fixed_width, percent, quantity
+from sat_jax.results.variants import percent_from
 
 
 def end_of_run(summary: Mapping[str, Any]) -> str:
@@ -31,12 +32,15 @@ def end_of_run(summary: Mapping[str, Any]) -> str:
 
     Optional: `perplexity_dense` of the dense baseline; `next_commands`, shell commands.
     """
+    written = list(summary["figures"])
+    if summary["export"] is not None:
+        written.append(summary["export"])
     parts = {
         "Held-out perplexity": _quality(summary),
         "Speed of each rung: kept shares, median tokens/s, speed-up over the dense rung by wall"
         " time and by CPU time, FLOP bound": _speed(summary["rungs"]),
         "Cost": _cost(summary),
-        "Written": _paths(summary),
+        "Written": written,
         "Next": list(summary.get("next_commands", ())),
     }
     return "\n\n".join(
@@ -51,11 +55,11 @@ def _quality(summary: Mapping[str, Any]) -> list[str]:
     for name in ("before", "after"):
         value = summary[f"perplexity_{name}"]
         lines.append(f"{name:<9}  {'infinite' if value is None else f'{value:.3f}':>7}")
-    dense, after = summary.get("perplexity_dense"), summary["perplexity_after"]
-    if dense is not None and after is not None:
-        difference = f"{100 * (after / dense - 1):+.1f} %"
+    dense = summary.get("perplexity_dense")
+    difference = percent_from(summary["perplexity_after"], dense)
+    if difference is not None:
         lines.append(
-            f"dense run  {dense:>7.3f}  on the same tokens; this run differs by {difference}"
+            f"dense run  {dense:>7.3f}  on the same tokens; this run differs by {difference:+.1f} %"
         )
     return lines
 
@@ -63,7 +67,8 @@ def _quality(summary: Mapping[str, Any]) -> list[str]:
 def _speed(rungs: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = []
     for rung in rungs:
-        speed, cpu = measured_speed(rung), rung.get("cpu_speedup")
+        speed, speedup, cpu = measured_speed(rung), rung.get("speedup"), rung.get("cpu_speedup")
+        spread = None if is_dense(rung) else rung.get("speedup_spread")
         rows.append(
             [
                 "dense" if is_dense(rung) else f"{rung['omission_rate']:.2f}",
@@ -71,7 +76,7 @@ def _speed(rungs: Sequence[Mapping[str, Any]]) -> list[str]:
                 percent(rung["kept_channels"]),
                 str(rung["steps"]),
                 f"{speed:,.0f}" if speed else "-",
-                _speedup(rung),
+                speedup_text(speedup, rung["bound"], spread) if speedup else "-",
                 f"{cpu:.2f}×" if cpu else "-",
                 f"{rung['bound']:.2f}×",
             ]
@@ -89,25 +94,10 @@ def _speed(rungs: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _speedup(rung: Mapping[str, Any]) -> str:
-    speedup = rung.get("speedup")
-    if speedup is None:
-        return "-"
-    return speedup_text(speedup, rung["bound"], None if is_dense(rung) else rung["speedup_spread"])
-
-
 def _cost(summary: Mapping[str, Any]) -> list[str]:
-    spent, dense = summary["spent_flops"], summary["dense_flops"]
-    seconds = summary["seconds"]
+    spent, dense, seconds = summary["spent_flops"], summary["dense_flops"], summary["seconds"]
     parts = sorted((part for part in seconds if part != "total"), key=seconds.get, reverse=True)
     shares = [f"{p} {percent(seconds[p] / seconds['total'])}" for p in parts if seconds[p] > 0]
     flops, time = quantity(spent, "FLOP"), duration(seconds["total"])
-    width = max(len(flops), len(time))
     share = f"{percent(spent / dense)} of {quantity(dense, 'FLOP')} for the same tokens, dense"
-    return [f"FLOPs  {flops:>{width}}  {share}", f"time   {time:>{width}}  {', '.join(shares)}"]
-
-
-def _paths(summary: Mapping[str, Any]) -> list[str]:
-    names = ["pictures", *[""] * len(summary["figures"])]
-    lines = [f"{name:<8}  {path}" for name, path in zip(names, summary["figures"], strict=False)]
-    return lines if summary["export"] is None else [*lines, f"model     {summary['export']}"]
+    return [f"FLOPs  {flops}  {share}", f"time   {time}  {', '.join(shares)}"]

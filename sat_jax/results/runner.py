@@ -1,23 +1,78 @@
-"""Runs a sweep: skips finished runs, starts the others, watches and records them."""
+"""Runs a sweep: skips finished runs, starts the others, shows their progress."""
 
 import dataclasses
 import json
+import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from sat_jax.errors import UserError
-from sat_jax.results.display import Display
 from sat_jax.results.launch import Job, Launcher, Submitted, failure
 from sat_jax.results.planned import PlannedRun
-from sat_jax.results.sweep import Comparison
-from sat_jax.results.watch import State, WatchedRun
+from sat_jax.results.sweep import Comparison, settings_text, short_names
 from sat_jax.train.files import read_json, write_json
 from sat_jax.train.interrupt import Interrupt
+from sat_jax.train.metrics import read_metrics
+from sat_jax.train.progress import describe
 from sat_jax.train.workdir import WorkDir
+
+_PROGRESS_SECONDS = 30.0  # between two lines of progress of a run
+
+
+@dataclasses.dataclass
+class SweepRun:
+    """A run of a sweep with its job, while it has one; `error` is the reason, in one line, if it
+    failed."""
+
+    run: PlannedRun
+    workdir: WorkDir
+    log: Path
+    job: Submitted | None = None
+    error: str = ""
+
+    @property
+    def finished(self) -> bool:
+        return self.workdir.summary.exists()
+
+    @property
+    def waiting(self) -> bool:
+        return self.job is None and not self.error and not self.finished
+
+    def check_finished(self, data: str) -> None:
+        """Raise `UserError` if the run has finished on data of another fingerprint than `data`."""
+        summary = self.workdir.finished()
+        if summary is not None and summary["data"] != data:
+            raise UserError(
+                f"run {self.run.name} in {self.workdir.path.parent} has finished on data that have"
+                " changed since (their text, or how they are prepared); accepted: another"
+                " --workdir, or the old data"
+            )
+
+    def end(self, stopping: bool) -> None:
+        """Drop the job, which has ended; `stopping`: the sweep was asked to stop."""
+        self.job = None
+        if not self.finished and not stopping:
+            self.error = failure(self.log)
+
+    def state(self) -> str:
+        """Return how the run ended."""
+        if self.error:
+            return f"failed: {self.error} (log: {self.log})"
+        return f"{'finished' if self.finished else 'stopped'}  {self.progress()}"
+
+    def text(self, names: Mapping[str, str]) -> str:
+        """Return name and settings, with the `names` of their paths."""
+        return f"{self.run.name}  {settings_text(self.run.settings, names)}"
+
+    def progress(self) -> str:
+        """Return the last step and the newest value of each metric."""
+        newest: dict[str, Any] = {"step": 0}
+        for record in read_metrics(self.workdir.metrics) if self.workdir.metrics.exists() else []:
+            newest |= record
+        return f"step {newest['step']}/{self.run.config.train.steps}  {describe(newest)}"
 
 
 class SweepDir:
@@ -39,9 +94,9 @@ class SweepDir:
         stack.enter_context(self.workdir.lock())
         self.logs.mkdir(exist_ok=True)
 
-    def watch(self, run: PlannedRun) -> WatchedRun:
-        """Return the run with the state of its work directory."""
-        return WatchedRun(run, WorkDir(self.path / run.name), self.logs / f"{run.name}.log")
+    def find(self, run: PlannedRun) -> SweepRun:
+        """Return the run with its work directory."""
+        return SweepRun(run, WorkDir(self.path / run.name), self.logs / f"{run.name}.log")
 
     def add(
         self,
@@ -54,12 +109,12 @@ class SweepDir:
         commands = before.get("commands", [])
         if list(command) not in commands:
             commands.append(list(command))
-        tables = before.get("comparisons", [])
+        tables = {table["name"]: table for table in before.get("comparisons", [])}
         for comparison in comparisons:
-            table = json.loads(json.dumps(dataclasses.asdict(comparison)))
-            tables = [known for known in tables if known["name"] != comparison.name] + [table]
+            tables[comparison.name] = json.loads(json.dumps(dataclasses.asdict(comparison)))
         names = {**before.get("runs", {}), **{run.name: dict(run.settings) for run in runs}}
-        write_json(self._contents, {"commands": commands, "runs": names, "comparisons": tables})
+        contents = {"commands": commands, "runs": names, "comparisons": [*tables.values()]}
+        write_json(self._contents, contents)
 
     def job_ids(self) -> dict[str, str]:
         """Return the ids of a cluster's jobs by the name of the run."""
@@ -75,126 +130,76 @@ class SweepDir:
 
 def run_sweep(
     folder: SweepDir,
-    runs: Sequence[WatchedRun],
+    runs: Sequence[SweepRun],
     launcher: Launcher,
-    finished: Callable[[PlannedRun, dict[str, Any]], None],
+    finished: Callable[[SweepRun], None],
 ) -> None:
-    """Run all runs that are not finished, to their end.
+    """Run all runs that are not finished, to their end, with a line on stderr when a run starts or
+    ends, and for each running one every 30 seconds.
 
-    `finished` is called in this process with each finished run and its summary. Raises
-    `KeyboardInterrupt` when asked to stop: local runs have saved, and jobs of a cluster continue.
+    `finished` is called in this process with each finished run. Raises `KeyboardInterrupt` when
+    asked to stop: local runs have saved, and jobs of a cluster continue.
     """
-    with Interrupt() as interrupt:
-        _Runner(
-            folder, runs, launcher, finished, Display(runs), lambda: interrupt.requested(0)
-        ).run()
-
-
-def first_seeds_first(runs: Sequence[WatchedRun]) -> list[WatchedRun]:
-    """Order runs so that the first seed of every variant precedes the second of any.
-
-    Seeds share compiled programs: side by side each would compile them.
-    """
-    seen = Counter[str]()
-    turns = []
-    for run in runs:
-        turns.append(seen[run.run.variant])
-        seen[run.run.variant] += 1
-    return [run for _, run in sorted(zip(turns, runs, strict=True), key=lambda pair: pair[0])]
-
-
-@dataclasses.dataclass
-class _Runner:
-    folder: SweepDir
-    runs: Sequence[WatchedRun]
-    launcher: Launcher
-    finished: Callable[[PlannedRun, dict[str, Any]], None]
-    display: Display
-    stop_requested: Callable[[], bool]
-    jobs: dict[str, Submitted] = dataclasses.field(default_factory=dict)  # by the run's name
-
-    def run(self) -> None:
-        for run in self.runs:
-            if run.state is State.FINISHED:
-                self._report_finished(run)
-        waiting = self._waiting()
-        total, done = len(self.runs), len(self.runs) - len(waiting)
-        self.display.write(f"{total} runs in {self.folder.path}, {done} of them finished before")
-        self._attach(waiting)
-        try:
-            while self._waiting() or self.jobs:
-                if self.stop_requested():
-                    self._stop()
-                self._start(self._waiting())
-                self._update()
-                if self._waiting() or self.jobs:
-                    time.sleep(self.launcher.seconds)
-        except BaseException:
-            self.launcher.stop()  # the second request ends runs at once
-            raise
-
-    def _waiting(self) -> list[WatchedRun]:
-        return [run for run in first_seeds_first(self.runs) if run.state is State.WAITING]
-
-    def _attach(self, waiting: Sequence[WatchedRun]) -> None:
-        """Find the jobs that an earlier command submitted to a cluster."""
-        ids = self.folder.job_ids()
-        for run in waiting:
-            job = self.launcher.attach(ids[run.run.name]) if run.run.name in ids else None
-            if job is not None:
-                self._begin(run, job)
-
-    def _start(self, waiting: Sequence[WatchedRun]) -> None:
-        starting = waiting[: self.launcher.room()]
-        if not starting:
-            return
-        jobs = self.launcher.submit([Job(r.run.config, r.workdir.path, r.log) for r in starting])
-        pairs = list(zip(starting, jobs, strict=True))
-        if self.launcher.outlives:
-            self.folder.add_jobs({run.run.name: job.job_id for run, job in pairs})
-        for run, job in pairs:
-            self._begin(run, job)
-
-    def _begin(self, run: WatchedRun, job: Submitted) -> None:
-        self.jobs[run.run.name] = job
-        run.state = State.RUNNING
-        self.display.changed(run)
-
-    def _update(self) -> None:
-        for run in self.runs:
-            job = self.jobs.get(run.run.name)
-            if job is not None and job.done():
-                del self.jobs[run.run.name]
-                self._end(run, job)
-        self.display.refresh()
-
-    def _end(self, run: WatchedRun, job: Submitted) -> None:
-        if run.workdir.summary.exists():
-            run.state = State.FINISHED
-            self._report_finished(run)
-        elif job.paths.result_pickle.exists():
-            run.state, run.error = State.FAILED, failure(job)
-        elif self.stop_requested():
-            run.state = State.STOPPED
-        else:
-            run.state, run.error = State.FAILED, "killed: its process ended without an error"
-        self.display.changed(run)
-
-    def _report_finished(self, run: WatchedRun) -> None:
-        summary = run.workdir.finished()
-        assert summary is not None
-        self.finished(run.run, summary)
-
-    def _stop(self) -> None:
-        """End the sweep; local runs save first."""
-        if self.launcher.outlives:
-            self.display.write(
-                "the jobs continue; the same command watches them, scancel ends them"
-            )
-            raise KeyboardInterrupt
-        self.display.write("stopping: each run ends after its step and saves; again ends them now")
-        self.launcher.stop()
-        while self.jobs:
-            self._update()
-            time.sleep(self.launcher.seconds)
+    # Seeds share compiled programs: side by side each would compile them.
+    runs = sorted(runs, key=lambda run: run.run.config.seed)
+    names = short_names(path for run in runs for path in run.run.settings)
+    before = [run for run in runs if run.finished]
+    for run in before:
+        finished(run)
+    _print(f"{len(runs)} runs in {folder.path}, {len(before)} finished before")
+    stopping, shown = False, time.monotonic()
+    ids = folder.job_ids()
+    try:
+        with Interrupt() as interrupt:
+            for run in runs:  # jobs that an earlier command submitted to a cluster
+                if run.waiting and run.run.name in ids:
+                    run.job = launcher.attach(ids[run.run.name])
+            while any(run.job or (run.waiting and not stopping) for run in runs):
+                if interrupt.requested(0) and not stopping:
+                    _stop(launcher)
+                    stopping = True
+                for run in [] if stopping else _start(folder, runs, launcher):
+                    _print(f"{run.text(names)}  started")
+                for run in runs:
+                    if run.job is not None and run.job.done():
+                        run.end(interrupt.requested(0))
+                        if run.finished:
+                            finished(run)
+                        _print(f"{run.text(names)}  {run.state()}")
+                if time.monotonic() - shown >= _PROGRESS_SECONDS:
+                    shown = time.monotonic()
+                    for run in runs:
+                        if run.job is not None:
+                            _print(f"{run.text(names)}  {run.progress()}")
+                time.sleep(launcher.seconds)
+    except BaseException:
+        launcher.stop()  # the second request ends runs at once
+        raise
+    if stopping:
         raise KeyboardInterrupt
+
+
+def _start(folder: SweepDir, runs: Sequence[SweepRun], launcher: Launcher) -> list[SweepRun]:
+    starting = [run for run in runs if run.waiting][: launcher.room()]
+    if starting:
+        jobs = launcher.submit([Job(r.run.config, r.workdir.path, r.log) for r in starting])
+        for run, job in zip(starting, jobs, strict=True):
+            run.job = job
+        if launcher.outlives:
+            names = [run.run.name for run in starting]
+            folder.add_jobs(dict(zip(names, [job.job_id for job in jobs], strict=True)))
+    return starting
+
+
+def _stop(launcher: Launcher) -> None:
+    """Ask local runs to save and end; leave those of a cluster."""
+    if launcher.outlives:
+        _print("the jobs continue; the same command watches them, scancel ends them")
+        raise KeyboardInterrupt
+    _print("stopping: each run ends after its step and saves; again ends them now")
+    launcher.stop()
+
+
+def _print(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()

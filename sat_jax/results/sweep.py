@@ -3,12 +3,14 @@
 import dataclasses
 import itertools
 import typing
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from sat_jax.config_values import experiment_sweep, find, parse, parse_overrides
 from sat_jax.errors import UserError
+from sat_jax.results.text import setting_text
 
 Settings: TypeAlias = Mapping[str, Any]
 Axes: TypeAlias = Mapping[str, Sequence[Any]]
@@ -43,8 +45,14 @@ class Sweep:
 def sweep_of(spec: str) -> Sweep | None:
     """Return the sweep of an experiment `FILE.py` or `FILE.py:VARIANT`, or None without one."""
     sweep = experiment_sweep(spec)
-    if sweep is not None and not isinstance(sweep, Sweep):
-        raise UserError(f"get_sweep() of {spec} returns {sweep!r}; accepted: a Sweep")
+    if sweep is None:
+        return None
+    if not isinstance(sweep, Sweep) or not all(isinstance(run, Mapping) for run in sweep.runs):
+        raise UserError(
+            f"get_sweep() of {spec} returns {sweep!r}; accepted: a Sweep of runs, each a mapping"
+        )
+    for path in {path for run in sweep.runs for path in run}:
+        find(path, f"get_sweep() of {spec}: ")
     return sweep
 
 
@@ -71,7 +79,7 @@ def parse_axes(texts: Sequence[str]) -> dict[str, list[Any]]:
 
     Semicolons instead of commas separate values that contain commas, and are required where a
     setting is a list: `a.b=0,1;0`. Raises `UserError` for an unknown setting, a value that it does
-    not accept, and anything given twice.
+    not accept, and a setting given twice.
     """
     axes: dict[str, list[Any]] = {}
     for text in texts:
@@ -88,24 +96,7 @@ def parse_axes(texts: Sequence[str]) -> dict[str, list[Any]]:
             )
         parts = values.split(";" if ";" in values else ",")
         axes[path] = [parse(path, part) for part in parts]
-        if len(set(axes[path])) < len(parts):
-            raise UserError(f"--axis {text} has a value twice")
     return axes
-
-
-def check_runs(runs: Any, origin: str) -> list[dict[str, Any]]:
-    """Return a copy of a list of runs, each a mapping of settings to values.
-
-    Raises `UserError`, naming `origin`, for anything else.
-    """
-    if not isinstance(runs, Sequence) or isinstance(runs, str) or not runs:
-        raise UserError(f"{origin} gives {runs!r}; accepted: a list of runs, each a mapping")
-    for number, run in enumerate(runs, 1):
-        if not isinstance(run, Mapping):
-            raise UserError(f"{origin}, run {number}: {run!r}; accepted: settings by dotted name")
-        for path in run:
-            find(path, f"{origin}, run {number}: ")
-    return [dict(run) for run in runs]
 
 
 def cross(runs: Sequence[Settings], axes: Axes) -> list[dict[str, Any]]:
@@ -122,37 +113,32 @@ def combine(
     Raises `UserError` if a setting has two sources, or nothing varies.
     """
     fixed = parse_overrides(overrides)
-    if not axes and runs is None and seeds is None:
+    if not axes and not runs and seeds is None:
         raise UserError(
             "nothing to sweep over; accepted: --axis, --seeds, or an experiment with get_sweep()"
         )
+    sources = {
+        "--config": fixed,
+        "--axis": axes,
+        "--seeds": () if seeds is None else ("seed",),
+        "get_sweep()": {path for run in runs or () for path in run},
+    }
+    for (one, paths), (other, more) in itertools.combinations(sources.items(), 2):
+        if both := sorted({*paths} & {*more}):
+            raise UserError(f"{both[0]} is given by {one} and by {other}; accepted: one of them")
     if seeds is not None:
-        if "seed" in axes:
-            raise UserError("seed is given by --seeds and by --axis; accepted: one of them")
         axes = {**axes, "seed": range(seeds)}
-    in_runs = {path for run in runs or () for path in run}
-    for path in in_runs & axes.keys():
-        raise UserError(f"{path} is in the list of runs and an axis; accepted: one of them")
-    for path in (in_runs | axes.keys()) & fixed.keys():
-        raise UserError(f"{path} varies over the sweep, and --config.{path} fixes it")
-    return fixed, cross(runs if runs is not None else [{}], axes)
+    return fixed, cross(runs or [{}], axes)
 
 
 def settings_text(settings: Settings, names: Mapping[str, str] | None = None) -> str:
     """Format as `sparsity.rate=0.4 seed=1`; `names` has shorter names of paths."""
-
-    def text(value: Any) -> str:
-        return (
-            (",".join(map(str, value)) or "()") if isinstance(value, list | tuple) else str(value)
-        )
-
-    return " ".join(f"{(names or {}).get(k, k)}={text(value)}" for k, value in settings.items())
+    names = names or {}
+    return " ".join(f"{names.get(k, k)}={setting_text(value)}" for k, value in settings.items())
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:
     """Return the last part of each path, or the whole path where two end the same."""
-    paths = list(dict.fromkeys(paths))
-    ends = [path.rpartition(".")[2] for path in paths]
-    return {
-        path: end if ends.count(end) == 1 else path for path, end in zip(paths, ends, strict=True)
-    }
+    ends = {path: path.rpartition(".")[2] for path in paths}
+    unique = [end for end, count in Counter(ends.values()).items() if count == 1]
+    return {path: end if end in unique else path for path, end in ends.items()}

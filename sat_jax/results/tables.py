@@ -3,19 +3,21 @@
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from sat_jax.config_values import find
 from sat_jax.results.curves import part_means
 from sat_jax.results.finished import DEFAULTS, FinishedRun, Settings
-from sat_jax.results.means import mean_of
 from sat_jax.results.speed import ABOVE_BOUND, ABOVE_BOUND_NOTE, speedup_text
 from sat_jax.results.sweep import Comparison
 from sat_jax.results.text import fixed_width, markdown, percent, quantity
 from sat_jax.results.variants import (
     Group,
+    Values,
     Variant,
     make_groups,
+    mean_of,
     reference_of,
     settings_in_words,
     variant_name,
@@ -23,10 +25,9 @@ from sat_jax.results.variants import (
 
 _PARTS = 8  # of a run, in which losses are compared
 _ACROSS = "each beside the dense baseline of its own setting"
-_MIXED, _FEWER = "†", "§"
+_FEWER = "§"
 _NOTES = {
     ABOVE_BOUND: ABOVE_BOUND_NOTE,
-    _MIXED: f"{_MIXED} measured at several commits or on several devices",
     _FEWER: f"{_FEWER} of fewer seeds: some have no dense baseline, or none around their FLOPs",
 }
 
@@ -55,41 +56,31 @@ class Table:
 
 def comparison_tables(group: Group, comparisons: Iterable[Comparison]) -> list[Table]:
     """Return a table for each comparison that the group has two or more variants for, and one of
-    the variants that are in none of these."""
-    tables, shown = [], set[str]()
-    for comparison in comparisons:
-        variants = compared(group, comparison)
-        if len(variants) > 1 and not _outside(comparison):
-            tables.append(quality_table(group, comparison))
-            shown |= {variant.name for variant in variants}
-    others = [variant for variant in group.sparse if variant.name not in shown]
-    if others or not tables:
-        dense = [group.dense] if group.dense else []
-        lines = [(variant.name, variant) for variant in (*dense, *others)]
-        title = "Other variants" if tables else "Variants"
-        tables.append(_quality("other", title, _quality_caption(group), lines))
-    return tables
-
-
-def compared(group: Group, comparison: Comparison) -> list[Variant]:
-    """Return the sparse variants that differ from the reference in `comparison.settings` alone."""
-    settings = set(comparison.settings)
-    return [variant for variant in group.sparse if group.differing(variant) <= settings]
-
-
-def quality_table(group: Group, comparison: Comparison | None = None) -> Table:
-    """Return a table of the dense baseline and the variants of a comparison (None: of all).
+    the variants that are in none of these.
 
     Comparisons of the omission rate have the shorter dense runs too: they cost as much.
     """
-    if comparison is None:
-        lines = [(variant.name, variant) for variant in group.variants]
-        return _quality("quality", "Variants", _quality_caption(group), lines)
-    dense = group.dense_variants
-    if "sparsity.rate" not in comparison.settings:
-        dense = tuple(variant for variant in dense if variant.is_baseline)
-    lines = [(variant.name, variant) for variant in (*dense, *compared(group, comparison))]
-    return _quality(comparison.name, comparison.title, _quality_caption(group), lines)
+    tables, shown = [], set[str]()
+    caption = _quality_caption(group)
+    baseline = [variant for variant in group.dense if variant.is_baseline]
+    for comparison in comparisons:
+        settings = set(comparison.settings)
+        variants = [variant for variant in group.sparse if group.differing(variant) <= settings]
+        if len(variants) > 1 and not _outside(comparison):
+            dense = group.dense if "sparsity.rate" in settings else baseline
+            lines = [*dense, *variants]
+            tables.append(_table(comparison.name, comparison.title, caption, lines, _QUALITY))
+            shown |= {variant.name for variant in variants}
+    others = [variant for variant in group.sparse if variant.name not in shown]
+    if others or not tables:
+        title = "Other variants" if tables else "Variants"
+        tables.append(_table("other", title, caption, [*baseline, *others], _QUALITY))
+    return tables
+
+
+def quality_table(group: Group) -> Table:
+    """Return a table of all variants."""
+    return _table("quality", "Variants", _quality_caption(group), group.variants, _QUALITY)
 
 
 def across_tables(groups: Sequence[Group], comparisons: Iterable[Comparison]) -> list[Table]:
@@ -101,92 +92,48 @@ def across_tables(groups: Sequence[Group], comparisons: Iterable[Comparison]) ->
         for group in groups if (outside := _outside(comparison)) else ():
             together.setdefault(group.runs[0].shared(outside), []).append(group)
         for several in together.values():
-            lines = _lines_across(several)
-            counts = Counter(name for _, name, _ in lines)
-            common = [(label, variant) for label, name, variant in lines if counts[name] > 1]
             if len(several) > 1:
+                lines = list(_variants_across(several))
+                counts = Counter(name for name, _ in lines)
+                common = [variant for name, variant in lines if counts[name] > 1]
                 group = dataclasses.replace(several[0], reference=_common_reference(several))
-                caption = caption_of(group, _ACROSS)
-                tables.append(_quality(comparison.name, comparison.title, caption, common))
+                caption = _caption(group, _ACROSS)
+                tables.append(_table(comparison.name, comparison.title, caption, common, _QUALITY))
     return tables
 
 
 def small_groups_table(groups: Sequence[Group]) -> Table:
     """Return one table of all variants of several groups."""
-    lines = [(label, variant) for label, _, variant in _lines_across(groups)]
+    variants = [variant for _, variant in _variants_across(groups)]
     caption = "; ".join([_ACROSS, *_reference_words(_common_reference(groups))])
-    return _quality("settings", "Other settings", caption, lines)
+    return _table("settings", "Other settings", caption, variants, _QUALITY)
 
 
-def _lines_across(groups: Sequence[Group]) -> list[tuple[str, str, Variant]]:
-    """Return label, name and variant of all variants, named by one reference for all groups."""
+def _variants_across(groups: Sequence[Group]) -> Iterator[tuple[str, Variant]]:
+    """Yield all variants, named by one reference for all groups, without and with the settings of
+    their group in the name."""
     reference = _common_reference(groups)
-    lines = []
     for group, setting in zip(groups, group_labels(groups), strict=True):
         for variant in group.variants:
-            name = variant.name if variant.dense else variant_name(variant.sparsity, reference)
-            lines.append((f"{setting}: {name}" if setting else name, name, variant))
-    return lines
+            name = variant.name
+            if not variant.dense:
+                name = variant_name(variant.runs[0].sparsity, reference)
+            label = f"{setting}: {name}" if setting else name
+            yield name, dataclasses.replace(variant, name=label)
 
 
 def _common_reference(groups: Sequence[Group]) -> Settings:
-    return reference_of([variant.sparsity for group in groups for variant in group.sparse])
-
-
-def _reference_words(reference: Settings) -> list[str]:
-    changed = {path: v for path, v in reference.items() if v != DEFAULTS[path]}
-    words = settings_in_words({p: v for p, v in changed.items() if p != "sparsity.rate"})
-    return [f"unless named otherwise {', '.join(words)}"] if words else []
+    return reference_of([variant.runs[0].sparsity for group in groups for variant in group.sparse])
 
 
 def _outside(comparison: Comparison) -> list[str]:
     return [path for path in comparison.settings if path not in DEFAULTS]
 
 
-def _quality_caption(group: Group) -> str:
-    before = mean_of([run.row["perplexity_before"] for run in group.runs])
-    number = "infinite" if before is None else f"{before.value:.3f}"
-    return caption_of(group, *_learning_rate(group), f"perplexity before training {number}")
-
-
-def _quality(name: str, title: str, caption: str, lines: Sequence[tuple[str, Variant]]) -> Table:
-    columns = {
-        "variant": [label for label, _ in lines],
-        "seeds": [str(len(variant.runs)) for _, variant in lines],
-        "perplexity": [_mean(variant.over(_after), "{:.3f}") for _, variant in lines],
-        "from dense": [_difference(variant.differences(), variant) for _, variant in lines],
-        "at equal FLOPs": [
-            _difference(variant.differences_at_equal_flops(), variant) for _, variant in lines
-        ],
-        "FLOPs": [_mean_only(variant.flops_shares(), "{:.0f} %") for _, variant in lines],
-    }
-    known = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
-    return Table(name, title, caption, tuple(known), tuple(zip(*known.values(), strict=True)))
-
-
 def cost_table(group: Group) -> Table:
     """Return a table of time, memory and FLOPs, with the speed-up beside its bound."""
-    lines = [(variant.name, variant) for variant in group.variants]
-    return _cost(caption_of(group, *_learning_rate(group)), lines)
-
-
-def _cost(caption: str, lines: Sequence[tuple[str, Variant]]) -> Table:
-    header = ("variant", "seeds", "time", "memory", "FLOPs", "of dense", "speed-up", "bound")
-    rows = []
-    for label, variant in lines:
-        shares = variant.flops_shares()
-        rows.append(
-            (
-                label,
-                str(len(variant.runs)),
-                _mean(variant.over(lambda run: run.seconds), "{:,.1f} s"),
-                _mean_only(variant.over(lambda run: run.row["peak_memory"]["bytes"]), "B"),
-                _mean_only(variant.over(lambda run: run.row["spent_flops"]), "FLOP"),
-                _mean_only(shares, "{:.0f} %"),
-                *_speedup_and_bound(variant),
-            )
-        )
-    return Table("cost", "Time, memory and FLOPs", caption, header, tuple(rows))
+    caption = _caption(group, _learning_rate(group))
+    return _table("cost", "Time, memory and FLOPs", caption, group.variants, _COST)
 
 
 def loss_table(group: Group) -> Table | None:
@@ -197,22 +144,21 @@ def loss_table(group: Group) -> Table | None:
     """
     rows = []
     for variant in group.sparse:
-        gaps = [
-            [None if None in pair else pair[0] - pair[1] for pair in zip(*both, strict=True)]
-            for run, dense in zip(variant.runs, variant.baselines, strict=True)
-            if dense
-            and all(both := [part_means(r.row.get("curve", {}), _PARTS) for r in (run, dense)])
-        ]
+        gaps = []
+        for run, dense in zip(variant.runs, variant.baselines, strict=True):
+            losses = [part_means(r.row.get("curve", {}), _PARTS) for r in (run, dense) if r]
+            if dense and all(losses):
+                pairs = zip(*losses, strict=True)
+                gaps.append([None if None in (a, b) else a - b for a, b in pairs])
         if gaps:
             parts = [_mean(part, "{:+.2f}") for part in zip(*gaps, strict=True)]
             rows.append((variant.name, str(len(gaps)), *parts))
     if not rows:
         return None
-    steps = group.runs[0].steps
-    ends = [round(steps * part / _PARTS) for part in range(_PARTS + 1)]
+    ends = [round(group.runs[0].steps * part / _PARTS) for part in range(_PARTS + 1)]
     parts = [f"{start + 1} to {end}" for start, end in itertools.pairwise(ends)]
     header = ("variant", "seeds", f"steps {parts[0]}", *parts[1:])
-    caption = caption_of(group, *_learning_rate(group), "nats per token")
+    caption = _caption(group, _learning_rate(group), "nats per token")
     return Table("losses", "Training loss minus the dense baseline's", caption, header, tuple(rows))
 
 
@@ -221,9 +167,8 @@ def sentence(variant: Variant) -> str:
     difference, shares = mean_of(variant.differences()), mean_of(variant.flops_shares())
     seeds = f"{len(variant.runs)} seed{'s' * (len(variant.runs) > 1)}"
     if difference is None or shares is None:
-        after = mean_of(variant.over(_after))
-        number = "infinite" if after is None else after.text("{:.3f}")
-        return f"{variant.name}: perplexity {number} ({seeds}), without a dense baseline."
+        after = _mean(variant.over(lambda run: run.after), "{:.3f}")
+        return f"{variant.name}: perplexity {after} ({seeds}), without a dense baseline."
     text = (
         f"{variant.name}: perplexity {difference.text('{:+.1f} %')} from dense training on the same"
         f" tokens ({seeds}), with {shares.value:.0f} % of its FLOPs"
@@ -234,103 +179,127 @@ def sentence(variant: Variant) -> str:
 
 def terminal_table(runs: Sequence[FinishedRun]) -> str:
     """Return the quality and the cost of a sweep's runs, as two tables for a terminal."""
-    lines = [(label, variant) for label, _, variant in _lines_across(make_groups(runs))]
-    tables = [_quality("quality", "", "", lines), _cost("", lines)]
+    variants = [variant for _, variant in _variants_across(make_groups(runs))]
+    tables = [
+        _table(name, "", "", variants, columns)
+        for name, columns in (("quality", _QUALITY), ("cost", _COST))
+    ]
     return "\n\n".join(
         "\n".join([fixed_width(table.header, table.rows), *table.notes]) for table in tables
     )
 
 
-def caption_of(group: Group, *more: str) -> str:
+def _caption(group: Group, *more: str) -> str:
     """Return what the runs of a group share, with `more` after their model and length."""
     run = group.runs[0]
     tokens = sum(r.row["tokens"] for r in group.runs) / len(group.runs)
     parts = [model_of(run), f"{run.steps:,} steps, {tokens:,.0f} tokens"]
-    if run.fine_tuned and "loss_tokens" in run.row:
+    if _setting(run, "data.format") != "text":
         parts.append(f"{percent(run.row['loss_tokens'] / run.row['tokens'])} of them with loss")
-    parts += more
-    parts += _reference_words(group.reference)
-    parts.append(f"data {run.row['data'][:8]}")
-    parts.append(" and ".join(dict.fromkeys(run.device for run in group.runs)))
-    return "; ".join(parts)
+    parts += [*more, *_reference_words(group.reference), f"data {run.row['data'][:8]}"]
+    return "; ".join([*parts, " and ".join(dict.fromkeys(run.device for run in group.runs))])
 
 
-def _learning_rate(group: Group) -> list[str]:
-    """Rows of old versions do not have it."""
-    if "settings" not in group.runs[0].row:
-        return []
+def _reference_words(reference: Settings) -> list[str]:
+    changed = {path: v for path, v in reference.items() if v != DEFAULTS[path]}
+    words = settings_in_words({p: v for p, v in changed.items() if p != "sparsity.rate"})
+    return [f"unless named otherwise {', '.join(words)}"] if words else []
+
+
+def _quality_caption(group: Group) -> str:
+    before = mean_of([run.row["perplexity_before"] for run in group.runs])
+    number = "infinite" if before is None else f"{before.value:.3f}"
+    return _caption(group, _learning_rate(group), f"perplexity before training {number}")
+
+
+def _learning_rate(group: Group) -> str:
     rate, schedule = (
-        group.runs[0].settings.get(path, find(path).default)
-        for path in ("optimizer.learning_rate", "optimizer.schedule")
+        _setting(group.runs[0], path) for path in ("optimizer.learning_rate", "optimizer.schedule")
     )
-    return [f"learning rate {rate:g}, {schedule}"]
+    return f"learning rate {rate:g}, {schedule}"
+
+
+def _setting(run: FinishedRun, path: str) -> Any:
+    return run.settings.get(path, find(path).default)
 
 
 def model_of(run: FinishedRun) -> str:
-    """Return the model that a run starts from; the experiment, for rows without settings."""
-    if "settings" not in run.row:
-        return str(run.row["experiment"])
-    default = find("model.preset").default
-    return str(run.settings.get("model.path") or run.settings.get("model.preset", default))
+    """Return the model that a run starts from."""
+    return str(run.settings.get("model.path") or _setting(run, "model.preset"))
 
 
 def group_labels(groups: Sequence[Group]) -> list[str]:
     """Return the settings outside sparsity in which each group differs from others."""
     runs = [group.runs[0] for group in groups]
-    paths = dict.fromkeys(path for run in runs for path in run.settings)
     labels: list[list[str]] = [[] for _ in runs]
     # The fingerprint of the data stands for their settings.
-    for path in [path for path in paths if not path.startswith(("seed", "data.", "train.eval"))]:
-        values = [run.settings.get(path, find(path).default) for run in runs]
-        if len(set(map(str, values))) > 1:
-            for label, value in zip(labels, values, strict=True):
-                label += settings_in_words({path: value})
+    apart = ("seed", "data.", "train.eval")
+    for path in dict.fromkeys(p for r in runs for p in r.settings if not p.startswith(apart)):
+        words = [settings_in_words({path: _setting(run, path)})[0] for run in runs]
+        for label, word in zip(labels, words, strict=True):
+            label += [word] * (len(set(words)) > 1)
     if len({run.row["data"] for run in runs}) > 1:
         for label, run in zip(labels, runs, strict=True):
             label.append(f"data {run.row['data'][:6]}")
     return [", ".join(label) for label in labels]
 
 
-def _mean(values: Sequence[float | None], form: str) -> str:
+def _table(
+    name: str,
+    title: str,
+    caption: str,
+    variants: Sequence[Variant],
+    columns: Mapping[str, Callable[[Variant], str]],
+) -> Table:
+    """Return a row for each variant; columns without any value are left out."""
+    cells = {head: list(map(cell, variants)) for head, cell in columns.items()}
+    known = {head: values for head, values in cells.items() if set(values) != {"-"}}
+    rows = zip([variant.name for variant in variants], *known.values(), strict=True)
+    return Table(name, title, caption, ("variant", *known), tuple(rows))
+
+
+def _mean(values: Values, form: str) -> str:
     mean = mean_of(values)
     return "-" if mean is None else mean.text(form)
 
 
-def _mean_only(values: Sequence[float | None], form: str) -> str:
-    """Without the error, for what hardly differs between seeds; `form` is a format, or a unit."""
+def _mean_only(values: Values, form: Callable[[float], str]) -> str:
+    """Without the error, for what hardly differs between seeds."""
     mean = mean_of(values)
-    if mean is None:
-        return "-"
-    return form.format(mean.value) if "{" in form else quantity(mean.value, form)
+    return "-" if mean is None else form(mean.value)
 
 
-def _difference(values: Sequence[float | None], variant: Variant) -> str:
+def _difference(values: Values, variant: Variant) -> str:
     return _mean(values, "{:+.1f} %") + _FEWER * (0 < len(values) < len(variant.runs))
 
 
-def _speedup_and_bound(variant: Variant) -> tuple[str, str]:
-    """Return the speed-up that the runs measured of their steps, with its bound; if they did not,
-    that of the time of all training, with the bound of all FLOPs."""
-    if variant.is_baseline:
-        return "-", "-"
-    compared: list[FinishedRun | None] = [*variant.runs]
-    if measured := variant.measured_speedups():
-        mean = mean_of([run.speedup for run in measured])
-        bound = mean_of([run.bound for run in measured])
-        if mean is not None and mean.error is None:
-            mean = mean._replace(error=measured[0].spread)
-    else:
-        mean = mean_of(variant.speedups())
-        bound = mean_of([share and 100 / share for share in variant.flops_shares()])
-        compared += variant.baselines
-    bound_text = f"{bound.value:.2f}×" if bound else "-"
-    if mean is None:
-        return "-", bound_text
-    mixed = len({(run.commit, run.device) for run in compared if run is not None}) > 1
-    text = speedup_text(mean.value, bound and bound.value, mean.error)
-    return text + _MIXED * mixed, bound_text
+def _speedup(variant: Variant) -> str:
+    speedup, bound = variant.speedup_and_bound()
+    if variant.is_baseline or speedup is None:
+        return "-"
+    return speedup_text(speedup.value, bound and bound.value, speedup.error)
 
 
-def _after(run: FinishedRun) -> float | None:
-    after: float | None = run.row["perplexity_after"]
-    return after
+def _bound(variant: Variant) -> str:
+    _, bound = variant.speedup_and_bound()
+    return "-" if variant.is_baseline or bound is None else f"{bound.value:.2f}×"
+
+
+_QUALITY: Mapping[str, Callable[[Variant], str]] = {
+    "seeds": lambda variant: str(len(variant.runs)),
+    "perplexity": lambda variant: _mean(variant.over(lambda run: run.after), "{:.3f}"),
+    "from dense": lambda variant: _difference(variant.differences(), variant),
+    "at equal FLOPs": lambda v: _difference(v.differences_at_equal_flops(), v),
+    "FLOPs": lambda variant: _mean_only(variant.flops_shares(), "{:.0f} %".format),
+}
+_COST: Mapping[str, Callable[[Variant], str]] = {
+    "seeds": lambda variant: str(len(variant.runs)),
+    "time": lambda variant: _mean(variant.over(lambda run: run.seconds), "{:,.1f} s"),
+    "memory": lambda v: _mean_only(
+        v.over(lambda r: r.row["peak_memory"]["bytes"]), lambda n: quantity(n, "B")
+    ),
+    "FLOPs": lambda v: _mean_only(v.over(lambda run: run.flops), lambda n: quantity(n, "FLOP")),
+    "of dense": lambda variant: _mean_only(variant.flops_shares(), "{:.0f} %".format),
+    "speed-up": _speedup,
+    "bound": _bound,
+}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def fixed_width(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Return a table with a rule under the header, without trailing spaces or newline.
+    """Return a table with a rule under the header, without trailing spaces.
 
     The first `left` columns are aligned to the left, the others to the right. Raises `ValueError`
     for a row of another length than `header`.
@@ -26,9 +26,6 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1
 
 
 def _widths(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
-    for cells in rows:
-        if len(cells) != len(header):
-            raise ValueError(f"{len(cells)} cells under {len(header)} headings: {list(cells)}")
     return [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
 

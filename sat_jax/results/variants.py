@@ -7,17 +7,42 @@ baseline, the dense run of the same group and seed.
 
 import collections
 import dataclasses
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sat_jax.config_values import name_of
 from sat_jax.results.finished import DEFAULTS, FinishedRun, Settings
-from sat_jax.results.speed import WholeRun, whole_run_speedup
+from sat_jax.results.speed import whole_run_speedup
 from sat_jax.results.text import setting_text
 
 _SLACK = 1.01  # lengths are whole steps, so no dense run has exactly the FLOPs of another run
+
+Values = Sequence[float | None]
+
+
+class Mean(NamedTuple):
+    """A mean and its standard error, which is None for a single value."""
+
+    value: float
+    error: float | None = None
+
+    def text(self, form: str) -> str:
+        """Format as `1.234 ± 0.005`, each number by the format `form`."""
+        if self.error is None:
+            return form.format(self.value)
+        return f"{form.format(self.value)} ± {form.replace('+', '').format(self.error)}"
+
+
+def mean_of(values: Values) -> Mean | None:
+    """Return the mean of `values`; None if any is None, or there are none."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values) or not known:
+        return None
+    error = statistics.stdev(known) / len(known) ** 0.5 if len(known) > 1 else None
+    return Mean(statistics.mean(known), error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,30 +66,18 @@ class Variant:
     def is_baseline(self) -> bool:
         return self.runs == self.baselines
 
-    @property
-    def sparsity(self) -> Settings:
-        return self.runs[0].sparsity
-
-    def over(self, measure: Callable[[FinishedRun], float | None]) -> list[float | None]:
+    def over(self, measure: Callable[[FinishedRun], float | None]) -> Values:
         """Return `measure` of each run."""
         return [measure(run) for run in self.runs]
 
-    def _paired(
-        self, measure: Callable[[FinishedRun, FinishedRun], float | None]
-    ) -> list[float | None]:
-        return [
-            None if baseline is None else measure(run, baseline)
-            for run, baseline in zip(self.runs, self.baselines, strict=True)
-        ]
-
-    def differences(self) -> list[float | None]:
+    def differences(self) -> Values:
         """Perplexity relative to the dense baseline, in percent, of the runs that have one."""
         if self.is_baseline:
             return []
         pairs = zip(self.runs, self.baselines, strict=True)
-        return [_difference(run, baseline) for run, baseline in pairs if baseline is not None]
+        return [percent_from(run.after, dense.after) for run, dense in pairs if dense]
 
-    def differences_at_equal_flops(self) -> list[float | None]:
+    def differences_at_equal_flops(self) -> Values:
         """Perplexity relative to dense training with as many FLOPs, in percent, of the sparse runs
         whose seed has dense runs of two or more lengths around their FLOPs."""
         values = [
@@ -74,56 +87,61 @@ class Variant:
         ]
         return [value for value in values if value is not None]
 
-    def flops_shares(self) -> list[float | None]:
+    def flops_shares(self) -> Values:
         """FLOPs, probes included, in percent of those of the dense baseline."""
         if self.dense:
-            return self._paired(lambda run, dense: 100 * _flops(run) / _flops(dense))
-        return self.over(lambda run: 100 * _flops(run) / run.row["dense_flops"])
+            pairs = zip(self.runs, self.baselines, strict=True)
+            return [100 * run.flops / dense.flops if dense else None for run, dense in pairs]
+        return self.over(lambda run: 100 * run.flops / run.row["dense_flops"])
 
-    def measured_speedups(self) -> list[WholeRun]:
-        """The speed-ups that the runs measured themselves; none if one of them has not."""
+    def speedup_and_bound(self) -> tuple[Mean | None, Mean | None]:
+        """Return the speed-up that the runs measured of their steps, with its FLOP bound.
+
+        If they did not, training time of the dense baseline, at the same commit on the same device,
+        ÷ that of the run, with the bound of all FLOPs.
+        """
         measured = [whole_run_speedup(run.row["rungs"]) for run in self.runs]
-        return [] if None in measured else [run for run in measured if run is not None]
-
-    def speedups(self) -> list[float | None]:
-        """Training time of the dense baseline, on the same device, ÷ that of the run."""
-        return self._paired(
-            lambda run, dense: dense.seconds / run.seconds if run.device == dense.device else None
-        )
+        known = [run for run in measured if run is not None]
+        if len(known) == len(measured):
+            speedup = mean_of([run.speedup for run in known])
+            if speedup and speedup.error is None:
+                speedup = speedup._replace(error=known[0].spread)
+            return speedup, mean_of([run.bound for run in known])
+        times = [
+            dense.seconds / run.seconds if dense and run.place == dense.place else None
+            for run, dense in zip(self.runs, self.baselines, strict=True)
+        ]
+        return mean_of(times), mean_of([share and 100 / share for share in self.flops_shares()])
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Runs of the same settings outside sparsity, with shorter dense runs, longest first.
+    """Runs of the same settings outside sparsity, with dense runs of fewer steps.
 
-    `reference` has the value of each setting of sparsity that most variants share; the name of a
-    variant has its rate and the settings in which it differs from the reference. Sparse variants
-    are ordered by these settings, then by rate.
+    `dense` are variants from the longest, which is the dense baseline if there is one. `reference`
+    has the value of each setting of sparsity that most variants share; the name of a variant has
+    its rate and the settings in which it differs from the reference. Sparse variants are ordered by
+    these settings, then by rate.
     """
 
-    dense: Variant | None
-    shorter: tuple[Variant, ...]
+    dense: tuple[Variant, ...]
     sparse: tuple[Variant, ...]
     reference: Settings
 
     @property
-    def dense_variants(self) -> tuple[Variant, ...]:
-        return (*([self.dense] if self.dense else []), *self.shorter)
-
-    @property
     def variants(self) -> tuple[Variant, ...]:
         """All, dense first."""
-        return (*self.dense_variants, *self.sparse)
+        return self.dense + self.sparse
 
     @property
     def runs(self) -> list[FinishedRun]:
         """The runs of full length; the shorter dense ones if there are no others."""
-        full = [run for variant in (self.dense, *self.sparse) if variant for run in variant.runs]
-        return full or [run for variant in self.shorter for run in variant.runs]
+        runs = [run for variant in self.variants for run in variant.runs]
+        return [run for run in runs if run.steps == max(run.steps for run in runs)]
 
     def differing(self, variant: Variant) -> set[str]:
         """Return the settings of sparsity in which a variant differs from the reference."""
-        return set(_differing(variant.sparsity, self.reference))
+        return set(_differing(variant.runs[0].sparsity, self.reference))
 
 
 def make_groups(runs: Iterable[FinishedRun]) -> list[Group]:
@@ -131,52 +149,47 @@ def make_groups(runs: Iterable[FinishedRun]) -> list[Group]:
 
     A dense run of fewer steps than a group, and at least half of them, belongs to that group.
     """
-    members: dict[str, list[FinishedRun]] = {}
-    dense: dict[str, list[FinishedRun]] = {}
+    members = collections.defaultdict(list)
+    dense = collections.defaultdict(list)
     for run in runs:
-        members.setdefault(run.shared(), []).append(run)
+        members[run.shared()].append(run)
         if run.dense:
-            dense.setdefault(run.shared(["train.steps"]), []).append(run)
-    groups = [
-        _group(together, dense.get(together[0].shared(["train.steps"]), ()))
-        for together in members.values()
-    ]
+            dense[run.shared(["train.steps"])].append(run)
+    groups = [_group(some, dense[some[0].shared(["train.steps"])]) for some in members.values()]
     kept, shorter = set[int](), set[int]()
     for group in sorted(groups, key=lambda group: -group.runs[0].steps):
         if group.sparse or id(group.runs[0]) not in shorter:
             kept.add(id(group))
-            shorter |= {id(run) for variant in group.shorter for run in variant.runs}
+            shorter |= {id(run) for variant in group.dense for run in variant.runs}
     return [group for group in groups if id(group) in kept]
 
 
 def _group(members: Sequence[FinishedRun], dense: Sequence[FinishedRun]) -> Group:
     """`dense`: the dense runs of all lengths with the settings of `members`."""
     steps = members[0].steps
-    lengths = collections.defaultdict(list)
-    for run in dense:
-        if steps <= 2 * run.steps and run.steps <= steps:
-            lengths[run.steps].append(run)
-    full = {run.seed: run for run in lengths[steps]}
+    dense = [run for run in dense if steps <= 2 * run.steps and run.steps <= steps]
+    baselines = {run.seed: run for run in dense if run.steps == steps}
+
+    def variant(name: str, runs: Sequence[FinishedRun]) -> Variant:
+        ordered = tuple(sorted(runs, key=lambda run: run.seed))
+        lengths = [tuple(other for other in dense if other.seed == run.seed) for run in ordered]
+        return Variant(
+            name, ordered, tuple(baselines.get(run.seed) for run in ordered), tuple(lengths)
+        )
+
     methods: dict[str, list[FinishedRun]] = {}
     for run in members:
         if not run.dense:
             methods.setdefault(name_of(run.sparsity), []).append(run)
     reference = reference_of([runs[0].sparsity for runs in methods.values()])
-
-    def variant(name: str, runs: Sequence[FinishedRun]) -> Variant:
-        ordered = tuple(sorted(runs, key=lambda run: run.seed))
-        baselines = tuple(full.get(run.seed) for run in ordered)
-        every_length = [run for same_length in lengths.values() for run in same_length]
-        of_seed = [tuple(d for d in every_length if d.seed == run.seed) for run in ordered]
-        return Variant(name, ordered, baselines, tuple(of_seed))
-
     sparse = [variant(variant_name(runs[0].sparsity, reference), runs) for runs in methods.values()]
     return Group(
-        variant("dense", lengths[steps]) if full else None,
         tuple(
-            variant(f"dense, {count:,} steps", lengths[count])
-            for count in sorted(lengths, reverse=True)
-            if count < steps
+            variant(
+                "dense" if length == steps else f"dense, {length:,} steps",
+                [run for run in dense if run.steps == length],
+            )
+            for length in sorted({run.steps for run in dense}, reverse=True)
         ),
         tuple(sorted(sparse, key=lambda variant: variant.name.partition(", ")[::-1])),
         reference,
@@ -224,19 +237,15 @@ def difference_at_equal_flops(
     """
     spent, after = row["spent_flops"], row["perplexity_after"]
     reached = {other["spent_flops"]: other["perplexity_after"] for other in dense}
-    if not reached or after is None or None in reached.values():
+    if not reached or None in reached.values():
         return None
     costs = sorted(reached)
     if not costs[0] / _SLACK <= spent <= costs[-1] * _SLACK:
         return None
     expected = np.interp(np.log(spent), np.log(costs), np.log([reached[cost] for cost in costs]))
-    return float(100 * (after / np.exp(expected) - 1))
+    return percent_from(after, float(np.exp(expected)))
 
 
-def _difference(run: FinishedRun, baseline: FinishedRun) -> float | None:
-    after, dense = run.row["perplexity_after"], baseline.row["perplexity_after"]
-    return None if after is None or dense is None else 100 * (after / dense - 1)
-
-
-def _flops(run: FinishedRun) -> float:
-    return float(run.row["spent_flops"])
+def percent_from(perplexity: float | None, dense: float | None) -> float | None:
+    """Return the relative difference in percent; None if a perplexity is infinite."""
+    return None if perplexity is None or dense is None else 100 * (perplexity / dense - 1)
