@@ -73,6 +73,12 @@ class Tokenizer:
         return backend
 
     @cached_property
+    def special_ids(self) -> set[int]:
+        """Return the ids of all special tokens."""
+        added_tokens = self.backend.get_added_tokens_decoder()
+        return {token_id for token_id, token in added_tokens.items() if token.special}
+
+    @cached_property
     def special_tokens(self) -> dict[str, str]:
         """Return the texts of `bos_token` and `eos_token`, if they exist, for chat templates."""
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
