@@ -193,10 +193,7 @@ def main() -> None:
     if args.json is not None:
         settings = {key: value for key, value in vars(args).items() if value is not None}
         content = {"settings": settings, "models": records}
-        try:
-            args.json.write_text(json.dumps(content, indent=2, default=str) + "\n")
-        except OSError as error:
-            raise UserError(f"{args.json}: cannot be written: {error.strerror}") from error
+        args.json.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
 def _column(name: str, content: str) -> str:
@@ -230,12 +227,11 @@ def _check(args: argparse.Namespace) -> str:
         value = getattr(args, name)
         if value is not None and value < minimum:
             raise UserError(f"--{name} {value}; accepted: {minimum} or more")
-    for name in ("json", "generations"):
-        file = getattr(args, name)
-        if file is not None and not file.parent.is_dir():
-            raise UserError(f"{file}: there is no folder {file.parent}")
-        if file is not None and file.is_dir():
-            raise UserError(f"--{name} {file}: is a folder; accepted: a file")
+    for file in filter(None, (args.json, args.generations)):
+        try:
+            file.open("a").close()
+        except OSError as error:
+            raise UserError(f"{file}: cannot be written: {error.strerror}") from error
     return mode
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,10 @@ class PackedRows(tfds.core.GeneratorBasedBuilder):
 def stored_rows(
     documents: TokenizedDocuments,
     pieces: Pieces,
-    row_of_piece: Int[np.ndarray, " pieces"],
+    rows: Sequence[Int[np.ndarray, " pieces"]],
     progress: bool,
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of `assign_rows` in the stored format."""
-    order = np.argsort(row_of_piece, kind="stable")
-    rows = np.split(order, np.flatnonzero(np.diff(row_of_piece[order])) + 1)
     for members in progress_bar("writing", " rows", progress, values=rows):
         starts, lengths = pieces.starts[members], pieces.lengths[members]
         runs = zip(starts, lengths, strict=True)

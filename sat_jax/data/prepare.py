@@ -298,18 +298,17 @@ def _write(
                 if reader.keeps_whole
                 else f"no document of the {split} split has two tokens"
             )
-        row_of_piece = assign_rows(pieces.lengths, row_length)
-        slots, count = int(pieces.lengths.sum()), int(row_of_piece.max()) + 1
+        members = assign_rows(pieces.lengths, row_length)
         splits[split] = SplitInfo(
             documents=len(selected.order),
             text_bytes=selected.text_bytes,
             tokens=int(selected.sizes.sum()),
             targets=int(targets_with_loss(documents, pieces).sum()),
-            rows=count,
+            rows=len(members),
             long_documents=selected.long_documents,
-            useful_share=slots / (count * row_length),
+            useful_share=int(pieces.lengths.sum()) / (len(members) * row_length),
         )
-        rows[split] = stored_rows(documents, pieces, row_of_piece, progress)
+        rows[split] = stored_rows(documents, pieces, members, progress)
     write_tfds(folder, rows, answers=reader.keeps_whole)
     file.unlink()
     return splits, index
