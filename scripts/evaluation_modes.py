@@ -18,11 +18,12 @@ from tqdm import tqdm
 from sat_jax.data.end_of_turn import Stop
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
+from sat_jax.evaluate.completions import complete
 from sat_jax.evaluate.eval_model import EvalModel
 from sat_jax.evaluate.exact_match import (
     ExtractionRule,
     PromptedQuestion,
-    answer_questions,
+    compare_answers,
     exact_match_score,
     prompt_questions,
 )
@@ -188,10 +189,9 @@ def _exact_match(
     model: Decoder,
     meter: Meter,
 ) -> Figures:
-    limits = args.max_new_tokens, args.rows
-    answers = answer_questions(
-        model, tokenizer, questions, rule, *limits, stops=stops, on_batch=meter
-    )
+    prompts, limit = [question.ids for question in questions], args.max_new_tokens
+    completions = complete(model, tokenizer, prompts, limit, args.rows, stops=stops, on_batch=meter)
+    answers = compare_answers(questions, completions, rule)
     if args.generations is not None:
         with args.generations.open("a", encoding="utf-8") as file:
             for answer in answers:

@@ -190,6 +190,6 @@ def test_script_refuses(
 ) -> None:
     monkeypatch.chdir(questions.parent)
     Path("one.jsonl").write_text('{"question": "a", "answer": "b"}')
-    monkeypatch.setattr("scripts.evaluation_modes.answer_questions", None)  # checked before
+    monkeypatch.setattr("scripts.evaluation_modes.complete", None)  # checked before
     with pytest.raises(UserError, match=message):
         command(monkeypatch, "--answers", questions, *arguments)

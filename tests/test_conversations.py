@@ -297,7 +297,7 @@ def test_the_script_accepts_the_settings_of_the_format(
     script.main()
     out = capsys.readouterr().out
     assert out.startswith("data: ")
-    assert out.endswith("1 files, 9 examples; skipped: 1 without an answer\n")
+    assert out.endswith("1 files, 9 documents; skipped: 1 without an answer\n")
     monkeypatch.setattr("sys.argv", [*arguments, "--tokenizer", "bytes", "--system", "S"])
     assert "data.system 'S' has no effect with data.format 'text'" in user_error(script.main)
 

@@ -111,7 +111,11 @@ def prepare(
     else:
         reader = conversation_reader(data_format, tokenizer, row_length)
     root = root or cache_dir("data")
-    sizes = {"row_length": row_length, "held_out": held_out, "max_tokens": max_tokens}
+    sizes: dict[str, Any] = {
+        "row_length": row_length,
+        "held_out": held_out,
+        "max_tokens": max_tokens,
+    }
     settings = {
         **sizes,
         "held_out": float(held_out),

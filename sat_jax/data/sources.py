@@ -71,11 +71,8 @@ class Source:
         """Return the sha256 of the kind and the stored bytes, independent of the path."""
         digest = hashlib.sha256(f"{self.kind} {self.split}".encode())
         for file in self.files():
-            try:
-                with file.open("rb") as stream:
-                    digest.update(hashlib.file_digest(stream, "sha256").digest())
-            except OSError as error:
-                _unreadable(error)
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
         return digest.hexdigest()
 
 

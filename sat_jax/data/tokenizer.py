@@ -281,7 +281,7 @@ def _split_words(digits: str) -> list[pre_tokenizers.PreTokenizer]:
 # The pre-tokenizers that `tokenizer.ggml.pre` of a GGUF file names, as in llama.cpp.
 _GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
-_PRE_TOKENIZERS = {
+_PRE_TOKENIZERS: dict[str, list[pre_tokenizers.PreTokenizer]] = {
     "gpt-2": [_GPT2],
     "gpt2": [_GPT2],
     "smollm": [pre_tokenizers.Digits(individual_digits=True), _GPT2],

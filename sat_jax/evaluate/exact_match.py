@@ -1,17 +1,15 @@
 """Exact match: the model generates an answer, a rule extracts its result, and it is compared."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any, NamedTuple
 
-from sat_jax.data.end_of_turn import Stop
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
-from sat_jax.evaluate.completions import complete
+from sat_jax.evaluate.completions import Completion
 from sat_jax.evaluate.multiple_choice import mean_and_error
 from sat_jax.evaluate.prompts import PromptFormat, QuestionAnswer
-from sat_jax.nn.decoder import Decoder
 
 _NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
 RULES = {
@@ -91,25 +89,10 @@ def prompt_questions(
     return questions
 
 
-def answer_questions(
-    model: Decoder,
-    tokenizer: Tokenizer,
-    questions: Sequence[PromptedQuestion],
-    rule: ExtractionRule,
-    max_new_tokens: int,
-    rows: int,
-    *,
-    stops: Sequence[Stop] = (),
-    on_batch: Callable[[int], object] = lambda _: None,
+def compare_answers(
+    questions: Sequence[PromptedQuestion], completions: Sequence[Completion], rule: ExtractionRule
 ) -> list[dict[str, Any]]:
-    """Return the model's greedy answers with their questions and results.
-
-    `stops` and `on_batch` as in `complete`; `cut`: the limit of new tokens was reached.
-    """
-    prompts = [question.ids for question in questions]
-    completions = complete(
-        model, tokenizer, prompts, max_new_tokens, rows, stops=stops, on_batch=on_batch
-    )
+    """Return the answers with their questions and results; `cut`: truncated at the token limit."""
     answers = []
     for question, completion in zip(questions, completions, strict=True):
         result = rule(completion.text)
