@@ -128,20 +128,15 @@ def read_documents(source: Source, text_field: str) -> Iterator[Document]:
 def _resolve(part: str) -> list[Source]:
     if part.startswith("tfds:"):
         return [_resolve_tfds(part.removeprefix("tfds:"))]
-    pattern = os.path.expanduser(part)
-    if part.startswith("package:"):
-        package, _, subpath = part.partition("/")
-        pattern = os.path.join(glob.escape(str(package_path(package))), subpath)
-        path = package_path(part)
-    else:
-        path = Path(pattern)
+    is_package = part.startswith("package:")
+    path = package_path(part) if is_package else Path(os.path.expanduser(part))
     if path.is_file():
         return [_file(path, named=True)]
     if path.is_dir():
         files = sorted(_walk(path))
         reason = f"no file has one of the suffixes {' '.join((*TEXT, *JSON_LINES))}"
     elif glob.has_magic(part):
-        files = sorted(map(Path, glob.glob(pattern, recursive=True)))
+        files = sorted(map(Path, glob.glob(str(path), recursive=True)))
         files = [file for file in files if file.is_file()]
         reason = "no file matches"
     else:
