@@ -127,7 +127,8 @@ def _local_rows(rows_per_step: int, process_count: int) -> int:
 def unpack(rows: Sequence[Row], row_length: int) -> Batch:
     """Return the arrays `[len(rows), row_length]` of stored rows."""
     shape = len(rows), row_length
-    batch = Batch(*(np.zeros(shape, np.int32) for _ in range(4)), np.zeros(shape, np.bool_))
+    tokens, targets, segment_ids, positions = (np.zeros(shape, np.int32) for _ in range(4))
+    batch = Batch(tokens, targets, segment_ids, positions, np.zeros(shape, np.bool_))
     for index, row in enumerate(rows):
         lengths = row.lengths.astype(np.int64)
         slots = np.arange(lengths.sum())
