@@ -53,111 +53,80 @@ from sat_jax.cli import (
 )
 from sat_jax.errors import UserError
 
-# The options of each mode, and their defaults.
-_QUESTIONS: Mapping[str, Any] = {
-    "tokenizer": None,
-    "limit": None,
-    "chat": False,
-    "system": None,
-    "prompt": None,
-    "shots": None,
-    "shots_from": None,
-    "question_field": None,
-    "answer_field": None,
+_QUESTIONS = ("choices", "answers")
+_GENERAL = (*_QUESTIONS, "lm_eval")
+_NUMBER: Mapping[str, Any] = {"type": int, "metavar": "N"}
+_FILE: Mapping[str, Any] = {"type": Path, "metavar": "FILE"}
+_NAME: Mapping[str, Any] = {"metavar": "NAME"}
+# Options that only some modes use: the modes, the default, the help text and the type.
+_OPTIONS: Mapping[str, tuple[tuple[str, ...], Any, str, Mapping[str, Any]]] = {
+    "tokenizer": (("text", *_GENERAL), None, f"not for --prepared: {TOKENIZER_HELP}", {}),
+    "text_field": (("text",), "text", "for --text: field of JSON lines; default text", _NAME),
+    "max_bytes": (("text",), None, "for --text: only the first N bytes", _NUMBER),
+    "length": (("text",), None, "for --text: tokens per window; default 1024", _NUMBER),
+    "stride": (("text",), None, "for --text: default --length (no overlap)", _NUMBER),
+    "split": (
+        ("prepared",),
+        "held_out",
+        "for --prepared; default held_out",
+        {"choices": ("held_out", "train")},
+    ),
+    "limit": (_GENERAL, None, "only the first N questions of the file or task", _NUMBER),
+    "chat": (_GENERAL, False, "use the model's chat template", {"action": "store_true"}),
+    "system": (_GENERAL, None, SYSTEM_HELP, {"metavar": "TEXT"}),
+    "prompt": (
+        _QUESTIONS,
+        None,
+        "for questions: a text that contains {question}, with \\n for a new line; default"
+        r" 'Question: {question}\nAnswer:', with --chat '{question}'",
+        {"metavar": "TEXT"},
+    ),
+    "shots": (_GENERAL, None, "number of few-shot examples", _NUMBER),
+    "shots_from": (
+        _QUESTIONS,
+        None,
+        "for questions: the file of the few-shot examples; its first N are used",
+        {"metavar": "FILE"},
+    ),
+    "question_field": (_QUESTIONS, None, "field of the question, if not one of the above", _NAME),
+    "answer_field": (_QUESTIONS, None, "field of the answer, if not one of the above", _NAME),
+    "extract": (("answers",), "number", "for --answers; default number", {"metavar": "RULE"}),
+    "max_new_tokens": (("answers",), 256, "for --answers; default 256", _NUMBER),
+    "generations": (("answers",), None, "for --answers: write the answers there", _FILE),
+    "include_path": (
+        ("lm_eval",),
+        None,
+        "for --lm-eval: folder of YAML tasks",
+        {"type": Path, "metavar": "DIR"},
+    ),
 }
-MODES: Mapping[str, Mapping[str, Any]] = {
-    "text": {
-        "tokenizer": None,
-        "text_field": "text",
-        "max_bytes": None,
-        "length": None,
-        "stride": None,
-    },
-    "prepared": {"split": "held_out"},
-    "choices": _QUESTIONS,
-    "answers": {**_QUESTIONS, "extract": "number", "max_new_tokens": 256, "generations": None},
-    "lm_eval": {
-        "tokenizer": None,
-        "limit": None,
-        "chat": False,
-        "system": None,
-        "shots": None,
-        "include_path": None,
-    },
-}
+_MODES = ("text", "prepared", "choices", "answers", "lm_eval")
 
 
 def parser() -> Parser:
     """Return the parser of the command line."""
     options = Parser("evaluate", __doc__)
     add = options.add_argument
-    add(
-        "--model",
-        nargs="+",
-        required=True,
-        metavar="PATH",
-        help=f"one or more models: {MODEL_HELP}",
-    )
-    mode = options.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--text", nargs="+", metavar="SOURCE", help=SOURCES_HELP)
-    mode.add_argument(
-        "--prepared",
-        type=Path,
-        metavar="DIR",
-        help="prepared data: the --out of scripts.prepare_data, or a folder in it",
-    )
-    mode.add_argument(
-        "--choices", metavar="FILE", help="multiple-choice questions, .json or .jsonl"
-    )
-    mode.add_argument("--answers", metavar="FILE", help="questions with answers, .jsonl")
-    mode.add_argument(
-        "--lm-eval",
-        nargs="+",
-        metavar="TASK",
-        help="tasks of lm-evaluation-harness (needs the extra `eval`), or of --include-path",
-    )
-    add("--tokenizer", help=f"not for --prepared: {TOKENIZER_HELP}")
-    add("--text-field", metavar="NAME", help="for --text: field of JSON lines; default text")
-    add("--max-bytes", type=int, metavar="N", help="for --text: only the first N bytes")
-    add("--length", type=int, metavar="N", help="for --text: tokens per window; default 1024")
-    add("--stride", type=int, metavar="N", help="for --text: default --length (no overlap)")
-    add("--split", choices=("held_out", "train"), help="for --prepared; default held_out")
-    add("--limit", type=int, metavar="N", help="only the first N questions of the file or task")
-    add("--chat", action="store_true", default=None, help="use the model's chat template")
-    add("--system", metavar="TEXT", help=SYSTEM_HELP)
-    add(
-        "--prompt",
-        metavar="TEXT",
-        help="for questions: a text that contains {question}, with \\n for a new line; default"
-        r" 'Question: {question}\nAnswer:', with --chat '{question}'",
-    )
-    add("--shots", type=int, metavar="N", help="number of few-shot examples")
-    add(
-        "--shots-from",
-        metavar="FILE",
-        help="for questions: the file of the few-shot examples; its first N are used",
-    )
-    add("--question-field", metavar="NAME", help="field of the question, if not one of the above")
-    add("--answer-field", metavar="NAME", help="field of the answer, if not one of the above")
-    add("--extract", metavar="RULE", help="for --answers; default number")
-    add("--max-new-tokens", type=int, metavar="N", help="for --answers; default 256")
-    add("--generations", type=Path, metavar="FILE", help="for --answers: write the answers there")
-    add("--include-path", type=Path, metavar="DIR", help="for --lm-eval: folder of YAML tasks")
+    models = f"one or more models: {MODEL_HELP}"
+    add("--model", nargs="+", required=True, metavar="PATH", help=models)
+    add_mode = options.add_mutually_exclusive_group(required=True).add_argument
+    add_mode("--text", nargs="+", metavar="SOURCE", help=SOURCES_HELP)
+    prepared = "prepared data: the --out of scripts.prepare_data, or a folder in it"
+    add_mode("--prepared", type=Path, metavar="DIR", help=prepared)
+    add_mode("--choices", metavar="FILE", help="multiple-choice questions, .json or .jsonl")
+    add_mode("--answers", metavar="FILE", help="questions with answers, .jsonl")
+    tasks = "tasks of lm-evaluation-harness (needs the extra `eval`), or of --include-path"
+    add_mode("--lm-eval", nargs="+", metavar="TASK", help=tasks)
+    for name, (_, _, text, settings) in _OPTIONS.items():
+        add(f"--{name.replace('_', '-')}", default=None, help=text, **settings)
     add("--rows", type=int, default=4, metavar="N", help="rows per batch; default 4")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
-    add(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        help="also write the figures to this file, with all digits",
+    add("--json", **_FILE, help="also write the figures to this file, with all digits")
+    record = (
+        "append one row per model to this .jsonl file, with the figures, the settings of the run,"
+        " versions, device and commit"
     )
-    add(
-        "--record",
-        type=Path,
-        metavar="FILE",
-        help="append one row per model to this .jsonl file, with the figures, the settings of the"
-        " run, versions, device and commit",
-    )
+    add("--record", **_FILE, help=record)
     return options
 
 
@@ -186,17 +155,15 @@ def main() -> None:
             print(f"{name:<{width}}", *map(_column, figures, cells), flush=True)
             records.append(to_json({"model": name, **figures}))
             if args.record is not None:
-                options = {key: getattr(args, key) for key in (*MODES[mode], "dtype", "rows")}
+                names = [name for name in _OPTIONS if mode in _OPTIONS[name][0]]
+                options = {name: getattr(args, name) for name in (*names, "dtype", "rows")}
                 data = getattr(args, mode)
                 row = evaluation_row(mode, name, data, options, figures, model.config)
                 rows.append(args.record, [row])
     if args.json is not None:
         settings = {key: value for key, value in vars(args).items() if value is not None}
         content = {"settings": settings, "models": records}
-        try:
-            args.json.write_text(json.dumps(content, indent=2, default=str) + "\n")
-        except OSError as error:
-            raise UserError(f"{args.json}: cannot be written: {error.strerror}") from error
+        args.json.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
 def _column(name: str, content: str) -> str:
@@ -216,26 +183,24 @@ def _cell(figure: object) -> str:
 
 def _check(args: argparse.Namespace) -> str:
     """Return the mode; fill in its defaults and check options that are used only at the end."""
-    (mode,) = (mode for mode in MODES if getattr(args, mode) is not None)
-    for name in sorted({name for options in MODES.values() for name in options}):
-        if name in MODES[mode]:
-            if getattr(args, name) is None:
-                setattr(args, name, MODES[mode][name])
-        elif getattr(args, name) is not None:
+    (mode,) = (mode for mode in _MODES if getattr(args, mode) is not None)
+    for name, (modes, default, *_) in _OPTIONS.items():
+        if mode not in modes and getattr(args, name) is not None:
             option = name.replace("_", "-")
             raise UserError(f"--{option} has no effect with --{mode.replace('_', '-')}")
+        if mode in modes and getattr(args, name) is None:
+            setattr(args, name, default)
     if args.system is not None and not args.chat:
         raise UserError("--system has no effect without --chat")
     for name, minimum in (("rows", 1), ("limit", 1), ("shots", 0)):
         value = getattr(args, name)
         if value is not None and value < minimum:
             raise UserError(f"--{name} {value}; accepted: {minimum} or more")
-    for name in ("json", "generations"):
-        file = getattr(args, name)
-        if file is not None and not file.parent.is_dir():
-            raise UserError(f"{file}: there is no folder {file.parent}")
-        if file is not None and file.is_dir():
-            raise UserError(f"--{name} {file}: is a folder; accepted: a file")
+    for file in filter(None, (args.json, args.generations)):
+        try:
+            file.open("a").close()
+        except OSError as error:
+            raise UserError(f"{file}: cannot be written: {error.strerror}") from error
     return mode
 
 

@@ -5,8 +5,9 @@ All input is checked before the first model is evaluated.
 
 import argparse
 import json
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,26 +15,26 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sat_jax.data.batch import Batch
 from sat_jax.data.end_of_turn import Stop
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
+from sat_jax.evaluate.completions import complete
 from sat_jax.evaluate.eval_model import EvalModel
 from sat_jax.evaluate.exact_match import (
     ExtractionRule,
     PromptedQuestion,
-    ScoredAnswer,
-    answer_questions,
+    compare_answers,
     exact_match_score,
     prompt_questions,
 )
 from sat_jax.evaluate.generate import check_prompts
-from sat_jax.evaluate.likelihood import Pair, check_pairs
+from sat_jax.evaluate.likelihood import check_pairs
 from sat_jax.evaluate.multiple_choice import encode_choices, evaluate_choices
 from sat_jax.evaluate.perplexity import EvalData, perplexity, prepared_data, read_text, text_data
 from sat_jax.evaluate.prompts import PromptFormat, QuestionAnswer
-from sat_jax.evaluate.question_files import MultipleChoiceQuestion, read_answers, read_choices
+from sat_jax.evaluate.question_files import read_answers, read_choices
 from sat_jax.nn.decoder import Decoder
+from sat_jax.nn.loss import perplexity_of
 
 Args = argparse.Namespace
 Figures = dict[str, Any]
@@ -67,12 +68,22 @@ class Meter:
         return tokens / (self.batches[-1][0] - self.batches[0][0]) if tokens else None
 
 
+def _measured(total: int, evaluate: Callable[[Decoder, Meter], Figures]) -> Evaluation:
+    """Return `evaluate` with a meter of `total` tokens; the speed is added to its figures."""
+
+    def run(model: Decoder) -> list[Figures]:
+        meter = Meter(total)
+        return [{**evaluate(model, meter), "tokens_per_second": meter.speed()}]
+
+    return run
+
+
 # --- Perplexity ------------------------------------------------------------------------------
 
 
 def _text(args: Args, models: list[EvalModel]) -> list[Evaluation]:
     texts = read_text(args.text, args.text_field, args.max_bytes)
-    result: list[Evaluation] = []
+    result = []
     for eval_model in models:
         config = eval_model.weights.config
         length = min(LENGTH, config.max_positions) if args.length is None else args.length
@@ -80,40 +91,28 @@ def _text(args: Args, models: list[EvalModel]) -> list[Evaluation]:
         stride = length if args.stride is None else args.stride
         tokenizer = eval_model.tokenizer(args.tokenizer)
         data = text_data(texts, tokenizer, length, stride, args.rows)
-        result.append(partial(_perplexity, data))
+        result.append(_measured(data.tokens, partial(_perplexity, data)))
     return result
 
 
 def _prepared(args: Args, models: list[EvalModel]) -> list[Evaluation]:
     configs = [eval_model.weights.config for eval_model in models]
-    return [
-        partial(_perplexity, prepared_data(args.prepared, args.split, config, args.rows))
-        for config in configs
-    ]
+    data = [prepared_data(args.prepared, args.split, config, args.rows) for config in configs]
+    return [_measured(part.tokens, partial(_perplexity, part)) for part in data]
 
 
-def _perplexity(data: EvalData, model: Decoder) -> list[Figures]:
-    meter = Meter(data.tokens)
-    score = perplexity(model, _metered(data.batches, meter))
-    return [
-        {
-            "tokens": score.tokens,
-            "bytes": data.text_bytes,
-            "nll": score.nll,
-            "perplexity": score.per(score.tokens),
-            "byte_perplexity": score.per(data.text_bytes),
-            "bits_per_byte": score.bits_per(data.text_bytes),
-            "length": data.length,
-            "stride": data.stride,
-            "tokens_per_second": meter.speed(),
-        }
-    ]
-
-
-def _metered(batches: Iterator[Batch], meter: Meter) -> Iterator[Batch]:
-    for batch in batches:
-        yield batch
-        meter(int(batch.loss_mask.sum()))
+def _perplexity(data: EvalData, model: Decoder, meter: Meter) -> Figures:
+    nll, tokens = perplexity(model, data.batches, meter)
+    return {
+        "tokens": tokens,
+        "bytes": data.text_bytes,
+        "nll": nll,
+        "perplexity": perplexity_of(nll / tokens),
+        "byte_perplexity": perplexity_of(nll / data.text_bytes),
+        "bits_per_byte": nll / data.text_bytes / math.log(2),
+        "length": data.length,
+        "stride": data.stride,
+    }
 
 
 # --- Questions -------------------------------------------------------------------------------
@@ -135,70 +134,52 @@ def _shots(args: Args, file: str, read: Callable[..., list[Any]]) -> list[Any]:
     return shots
 
 
-def _prompt_format(args: Args, shots: list[QuestionAnswer]) -> PromptFormat:
+def _prompt_formats(
+    args: Args, shots: list[QuestionAnswer], models: list[EvalModel]
+) -> list[PromptFormat]:
+    """Return the prompt format of each model, which may have a system prompt of its own."""
     template = None if args.prompt is None else args.prompt.replace(r"\n", "\n")
     prompt_format = PromptFormat(template, args.chat, shots)
     args.prompt = prompt_format.question_template
-    return prompt_format
-
-
-def _with_system(prompt_format: PromptFormat, args: Args, eval_model: EvalModel) -> PromptFormat:
-    if not args.chat:
-        return prompt_format
-    return replace(prompt_format, system=eval_model.system_prompt(args.system))
+    systems = [model.system_prompt(args.system) if args.chat else None for model in models]
+    return [replace(prompt_format, system=system) for system in systems]
 
 
 def _choices(args: Args, models: list[EvalModel]) -> list[Evaluation]:
     shots = [question.with_answer for question in _shots(args, args.choices, read_choices)]
-    prompt_format = _prompt_format(args, shots)
+    prompt_formats = _prompt_formats(args, shots, models)
     questions = read_choices(args.choices, args.question_field, args.answer_field, args.limit)
-    result: list[Evaluation] = []
-    for eval_model in models:
+    result = []
+    for eval_model, prompt_format in zip(models, prompt_formats, strict=True):
         tokenizer = eval_model.tokenizer(args.tokenizer)
-        format_with_system = _with_system(prompt_format, args, eval_model)
-        pairs = encode_choices(tokenizer, format_with_system, questions)
+        pairs = encode_choices(tokenizer, prompt_format, questions)
         check_pairs(eval_model.weights.config, pairs)
-        result.append(partial(_evaluate_choices, questions, pairs, args.rows))
+        evaluate = partial(evaluate_choices, questions, pairs, args.rows)
+        result.append(_measured(sum(pair.length for pair in pairs), evaluate))
     return result
-
-
-def _evaluate_choices(
-    questions: list[MultipleChoiceQuestion], pairs: list[Pair], rows: int, model: Decoder
-) -> list[Figures]:
-    meter = Meter(sum(pair.length for pair in pairs))
-    score = evaluate_choices(model, questions, pairs, rows, meter)
-    return [
-        {
-            "questions": len(questions),
-            "accuracy": score.accuracy.value,
-            "stderr": score.accuracy.standard_error,
-            "accuracy_per_byte": score.accuracy_per_byte.value,
-            "stderr_per_byte": score.accuracy_per_byte.standard_error,
-            "chance": score.random_guess,
-            "tokens_per_second": meter.speed(),
-        }
-    ]
 
 
 def _answers(args: Args, models: list[EvalModel]) -> list[Evaluation]:
     rule = ExtractionRule(args.extract)
-    prompt_format = _prompt_format(args, _shots(args, args.answers, read_answers))
+    shots = _shots(args, args.answers, read_answers)
+    prompt_formats = _prompt_formats(args, shots, models)
     problems = read_answers(args.answers, args.question_field, args.answer_field, args.limit)
-    result: list[Evaluation] = []
-    for name, eval_model in zip(args.model, models, strict=True):
+    total = len(problems) * args.max_new_tokens
+    result = []
+    for name, eval_model, prompt_format in zip(args.model, models, prompt_formats, strict=True):
         tokenizer = eval_model.tokenizer(args.tokenizer)
-        format_with_system = _with_system(prompt_format, args, eval_model)
-        questions = prompt_questions(tokenizer, problems, format_with_system, rule)
+        questions = prompt_questions(tokenizer, problems, prompt_format, rule)
         prompts = [question.ids for question in questions]
         check_prompts(eval_model.weights.config, prompts, args.max_new_tokens)
         stops = prompt_format.stops(tokenizer)
-        result.append(partial(_evaluate_answers, args, name, tokenizer, questions, rule, stops))
+        evaluate = partial(_exact_match, args, name, tokenizer, questions, rule, stops)
+        result.append(_measured(total, evaluate))
     if args.generations is not None:
-        _write(args.generations, "w", [])
+        args.generations.write_text("")
     return result
 
 
-def _evaluate_answers(
+def _exact_match(
     args: Args,
     name: str,
     tokenizer: Tokenizer,
@@ -206,51 +187,16 @@ def _evaluate_answers(
     rule: ExtractionRule,
     stops: list[Stop],
     model: Decoder,
-) -> list[Figures]:
-    max_new_tokens = args.max_new_tokens
-    meter = Meter(len(questions) * max_new_tokens)
-    answers = answer_questions(
-        model, tokenizer, questions, rule, max_new_tokens, args.rows, stops=stops, on_batch=meter
-    )
+    meter: Meter,
+) -> Figures:
+    prompts, limit = [question.ids for question in questions], args.max_new_tokens
+    completions = complete(model, tokenizer, prompts, limit, args.rows, stops=stops, on_batch=meter)
+    answers = compare_answers(questions, completions, rule)
     if args.generations is not None:
-        _write(args.generations, "a", [_generation(name, answer) for answer in answers])
-    score = exact_match_score(answers)
-    return [
-        {
-            "questions": len(answers),
-            "accuracy": score.accuracy.value,
-            "stderr": score.accuracy.standard_error,
-            "no_result": score.no_result,
-            "cut": score.truncated,
-            "new_tokens": sum(answer.completion.tokens for answer in answers),
-            "tokens_per_second": meter.speed(),
-        }
-    ]
-
-
-def _generation(model: str, answer: ScoredAnswer) -> str:
-    """Return a line of --generations."""
-    question, completion = answer.question, answer.completion
-    line = {
-        "model": model,
-        "question": question.question,
-        "prompt": question.prompt,
-        "expected": question.expected,
-        "text": completion.text,
-        "tokens": completion.tokens,
-        "cut": completion.truncated,
-        "found": answer.result,
-        "right": answer.correct,
-    }
-    return json.dumps(line, ensure_ascii=False) + "\n"
-
-
-def _write(file: Path, mode: str, lines: list[str]) -> None:
-    try:
-        with file.open(mode, encoding="utf-8") as out:
-            out.writelines(lines)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written: {error.strerror}") from error
+        with args.generations.open("a", encoding="utf-8") as file:
+            for answer in answers:
+                file.write(json.dumps({"model": name, **answer}, ensure_ascii=False) + "\n")
+    return exact_match_score(answers)
 
 
 # --- lm-evaluation-harness -------------------------------------------------------------------

@@ -10,92 +10,37 @@ prepared again. Training reads only the cache, $SAT_JAX_CACHE (default ~/.cache/
 --out are for scripts.evaluate --prepared and for other programs.
 """
 
+from dataclasses import fields
 from pathlib import Path
 
-from sat_jax.cli import SOURCES_HELP, Parser, run
+from sat_jax.cli import Parser, run
+from sat_jax.config import DataConfig
 from sat_jax.errors import UserError
+
+_TYPES = {"row_length": int, "held_out": float, "max_tokens": int}  # of options that are no text
 
 
 def parser() -> Parser:
-    """Return the parser of the command line."""
+    """Return the parser of the command line, with an option for every field of `data`."""
     options = Parser("prepare_data", __doc__)
     add = options.add_argument
+    for field in fields(DataConfig):
+        help_text = field.metadata["help"]
+        if field.name == "sources":
+            add("--sources", nargs="+", required=True, metavar="SOURCE", help=help_text)
+            continue
+        add(
+            f"--{field.name.replace('_', '-')}",
+            type=_TYPES.get(field.name, str),
+            default=field.default,
+            metavar="VALUE",
+            help=help_text if field.default is None else f"{help_text}; default {field.default}",
+        )
     add(
-        "--sources",
-        nargs="+",
-        required=True,
-        metavar="SOURCE",
-        help=SOURCES_HELP,
+        "--model-path", metavar="PATH", help="a Hugging Face directory, .gguf file, or package:NAME"
     )
-    add(
-        "--tokenizer",
-        default="model",
-        help="model (that of --model-path), bytes, or the path of a tokenizer.json or its folder;"
-        " default model",
-    )
-    add(
-        "--model-path",
-        metavar="PATH",
-        help="a Hugging Face directory, a GGUF file, or package:NAME",
-    )
-    add(
-        "--vocab-size",
-        type=int,
-        metavar="N",
-        help="vocabulary size of the model; a tokenizer with more ids is refused",
-    )
-    add("--row-length", type=int, default=1024, metavar="N", help="tokens per row; default 1024")
-    add(
-        "--held-out",
-        type=float,
-        default=0.05,
-        metavar="SHARE",
-        help="held-out set: a share of the documents (of the tokens if there is one document), or"
-        " their number if 1 or more; default 0.05",
-    )
-    add(
-        "--max-tokens", type=int, metavar="N", help="maximum number of tokens, both splits together"
-    )
-    add(
-        "--format",
-        default="text",
-        help="text (default), or conversations with a loss on the answers: messages, sharegpt,"
-        " alpaca, prompt_completion",
-    )
-    add("--text-field", default="text", metavar="NAME", help="field of JSON lines; default text")
-    add(
-        "--prompt-field",
-        default="prompt",
-        metavar="NAME",
-        help="field of the prompt in prompt_completion; default prompt",
-    )
-    add(
-        "--completion-field",
-        default="completion",
-        metavar="NAME",
-        help="field of the answer in prompt_completion; default completion",
-    )
-    add(
-        "--chat-template",
-        default="model",
-        metavar="NAME",
-        help="chat template of conversations: model (default), chatml, llama2, zephyr, alpaca,"
-        " plain, or the path of a .jinja file",
-    )
-    add("--system", metavar="TEXT", help="system prompt of conversations that have none")
-    add("--loss-on", default="all", metavar="ANSWERS", help="all answers (default), or the last")
-    add(
-        "--too-long",
-        default="drop",
-        metavar="ACTION",
-        help="for a conversation longer than a row: drop (default), cut_end or refuse",
-    )
-    add(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder of the prepared data; default the cache, which training reads",
-    )
+    add("--vocab-size", type=int, metavar="N", help="the model's; a tokenizer with more is refused")
+    add("--out", type=Path, metavar="DIR", help="folder of the prepared data; default the cache")
     return options
 
 
@@ -128,17 +73,12 @@ def main() -> None:
     for name, split in info.splits.items():
         counts = "".join(f"{getattr(split, column):>16,}" for column in columns)
         print(f"{name:>16}{counts}{split.useful_share:>16.1%}")
-    if info.form["format"] != "text":
-        skipped = ", ".join(f"{count} {reason}" for reason, count in info.left_out.items())
-        print(f"{info.files} files, {info.documents} examples; skipped: {skipped or 'none'}")
-        return
-    empty = sum(info.left_out.values())
-    eos = "no eos" if tokenizer.eos_id is None else f"eos {tokenizer.eos_id}"
-    bos = f"bos {tokenizer.bos_id}" if tokenizer.adds_bos else "no bos"
-    print(
-        f"{info.files} files, {info.documents} documents with text, {empty} empty;"
-        f" tokenizer with {info.vocab_size} ids, adds {bos} and {eos} to each document"
-    )
+    skipped = ", ".join(f"{count} {reason}" for reason, count in info.left_out.items())
+    print(f"{info.files} files, {info.documents} documents; skipped: {skipped or 'none'}")
+    if info.form["format"] == "text":
+        eos = "no eos" if tokenizer.eos_id is None else f"eos {tokenizer.eos_id}"
+        bos = f"bos {tokenizer.bos_id}" if tokenizer.adds_bos else "no bos"
+        print(f"tokenizer with {info.vocab_size} ids, adds {bos} and {eos} to each document")
 
 
 if __name__ == "__main__":

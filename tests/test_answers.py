@@ -7,14 +7,8 @@ import pytest
 
 from sat_jax.data.tokenizer import load_tokenizer
 from sat_jax.errors import UserError
-from sat_jax.evaluate.completions import Completion, complete
-from sat_jax.evaluate.exact_match import (
-    ExtractionRule,
-    PromptedQuestion,
-    ScoredAnswer,
-    equal_results,
-    exact_match_score,
-)
+from sat_jax.evaluate.completions import complete
+from sat_jax.evaluate.exact_match import ExtractionRule, equal_results, exact_match_score
 from sat_jax.evaluate.generate import generate
 from sat_jax.evaluate.prompts import QuestionAnswer
 from sat_jax.evaluate.question_files import read_answers
@@ -45,7 +39,8 @@ def test_extracted_results(rule: str, text: str, expected: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "message"), [("(", "accepted: number, hashes, text"), ("(a)(b)", "has 2 groups")]
+    ("rule", "message"),
+    [("(", "accepted: number, hashes, text"), ("(a)(b)", "has 2 groups; accepted: number")],
 )
 def test_invalid_rules(rule: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -64,14 +59,14 @@ def test_equal_results(result: str | None, other: str | None, expected: bool) ->
 
 
 def test_exact_match_score() -> None:
-    def answer(result: str | None, truncated: bool) -> ScoredAnswer:
-        question = PromptedQuestion("q", "p", [1], "2")
-        return ScoredAnswer(question, Completion("", 1, truncated), result)
-
-    score = exact_match_score([answer("2", False), answer(None, True), answer("3", True)])
-    assert score.accuracy.value == pytest.approx(1 / 3)
-    assert score.accuracy.standard_error == pytest.approx(1 / 3)
-    assert (score.no_result, score.truncated) == pytest.approx((1 / 3, 2 / 3))
+    answers = [
+        {"right": right, "found": found, "cut": cut, "tokens": 5}
+        for right, found, cut in ((True, "2", False), (False, None, True), (False, "3", True))
+    ]
+    score = exact_match_score(answers)
+    assert (score["questions"], score["new_tokens"]) == (3, 15)
+    assert (score["accuracy"], score["stderr"]) == pytest.approx((1 / 3, 1 / 3))
+    assert (score["no_result"], score["cut"]) == pytest.approx((1 / 3, 2 / 3))
 
 
 def test_completions_do_not_depend_on_the_batch() -> None:
@@ -184,8 +179,8 @@ def test_script_ends_an_answer_at_the_end_of_turn(
         (["--include-path", "."], "--include-path has no effect with --answers"),
         (["--extract", "number"], "no result in the answer 'another'"),
         (["--extract", "text", "--max-new-tokens", "127"], "tokens and 127 new tokens exceed"),
-        (["--generations", "nowhere/x"], "there is no folder nowhere"),
-        (["--generations", "."], "is a folder"),
+        (["--generations", "nowhere/x"], "nowhere/x: cannot be written: No such file"),
+        (["--generations", "."], "cannot be written: Is a directory"),
         (["--shots", "2", "--shots-from", "one.jsonl"], "has 1 questions; --shots 2"),
         (["--shots", "0", "--shots-from", "one.jsonl"], "--shots 0; accepted for questions: 1 or"),
     ],
@@ -195,6 +190,6 @@ def test_script_refuses(
 ) -> None:
     monkeypatch.chdir(questions.parent)
     Path("one.jsonl").write_text('{"question": "a", "answer": "b"}')
-    monkeypatch.setattr("scripts.evaluation_modes.answer_questions", None)  # checked before
+    monkeypatch.setattr("scripts.evaluation_modes.complete", None)  # checked before
     with pytest.raises(UserError, match=message):
         command(monkeypatch, "--answers", questions, *arguments)

@@ -10,7 +10,7 @@ import pytest
 
 from sat_jax.data.chat import Rendered, render_chat, render_with_answer_spans
 from sat_jax.data.chat_templates import TEMPLATES
-from sat_jax.data.conversations import ConversationReader, chat_template, training_tokenizer
+from sat_jax.data.conversations import chat_template, conversation_reader, training_tokenizer
 from sat_jax.data.data_format import DataFormat
 from sat_jax.data.end_of_turn import end_of_turn
 from sat_jax.data.sources import Document
@@ -41,7 +41,7 @@ def test_ids_and_masks_are_those_of_transformers(case: Any, variant: str, tmp_pa
     tokenizer = load_tokenizer(str(GOLDEN))
     settings = DataFormat("messages", chat_template=str(file))
     turns = [(message["role"], message["content"]) for message in case["messages"]]
-    (encoded,) = ConversationReader(settings, tokenizer, 500).encode(
+    (encoded,) = conversation_reader(settings, tokenizer, 500).encode(
         [Document(json.dumps(turns), "x")]
     )
     assert encoded.ids == case["ids"]
@@ -59,7 +59,7 @@ def test_white_space_at_the_end_of_an_answer_is_part_of_it(tmp_path: Path) -> No
         "{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}"
     )
     tokenizer = load_tokenizer(str(GOLDEN))
-    reader = ConversationReader(DataFormat("messages", chat_template=str(file)), tokenizer, 500)
+    reader = conversation_reader(DataFormat("messages", chat_template=str(file)), tokenizer, 500)
     (encoded,) = reader.encode([Document('[["user", "q"], ["assistant", " again\\n\\n"]]', "x")])
     assert tokenizer.decode(encoded.ids) == "q again\n\n"
     assert encoded.answer_spans == [(1, len(encoded.ids))]
@@ -165,7 +165,7 @@ def test_template_names(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=problem):
             chat_template(name, plain)
-    with pytest.raises(UserError, match="needs an eos token"):
+    with pytest.raises(UserError, match="needs a tokenizer with an eos token"):
         chat_template("plain", load_tokenizer("bytes", model_vocab_size=256))
 
 

@@ -10,7 +10,7 @@ import pytest
 from sat_jax.data.tokenizer import load_tokenizer
 from sat_jax.errors import UserError
 from sat_jax.evaluate.likelihood import Pair, encode_pairs, likelihoods
-from sat_jax.evaluate.multiple_choice import encode_choices, mean, score_choices
+from sat_jax.evaluate.multiple_choice import encode_choices, mean_and_error, score_choices
 from sat_jax.evaluate.prompts import PLAIN, PromptFormat, QuestionAnswer
 from sat_jax.evaluate.question_files import MultipleChoiceQuestion, read_choices
 from tests.golden_model import golden, logits_of, run_evaluate
@@ -70,15 +70,15 @@ def test_score_of_choices() -> None:
     single = MultipleChoiceQuestion("?", ("long choice", "né"), (0.0, 1.0))
     tie = MultipleChoiceQuestion("?", ("a", "b", "c"), (1.0, 0.5, 0.0))
     result = score_choices([single, tie], [[-2.3, -2.4], [-1.0, -1.0, -2.0]])
-    assert result.accuracy.value == (0 + 0.75) / 2
+    assert result["accuracy"] == (0 + 0.75) / 2
     # The choices have 11 and 3 bytes (é has two): -2.2 / 11 is between -0.5 / 3 and -0.61 / 3.
-    assert score_choices([single], [[-2.2, -0.5]]).accuracy_per_byte.value == 1
-    assert score_choices([single], [[-2.2, -0.61]]).accuracy_per_byte.value == 0
-    assert result.random_guess == (0.5 + 0.5) / 2
-    assert result.accuracy.standard_error == pytest.approx(0.375)
-    assert mean([1.0, 0.0, 0.0, 1.0]).standard_error == pytest.approx(math.sqrt(1 / 3 / 4))
-    assert mean([1.0]).standard_error is None
-    assert score_choices([single], [[-math.inf, -1.0]]).accuracy.value == 1
+    assert score_choices([single], [[-2.2, -0.5]])["accuracy_per_byte"] == 1
+    assert score_choices([single], [[-2.2, -0.61]])["accuracy_per_byte"] == 0
+    assert result["chance"] == (0.5 + 0.5) / 2
+    assert result["stderr"] == pytest.approx(0.375)
+    assert mean_and_error([1.0, 0.0, 0.0, 1.0]) == (0.5, pytest.approx(math.sqrt(1 / 3 / 4)))
+    assert mean_and_error([1.0]) == (1.0, None)
+    assert score_choices([single], [[-math.inf, -1.0]])["accuracy"] == 1
     with pytest.raises(UserError, match=r"question '\?': the log-likelihood of a choice is NaN"):
         score_choices([tie, single], [[-1.0, -1.0, -2.0], [-1.0, math.nan]])
 

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -300,7 +301,7 @@ def test_a_failed_preparation_leaves_nothing(tmp_path: Path) -> None:
     with (folder / "a.jsonl").open("a") as file:
         file.write("\n{")
     assert "line 31" in user_error(lambda: data_of(folder))
-    assert not list((tmp_path / "prepared").iterdir())
+    assert [file.suffix for file in (tmp_path / "prepared").iterdir()] == [".lock"]
 
 
 def test_two_processes_prepare_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,11 +310,11 @@ def test_two_processes_prepare_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     started, go_on = threading.Event(), threading.Event()
     original = prepare_module._write
 
-    def slow(folder: Path, **settings: object) -> object:
+    def slow(folder: Path, *arguments: Any, **settings: Any) -> object:
         written.append(folder)
         started.set()
         assert go_on.wait(30)
-        return original(folder, **settings)  # type: ignore[arg-type]
+        return original(folder, *arguments, **settings)
 
     def log(line: str) -> None:
         lines.append(line)

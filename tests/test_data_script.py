@@ -43,10 +43,11 @@ def test_the_script(tmp_path: Path, run_python: RunPython) -> None:
     command = ("-m", "scripts.prepare_data", "--tokenizer", "bytes", "--row-length", "16")
     out = run_python(*command, "--sources", str(folder), "--out", str(tmp_path / "out"))
     assert (out.returncode, out.stderr) == (0, "")
-    first, table, train, held_out, last = out.stdout.splitlines()
+    first, table, train, held_out, counts, last = out.stdout.splitlines()
     assert first.startswith("data: prepared, ")
     assert len(table.split()) == len(train.split()) == len(held_out.split())
-    assert last.startswith("1 files, 30 documents with text, 0 empty; tokenizer with 257 ids")
+    assert counts == "1 files, 30 documents; skipped: none"
+    assert last.startswith("tokenizer with 257 ids")
     out = run_python(*command, "--sources", str(tmp_path / "none"))
     assert (out.returncode, out.stdout) == (2, "")
     assert out.stderr.startswith("error: ") and out.stderr.count("\n") == 1

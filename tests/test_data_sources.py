@@ -224,9 +224,9 @@ def test_a_prepared_tfds_dataset(dataset: Path) -> None:
     assert sorted(texts(f"tfds:{dataset}:test")) == ["", "e1 é", "e2 é"]
     train, test = resolve_sources([f"tfds:{dataset}", f"tfds:{dataset}:test"])
     assert train.content_hash() != test.content_hash()
-    assert "no split 'dev' (it has test, train)" in error(f"tfds:{dataset}:dev")
-    assert "no feature 'body' (it has n, text)" in error(f"tfds:{dataset}", field="body")
-    assert "feature 'n' is not text" in error(f"tfds:{dataset}", field="n")
+    assert "TFDS cannot open it: Unknown split 'dev'" in error(f"tfds:{dataset}:dev")
+    assert "no field 'body' (it has n, text)" in error(f"tfds:{dataset}", field="body")
+    assert "field 'n' is not text" in error(f"tfds:{dataset}", field="n")
     assert "no prepared dataset" in error(f"tfds:{dataset.parent}")
 
 
@@ -248,7 +248,7 @@ def test_another_tfds_file_format_is_refused(dataset: Path, tmp_path: Path) -> N
     info = json.loads((tmp_path / "dataset_info.json").read_text())
     info["fileFormat"] = "tfrecord"
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
-    assert "accepted: array_record" in error(f"tfds:{tmp_path}")
+    assert "array_record" in error(f"tfds:{tmp_path}")
 
 
 def test_a_source_as_text() -> None:

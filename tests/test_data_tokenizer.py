@@ -245,7 +245,7 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     assert "eos_token '</s>'" in user_error(lambda: load_tokenizer(str(folder)))
     for wrong in (5, ["</s>"], {"content": 5}):
         write_folder(tmp_path / "a", trained("smollm"), tokenizer_config={"eos_token": wrong})
-        assert f"{folder}: eos_token is " in user_error(lambda: load_tokenizer(str(folder)))
+        assert f"{folder}: eos_token " in user_error(lambda: load_tokenizer(str(folder)))
     write_folder(tmp_path / "b", trained("smollm"), config={"eos_token_id": ["5"]})
     assert "eos_token_id is ['5']" in user_error(lambda: load_tokenizer(str(tmp_path / "b")))
     for content, problem in (("{", "not JSON"), ("[]", "not a JSON object")):

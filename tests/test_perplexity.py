@@ -16,7 +16,6 @@ from sat_jax.data.prepare import prepare
 from sat_jax.data.tokenizer import load_tokenizer
 from sat_jax.errors import UserError
 from sat_jax.evaluate.perplexity import (
-    Score,
     perplexity,
     prepared_data,
     read_text,
@@ -96,14 +95,6 @@ def test_perplexity_is_deterministic() -> None:
     documents = [list(text.encode()) for text in TEXTS]
     first, second = (perplexity(golden(), windows(documents, 16, 5, 2)) for _ in range(2))
     assert first == second
-
-
-def test_per_token_and_per_byte() -> None:
-    score = Score(nll=6 * math.log(2), tokens=3)
-    assert score.per(3) == pytest.approx(4)
-    assert score.per(6) == pytest.approx(2)
-    assert score.bits_per(12) == pytest.approx(0.5)
-    assert Score(1e6, 1).per(1) == math.inf
 
 
 def test_text_counts_tokens_and_bytes() -> None:
@@ -232,7 +223,7 @@ def test_script_prints_a_table_and_writes_json(
 
 def test_nonfinite_figures_are_null(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     figures = {"nll": math.nan, "perplexity": math.inf, "tokens": 3}
-    monkeypatch.setattr("scripts.evaluation_modes._perplexity", lambda *_: [figures])
+    monkeypatch.setattr("scripts.evaluation_modes._perplexity", lambda *_: figures)
     (tmp_path / "x.txt").write_text(TEXTS[0])
     arguments = ("--text", tmp_path / "x.txt", "--tokenizer", "bytes", "--length", "16")
     run_evaluate(monkeypatch, *arguments, "--json", tmp_path / "out.json")
@@ -255,8 +246,11 @@ def test_nonfinite_figures_are_null(monkeypatch: pytest.MonkeyPatch, tmp_path: P
             ["--text", __file__, "--tokenizer", "bytes", "--length", "129"],
             "--length 129 exceeds the model's 128 positions",
         ),
-        (["--text", "x", "--json", "nowhere/x.json"], "there is no folder nowhere"),
-        (["--text", "x", "--json", "."], r"--json \.: is a folder; accepted: a file"),
+        (
+            ["--text", "x", "--json", "nowhere/x.json"],
+            "nowhere/x.json: cannot be written: No such file",
+        ),
+        (["--text", "x", "--json", "."], "cannot be written: Is a directory"),
         (["nowhere", "--text", __file__, "--tokenizer", "bytes"], "nowhere: no such path"),
         (["--text", __file__, "--tokenizer", "bytes", "--stride", "0"], "stride 0"),
     ],

@@ -126,39 +126,22 @@ def _local_rows(rows_per_step: int, process_count: int) -> int:
 
 def unpack(rows: Sequence[Row], row_length: int) -> Batch:
     """Return the arrays `[len(rows), row_length]` of stored rows."""
-    tokens = np.concatenate([row.tokens for row in rows])
-    lengths = np.concatenate([row.lengths for row in rows]).astype(np.int64)
-    pieces = np.array([len(row.lengths) for row in rows])
-    first = np.cumsum(pieces) - pieces  # number of the first piece of each row
-    row = np.repeat(np.arange(len(rows)), pieces)  # of each piece
-    ends = np.concatenate([[0], np.cumsum(lengths)])  # of the pieces, in pairs
-    # First slot and first token of each piece. A piece has one more token than it has slots.
-    first_slot = ends[:-1] - ends[first][row] + row * row_length
-    first_token = ends[:-1] + np.arange(len(lengths))
-
-    positions = np.arange(ends[-1]) - np.repeat(ends[:-1], lengths)
-    slots = np.repeat(first_slot, lengths) + positions
-    inputs = np.repeat(first_token, lengths) + positions
-    segments = np.repeat(np.arange(len(lengths)) - first[row] + 1, lengths)
-
-    def scatter(values: Any, dtype: type) -> Any:
-        array: Any = np.zeros(len(rows) * row_length, dtype)
-        array[slots] = values
-        return array.reshape(len(rows), row_length)
-
-    loss_mask = scatter(True, np.bool_)
-    for index, stored in enumerate(rows):
-        if stored.answers is not None:
-            loss_mask[index] = False
-            for first_answer, end in stored.answers.reshape(-1, 2):
-                loss_mask[index, first_answer:end] = True
-    return Batch(
-        tokens=scatter(tokens[inputs], np.int32),
-        targets=scatter(tokens[inputs + 1], np.int32),
-        segment_ids=scatter(segments, np.int32),
-        positions=scatter(positions, np.int32),
-        loss_mask=loss_mask,
-    )
+    shape = len(rows), row_length
+    tokens, targets, segment_ids, positions = (np.zeros(shape, np.int32) for _ in range(4))
+    batch = Batch(tokens, targets, segment_ids, positions, np.zeros(shape, np.bool_))
+    for index, row in enumerate(rows):
+        lengths = row.lengths.astype(np.int64)
+        slots = np.arange(lengths.sum())
+        piece = np.repeat(np.arange(len(lengths)), lengths)  # of each slot
+        inputs = slots + piece  # a piece has one more token than it has slots
+        batch.tokens[index, slots] = row.tokens[inputs]
+        batch.targets[index, slots] = row.tokens[inputs + 1]
+        batch.segment_ids[index, slots] = piece + 1
+        batch.positions[index, slots] = slots - (np.cumsum(lengths) - lengths)[piece]
+        spans = [(0, len(slots))] if row.answers is None else row.answers.reshape(-1, 2)
+        for first, end in spans:
+            batch.loss_mask[index, first:end] = True
+    return batch
 
 
 class Prefetcher(Generic[T]):

@@ -5,7 +5,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -21,15 +21,6 @@ Messages = Sequence[Mapping[str, str]]
 _BEGIN, _END = "\ufdd0", "\ufdd1"
 # The date seen by templates in data preparation, so that prepared data do not depend on the day.
 _FIXED_DATE = datetime.datetime(2024, 7, 26)
-# Exceptions that the code in a template may raise, besides those of jinja2.
-_TEMPLATE_ERRORS = (
-    TypeError,
-    ValueError,
-    ArithmeticError,
-    LookupError,
-    AttributeError,
-    RecursionError,
-)
 # An answer that no template contains as its own text.
 _PLACEHOLDER = "4x7z9"
 
@@ -152,9 +143,7 @@ def _render(
             strftime_now=now.strftime,
             **special_tokens,
         )
-    except jinja2.TemplateError as error:
-        raise UserError(f"the model's chat template fails: {error}") from error
-    except _TEMPLATE_ERRORS as error:
+    except Exception as error:  # the code in a template may raise exceptions of any type
         kind = type(error).__name__
         raise UserError(f"the model's chat template fails: {kind}: {error}") from error
 
@@ -177,14 +166,10 @@ def _compiled(template: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
-    environment.filters["tojson"] = _to_json
+    # The filter of jinja2 escapes HTML; that of transformers does not.
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = _raise_exception
     return environment.from_string(template)
-
-
-def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    # The filter of jinja2 escapes HTML; that of transformers does not.
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -2,16 +2,18 @@
 
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Int32
+from jaxtyping import Int, Int32, UInt64
+from tqdm import tqdm
 
-from sat_jax.data.progress import progress_bar
 from sat_jax.data.sources import Document, Source, read_documents
-from sat_jax.data.splits import Index, document_key, split_budget
+from sat_jax.data.splits import document_key, split_budget
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 
@@ -30,44 +32,37 @@ class Encoded(NamedTuple):
     original_size: int  # tokens before the document was truncated or dropped
 
 
-class Reader(Protocol):
-    """Reads and encodes the documents of a corpus."""
+@dataclass(frozen=True)
+class Reader:
+    """How the documents of a corpus are read and encoded."""
 
+    settings: dict[str, Any]  # everything that determines the tokens, except the tokenizer
+    read: Callable[[Source], Iterator[Document]]  # also yields documents that are skipped
+    encode: Callable[[Sequence[Document]], list[Encoded]]
     keeps_whole: bool  # never truncates a document for a token budget or the held-out share
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Everything that determines the tokens of a document, except the tokenizer."""
 
-    def read(self, source: Source) -> Iterator[Document]:
-        """Yield the documents of one source; one without text is skipped by the caller."""
+def text_reader(text_field: str, tokenizer: Tokenizer) -> Reader:
+    """Return the reader of plain text: every token has a loss."""
 
-    def encode(self, documents: Sequence[Document]) -> list[Encoded]:
-        """Return the tokens of each document."""
-
-
-class TextReader:
-    """Reader of plain text: every token has a loss."""
-
-    keeps_whole = False
-
-    def __init__(self, text_field: str, tokenizer: Tokenizer):
-        self._text_field, self._tokenizer = text_field, tokenizer
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"text_field": self._text_field}
-
-    def read(self, source: Source) -> Iterator[Document]:
-        return read_documents(source, self._text_field)
-
-    def encode(self, documents: Sequence[Document]) -> list[Encoded]:
+    def encode(documents: Sequence[Document]) -> list[Encoded]:
         texts = [document.text for document in documents]
-        encodings = self._tokenizer.encode_documents(texts)
         return [
             Encoded(ids, None, len(text.encode()), len(ids))
-            for text, ids in zip(texts, encodings, strict=True)
+            for text, ids in zip(texts, tokenizer.encode_documents(texts), strict=True)
         ]
+
+    read = partial(read_documents, text_field=text_field)
+    return Reader({"text_field": text_field}, read, encode, keeps_whole=False)
+
+
+class Index(NamedTuple):
+    """Hash and size of every document of a corpus, in reading order."""
+
+    keys: UInt64[np.ndarray, " documents"]  # see `document_key`
+    sizes: Int[np.ndarray, " documents"]  # UTF-8 bytes
+    first: Int[np.ndarray, " sources_plus_1"]  # number of the first document of each source
+    left_out: dict[str, int]  # skipped documents, which have no number, by reason
 
 
 class TokenizedDocuments(NamedTuple):
@@ -79,6 +74,26 @@ class TokenizedDocuments(NamedTuple):
     answer_spans: Int[np.ndarray, "spans 2"] | None  # in `ids`, in order; None: all have a loss
     text_bytes: Int[np.ndarray, " documents"]  # UTF-8 bytes of the text that has a loss
     original_sizes: Int[np.ndarray, " documents"]  # before documents were truncated or dropped
+
+
+def progress_bar(
+    description: str,
+    unit: str,
+    enabled: bool,
+    total: int | None = None,
+    values: Iterable[Any] | None = None,
+) -> tqdm:
+    """Return a bar that appears after half a second, so that quick work and errors show none."""
+    return tqdm(
+        values,
+        desc=description,
+        unit=unit,
+        unit_scale=True,
+        total=total,
+        delay=0.5,
+        leave=False,
+        disable=not enabled,
+    )
 
 
 def read_index(sources: Sequence[Source], reader: Reader, progress: bool) -> Index:
@@ -99,13 +114,8 @@ def read_index(sources: Sequence[Source], reader: Reader, progress: bool) -> Ind
     if not sizes:
         counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         raise UserError(f"no document of the sources can be used: {counts}")
-    return Index(
-        keys=np.frombuffer(keys, np.uint64),
-        sizes=np.array(sizes, np.int64),
-        first=np.array(first),
-        left_out=dict(left_out),
-        keeps_whole=reader.keeps_whole,
-    )
+    keys_array = np.frombuffer(keys, np.uint64)
+    return Index(keys_array, np.array(sizes, np.int64), np.array(first), dict(left_out))
 
 
 def tokenize(
@@ -141,10 +151,9 @@ def tokenize(
             numbers = np.sort(np.concatenate(selected))
             if not len(numbers):
                 break
-            documents = _read_selected(sources, reader, index, numbers)
             total = int(index.sizes[numbers].sum())
             with progress_bar("tokenizing", "B", progress, total) as bar:
-                for batch in _batches(documents):
+                for batch in _batches(_read_selected(sources, reader, index, numbers)):
                     encodings = reader.encode([document for _, document in batch])
                     for (number, _), encoded in zip(batch, encodings, strict=True):
                         np.array(encoded.ids, np.int32).tofile(stream)
@@ -163,16 +172,9 @@ def tokenize(
             if reader.keeps_whole
             else "the tokenizer returns no tokens for these documents"
         )
-    return TokenizedDocuments(
-        ids=np.memmap(file, np.int32, mode="r"),
-        starts=starts,
-        sizes=sizes,
-        answer_spans=(
-            np.array(answer_spans, np.int64).reshape(-1, 2) if reader.keeps_whole else None
-        ),
-        text_bytes=text_bytes,
-        original_sizes=original_sizes,
-    )
+    ids = np.memmap(file, np.int32, mode="r")
+    spans = np.array(answer_spans, np.int64).reshape(-1, 2) if reader.keeps_whole else None
+    return TokenizedDocuments(ids, starts, sizes, spans, text_bytes, original_sizes)
 
 
 def split_at_end(
@@ -196,23 +198,18 @@ def split_at_end(
 def _read_selected(
     sources: Sequence[Source], reader: Reader, index: Index, numbers: Int[np.ndarray, " selected"]
 ) -> Iterator[tuple[int, Document]]:
-    """Yield the documents with the sorted `numbers`, without opening sources that have none."""
+    """Yield the documents with these `numbers`, without opening sources that have none."""
     for source, first, last in zip(sources, index.first[:-1], index.first[1:], strict=True):
-        missing = set(numbers[slice(*np.searchsorted(numbers, (first, last)))].tolist())
+        missing = set(numbers[(numbers >= first) & (numbers < last)].tolist())
         if not missing:
             continue
-        number = int(first)
-        for document in reader.read(source):
-            if not document.text:
-                continue
+        documents = (document for document in reader.read(source) if document.text)
+        for number, document in enumerate(documents, int(first)):
             if number in missing:
                 if document_key(document.text.encode()) != index.keys[number].tobytes():
                     break
                 missing.remove(number)
                 yield number, document
-                if not missing:
-                    break
-            number += 1
         if missing:
             raise UserError(f"{source}: changed while it was being read")
 

@@ -3,16 +3,15 @@
 import contextlib
 import io
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int
-from tqdm import tqdm
 
-from sat_jax.data.corpus import TokenizedDocuments
+from sat_jax.data.corpus import TokenizedDocuments, progress_bar
 from sat_jax.data.packing import Pieces
 
 ROWS = "packed_rows/1.0.0"  # the folder in which TFDS stores the dataset of `PackedRows`
@@ -50,11 +49,13 @@ class PackedRows(tfds.core.GeneratorBasedBuilder):
 
 
 def stored_rows(
-    documents: TokenizedDocuments, pieces: Pieces, row_of_piece: Int[np.ndarray, " pieces"]
+    documents: TokenizedDocuments,
+    pieces: Pieces,
+    rows: Sequence[Int[np.ndarray, " pieces"]],
+    progress: bool,
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of `assign_rows` in the stored format."""
-    order = np.argsort(row_of_piece, kind="stable")
-    for members in np.split(order, np.flatnonzero(np.diff(row_of_piece[order])) + 1):
+    for members in progress_bar("writing", " rows", progress, values=rows):
         starts, lengths = pieces.starts[members], pieces.lengths[members]
         runs = zip(starts, lengths, strict=True)
         row = {
@@ -93,13 +94,6 @@ def _span_range(
         np.searchsorted(spans[:, 0], starts),
         np.searchsorted(spans[:, 0], starts + lengths + 1),
     )
-
-
-def with_progress(rows: Iterator[dict[str, Any]], bar: tqdm) -> Iterator[dict[str, Any]]:
-    """Yield the same rows and advance `bar` by each."""
-    for row in rows:
-        yield row
-        bar.update()
 
 
 def write_tfds(folder: Path, splits: Mapping[str, Iterator[dict[str, Any]]], answers: bool) -> None:

@@ -36,8 +36,10 @@ def split_into_pieces(
     return Pieces(np.repeat(starts, pieces) + offsets, lengths)
 
 
-def assign_rows(lengths: Int[np.ndarray, " pieces"], row_length: int) -> Int[np.ndarray, " pieces"]:
-    """Return the row of each piece by best-fit decreasing; equal lengths keep their order.
+def assign_rows(
+    lengths: Int[np.ndarray, " pieces"], row_length: int
+) -> list[Int[np.ndarray, " pieces"]]:
+    """Return the numbers of the pieces in each row, by best-fit decreasing.
 
     A piece is placed in the row where it leaves the fewest free slots, or in a new row if it fits
     into none.
@@ -63,4 +65,5 @@ def assign_rows(lengths: Int[np.ndarray, " pieces"], row_length: int) -> Int[np.
         if remaining:
             rows_by_free[remaining].append(row)
             free_sizes |= 1 << remaining
-    return rows
+    order = np.argsort(rows, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(rows[order])) + 1) if count else []

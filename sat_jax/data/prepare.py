@@ -15,29 +15,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from sat_jax.cache import cache_dir
-from sat_jax.data.conversations import ConversationReader
-from sat_jax.data.corpus import Reader, TextReader, read_index, split_at_end, tokenize
+from sat_jax.data.conversations import conversation_reader
+from sat_jax.data.corpus import Index, Reader, read_index, split_at_end, text_reader, tokenize
 from sat_jax.data.data_format import TOO_LONG_ACTIONS, DataFormat
-from sat_jax.data.packed_rows import stored_rows, targets_with_loss, with_progress, write_tfds
+from sat_jax.data.packed_rows import stored_rows, targets_with_loss, write_tfds
 from sat_jax.data.packing import assign_rows, split_into_pieces
-from sat_jax.data.progress import progress_bar
 from sat_jax.data.sources import Source, resolve_sources
-from sat_jax.data.splits import (
-    HELD_OUT,
-    TRAIN,
-    Index,
-    check_held_out,
-    choose_held_out,
-    holds_out_end,
-    sampling_order,
-    split_budget,
-)
-from sat_jax.data.token_budget import select_and_truncate, select_whole
+from sat_jax.data.splits import HELD_OUT, TRAIN, split_budget, split_documents
+from sat_jax.data.token_budget import select
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError, folder_error
 
@@ -99,57 +89,57 @@ def prepare(
 ) -> Prepared:
     """Tokenize and pack `sources` into `root` (default: the cache), unless that is already done.
 
-    `sources` as in `resolve_sources`; `held_out` as in `choose_held_out`. `max_tokens` limits both
-    splits together: the last text that is selected is truncated, a conversation is never truncated
-    for it. `log` receives lines about the result; if it is None, no progress bars are shown either.
-    Raises `UserError` for bad input and for a tokenizer with more ids than `model_vocab_size`.
+    `sources` as in `resolve_sources`; `held_out` is a share of the documents (of the tokens if
+    there is one text) if below 1, otherwise their number. `max_tokens` limits both splits together:
+    the last text that is selected is truncated, a conversation is never truncated for it. `log`
+    receives lines about the result; if it is None, no progress bars are shown either. Raises
+    `UserError` for bad input and for a tokenizer with more ids than `model_vocab_size`.
     """
     for name, value, minimum in (("row length", row_length, 2), ("max tokens", max_tokens, 4)):
         if value is not None and value < minimum:
             raise UserError(f"{name} {value}; accepted: a whole number, {minimum} or more")
-    check_held_out(held_out)
+    if not held_out > 0 or (held_out >= 1 and held_out % 1 != 0):
+        raise UserError(
+            f"held-out {held_out}; accepted: a share between 0 and 1, or a whole number of"
+            " documents, 1 or more"
+        )
     if model_vocab_size is not None:
         tokenizer.check_fits(model_vocab_size)
     files = resolve_sources(sources)
-    reader: Reader = (
-        TextReader(data_format.text_field, tokenizer)
-        if data_format.is_text
-        else ConversationReader(data_format, tokenizer, row_length)
-    )
+    if data_format.is_text:
+        reader = text_reader(data_format.text_field, tokenizer)
+    else:
+        reader = conversation_reader(data_format, tokenizer, row_length)
     root = root or cache_dir("data")
+    sizes: dict[str, Any] = {
+        "row_length": row_length,
+        "held_out": held_out,
+        "max_tokens": max_tokens,
+    }
     settings = {
+        **sizes,
+        "held_out": float(held_out),
         "format": FORMAT,
         "tokenizer": tokenizer.fingerprint,
-        "row_length": row_length,
-        "held_out": float(held_out),
-        "max_tokens": max_tokens,
         "reader": reader.settings,
     }
+    status = "already prepared"
     try:
         root.mkdir(parents=True, exist_ok=True)
         fingerprint = _fingerprint(settings, files, root)
         path = root / fingerprint
         with _locked(root / f"{fingerprint}.lock", log):
-            status = "already prepared" if path.exists() else "prepared"
-            if status == "prepared":
-                with _complete_folder(path) as unfinished:
+            if not path.exists():
+                status = "prepared"
+                with _complete_folder(path) as folder:
                     splits, index = _write(
-                        unfinished,
-                        sources=files,
-                        reader=reader,
-                        tokenizer=tokenizer,
-                        row_length=row_length,
-                        held_out=held_out,
-                        max_tokens=max_tokens,
-                        progress=log is not None,
+                        folder, files, reader, tokenizer, log is not None, **sizes
                     )
                     info = PreparedInfo(
                         fingerprint=fingerprint,
                         tokenizer=tokenizer.name,
                         vocab_size=tokenizer.vocab_size,
-                        row_length=row_length,
-                        held_out=held_out,
-                        max_tokens=max_tokens,
+                        **sizes,
                         form=asdict(data_format),
                         sources=[sources] if isinstance(sources, str) else list(sources),
                         files=len(files),
@@ -157,38 +147,35 @@ def prepare(
                         left_out=index.left_out,
                         splits=splits,
                     )
-                    (unfinished / _INFO).write_text(json.dumps(asdict(info), indent=2) + "\n")
+                    (folder / _INFO).write_text(json.dumps(asdict(info), indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{error.filename or root}: {folder_error(error)}") from error
     prepared = load_prepared(path)
     if log is not None:
-        _log_result(prepared, status, log)
+        for line in _description(prepared, status):
+            log(f"data: {line}")
     return prepared
 
 
-def _log_result(prepared: Prepared, status: str, log: Callable[[str], None]) -> None:
+def _description(prepared: Prepared, status: str) -> Iterator[str]:
+    """Yield lines on the sizes of the splits and the examples that were skipped or truncated."""
     info = prepared.info
     if info.documents == 1:
         count = info.splits[HELD_OUT].tokens
-        log(f"data: one document; its last {info.held_out:.1%} ({count:,} tokens) are held out")
+        yield f"one document; its last {info.held_out:.1%} ({count:,} tokens) are held out"
     if info.form["format"] != "text":
-        log(f"data: {_describe_examples(info)}")
+        long_documents = sum(split.long_documents for split in info.splits.values())
+        action = TOO_LONG_ACTIONS[info.form["too_long"]]
+        reasons = info.left_out | {f"longer than a row ({action})": long_documents}
+        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+        splits = [
+            f"{split.documents:,} {name} examples, loss on {split.targets:,} of {split.tokens:,}"
+            f" tokens in {split.useful_share:.0%} of the slots"
+            for name, split in info.splits.items()
+        ]
+        yield "; ".join([*splits, f"skipped or truncated: {counts}" if counts else "none skipped"])
     rows = ", ".join(f"{split.rows} {name} rows" for name, split in info.splits.items())
-    log(f"data: {status}, {rows} of {info.row_length} tokens in {prepared.path}")
-
-
-def _describe_examples(info: PreparedInfo) -> str:
-    """Return a line on the sizes of the splits and the examples that were skipped or truncated."""
-    long_documents = sum(split.long_documents for split in info.splits.values())
-    action = TOO_LONG_ACTIONS[info.form["too_long"]]
-    reasons = info.left_out | {f"longer than a row ({action})": long_documents}
-    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
-    splits = [
-        f"{split.documents:,} {name} examples, loss on {split.targets:,} of {split.tokens:,} tokens"
-        f" in {split.useful_share:.0%} of the slots"
-        for name, split in info.splits.items()
-    ]
-    return "; ".join([*splits, f"skipped or truncated: {counts}" if counts else "none skipped"])
+    yield f"{status}, {rows} of {info.row_length} tokens in {prepared.path}"
 
 
 def load_prepared(path: Path) -> Prepared:
@@ -253,29 +240,15 @@ def _digest(content: Any) -> str:
 
 @contextlib.contextmanager
 def _locked(file: Path, log: Callable[[str], None] | None) -> Iterator[None]:
-    """Hold a lock on `file` during the block, then remove it."""
-    while True:
-        with file.open("w") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if log is not None:
-                    log("data: another process is preparing the same data; waiting for it")
-                fcntl.flock(stream, fcntl.LOCK_EX)
-            # The previous holder removed its file; the lock counts only on the present one.
-            if _is_open_at(stream, file):
-                try:
-                    yield
-                finally:
-                    file.unlink()
-                return
-
-
-def _is_open_at(stream: IO[str], file: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(stream.fileno()), file.stat())
-    except FileNotFoundError:
-        return False
+    """Hold a lock on `file`, which is created and stays, during the block."""
+    with file.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if log is not None:
+                log("data: another process is preparing the same data; waiting for it")
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager
@@ -293,60 +266,53 @@ def _complete_folder(path: Path) -> Iterator[Path]:
 
 def _write(
     folder: Path,
-    *,
     sources: Sequence[Source],
     reader: Reader,
     tokenizer: Tokenizer,
+    progress: bool,
+    *,
     row_length: int,
     held_out: float,
     max_tokens: int | None,
-    progress: bool,
 ) -> tuple[dict[str, SplitInfo], Index]:
     """Write the rows of both splits; return their sizes and the index of the sources."""
     index = read_index(sources, reader, progress)
-    is_held_out = choose_held_out(index, held_out)
-    orders = {
-        TRAIN: sampling_order(index, ~is_held_out),
-        HELD_OUT: sampling_order(index, is_held_out),
-    }
-    end_held_out = holds_out_end(index, held_out)
-    share = held_out if end_held_out else float(is_held_out.mean())
+    # The end of a single text is held out, which is known only when it is tokenized.
+    hold_out_end = len(index.keys) == 1 and held_out < 1 and not reader.keeps_whole
+    if hold_out_end:
+        share, orders = held_out, {TRAIN: np.array([0]), HELD_OUT: np.array([], int)}
+    else:
+        orders = split_documents(index.keys, held_out)
+        share = len(orders[HELD_OUT]) / len(index.keys)
     budgets = None if max_tokens is None else split_budget(share, max_tokens)
     file = folder / "tokens"
     documents = tokenize(sources, reader, index, orders, budgets, file, progress)
-    if end_held_out:
+    if hold_out_end:
         documents = split_at_end(documents, share, tokenizer)
         orders = {TRAIN: np.array([0]), HELD_OUT: np.array([1])}
     splits, rows = {}, {}
     for split, order in orders.items():
         budget = None if budgets is None else budgets[split]
-        if index.keeps_whole:
-            selected = select_whole(documents, order, budget, row_length)
-        else:
-            selected = select_and_truncate(documents, order, budget, row_length, tokenizer)
+        selected = select(documents, order, budget, row_length, tokenizer)
         pieces = split_into_pieces(documents.starts[selected.order], selected.sizes, row_length)
         if not len(pieces.lengths):
             raise UserError(
                 f"no example of the {split} split fits data.row_length {row_length}"
                 f" and data.max_tokens {max_tokens}"
-                if index.keeps_whole
+                if reader.keeps_whole
                 else f"no document of the {split} split has two tokens"
             )
-        row_of_piece = assign_rows(pieces.lengths, row_length)
-        slots, count = int(pieces.lengths.sum()), int(row_of_piece.max()) + 1
+        members = assign_rows(pieces.lengths, row_length)
         splits[split] = SplitInfo(
             documents=len(selected.order),
             text_bytes=selected.text_bytes,
             tokens=int(selected.sizes.sum()),
             targets=int(targets_with_loss(documents, pieces).sum()),
-            rows=count,
+            rows=len(members),
             long_documents=selected.long_documents,
-            useful_share=slots / (count * row_length),
+            useful_share=int(pieces.lengths.sum()) / (len(members) * row_length),
         )
-        rows[split] = stored_rows(documents, pieces, row_of_piece)
-    total = sum(split.rows for split in splits.values())
-    with progress_bar("writing", " rows", progress, total) as bar:
-        rows = {split: with_progress(split_rows, bar) for split, split_rows in rows.items()}
-        write_tfds(folder, rows, answers=documents.answer_spans is not None)
+        rows[split] = stored_rows(documents, pieces, members, progress)
+    write_tfds(folder, rows, answers=reader.keeps_whole)
     file.unlink()
     return splits, index

@@ -13,15 +13,16 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn, cast
+from typing import BinaryIO, Literal, NamedTuple, NoReturn, cast
 
 import tensorflow_datasets as tfds
 import zstandard
 
+from sat_jax.data.record import Record, json_type
 from sat_jax.errors import UserError
 
 # Suffixes that are read in a folder, each also followed by .gz or .zst. A file that is named or
@@ -70,11 +71,8 @@ class Source:
         """Return the sha256 of the kind and the stored bytes, independent of the path."""
         digest = hashlib.sha256(f"{self.kind} {self.split}".encode())
         for file in self.files():
-            try:
-                with file.open("rb") as stream:
-                    digest.update(hashlib.file_digest(stream, "sha256").digest())
-            except OSError as error:
-                _unreadable(error)
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
         return digest.hexdigest()
 
 
@@ -109,15 +107,17 @@ def package_path(spec: str) -> Path:
 
 def read_documents(source: Source, text_field: str) -> Iterator[Document]:
     """Yield the documents of a source: a text file, a line of JSON or a TFDS example is one."""
+    texts: Iterable[tuple[str, str]]
     match source.kind:
         case "text":
-            documents = iter([Document(read_text_file(source.path), str(source.path))])
+            texts = [(read_text_file(source.path), str(source.path))]
         case "json_lines":
-            documents = _read_json_lines(source.path, text_field)
+            records = read_records(source.path)
+            texts = ((record.text(text_field), record.origin) for record in records)
         case "tfds":
-            documents = _read_tfds(source, text_field)
+            texts = _read_tfds(source, text_field)
     empty = True
-    for text, origin, _ in documents:
+    for text, origin in texts:
         # A document of white space is empty too.
         empty = empty and not text.strip()
         yield Document(text, origin) if text.strip() else Document("", origin, EMPTY)
@@ -128,20 +128,15 @@ def read_documents(source: Source, text_field: str) -> Iterator[Document]:
 def _resolve(part: str) -> list[Source]:
     if part.startswith("tfds:"):
         return [_resolve_tfds(part.removeprefix("tfds:"))]
-    pattern = os.path.expanduser(part)
-    if part.startswith("package:"):
-        package, _, subpath = part.partition("/")
-        pattern = os.path.join(glob.escape(str(package_path(package))), subpath)
-        path = package_path(part)
-    else:
-        path = Path(pattern)
+    is_package = part.startswith("package:")
+    path = package_path(part) if is_package else Path(os.path.expanduser(part))
     if path.is_file():
         return [_file(path, named=True)]
     if path.is_dir():
         files = sorted(_walk(path))
         reason = f"no file has one of the suffixes {' '.join((*TEXT, *JSON_LINES))}"
     elif glob.has_magic(part):
-        files = sorted(map(Path, glob.glob(pattern, recursive=True)))
+        files = sorted(map(Path, glob.glob(str(path), recursive=True)))
         files = [file for file in files if file.is_file()]
         reason = "no file matches"
     else:
@@ -269,96 +264,49 @@ def read_text_file(path: Path) -> str:
     return _decode(data, path, 0)
 
 
-def _read_json_lines(path: Path, field: str) -> Iterator[Document]:
-    for record, origin in read_records(path):
-        yield Document(string_field(record, field, origin), origin)
-
-
-def read_records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield the objects of a JSON-lines file and their locations; blank lines are skipped."""
+def read_records(path: Path) -> Iterator[Record]:
+    """Yield the objects of a JSON-lines file; blank lines are skipped."""
     start = 0
     with _reading(path) as stream:
         for number, data in enumerate(stream, 1):
             origin = f"{path}, line {number}"
             line = _decode(data, origin, start)
-            origin += f" (byte {start})"
             if line.strip():
-                yield _record(line, origin), origin
+                yield _record(line, f"{origin} (byte {start})")
             start += len(data)
 
 
-def json_type(value: Any) -> str:
-    """Return the type of a JSON value in words."""
-    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
-    return "null" if value is None else names.get(type(value), "a number")
-
-
-def _check_unicode(text: str, field: str, origin: str) -> str:
-    """Return `text`; raises `UserError` if it has a lone surrogate, which JSON can escape."""
+def _record(line: str, origin: str) -> Record:
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        location = f"character {error.start} of field {field!r}"
-        raise UserError(f"{origin}: lone surrogate at {location}") from error
-    return text
-
-
-def _record(line: str, origin: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
+        fields = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{origin}: not JSON at character {error.pos}: {error.msg}; {_LINE_FORMAT}"
         ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{origin}: JSON that cannot be read: {error}") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{origin}: {json_type(record)}, not an object; {_LINE_FORMAT}")
-    return record
+    if not isinstance(fields, dict):
+        raise UserError(f"{origin}: {json_type(fields)}, not an object; {_LINE_FORMAT}")
+    return Record(fields, origin)
 
 
-def get_field(record: dict[str, Any], field: str, origin: str) -> Any:
-    """Return the value of a field of a record. Raises `UserError` if the field is missing."""
-    if field not in record:
-        names = ", ".join(list(record)[:10]) or "no fields"
-        raise UserError(f"{origin}: no field {field!r} (it has {names})")
-    return record[field]
-
-
-def string_field(record: dict[str, Any], field: str, origin: str) -> str:
-    """Return the text in a field of a record. Raises `UserError` if it is not there."""
-    text = get_field(record, field, origin)
-    if not isinstance(text, str):
-        raise UserError(f"{origin}: field {field!r} is {json_type(text)}, not a string")
-    return _check_unicode(text, field, origin)
-
-
-def _read_tfds(source: Source, field: str) -> Iterator[Document]:
+def _read_tfds(source: Source, field: str) -> Iterator[tuple[str, str]]:
+    """Yield the texts of a TFDS dataset and their locations."""
     # TFDS and array_record raise exceptions of many types.
     try:
         builder = tfds.builder_from_directory(str(source.path))
-    except Exception as error:
-        raise UserError(f"{source.path}: TFDS cannot open it: {error}") from error
-    info = builder.info
-    if info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
-        raise UserError(f"{source.path}: file format {info.file_format}; accepted: array_record")
-    if source.split.partition("[")[0] not in info.splits:
-        names = ", ".join(sorted(info.splits))
-        raise UserError(f"{source.path}: no split {source.split!r} (it has {names})")
-    if field not in info.features:
-        names = ", ".join(sorted(info.features))
-        raise UserError(f"{source.path}: no feature {field!r} (it has {names})")
-    try:
         records = builder.as_data_source(source.split)
         size = len(records)
     except Exception as error:
-        raise UserError(f"{source}: TFDS cannot read it: {error}") from error
+        cause = " ".join(str(error).split())
+        raise UserError(f"{source}: TFDS cannot open it: {cause}") from error
     for index in range(size):
         origin = f"{source}, example {index}"
         try:
-            text = records[index][field]
+            record = Record(records[index], origin)
         except Exception as error:
             raise UserError(f"{origin}: damaged: {error}") from error
+        text = record.value(field)
         if not isinstance(text, bytes):
-            raise UserError(f"{origin}: feature {field!r} is not text")
-        yield Document(_decode(text, origin, 0), origin)
+            raise UserError(f"{origin}: field {field!r} is not text")
+        yield _decode(text, origin, 0), origin

@@ -15,52 +15,36 @@ class SelectedDocuments(NamedTuple):
     order: Int[np.ndarray, " selected"]
     sizes: Int[np.ndarray, " selected"]  # tokens
     text_bytes: int  # UTF-8 bytes of the text that has a loss
-    long_documents: int  # documents longer than a row
+    long_documents: int  # longer than a row, with the conversations that were dropped for it
 
 
-def select_and_truncate(
+def select(
     documents: TokenizedDocuments,
     order: Int[np.ndarray, " documents"],
     budget: int | None,
     row_length: int,
     tokenizer: Tokenizer,
 ) -> SelectedDocuments:
-    """Select documents until `budget` tokens are reached; the last one is truncated to fit.
+    """Select documents in `order` until `budget` tokens are reached; None selects all.
 
-    A budget of None selects all documents.
+    The last text is truncated to fit. Conversations, which have answer spans, are never truncated.
     """
     sizes = documents.sizes[order]
-    if budget is not None:
-        ends = np.cumsum(sizes)
-        count = min(
-            int(np.searchsorted(ends, budget)) + 1, int(np.flatnonzero(sizes).max(initial=0)) + 1
-        )
-        order, sizes = order[:count], sizes[:count].copy()
-        sizes[-1] -= max(0, ends[count - 1] - budget)
+    ends = np.cumsum(sizes)
+    if documents.answer_spans is not None:
+        fits = ends <= (ends[-1] if budget is None else budget)
+        order, sizes = order[fits], sizes[fits]
+        lengths = documents.original_sizes[order]
+    else:
+        if budget is not None:
+            sizes = np.clip(budget - (ends - sizes), 0, sizes)
+        lengths = sizes
+    long_documents = int((lengths - 1 > row_length).sum())
+    order, sizes = order[sizes > 0], sizes[sizes > 0]
     text_bytes = int(documents.text_bytes[order].sum())
-    last = order[-1]
-    if sizes[-1] < documents.sizes[last]:  # truncated: count the bytes of the remaining text
-        start = documents.starts[last]
-        text = tokenizer.decode(documents.ids[start : start + sizes[-1]].tolist())
-        text_bytes += len(text.encode()) - int(documents.text_bytes[last])
-    return SelectedDocuments(order, sizes, text_bytes, int((sizes - 1 > row_length).sum()))
-
-
-def select_whole(
-    documents: TokenizedDocuments,
-    order: Int[np.ndarray, " documents"],
-    budget: int | None,
-    row_length: int,
-) -> SelectedDocuments:
-    """Select as many documents as fit into `budget` tokens, without truncating any.
-
-    A document without tokens was dropped because of its length. It counts as a long document if it
-    precedes the end of the selection.
-    """
-    if budget is not None:
-        ends = np.cumsum(documents.sizes[order])
-        order = order[: int(np.searchsorted(ends, budget, "right"))]
-    long_documents = int((documents.original_sizes[order] - 1 > row_length).sum())
-    order = order[documents.sizes[order] > 0]
-    text_bytes = int(documents.text_bytes[order].sum())
-    return SelectedDocuments(order, documents.sizes[order], text_bytes, long_documents)
+    truncated = sizes < documents.sizes[order]
+    for number, size in zip(order[truncated], sizes[truncated], strict=True):
+        start = documents.starts[number]
+        text = tokenizer.decode(documents.ids[start : start + size].tolist())
+        text_bytes += len(text.encode()) - int(documents.text_bytes[number])
+    return SelectedDocuments(order, sizes, text_bytes, long_documents)

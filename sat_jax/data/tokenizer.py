@@ -73,14 +73,17 @@ class Tokenizer:
         return backend
 
     @cached_property
+    def special_ids(self) -> set[int]:
+        """Return the ids of all special tokens."""
+        added_tokens = self.backend.get_added_tokens_decoder()
+        return {token_id for token_id, token in added_tokens.items() if token.special}
+
+    @cached_property
     def special_tokens(self) -> dict[str, str]:
         """Return the texts of `bos_token` and `eos_token`, if they exist, for chat templates."""
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
-        tokens = {
-            name: self.backend.id_to_token(token_id)
-            for name, token_id in ids.items()
-            if token_id is not None
-        }
+        known = {name: token_id for name, token_id in ids.items() if token_id is not None}
+        tokens = {name: self.backend.id_to_token(token_id) for name, token_id in known.items()}
         return {name: token for name, token in tokens.items() if token is not None}
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -117,10 +120,8 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "add_bos_token": self.adds_bos,
+            **self.special_tokens,
         }
-        for key, token_id in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
-            if token_id is not None:
-                settings[key] = self.backend.id_to_token(token_id)
         if self.chat_template is not None:
             settings["chat_template"] = self.chat_template
         text = json.dumps(settings, indent=2, ensure_ascii=False)
@@ -203,18 +204,22 @@ def _from_huggingface(path: Path) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain exceptions without the path
         raise UserError(f"{file}: not a tokenizer.json: {error}") from error
-    settings = _read_json(file.parent / "special_tokens_map.json")
-    settings |= _read_json(file.parent / "tokenizer_config.json")
-    config = _read_json(file.parent / "config.json")
+    folder = file.parent
+    settings = _tokenizer_settings(folder)
     return _make_tokenizer(
         name=str(path),
         backend=backend,
-        bos_id=_special_id(backend, file, "bos", settings, config),
-        eos_id=_special_id(backend, file, "eos", settings, config),
+        bos_id=_special_id(backend, folder, "bos"),
+        eos_id=_special_id(backend, folder, "eos"),
         adds_bos=settings.get("add_bos_token"),
-        chat_template=_chat_template(file.parent, settings),
-        folder=file.parent,
+        chat_template=_chat_template(folder, settings),
+        folder=folder,
     )
+
+
+def _tokenizer_settings(folder: Path) -> dict[str, Any]:
+    settings = _read_json(folder / "special_tokens_map.json")
+    return settings | _read_json(folder / "tokenizer_config.json")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -229,14 +234,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _special_id(
-    backend: tokenizers.Tokenizer,
-    file: Path,
-    which: str,
-    settings: dict[str, Any],
-    config: dict[str, Any],
-) -> int | None:
+def _special_id(backend: tokenizers.Tokenizer, folder: Path, which: str) -> int | None:
     """Return the id of "bos" or "eos" from the settings of the tokenizer, or of the model."""
+    settings, config = _tokenizer_settings(folder), _read_json(folder / "config.json")
     token = settings.get(f"{which}_token")
     if isinstance(token, dict):
         token = token.get("content")
@@ -244,13 +244,11 @@ def _special_id(
         ids = config.get(f"{which}_token_id")
         token_id = next(iter(ids), None) if isinstance(ids, list) else ids
         if token_id is not None and type(token_id) is not int:
-            raise UserError(f"{file.parent}: {which}_token_id is {ids!r}; accepted: whole numbers")
+            raise UserError(f"{folder}: {which}_token_id is {ids!r}; accepted: whole numbers")
         return token_id
-    if not isinstance(token, str):
-        raise UserError(f"{file.parent}: {which}_token is {token!r}; accepted: a string")
-    token_id = backend.token_to_id(token)
+    token_id = backend.token_to_id(token) if isinstance(token, str) else None
     if token_id is None:
-        raise UserError(f"{file}: does not contain the {which}_token {token!r} of its folder")
+        raise UserError(f"{folder}: {which}_token {token!r}; accepted: a token of tokenizer.json")
     return token_id
 
 
@@ -267,31 +265,28 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
 # --- GGUF ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _PreTokenization:
-    """The pre-tokenization that `tokenizer.ggml.pre` of a GGUF file names, as in llama.cpp."""
-
-    pattern: str | None  # None: that of GPT-2, which is built into the library
-    single_digits: bool = False
-    nfc: bool = False
-    ignore_merges: bool = False  # a word in the vocabulary is one token
-    adds_bos: bool = False  # if the file has no setting
-
-
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_GPT2 = _PreTokenization(None)
-_LLAMA3 = _PreTokenization(_WORDS % "{1,3}", ignore_merges=True, adds_bos=True)
-_PRE_TOKENIZATIONS = {
-    "gpt-2": _GPT2,
-    "gpt2": _GPT2,
-    "smollm": _PreTokenization(None, single_digits=True),
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "qwen2": _PreTokenization(_WORDS % "", nfc=True),
+
+
+def _split_words(digits: str) -> list[pre_tokenizers.PreTokenizer]:
+    return [
+        pre_tokenizers.Split(Regex(_WORDS % digits), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+
+
+# The pre-tokenizers that `tokenizer.ggml.pre` of a GGUF file names, as in llama.cpp.
+_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+_LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
+_PRE_TOKENIZERS: dict[str, list[pre_tokenizers.PreTokenizer]] = {
+    "gpt-2": [_GPT2],
+    "gpt2": [_GPT2],
+    "smollm": [pre_tokenizers.Digits(individual_digits=True), _GPT2],
+    **{name: _split_words("{1,3}") for name in _LLAMA3},
+    "qwen2": _split_words(""),
 }
 _CONTROL, _USER_DEFINED = 3, 4  # GGUF token types
 
@@ -306,34 +301,33 @@ def _from_gguf(path: Path) -> Tokenizer:
         return default if entry is None else entry.contents()
 
     model, pre = metadata("ggml.model"), metadata("ggml.pre")
-    if model != "gpt2" or pre not in _PRE_TOKENIZATIONS:
+    if model != "gpt2" or pre not in _PRE_TOKENIZERS:
         raise NoTokenizer(
             f"{path}: its tokenizer is {model!r} with pre-tokenizer {pre!r}; accepted: 'gpt2' with"
-            f" {', '.join(_PRE_TOKENIZATIONS)}, or the path of the model's tokenizer.json"
+            f" {', '.join(_PRE_TOKENIZERS)}, or the path of the model's tokenizer.json"
         )
-    pre_tokenization: _PreTokenization = _PRE_TOKENIZATIONS[pre]
     tokens, merges = metadata("ggml.tokens", []), metadata("ggml.merges", [])
     try:
         bpe = models.BPE(
             vocab={token: index for index, token in enumerate(tokens)},
             merges=[tuple(merge.split(" ", 1)) for merge in merges],
-            ignore_merges=pre_tokenization.ignore_merges,
+            ignore_merges=pre in _LLAMA3,  # a word in the vocabulary is one token
         )
     except Exception as error:
         raise UserError(
             f"{path}: the merges of its tokenizer do not match its tokens: {error}"
         ) from error
     backend = tokenizers.Tokenizer(bpe)
-    if pre_tokenization.nfc:
+    if pre == "qwen2":
         backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = _pre_tokenizer(pre_tokenization)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(_PRE_TOKENIZERS[pre])
     backend.decoder = decoders.ByteLevel()
     for token, kind in zip(tokens, metadata("ggml.token_type", []), strict=False):
         if kind in (_CONTROL, _USER_DEFINED):
             special = kind == _CONTROL
             backend.add_tokens([AddedToken(token, normalized=False, special=special)])
     bos_id = metadata("ggml.bos_token_id")
-    adds_bos = bos_id is not None and metadata("ggml.add_bos_token", pre_tokenization.adds_bos)
+    adds_bos = bos_id is not None and metadata("ggml.add_bos_token", pre in _LLAMA3)
     if adds_bos:
         bos = tokens[bos_id]
         backend.post_processor = processors.TemplateProcessing(
@@ -341,15 +335,3 @@ def _from_gguf(path: Path) -> Tokenizer:
         )
     eos_id = metadata("ggml.eos_token_id")
     return _make_tokenizer(str(path), backend, bos_id, eos_id, adds_bos, metadata("chat_template"))
-
-
-def _pre_tokenizer(settings: _PreTokenization) -> pre_tokenizers.PreTokenizer:
-    steps: list[pre_tokenizers.PreTokenizer] = []
-    if settings.single_digits:
-        steps.append(pre_tokenizers.Digits(individual_digits=True))
-    if settings.pattern is not None:
-        steps.append(pre_tokenizers.Split(Regex(settings.pattern), behavior="isolated"))
-    steps.append(
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=settings.pattern is None)
-    )
-    return pre_tokenizers.Sequence(steps)

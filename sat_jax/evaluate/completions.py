@@ -62,29 +62,28 @@ def _complete_batch(
     stop_ids = {stop for stop in stops if isinstance(stop, int)}.union(model.config.eos_token_ids)
     ids: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(prompts)
-    for parts in stream(
+    parts = stream(
         model, prompts, max_new_tokens, sampling=sampling, stop_ids=stop_ids, every=_PART
-    ):
-        for row, part in enumerate(parts):
+    )
+    while any(running) and (part := next(parts, None)) is not None:
+        for row, new in enumerate(part):
             if running[row]:
-                ids[row] += part
+                ids[row] += new
                 # A part is shorter if the row has ended, and at the limit of new tokens.
-                complete_part = len(part) == _PART
-                running[row] = complete_part and not _has_stop(tokenizer, ids[row], stop_texts)
-        if not any(running):
-            break
-    return [_completion(tokenizer, row, max_new_tokens, stop_texts) for row in ids]
+                ended = len(new) < _PART or _before_stop(tokenizer, ids[row], stop_texts)[1]
+                running[row] = not ended
+    completions = []
+    for row_ids in ids:
+        text, stopped = _before_stop(tokenizer, row_ids, stop_texts)
+        truncated = not stopped and len(row_ids) >= max_new_tokens
+        completions.append(Completion(text, len(row_ids), truncated))
+    return completions
 
 
-def _has_stop(tokenizer: Tokenizer, ids: Sequence[int], stop_texts: Sequence[str]) -> bool:
-    text = tokenizer.decode(ids) if stop_texts else ""
-    return any(stop in text for stop in stop_texts)
-
-
-def _completion(
-    tokenizer: Tokenizer, ids: Sequence[int], max_new_tokens: int, stop_texts: Sequence[str]
-) -> Completion:
+def _before_stop(
+    tokenizer: Tokenizer, ids: Sequence[int], stop_texts: Sequence[str]
+) -> tuple[str, bool]:
+    """Return the text of `ids` before the first stop text, and whether there is one."""
     text = tokenizer.decode(ids)
     ends = [text.index(stop) for stop in stop_texts if stop in text]
-    truncated = not ends and len(ids) >= max_new_tokens
-    return Completion(text[: min(ends)] if ends else text, len(ids), truncated)
+    return text[: min(ends, default=len(text))], bool(ends)

@@ -1,17 +1,15 @@
 """Exact match: the model generates an answer, a rule extracts its result, and it is compared."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from sat_jax.data.end_of_turn import Stop
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
-from sat_jax.evaluate.completions import Completion, complete
-from sat_jax.evaluate.multiple_choice import Mean, mean
+from sat_jax.evaluate.completions import Completion
+from sat_jax.evaluate.multiple_choice import mean_and_error
 from sat_jax.evaluate.prompts import PromptFormat, QuestionAnswer
-from sat_jax.nn.decoder import Decoder
 
 _NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
 RULES = {
@@ -19,6 +17,7 @@ RULES = {
     "hashes": rf"####\s*({_NUMBER})",
     "text": r"(?s)\A(.*)\Z",
 }
+_ACCEPTED = f"accepted: {', '.join(RULES)}, or a regular expression with at most one group"
 
 
 class ExtractionRule:
@@ -32,14 +31,9 @@ class ExtractionRule:
         try:
             self._pattern = re.compile(RULES.get(name, name))
         except re.error as error:
-            raise UserError(
-                f"extraction {name!r}: {error}; accepted: {', '.join(RULES)}, or a regular"
-                " expression with at most one group"
-            ) from error
+            raise UserError(f"extraction {name!r}: {error}; {_ACCEPTED}") from error
         if self._pattern.groups > 1:
-            raise UserError(
-                f"extraction {name!r}: has {self._pattern.groups} groups; accepted: at most one"
-            )
+            raise UserError(f"extraction {name!r}: has {self._pattern.groups} groups; {_ACCEPTED}")
 
     def __call__(self, text: str) -> str | None:
         """Return the normalized result, or None if the text has none."""
@@ -89,60 +83,43 @@ def prompt_questions(
         expected = rule(problem.answer)
         if expected is None:
             raise UserError(
-                f"no result in the answer {problem.answer[-60:]!r}; accepted extraction rules:"
-                f" {', '.join(RULES)}, or a regular expression that matches"
+                f"no result in the answer {problem.answer[-60:]!r}; choose another extraction rule"
             )
         questions.append(PromptedQuestion(problem.question, prompt, ids, expected))
     return questions
 
 
-class ScoredAnswer(NamedTuple):
-    """The completion of a question, and the result extracted from it."""
-
-    question: PromptedQuestion
-    completion: Completion
-    result: str | None
-
-    @property
-    def correct(self) -> bool:
-        return equal_results(self.result, self.question.expected)
-
-
-def answer_questions(
-    model: Decoder,
-    tokenizer: Tokenizer,
-    questions: Sequence[PromptedQuestion],
-    rule: ExtractionRule,
-    max_new_tokens: int,
-    rows: int,
-    *,
-    stops: Sequence[Stop] = (),
-    on_batch: Callable[[int], object] = lambda _: None,
-) -> list[ScoredAnswer]:
-    """Return the model's greedy answers; `stops` and `on_batch` as in `complete`."""
-    prompts = [question.ids for question in questions]
-    completions = complete(
-        model, tokenizer, prompts, max_new_tokens, rows, stops=stops, on_batch=on_batch
-    )
-    return [
-        ScoredAnswer(question, completion, rule(completion.text))
-        for question, completion in zip(questions, completions, strict=True)
-    ]
+def compare_answers(
+    questions: Sequence[PromptedQuestion], completions: Sequence[Completion], rule: ExtractionRule
+) -> list[dict[str, Any]]:
+    """Return the answers with their questions and results; `cut`: truncated at the token limit."""
+    answers = []
+    for question, completion in zip(questions, completions, strict=True):
+        result = rule(completion.text)
+        answers.append(
+            {
+                "question": question.question,
+                "prompt": question.prompt,
+                "expected": question.expected,
+                "text": completion.text,
+                "tokens": completion.tokens,
+                "cut": completion.truncated,
+                "found": result,
+                "right": equal_results(result, question.expected),
+            }
+        )
+    return answers
 
 
-class ExactMatchScore(NamedTuple):
-    """Shares of the questions: answered correctly, without a result, and truncated."""
-
-    accuracy: Mean
-    no_result: float
-    truncated: float
-
-
-def exact_match_score(answers: Sequence[ScoredAnswer]) -> ExactMatchScore:
-    """Return the score of one or more answers."""
+def exact_match_score(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the shares of answers that are correct, have no result, and are truncated."""
     count = len(answers)
-    return ExactMatchScore(
-        mean([float(answer.correct) for answer in answers]),
-        sum(answer.result is None for answer in answers) / count,
-        sum(answer.completion.truncated for answer in answers) / count,
-    )
+    accuracy, stderr = mean_and_error([float(answer["right"]) for answer in answers])
+    return {
+        "questions": count,
+        "accuracy": accuracy,
+        "stderr": stderr,
+        "no_result": sum(answer["found"] is None for answer in answers) / count,
+        "cut": sum(answer["cut"] for answer in answers) / count,
+        "new_tokens": sum(answer["tokens"] for answer in answers),
+    }

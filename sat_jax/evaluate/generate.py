@@ -102,8 +102,6 @@ def stream(
     check_prompts(model.config, prompts, max_new_tokens)
     if not 0 <= seed < 1 << 32:
         raise UserError(f"seed {seed}; accepted: 0 to {(1 << 32) - 1}")
-    if every < 1:
-        raise ValueError(f"every {every}; accepted: 1 or more")
     stop_tokens = frozenset(model.config.eos_token_ids if stop_ids is None else stop_ids)
     longest = max(map(len, prompts))
     width = _rounded(longest - 1)
@@ -195,7 +193,10 @@ def _decode(
         state, out, count = carry
         positions = (state.cache.used - state.padding)[:, None]
         x_B1D, cache = model.extend(state.cache, state.newest[:, None], ones, positions, length)
-        newest = _sample(_logits(model, x_B1D[:, 0]), sampling, key, state.step)
+        logits_BV = jnp.einsum(
+            "BD,VD->BV", x_B1D[:, 0], model.head(), preferred_element_type=jnp.float32
+        )
+        newest = _sample(logits_BV, sampling, key, state.step)
         out = jax.lax.dynamic_update_slice(out, newest[:, None], (0, count))
         ended = state.ended | jnp.any(newest[:, None] == stop[None], axis=-1)
         return _State(cache, state.padding, newest, ended, state.step + 1), out, count + 1
@@ -205,10 +206,6 @@ def _decode(
 
     out = jnp.zeros((len(state.padding), _ROUND), jnp.int32)
     return jax.lax.while_loop(unfinished, body, (state, out, jnp.zeros((), jnp.int32)))
-
-
-def _logits(model: Decoder, x_BD: Float[Array, "B D"]) -> Float[Array, "B V"]:
-    return jnp.einsum("BD,VD->BV", x_BD, model.head(), preferred_element_type=jnp.float32)
 
 
 def _sample(

@@ -17,7 +17,7 @@ from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 from sat_jax.evaluate.completions import complete
 from sat_jax.evaluate.generate import GREEDY, Sampling
-from sat_jax.evaluate.likelihood import Pair, encode_pairs, first_token, likelihoods
+from sat_jax.evaluate.likelihood import Likelihood, Pair, encode_pairs, first_token, likelihoods
 from sat_jax.evaluate.prompts import chat_prompt
 from sat_jax.nn.decoder import Decoder
 
@@ -53,31 +53,26 @@ class HarnessModel(LM):
         self._system = system
         self._turn_ends: list[Stop] = []  # set by `apply_chat_template`
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Likelihood]:
         """Return (log p, is greedy) for the (context, continuation) of each request."""
         pairs = encode_pairs(self._tokenizer, [request.args for request in requests])
-        results = self._likelihoods(pairs)
-        self._cache("loglikelihood", requests, results)
-        return results
+        return self._likelihoods(pairs)
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """Return log p of the text of each request, in windows; only the last one may overlap."""
         first = first_token(self._tokenizer)
         pairs: list[Pair] = []
-        request_of_pair: list[int] = []
-        for index, request in enumerate(requests):
+        ends = []  # number of pairs up to each request
+        for request in requests:
             (ids,) = self._tokenizer.encode_batch(request.args)
             if self._tokenizer.adds_bos:
                 ids = ids[1:]
             length = self._model.config.max_positions
             for window in get_rolling_token_windows(ids, first, length, 1):
                 pairs.append(Pair(*make_disjoint_window(window)))
-                request_of_pair.append(index)
-        totals = [0.0] * len(requests)
-        for index, (log_p, _) in zip(request_of_pair, self._likelihoods(pairs), strict=True):
-            totals[index] += log_p
-        self._cache("loglikelihood_rolling", requests, totals)
-        return totals
+            ends.append(len(pairs))
+        log_p = [result.log_p for result in self._likelihoods(pairs)]
+        return [sum(log_p[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Return the completion of each context, with the stop texts and limits of its task."""
@@ -90,7 +85,6 @@ class HarnessModel(LM):
             completions = self._generate(contexts, requests[indices[0]].args[1])
             for index, text in zip(indices, completions, strict=True):
                 texts[index] = text
-            self._cache("generate_until", [requests[index] for index in indices], completions)
         return texts
 
     @property
@@ -117,17 +111,12 @@ class HarnessModel(LM):
         self._turn_ends = end_of_turn(self._tokenizer)
         return chat_prompt(self._tokenizer, chat_history, self._system)
 
-    def _cache(self, method: str, requests: Sequence[Any], results: Sequence[Any]) -> None:
-        for request, result in zip(requests, results, strict=True):
-            self.cache_hook.add_partial(method, request.args, result)
-
-    def _likelihoods(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
+    def _likelihoods(self, pairs: Sequence[Pair]) -> list[Likelihood]:
         limit = self._model.config.max_positions
         pairs = [_truncated(pair, limit) for pair in pairs]
         total = sum(pair.length for pair in pairs)
         with tqdm(total=total, unit=" tokens", unit_scale=True, leave=False) as bar:
-            results = likelihoods(self._model, pairs, self._rows, bar.update)
-        return [(result.log_p, result.greedy) for result in results]
+            return likelihoods(self._model, pairs, self._rows, bar.update)
 
     def _generate(self, contexts: Sequence[str], gen_kwargs: dict[str, Any]) -> list[str]:
         settings = dict(normalize_gen_kwargs(gen_kwargs, MAX_NEW_TOKENS))

@@ -68,10 +68,11 @@ def first_token(tokenizer: Tokenizer) -> int:
     return first
 
 
-def check_pairs(config: DecoderConfig, pairs: Sequence[Pair]) -> None:
-    """Raise `UserError` for a pair that is longer than the positions of the model."""
+def check_pairs(config: DecoderConfig, pairs: Sequence[Pair]) -> int:
+    """Return the longest length. Raises `UserError` if it exceeds the positions of the model."""
     longest = max((pair.length for pair in pairs), default=0)
     config.check_length("a prompt with its continuation: the length", longest)
+    return longest
 
 
 def likelihoods(
@@ -88,9 +89,8 @@ def likelihoods(
     positions of the model.
     """
     sequences = [[*context, *continuation] for context, continuation in pairs]
-    check_pairs(model.config, pairs)
+    longest = check_pairs(model.config, pairs)
     limit = model.config.max_positions
-    longest = max((pair.length for pair in pairs), default=0)
     width = max(row_width(longest, limit), min(_WIDTH, limit))
     graph, params = nnx.split(model)
     log_p, greedy = np.zeros(len(pairs)), np.ones(len(pairs), np.bool_)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -14,56 +14,52 @@ from sat_jax.evaluate.question_files import MultipleChoiceQuestion
 from sat_jax.nn.decoder import Decoder
 
 
-class Mean(NamedTuple):
-    """A mean over questions, and its standard error s / √n with n - 1 degrees of freedom in s."""
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean, and its standard error s / √n with n - 1 degrees of freedom in s.
 
-    value: float
-    standard_error: float | None  # None for a single question
-
-
-def mean(values: Sequence[float]) -> Mean:
-    """Return the mean of one or more values."""
+    The error of a single value is None.
+    """
     array = np.asarray(values, np.float64)
     error = float(array.std(ddof=1)) / math.sqrt(len(array)) if len(array) > 1 else None
-    return Mean(float(array.mean()), error)
-
-
-class MultipleChoiceScore(NamedTuple):
-    """Mean scores of the selected choices, 0 to 1.
-
-    `accuracy` selects the choice with the largest log p; `accuracy_per_byte` the one with the
-    largest log p / (UTF-8 bytes of the choice). lm-evaluation-harness calls these acc and
-    acc_bytes; its acc_norm divides by characters, which is the same for ASCII. `random_guess` is
-    the expected accuracy of a random choice.
-    """
-
-    accuracy: Mean
-    accuracy_per_byte: Mean
-    random_guess: float
+    return float(array.mean()), error
 
 
 def score_choices(
     questions: Sequence[MultipleChoiceQuestion], log_p: Sequence[Sequence[float]]
-) -> MultipleChoiceScore:
-    """Return the score for the log p of every choice of every question.
+) -> dict[str, Any]:
+    """Return the figures for the log p of every choice of every question.
+
+    `accuracy` selects the choice with the largest log p; `accuracy_per_byte` the one with the
+    largest log p / (UTF-8 bytes of the choice). lm-evaluation-harness calls these acc and
+    acc_bytes; its acc_norm divides by characters, which is the same for ASCII. `chance` is the
+    expected accuracy of a random choice.
 
     A selected choice counts with its score (multiple_choice_grade of BIG-bench, where several
     choices may be correct, or partly correct); choices with equal likelihood count with the mean of
     their scores. Raises `UserError` if a likelihood is NaN.
     """
-    plain, per_byte, random_guess = [], [], []
+    plain, per_byte, chance = [], [], []
     for question, choice_log_p in zip(questions, log_p, strict=True):
         if any(map(math.isnan, choice_log_p)):
             raise UserError(
                 f"question {question.question[:60]!r}: the log-likelihood of a choice is NaN; the"
                 " model's weights are damaged, or its activations overflow"
             )
-        sizes = [len(choice.encode()) for choice in question.choices]
         plain.append(_score_of_best(choice_log_p, question.scores))
+        sizes = [len(choice.encode()) for choice in question.choices]
         normalized = [p / size for p, size in zip(choice_log_p, sizes, strict=True)]
         per_byte.append(_score_of_best(normalized, question.scores))
-        random_guess.append(sum(question.scores) / len(question.scores))
-    return MultipleChoiceScore(mean(plain), mean(per_byte), sum(random_guess) / len(random_guess))
+        chance.append(sum(question.scores) / len(question.scores))
+    accuracy, stderr = mean_and_error(plain)
+    accuracy_per_byte, stderr_per_byte = mean_and_error(per_byte)
+    return {
+        "questions": len(questions),
+        "accuracy": accuracy,
+        "stderr": stderr,
+        "accuracy_per_byte": accuracy_per_byte,
+        "stderr_per_byte": stderr_per_byte,
+        "chance": sum(chance) / len(chance),
+    }
 
 
 def _score_of_best(likelihood: Sequence[float], scores: Sequence[float]) -> float:
@@ -83,13 +79,13 @@ def encode_choices(
 
 
 def evaluate_choices(
-    model: Decoder,
     questions: Sequence[MultipleChoiceQuestion],
     pairs: Sequence[Pair],
     rows: int,
+    model: Decoder,
     on_batch: Callable[[int], object] = lambda _: None,
-) -> MultipleChoiceScore:
-    """Return the score; `pairs` as from `encode_choices`, `on_batch` as in `likelihoods`."""
+) -> dict[str, Any]:
+    """Return the figures; `pairs` as from `encode_choices`, `on_batch` as in `likelihoods`."""
     results = iter(likelihoods(model, pairs, rows, on_batch))
     log_p = [[next(results).log_p for _ in question.choices] for question in questions]
     return score_choices(questions, log_p)

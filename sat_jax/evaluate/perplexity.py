@@ -5,8 +5,7 @@ compare all models.
 """
 
 import functools
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from sat_jax.errors import UserError
 from sat_jax.evaluate.packing import pack, row_width
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.decoder import Decoder
-from sat_jax.nn.loss import next_token_loss, perplexity_of
+from sat_jax.nn.loss import next_token_loss
 
 
 class Score(NamedTuple):
@@ -32,25 +31,24 @@ class Score(NamedTuple):
     nll: float
     tokens: int
 
-    def per(self, count: int) -> float:
-        """Return the perplexity per unit, if the text has `count` units (tokens or UTF-8 bytes)."""
-        return perplexity_of(self.nll / count)
 
-    def bits_per(self, count: int) -> float:
-        """Return the bits per unit, as an ideal compressor would need."""
-        return self.nll / count / math.log(2)
-
-
-def perplexity(model: Decoder, batches: Iterable[Batch]) -> Score:
+def perplexity(
+    model: Decoder,
+    batches: Iterable[Batch],
+    on_batch: Callable[[int], object] = lambda _: None,
+) -> Score:
     """Return the score of all tokens in the `loss_mask` of the batches; deterministic.
 
-    Compiles once for each batch shape. Raises `UserError` if there is no token to predict.
+    Compiles once for each batch shape. `on_batch` is called with the number of predicted tokens of
+    each batch. Raises `UserError` if there is no token to predict.
     """
     graph, params = nnx.split(model)
     nll, tokens = 0.0, 0
     for batch in batches:
         nll += float(_nll(graph, params, batch))
-        tokens += int(batch.loss_mask.sum())
+        predicted = int(batch.loss_mask.sum())
+        tokens += predicted
+        on_batch(predicted)
     if not tokens:
         raise UserError("no token to predict: every document has fewer than two tokens")
     return Score(nll, tokens)

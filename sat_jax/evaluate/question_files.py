@@ -1,13 +1,13 @@
 """Reading of question files: with choices (JSON of BIG-bench, or JSON lines) or with answers."""
 
 import json
-from collections.abc import Iterator, Sequence
-from itertools import islice
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from itertools import chain, islice
 from string import ascii_uppercase
 from typing import Any, NamedTuple
 
-from sat_jax.data.sources import read_records, read_text_file, resolve_sources, string_field
+from sat_jax.data.record import Record
+from sat_jax.data.sources import Source, read_records, read_text_file, resolve_sources
 from sat_jax.errors import UserError
 from sat_jax.evaluate.prompts import QuestionAnswer
 
@@ -42,8 +42,7 @@ def read_choices(
     else.
     """
     return [
-        _multiple_choice(record, question_field, answer_field, origin)
-        for record, origin in _records(file, limit)
+        _multiple_choice(record, question_field, answer_field) for record in _records(file, limit)
     ]
 
 
@@ -52,88 +51,73 @@ def read_answers(
 ) -> list[QuestionAnswer]:
     """Return the questions in `file` (JSON lines) with their answers, at most the first `limit`."""
     questions = []
-    for record, origin in _records(file, limit):
-        name = _field_name(record, answer_field, ANSWER_FIELDS, origin)
-        value = record[name]
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            answer = str(value)
-        else:
-            answer = string_field(record, name, origin)
-        questions.append(QuestionAnswer(_question(record, question_field, origin), answer))
+    for record in _records(file, limit):
+        name = _field_name(record, answer_field, ANSWER_FIELDS)
+        is_number = type(record.fields[name]) in (int, float)
+        answer = str(record.fields[name]) if is_number else record.text(name)
+        questions.append(QuestionAnswer(_question(record, question_field), answer))
     return questions
 
 
-def _records(file: str, limit: int | None) -> list[tuple[dict[str, Any], str]]:
-    """Return the first `limit` records of the files that `file` names, and their locations."""
-    if limit is not None and limit < 1:
-        raise UserError(f"limit {limit}; accepted: 1 or more questions")
-    records = list(islice(_all_records(file), limit))
+def _records(file: str, limit: int | None) -> list[Record]:
+    """Return the first `limit` records of the files that `file` names."""
+    files = map(_records_of, resolve_sources([file]))
+    records = list(islice(chain.from_iterable(files), limit))
     if not records:
         raise UserError(f"{file}: contains no question")
     return records
 
 
-def _all_records(file: str) -> Iterator[tuple[dict[str, Any], str]]:
-    for source in resolve_sources([file]):
-        if source.kind != "json_lines":
-            raise UserError(f"{source}: accepted: .jsonl, .ndjson and .json, also with .gz or .zst")
-        examples = _big_bench_examples(source.path)
-        yield from read_records(source.path) if examples is None else examples
+def _records_of(source: Source) -> Iterable[Record]:
+    """Return the examples of a BIG-bench file, or the lines of a JSON-lines file."""
+    if source.kind != "json_lines":
+        raise UserError(f"{source}: accepted: .jsonl, .ndjson and .json, also with .gz or .zst")
+    if ".json" in source.path.suffixes:
+        try:
+            content = json.loads(read_text_file(source.path))
+        except ValueError:
+            content = None  # JSON lines
+        if isinstance(content, dict) and "examples" in content:
+            return Record(content, str(source)).objects("examples")
+    return read_records(source.path)
 
 
-def _big_bench_examples(path: Path) -> list[tuple[dict[str, Any], str]] | None:
-    """Return the examples of a BIG-bench file, or None for another file (JSON lines)."""
-    if ".json" not in path.suffixes:
-        return None
-    try:
-        content = json.loads(read_text_file(path))
-    except ValueError:
-        return None
-    if not isinstance(content, dict) or "examples" not in content:
-        return None
-    examples = content["examples"]
-    if not isinstance(examples, list) or not all(isinstance(item, dict) for item in examples):
-        raise UserError(f"{path}: `examples` is not a list of objects")
-    return [(item, f"{path}, example {number}") for number, item in enumerate(examples)]
-
-
-def _field_name(
-    record: dict[str, Any], name: str | None, defaults: Sequence[str], origin: str
-) -> str:
+def _field_name(record: Record, name: str | None, defaults: Sequence[str]) -> str:
     """Return `name`, or the first of `defaults` in the record if `name` is None."""
-    field = name or next((default for default in defaults if default in record), None)
-    if field is None or field not in record:
+    field = name or next((default for default in defaults if default in record.fields), None)
+    if field is None or field not in record.fields:
         accepted = name or f"any of {', '.join(defaults)}"
-        raise UserError(f"{origin}: no field {accepted} (it has {', '.join(list(record)[:10])})")
+        names = ", ".join(list(record.fields)[:10])
+        raise UserError(f"{record.origin}: no field {accepted} (it has {names})")
     return field
 
 
-def _question(record: dict[str, Any], name: str | None, origin: str) -> str:
-    return string_field(record, _field_name(record, name, QUESTION_FIELDS, origin), origin)
+def _question(record: Record, name: str | None) -> str:
+    return record.text(_field_name(record, name, QUESTION_FIELDS))
 
 
 def _multiple_choice(
-    record: dict[str, Any], question_field: str | None, answer_field: str | None, origin: str
+    record: Record, question_field: str | None, answer_field: str | None
 ) -> MultipleChoiceQuestion:
-    question = _question(record, question_field, origin)
-    if "target_scores" in record:
-        scores = record["target_scores"]
+    question = _question(record, question_field)
+    if "target_scores" in record.fields:
+        scores = record.fields["target_scores"]
         values = list(scores.values()) if isinstance(scores, dict) else []
         if not all(type(value) in (int, float) for value in values):
-            raise UserError(f"{origin}: target_scores has values that are not numbers")
-        texts = _choice_texts(list(scores), origin)
+            raise UserError(f"{record.origin}: target_scores has values that are not numbers")
+        texts = _choice_texts(list(scores), record.origin)
         return MultipleChoiceQuestion(question, texts, tuple(map(float, values)))
-    choices: Any = record[_field_name(record, None, CHOICE_FIELDS, origin)]
+    choices: Any = record.fields[_field_name(record, None, CHOICE_FIELDS)]
     labels: list[object] = []
     if isinstance(choices, dict):
         choices, labels = choices.get("text"), choices.get("label", [])
-    texts = _choice_texts(choices, origin)
-    answer = record[_field_name(record, answer_field, ANSWER_FIELDS, origin)]
+    texts = _choice_texts(choices, record.origin)
+    answer = record.fields[_field_name(record, answer_field, ANSWER_FIELDS)]
     correct = _answer_index(answer, texts, labels)
     if correct is None:
         raise UserError(
-            f"{origin}: the answer {answer!r} is none of the {len(texts)} choices; accepted: an"
-            " index from 0, a letter from A, a label, or the text of a choice"
+            f"{record.origin}: the answer {answer!r} is none of the {len(texts)} choices; accepted:"
+            " an index from 0, a letter from A, a label, or the text of a choice"
         )
     scores = tuple(float(index == correct) for index in range(len(texts)))
     return MultipleChoiceQuestion(question, texts, scores)
@@ -149,12 +133,10 @@ def _choice_texts(choices: object, origin: str) -> tuple[str, ...]:
 
 def _answer_index(answer: object, texts: Sequence[str], labels: Sequence[object]) -> int | None:
     """Return the index of the choice that the answer names, or None."""
-    letters = ascii_uppercase[: len(texts)]
-    if isinstance(answer, str):
-        for names in (labels, texts, letters, [str(i) for i in range(len(texts))]):
-            if answer in names:
-                return list(names).index(answer)
-        return None
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(texts):
-        return answer
+    if type(answer) is int:
+        return answer if 0 <= answer < len(texts) else None
+    letters, numbers = ascii_uppercase[: len(texts)], map(str, range(len(texts)))
+    for names in map(list, (labels, texts, letters, numbers)):
+        if isinstance(answer, str) and answer in names:
+            return names.index(answer)
     return None
