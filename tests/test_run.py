@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import sat_jax
 from sat_jax.config import Config
 from sat_jax.config_values import load
 from sat_jax.data.batches import in_order, open_split
 from sat_jax.errors import UserError
+from sat_jax.nn.param import Mask
 from sat_jax.train.checkpoint import find
 from sat_jax.train.loop import train
 from sat_jax.train.metrics import read_metrics
@@ -205,6 +207,24 @@ def test_the_exported_model_has_the_loss_of_the_run(unbroken: Finished) -> None:
     losses = np.log(np.exp(logits).sum(axis=-1)) - chosen
     assert rows.loss_mask.sum() > 16 * 16
     assert_close(losses[rows.loss_mask].mean(), unbroken.summary["eval_loss"], "float32", "forward")
+
+
+def test_a_work_directory_gives_back_the_masks_of_a_checkpoint(unbroken: Finished) -> None:
+    """Those of the first checkpoint, and none at the dense end."""
+
+    def masks(step: int | None) -> dict[str, Any]:
+        state = nnx.state(sat_jax.load_model(unbroken.path, step=step), Mask)
+        paths = nnx.to_flat_state(state)
+        return {path[-1]: mask.get_value() for path, mask in paths}
+
+    sparse = checkpoints(unbroken.path)[0]
+    kept = {name: mask for name, mask in masks(sparse).items() if mask is not None}
+    stored = find(unbroken.path / "checkpoints", sparse)
+    assert kept.keys() == {name.split("/")[-1] for name in stored.leaves if "kept/" in name}
+    for name, mask in kept.items():
+        (indices,) = stored.read([f"kept/0/{name}"]).values()
+        np.testing.assert_array_equal(np.nonzero(mask)[1].reshape(indices.shape), indices)
+    assert set(masks(None).values()) == {None}
 
 
 def test_no_step_traces_or_compiles_on_the_main_thread(unbroken: Finished) -> None:

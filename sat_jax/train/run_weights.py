@@ -15,10 +15,9 @@ from sat_jax.data.end_of_turn import end_of_turn
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 from sat_jax.interop import Weights, open_weights
-from sat_jax.models.build import build, layout_of, shapes
+from sat_jax.models.build import layout_of, shapes
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.presets import preset
-from sat_jax.nn.branch import branches
 from sat_jax.nn.decoder import Compute, Decoder
 from sat_jax.sparsity.execution.mask import as_floats, unit_masks
 from sat_jax.sparsity.rows import Kept
@@ -56,30 +55,34 @@ def open_run(path: Path, step: int | None = None) -> tuple[Weights, Config]:
     return Weights(model, read), config
 
 
-def load_model(path: str | Path, dtype: Literal["float32", "bfloat16"] = "float32") -> Decoder:
+def load_model(
+    path: str | Path,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    step: int | None = None,
+) -> Decoder:
     """Return the model at `path` with float32 parameters, computing in `dtype`: a Hugging Face
     directory, a .gguf file, `package:NAME`, or the work directory of a run.
 
-    The model of a run is that of its newest valid checkpoint, with the masks of the last step in
-    its branches: `nnx.state(model, Mask)`. After a dense rung all masks are None.
+    The model of a run is that of its checkpoint after `step` steps (None: the newest valid one),
+    with the masks of that step in its branches: `nnx.state(model, Mask)`. After a dense rung all
+    masks are None. Raises `UserError` for a `step` of a model that is not a run.
     """
     directory = interop.locate(path)
     if not is_run(directory):
+        if step is not None:
+            raise UserError(f"step {step} needs the work directory of a run; {path} is not one")
         return interop.load_model(path, dtype)
-    weights, _ = open_run(directory)
-    model = build(weights.config, weights.read, Compute(dtype=dtype))
-    checkpoint = find(WorkDir(directory).checkpoints)
+    weights, _ = open_run(directory, step)
+    layout = layout_of(weights.config, Compute(dtype=dtype))
+    checkpoint = find(WorkDir(directory).checkpoints, step)
     layers = checkpoint.meta["segment_layers"]
-    names = [name for name in checkpoint.leaves if name.startswith("kept/")]
     kept: Kept = tuple({} for _ in layers)
+    names = [name for name in checkpoint.leaves if name.startswith("kept/")]
     for name, indices in checkpoint.read(names).items():
         _, segment, unit = name.split("/")
         kept[int(segment)][unit] = jnp.asarray(indices)
-    masks = as_floats(unit_masks(layout_of(weights.config), layers, kept))
-    for branch in branches(model.layers).values():
-        for unit in branch.masks.keys() & masks.keys():
-            branch.masks[unit].set_value(masks[unit])
-    return model
+    values = {path: jnp.asarray(weights.read(path)) for path in layout.leaves}
+    return layout.bind(values, as_floats(unit_masks(layout, layers, kept)))
 
 
 def starting_point(config: Config) -> tuple[DecoderConfig, Weights | None]:

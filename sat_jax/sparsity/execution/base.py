@@ -15,7 +15,7 @@ from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.layout import Layout
 from sat_jax.sparsity.correction import Corrections
 from sat_jax.sparsity.execution.state import TrainState, Tree, optimizer_step
-from sat_jax.sparsity.plan import Plan, Segment
+from sat_jax.sparsity.plan import Plan
 from sat_jax.sparsity.rows import Kept
 
 
@@ -120,8 +120,3 @@ def join_segments(value: Any) -> Any:
     if not isinstance(value, tuple):
         return value
     return value[0] if len(value) == 1 else jnp.concatenate(value)
-
-
-def number_of_layers(segments: tuple[Segment, ...]) -> int:
-    """Return how many layers the segments have."""
-    return sum(segment.layers for segment in segments)
