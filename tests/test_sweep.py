@@ -121,7 +121,7 @@ def test_an_experiment_declares_its_runs_and_comparisons(tmp_path: Path) -> None
     for returned, message in (
         ("[{'seed': 1}]", r"returns \[{'seed': 1}\]; accepted: a Sweep"),
         ("Sweep([4])", "accepted: a Sweep of runs, each a mapping"),
-        ("Sweep([{'sead': 1}])", "sead is no setting; near: seed"),
+        ("Sweep([{'sead': 1}])", "sead is not a setting; near: seed"),
     ):
         start = "from sat_jax.results.sweep import Sweep\n"
         file.write_text(f"{start}def get_sweep():\n    return {returned}\n")
