@@ -7,6 +7,7 @@ moments), of the omitted state, of temporaries (gradients, activations, copies),
 of a refresh while it converts the state. Attention is in plain XLA, since cuDNN's needs a device to
 compile; with cuDNN's the temporaries are smaller. `make memory` computes the committed rows. A case
 that has a row is skipped.
+"""
 
 import functools
 from pathlib import Path

@@ -8,6 +8,7 @@ Training prepares its data itself; the options of this script are its settings d
 script first so that a training job spends no time on it. Data that are already prepared are not
 prepared again. Training reads only the cache, $SAT_JAX_CACHE (default ~/.cache/sat_jax); data in
 --out are for scripts.evaluate --prepared and for other programs.
+"""
 
 from dataclasses import fields
 from pathlib import Path

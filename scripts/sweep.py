@@ -12,6 +12,7 @@ with more axes, skips finished runs and continues the others. A failing run does
 others. After Ctrl-C, local runs save a checkpoint after their current step; Slurm jobs continue,
 and the same command monitors them again. --config.NAME=VALUE is a setting of all runs;
 `python -m scripts.train --help` lists them.
+"""
 
 import sys
 from argparse import Namespace
