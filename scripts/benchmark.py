@@ -9,7 +9,7 @@
 Every turn calls each variant once, so that other work on the machine affects all of them alike. A
 speed-up is the median over turns of the ratio of two times in the same turn. Weights and tokens are
 random. `peer` needs torch and transformers (the extra `bench`). `reading` needs the package sympy,
-whose source is its text.
+whose source code it reads.
 """
 
 import importlib.util

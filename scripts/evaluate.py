@@ -69,7 +69,7 @@ _OPTIONS: Mapping[str, tuple[tuple[str, ...], Any, str, Mapping[str, Any]]] = {
     "stride": (
         ("text",),
         None,
-        "for --text: tokens between windows; default --length (no overlap)",
+        "for --text: tokens by which windows advance; default --length",
         _NUMBER,
     ),
     "split": (
@@ -95,12 +95,12 @@ _OPTIONS: Mapping[str, tuple[tuple[str, ...], Any, str, Mapping[str, Any]]] = {
         "for questions: the file of the few-shot examples; its first N are used",
         {"metavar": "FILE"},
     ),
-    "question_field": (_QUESTIONS, None, "field of the question, if not one of the above", _NAME),
-    "answer_field": (_QUESTIONS, None, "field of the answer, if not one of the above", _NAME),
+    "question_field": (_QUESTIONS, None, "field of the question, if not one listed below", _NAME),
+    "answer_field": (_QUESTIONS, None, "field of the answer, if not one listed below", _NAME),
     "extract": (
         ("answers",),
         "number",
-        "for --answers: see above; default number",
+        "for --answers: see below; default number",
         {"metavar": "RULE"},
     ),
     "max_new_tokens": (

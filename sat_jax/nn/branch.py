@@ -1,7 +1,8 @@
 """A branch of a residual block: a sum over units (heads, channels), of which some may be omitted.
 
 `Branch` applies masks, computes the forward pass of omitted units, reports statistics of inputs and
-activations, and selects units from the current batch. Subclasses only define `activations`.
+activations, and selects units from the current batch. The subclasses in model families contain none
+of this; they define `activations`.
 """
 
 from typing import Any, ClassVar
@@ -76,7 +77,7 @@ class Branch(nnx.Module):
             y = combine(branch.output_weight, a)
         else:
             y = branch.apply(x, context)
-        # The output weight is None in a segment that omits nothing.
+        # The output weight of a complement is None in a segment that omits nothing.
         if self.complement is not None and value(self.complement.output_weight) is not None:
             y = y + jax.lax.stop_gradient(self.complement(x, _unobserved(context)))
         return y

@@ -57,9 +57,9 @@ class Unit(NamedTuple):
 class Layout(Generic[Model]):
     """Graph definition of a model, and the metadata and shape of each array by path.
 
-    `masks` and `structure` complete the graph definition: the (unset) masks, and the tree structure
-    of the other values. `units` by name, in the order of the branches and outermost first within a
-    branch. `branches` of the abstract model by name.
+    `masks`: the mask variables, without values. `structure`: the tree structure of all other
+    variables. `units` by name, in the order of the branches and outermost first within a branch.
+    `branches` of the abstract model by name.
     """
 
     graph: nnx.GraphDef[Model]
