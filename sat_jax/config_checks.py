@@ -1,4 +1,4 @@
-"""Checks of settings that depend on each other, before any data or model is read."""
+"""Checks of combinations of settings, before any data or model is read."""
 
 import operator
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ from sat_jax.sparsity.importance import METRICS
 if TYPE_CHECKING:
     from sat_jax.config import Config, SparsityConfig
 
-# (setting, the setting that it needs where it is not at its default, the needed value)
+# (setting, the setting that it requires if it is not at its default, the required value)
 _NEEDS = (
     ("optimizer.decay_share", "optimizer.schedule", "wsd"),
     ("optimizer.moments", "sparsity.execution", "mask"),
@@ -26,7 +26,7 @@ _EXCLUDES: tuple[tuple[str, Any, str, Any, str], ...] = (
 
 
 def check_together(config: "Config") -> None:
-    """Raise `UserError` for the first settings that cannot be combined."""
+    """Raise `UserError` for the first combination of settings that is not possible."""
     if config.model.preset is None and config.model.path is None:
         raise UserError("model: set preset to a name or path to pretrained weights")
     if config.mesh.data == 0:
@@ -66,7 +66,7 @@ def _check_steps(config: "Config") -> None:
 
 
 def _check_selection(config: "Config") -> None:
-    """Per-batch selection observes inputs once a step; the correction needs outputs of probes."""
+    """Check settings of per-batch selection and of the least-squares correction."""
     sparse, accumulate = config.sparsity, config.train.accumulate
     for name, value, excluded, current, reason in _EXCLUDES:
         if getattr(sparse, name) == value and getattr(sparse, excluded) == current:

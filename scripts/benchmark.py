@@ -4,12 +4,12 @@
   python -m scripts.benchmark --only steps        SAT steps against the dense step
   python -m scripts.benchmark --only peer         the dense step against transformers
   python -m scripts.benchmark --only moves        the parts of a refresh against a SAT step
-  python -m scripts.benchmark --only reading      prepared rows
+  python -m scripts.benchmark --only reading      reading of prepared rows
 
-Variants run in turns, one call each, so that other work on the machine slows all of them alike.
-Each ratio is the median of the ratios of a turn. Weights and tokens are random and need no data.
-`peer` needs torch and transformers (the extra `bench`), `reading` the package sympy, whose source
-it reads.
+Every turn calls each variant once, so that other work on the machine affects all of them alike. A
+speed-up is the median over turns of the ratio of two times in the same turn. Weights and tokens are
+random. `peer` needs torch and transformers (the extra `bench`). `reading` needs the package sympy,
+whose source code it reads.
 """
 
 import importlib.util
@@ -79,10 +79,10 @@ def parser() -> Parser:
     """Return the parser of the command line."""
     result = Parser("benchmark", __doc__)
     add = result.add_argument
-    add("--only", choices=_PARTS, help="one part; default all")
+    add("--only", choices=_PARTS, help="the part to measure; default: all")
     small = {"rows": 2, "row_length": 1024, "dtype": "float32", "remat": "none"}
     add_size_options(result, model="smollm2-135m", **small)
-    add("--turns", type=int, default=7, help="counted turns, after one that is not; default 7")
+    add("--turns", type=int, default=7, help="turns after a warm-up turn; default 7")
     out = Path("experiments/results/benchmark.jsonl")
     add("--results", type=Path, default=out, metavar="FILE", help="JSON lines, appended to")
     return result
@@ -249,7 +249,7 @@ def moves(_: DecoderConfig, layout: Layout[Decoder], args: Namespace) -> list[Ro
 
 
 def reading(_: DecoderConfig, __: Layout[Decoder], args: Namespace) -> list[Row]:
-    """Return a row of tokens per CPU second that batches are made of, from prepared rows."""
+    """Return a row with the tokens per second of CPU time at which batches are read."""
     from sat_jax.data.batches import batches, open_split
     from sat_jax.data.prepare import prepare
     from sat_jax.data.tokenizer import load_tokenizer

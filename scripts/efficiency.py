@@ -1,13 +1,13 @@
-"""Time training steps of large models on the present device.
+"""Measure the time of training steps of large models on the current device.
 
   python -m scripts.efficiency --model llama-2-7b --rows 4 --row-length 2048 --minutes 8
 
-Appends rows to --out: the dense step, a SAT step for each rate and execution, a step that keeps
-the fewest neurons possible, the optimizer alone, and the largest rate of matrix products (bfloat16,
-8,192 square; 64 on a CPU). Seconds are medians of --repeat calls with random weights and tokens.
-A case that has a row for this device is not measured again, so the same command resumes after
---minutes. Nothing of the data pipeline is needed. `scripts.benchmark --only peer` compares with
-transformers on the same shapes.
+Appends rows to --out for the dense step, a SAT step for each rate and execution, a step that keeps
+the fewest neurons possible, the optimizer alone, and products of large matrices (bfloat16, 8,192 ×
+8,192; 64 × 64 on a CPU), whose FLOP/s are the peak that is reached. Seconds are medians of --repeat
+calls with random weights and tokens; no data are needed. A case that has a row for this device is
+not measured again, so the same command resumes after --minutes. `scripts.benchmark --only peer`
+compares with transformers on the same shapes.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ _STDERR = 2
 
 
 class Case(NamedTuple):
-    """One row. `part`: step, optimizer or peak; `execution`: dense, gather or kernel."""
+    """What one row measures. `part`: step, optimizer or peak."""
 
     part: str
     execution: Trained
@@ -79,13 +79,18 @@ def add_size_options(
 
 
 def add_case_options(parser: Parser) -> None:
-    """Add the options that say which steps of which model."""
+    """Add the options that define the cases: model, batch, rates, executions and optimizer."""
     large = {"rows": 4, "row_length": 2048, "dtype": "bfloat16", "remat": "full"}
     add_size_options(parser, model="llama-2-7b", **large)
     add = parser.add_argument
     add("--rate", type=float, nargs="+", default=[0.2, 0.4, 0.5, 0.6], help="omission rates")
     add("--execution", nargs="+", choices=("gather", "kernel"), default=["gather", "kernel"])
-    add("--optimizer", choices=("adamw", "lion"), default="adamw", help="lion: bfloat16 momentum")
+    add(
+        "--optimizer",
+        choices=("adamw", "lion"),
+        default="adamw",
+        help="update rule; lion has bfloat16 momentum",
+    )
     names = ("xla", "pallas_tpu", "pallas_gpu")
     add("--kernels", choices=names, help="kernels of kernel execution; default: the fastest known")
 
@@ -96,8 +101,8 @@ def parser() -> Parser:
     add_case_options(result)
     add = result.add_argument
     add("--out", type=Path, default=_OUT, metavar="FILE", help="JSON lines, appended to")
-    add("--repeat", type=int, default=10, help="timed calls; default 10")
-    add("--minutes", type=float, help="start no measurement after this time")
+    add("--repeat", type=int, default=10, help="timed calls of each case; default 10")
+    add("--minutes", type=float, help="start no measurement after this many minutes")
     add("--profile", type=Path, metavar="DIR", help="write a trace of each case; measure nothing")
     return result
 
@@ -134,7 +139,7 @@ def main() -> None:
 
 
 def check_sizes(args: Namespace, *names: str) -> DecoderConfig:
-    """Return the model of the options. Raises `UserError` for sizes and rates that are refused."""
+    """Return the model of the options. Raises `UserError` for sizes and rates out of range."""
     model = preset(args.model)
     for name in names:
         if getattr(args, name) < 1:
@@ -176,9 +181,9 @@ def optimizer_of(args: Namespace) -> OptimizerConfig:
 def describe(execution: Execution, program: Program, args: Namespace) -> Row:
     """Return the part of a row that needs no compilation.
 
-    `resting_bytes`: the omitted state. `bound`: the FLOPs of the dense step divided by those of
-    this step, recomputation included. `model_flops`: those of the trained model, without
-    recomputation of layers.
+    `resting_bytes`: the size of the omitted state. `bound`: FLOPs of the dense step divided by
+    those of this step, both with recomputation. `model_flops`: FLOPs of this step without
+    recomputation.
     """
     layout, segments = execution.layout, execution.plan.segments
     heads, channels = kept_shares(execution.plan, neurons_of(layout))

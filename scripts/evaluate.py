@@ -11,28 +11,30 @@
 document by document, in windows of --length tokens that advance by --stride tokens. Every token
 except the first of a document is predicted once, in the first window that contains it. With a
 stride below the length, windows overlap, and every token has at least length - stride tokens of
-context if the document has them. Prepared data are read in the rows of the training; the token that
-ends a document is predicted too.
+context if the document has them. Prepared data are evaluated in the same rows as in training; the
+token that ends a document is predicted too.
 
 --choices: JSON of BIG-bench (`examples` with `input` and `target_scores`), or JSON lines. A line
 has a question (field question, input, prompt, problem or query), its choices (choices, options or
 endings: a list, or text and label as in ARC) and the answer (answer, answerKey, label, target, gold
 or output: an index from 0, a letter, a label, or the text of a choice). The choice with the highest
-likelihood after the prompt is selected: accuracy by its log p, accuracy_per_byte by log p / bytes.
+score is the answer: accuracy scores by log p after the prompt, accuracy_per_byte by log p / bytes.
 lm-evaluation-harness calls these acc and acc_bytes; its acc_norm divides by characters, which is
 the same for ASCII. Choices with equal likelihood count with the mean of their scores. chance is the
-accuracy of a random guess.
+accuracy of random guesses.
 
---answers: JSON lines with a question and an answer. The model answers greedily. --extract selects
-the result in both answers, the last match: `number`, `hashes` (the number after ####), `text` (the
-whole answer), or a regular expression with at most one group. Results are compared as texts and as
-numbers, without `,` and `$`, outer white space and a final full stop, in lower case. no_result is
-the share of answers without a result, cut the share that reached --max-new-tokens.
+--answers: JSON lines with a question and an answer. The model generates its answer greedily.
+--extract is the rule that extracts a result from both answers: `number`, `hashes` (the number after
+####), `text` (the whole answer), or a regular expression with at most one group. The last match is
+the result. Two results match if they are equal as text or as numbers, in lower case and without
+`,`, `$`, outer white space and a final full stop. no_result is the share of answers without a
+result, and cut the share that reached --max-new-tokens.
 
-A prompt is --prompt with the question in it. In plain mode a space and the answer follow, and an
-answer ends where a next question would begin. With --chat, the prompt is the user's turn in the
-model's chat template, after the system prompt of the training (or --system); the answer follows
-directly, and ends with the end of turn of the template.
+The prompt is --prompt with {question} replaced. Without --chat, a space and the answer follow, and
+a generated answer ends where the next question would begin. With --chat, the prompt is the user's
+turn in the model's chat template, after the system prompt of the training (or --system). The answer
+is the next turn, and ends with the end of turn of the template.
+
 stderr is the standard error over questions, s / √n.
 Tokens per second exclude the first batch, which includes compilation.
 """
@@ -64,11 +66,16 @@ _OPTIONS: Mapping[str, tuple[tuple[str, ...], Any, str, Mapping[str, Any]]] = {
     "text_field": (("text",), "text", "for --text: field of JSON lines; default text", _NAME),
     "max_bytes": (("text",), None, "for --text: only the first N bytes", _NUMBER),
     "length": (("text",), None, "for --text: tokens per window; default 1024", _NUMBER),
-    "stride": (("text",), None, "for --text: default --length (no overlap)", _NUMBER),
+    "stride": (
+        ("text",),
+        None,
+        "for --text: tokens by which windows advance; default --length",
+        _NUMBER,
+    ),
     "split": (
         ("prepared",),
         "held_out",
-        "for --prepared; default held_out",
+        "for --prepared: the rows to evaluate; default held_out",
         {"choices": ("held_out", "train")},
     ),
     "limit": (_GENERAL, None, "only the first N questions of the file or task", _NUMBER),
@@ -88,11 +95,26 @@ _OPTIONS: Mapping[str, tuple[tuple[str, ...], Any, str, Mapping[str, Any]]] = {
         "for questions: the file of the few-shot examples; its first N are used",
         {"metavar": "FILE"},
     ),
-    "question_field": (_QUESTIONS, None, "field of the question, if not one of the above", _NAME),
-    "answer_field": (_QUESTIONS, None, "field of the answer, if not one of the above", _NAME),
-    "extract": (("answers",), "number", "for --answers; default number", {"metavar": "RULE"}),
-    "max_new_tokens": (("answers",), 256, "for --answers; default 256", _NUMBER),
-    "generations": (("answers",), None, "for --answers: write the answers there", _FILE),
+    "question_field": (_QUESTIONS, None, "field of the question, if not one listed below", _NAME),
+    "answer_field": (_QUESTIONS, None, "field of the answer, if not one listed below", _NAME),
+    "extract": (
+        ("answers",),
+        "number",
+        "for --answers: see below; default number",
+        {"metavar": "RULE"},
+    ),
+    "max_new_tokens": (
+        ("answers",),
+        256,
+        "for --answers: maximum number of new tokens; default 256",
+        _NUMBER,
+    ),
+    "generations": (
+        ("answers",),
+        None,
+        "for --answers: write the generated answers to this file",
+        _FILE,
+    ),
     "include_path": (
         ("lm_eval",),
         None,
@@ -121,9 +143,9 @@ def parser() -> Parser:
         add(f"--{name.replace('_', '-')}", default=None, help=text, **settings)
     add("--rows", type=int, default=4, metavar="N", help="rows per batch; default 4")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
-    add("--json", **_FILE, help="also write the figures to this file, with all digits")
+    add("--json", **_FILE, help="also write the results to this file, with all digits")
     record = (
-        "append one row per model to this .jsonl file, with the figures, the settings of the run,"
+        "append one row per model to this .jsonl file, with the results, the settings of the run,"
         " versions, device and commit"
     )
     add("--record", **_FILE, help=record)

@@ -2,11 +2,11 @@
 
   .venv-aot/bin/python -m scripts.memory --target h200 --model llama-2-7b --rows 4
 
-From XLA's memory analysis: the state that is trained (parameters and moments), the omitted state,
-temporaries (gradients, activations, copies), and the most that a refresh needs while it converts
-the state. Attention is in plain XLA, since cuDNN's needs a device to compile; with cuDNN's the
-temporaries are smaller. `make memory` computes the committed rows. A case that has a row is
-skipped.
+Rows have the sizes, from XLA's memory analysis, of the state that is trained (parameters and
+moments), of the omitted state, of temporaries (gradients, activations, copies), and the peak memory
+of a refresh while it converts the state. Attention is in plain XLA, since cuDNN's needs a device to
+compile; with cuDNN's the temporaries are smaller. `make memory` computes the committed rows. A case
+that has a row is skipped.
 """
 
 import functools
@@ -37,7 +37,7 @@ def parser() -> Parser:
     result = Parser("memory", __doc__)
     add_case_options(result)
     add = result.add_argument
-    add("--target", default="h200", help=f"{', '.join(aot.TARGETS)}; default h200")
+    add("--target", default="h200", help=f"the accelerator: {', '.join(aot.TARGETS)}; default h200")
     add("--out", type=Path, default=_OUT, metavar="FILE", help="JSON lines, appended to")
     return result
 

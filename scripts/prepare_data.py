@@ -4,8 +4,8 @@
   python -m scripts.prepare_data --sources books/ notes.jsonl.gz --model-path DIRECTORY
   python -m scripts.prepare_data --sources chats.jsonl --format messages --model-path DIRECTORY
 
-Training prepares its data itself, with these settings under the names data.*. Run this script first
-if the machine that trains should not spend time on it. Data that are already prepared are not
+Training prepares its data itself; the options of this script are its settings data.*. Run this
+script first so that a training job spends no time on it. Data that are already prepared are not
 prepared again. Training reads only the cache, $SAT_JAX_CACHE (default ~/.cache/sat_jax); data in
 --out are for scripts.evaluate --prepared and for other programs.
 """
@@ -39,8 +39,13 @@ def parser() -> Parser:
     add(
         "--model-path", metavar="PATH", help="a Hugging Face directory, .gguf file, or package:NAME"
     )
-    add("--vocab-size", type=int, metavar="N", help="the model's; a tokenizer with more is refused")
-    add("--out", type=Path, metavar="DIR", help="folder of the prepared data; default the cache")
+    add(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="vocabulary of the model; a tokenizer with more tokens is refused",
+    )
+    add("--out", type=Path, metavar="DIR", help="folder for the prepared data; default: the cache")
     return options
 
 

@@ -6,12 +6,12 @@
       --axis sparsity.metric=wanda,output --axis 'sparsity.dense_layers=;0;0,1' \\
       --workdir=runs/metrics --launcher slurm --slurm partition=gpu,time=720,gpus_per_node=1
 
-Every combination of the axes is a run. Its work directory, as of scripts.train, is named by a
+Every combination of the axes is a run of scripts.train. The name of its work directory is a
 fingerprint of its settings. The first seed of all combinations runs first. The same command, also
 with more axes, skips finished runs and continues the others. A failing run does not stop the
-others. After Ctrl-C local runs save after their current step; jobs of a cluster continue, and the
-same command monitors them. --config.NAME=VALUE is a setting of all runs; `python -m scripts.train
---help` lists them.
+others. After Ctrl-C, local runs save a checkpoint after their current step; Slurm jobs continue,
+and the same command monitors them again. --config.NAME=VALUE is a setting of all runs;
+`python -m scripts.train --help` lists them.
 """
 
 import sys
@@ -42,7 +42,7 @@ def parser() -> Parser:
         help="an experiment file; its get_sweep(), if it has one, returns the runs")  # fmt: skip
     add("--axis", action="append", default=[], metavar="NAME=VALUE,...",
         help="a setting and its values; ';' separates values that contain commas")  # fmt: skip
-    add("--seeds", type=int, metavar="N", help="each run with the seeds 0 to N-1")
+    add("--seeds", type=int, metavar="N", help="train each run with the seeds 0 to N-1")
     add("--workdir", required=True, type=Path, metavar="DIR", help="folder of the sweep")
     add(
         "--dry-run", action="store_true", help="print the runs and their cost without starting them"

@@ -7,9 +7,10 @@
 The text between `<!-- table: FILE.KIND -->` and `<!-- /table -->` is replaced by a table of the
 rows in experiments/results/FILE.jsonl. KIND is a comparison that an experiment file declares
 (rates, metrics, schedules, ...), quality (all variants), other (variants of no comparison), cost or
-losses; steps or memory of the benchmarks; perplexity, choices, answers or harness of
-evaluations. Filters may follow: texts with which a field of a row must start, or numbers that it
-must equal: `<!-- table: runs.rates twin=1c393d steps=48,40 optimizer.learning_rate=3e-4 -->`.
+losses. For rows of benchmarks it is steps or memory, and for rows of evaluations perplexity,
+choices, answers or harness. Filters may follow: prefixes of a text field, or values of a number
+field, of which a row must match one for each field:
+`<!-- table: runs.rates twin=1c393d steps=48,40 optimizer.learning_rate=3e-4 -->`.
 """
 
 from pathlib import Path

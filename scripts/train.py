@@ -32,7 +32,7 @@ def parser() -> Parser:
     add("--record", type=Path, metavar="FILE",
         help="append the result to this .jsonl file of rows")  # fmt: skip
     add("--distributed", action="store_true",
-        help="this is one of several processes of Slurm, Open MPI or a TPU pod")  # fmt: skip
+        help="join the other processes of this job (Slurm, Open MPI or a TPU pod)")  # fmt: skip
     return parser
 
 

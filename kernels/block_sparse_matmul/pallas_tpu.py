@@ -1,4 +1,6 @@
-"""The kernels for TPU. The grid iterates over steps; prefetched scalars hold the tile indices.
+"""Pallas kernels for TPU. The grid has an axis of token tiles and one of `tiled.Steps`.
+
+The tile indices of the steps are prefetched scalars.
 
 On other platforms the same program runs in interpret mode.
 """
@@ -36,9 +38,9 @@ def refusal(dtype: jnp.dtype, width: int, block: int) -> str | None:
 
 
 def reduction_tile(size: int, dtype: jnp.dtype, tiles: TpuTiles) -> int:
-    """See `tiled.Kernels`. A row that cannot be divided is one tile, for any tile settings.
+    """See `tiled.Kernels`. A row that cannot be divided is one tile, whatever `tiles` says.
 
-    `refusal` limits its size, by the default settings.
+    `refusal` limits the size of such a row.
     """
     longest = tiles.row_bytes // jnp.dtype(dtype).itemsize
     return size if size <= longest else largest_tile(size, 128, longest) or size
@@ -149,14 +151,14 @@ def _token_tile(tokens: int, dtype: jnp.dtype, max_bytes: int) -> int:
 
 
 def _dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
-    """Return the product over one axis of each, for float32 at the highest precision."""
+    """Return the product contracted over one axis of each; float32 uses the highest precision."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     axes = (((a_axis,), (b_axis,)), ((), ()))
     return jax.lax.dot_general(a, b, axes, precision, jnp.float32)
 
 
 def _spec(tile: tuple[int, int], index: Callable[..., tuple[Any, Any]]) -> pl.BlockSpec:
-    """Return a block spec; `index` maps two grid indices and the steps to a tile index."""
+    """Return a block spec. `index` maps the two grid indices and the steps to tile indices."""
     return pl.BlockSpec(tile, lambda i, j, *steps: index(i, j, Steps(*steps)))
 
 

@@ -1,4 +1,4 @@
-"""Tokenization of conversations: each is one segment, with a loss on the answers only."""
+"""Tokenization of conversations: each is one packed segment, with a loss on answers only."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +21,7 @@ _CHATML_END_OF_TURN = "<|im_end|>"
 
 
 def conversation_reader(data_format: DataFormat, tokenizer: Tokenizer, row_length: int) -> Reader:
-    """Return the reader of conversations; token ids are those of the template in transformers.
+    """Return the reader of conversations. Token ids are the same as with transformers.
 
     An example with more than `row_length` input-target pairs is dropped, truncated or refused, as
     `data_format.too_long` says; it is never split. A truncated example without an answer is
@@ -31,7 +31,7 @@ def conversation_reader(data_format: DataFormat, tokenizer: Tokenizer, row_lengt
     settings = {name: v for name, v in vars(data_format).items() if name != "chat_template"}
     settings |= {"template": template, "special": tokenizer.special_tokens}
     if data_format.format == "messages":
-        # Earlier versions kept tool messages; this key separates their prepared data from ours.
+        # Earlier versions kept tool messages; the key changes the fingerprint of prepared data.
         settings["tools"] = "left out"
 
     def encode(examples: Sequence[Document]) -> list[Encoded]:
@@ -70,7 +70,7 @@ def _encode(
     tokenizer: Tokenizer,
     limit: int,
 ) -> Encoded:
-    """Return at most `limit` tokens of an example; none if it is dropped."""
+    """Return at most `limit` tokens of an example; no tokens if it is dropped."""
     size = len(ids)
     if size > limit and data_format.too_long == "refuse":
         raise UserError(

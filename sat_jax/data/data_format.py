@@ -1,4 +1,4 @@
-"""Settings of the input format: how documents are read and how conversations become segments."""
+"""Settings of the input format: how documents are read and how conversations are encoded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -33,8 +33,9 @@ TOO_LONG_ACTIONS: Mapping[TooLong, str] = {
 class DataFormat:
     """The format of the documents: plain text, or conversations with a loss on the answers only.
 
-    `config.DataConfig` has the same names and documents them. The names and values are part of the
-    fingerprint of prepared data. Raises `UserError` for a setting that the format does not use.
+    The fields are documented in `config.DataConfig`, which has them too. Their names and values are
+    part of the fingerprint of prepared data. Raises `UserError` for a setting that the format does
+    not use.
     """
 
     format: Format = "text"

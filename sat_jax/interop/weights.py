@@ -1,4 +1,4 @@
-"""A model's weights, read from files of either format as its family declares them."""
+"""Weights of a model, read from Hugging Face or GGUF files as its family declares them."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from sat_jax.models.formats import Format, Shape
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A model in files: `read(path)` returns one parameter, float32, layers stacked."""
+    """Weights in files: `read(path)` returns one parameter in float32, with layers stacked."""
 
     config: DecoderConfig
     read: Callable[[str], np.ndarray]
@@ -30,7 +30,7 @@ LFS_POINTER = "a Git LFS pointer, whose content was not downloaded"
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Return whether the file only says where Git LFS would get its content from."""
+    """Return whether the file is a Git LFS pointer instead of the content."""
     head = b"version https://git-lfs"
     with path.open("rb") as file:
         return file.read(len(head)) == head
@@ -39,7 +39,7 @@ def is_lfs_pointer(path: Path) -> bool:
 def check_tensors(
     config: DecoderConfig, form: Format, found: Mapping[str, Shape], where: object
 ) -> None:
-    """Refuse, by name, tensors that are missing, left over or of another shape."""
+    """Raise `UserError` that names tensors that are missing, unknown or of another shape."""
     if config.n_layers > len(found):
         raise UserError(f"{where}: config has {config.n_layers} layers, for {len(found)} tensors")
     stored = registry.format_of(config).stored_tensors(shapes(config), form)

@@ -1,4 +1,4 @@
-"""Models from configs: layouts, initial values, and models with given values."""
+"""Build models from configs: layouts, random initial values, and models with given values."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from sat_jax.nn.layout import Flat, Layout, flat_values, make_layout
 
 @functools.lru_cache(maxsize=64)
 def layout_of(config: DecoderConfig, compute: Compute = Compute()) -> Layout[Decoder]:
-    """Return the layout of the model that a config describes; no values are made."""
+    """Return the layout of the model that a config describes; no array is allocated."""
     model = FAMILIES[config.family].model
     return make_layout(nnx.eval_shape(lambda: model(config, compute, rngs=nnx.Rngs(0))))
 

@@ -51,7 +51,7 @@ Family = Literal["llama", "mistral", "qwen2", "qwen3"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig(DecoderConfig):
-    """Shape and function of a model. `n_heads` is a multiple of `n_kv_heads`."""
+    """Sizes and options of a Llama model. `n_heads` is a multiple of `n_kv_heads`."""
 
     n_kv_heads: int
     head_dim: int
@@ -72,7 +72,7 @@ class LlamaConfig(DecoderConfig):
 
 
 class Block(nnx.Module):
-    """All layers; every parameter has the layers in front, `[L, ...]`."""
+    """All layers stacked: every parameter has a leading layer axis, `[L, ...]`."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         layers, embed = config.n_layers, config.d_model
@@ -103,7 +103,7 @@ class Block(nnx.Module):
 
 
 class Llama(Decoder):
-    """Token embedding, layers, RMS norm, and a head that may be the embedding."""
+    """Token embedding, layers, RMS norm, and an output head that may be tied to the embedding."""
 
     def __init__(self, config: LlamaConfig, compute: Compute = Compute(), *, rngs: nnx.Rngs):
         self.config, self.compute = config, compute
@@ -123,7 +123,7 @@ class Llama(Decoder):
 def _layer(
     path: str, huggingface: str, gguf: str, layout: Layout = "rows", rotary_pairs: bool = False
 ) -> Tensor:
-    """Declare a tensor of each layer; `rotary_pairs` is the order of its rows in GGUF."""
+    """Declare a tensor of each layer. `rotary_pairs`: see `Stored`; applies to GGUF only."""
     return Tensor(
         layer_paths(path),
         Stored(f"model.layers.{{layer}}.{huggingface}", layout),
@@ -153,7 +153,7 @@ def _tensors(rotary_pairs: bool) -> tuple[Tensor, ...]:
     )
 
 
-# The architecture of a model type, and whether it has biases on q, k and v and norms on q and k.
+# By model type: the architecture, whether q, k and v have biases, and whether q and k have norms.
 _MODEL_TYPES: dict[Family, tuple[str, bool, bool]] = {
     "llama": ("LlamaForCausalLM", False, False),
     "mistral": ("MistralForCausalLM", False, False),

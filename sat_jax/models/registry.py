@@ -29,7 +29,7 @@ def _add(table: dict[str, T], name: str, entry: T) -> None:
 
 
 def format_of(config: DecoderConfig) -> ModelFormat:
-    """Return the declaration of a configuration's file formats."""
+    """Return the declared file formats of the model that a config describes."""
     return MODEL_TYPES[config.family]
 
 

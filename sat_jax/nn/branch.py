@@ -1,7 +1,8 @@
 """A branch of a residual block: a sum over units (heads, channels), of which some may be omitted.
 
-The one place for masks, for the forward pass of omitted units, for observation and for selection
-from the batch at hand. A family's branches define `activations` and know nothing of these.
+`Branch` applies masks, computes the forward pass of omitted units, reports statistics of inputs and
+activations, and selects units from the current batch. The subclasses in model families contain none
+of this; they define `activations`.
 """
 
 from typing import Any, ClassVar
@@ -17,11 +18,11 @@ from sat_jax.nn.param import Mask
 
 
 class Branch(nnx.Module):
-    """Base of attention, retention and MLP: one layer's branch, or with an axis L in front all.
+    """Base of attention and MLP: the branch of one layer, or of all layers with a leading axis L.
 
-    `units` are nested, outermost first; their names are unique in a model and are axes of the
-    parameters. `masks` has a `Mask` for each unit. `complement` is the branch of the omitted units,
-    where the forward pass has them though the backward pass omits them; None: it has not.
+    `units` are the names of nested units, outermost first. They are names of parameter axes, and
+    unique in a model. `masks` has a `Mask` for each name. `complement` is a branch of the omitted
+    units, added in the forward pass only; None: the forward pass omits them too.
     """
 
     units: ClassVar[tuple[str, ...]]
@@ -35,7 +36,7 @@ class Branch(nnx.Module):
         raise NotImplementedError
 
     def predicted_activations(self, x: Float[Array, "B T D"]) -> Array:
-        """Return activations, float32, predicted with weights of low rank."""
+        """Return the float32 activations that low-rank approximations of the weights predict."""
         raise NotImplementedError
 
     def apply(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
@@ -43,13 +44,13 @@ class Branch(nnx.Module):
         return combine(self.output_weight, self.activations(x, context))
 
     def empty_cache(self, batch: int, slots: int, dtype: str) -> dict[str, Array]:
-        """Return the arrays `[L, B, ...]` that decoding keeps of this branch, with no slot used."""
+        """Return empty cache arrays `[L, B, ...]` of this branch, for decoding."""
         del batch, slots, dtype
         return {}
 
     def mixing_flops(self, length: float) -> float:
-        """Return operations a token, for each innermost unit, beside the products with weights, on
-        rows of `length` tokens."""
+        """Return the FLOPs per token and innermost unit that are not products with weights, such as
+        attention scores, for rows of `length` tokens."""
         del length
         return 0.0
 
@@ -59,7 +60,7 @@ class Branch(nnx.Module):
         return next(p for p in vars(self).values() if getattr(p, "role", None) == "write")
 
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
-        """Return what the branch adds to the residual stream, and report what was observed."""
+        """Return what the branch adds to the residual stream, and report observations."""
         branch = self
         if context.selection is not None:
             branch, kept = context.selection(self, x, context)
@@ -76,7 +77,7 @@ class Branch(nnx.Module):
             y = combine(branch.output_weight, a)
         else:
             y = branch.apply(x, context)
-        # Without output rows nothing is omitted in this segment.
+        # The output weight of a complement is None in a segment that omits nothing.
         if self.complement is not None and value(self.complement.output_weight) is not None:
             y = y + jax.lax.stop_gradient(self.complement(x, _unobserved(context)))
         return y

@@ -1,9 +1,9 @@
 """A model as a graph definition and a flat dictionary of arrays, with the named axes of each.
 
-Everything outside the modules works on `path → array` dictionaries ("layers/attention/query") and
-derives what it has to know of a model from a `Layout`: sharding, update counts, rows of units,
-scores, operations. One graph definition serves every execution: it contains neither sizes nor the
-number of segments nor the types of weights, which are values of variables.
+Code outside the modules works on `path → array` dictionaries ("layers/attention/query"). A `Layout`
+has what this code needs to know of a model, for sharding, update counts, rows of units, scores and
+FLOPs. All executions use the same graph definition: sizes, the number of segments and the types of
+weights are in the values of variables, not in the graph definition.
 """
 
 import dataclasses
@@ -36,13 +36,16 @@ class Leaf(NamedTuple):
         return self.axes[0] == LAYER
 
     def axis(self, unit: str) -> int:
-        """Return the number of the axis of this name."""
+        """Return the index of the axis with this name."""
         return self.axes.index(unit)
 
 
 class Unit(NamedTuple):
-    """What can be omitted of a branch: the axis name, how many there are within each unit around
-    them, and the names of those, outermost first."""
+    """A kind of unit that a branch can omit.
+
+    `name` is its axis. `within` are the names of the units that contain it, outermost first, and
+    `size` is how many there are in each of these: query heads per KV group, or channels per layer.
+    """
 
     name: str
     size: int
@@ -52,10 +55,11 @@ class Unit(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout(Generic[Model]):
-    """Graph definition of a model, and by path the metadata and the shape of each array.
+    """Graph definition of a model, and the metadata and shape of each array by path.
 
-    `units` by name, in the order of the branches and outermost first within a branch. `branches`
-    are those of the abstract model.
+    `masks`: the mask variables, without values. `structure`: the tree structure of all other
+    variables. `units` by name, in the order of the branches and outermost first within a branch.
+    `branches` of the abstract model by name.
     """
 
     graph: nnx.GraphDef[Model]
@@ -68,14 +72,17 @@ class Layout(Generic[Model]):
 
     @property
     def layers(self) -> int:
-        """How many layers the model has."""
+        """Number of layers."""
         return next(self.shapes[p].shape[0] for p, leaf in self.leaves.items() if leaf.in_layers)
 
     def bind(self, values: Mapping[str, Any], masks: Mapping[str, Array] = {}) -> Model:
-        """Return the model with these values by path: arrays, weights, or tuples of them with one
-        entry for each segment; `masks` by unit, all units of others being kept."""
+        """Return the model with these values and masks.
+
+        `values` by path: arrays, weights, or tuples of them with one entry for each segment.
+        `masks` by unit; all units without a mask are kept.
+        """
         state = jax.tree.unflatten(self.structure, [values[path] for path in self.leaves])
-        # New variables: those of the layout are shared, and a mask may be set inside a trace.
+        # Copy the mask variables: the layout is shared, and a mask may be a tracer.
         model = nnx.merge(self.graph, jax.tree.map(lambda mask: mask, self.masks), state)
         for branch in branches(model.layers).values():  # type: ignore[attr-defined]
             for unit in branch.masks.keys() & masks.keys():
@@ -83,33 +90,40 @@ class Layout(Generic[Model]):
         return model
 
     def with_role(self, *roles: Role) -> Iterator[tuple[str, Leaf]]:
-        """Yield path and metadata of the arrays in the layers with one of these roles."""
+        """Yield path and metadata of the layers' arrays that have one of these roles."""
         for path, leaf in self.leaves.items():
             if leaf.in_layers and leaf.role in roles:
                 yield path, leaf
 
     def count_axes(self, path: str) -> int:
-        """Return how many leading axes identify the unit that an entry of the array belongs to: the
-        layer and its units for heads and channels, the layer for other arrays of a layer."""
+        """Return how many leading axes an update count of the array has.
+
+        They identify the layer and the unit that an entry belongs to, the layer alone for arrays of
+        no unit, and are none for arrays outside the layers.
+        """
         names = self.leaves[path].axes
         return max((i + 1 for i, n in enumerate(names) if n == LAYER or n in self.units), default=0)
 
     def unit_of(self, path: str, omitted: Mapping[str, Any]) -> str | None:
-        """Return the unit among `omitted` that the array has an axis of; None: it has none. Two
-        units of one branch are never omitted together."""
+        """Return the unit among `omitted` that is an axis of the array, or None.
+
+        There is at most one: two units of one branch are never omitted together.
+        """
         units = [name for name in self.leaves[path].axes if name in omitted]
         assert len(units) < 2, f"{path}: {units} are omitted together"
         return units[0] if units else None
 
     def totals(self, unit: str) -> int:
-        """Return how many units of this name a layer has."""
+        """Return the number of units of this name in a layer."""
         names = (*self.units[unit].within, unit)
         return math.prod(self.units[name].size for name in names)
 
 
 def make_layout(abstract_model: Model) -> Layout[Model]:
-    """Return the layout of a model, whose values may be abstract. Its layers are one block, called
-    `layers`."""
+    """Return the layout of a model, whose values may be abstract.
+
+    The attribute `layers` of the model is one block with all layers stacked.
+    """
     graph, masks, state = nnx.split(abstract_model, Mask, ...)  # type: ignore[misc]
     leaves: dict[str, Leaf] = {}
     shapes: dict[str, jax.ShapeDtypeStruct] = {}
@@ -146,7 +160,7 @@ def flat_values(model: nnx.Module) -> Flat:
 
 
 def _joined(path: tuple[Any, ...], inside: str) -> str:
-    """Return the path of an array inside the weight that a parameter holds."""
+    """Return the path of an array, which is `inside` the weight of the parameter at `path`."""
     return "/".join(map(str, (*path, inside) if inside else path))
 
 

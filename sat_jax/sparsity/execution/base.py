@@ -1,4 +1,4 @@
-"""What the executions share: segments of layers, and the verbs with their plain meaning."""
+"""Base class of the executions: it splits layers into segments and omits nothing."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -21,13 +21,14 @@ from sat_jax.sparsity.rows import Kept
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How a plan is trained. As it stands: layers are split into the plan's segments, and every
-    unit is computed and updated.
+    """How the training steps of a plan are computed.
+
+    This base class splits layers into the plan's segments, and computes and updates every unit.
 
     `compact` and `expand` convert path-keyed trees (parameters, moments, update counts) between
-    their full form and what a step trains. `trained` are the arrays that the loss is differentiated
-    by; `bind`, traced inside the loss, makes the model of them. `dense_forward`: the forward pass
-    has omitted units too, and the backward pass alone omits them.
+    full arrays and the arrays that a step trains. `trained` returns the arrays with respect to
+    which the loss is differentiated; `bind`, traced inside the loss, returns the model with them.
+    `dense_forward`: the forward pass uses all units, and only the backward pass omits some.
     """
 
     layout: Layout[Decoder]
@@ -35,28 +36,32 @@ class Execution:
     dense_forward: bool = False
     selection: ClassVar[Selection | None] = None
     computes_omitted: ClassVar[bool] = False
-    """Whether omitted units are computed all the same, and multiplied by 0."""
+    """Whether omitted units are computed and then multiplied by 0."""
 
     def compact(self, tree: Tree, kept: Kept) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the tree that is trained, and what of it is not: nothing."""
+        """Return the trained part of a full tree, and the omitted part, which is empty here."""
         del kept
         return self.map_segments(lambda _path, _number, part: part, tree), {}
 
     def expand(self, tree: Tree, omitted: Tree, kept: Kept) -> dict[str, Any]:
-        """Return the full tree: the inverse of `compact`, bit for bit."""
+        """Return the full tree from its trained and omitted parts: the exact inverse of
+        `compact`."""
         del omitted, kept
         return {path: join_segments(value) for path, value in tree.items()}
 
     def trained(self, params: Tree, kept: Kept) -> dict[str, Any]:
-        """Return the arrays that the loss is differentiated by."""
+        """Return the arrays with respect to which the loss is differentiated."""
         del kept
         return {path: value for path, value in params.items() if self.layout.leaves[path].trained}
 
     def bind(
         self, trained: Tree, params: Tree, omitted: Tree, kept: Kept, corrections: Corrections
     ) -> Decoder:
-        """Return the model. `params` and `omitted` are what `compact` returned of the parameters;
-        `corrections` are added to kept output rows."""
+        """Return the model with the `trained` arrays.
+
+        `params` and `omitted` are what `compact` returned for the parameters. `corrections` are
+        added to the kept rows of the output weights.
+        """
         del omitted, kept, corrections
         return self.layout.bind({**params, **trained})
 
@@ -68,15 +73,18 @@ class Execution:
         state: TrainState,
         kept: Kept,
     ) -> TrainState:
-        """Return the state after one step, by `factor` times the gradients of what is trained."""
+        """Return the state after one optimizer step with the gradients scaled by `factor`."""
         del kept
         return optimizer_step(optimizer, grads, factor, state)
 
     def map_segments(
         self, function: Callable[[str, int, Any], Any], tree: Tree, *, outside: bool = True
     ) -> dict[str, Any]:
-        """Return `function(path, segment number, part)` for each segment of each array in the
-        layers, as tuples; arrays outside the layers as they are, if they are asked for."""
+        """Apply `function(path, segment number, part)` to each segment of each array in the layers.
+
+        Returns a tuple of the results for each of these arrays. `outside`: also returns the arrays
+        outside the layers, unchanged.
+        """
         result: dict[str, Any] = {}
         for path, value in tree.items():
             if self.layout.leaves[path].in_layers:
@@ -87,8 +95,10 @@ class Execution:
         return result
 
     def kept_of(self, path: str, kept: Mapping[str, Array]) -> Array | None:
-        """Return the kept indices of the unit that the array has an axis of, in one segment; None:
-        all its rows are kept."""
+        """Return the kept indices in one segment of the unit that is an axis of the array.
+
+        None: all rows of the array are kept.
+        """
         unit = self.layout.unit_of(path, kept)
         return None if unit is None else kept[unit]
 
@@ -98,8 +108,11 @@ class Execution:
         return sorted({self.layout.units[unit].branch for unit in units})
 
     def add_complement(self, model: Decoder, values: Tree, kept: Kept, **masks: Any) -> None:
-        """Give the branches that omit units a branch of the omitted ones, of `values` by path, for
-        the forward pass alone. A branch whose output rows are None in a segment is left out."""
+        """Set `complement` of each branch that omits units, for the forward pass only.
+
+        The complements are branches with `values` by path and `masks`. In a segment where the value
+        of its output weight is None, a complement is not computed.
+        """
         frozen = {
             path: value if value is None else jax.lax.stop_gradient(value)
             for path, value in values.items()
@@ -116,7 +129,7 @@ class Execution:
 
 
 def join_segments(value: Any) -> Any:
-    """Return one array of those of all segments."""
+    """Return the arrays of all segments, concatenated along the layers."""
     if not isinstance(value, tuple):
         return value
     return value[0] if len(value) == 1 else jnp.concatenate(value)

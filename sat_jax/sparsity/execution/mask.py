@@ -1,4 +1,4 @@
-"""Mask execution, the reference: all is computed, and activations are multiplied by 0 or 1."""
+"""Mask execution, the reference: activations of the full model are multiplied by 0 or 1."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -24,8 +24,11 @@ from sat_jax.sparsity.rows import Kept, add_at_rows, indicator
 
 @dataclasses.dataclass(frozen=True)
 class Mask(Execution):
-    """Full arrays in one piece. `freeze`: omitted units stay as they are, moments included;
-    otherwise they are updated with zero gradient."""
+    """Train the full arrays, not split into segments, with masks on the activations.
+
+    `freeze`: parameters and moments of omitted units are not changed; otherwise they are updated
+    with a gradient of zero.
+    """
 
     freeze: bool = True
     computes_omitted: ClassVar[bool] = True
@@ -78,7 +81,7 @@ class Mask(Execution):
         return map_trees(lambda new, old: map_arrays(keep, new, old), updated, state)
 
     def masks(self, kept: Kept) -> dict[str, Bool[Array, "L *within N"]]:
-        """Return for each unit that some segment omits which are kept, in all layers."""
+        """Return `unit_masks` of the plan's segments."""
         return unit_masks(self.layout, [s.layers for s in self.plan.segments], kept)
 
     def _corrected(
@@ -96,8 +99,10 @@ class Mask(Execution):
 def unit_masks(
     layout: Layout[Decoder], layers: Sequence[int], kept: Kept
 ) -> dict[str, Bool[Array, "L *within N"]]:
-    """Return for each unit that some segment omits which are kept, in all layers. `layers`: how
-    many each segment has."""
+    """Return masks over all layers, true where a unit is kept, of the units that a segment omits.
+
+    `layers`: the number of layers of each segment.
+    """
     masks = {}
     for name in sorted({name for segment in kept for name in segment}):
         unit = layout.units[name]
@@ -118,5 +123,5 @@ def where_kept(mask: Bool[Array, "L *within N"], new: Array, old: Array) -> Arra
 
 
 def as_floats(masks: dict[str, Array]) -> dict[str, Float[Array, "L *within N"]]:
-    """Return masks as branches hold them: 1.0 where a unit is kept and 0.0 elsewhere."""
+    """Return masks as branches multiply by them: 1.0 where a unit is kept and 0.0 elsewhere."""
     return {unit: mask.astype(jnp.float32) for unit, mask in masks.items()}
