@@ -240,13 +240,14 @@ def test_none_chooses_by_platform_dtype_and_shape(
     monkeypatch: pytest.MonkeyPatch, platform: str, dtype: str, size: int, name: str
 ) -> None:
     on(monkeypatch, platform, HOPPER if platform == "gpu" else None)
-    assert dot_product._choice(queries(dtype, size)) == name
+    reasons = dot_product.refusals(queries(dtype, size))
+    assert next(backend for backend, reason in reasons.items() if reason is None) == name
 
 
 @pytest.mark.parametrize(
     ("platform", "device", "dtype", "size", "name", "message"),
     [
-        ("cpu", None, "float32", 64, "flash", "'flash'; accepted: xla, splash, cudnn"),
+        ("cpu", None, "float32", 64, "flash", "'flash'; accepted: splash, cudnn, xla"),
         ("cpu", None, "float32", 64, "splash", "'splash': it needs a TPU, this is cpu"),
         ("cpu", None, "bfloat16", 64, "cudnn", "'cudnn': it needs an NVIDIA GPU with cuDNN, this"),
         ("gpu", None, "bfloat16", 64, "cudnn", "this is gpu"),
