@@ -78,11 +78,11 @@ def save_model(
     `tokenizer_files_from`. None writes none, and text needs one. `scripts.convert` makes such a
     directory of a GGUF file.
     """
-    found = flat_values(model)
+    values = flat_values(model)
     huggingface.write_directory(
         Path(directory).expanduser(),
         model.config,
-        found.__getitem__,
+        values.__getitem__,
         dtype=dtype,
         tokenizer_files_from=None if tokenizer_files_from is None else locate(tokenizer_files_from),
     )

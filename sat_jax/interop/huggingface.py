@@ -51,11 +51,11 @@ def open_directory(directory: Path) -> Weights:
         raise UserError(f"{directory}: no config.json; expected a Hugging Face directory")
     config = config_from_json(read_json(config_path), str(config_path))
     tensors = _Tensors(directory, registry.format_of(config))
-    found = dict(tensors.shapes)
+    shapes_by_name = dict(tensors.shapes)
     if config.tie_embeddings:
         _check_tied(tensors, config, directory)
-        found.pop(_name_of(config, "lm_head"), None)
-    check_tensors(config, "huggingface", found, directory)
+        shapes_by_name.pop(_name_of(config, "lm_head"), None)
+    check_tensors(config, "huggingface", shapes_by_name, directory)
     return Weights(config, stacked_reader(config, "huggingface", tensors.fetch))
 
 
@@ -194,11 +194,11 @@ def _write_tensors(
                 held.clear()
                 held |= {path: _read(config, read, path) for path in stored.tensor.paths}
             layer = ... if stored.layer is None else stored.layer
-            one = stored.tensor.huggingface.join(
+            joined = stored.tensor.huggingface.join(
                 [held[path][layer] for path in stored.tensor.paths]
             )
             # safetensors writes the memory as it is, so it has to be in row-major order.
-            tensors[stored.name] = np.ascontiguousarray(one.astype(number))
+            tensors[stored.name] = np.ascontiguousarray(joined.astype(number))
             weight_map[stored.name] = file
         save_file(tensors, directory / file, metadata={"format": "pt"})
         # safetensors makes its files private; give them the mode that any new file has here.

@@ -1,4 +1,4 @@
-"""What the layers of a model share, and what one layer adds to it."""
+"""Inputs shared by the layers of a model, observations of a layer, and the decoding cache."""
 
 import dataclasses
 from collections.abc import Collection
@@ -12,12 +12,12 @@ from sat_jax.nn.attention.dot_product import Implementation
 
 Observable = Literal["inputs", "outputs", "predicted", "products"]
 Observed = dict[str, dict[str, Any]]
-"""What was observed, by kind and by the innermost unit of the branch; kind `kept` has the units
-that a dynamic selection kept, by unit."""
+"""Observations by kind and by the innermost unit of the branch; the kind `kept` has the units that
+a dynamic selection kept, by unit."""
 
 
 class Cache(NamedTuple):
-    """What decoding keeps of the tokens so far: arrays of all layers by the names of the branches.
+    """The state of decoding after the tokens so far: arrays of all layers, by name.
 
     Slots 0, 1, …, `used` - 1 of S are filled. `segment_ids`: 1 for a row's tokens, 0 for padding; a
     slot is seen by later slots with the same number, so padding may stand anywhere.
@@ -54,7 +54,7 @@ class Selection(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a layer needs besides the residual stream.
+    """The inputs of a layer besides the residual stream.
 
     `segment_ids` int32 `[B, T]` number the documents of a row, 0 is padding. `rotary`: cosines and
     sines float32 `[B, T, rotated / 2]`, None where positions are not rotated. `segment`: which run

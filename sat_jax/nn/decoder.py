@@ -1,4 +1,4 @@
-"""What every family of decoders shares: how hidden states, logits and decoding are computed."""
+"""The base class of all decoder families: hidden states, logits and decoding."""
 
 import dataclasses
 from collections.abc import Collection

@@ -1,4 +1,4 @@
-"""What a weight may be, and the two products that models compute with it.
+"""Types of weights, and the two products that models compute with them.
 
 A weight is an array, or a `Weight`: a pytree that computes the same two products in another way.
 A new representation (quantized, low rank, with an adapter) is one subclass; models, branches and
