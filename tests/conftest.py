@@ -47,6 +47,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> Iterator[None]:
+    """Programs that a file compiled are freed after it: each maps memory several times, and Linux
+    ends a process at 65,530 maps."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def run_python() -> RunPython:
     """Runs `python ARGS` in the root, in its own process, on `devices` virtual CPU devices."""
