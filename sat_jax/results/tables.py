@@ -4,11 +4,11 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from sat_jax.config_values import find
-from sat_jax.results.curves import part_means
 from sat_jax.results.finished import DEFAULTS, FinishedRun, Settings
+from sat_jax.results.rows import Row, device_name
 from sat_jax.results.speed import ABOVE_BOUND, ABOVE_BOUND_NOTE, speedup_text
 from sat_jax.results.sweep import Comparison
 from sat_jax.results.text import fixed_width, markdown, percent, quantity
@@ -22,6 +22,8 @@ from sat_jax.results.variants import (
     settings_in_words,
     variant_name,
 )
+
+_Columns: TypeAlias = Mapping[str, Callable[[Variant], str]]
 
 _PARTS = 8  # of a run, in which losses are compared
 _ACROSS = "each beside the dense baseline of its own setting"
@@ -54,9 +56,9 @@ class Table:
         return f"{markdown(self.header, self.rows)}\n\n{' '.join(sentences)}"
 
 
-def comparison_tables(group: Group, comparisons: Iterable[Comparison]) -> list[Table]:
-    """Return a table for each comparison that the group has two or more variants for, and one of
-    the variants that are in none of these.
+def group_tables(group: Group, comparisons: Iterable[Comparison]) -> list[Table]:
+    """Return a table for each comparison that the group has two or more variants for, one of the
+    variants that are in none of these, cost, and training losses.
 
     Comparisons of the omission rate have the shorter dense runs too: they cost as much.
     """
@@ -67,20 +69,45 @@ def comparison_tables(group: Group, comparisons: Iterable[Comparison]) -> list[T
         settings = set(comparison.settings)
         variants = [variant for variant in group.sparse if group.differing(variant) <= settings]
         if len(variants) > 1 and not _outside(comparison):
-            dense = group.dense if "sparsity.rate" in settings else baseline
-            lines = [*dense, *variants]
+            lines = [*(group.dense if "sparsity.rate" in settings else baseline), *variants]
             tables.append(_table(comparison.name, comparison.title, caption, lines, _QUALITY))
             shown |= {variant.name for variant in variants}
     others = [variant for variant in group.sparse if variant.name not in shown]
     if others or not tables:
         title = "Other variants" if tables else "Variants"
         tables.append(_table("other", title, caption, [*baseline, *others], _QUALITY))
-    return tables
+    return [*tables, *cost_and_losses(group)]
 
 
-def quality_table(group: Group) -> Table:
-    """Return a table of all variants."""
-    return _table("quality", "Variants", _quality_caption(group), group.variants, _QUALITY)
+def cost_and_losses(group: Group) -> list[Table]:
+    """Return a table of time, memory and FLOPs, with the speed-up beside its bound, and one of the
+    training loss minus that of the dense baseline, by parts of the run.
+
+    Both runs are trained on the same batches. The loss is that of the model as it is trained,
+    without omitted neurons. There is no second table if no two runs can be compared.
+    """
+    caption = _caption(group, _learning_rate(group))
+    cost = _table("cost", "Time, memory and FLOPs", caption, group.variants, _COST)
+    paired = [variant for variant in group.sparse if variant.loss_differences(_PARTS)]
+    if not paired:
+        return [cost]
+    ends = [round(group.runs[0].steps * part / _PARTS) for part in range(_PARTS + 1)]
+    parts = [f"{start + 1} to {end}" for start, end in itertools.pairwise(ends)]
+    columns: _Columns = {"seeds": lambda v: str(len(v.loss_differences(_PARTS)))} | {
+        name: lambda v, part=part: _mean([d[part] for d in v.loss_differences(_PARTS)], "{:+.2f}")
+        for part, name in enumerate([f"steps {parts[0]}", *parts[1:]])
+    }
+    title = "Training loss minus the dense baseline's"
+    caption = _caption(group, _learning_rate(group), "nats per token")
+    return [cost, _table("losses", title, caption, paired, columns)]
+
+
+def quality_table(groups: Sequence[Group], title: str = "Variants") -> Table:
+    """Return a table of all variants, of several groups each beside its own dense baseline."""
+    words = _reference_words(_common_reference(groups))
+    caption = _quality_caption(groups[0]) if len(groups) == 1 else "; ".join([_ACROSS, *words])
+    variants = [variant for _, variant in _variants_across(groups)]
+    return _table("quality", title, caption, variants, _QUALITY)
 
 
 def across_tables(groups: Sequence[Group], comparisons: Iterable[Comparison]) -> list[Table]:
@@ -100,13 +127,6 @@ def across_tables(groups: Sequence[Group], comparisons: Iterable[Comparison]) ->
                 caption = _caption(group, _ACROSS)
                 tables.append(_table(comparison.name, comparison.title, caption, common, _QUALITY))
     return tables
-
-
-def small_groups_table(groups: Sequence[Group]) -> Table:
-    """Return one table of all variants of several groups."""
-    variants = [variant for _, variant in _variants_across(groups)]
-    caption = "; ".join([_ACROSS, *_reference_words(_common_reference(groups))])
-    return _table("settings", "Other settings", caption, variants, _QUALITY)
 
 
 def _variants_across(groups: Sequence[Group]) -> Iterator[tuple[str, Variant]]:
@@ -130,44 +150,12 @@ def _outside(comparison: Comparison) -> list[str]:
     return [path for path in comparison.settings if path not in DEFAULTS]
 
 
-def cost_table(group: Group) -> Table:
-    """Return a table of time, memory and FLOPs, with the speed-up beside its bound."""
-    caption = _caption(group, _learning_rate(group))
-    return _table("cost", "Time, memory and FLOPs", caption, group.variants, _COST)
-
-
-def loss_table(group: Group) -> Table | None:
-    """Return the training loss minus that of the dense baseline, by parts of the run.
-
-    Both are trained on the same batches. The loss is that of the model as it is trained, without
-    omitted neurons. None if no two runs can be compared.
-    """
-    rows = []
-    for variant in group.sparse:
-        gaps = []
-        for run, dense in zip(variant.runs, variant.baselines, strict=True):
-            losses = [part_means(r.row.get("curve", {}), _PARTS) for r in (run, dense) if r]
-            if dense and all(losses):
-                pairs = zip(*losses, strict=True)
-                gaps.append([None if None in (a, b) else a - b for a, b in pairs])
-        if gaps:
-            parts = [_mean(part, "{:+.2f}") for part in zip(*gaps, strict=True)]
-            rows.append((variant.name, str(len(gaps)), *parts))
-    if not rows:
-        return None
-    ends = [round(group.runs[0].steps * part / _PARTS) for part in range(_PARTS + 1)]
-    parts = [f"{start + 1} to {end}" for start, end in itertools.pairwise(ends)]
-    header = ("variant", "seeds", f"steps {parts[0]}", *parts[1:])
-    caption = _caption(group, _learning_rate(group), "nats per token")
-    return Table("losses", "Training loss minus the dense baseline's", caption, header, tuple(rows))
-
-
 def sentence(variant: Variant) -> str:
     """Return one sentence with quality and cost of a variant relative to its dense baseline."""
     difference, shares = mean_of(variant.differences()), mean_of(variant.flops_shares())
     seeds = f"{len(variant.runs)} seed{'s' * (len(variant.runs) > 1)}"
     if difference is None or shares is None:
-        after = _mean(variant.over(lambda run: run.after), "{:.3f}")
+        after = _mean(variant.over(lambda run: run.row["perplexity_after"]), "{:.3f}")
         return f"{variant.name}: perplexity {after} ({seeds}), without a dense baseline."
     text = (
         f"{variant.name}: perplexity {difference.text('{:+.1f} %')} from dense training on the same"
@@ -177,9 +165,9 @@ def sentence(variant: Variant) -> str:
     return text + (f"; {equal.text('{:+.1f} %')} at equal FLOPs." if equal else ".")
 
 
-def terminal_table(runs: Sequence[FinishedRun]) -> str:
+def terminal_table(rows: Sequence[Row]) -> str:
     """Return the quality and the cost of a sweep's runs, as two tables for a terminal."""
-    variants = [variant for _, variant in _variants_across(make_groups(runs))]
+    variants = [variant for _, variant in _variants_across(make_groups(rows))]
     tables = [
         _table(name, "", "", variants, columns)
         for name, columns in (("quality", _QUALITY), ("cost", _COST))
@@ -197,7 +185,9 @@ def _caption(group: Group, *more: str) -> str:
     if _setting(run, "data.format") != "text":
         parts.append(f"{percent(run.row['loss_tokens'] / run.row['tokens'])} of them with loss")
     parts += [*more, *_reference_words(group.reference), f"data {run.row['data'][:8]}"]
-    return "; ".join([*parts, " and ".join(dict.fromkeys(run.device for run in group.runs))])
+    return "; ".join(
+        [*parts, " and ".join(dict.fromkeys(device_name(run.row["device"]) for run in group.runs))]
+    )
 
 
 def _reference_words(reference: Settings) -> list[str]:
@@ -249,7 +239,7 @@ def _table(
     title: str,
     caption: str,
     variants: Sequence[Variant],
-    columns: Mapping[str, Callable[[Variant], str]],
+    columns: _Columns,
 ) -> Table:
     """Return a row for each variant; columns without any value are left out."""
     cells = {head: list(map(cell, variants)) for head, cell in columns.items()}
@@ -285,20 +275,24 @@ def _bound(variant: Variant) -> str:
     return "-" if variant.is_baseline or bound is None else f"{bound.value:.2f}×"
 
 
-_QUALITY: Mapping[str, Callable[[Variant], str]] = {
+_QUALITY: _Columns = {
     "seeds": lambda variant: str(len(variant.runs)),
-    "perplexity": lambda variant: _mean(variant.over(lambda run: run.after), "{:.3f}"),
+    "perplexity": lambda variant: _mean(
+        variant.over(lambda run: run.row["perplexity_after"]), "{:.3f}"
+    ),
     "from dense": lambda variant: _difference(variant.differences(), variant),
     "at equal FLOPs": lambda v: _difference(v.differences_at_equal_flops(), v),
     "FLOPs": lambda variant: _mean_only(variant.flops_shares(), "{:.0f} %".format),
 }
-_COST: Mapping[str, Callable[[Variant], str]] = {
+_COST: _Columns = {
     "seeds": lambda variant: str(len(variant.runs)),
     "time": lambda variant: _mean(variant.over(lambda run: run.seconds), "{:,.1f} s"),
     "memory": lambda v: _mean_only(
         v.over(lambda r: r.row["peak_memory"]["bytes"]), lambda n: quantity(n, "B")
     ),
-    "FLOPs": lambda v: _mean_only(v.over(lambda run: run.flops), lambda n: quantity(n, "FLOP")),
+    "FLOPs": lambda v: _mean_only(
+        v.over(lambda r: r.row["spent_flops"]), lambda n: quantity(n, "FLOP")
+    ),
     "of dense": lambda variant: _mean_only(variant.flops_shares(), "{:.0f} %".format),
     "speed-up": _speedup,
     "bound": _bound,

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sat_jax.config_values import name_of
-from sat_jax.results.finished import DEFAULTS, FinishedRun, Settings
+from sat_jax.results.finished import DEFAULTS, FinishedRun, Settings, finished_runs
+from sat_jax.results.rows import Row
 from sat_jax.results.speed import whole_run_speedup
 from sat_jax.results.text import setting_text
 
@@ -49,14 +50,14 @@ def mean_of(values: Values) -> Mean | None:
 class Variant:
     """Runs that differ in their seed alone, in order of the seed.
 
-    `name` tells the variant from the others of its group. `baselines` are the dense runs of the
-    group by the seeds of `runs`, `lengths` the dense runs of all lengths.
+    `name` tells the variant from the others of its group. `lengths` has the dense runs of the group
+    with the seed of each run, of all lengths; the one as long as the run is its dense baseline.
     """
 
     name: str
     runs: tuple[FinishedRun, ...]
-    baselines: tuple[FinishedRun | None, ...]
     lengths: tuple[tuple[FinishedRun, ...], ...]
+    steps: int  # of the group; shorter dense variants have fewer
 
     @property
     def dense(self) -> bool:
@@ -64,7 +65,12 @@ class Variant:
 
     @property
     def is_baseline(self) -> bool:
-        return self.runs == self.baselines
+        return self.dense and self.runs[0].steps == self.steps
+
+    def pairs(self) -> list[tuple[FinishedRun, FinishedRun | None]]:
+        """Return each run with its dense baseline, None where that is missing."""
+        baselines = [{dense.steps: dense for dense in lengths} for lengths in self.lengths]
+        return [(r, known.get(self.steps)) for r, known in zip(self.runs, baselines, strict=True)]
 
     def over(self, measure: Callable[[FinishedRun], float | None]) -> Values:
         """Return `measure` of each run."""
@@ -74,8 +80,11 @@ class Variant:
         """Perplexity relative to the dense baseline, in percent, of the runs that have one."""
         if self.is_baseline:
             return []
-        pairs = zip(self.runs, self.baselines, strict=True)
-        return [percent_from(run.after, dense.after) for run, dense in pairs if dense]
+        return [
+            percent_from(run.row["perplexity_after"], dense.row["perplexity_after"])
+            for run, dense in self.pairs()
+            if dense
+        ]
 
     def differences_at_equal_flops(self) -> Values:
         """Perplexity relative to dense training with as many FLOPs, in percent, of the sparse runs
@@ -89,10 +98,11 @@ class Variant:
 
     def flops_shares(self) -> Values:
         """FLOPs, probes included, in percent of those of the dense baseline."""
+        spent = self.over(lambda run: run.row["spent_flops"])
+        whole = self.over(lambda run: run.row["dense_flops"])
         if self.dense:
-            pairs = zip(self.runs, self.baselines, strict=True)
-            return [100 * run.flops / dense.flops if dense else None for run, dense in pairs]
-        return self.over(lambda run: 100 * run.flops / run.row["dense_flops"])
+            whole = [dense and dense.row["spent_flops"] for _, dense in self.pairs()]
+        return [flops and 100 * own / flops for own, flops in zip(spent, whole, strict=True)]
 
     def speedup_and_bound(self) -> tuple[Mean | None, Mean | None]:
         """Return the speed-up that the runs measured of their steps, with its FLOP bound.
@@ -109,9 +119,19 @@ class Variant:
             return speedup, mean_of([run.bound for run in known])
         times = [
             dense.seconds / run.seconds if dense and run.place == dense.place else None
-            for run, dense in zip(self.runs, self.baselines, strict=True)
+            for run, dense in self.pairs()
         ]
         return mean_of(times), mean_of([share and 100 / share for share in self.flops_shares()])
+
+    def loss_differences(self, parts: int) -> list[list[float | None]]:
+        """Training loss minus that of the dense baseline in each of `parts` equal parts of a run,
+        for the runs with a dense baseline."""
+        pairs = [[part_means(r.row.get("curve", {}), parts) for r in p if r] for p in self.pairs()]
+        return [
+            [None if None in (a, b) else a - b for a, b in zip(*losses, strict=True)]
+            for losses in pairs
+            if len(losses) == 2 and all(losses)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,38 +164,35 @@ class Group:
         return set(_differing(variant.runs[0].sparsity, self.reference))
 
 
-def make_groups(runs: Iterable[FinishedRun]) -> list[Group]:
-    """Return groups and variants in order of their first runs; see `finished.newest`.
+def make_groups(rows: Iterable[Row]) -> list[Group]:
+    """Return the groups and variants of the runs among rows, longest runs first, then in order of
+    their first runs.
 
     A dense run of fewer steps than a group, and at least half of them, belongs to that group.
     """
     members = collections.defaultdict(list)
     dense = collections.defaultdict(list)
-    for run in runs:
+    for run in finished_runs(rows):
         members[run.shared()].append(run)
         if run.dense:
             dense[run.shared(["train.steps"])].append(run)
-    groups = [_group(some, dense[some[0].shared(["train.steps"])]) for some in members.values()]
-    kept, shorter = set[int](), set[int]()
-    for group in sorted(groups, key=lambda group: -group.runs[0].steps):
-        if group.sparse or id(group.runs[0]) not in shorter:
-            kept.add(id(group))
-            shorter |= {id(run) for variant in group.dense for run in variant.runs}
-    return [group for group in groups if id(group) in kept]
+    groups, shorter = list[Group](), set[int]()
+    for some in sorted(members.values(), key=lambda some: -some[0].steps):
+        if not all(id(run) in shorter for run in some):
+            groups.append(_group(some, dense[some[0].shared(["train.steps"])]))
+            shorter |= {id(run) for variant in groups[-1].dense for run in variant.runs}
+    return groups
 
 
 def _group(members: Sequence[FinishedRun], dense: Sequence[FinishedRun]) -> Group:
     """`dense`: the dense runs of all lengths with the settings of `members`."""
     steps = members[0].steps
     dense = [run for run in dense if steps <= 2 * run.steps and run.steps <= steps]
-    baselines = {run.seed: run for run in dense if run.steps == steps}
 
     def variant(name: str, runs: Sequence[FinishedRun]) -> Variant:
         ordered = tuple(sorted(runs, key=lambda run: run.seed))
-        lengths = [tuple(other for other in dense if other.seed == run.seed) for run in ordered]
-        return Variant(
-            name, ordered, tuple(baselines.get(run.seed) for run in ordered), tuple(lengths)
-        )
+        lengths = (tuple(other for other in dense if other.seed == run.seed) for run in ordered)
+        return Variant(name, ordered, tuple(lengths), steps)
 
     methods: dict[str, list[FinishedRun]] = {}
     for run in members:
@@ -183,13 +200,14 @@ def _group(members: Sequence[FinishedRun], dense: Sequence[FinishedRun]) -> Grou
             methods.setdefault(name_of(run.sparsity), []).append(run)
     reference = reference_of([runs[0].sparsity for runs in methods.values()])
     sparse = [variant(variant_name(runs[0].sparsity, reference), runs) for runs in methods.values()]
+    lengths = {
+        length: "dense" if length == steps else f"dense, {length:,} steps"
+        for length in sorted({run.steps for run in dense}, reverse=True)
+    }
     return Group(
         tuple(
-            variant(
-                "dense" if length == steps else f"dense, {length:,} steps",
-                [run for run in dense if run.steps == length],
-            )
-            for length in sorted({run.steps for run in dense}, reverse=True)
+            variant(name, [run for run in dense if run.steps == length])
+            for length, name in lengths.items()
         ),
         tuple(sorted(sparse, key=lambda variant: variant.name.partition(", ")[::-1])),
         reference,
@@ -249,3 +267,18 @@ def difference_at_equal_flops(
 def percent_from(perplexity: float | None, dense: float | None) -> float | None:
     """Return the relative difference in percent; None if a perplexity is infinite."""
     return None if perplexity is None or dense is None else 100 * (perplexity / dense - 1)
+
+
+def part_means(curve: Mapping[str, Sequence[float | None]], parts: int) -> list[float | None]:
+    """Return the mean training loss of each of `parts` equal parts of a run's tokens.
+
+    A point across the end of a part counts to both by its tokens. None from the first loss that is
+    not finite; empty for a curve of fewer points than parts.
+    """
+    if len(curve.get("tokens", ())) < parts:
+        return []
+    tokens = np.array([0, *curve["tokens"]], float)
+    totals = np.array([0, *np.cumsum(np.array(curve["loss"], float) * np.diff(tokens))])
+    ends = np.linspace(0, tokens[-1], parts + 1)
+    means = np.diff(np.interp(ends, tokens, totals)) / np.diff(ends)
+    return [float(mean) if np.isfinite(mean) else None for mean in means]
