@@ -47,7 +47,8 @@ def main() -> None:
         path.write_text(text, encoding="utf-8")
     if STUDY[1] in old:
         draw(*STUDY)
-    print("\n".join(names))
+    for name in names:
+        print(name)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Finished runs, read from work directories, folders of sweeps and files of rows."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -72,6 +73,17 @@ class FinishedRun:
         apart = {"seed", "data.sources", *apart}
         settings = {path: v for path, v in self.settings.items() if path not in apart}
         return f"{name_of(settings)} {self.row['data']}"
+
+    @property
+    def perplexity(self) -> float:
+        """Held-out perplexity after training; infinite ones are stored as None."""
+        after = self.row["perplexity_after"]
+        return math.inf if after is None else float(after)
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of training, probes included."""
+        return float(self.row["spent_flops"])
 
     @property
     def seconds(self) -> float:

@@ -1,7 +1,6 @@
 """The runs of a sweep before they start: settings, names, and costs."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast
@@ -49,17 +48,13 @@ class PlannedRun:
 
     def probes(self) -> int:
         """Number of refreshes with a probe: all of them, or the first for metrics of inputs."""
-        controller, metric = self.controller, METRICS[self.config.sparsity.metric]
-        if not controller.sparse or not metric.needs or controller.refresh_every == 0:
-            return 0
-        return sum(map(self.selections, controller.rungs)) if metric.probes else 1
+        metric = METRICS[self.config.sparsity.metric]
+        selections = sum(map(self.selections, self.controller.rungs)) if metric.needs else 0
+        return selections if metric.probes else min(selections, 1)
 
     def selections(self, rung: Rung) -> int:
         """Number of selections between the steps of a rung."""
-        controller = self.controller
-        if controller.refresh_every == 0 or controller.neurons.is_dense(rung.plan):
-            return 0
-        return math.ceil((rung.stop - rung.start) / controller.refresh_every)
+        return sum(map(self.controller.refreshes, range(rung.start, rung.stop)))
 
 
 def plan_runs(
