@@ -199,7 +199,7 @@ def _learning_rate(group: Group) -> str:
 
 
 def _setting(run: FinishedRun, path: str) -> Any:
-    return run.settings.get(path, find(path).default)
+    return run.settings[path] if path in run.settings else find(path).default
 
 
 def model_of(run: FinishedRun) -> str:
