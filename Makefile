@@ -22,7 +22,7 @@ test-real:  ## test on the quickstart model's real weights, against torch and tr
 	$(PYTHON_IN_VENV) -m pytest -m real
 
 bench:  ## measure speed against the dense step and against transformers
-	@scripts/setup.sh base bench quickstart
+	@scripts/setup.sh base bench
 	$(PYTHON_IN_VENV) -m scripts.benchmark
 
 tune:  ## time the kernels on the current GPU or TPU, to choose their tiles and to compare with XLA

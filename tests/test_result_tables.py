@@ -226,7 +226,7 @@ def test_the_page_is_one_file_with_every_number(tmp_path: Path) -> None:
     records = study(tmp_path)
     other = (with_rate(config_of(0, rate=0.4), 0.5), summary_of(12.0, 18.0, SPARSE))
     records = [*records, *runs(tmp_path, other)[-1:]]
-    html, markdown = write_report([*records, records[0]], [RATES], tmp_path / "out")
+    html, markdown = write_report([*records, records[0]], [RATES, RATES], tmp_path / "out")
     text = html.read_text()
     assert "http" not in text and "url(" not in text and "@import" not in text
     page = Page(text)

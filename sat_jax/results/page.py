@@ -49,7 +49,8 @@ def write_report(rows: Sequence[Row], comparisons: Sequence[Comparison], out: Pa
     `rows` are those of runs and of `scripts.evaluate --record`. Raises `UserError` if there are
     none, or if the folder cannot be made.
     """
-    sections = list(_sections(make_groups(rows), comparisons))
+    # Sweeps of one experiment declare the same comparisons.
+    sections = list(_sections(make_groups(rows), list(dict.fromkeys(comparisons))))
     if tables := evaluation_tables(rows):
         sections.append(Section("Evaluations", tables))
     if not sections:
