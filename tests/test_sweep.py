@@ -1,6 +1,9 @@
 """Sweeps: axes, lists, names, invalid runs, launchers, and the order of runs."""
 
 import json
+import os
+import signal
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -271,6 +274,29 @@ def test_each_worker_has_its_own_devices(tmp_path: Path, monkeypatch: pytest.Mon
     assert shared.room() == 0
     alone: Any = Local()
     assert alone.submit([job])[0].job == job  # its devices are those of this process
+
+
+class _Waiting(Job):
+    def _train(self) -> None:
+        self.log.touch()
+        time.sleep(600)
+
+
+def test_signals_for_a_launcher_do_not_end_a_run(tmp_path: Path) -> None:
+    """Ctrl-C, and the signal of Slurm before a time limit, reach every process."""
+    log = tmp_path / "log"
+    process = _Waiting(load(TINY), tmp_path / "run", log).start()
+    while not log.exists():
+        assert process.is_alive()
+        time.sleep(0.1)
+    assert process.pid is not None
+    for number in (signal.SIGINT, signal.SIGUSR2):
+        os.kill(process.pid, number)
+    process.join(0.5)
+    assert process.is_alive()
+    process.terminate()
+    process.join()
+    assert process.exitcode == -signal.SIGTERM
 
 
 def test_the_reason_of_a_failure_is_the_end_of_the_log(tmp_path: Path) -> None:
