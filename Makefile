@@ -41,7 +41,7 @@ memory:  ## compute the memory of large models' steps, compiled for an absent H2
 	.venv-aot/bin/python -m scripts.memory $(SPARSE) --model llama-2-13b --optimizer lion
 	.venv-aot/bin/python -m scripts.memory $(SPARSE) --model llama-2-13b --optimizer lion --rows 8
 
-tables:  ## update the documents' tables and pictures from the committed rows
+tables:  ## update the documents' tables and picture from the committed rows
 	@scripts/setup.sh base
 	$(PYTHON_IN_VENV) -m scripts.tables
 

@@ -31,15 +31,11 @@ _MARK = re.compile(r"^[ \t]*<!--\s*/?\s*table\b.*", re.IGNORECASE | re.MULTILINE
 _DIGEST = "Rows"  # the PNG text that names the rows of a picture
 
 
-def documents(root: Path) -> list[Path]:
-    """Return the documents that may have tables."""
-    return [root / "README.md", root / "experiments" / "README.md", *sorted(root.glob("docs/*.md"))]
-
-
 def outdated(root: Path, results: Path, comparisons: Sequence[Comparison]) -> dict[Path, str]:
     """Return the documents whose tables differ from what the rows in `results` give, with their new
     text. Raises `UserError`, naming document and mark, for a table that cannot be made."""
-    texts = {path: path.read_text(encoding="utf-8") for path in documents(root)}
+    paths = [root / "README.md", root / "experiments/README.md", *sorted(root.glob("docs/*.md"))]
+    texts = {path: path.read_text(encoding="utf-8") for path in paths}
     filled = {path: fill(text, results, str(path), comparisons) for path, text in texts.items()}
     return {path: text for path, text in filled.items() if text != texts[path]}
 

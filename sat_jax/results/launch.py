@@ -150,8 +150,8 @@ class Slurm:
         """Submit jobs, except those that an earlier command submitted and that wait or run."""
         ids = read_json(self._ids) if self._ids.exists() else {}
         names = [job.directory.name for job in jobs]
-        handles = {name: self._running(ids[name]) for name in names if name in ids}
-        new = {name: job for name, job in zip(names, jobs, strict=True) if not handles.get(name)}
+        handles = {n: job for n in names if n in ids and (job := self._running(ids[n]))}
+        new = {name: job for name, job in zip(names, jobs, strict=True) if name not in handles}
         if new:
             try:
                 array = self._executor.submit_array([*map(_RequeuedJob, new.values())])

@@ -90,11 +90,16 @@ def _losses(group: Group) -> list[Table]:
     """
     ends = [round(group.runs[0].steps * part / _PARTS) for part in range(_PARTS + 1)]
     parts = [f"{start + 1} to {end}" for start, end in itertools.pairwise(ends)]
-    columns = {
-        name: _mean(lambda run, part=part: run.loss_difference(part, _PARTS), "{:+.2f}".format)
-        for part, name in enumerate([f"steps {parts[0]}", *parts[1:]])
-    }
-    variants = [variant for variant in group.sparse if columns[f"steps {parts[0]}"](variant) != "-"]
+
+    def column(part: int) -> _Cell:
+        return _mean(lambda run: run.loss_difference(part, _PARTS), "{:+.2f}".format)
+
+    columns = {name: column(part) for part, name in enumerate([f"steps {parts[0]}", *parts[1:]])}
+    variants = [
+        variant
+        for variant in group.sparse
+        if any(run.loss_difference(0, _PARTS) is not None for run in variant.runs)
+    ]
     title = "Training loss minus the dense baseline's"
     caption = _caption(group, _learning_rate(group), "nats per token")
     return [_table("losses", title, caption, variants, columns)] if variants else []
@@ -182,8 +187,8 @@ def _caption(group: Group, *more: str) -> str:
 
 def _reference_words(reference: Settings) -> list[str]:
     changed = {path: v for path, v in reference.items() if v != DEFAULTS[path]}
-    words = settings_in_words({p: v for p, v in changed.items() if p != "sparsity.rate"})
-    return [f"unless named otherwise {', '.join(words)}"] if words else []
+    changed.pop("sparsity.rate", None)
+    return [f"unless named otherwise {', '.join(settings_in_words(changed))}"] if changed else []
 
 
 def _quality_caption(group: Group) -> str:
