@@ -5,7 +5,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sat_jax.config import Config, DataConfig, OptimizerConfig
+from sat_jax.errors import UserError
 from sat_jax.results.figures import quality_figure
 from sat_jax.results.page import write_report
 from sat_jax.results.speed import speedup_text
@@ -220,6 +223,12 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] in ("td", "th"):
             self.cells[-1] += data
+
+
+def test_a_page_without_results_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no finished run and no evaluation to report on"):
+        write_report([], [RATES], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_page_is_one_file_with_every_number(tmp_path: Path) -> None:
