@@ -22,7 +22,7 @@ test-real:  ## test on the quickstart model's real weights, against torch and tr
 	$(PYTHON_IN_VENV) -m pytest -m real
 
 bench:  ## measure speed against the dense step and against transformers
-	@scripts/setup.sh base bench quickstart
+	@scripts/setup.sh base bench
 	$(PYTHON_IN_VENV) -m scripts.benchmark
 
 tune:  ## time the kernels on the current GPU or TPU, to choose their tiles and to compare with XLA
@@ -41,7 +41,7 @@ memory:  ## compute the memory of large models' steps, compiled for an absent H2
 	.venv-aot/bin/python -m scripts.memory $(SPARSE) --model llama-2-13b --optimizer lion
 	.venv-aot/bin/python -m scripts.memory $(SPARSE) --model llama-2-13b --optimizer lion --rows 8
 
-tables:  ## update the documents' tables and pictures from the committed rows
+tables:  ## update the documents' tables and picture from the committed rows
 	@scripts/setup.sh base
 	$(PYTHON_IN_VENV) -m scripts.tables
 

@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists what is accepted")
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], object]) -> None:
     """Call `main`; a `UserError` becomes one line and exit code 2, an interrupt exit code 130."""
     try:
         main()

@@ -4,12 +4,10 @@
   python -m scripts.benchmark --only steps        SAT steps against the dense step
   python -m scripts.benchmark --only peer         the dense step against transformers
   python -m scripts.benchmark --only moves        the parts of a refresh against a SAT step
-  python -m scripts.benchmark --only reading      reading of prepared rows
 
 Every turn calls each variant once, so that other work on the machine affects all of them alike. A
 speed-up is the median over turns of the ratio of two times in the same turn. Weights and tokens are
-random. `peer` needs torch and transformers (the extra `bench`). `reading` needs the package sympy,
-whose source code it reads.
+random. `peer` needs torch and transformers (the extra `bench`).
 """
 
 import importlib.util
@@ -248,31 +246,7 @@ def moves(_: DecoderConfig, layout: Layout[Decoder], args: Namespace) -> list[Ro
     ]
 
 
-def reading(_: DecoderConfig, __: Layout[Decoder], args: Namespace) -> list[Row]:
-    """Return a row with the tokens per second of CPU time at which batches are read."""
-    from sat_jax.data.batches import batches, open_split
-    from sat_jax.data.prepare import prepare
-    from sat_jax.data.tokenizer import load_tokenizer
-
-    prepared = prepare(
-        sources=["package:sympy/**/*.py"],
-        tokenizer=load_tokenizer("bytes"),
-        row_length=args.row_length,
-        held_out=0.05,
-        max_tokens=4_000_000,
-    )
-    batch_at = batches(open_split(prepared, "train"), 16, seed=0)
-    batch_at(0)
-    speeds = []
-    for turn in range(args.turns):
-        started, tokens = time.process_time(), 0
-        for step in range(100):
-            tokens += int(batch_at(100 * turn + step).loss_mask.sum())
-        speeds.append(tokens / (time.process_time() - started))
-    return [{"tokens_per_cpu_second": statistics.median(speeds)}]
-
-
-_PARTS = {"steps": steps, "peer": peer, "moves": moves, "reading": reading}
+_PARTS = {"steps": steps, "peer": peer, "moves": moves}
 
 
 def _step(execution: Execution, args: Namespace) -> Variant:

@@ -103,7 +103,6 @@ def parser() -> Parser:
     add("--out", type=Path, default=_OUT, metavar="FILE", help="JSON lines, appended to")
     add("--repeat", type=int, default=10, help="timed calls of each case; default 10")
     add("--minutes", type=float, help="start no measurement after this many minutes")
-    add("--profile", type=Path, metavar="DIR", help="write a trace of each case; measure nothing")
     return result
 
 
@@ -116,10 +115,6 @@ def main() -> None:
     # setting has two names, and jax refuses both together.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
-    if args.profile:
-        for case in cases:
-            _profile(model, case, args)
-        return
     started = time.monotonic()
 
     def measure(case: Case) -> Row:
@@ -284,16 +279,6 @@ def _peak(repeat: int) -> Row:
     square = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
     row = _time(products, (square, square + 0), repeat)
     return row | {"model_flops": 2.0 * size**3 * _PRODUCTS}
-
-
-def _profile(model: DecoderConfig, case: Case, args: Namespace) -> None:
-    """Write a trace of the second call of a case."""
-    execution, program = make_program(model, case, args)
-    state, kept, inputs = random_arguments(program, execution)
-    call = jax.jit(program.function, donate_argnums=0)
-    state, _ = jax.block_until_ready(call(state, kept, inputs))
-    with jax.profiler.trace(args.profile / f"{case.part}-{case.execution}-{case.rate:g}"):
-        jax.block_until_ready(call(state, kept, inputs))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Write a report on finished runs: an HTML page with figures and tables, and Markdown tables.
 
   python -m scripts.report runs/rates
-  python -m scripts.report runs/x runs/y --rows experiments/results/runs.jsonl --out report
+  python -m scripts.report runs/x runs/y experiments/results/runs.jsonl --out report
 
 The page shows quality against cost, a sentence for each variant, and a table for each comparison
 that a sweep or an experiment file declares, with means over seeds. Each run is compared with its
@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 from sat_jax.cli import Parser, run
-from sat_jax.errors import UserError
 
 _EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 
@@ -22,9 +21,8 @@ def parser() -> Parser:
     """Return the parser of the command line."""
     parser = Parser("report", __doc__)
     add = parser.add_argument
-    add("folders", nargs="*", type=Path, metavar="DIR", help="work directory of a run or a sweep")
-    add("--rows", action="append", default=[], type=Path, metavar="FILE",
-        help="a .jsonl file of rows written by --record; may be given several times")  # fmt: skip
+    add("paths", nargs="+", type=Path, metavar="PATH",
+        help="work directory of a run or a sweep, or a .jsonl file of --record")  # fmt: skip
     add("--out", default=Path("report"), type=Path, metavar="OUT",
         help="folder for report.html and tables.md; default report")  # fmt: skip
     return parser
@@ -33,17 +31,14 @@ def parser() -> Parser:
 def main() -> None:
     """Read the runs and write the page."""
     options = parser().parse_args()
-    if not options.folders and not options.rows:
-        raise UserError("nothing to report on; accepted: DIR, or --rows FILE")
     from sat_jax.results.finished import collect
     from sat_jax.results.page import write_report
     from sat_jax.results.sweep import declared_comparisons
 
-    runs, evaluations, comparisons = collect(
-        options.folders, options.rows, lambda line: print(line, file=sys.stderr)
-    )
-    declared = declared_comparisons(_EXPERIMENTS) if options.rows else []
-    for path in write_report(runs, evaluations, [*comparisons, *declared], options.out):
+    rows, comparisons = collect(options.paths, lambda line: print(line, file=sys.stderr))
+    if any(map(Path.is_file, options.paths)):
+        comparisons += declared_comparisons(_EXPERIMENTS)
+    for path in write_report(rows, comparisons, options.out):
         print(path)
 
 

@@ -19,13 +19,12 @@ from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sat_jax.cli import Parser, run
 from sat_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from sat_jax.results.finished import FinishedRun
     from sat_jax.results.launch import Launcher
     from sat_jax.results.planned import PlannedRun
     from sat_jax.results.runner import SweepDir, SweepRun
@@ -45,10 +44,10 @@ def parser() -> Parser:
     add("--seeds", type=int, metavar="N", help="train each run with the seeds 0 to N-1")
     add("--workdir", required=True, type=Path, metavar="DIR", help="folder of the sweep")
     add(
-        "--dry-run", action="store_true", help="print the runs and their cost without starting them"
+        "--dry-run",
+        action="store_true",
+        help="print the runs and their FLOPs without starting them",
     )
-    add("--flops-per-second", type=float, metavar="X",
-        help="speed for the times of --dry-run; default: that of the finished runs")  # fmt: skip
     add("--launcher", choices=("local", "slurm"), default="local", help="default: local")
     add("--workers", type=int, metavar="N",
         help="simultaneous runs; default: 1, on Slurm its limit. Speed-ups of runs that share a"
@@ -66,9 +65,8 @@ def main() -> None:
     overrides = [a.removeprefix(_PREFIX) for a in sys.argv[1:] if a.startswith(_PREFIX)]
     options = parser().parse_args([a for a in sys.argv[1:] if not a.startswith(_PREFIX)])
     _check(options)
-    from sat_jax.results.finished import finished_run
     from sat_jax.results.planned import dry_run, prepare_all
-    from sat_jax.results.record import record_run
+    from sat_jax.results.record import finished_row, record_run
     from sat_jax.results.rows import check
     from sat_jax.results.runner import SweepDir, run_sweep
     from sat_jax.results.tables import terminal_table
@@ -77,44 +75,44 @@ def main() -> None:
     folder = SweepDir(options.workdir)
     found = [folder.find(run) for run in runs]
     if options.dry_run:
-        summaries = {r.run.name: r.workdir.finished() for r in found}
-        done = {name: summary for name, summary in summaries.items() if summary}
-        print(dry_run(runs, done, options.flops_per_second))
+        print(dry_run(runs, [run.run.name for run in found if run.finished]))
         return
     if options.record is not None:
         check(options.record)
-    results: list[FinishedRun] = []
+    rows: list[dict[str, Any]] = []
 
     def finished(run: "SweepRun") -> None:
-        result = finished_run(run.workdir, options.config)
-        assert result is not None
-        results.append(result)
+        rows.append(finished_row(run.workdir, options.config))
         if options.record is not None:
-            record_run(options.record, result.row)
+            record_run(options.record, rows[-1])
 
     with ExitStack() as stack:
         folder.lock(stack)
         launcher = _launcher(options, folder)
-        data = prepare_all(runs, lambda line: print(line, file=sys.stderr))
+        data = prepare_all(runs, _log)
         for run in found:
             run.check_finished(data[run.run.name])
-        folder.add(sys.argv[1:], runs, comparisons)
-        run_sweep(folder, found, launcher, finished)
-    if results:
-        print(terminal_table(results))
+        folder.add(runs, comparisons)
+        run_sweep(folder, found, launcher, finished, _log)
+    if rows:
+        print(terminal_table(rows))
     failed = [run for run in found if run.error]
     for run in failed:
-        print(f"failed: {run.run.name}: {run.error} (log: {run.log})", file=sys.stderr)
+        _log(run.text())
     if failed:
         raise UserError(f"{len(failed)} of {len(runs)} runs failed; the same command tries again")
 
 
+def _log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def _check(options: Namespace) -> None:
     """Check the options that need no other module."""
-    for name in ("seeds", "workers", "flops_per_second"):
+    for name in ("seeds", "workers"):
         value = getattr(options, name)
         if value is not None and not value > 0:
-            raise UserError(f"--{name.replace('_', '-')} {value}; accepted: more than 0")
+            raise UserError(f"--{name} {value}; accepted: more than 0")
     if options.launcher != "slurm" and options.slurm:
         raise UserError("--slurm needs --launcher slurm")
     if options.launcher != "local" and options.gpus:
@@ -143,11 +141,11 @@ def _launcher(options: Namespace, folder: "SweepDir") -> "Launcher":
     from sat_jax.results.launch import Local, Slurm, slurm_options
 
     if options.launcher == "slurm":
-        return Slurm(folder.logs, slurm_options(options.slurm), options.workers)
+        return Slurm(folder.path, slurm_options(options.slurm), options.workers)
     ids = options.gpus.split(",") if options.gpus else []
-    if not all(part.isdecimal() for part in ids):
+    if not all(part.isdecimal() for part in ids) or len(set(ids)) < len(ids):
         raise UserError(f"--gpus {options.gpus}; accepted: CUDA device numbers, as in 0,1,2,3")
-    return Local(folder.logs, options.workers or 1, [int(part) for part in ids])
+    return Local(options.workers or 1, ids)
 
 
 if __name__ == "__main__":

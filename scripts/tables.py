@@ -1,7 +1,7 @@
-"""Update the tables and figures of the documents from the committed rows in experiments/results.
+"""Update the tables and the picture of the documents from the rows in experiments/results.
 
   python -m scripts.tables           # writes README.md, experiments/README.md, docs/*.md, and
-                                     # docs/pictures
+                                     # docs/pictures/study.png
   python -m scripts.tables --check   # writes nothing; exit code 2 if anything would change
 
 The text between `<!-- table: FILE.KIND -->` and `<!-- /table -->` is replaced by a table of the
@@ -18,9 +18,9 @@ from pathlib import Path
 from sat_jax.cli import Parser, run
 from sat_jax.errors import UserError
 
-PICTURES = Path("docs") / "pictures"
-RESULTS = Path("experiments") / "results"
-_ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "experiments" / "results"
+STUDY = RESULTS / "study.jsonl", ROOT / "docs" / "pictures" / "study.png"
 
 
 def parser() -> Parser:
@@ -33,23 +33,22 @@ def parser() -> Parser:
 
 
 def main() -> None:
-    """Write the documents and figures, or check them."""
+    """Write the documents and the picture, or check them."""
     options = parser().parse_args()
-    from sat_jax.results.documents import outdated, outdated_pictures, pictures
+    from sat_jax.results.documents import draw, is_outdated, outdated
     from sat_jax.results.sweep import declared_comparisons
 
-    changed = outdated(_ROOT, _ROOT / RESULTS, declared_comparisons(_ROOT / "experiments"))
-    if options.check:
-        old = [*changed, *outdated_pictures(_ROOT / RESULTS, _ROOT / PICTURES)]
-        names = ", ".join(str(path.relative_to(_ROOT)) for path in old)
-        if old:
-            raise UserError(f"outdated: {names}; run: make tables")
-        return
+    changed = outdated(ROOT, RESULTS, declared_comparisons(ROOT / "experiments"))
+    old = [*changed, *([STUDY[1]] if is_outdated(*STUDY) else [])]
+    names = [str(path.relative_to(ROOT)) for path in old]
+    if options.check and old:
+        raise UserError(f"outdated: {', '.join(names)}; run: make tables")
     for path, text in changed.items():
         path.write_text(text, encoding="utf-8")
-        print(path.relative_to(_ROOT))
-    for path in pictures(_ROOT / RESULTS, _ROOT / PICTURES):
-        print(path.relative_to(_ROOT))
+    if STUDY[1] in old:
+        draw(*STUDY)
+    for name in names:
+        print(name)
 
 
 if __name__ == "__main__":

@@ -45,11 +45,10 @@ def main() -> None:
     config = load(options.config, overrides)
 
     from sat_jax.parallel.processes import is_primary, join
-    from sat_jax.results.record import dense_reference, record_run, row_of
+    from sat_jax.results.record import dense_reference, finished_row, record_run
     from sat_jax.results.rows import check
     from sat_jax.results.run_table import end_of_run
     from sat_jax.train.loop import train
-    from sat_jax.train.metrics import read_metrics
     from sat_jax.train.workdir import WorkDir
 
     if options.record is not None:
@@ -60,8 +59,7 @@ def main() -> None:
     if not is_primary():
         return
     if options.record is not None:
-        records = read_metrics(WorkDir(options.workdir).metrics)
-        record_run(options.record, row_of(options.config, config, summary, records))
+        record_run(options.record, finished_row(WorkDir(options.workdir), options.config))
     reference = dense_reference(_RESULTS, config, summary["data"])
     shown = {
         "perplexity_dense": reference,

@@ -4,19 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from sat_jax.config import Config, ModelConfig, OptimizerConfig, SparsityConfig, TrainConfig
-from sat_jax.results.finished import FinishedRun, collect
+from sat_jax.results.finished import collect
 from sat_jax.results.record import record_run, row_of
+from sat_jax.results.rows import Row
 from sat_jax.results.sweep import Comparison
 from tests.test_tables import rung
 
 DEVICE = {"platform": "gpu", "kind": "NVIDIA H200", "count": 1, "processes": 1, "host_cpus": 16}
-
-
-PREPARED = {
-    "splits": {"train": {"documents": 90, "useful_share": 0.87, "long_documents": 3},
-               "held_out": {"documents": 10, "useful_share": 0.5, "long_documents": 1}},
-    "left_out": {"without an answer": 2}, "form": {"format": "messages", "too_long": "drop"},
-}  # fmt: skip
 
 
 def config_of(seed: int, **changed: Any) -> Config:
@@ -41,7 +35,7 @@ def summary_of(
         "selections": 2, "probes": 2, "compile_seconds": 5.0, "data": "d" * 20,
         "seconds": {"compile": 9.0, "data": 1.0, "step": step, "refresh": 0.5, "evaluate": 7.0,
                     "checkpoint": 0.5, "other": 3.0, "total": 21.0 + step},
-        "prepared": PREPARED, "peak_memory": {"bytes": 2_000_000_000, "of": "device"},
+        "peak_memory": {"bytes": 2_000_000_000, "of": "device"},
         "versions": {"python": "3.11.7"}, "device": DEVICE, "commit": "a" * 40,
     } | changed  # fmt: skip
 
@@ -58,12 +52,12 @@ RECORDS = [
 ]  # fmt: skip
 
 
-def runs(tmp_path: Path, *finished: tuple[Config, dict[str, Any]]) -> list[FinishedRun]:
-    """Return the runs as read from recorded rows."""
+def runs(tmp_path: Path, *finished: tuple[Config, dict[str, Any]]) -> list[Row]:
+    """Return the recorded rows of runs."""
     file = tmp_path / "rows.jsonl"
     for config, summary in finished:
         record_run(file, row_of("experiments/x.py", config, summary, RECORDS))
-    return collect([], [file], print)[0]
+    return collect([file], print)[0]
 
 
 DENSE = [rung(0.0, 100.0)]
@@ -73,7 +67,7 @@ SPARSE = [rung(0.5, 150.0, tokens=3000), rung(0.0, 100.0, tokens=1000)]
 RATES = Comparison("rates", "Omission rate", ("sparsity.rate",))
 
 
-def study(tmp_path: Path) -> list[FinishedRun]:
+def study(tmp_path: Path) -> list[Row]:
     return runs(
         tmp_path,
         (config_of(0), summary_of(10.0, 38.0, DENSE, spent_flops=1e10)),

@@ -135,19 +135,6 @@ def test_a_measurement_that_ends_the_process_leaves_a_row(tmp_path: Path) -> Non
     assert not list(add_rows(out, ARGS, "cpu", [case], measure))
 
 
-def test_a_profile_has_a_trace_of_each_case(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(efficiency, "cases_of", lambda part, _: [Case(part, "gather", 0.5)])
-    out = tmp_path / "rows.jsonl"
-    call(monkeypatch, efficiency, "--out", out, "--profile", tmp_path / "traces")
-    traces = {
-        path.parents[3].name for path in tmp_path.glob("traces/*/plugins/profile/*/*.xplane.pb")
-    }
-    assert traces == {"step-gather-0.5", "step-gather-1", "optimizer-gather-0.5"}
-    assert not out.exists()
-
-
 def test_the_omitted_state_is_counted() -> None:
     tiny: Any = preset("tiny")
     execution, program = make_program(tiny, Case("step", "gather", 0.5), ARGS)

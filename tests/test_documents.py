@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from sat_jax.errors import UserError
-from sat_jax.results.documents import fill, outdated, outdated_pictures, pictures
+from sat_jax.results.documents import draw, fill, is_outdated, outdated
 from sat_jax.results.rows import read
 from sat_jax.results.sweep import declared_comparisons
-from scripts.tables import PICTURES, RESULTS
+from scripts.tables import RESULTS, STUDY
 from tests.conftest import ROOT
 from tests.result_runs import RATES, study
 
@@ -61,21 +61,21 @@ def test_a_table_in_a_document_is_made_of_rows(tmp_path: Path) -> None:
 
 def test_the_documents_are_what_the_rows_make_of_them() -> None:
     comparisons = declared_comparisons(ROOT / "experiments")
-    assert list(outdated(ROOT, ROOT / RESULTS, comparisons)) == [], "run: make tables"
-    assert outdated_pictures(ROOT / RESULTS, ROOT / PICTURES) == [], "run: make tables"
+    assert list(outdated(ROOT, RESULTS, comparisons)) == [], "run: make tables"
+    assert not is_outdated(*STUDY), "run: make tables"
     assert "<!-- table: " in (ROOT / "README.md").read_text()
-    for file in (ROOT / RESULTS).glob("*.jsonl"):
+    for file in RESULTS.glob("*.jsonl"):
         assert all("date" in row for row in read(file))
 
 
-def test_pictures_are_outdated_when_their_rows_change(tmp_path: Path) -> None:
+def test_a_picture_is_outdated_when_its_rows_change(tmp_path: Path) -> None:
     study(tmp_path)
-    rows, folder = (tmp_path / "rows.jsonl").rename(tmp_path / "study.jsonl"), tmp_path / "made"
-    assert outdated_pictures(tmp_path, folder) == [folder / "study.png"]
-    assert pictures(tmp_path, folder) == [folder / "study.png"]
-    assert outdated_pictures(tmp_path, folder) == []
+    rows, picture = tmp_path / "rows.jsonl", tmp_path / "made" / "study.png"
+    assert is_outdated(rows, picture)
+    draw(rows, picture)
+    assert not is_outdated(rows, picture)
     rows.write_text("\n".join(reversed(rows.read_text().splitlines())) + "\n")
-    assert outdated_pictures(tmp_path, folder) == [folder / "study.png"]
+    assert is_outdated(rows, picture)
     rows.write_text("")
     with pytest.raises(UserError, match="no sparse run with a dense baseline"):
-        pictures(tmp_path, folder)
+        draw(rows, picture)

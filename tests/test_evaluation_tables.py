@@ -92,7 +92,7 @@ def test_a_report_has_them_beside_runs_and_alone(tmp_path: Path) -> None:
     study(tmp_path)
     both = [tmp_path / "rows.jsonl", alone]
     for files, count in ((both, 6), ([alone], 1)):
-        page, _ = write_report(*collect([], files, print), tmp_path / "out")
+        page, _ = write_report(*collect(files, print), tmp_path / "out")
         text = page.read_text()
         assert f"Sparsity-Accelerated Training: {count} results</h1>" in text
         assert "0.500 ± 0.125" in text and "cccccccccc" in text

@@ -7,9 +7,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
 
-from sat_jax.results.run_plots import Kept, kept_figure, loss_figure, save, speed_figure
+from sat_jax.results.run_plots import Kept, kept_figure, loss_figure, save
 from tests.tolerances import assert_close
 
 METRICS: list[dict[str, Any]] = [
@@ -19,12 +18,6 @@ METRICS: list[dict[str, Any]] = [
     {"step": 3, "eval_loss": 2.5},
     {"step": 4, "tokens": 400, "loss": 2.0, "eval_loss": 2.25, "omission_rate": 0.0},
 ]
-RUNGS: list[dict[str, Any]] = [
-    {"omission_rate": rate, "kept_heads": 1.0, "kept_channels": 1 - rate,
-     "speedup": speedup, "speedup_spread": spread,
-     "bound": bound}
-    for rate, speedup, spread, bound in [(0.4, 1.4, 0.2, 1.5), (0.2, None, None, 1.2), (0, 1, 0, 1)]
-]  # fmt: skip
 # Of the heads of the first layer two selections omitted some, of those of the second none.
 HEADS = Kept(np.array([[2, 0, 1], [0, 0, 0]]), np.array([2, 0]))
 CHANNELS = Kept(np.array([[4, 4, 0, 1], [2, 2, 3, 4]]), np.array([4, 4]))
@@ -42,31 +35,26 @@ def points(axes: Axes, line: int) -> list[tuple[float, float]]:
     return list(zip(map(float, x), map(float, y), strict=True))
 
 
-def labels(axes: Axes) -> list[str]:
-    return [text.get_text() for text in axes.texts]
-
-
 def test_files_have_the_stated_size(tmp_path: Path) -> None:
     folder = tmp_path / "new"
     deep = Kept(np.ones((60, 3), int), np.ones(60, int))
     written = [
         save(loss_figure(METRICS), folder / "loss.png"),
-        save(speed_figure(RUNGS), folder / "speed.png"),
         save(kept_figure(HEADS, CHANNELS), folder / "kept.png"),
         save(kept_figure(deep, deep), folder / "deep.png"),
     ]
-    assert [path.name for path in written] == ["loss.png", "speed.png", "kept.png", "deep.png"]
-    assert [png_size(path) for path in written] == [*[(1200, 675)] * 3, (1200, 1305)]
+    assert [path.name for path in written] == ["loss.png", "kept.png", "deep.png"]
+    assert [png_size(path) for path in written] == [*[(1200, 675)] * 2, (1200, 1305)]
 
 
 def test_a_pdf_with_its_fonts_lies_beside_the_png(tmp_path: Path) -> None:
-    for name, figure in {"a.png": speed_figure(RUNGS), "b": kept_figure(HEADS, CHANNELS)}.items():
+    for name, figure in {"a.png": loss_figure(METRICS), "b": kept_figure(HEADS, CHANNELS)}.items():
         pdf = save(figure, tmp_path / name).with_suffix(".pdf").read_bytes()
         assert pdf.startswith(b"%PDF") and b"/FontFile2" in pdf and b"/Type3" not in pdf
 
 
 def test_the_same_data_gives_the_same_bytes(tmp_path: Path) -> None:
-    paths = [save(speed_figure(RUNGS), tmp_path / f"{name}.png") for name in "ab"]
+    paths = [save(loss_figure(METRICS), tmp_path / f"{name}.png") for name in "ab"]
     for ending in (".png", ".pdf"):
         first, second = (path.with_suffix(ending).read_bytes() for path in paths)
         assert first == second and b"CreationDate" not in first
@@ -98,31 +86,6 @@ def test_omission_rate_is_that_of_the_tokens_before() -> None:
 
 def test_a_run_of_no_steps_still_draws(tmp_path: Path) -> None:
     assert save(loss_figure(METRICS[:1]), tmp_path / "loss.png").exists()
-
-
-def test_bars_are_speedups_and_lines_are_bounds() -> None:
-    axes = speed_figure(RUNGS).axes[0]
-    bars: list[Any] = [*axes.patches]
-    assert [bar.get_height() for bar in bars] == [1.4, 1]
-    assert [bar.get_x() + bar.get_width() / 2 for bar in bars] == [0, 2]
-    spreads, limits = (c for c in axes.collections if isinstance(c, LineCollection))
-    assert_close([s[:, 1] for s in spreads.get_segments()], [[1.2, 1.6], [1, 1]],
-                 "float64", "forward")  # fmt: skip
-    assert_close([s[0, 1] for s in limits.get_segments()], [1.5, 1.2, 1], "float64", "forward")
-    assert labels(axes) == ["1.40×", "not\nmeasured", "1.00×"]
-    assert [t.get_text() for t in axes.get_xticklabels()] == ["40 %", "20 %", "dense"]
-    assert axes.get_ylim()[1] > 1.6
-
-
-def test_no_line_cuts_through_a_number() -> None:
-    rungs = [{**RUNGS[0], "speedup": speedup, "bound": bound}
-             for speedup, bound in [(9.0, 10.0), (9.6, 9.5), (1.2, 1.3), (12.0, 9.5)]]  # fmt: skip
-    figure = speed_figure([*rungs, RUNGS[2]])
-    figure.draw_without_rendering()
-    (axes,) = figure.axes
-    drawn = [*axes.patches, *(c for c in axes.collections if isinstance(c, LineCollection))]
-    highest = max(one.get_window_extent().y1 for one in drawn)
-    assert min(text.get_window_extent().y0 for text in axes.texts) > highest
 
 
 def test_maps_show_shares_layer_by_layer_on_one_whole_scale() -> None:

@@ -5,21 +5,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sat_jax.config import Config, DataConfig, OptimizerConfig
+from sat_jax.errors import UserError
 from sat_jax.results.figures import quality_figure
 from sat_jax.results.page import write_report
 from sat_jax.results.speed import speedup_text
 from sat_jax.results.sweep import Comparison
-from sat_jax.results.tables import (
-    across_tables,
-    comparison_tables,
-    cost_table,
-    loss_table,
-    quality_table,
-    sentence,
-    small_groups_table,
-)
-from sat_jax.results.variants import make_groups
+from sat_jax.results.tables import Table, across_tables, group_tables, quality_table, sentence
+from sat_jax.results.variants import Group, make_groups
 from tests.result_runs import DENSE, RATES, SPARSE, config_of, runs, study, summary_of
 from tests.test_variants import shorter
 from tests.tolerances import assert_close
@@ -28,9 +23,14 @@ METRICS = Comparison("metrics", "Metric", ("sparsity.metric", "sparsity.selectio
 LEARNING_RATES = Comparison("learning_rates", "Learning rate", ("optimizer.learning_rate",))
 
 
+def table_of(group: Group, name: str) -> Table:
+    (table,) = (table for table in group_tables(group, []) if table.name == name)
+    return table
+
+
 def test_numbers_of_the_quality_table(tmp_path: Path) -> None:
     (group,) = make_groups(study(tmp_path))
-    table = quality_table(group)
+    table = quality_table([group])
     assert table.header == ("variant", "seeds", "perplexity", "from dense", "FLOPs")
     assert table.rows == (
         ("dense", "2", "15.000 ± 5.000", "-", "100 %"),
@@ -42,7 +42,7 @@ def test_numbers_of_the_quality_table(tmp_path: Path) -> None:
 
 def test_difference_at_equal_flops_has_a_column(tmp_path: Path) -> None:
     group, _ = make_groups(shorter(tmp_path))
-    table = quality_table(group)
+    table = quality_table([group])
     assert table.header[3:5] == ("from dense", "at equal FLOPs")
     assert table.rows[1:] == (
         ("dense, 6 steps", "1", "12.000", "+20.0 %", "-", "80 %"),
@@ -51,16 +51,16 @@ def test_difference_at_equal_flops_has_a_column(tmp_path: Path) -> None:
     assert "of fewer seeds" in table.notes[0]
     assert sentence(group.sparse[0]) == (
         "r = 0.4: perplexity +12.0 % ± 2.0 % from dense training on the same tokens (2 seeds), with"
-        " 80 % of its FLOPs; -5.0 % at equal FLOPs."
+        " 80 % of its FLOPs; -5.0 %§ at equal FLOPs."
     )
     # Only comparisons of the rate have dense runs of fewer steps.
-    (other,) = comparison_tables(group, [METRICS])
+    other, *_ = group_tables(group, [METRICS])
     assert [row[0] for row in other.rows] == ["dense", "r = 0.4"]
 
 
 def test_numbers_of_the_cost_table(tmp_path: Path) -> None:
     (group,) = make_groups(study(tmp_path))
-    table = cost_table(group)
+    table = table_of(group, "cost")
     assert table.rows[0][2:] == ("40.0 s ± 0.0 s", "2.00 GB", "10.00 GFLOP", "100 %", "-", "-")
     # None at another commit than the dense baseline; 2.25× ± 0.25×, where FLOPs allow 1.25×.
     assert table.rows[1][-2:] == ("-", "1.25×")
@@ -93,7 +93,7 @@ def test_variants_are_in_the_tables_of_the_comparisons_that_declare_them(tmp_pat
     )
     (group,) = make_groups(records)
     schedules = Comparison("schedules", "Schedule", ("sparsity.schedule",))
-    tables = comparison_tables(group, [RATES, METRICS, schedules, LEARNING_RATES])
+    *tables, _, _ = group_tables(group, [RATES, METRICS, schedules, LEARNING_RATES])
     assert [(table.title, [row[0] for row in table.rows]) for table in tables] == [
         ("Omission rate", ["dense", "r = 0.2", "r = 0.4"]),
         (
@@ -107,7 +107,7 @@ def test_variants_are_in_the_tables_of_the_comparisons_that_declare_them(tmp_pat
         ),
         ("Other variants", ["dense", "r = 0.4, block 2"]),
     ]
-    (alone,) = comparison_tables(group, [])
+    alone = table_of(group, "other")
     assert alone.title == "Variants" and len(alone.rows) == 6
 
 
@@ -138,7 +138,7 @@ def test_settings_outside_sparsity_are_compared_across_groups(tmp_path: Path) ->
         ("learning rate 0.002: dense", "-"),
         ("learning rate 0.002: r = 0.4", "+5.0 %"),
     ]
-    assert len(small_groups_table(groups).rows) == 5
+    assert len(quality_table(groups).rows) == 5
 
 
 def test_training_losses_are_compared_by_parts_of_the_run(tmp_path: Path) -> None:
@@ -146,23 +146,23 @@ def test_training_losses_are_compared_by_parts_of_the_run(tmp_path: Path) -> Non
     seed nothing."""
     records = study(tmp_path)
     curve = {"tokens": [500 * k for k in range(1, 9)], "loss": [float(8 - k) for k in range(8)]}
-    for run in records:
-        run.row["curve"] = curve
+    for row in records:
+        row["curve"] = curve
     higher = [
         loss + extra for loss, extra in zip(curve["loss"], [0.5, 0.25, *[0.0] * 6], strict=True)
     ]
-    (sparse,) = [run for run in records if run.row["rate"] == 0.4 and run.seed == 0]
-    sparse.row["curve"] = {**curve, "loss": higher}
+    sparse = next(row for row in records if row["rate"] == 0.4)
+    sparse["curve"] = {**curve, "loss": higher}
     (group,) = make_groups(records)
-    table = loss_table(group)
-    assert table is not None
+    table = table_of(group, "losses")
     assert table.header[:4] == ("variant", "seeds", "steps 1 to 1", "2 to 2")
     assert table.rows[1] == (
         "r = 0.4", "2", "+0.25 ± 0.25", "+0.12 ± 0.12", *["+0.00 ± 0.00"] * 6,
     )  # fmt: skip
-    (dense,) = make_groups([run for run in records if run.dense])
-    assert loss_table(dense) is None and quality_figure(dense) is None
-    assert [row[0] for row in quality_table(dense).rows] == ["dense"]
+    (dense,) = make_groups([row for row in records if row["rate"] == 0])
+    assert quality_figure(dense) is None
+    assert [table.name for table in group_tables(dense, [])] == ["other", "cost"]
+    assert [row[0] for row in quality_table([dense]).rows] == ["dense"]
 
 
 def test_captions_have_what_runs_share(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_captions_have_what_runs_share(tmp_path: Path) -> None:
     )
     records = runs(tmp_path, (tuned, summary_of(10.0, 38.0, SPARSE, loss_tokens=1000)))
     (group,) = make_groups(records)
-    caption = quality_table(group).caption
+    caption = quality_table([group]).caption
     assert "8 steps, 4,000 tokens; 25 % of them with loss; learning rate 0.0001, " in caption
     assert "unless named otherwise dense layers 0; data dddddddd; NVIDIA H200" in caption
     assert (
@@ -225,11 +225,17 @@ class Page(HTMLParser):
             self.cells[-1] += data
 
 
+def test_a_page_without_results_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no finished run and no evaluation to report on"):
+        write_report([], [RATES], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_page_is_one_file_with_every_number(tmp_path: Path) -> None:
     records = study(tmp_path)
     other = (with_rate(config_of(0, rate=0.4), 0.5), summary_of(12.0, 18.0, SPARSE))
     records = [*records, *runs(tmp_path, other)[-1:]]
-    html, markdown = write_report([*records, records[0]], [], [RATES], tmp_path / "out")
+    html, markdown = write_report([*records, records[0]], [RATES, RATES], tmp_path / "out")
     text = html.read_text()
     assert "http" not in text and "url(" not in text and "@import" not in text
     page = Page(text)
@@ -237,10 +243,7 @@ def test_the_page_is_one_file_with_every_number(tmp_path: Path) -> None:
     assert {link[1:] for link in page.links if link != image} == set(page.ids)
     assert text.index(image) < text.index("r = 0.4: perplexity +15.0 %") < text.index("<table")
     large, small = make_groups(records)
-    losses = loss_table(large)
-    assert losses is not None
-    tables = [*comparison_tables(large, [RATES]), cost_table(large), losses]
-    tables.append(small_groups_table([small]))
+    tables = [*group_tables(large, [RATES]), quality_table([small], "Other settings")]
     assert page.cells == [cell for one in tables for row in (one.header, *one.rows) for cell in row]
     assert "NVIDIA H200" in text and "aaaaaaaaaa (6 of 7)" in text
     for table in tables:

@@ -188,7 +188,7 @@ def test_kept_neurons_are_counted(unbroken: Finished) -> None:
 
 def test_pictures_are_drawn(unbroken: Finished) -> None:
     figures = [Path(figure) for figure in unbroken.summary["figures"]]
-    assert {figure.name for figure in figures} == {"loss.png", "speed.png", "kept.png"}
+    assert {figure.name for figure in figures} == {"loss.png", "kept.png"}
     for figure in figures:
         assert figure.read_bytes().startswith(b"\x89PNG")
         assert figure.with_suffix(".pdf").exists()

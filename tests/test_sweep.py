@@ -1,6 +1,9 @@
-"""Sweeps: axes, lists, names, invalid runs, display, and the order of runs."""
+"""Sweeps: axes, lists, names, invalid runs, launchers, and the order of runs."""
 
 import json
+import os
+import signal
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import submitit
 
 from sat_jax.config_values import experiment, load
 from sat_jax.errors import UserError
@@ -25,7 +27,6 @@ from sat_jax.results.sweep import (
     declared_comparisons,
     parse_axes,
     settings_text,
-    short_names,
     sweep_of,
 )
 from sat_jax.train.files import write_json
@@ -79,7 +80,7 @@ def test_runs_axes_and_seeds_are_crossed() -> None:
     ]  # fmt: skip
     comparison = comparison_of(points)
     assert comparison.settings == ("sparsity.rate", "sparsity.metric")
-    assert comparison.title == "Runs that differ in rate, metric"
+    assert comparison.title == "Runs that differ in sparsity.rate, sparsity.metric"
 
 
 @pytest.mark.parametrize(
@@ -139,9 +140,8 @@ def test_a_name_is_what_results_depend_on() -> None:
 
 def test_dense_runs_that_differ_in_sparsity_are_one() -> None:
     runs = runs_of("sparsity.rate=0,0.5", "sparsity.metric=uniform,wanda", "seed=0,1")
-    names = {"sparsity.rate": "rate"}
-    dense = [settings_text(run.settings, names) for run in runs if max(run.config.rates) == 0]
-    assert dense == ["rate=0 seed=0", "rate=0 seed=1"]
+    dense = [settings_text(run.settings) for run in runs if max(run.config.rates) == 0]
+    assert dense == ["sparsity.rate=0 seed=0", "sparsity.rate=0 seed=1"]
     assert len(runs) == 6
     assert {dense_baseline(run.config) for run in runs if run.settings["seed"] == 0} == {
         dense_baseline(runs[0].config)
@@ -178,34 +178,14 @@ def test_an_invalid_run_is_named() -> None:
         prepare_all(runs, print)
 
 
-def test_short_names_stay_apart() -> None:
-    assert short_names(["a.rate", "b.rate", "b.name"]) == {
-        "a.rate": "a.rate", "b.rate": "b.rate", "b.name": "name",
-    }  # fmt: skip
-
-
-def test_progress_is_shown(tmp_path: Path) -> None:
-    (run,) = runs_of("sparsity.rate=0.25")
-    in_folder = SweepDir(tmp_path).find(run)
-    assert in_folder.progress() == "step 0/24  "
-    in_folder.workdir.path.mkdir()
-    records = [
-        {"step": 0, "eval_loss": 5.5},
-        {"step": 6, "loss": 3.5, "tokens_per_second": 1234.0, "seconds": 0.5},
-    ]
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    in_folder.workdir.metrics.write_text(lines + '{"step": 7, "lo')  # an incomplete line
-    assert in_folder.progress() == "step 6/24  loss 3.5000  eval 5.5000  1.23k tok/s"
-
-
 def test_the_folder_remembers_what_was_asked(tmp_path: Path) -> None:
     folder = SweepDir(tmp_path / "sweep")
     first, second = runs_of("sparsity.rate=0.25,0.5")
     comparison = Comparison("x", "X", ("sparsity.rate",))
     with ExitStack() as stack:
         folder.lock(stack)
-        for command, runs in ((["a"], [first]), (["b"], [second]), (["a"], [first])):
-            folder.add(command, runs, [comparison])
+        for runs in ([first], [second], [first]):
+            folder.add(runs, [comparison])
         with pytest.raises(UserError, match="is in use by process"):
             SweepDir(tmp_path / "sweep").lock(stack)
     contents = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
@@ -216,7 +196,6 @@ def test_the_folder_remembers_what_was_asked(tmp_path: Path) -> None:
         first.name: {"sparsity.rate": 0.25},
         second.name: {"sparsity.rate": 0.5},
     }
-    assert len(contents["commands"]) == 2
     done = folder.find(first).workdir
     done.path.mkdir()
     write_json(done.summary, {})
@@ -242,10 +221,10 @@ class _AtOnce:
         for job in jobs:
             job.directory.mkdir(parents=True)
             write_json(job.directory / "summary.json", {})
-        return [SimpleNamespace(done=lambda: True) for _ in jobs]
+        return ["job" for _ in jobs]
 
-    def attach(self, job_id: str) -> None:
-        del job_id
+    def done(self, job: str) -> bool:
+        return job == "job"
 
     def stop(self) -> None:
         raise AssertionError("nothing asked to stop")
@@ -256,7 +235,11 @@ def test_seeds_of_a_variant_do_not_start_together(tmp_path: Path) -> None:
     runs = runs_of("sparsity.rate=0,0.25,0.5", "seed=0,1")
     (extra,) = runs_of("sparsity.rate=0.5", fixed={"seed": 2})
     launcher = _AtOnce()
-    run_sweep(folder, [folder.find(run) for run in [*runs, extra]], launcher, lambda *_: None)
+    lines: list[str] = []
+    found = [folder.find(run) for run in [*runs, extra]]
+    run_sweep(folder, found, launcher, lambda *_: None, lines.append)  # type: ignore[arg-type]
+    assert lines[0] == f"7 runs, 0 finished before; their output: {folder.logs}"
+    assert f"{extra.name}  sparsity.rate=0.5  finished" in lines
     assert [(job.config.seed, job.config.sparsity.rate) for job in launcher.jobs] == [
         (0, 0.0), (0, 0.25), (0, 0.5), (1, 0.0), (1, 0.25), (1, 0.5), (2, 0.5),
     ]  # fmt: skip
@@ -270,54 +253,57 @@ def test_options_of_a_launcher_are_checked(tmp_path: Path, monkeypatch: pytest.M
     for wrong in (["time"], ["partition=a"], ["time=1:00"], ["time=5,time=6"]):
         with pytest.raises(UserError, match="--slurm "):
             slurm_options(wrong)
-    for name in ("sbatch", "srun"):
-        (tmp_path / name).touch(mode=0o755)
+    (tmp_path / "srun").touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"--slurm: Unavailable parameter\(s\): \['tyme'\]"):
+    with pytest.raises(UserError, match=r"slurm: Unavailable parameter\(s\): \['tyme'\]"):
         Slurm(tmp_path, {"time": 5, "tyme": 5})
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
-    with pytest.raises(UserError, match="no sbatch on PATH"):
+    with pytest.raises(UserError, match='slurm: Could not detect "srun"'):
         Slurm(tmp_path, {"time": 5})
     with pytest.raises(UserError, match="--gpus 0,1,2 are not shared evenly by --workers 2"):
-        Local(tmp_path, 2, [0, 1, 2])
-
-
-class Held:
-    """A job that has not ended, in place of submitit's."""
-
-    def __init__(self, job: Job):
-        self.job = job
-
-    def done(self) -> bool:
-        return False
+        Local(2, ["0", "1", "2"])
 
 
 def test_each_worker_has_its_own_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submitit.LocalExecutor, "submit", lambda _, job: Held(job))
+    monkeypatch.setattr(Job, "start", lambda job: SimpleNamespace(job=job, is_alive=lambda: True))
     (run,) = runs_of("sparsity.rate=0.5")
     job = Job(run.config, tmp_path / "run", tmp_path / "log")
-    shared = Local(tmp_path, 2, [4, 5, 6, 7])
+    shared: Any = Local(2, ["4", "5", "6", "7"])
     assert shared.room() == 2
-    first, second = (held.job for held in shared.submit([job, job]))  # type: ignore[attr-defined]
+    assert [process.job.devices for process in shared.submit([job, job])] == ["4,6", "5,7"]
     assert shared.room() == 0
-    assert first.environment == {"CUDA_VISIBLE_DEVICES": "4,5"} and first.platform == "cuda"
-    assert second.environment == {"CUDA_VISIBLE_DEVICES": "6,7"}
-    for given in ("3", None):  # as this process has it: submitit would hide all of them
-        if given is None:
-            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        else:
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
-        (only,) = (held.job for held in Local(tmp_path).submit([job]))  # type: ignore[attr-defined]
-        assert only.environment == {"CUDA_VISIBLE_DEVICES": given} and only.platform is None
+    alone: Any = Local()
+    assert alone.submit([job])[0].job == job  # its devices are those of this process
+
+
+class _Waiting(Job):
+    def _train(self) -> None:
+        self.log.touch()
+        time.sleep(600)
+
+
+def test_signals_for_a_launcher_do_not_end_a_run(tmp_path: Path) -> None:
+    """Ctrl-C, and the signal of Slurm before a time limit, reach every process."""
+    log = tmp_path / "log"
+    process = _Waiting(load(TINY), tmp_path / "run", log).start()
+    while not log.exists():
+        assert process.is_alive()
+        time.sleep(0.1)
+    assert process.pid is not None
+    for number in (signal.SIGINT, signal.SIGUSR2):
+        os.kill(process.pid, number)
+    process.join(0.5)
+    assert process.is_alive()
+    process.terminate()
+    process.join()
+    assert process.exitcode == -signal.SIGTERM
 
 
 def test_the_reason_of_a_failure_is_the_end_of_the_log(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    assert failure(log) == "its process ended without an error"
+    assert failure(log) == "no output"
     log.write_text("step 1/2\nerror: step 2 has loss nan\n")
     assert failure(log) == "step 2 has loss nan"
-    log.write_text("error: of an earlier attempt\nstep 1/2\n")
-    assert failure(log) == "its process ended without an error"
 
 
 def test_invalid_runs_start_nothing(tmp_path: Path, run_python: RunPython) -> None:

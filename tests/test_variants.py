@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import pytest
 from sat_jax.config import Config, DataConfig, ModelConfig
 from sat_jax.config_values import fingerprint, to_dict
 from sat_jax.errors import UserError
-from sat_jax.results.curves import curve_of, part_means
-from sat_jax.results.finished import collect, newest
+from sat_jax.results.finished import FinishedRun, collect, finished_runs
+from sat_jax.results.record import curve_of
 from sat_jax.results.sweep import Comparison
-from sat_jax.results.variants import difference_at_equal_flops, make_groups
+from sat_jax.results.variants import PairedRun, Variant, make_groups, mean_of, part_means
 from tests.result_runs import (
     DENSE,
     DEVICE,
@@ -28,36 +29,44 @@ from tests.result_runs import (
 from tests.tolerances import assert_close
 
 
-def cost(spent: float, after: float | None) -> dict[str, Any]:
-    return {"spent_flops": spent, "perplexity_after": after}
-
-
 def with_steps(config: Config, steps: int) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
 
 
+def finished(spent: float, after: float | None, rate: float = 0.0) -> FinishedRun:
+    return FinishedRun({"spent_flops": spent, "perplexity_after": after, "rate": rate})
+
+
+def at_equal_flops(spent: float, after: float | None, *dense: tuple[float, Any]) -> float | None:
+    """Of a sparse run, beside dense runs of these FLOPs and perplexities."""
+    row = finished(spent, after, rate=0.4).row
+    return PairedRun(row, None, tuple(finished(*one) for one in dense)).difference_at_equal_flops()
+
+
 def test_log_perplexity_is_interpolated_linearly_in_log_flops() -> None:
     """√(4 · 8) FLOPs are halfway between 4 and 8, and √(9 · 4) = 6 between 9 and 4."""
-    dense = [cost(8.0, 4.0), cost(4.0, 9.0)]
-    values = [difference_at_equal_flops(cost(math.sqrt(32.0), 6.6), dense)]
-    values.append(difference_at_equal_flops(cost(4.0, 9.9), dense))
+    dense = [(8.0, 4.0), (4.0, 9.0)]
+    values = [at_equal_flops(math.sqrt(32.0), 6.6, *dense), at_equal_flops(4.0, 9.9, *dense)]
     # Lengths are whole steps: 0.5 % fewer FLOPs than the shortest run are compared with it.
-    values.append(difference_at_equal_flops(cost(3.98, 9.9), dense))
+    values.append(at_equal_flops(3.98, 9.9, *dense))
     assert_close(values, [10.0, 10.0, 10.0], "float64", "forward")
 
 
-@pytest.mark.parametrize(
-    ("run", "dense"),
-    [
-        (cost(3.9, 5.0), [cost(8.0, 4.0), cost(4.0, 9.0)]),
-        (cost(8.2, 5.0), [cost(8.0, 4.0), cost(4.0, 9.0)]),
-        (cost(5.0, None), [cost(8.0, 4.0), cost(4.0, 9.0)]),
-        (cost(5.0, 5.0), [cost(8.0, 4.0), cost(4.0, None)]),
-        (cost(5.0, 5.0), []),
-    ],
-)
-def test_unknown_differences_are_none(run: dict[str, Any], dense: list[dict[str, Any]]) -> None:
-    assert difference_at_equal_flops(run, dense) is None
+def test_unknown_differences_are_not_shown() -> None:
+    dense = [(8.0, 4.0), (4.0, 9.0)]
+    for spent in (3.9, 8.2):  # fewer and more FLOPs than all dense runs
+        assert at_equal_flops(spent, 5.0, *dense) is None
+    assert at_equal_flops(8.0, 5.0, dense[0]) is None
+    for infinite in (
+        at_equal_flops(5.0, None, *dense),
+        at_equal_flops(5.0, 5.0, dense[0], (4.0, None)),
+    ):
+        assert infinite is not None and mean_of([1.0, infinite]) is None
+    assert mean_of([1.0, None]) == (1.0, None, True) and mean_of([None]) is mean_of([]) is None
+
+
+def each(variant: Variant, measure: Callable[[PairedRun], Any]) -> list[Any]:
+    return [measure(run) for run in variant.runs]
 
 
 def test_runs_are_paired_with_the_dense_baseline_of_their_seed(tmp_path: Path) -> None:
@@ -66,12 +75,11 @@ def test_runs_are_paired_with_the_dense_baseline_of_their_seed(tmp_path: Path) -
     at_2, at_4 = group.sparse
     assert group.dense[0].is_baseline
     assert [variant.name for variant in group.variants] == ["dense", "r = 0.2", "r = 0.4"]
-    assert_close(at_4.differences(), [10.0, 20.0], "float64", "forward")
-    speedup, bound = at_4.speedup_and_bound()
-    assert speedup is not None and bound is not None
-    assert_close([*speedup, bound.value], [2.25, 0.25, 1.25], "float64", "forward")
-    assert at_2.speedup_and_bound()[0] is None  # at another commit than its baseline
-    assert_close(at_4.flops_shares(), [80.0, 80.0], "float64", "forward")
+    assert_close(each(at_4, PairedRun.difference), [10.0, 20.0], "float64", "forward")
+    assert each(at_4, PairedRun.speedup) == [(2.0, None, 1.25), (2.5, None, 1.25)]
+    (other,) = each(at_2, PairedRun.speedup)
+    assert math.isnan(other.speedup)  # at another commit than its baseline
+    assert_close(each(at_4, PairedRun.flops_share), [80.0, 80.0], "float64", "forward")
     assert [run.seed for run in at_2.runs] == [0]
 
 
@@ -85,8 +93,10 @@ def test_a_baseline_on_another_device_gives_no_speedup(tmp_path: Path) -> None:
             (config_of(1, rate=0.4), summary_of(11.0, 18.0, SPARSE)),
         )
     )
-    assert group.sparse[0].speedup_and_bound()[0] is None
-    assert_close(group.sparse[0].differences(), [10.0], "float64", "forward")  # of one seed
+    (sparse,) = group.sparse
+    assert all(math.isnan(speedup.speedup) for speedup in each(sparse, PairedRun.speedup))
+    assert_close(each(sparse, PairedRun.difference)[0], 10.0, "float64", "forward")
+    assert each(sparse, PairedRun.difference)[1] is None
 
 
 def shorter(tmp_path: Path) -> list[Any]:
@@ -110,9 +120,11 @@ def test_dense_runs_of_half_the_steps_and_more_belong_to_the_group(tmp_path: Pat
     group, alone = make_groups(shorter(tmp_path))
     assert [variant.name for variant in group.variants] == ["dense", "dense, 6 steps", "r = 0.4"]
     (_, six), (sparse,) = group.dense, group.sparse
-    assert_close(six.differences(), [20.0], "float64", "forward")
-    assert_close(six.flops_shares(), [80.0], "float64", "forward")
-    assert_close(sparse.differences_at_equal_flops(), [-5.0], "float64", "forward")
+    assert_close(each(six, PairedRun.difference), [20.0], "float64", "forward")
+    assert_close(each(six, PairedRun.flops_share), [80.0], "float64", "forward")
+    known, missing = each(sparse, PairedRun.difference_at_equal_flops)
+    assert_close(known, -5.0, "float64", "forward")
+    assert missing is None
     assert [variant.name for variant in alone.variants] == ["dense"]  # of 3 steps
 
 
@@ -148,17 +160,17 @@ def test_former_settings_have_their_recorded_names(tmp_path: Path) -> None:
         tmp_path,
         *((config_of(seed, rate=0.4), summary_of(9.0, 18.0, SPARSE)) for seed in range(3)),
     )
-    for run, recorded in zip(records, ({}, {"rescale": False}, {"rescale": True}), strict=True):
-        run.row["sparsity"].pop("rescale", None)
-        run.row["sparsity"] |= recorded
+    for row, recorded in zip(records, ({}, {"rescale": False}, {"rescale": True}), strict=True):
+        row["sparsity"].pop("rescale", None)
+        row["sparsity"] |= recorded
     assert names(records) == ["r = 0.4", "r = 0.4, rescale True"]
 
 
 def test_a_newer_run_replaces_an_older_one(tmp_path: Path) -> None:
     old = (config_of(0), summary_of(10.0, 38.0, DENSE))
     records = runs(tmp_path, old, (config_of(0), summary_of(9.0, 38.0, DENSE)))
-    assert len(records) == 2 and newest(records) == records[1:]
-    assert len(newest(runs(tmp_path, (config_of(1), old[1])))) == 2
+    assert [run.row for run in finished_runs(records)] == records[1:] and len(records) == 2
+    assert len(finished_runs(runs(tmp_path, (config_of(1), old[1])))) == 2
 
 
 def test_equal_names_in_different_places_are_told_apart(tmp_path: Path) -> None:
@@ -173,11 +185,11 @@ def test_equal_names_in_different_places_are_told_apart(tmp_path: Path) -> None:
     ]
     summary = summary_of(9.0, 38.0, DENSE)
     records = runs(tmp_path, *((config, summary) for config in [*configs, *configs]))
-    assert len(newest(records)) == len(records) == 2
-    assert len({record.shared() for record in records}) == 2
-    path = records[0].settings["model.path"]
+    kept = finished_runs(records)
+    assert len({run.shared() for run in kept}) == len(kept) == len(records) == 2
+    path = kept[0].settings["model.path"]
     assert path.partition("#")[0] == "huggingface" and "/" not in path
-    assert records[0].settings["data.sources"] == ["text.txt"]
+    assert kept[0].settings["data.sources"] == ["text.txt"]
 
 
 def test_a_work_directory_and_its_row_are_equal(tmp_path: Path) -> None:
@@ -195,32 +207,28 @@ def test_a_work_directory_and_its_row_are_equal(tmp_path: Path) -> None:
     contents = {"runs": {name: {}, "unfinished": {}}, "comparisons": [table]}
     (tmp_path / "sweep" / "sweep.json").write_text(json.dumps(contents))
     logged: list[str] = []
-    (run,), _, comparisons = collect([tmp_path / "sweep"], [], logged.append)
+    (row,), comparisons = collect([tmp_path / "sweep"], logged.append)
+    assert collect([tmp_path / "sweep" / name], print) == ([{**row, "experiment": name}], [])
     (recorded,) = runs(tmp_path, (config, summary))
     apart = {"experiment": "", "date": ""}
-    assert {**run.row, **apart} == {**recorded.row, **apart}
-    assert run.row["prepared"] == {
-        "useful_share": 0.87, "documents": 100, "left_out": {"without an answer": 2},
-        "long_documents": 4, "too_long": "drop",
-    }  # fmt: skip
+    assert {**row, **apart} == {**recorded, **apart}
+    run = FinishedRun(row)
     assert comparisons == [Comparison("rates", "Omission rate", ("sparsity.rate",))]
     assert "unfinished" in logged[0] and run.seed == 2
     assert run.sparsity["sparsity.dense_layers"] == (0,)
-    with pytest.raises(UserError, match="neither a run's work directory"):
-        collect([tmp_path], [], print)
-    (tmp_path / "none.jsonl").write_text("")
-    with pytest.raises(UserError, match="no finished run and no evaluation"):
-        collect([], [tmp_path / "none.jsonl"], print)
+    for wrong in (tmp_path, tmp_path / "none.jsonl"):
+        with pytest.raises(UserError, match=f"{wrong} is neither a run's work directory"):
+            collect([wrong], print)
 
 
 def test_a_curve_has_few_points() -> None:
     curve = curve_of(RECORDS)
-    assert curve["tokens"] == [500.0 * step for step in range(1, 8)] + [4000.0]
-    assert curve["loss"][:2] == [3.75, 3.5] and curve["rate"] == [*[0.5] * 7, 0.0]
-    assert (curve["eval_tokens"], curve["eval_loss"]) == ([0.0, 4000.0], [3.0, None])
+    assert curve["tokens"] == [500 * step for step in range(1, 8)] + [4000]
+    assert curve["loss"][:2] == [3.75, 3.5] and curve_of([]) == {"tokens": [], "loss": []}
     many = [{**RECORDS[1], "step": n, "tokens": 100 * n, "loss": n} for n in range(1, 241)]
+    many[-1]["loss"] = float("inf")
     curve = curve_of(many)
-    assert curve["loss"][0] == 8.0 and len(curve["loss"]) == 16
-    assert part_means({"tokens": [10, 20], "loss": [1.0, 2.0]}, 3) == []
-    uneven = part_means({"tokens": [10, 30, 40], "loss": [1.0, 4.0, None]}, 2)
-    assert uneven == [2.5, None]  # 10 tokens at 1 and 10 at 4; then a loss that is not finite
+    assert curve["loss"][0] == 8.0 and curve["loss"][-1] is None and len(curve["loss"]) == 16
+    assert part_means({"curve": {"tokens": [10, 20], "loss": [1.0, 2.0]}}, 3) == []
+    uneven = part_means({"curve": {"tokens": [10, 30, 40], "loss": [1.0, 4.0, None]}}, 2)
+    assert uneven[0] == 2.5 and math.isnan(uneven[1])  # 10 tokens at 1 and 10 at 4

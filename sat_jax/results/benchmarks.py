@@ -1,24 +1,18 @@
-"""Tables and a figure of benchmarks, which time or compile single steps."""
+"""Tables of benchmarks, which time or compile single steps."""
 
-import math
 from collections.abc import Iterator, Sequence
-
-from matplotlib.figure import Figure
 
 from sat_jax.errors import UserError
 from sat_jax.results.rows import STEP_SETTING, Row, device_name, latest
-from sat_jax.results.run_plots import BLUE, GREY, INK, ORANGE, new_figure, tidy
 from sat_jax.results.speed import speedup_text
 from sat_jax.results.tables import Table
 from sat_jax.results.text import percent
 
 _MEMORY = {
-    "state": ("state_bytes", BLUE),
-    "omitted state": ("resting_bytes", GREY),
-    "temporaries": ("temporary_bytes", ORANGE),
+    "state": "state_bytes",
+    "omitted state": "resting_bytes",
+    "temporaries": "temporary_bytes",
 }
-_COLUMNS = 2  # of plots
-_PLOT = (6.0, 3.0)  # inches
 
 
 def steps_table(rows: Sequence[Row]) -> list[Table]:
@@ -50,9 +44,9 @@ def memory_tables(rows: Sequence[Row]) -> list[Table]:
     tables = []
     for steps in _settings(rows):
         dense, body = steps[0], []
-        dense_total = sum(dense[field] for field, _ in _MEMORY.values())
+        dense_total = sum(dense[field] for field in _MEMORY.values())
         for row in steps:
-            sizes = [row[field] for field, _ in _MEMORY.values()]
+            sizes = [row[field] for field in _MEMORY.values()]
             cells = [*map(_gibibytes, (*sizes, sum(sizes))), f"{sum(sizes) / dense_total:.2f}×"]
             cells.append(_gibibytes(row["refresh_bytes"]) if row.get("refresh_bytes") else "-")
             body.append((_trained(row), *_kept(row), *cells))
@@ -61,27 +55,6 @@ def memory_tables(rows: Sequence[Row]) -> list[Table]:
         caption = "; ".join([_model_and_tokens(dense), *settings, dense["target"]])
         tables.append(Table("memory", "Memory of a step", caption, header, tuple(body)))
     return tables
-
-
-def memory_figure(rows: Sequence[Row]) -> Figure:
-    """Return bars of the device memory of each step, a plot for each setting."""
-    settings = list(_settings(rows))
-    lines, columns = math.ceil(len(settings) / _COLUMNS), min(_COLUMNS, len(settings))
-    figure = new_figure(_PLOT[1] * lines, _PLOT[0] * columns)
-    for number, steps in enumerate(settings, 1):
-        axes = figure.add_subplot(lines, columns, number)
-        left = [0.0] * len(steps)
-        for label, (field, colour) in _MEMORY.items():
-            sizes = [row[field] / 2**30 for row in steps]
-            names = [_trained(row) for row in steps]
-            axes.barh(names, sizes, left=left, color=colour, label=label, height=0.7)
-            left = [a + b for a, b in zip(left, sizes, strict=True)]
-        axes.axvline(left[0], color=INK, linewidth=1, linestyle=":")
-        axes.invert_yaxis()
-        tidy(axes, title=f"{_model_and_tokens(steps[0])}; {steps[0]['optimizer']}", x="GiB", y="")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    return figure
 
 
 def _settings(rows: Sequence[Row]) -> Iterator[list[Row]]:

@@ -1,4 +1,4 @@
-"""Tables and pictures in documents, made from committed rows.
+"""Tables and a picture in documents, made from committed rows.
 
     <!-- table: FILE.KIND [FIELD=START[,START...] ...] -->
     this text is replaced
@@ -13,23 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from sat_jax.config_values import find
 from sat_jax.errors import UserError
-from sat_jax.results.benchmarks import memory_figure, memory_tables, steps_table
+from sat_jax.results.benchmarks import memory_tables, steps_table
 from sat_jax.results.evaluations import evaluation_tables
 from sat_jax.results.figures import quality_figure
-from sat_jax.results.finished import newest, runs_of_rows
-from sat_jax.results.rows import Row, read
+from sat_jax.results.rows import read
 from sat_jax.results.sweep import Comparison
-from sat_jax.results.tables import (
-    across_tables,
-    comparison_tables,
-    cost_table,
-    loss_table,
-    quality_table,
-)
+from sat_jax.results.tables import across_tables, group_tables, quality_table
 from sat_jax.results.variants import make_groups
 
 _TABLE = re.compile(
@@ -40,15 +31,11 @@ _MARK = re.compile(r"^[ \t]*<!--\s*/?\s*table\b.*", re.IGNORECASE | re.MULTILINE
 _DIGEST = "Rows"  # the PNG text that names the rows of a picture
 
 
-def documents(root: Path) -> list[Path]:
-    """Return the documents that may have tables."""
-    return [root / "README.md", root / "experiments" / "README.md", *sorted(root.glob("docs/*.md"))]
-
-
 def outdated(root: Path, results: Path, comparisons: Sequence[Comparison]) -> dict[Path, str]:
     """Return the documents whose tables differ from what the rows in `results` give, with their new
     text. Raises `UserError`, naming document and mark, for a table that cannot be made."""
-    texts = {path: path.read_text(encoding="utf-8") for path in documents(root)}
+    paths = [root / "README.md", root / "experiments/README.md", *sorted(root.glob("docs/*.md"))]
+    texts = {path: path.read_text(encoding="utf-8") for path in paths}
     filled = {path: fill(text, results, str(path), comparisons) for path, text in texts.items()}
     return {path: text for path, text in filled.items() if text != texts[path]}
 
@@ -102,12 +89,11 @@ def _table(
         for row in read(results / f"{stem}.jsonl")
         if all(_matches(row, field, starts) for field, starts in filters.items())
     ]
-    groups = make_groups(newest(runs_of_rows(rows)))
+    groups = make_groups(rows)
     tables = across_tables(groups, comparisons) + evaluation_tables(rows)
     tables += steps_table(rows) + memory_tables(rows)
     for group in groups:
-        tables += [quality_table(group), *comparison_tables(group, comparisons), cost_table(group)]
-        tables += [table for table in [loss_table(group)] if table]
+        tables += [quality_table([group]), *group_tables(group, comparisons)]
     wanted = [table.markdown() for table in tables if table.name == kind]
     if not wanted:
         names = ", ".join(dict.fromkeys(table.name for table in tables)) or "none"
@@ -115,46 +101,28 @@ def _table(
     return "\n\n".join(wanted)
 
 
-def pictures(results: Path, folder: Path) -> list[Path]:
-    """Write a picture into `folder` for each file of `results` that has one; return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, draw in _PICTURES.items():
-        if (file := results / f"{name}.jsonl").exists():
-            written.append(folder / f"{name}.png")
-            metadata = {"Software": None, _DIGEST: _digest(file)}
-            draw(read(file)).savefig(written[-1], format="png", metadata=metadata)
-    return written
+def draw(rows: Path, picture: Path) -> None:
+    """Draw the group of runs with the most variants as a PNG.
+
+    Raises `UserError` if it has no sparse run with a dense baseline.
+    """
+    groups = make_groups(read(rows))
+    figure = quality_figure(max(groups, key=lambda group: len(group.runs))) if groups else None
+    if figure is None:
+        raise UserError(f"{rows}: no sparse run with a dense baseline")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, format="png", metadata={"Software": None, _DIGEST: _digest(rows)})
 
 
-def outdated_pictures(results: Path, folder: Path) -> list[Path]:
-    """Return the pictures that are missing or of other rows.
+def is_outdated(rows: Path, picture: Path) -> bool:
+    """Return whether a picture is missing or of other rows.
 
     Rows are compared and not pixels, which depend on the versions of matplotlib and its fonts.
     """
-    files = {folder / f"{name}.png": results / f"{name}.jsonl" for name in _PICTURES}
-    return [
-        picture
-        for picture, file in files.items()
-        # A PNG's tEXt chunk: keyword, a zero byte, the text.
-        if file.exists()
-        and not (
-            picture.exists() and f"{_DIGEST}\0{_digest(file)}".encode() in picture.read_bytes()
-        )
-    ]
+    # A PNG's tEXt chunk: keyword, a zero byte, the text.
+    text = f"{_DIGEST}\0{_digest(rows)}".encode()
+    return not picture.exists() or text not in picture.read_bytes()
 
 
 def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-
-
-def _study_figure(rows: Sequence[Row]) -> Figure:
-    """Draw the group with the most runs."""
-    groups = make_groups(newest(runs_of_rows(rows)))
-    figure = quality_figure(max(groups, key=lambda group: len(group.runs))) if groups else None
-    if figure is None:
-        raise UserError("study.jsonl: no sparse run with a dense baseline")
-    return figure
-
-
-_PICTURES = {"memory": memory_figure, "study": _study_figure}

@@ -26,7 +26,8 @@ def quality_figure(group: Group) -> Figure | None:
     """
     points = []
     for variant in group.variants:
-        flops, difference = mean_of(variant.flops_shares()), mean_of(variant.differences())
+        flops = mean_of([run.flops_share() for run in variant.runs])
+        difference = mean_of([run.difference() for run in variant.runs])
         if variant.is_baseline:
             flops, difference = Mean(100.0), Mean(0.0)
         if flops and difference:

@@ -1,20 +1,19 @@
 """Finished runs, read from work directories, folders of sweeps and files of rows."""
 
 import dataclasses
-import datetime
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from sat_jax.config import SparsityConfig
-from sat_jax.config_values import find, from_config_dict, name_of
+from sat_jax.config_values import find, name_of
 from sat_jax.errors import UserError
-from sat_jax.results.record import SPARSE_ONLY, row_of
+from sat_jax.results.record import SPARSE_ONLY, finished_row
 from sat_jax.results.rows import Row, device_name, read
 from sat_jax.results.sweep import Comparison
 from sat_jax.train.files import read_json
-from sat_jax.train.metrics import read_metrics
 from sat_jax.train.workdir import WorkDir
 
 Settings: TypeAlias = Mapping[str, Any]
@@ -76,10 +75,10 @@ class FinishedRun:
         return f"{name_of(settings)} {self.row['data']}"
 
     @property
-    def after(self) -> float | None:
-        """Held-out perplexity after training; None: infinite."""
-        after: float | None = self.row["perplexity_after"]
-        return after
+    def perplexity(self) -> float:
+        """Held-out perplexity after training; infinite ones are stored as None."""
+        after = self.row["perplexity_after"]
+        return math.inf if after is None else float(after)
 
     @property
     def flops(self) -> float:
@@ -93,76 +92,48 @@ class FinishedRun:
         return sum(self.row["seconds"][part] for part in parts)
 
     @property
-    def device(self) -> str:
-        return device_name(self.row["device"])
-
-    @property
     def place(self) -> tuple[str, str | None]:
         """Device and commit: times are comparable where both are equal."""
-        return self.device, self.row["commit"]
+        return device_name(self.row["device"]), self.row["commit"]
 
 
-def runs_of_rows(rows: Iterable[Row]) -> list[FinishedRun]:
-    """Return the runs among rows. The oldest rows have no settings and are left out."""
-    return [FinishedRun(row) for row in rows if "twin" in row and "settings" in row]
-
-
-def newest(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
-    """Return the latest of the runs with the same settings and data, in order of appearance."""
+def finished_runs(rows: Iterable[Row]) -> list[FinishedRun]:
+    """Return the runs among rows, of those with the same settings and data the latest, in order of
+    appearance. The oldest rows have no settings and are left out."""
     latest: dict[str, FinishedRun] = {}
-    for run in runs:
-        name = name_of(
-            {"shared": run.shared(), "seed": run.seed, "dense": run.dense, **run.sparsity}
-        )
+    for run in (FinishedRun(row) for row in rows if "settings" in row):
+        name = name_of({"shared": run.shared(), "seed": run.seed, **run.sparsity})
         if name not in latest or latest[name].row["date"] <= run.row["date"]:
             latest[name] = run
     return list(latest.values())
 
 
 def collect(
-    folders: Sequence[Path], files: Sequence[Path], log: Callable[[str], None]
-) -> tuple[list[FinishedRun], list[Row], list[Comparison]]:
-    """Return the finished runs in `folders` (of a run or a sweep) and `files` of rows, the rows of
-    evaluations in `files`, and the comparisons of the sweeps.
+    paths: Sequence[Path], log: Callable[[str], None]
+) -> tuple[list[Row], list[Comparison]]:
+    """Return the rows of runs and evaluations in `paths`: work directories of runs, folders of
+    sweeps, and files of rows; and the comparisons of the sweeps.
 
-    `log` receives a line for each unfinished run. Raises `UserError` for a folder of another kind,
-    and if there are no results.
+    `log` receives a line for each unfinished run. Raises `UserError` for a path of another kind.
     """
-    runs, evaluations, comparisons = [], [], []
-    for folder in folders:
-        paths = [folder]
-        if (folder / "sweep.json").is_file():
-            contents = read_json(folder / "sweep.json")
-            paths = [folder / name for name in contents["runs"]]
-            for table in contents["comparisons"]:
+    rows, comparisons = list[Row](), list[Comparison]()
+    for path in paths:
+        single = (path / "config.json").is_file()
+        workdirs = [path] if single else [c.parent for c in sorted(path.glob("*/config.json"))]
+        if not workdirs and not path.is_file():
+            raise UserError(
+                f"{path} is neither a run's work directory (config.json), nor a sweep's"
+                " (*/config.json), nor a file of rows"
+            )
+        for workdir in map(WorkDir, workdirs):
+            if workdir.summary.exists():
+                rows.append(finished_row(workdir, path.name))
+            else:
+                log(f"{workdir.path} has not finished: left out")
+        if path.is_file():
+            rows += [row for row in read(path) if "settings" in row or "measure" in row]
+        if (path / "sweep.json").is_file():
+            for table in read_json(path / "sweep.json")["comparisons"]:
                 settings = tuple(table["settings"])
                 comparisons.append(Comparison(table["name"], table["title"], settings))
-        elif not (folder / "config.json").is_file():
-            raise UserError(
-                f"{folder} is neither a run's work directory (config.json) nor a sweep's"
-                " (sweep.json)"
-            )
-        for path in paths:
-            run = finished_run(WorkDir(path), folder.name)
-            if run is None:
-                log(f"{path} has not finished: left out")
-            else:
-                runs.append(run)
-    for file in files:
-        rows = read(file)
-        runs += runs_of_rows(rows)
-        evaluations += [row for row in rows if "measure" in row]
-    if not runs and not evaluations:
-        raise UserError("no finished run and no evaluation to report on")
-    return runs, evaluations, comparisons
-
-
-def finished_run(workdir: WorkDir, experiment: str) -> FinishedRun | None:
-    """Return the run of a work directory, or None if it has not finished."""
-    summary = workdir.finished()
-    if summary is None:
-        return None
-    config = from_config_dict(read_json(workdir.config))
-    row = row_of(experiment, config, summary, read_metrics(workdir.metrics))
-    ended = datetime.datetime.fromtimestamp(workdir.summary.stat().st_mtime, datetime.UTC)
-    return FinishedRun(row | {"date": ended.isoformat(timespec="seconds")})
+    return rows, comparisons

@@ -1,131 +1,72 @@
-"""Launchers of a sweep's runs, through submitit: on this machine, or on Slurm as an array of jobs.
+"""Launchers of a sweep's runs: on this machine, or on Slurm as an array of jobs, through submitit.
 
-Every job is an ordinary run in a process of its own.
+Every run is an ordinary training in a process of its own.
 """
 
 import dataclasses
-import logging
+import multiprocessing
 import os
 import re
-import shutil
 import signal
 import sys
-import time
-import traceback
 from collections.abc import Mapping, Sequence
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeAlias
 
 import jax
 import submitit
 from submitit.core.utils import FailedJobError
 
+from sat_jax.cli import run
 from sat_jax.config import Config
 from sat_jax.errors import UserError
+from sat_jax.train.files import read_json, write_json
 from sat_jax.train.loop import train
 
-Submitted: TypeAlias = submitit.Job[None]
-
-_NO_TIMEOUT = 60 * 24 * 365  # minutes
 _REQUEUES = 20  # of a job that reaches its time limit, each time after a checkpoint
 _ALIVE = ("PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING", "SUSPENDED")
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run as submitit calls it; after a requeue it is called again and the run continues.
-
-    `environment` sets variables of its process, or removes those that are None; `platform` is the
-    kind of devices that it must use.
-    """
+    """A run to start; `devices` are the ids of its CUDA devices, None: all that are visible."""
 
     config: Config
     directory: Path
     log: Path
-    environment: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
-    platform: str | None = None
+    devices: str | None = None
 
-    def __call__(self) -> None:
-        """Train. A failure ends the log with its reason in one line. A run that is stopped ends the
-        process."""
+    def start(self) -> SpawnProcess:
+        """Start the run in a new process. After SIGTERM it saves a checkpoint and ends."""
+        process = multiprocessing.get_context("spawn").Process(target=self._train)
+        # Not for the run: Ctrl-C reaches every process of a terminal, and the signal of Slurm
+        # before a time limit reaches every process of a job. A new process ignores them as well.
+        ignored = (signal.SIGINT, signal.SIGUSR2)
+        handlers = [signal.signal(number, signal.SIG_IGN) for number in ignored]
+        process.start()
+        for number, handler in zip(ignored, handlers, strict=True):
+            signal.signal(number, handler)
+        return process
+
+    def _train(self) -> None:
         with self.log.open("a", encoding="utf-8") as file:
             for stream in (sys.stdout, sys.stderr):
-                stream.flush()
                 os.dup2(file.fileno(), stream.fileno())
-        logging.getLogger("submitit").setLevel(logging.WARNING)
-        for name, value in self.environment.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-        if self.platform is not None:
-            jax.config.update("jax_platforms", self.platform)
-        with _Signals() as signals:
-            try:
-                train(self.config, self.directory, _log)
-            except KeyboardInterrupt:
-                signals.requeue()
-                sys.exit(130)
-            except UserError as error:
-                _log(f"error: {' '.join(str(error).split())}")
-            except Exception as error:
-                traceback.print_exc()
-                _log(f"error: {type(error).__name__}: {' '.join(str(error).split())}")
-
-    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """Return the job that runs after a requeue: the same one."""
-        return submitit.helpers.DelayedSubmission(self)
-
-
-def failure(log: Path) -> str:
-    """Return the reason, in one line, why a run ended without finishing, from its log."""
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    if lines and lines[-1].startswith("error: "):
-        return lines[-1].removeprefix("error: ")
-    return "its process ended without an error"
+        if self.devices is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.devices
+            jax.config.update("jax_platforms", "cuda")
+        run(lambda: train(self.config, self.directory, _log))
 
 
 def _log(line: str) -> None:
     sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
 
 
-class _Signals:
-    """Signal handling inside a job.
-
-    SIGTERM stops the run with a checkpoint (submitit would ignore it). So does the signal before a
-    time limit, after which submitit queues the job again.
-    """
-
-    def __enter__(self) -> "_Signals":
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        self._limit = signal.Signals[f"SIG{submitit.JobEnvironment.USR_SIG}"]
-        self._submitit: Any = signal.signal(self._limit, self._near_time_limit)
-        signal.signal(signal.SIGALRM, self._stop_run)
-        self._requeue = False
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(self._limit, self._submitit)
-
-    def requeue(self) -> None:
-        """End the process and queue the job again, if it reached its time limit."""
-        if self._requeue:
-            self._submitit(self._limit, None)
-
-    def _near_time_limit(self, number: int, frame: FrameType | None) -> None:
-        self._requeue = True
-        self._stop_run(number, frame)
-
-    def _stop_run(self, number: int, frame: FrameType | None) -> None:
-        """Send SIGTERM once the run handles it: before its first step, and while it saves, the
-        signal would end it at once."""
-        del number, frame
-        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-            signal.setitimer(signal.ITIMER_REAL, 0.1)
-        else:
-            os.kill(os.getpid(), signal.SIGTERM)
+def failure(log: Path) -> str:
+    """Return the last line of the log of a run that ended without finishing."""
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    return lines[-1].removeprefix("error: ") if lines else "no output"
 
 
 class Local:
@@ -134,95 +75,100 @@ class Local:
     outlives = False  # whether jobs continue when the sweep's command ends
     seconds = 0.5  # between two polls of the jobs
 
-    def __init__(self, folder: Path, workers: int = 1, gpus: Sequence[int] = ()):
-        if len(gpus) % workers or len(set(gpus)) < len(gpus):
-            raise UserError(
-                f"--gpus {','.join(map(str, gpus))} are not shared evenly by --workers {workers}"
-            )
-        # One folder per command: submitit names files by process ids, which recur.
-        self._executor = submitit.LocalExecutor(folder / f"local-{time.time_ns()}")
-        self._executor.update_parameters(timeout_min=_NO_TIMEOUT)
-        self._jobs: list[Submitted | None] = [None] * workers
-        share = len(gpus) // workers
-        parts = [gpus[worker * share : (worker + 1) * share] for worker in range(workers)]
-        self._gpus = [",".join(map(str, part)) for part in parts]
+    def __init__(self, workers: int = 1, gpus: Sequence[str] = ()):
+        if len(gpus) % workers:
+            raise UserError(f"--gpus {','.join(gpus)} are not shared evenly by --workers {workers}")
+        self._devices = [",".join(gpus[worker::workers]) or None for worker in range(workers)]
+        self._processes: dict[int, SpawnProcess] = {}
 
     def room(self) -> int:
         """Return how many more jobs may be submitted now."""
         return len(self._idle())
 
-    def submit(self, jobs: Sequence[Job]) -> list[Submitted]:
-        """Submit jobs, at most `room()`."""
-        # Ctrl-C reaches every process of a terminal and would kill submitit's before the run
-        # saves. They inherit that it is blocked, and are stopped by SIGTERM alone.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            return [
-                self._submit(worker, job) for worker, job in zip(self._idle(), jobs, strict=False)
-            ]
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    def submit(self, jobs: Sequence[Job]) -> list[SpawnProcess]:
+        """Start jobs, at most `room()`."""
+        workers = self._idle()[: len(jobs)]
+        for worker, job in zip(workers, jobs, strict=True):
+            job = dataclasses.replace(job, devices=self._devices[worker])
+            self._processes[worker] = job.start()
+        return [self._processes[worker] for worker in workers]
 
-    def _submit(self, worker: int, job: Job) -> Submitted:
-        # submitit hides all GPUs that were not requested from it.
-        visible = self._gpus[worker] or os.environ.get("CUDA_VISIBLE_DEVICES")
-        platform = "cuda" if self._gpus[worker] else None
-        environment = {"CUDA_VISIBLE_DEVICES": visible}
-        local_job = dataclasses.replace(job, environment=environment, platform=platform)
-        submitted: Submitted = self._executor.submit(local_job)
-        self._jobs[worker] = submitted
-        return submitted
-
-    def attach(self, job_id: str) -> Submitted | None:
-        """Return a job that an earlier command submitted, if it waits or runs."""
-        del job_id
-        return None
+    def done(self, process: SpawnProcess) -> bool:
+        """Return whether the process of a job has ended."""
+        return not process.is_alive()
 
     def stop(self) -> None:
-        """Ask the jobs to save and end."""
-        for job in self._jobs:
-            if job is not None and not job.done():
-                os.kill(int(job.job_id), signal.SIGTERM)  # submitit's process forwards it
+        """Ask the jobs to save and end; a second request ends them at once."""
+        for process in self._processes.values():
+            process.terminate()
 
     def _idle(self) -> list[int]:
-        return [worker for worker, job in enumerate(self._jobs) if job is None or job.done()]
+        running = {worker for worker, p in self._processes.items() if p.is_alive()}
+        return [worker for worker in range(len(self._devices)) if worker not in running]
+
+
+class _RequeuedJob:
+    """A job as submitit calls it: before the time limit submitit calls `checkpoint` and queues what
+    that returns."""
+
+    def __init__(self, job: Job):
+        self._job = job
+
+    def __call__(self) -> None:
+        self._process = self._job.start()
+        self._process.join()
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        self._process.terminate()
+        self._process.join()
+        return submitit.helpers.DelayedSubmission(_RequeuedJob(self._job))
 
 
 class Slurm:
     """Submits an array of jobs, at most `workers` at a time (None: the cluster's limit), with the
-    options of sbatch that `slurm_options` returns."""
+    options of sbatch that `slurm_options` returns. `folder` is that of the sweep; its `jobs.json`
+    has the ids of the jobs by the name of the run."""
 
     outlives = True
     seconds = 5.0
 
     def __init__(self, folder: Path, options: Mapping[str, Any], workers: int | None = None):
-        for program in ("sbatch", "srun"):
-            if shutil.which(program) is None:
-                raise UserError(
-                    f"--launcher slurm: no {program} on PATH; accepted: a machine of a cluster"
-                )
-        self._executor = submitit.SlurmExecutor(folder / "slurm", max_num_timeout=_REQUEUES)
+        self._ids = folder / "jobs.json"
         try:
-            self._executor.update_parameters(**options)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"--slurm: {' '.join(str(error).split())}") from error
+            executor = submitit.SlurmExecutor(folder / "logs" / "slurm", max_num_timeout=_REQUEUES)
+            executor.update_parameters(**options)
+        except (RuntimeError, ValueError, TypeError) as error:  # no Slurm, or wrong options
+            raise UserError(f"--launcher slurm: {' '.join(str(error).split())}") from error
         if workers is not None:
-            self._executor.update_parameters(array_parallelism=workers)
+            executor.update_parameters(array_parallelism=workers)
+        self._executor = executor
 
     def room(self) -> int:
         return sys.maxsize
 
-    def submit(self, jobs: Sequence[Job]) -> list[Submitted]:
-        try:
-            return self._executor.submit_array(jobs)
-        except FailedJobError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise UserError(f"--launcher slurm: sbatch refused: {reason}") from error
+    def submit(self, jobs: Sequence[Job]) -> list[submitit.Job[None]]:
+        """Submit jobs, except those that an earlier command submitted and that wait or run."""
+        ids = read_json(self._ids) if self._ids.exists() else {}
+        names = [job.directory.name for job in jobs]
+        handles = {n: job for n in names if n in ids and (job := self._running(ids[n]))}
+        new = {name: job for name, job in zip(names, jobs, strict=True) if name not in handles}
+        if new:
+            try:
+                array = self._executor.submit_array([*map(_RequeuedJob, new.values())])
+            except FailedJobError as error:
+                reason = str(error).strip().splitlines()[-1]
+                raise UserError(f"--launcher slurm: sbatch refused: {reason}") from error
+            handles |= dict(zip(new, array, strict=True))
+            write_json(self._ids, ids | {name: handles[name].job_id for name in new})
+        return [handles[name] for name in names]
 
-    def attach(self, job_id: str) -> Submitted | None:
-        job: Submitted = submitit.SlurmJob(self._executor.folder, job_id)
+    def _running(self, job_id: str) -> submitit.Job[None] | None:
+        job = submitit.SlurmJob[None](self._executor.folder, job_id)
         state = job.watcher.get_state(job_id, mode="force").split()
         return job if state and state[0] in _ALIVE else None
+
+    def done(self, job: submitit.Job[None]) -> bool:
+        return job.done()
 
     def stop(self) -> None:
         pass

@@ -10,19 +10,16 @@ import jinja2
 from sat_jax.errors import UserError, folder_error
 from sat_jax.results.evaluations import evaluation_tables
 from sat_jax.results.figures import quality_figure, svg
-from sat_jax.results.finished import FinishedRun, newest
 from sat_jax.results.rows import Row, device_name
 from sat_jax.results.sweep import Comparison
 from sat_jax.results.tables import (
     Table,
     across_tables,
-    comparison_tables,
-    cost_table,
     group_labels,
-    loss_table,
+    group_tables,
     model_of,
+    quality_table,
     sentence,
-    small_groups_table,
 )
 from sat_jax.results.variants import Group, make_groups
 from sat_jax.train.files import write_atomically
@@ -46,26 +43,24 @@ class Section:
         return "\n\n".join(filter(None, [f"## {self.title}", sentences, *tables]))
 
 
-def write_report(
-    runs: Sequence[FinishedRun],
-    evaluations: Sequence[Row],
-    comparisons: Sequence[Comparison],
-    out: Path,
-) -> list[Path]:
+def write_report(rows: Sequence[Row], comparisons: Sequence[Comparison], out: Path) -> list[Path]:
     """Write `report.html` and `tables.md` into the folder `out`, which is made; return their paths.
 
-    `evaluations` are rows of `scripts.evaluate --record`. Raises `UserError` if the folder cannot
-    be made.
+    `rows` are those of runs and of `scripts.evaluate --record`. Raises `UserError` if there are
+    none, or if the folder cannot be made.
     """
-    sections = list(_sections(make_groups(newest(runs)), comparisons))
-    if tables := evaluation_tables(evaluations):
+    # Sweeps of one experiment declare the same comparisons.
+    sections = list(_sections(make_groups(rows), list(dict.fromkeys(comparisons))))
+    if tables := evaluation_tables(rows):
         sections.append(Section("Evaluations", tables))
+    if not sections:
+        raise UserError("no finished run and no evaluation to report on")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: {folder_error(error)}") from error
     texts = {
-        "report.html": _html(sections, [*(run.row for run in runs), *evaluations]),
+        "report.html": _html(sections, rows),
         "tables.md": "\n\n".join(section.markdown() for section in sections) + "\n",
     }
     for name, text in texts.items():
@@ -80,17 +75,16 @@ def _sections(groups: Sequence[Group], comparisons: Sequence[Comparison]) -> Ite
     ordered = sorted(groups, key=lambda group: -sum(len(v.runs) for v in group.variants))
     large = [group for group in ordered if len(group.sparse) > 1] or ordered[:1]
     for group in large:
-        figure, losses = quality_figure(group), loss_table(group)
-        tables = [*comparison_tables(group, comparisons), cost_table(group)]
+        figure = quality_figure(group)
         yield Section(
             ": ".join(filter(None, [model_of(group.runs[0]), labels[id(group)]])),
-            [*tables, losses] if losses else tables,
+            group_tables(group, comparisons),
             svg(figure) if figure else None,
             [sentence(variant) for variant in group.variants if not variant.is_baseline],
         )
     tables = across_tables(groups, comparisons)
     if small := [group for group in ordered if group not in large]:
-        tables.append(small_groups_table(small))
+        tables.append(quality_table(small, "Other settings"))
     if tables:
         yield Section("Other learning rates, lengths and data", tables)
 

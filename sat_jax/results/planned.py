@@ -1,9 +1,7 @@
 """The runs of a sweep before they start: settings, names, and costs."""
 
 import dataclasses
-import math
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast
 
@@ -12,8 +10,8 @@ from sat_jax.config_values import build, fingerprint, free_paths, without_free
 from sat_jax.errors import UserError
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.results.record import SPARSE_ONLY, dense_version
-from sat_jax.results.sweep import Settings, settings_text, short_names
-from sat_jax.results.text import duration, fixed_width, quantity
+from sat_jax.results.sweep import Settings, settings_text
+from sat_jax.results.text import fixed_width, quantity
 from sat_jax.sparsity.controller import Controller, Rung
 from sat_jax.sparsity.importance import METRICS
 from sat_jax.train.counters import RunCounters
@@ -50,17 +48,13 @@ class PlannedRun:
 
     def probes(self) -> int:
         """Number of refreshes with a probe: all of them, or the first for metrics of inputs."""
-        controller, metric = self.controller, METRICS[self.config.sparsity.metric]
-        if not controller.sparse or not metric.needs or controller.refresh_every == 0:
-            return 0
-        return sum(map(self.selections, controller.rungs)) if metric.probes else 1
+        metric = METRICS[self.config.sparsity.metric]
+        selections = sum(map(self.selections, self.controller.rungs)) if metric.needs else 0
+        return selections if metric.probes else min(selections, 1)
 
     def selections(self, rung: Rung) -> int:
         """Number of selections between the steps of a rung."""
-        controller = self.controller
-        if controller.refresh_every == 0 or controller.neurons.is_dense(rung.plan):
-            return 0
-        return math.ceil((rung.stop - rung.start) / controller.refresh_every)
+        return sum(map(self.controller.refreshes, range(rung.start, rung.stop)))
 
 
 def plan_runs(
@@ -123,37 +117,16 @@ def prepare_all(runs: Iterable[PlannedRun], log: Callable[[str], None]) -> dict[
     return by_name
 
 
-def dry_run(
-    runs: Sequence[PlannedRun],
-    finished: Mapping[str, Mapping[str, Any]],
-    flops_per_second: float | None,
-) -> str:
-    """Return a table of the runs with their cost, and the total of those that are not finished.
-
-    `finished` has the summaries of finished runs by name, whose median speed is used where
-    `flops_per_second` is None.
-    """
-    if flops_per_second is None and finished:
-        flops_per_second = statistics.median(
-            run["spent_flops"] / run["seconds"]["total"] for run in finished.values()
-        )
-
-    def time(flops: float) -> str:
-        return "-" if flops_per_second is None else duration(flops / flops_per_second)
-
-    names = short_names(path for run in runs for path in run.settings)
+def dry_run(runs: Sequence[PlannedRun], finished: Collection[str]) -> str:
+    """Return a table of the runs with their FLOPs, and the total of those that are not `finished`
+    (names)."""
     rows, remaining = [], 0.0
     for run in runs:
         spent, dense = run.flops()
         flops = [quantity(dense, "FLOP"), quantity(spent, "FLOP"), f"{dense / spent:.2f}×"]
         remaining += 0.0 if run.name in finished else spent
-        left = "finished" if run.name in finished else time(spent)
-        rows.append([run.name, settings_text(run.settings, names), *flops, left])
-    header = ("run", "settings", "dense", "spent", "bound", "time")
-    speed = "unknown speed; give --flops-per-second"
-    if flops_per_second is not None:
-        speed = f"{time(remaining)} one after another at {quantity(flops_per_second, 'FLOP/s')}"
-    return (
-        f"{fixed_width(header, rows, left=2)}\n\n{len(runs)} runs, {len(runs) - len(finished)} to"
-        f" do: at most {quantity(remaining, 'FLOP')}, {speed}"
-    )
+        state = "finished" if run.name in finished else "-"
+        rows.append([run.name, settings_text(run.settings), *flops, state])
+    table = fixed_width(("run", "settings", "dense", "spent", "bound", "state"), rows, left=2)
+    left = len(runs) - len(finished)
+    return f"{table}\n\n{len(runs)} runs, {left} to do: at most {quantity(remaining, 'FLOP')}"

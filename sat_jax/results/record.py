@@ -5,21 +5,28 @@ fingerprint that the two share as `twin`.
 """
 
 import dataclasses
+import datetime
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sat_jax.config import Config, SparsityConfig
-from sat_jax.config_values import changed, find, name_of, without_free
-from sat_jax.results.curves import curve_of
+from sat_jax.config_values import changed, find, from_config_dict, name_of, without_free
 from sat_jax.results.rows import ORIGIN, Row, append, latest, read
+from sat_jax.train.files import read_json
+from sat_jax.train.metrics import read_metrics
+from sat_jax.train.workdir import WorkDir
 
 _COPIED = (
     *("steps", "tokens", "loss_tokens", "perplexity_before", "perplexity_after", "spent_flops"),
     *("dense_flops", "rungs", "selections", "probes", "seconds", "compile_seconds", "peak_memory"),
     "data",
 )
+_POINTS = 16  # of a curve
 
 SPARSE_ONLY = ("optimizer.moments", "model.kernels")
 """Settings outside `Config.sparsity` that have an effect only with sparsity."""
@@ -42,6 +49,14 @@ def dense_baseline(config: Config) -> str:
     return name_of({key: value for key, value in values.items() if key != "data.sources"})
 
 
+def finished_row(workdir: WorkDir, experiment: str) -> Row:
+    """Return the finished run of a work directory as a row, with the date (UTC) of its end."""
+    config = from_config_dict(read_json(workdir.config))
+    row = row_of(experiment, config, read_json(workdir.summary), read_metrics(workdir.metrics))
+    ended = datetime.datetime.fromtimestamp(workdir.summary.stat().st_mtime, datetime.UTC)
+    return row | {"date": ended.isoformat(timespec="seconds")}
+
+
 def row_of(
     experiment: str,
     config: Config,
@@ -50,8 +65,7 @@ def row_of(
 ) -> Row:
     """Return a finished run as a row with the origin of the run, but no date.
 
-    `summary` is its `summary.json`, `records` its `metrics.jsonl`, of which the row has a short
-    curve.
+    `summary` is its `summary.json`, `records` its `metrics.jsonl`.
     """
     row = {name: summary[name] for name in _COPIED}
     row |= {"experiment": experiment, "twin": dense_baseline(config), "rate": max(config.rates)}
@@ -61,24 +75,21 @@ def row_of(
     row["settings"] = {key: without_place(value, key) for key, value in settings.items()}
     sparsity = dataclasses.asdict(config.sparsity)
     row["sparsity"] = {key: without_place(value, key) for key, value in sparsity.items()}
-    if "prepared" in summary:  # absent in summaries of older versions
-        row["prepared"] = _data_counts(summary["prepared"])
     row["curve"] = curve_of(records)
     row |= {name: summary[name] for name in ORIGIN}
     plain: Row = json.loads(json.dumps(row))  # tuples become lists
     return plain
 
 
-def _data_counts(prepared: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the share of the training rows without padding, and the documents of both splits: all,
-    the omitted ones by reason, and those longer than a row."""
-    splits, form = prepared["splits"], prepared["form"]
+def curve_of(records: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
+    """Return at most 16 points of a run: the tokens up to each, and the mean training loss (under
+    masks, five digits) since the previous one, None if it is not finite."""
+    steps = [record for record in records if record.get("loss") is not None]
+    blocks = [block for block in np.array_split(np.arange(len(steps)), _POINTS) if len(block)]
+    losses = [np.mean([steps[index]["loss"] for index in block]) for block in blocks]
     return {
-        "useful_share": splits["train"]["useful_share"],
-        "documents": sum(split["documents"] for split in splits.values()),
-        "left_out": prepared["left_out"],
-        "long_documents": sum(split["long_documents"] for split in splits.values()),
-        "too_long": "cut" if form["format"] == "text" else form["too_long"],
+        "tokens": [steps[block[-1]]["tokens"] for block in blocks],
+        "loss": [float(f"{loss:.5g}") if math.isfinite(loss) else None for loss in losses],
     }
 
 

@@ -1,4 +1,4 @@
-"""Figures of one run: loss over tokens, speed of each rung, how often each neuron was kept.
+"""Figures of one run: loss over tokens, and how often each neuron was kept.
 
 Figures are built without pyplot, so that no global state of matplotlib changes. Colours are Okabe
 and Ito's, and the heat maps use cividis: colour-blind readers can tell them apart.
@@ -16,8 +16,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
-
-from sat_jax.results.speed import ABOVE_BOUND, ABOVE_BOUND_NOTE, exceeds_bound, is_dense
 
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#C8C8C8", "#333333"
 
@@ -100,52 +98,6 @@ def loss_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         ["training loss, under masks", "held-out loss, dense model", "omission rate (right)"],
         loc="upper right", fontsize=_FONT - 1, framealpha=0.9, edgecolor="none",
     )  # fmt: skip
-    return figure
-
-
-def speed_figure(rungs: Sequence[Mapping[str, Any]]) -> Figure:
-    """Return a figure of the measured speed-up of each rung, with a line at its FLOP bound.
-
-    Takes the rungs of `sat_jax.results.run_table.end_of_run`. A speed-up above its bound by more
-    than its spread has no bar.
-    """
-    bounds = [rung["bound"] for rung in rungs]
-    texts, bars = [], []
-    for place, rung in enumerate(rungs):
-        speedup = rung.get("speedup")
-        if speedup is None:
-            texts.append("not\nmeasured")
-        elif exceeds_bound(speedup, rung["bound"], rung["speedup_spread"]):
-            texts.append(f"above\nbound{ABOVE_BOUND}")
-        else:
-            texts.append(f"{speedup:.2f}×")
-            bars.append((place, speedup, rung["speedup_spread"], GREY if is_dense(rung) else BLUE))
-    figure = new_figure()
-    axes = figure.add_subplot()
-    tidy(axes, title="Training speed of each rung", x="omission rate", y="dense time ÷ time")
-    # In one row above all bars and bounds, so that no line crosses a number.
-    for place, text in enumerate(texts):
-        axes.text(
-            place, 0.99, text, transform=axes.get_xaxis_transform(), ha="center", va="top",
-            fontsize=_FONT if len(rungs) < 8 else _FONT - 2, linespacing=1.4, color=INK,
-        )  # fmt: skip
-    places, heights, spreads, colours = zip(*bars, strict=True) if bars else ((), (), (), ())
-    measured = axes.bar(places, heights, width=0.7, color=colours, yerr=spreads, ecolor=INK,
-                        capsize=4)  # fmt: skip
-    numbers = np.arange(len(rungs))
-    limits = axes.hlines(bounds, numbers - 0.4, numbers + 0.4, color=ORANGE, linewidth=2.2)
-    handles: list[Any] = [measured, limits]
-    figure.legend(
-        handles,
-        ["measured, ± half the interquartile range", "bound: dense FLOPs ÷ FLOPs of the rung"],
-        title=ABOVE_BOUND_NOTE if any(ABOVE_BOUND in text for text in texts) else None,
-        title_fontsize=_FONT - 1, loc="outside lower center", ncols=2, fontsize=_FONT - 1,
-        frameon=False,
-    )  # fmt: skip
-    names = ["dense" if is_dense(r) else f"{100 * r['omission_rate']:.3g} %" for r in rungs]
-    axes.set_xticks(numbers, names)
-    axes.set_ylim(0, 1.3 * max([*np.add(heights, spreads), *bounds]))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
     return figure
 
 

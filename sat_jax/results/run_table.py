@@ -1,5 +1,6 @@
 """The text that a run prints when it ends."""
 
+import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from sat_jax.results.speed import (
     speedup_text,
     whole_run_speedup,
 )
-from sat_jax.results.text import duration, fixed_width, percent, quantity
+from sat_jax.results.text import fixed_width, percent, quantity
 from sat_jax.results.variants import percent_from
 
 
@@ -55,11 +56,11 @@ def _quality(summary: Mapping[str, Any]) -> list[str]:
     for name in ("before", "after"):
         value = summary[f"perplexity_{name}"]
         lines.append(f"{name:<9}  {'infinite' if value is None else f'{value:.3f}':>7}")
-    dense = summary.get("perplexity_dense")
-    difference = percent_from(summary["perplexity_after"], dense)
-    if difference is not None:
+    after, dense = summary["perplexity_after"], summary.get("perplexity_dense")
+    if after is not None and dense is not None:
+        difference = f"{percent_from(after, dense):+.1f} %"
         lines.append(
-            f"dense run  {dense:>7.3f}  on the same tokens; this run differs by {difference:+.1f} %"
+            f"dense run  {dense:>7.3f}  on the same tokens; this run differs by {difference}"
         )
     return lines
 
@@ -98,6 +99,6 @@ def _cost(summary: Mapping[str, Any]) -> list[str]:
     spent, dense, seconds = summary["spent_flops"], summary["dense_flops"], summary["seconds"]
     parts = sorted((part for part in seconds if part != "total"), key=seconds.get, reverse=True)
     shares = [f"{p} {percent(seconds[p] / seconds['total'])}" for p in parts if seconds[p] > 0]
-    flops, time = quantity(spent, "FLOP"), duration(seconds["total"])
+    flops, time = quantity(spent, "FLOP"), datetime.timedelta(seconds=round(seconds["total"]))
     share = f"{percent(spent / dense)} of {quantity(dense, 'FLOP')} for the same tokens, dense"
     return [f"FLOPs  {flops}  {share}", f"time   {time}  {', '.join(shares)}"]

@@ -15,15 +15,12 @@ ABOVE_BOUND_NOTE = (
 )
 
 
-def exceeds_bound(speedup: float, bound: float | None, error: float | None = None) -> bool:
-    """Whether a speed-up, as it is shown, exceeds its bound by more than its error."""
-    return bound is not None and round(speedup - (error or 0.0), 2) > round(bound, 2)
-
-
 def speedup_text(speedup: float, bound: float | None, error: float | None = None) -> str:
-    """Format as `1.44× ± 0.05×`, with a mark if it exceeds `bound` by more than its error."""
+    """Format as `1.44× ± 0.05×`, with a mark if it exceeds `bound`, as both are shown, by more than
+    its error."""
     text = f"{speedup:.2f}×" + ("" if error is None else f" ± {error:.2f}×")
-    return text + ABOVE_BOUND * exceeds_bound(speedup, bound, error)
+    exceeds = bound is not None and round(speedup - (error or 0.0), 2) > round(bound, 2)
+    return text + ABOVE_BOUND * exceeds
 
 
 def is_dense(rung: Rung) -> bool:
@@ -41,7 +38,7 @@ class WholeRun(NamedTuple):
     """Dense time ÷ time of the same steps, refreshes apart, its spread, and its FLOP bound."""
 
     speedup: float
-    spread: float
+    spread: float | None
     bound: float
 
 

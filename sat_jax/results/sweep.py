@@ -3,8 +3,7 @@
 import dataclasses
 import itertools
 import typing
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -70,8 +69,7 @@ def declared_comparisons(folder: Path) -> list[Comparison]:
 def comparison_of(runs: Sequence[Settings]) -> Comparison:
     """Return the comparison of runs for which none is declared: everything but the seed."""
     settings = tuple(dict.fromkeys(path for run in runs for path in run if path != "seed"))
-    names = ", ".join(short_names(settings).values()).replace("_", " ")
-    return Comparison("sweep", f"Runs that differ in {names}", settings)
+    return Comparison("sweep", f"Runs that differ in {', '.join(settings)}", settings)
 
 
 def parse_axes(texts: Sequence[str]) -> dict[str, list[Any]]:
@@ -131,14 +129,6 @@ def combine(
     return fixed, cross(runs or [{}], axes)
 
 
-def settings_text(settings: Settings, names: Mapping[str, str] | None = None) -> str:
-    """Format as `sparsity.rate=0.4 seed=1`; `names` has shorter names of paths."""
-    names = names or {}
-    return " ".join(f"{names.get(k, k)}={setting_text(value)}" for k, value in settings.items())
-
-
-def short_names(paths: Iterable[str]) -> dict[str, str]:
-    """Return the last part of each path, or the whole path where two end the same."""
-    ends = {path: path.rpartition(".")[2] for path in paths}
-    unique = [end for end, count in Counter(ends.values()).items() if count == 1]
-    return {path: end if end in unique else path for path, end in ends.items()}
+def settings_text(settings: Settings) -> str:
+    """Format as `sparsity.rate=0.4 seed=1`."""
+    return " ".join(f"{path}={setting_text(value)}" for path, value in settings.items())

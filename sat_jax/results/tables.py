@@ -4,17 +4,18 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from sat_jax.config_values import find
-from sat_jax.results.curves import part_means
 from sat_jax.results.finished import DEFAULTS, FinishedRun, Settings
+from sat_jax.results.rows import Row, device_name
 from sat_jax.results.speed import ABOVE_BOUND, ABOVE_BOUND_NOTE, speedup_text
 from sat_jax.results.sweep import Comparison
 from sat_jax.results.text import fixed_width, markdown, percent, quantity
 from sat_jax.results.variants import (
+    FEWER,
     Group,
-    Values,
+    PairedRun,
     Variant,
     make_groups,
     mean_of,
@@ -23,12 +24,13 @@ from sat_jax.results.variants import (
     variant_name,
 )
 
+_Cell: TypeAlias = Callable[[Variant], str]
+
 _PARTS = 8  # of a run, in which losses are compared
 _ACROSS = "each beside the dense baseline of its own setting"
-_FEWER = "§"
 _NOTES = {
     ABOVE_BOUND: ABOVE_BOUND_NOTE,
-    _FEWER: f"{_FEWER} of fewer seeds: some have no dense baseline, or none around their FLOPs",
+    FEWER: f"{FEWER} of fewer seeds: some have no dense baseline, or none around their FLOPs",
 }
 
 
@@ -54,9 +56,9 @@ class Table:
         return f"{markdown(self.header, self.rows)}\n\n{' '.join(sentences)}"
 
 
-def comparison_tables(group: Group, comparisons: Iterable[Comparison]) -> list[Table]:
-    """Return a table for each comparison that the group has two or more variants for, and one of
-    the variants that are in none of these.
+def group_tables(group: Group, comparisons: Iterable[Comparison]) -> list[Table]:
+    """Return a table for each comparison that the group has two or more variants for, one of the
+    variants that are in none of these, cost, and training losses.
 
     Comparisons of the omission rate have the shorter dense runs too: they cost as much.
     """
@@ -67,20 +69,48 @@ def comparison_tables(group: Group, comparisons: Iterable[Comparison]) -> list[T
         settings = set(comparison.settings)
         variants = [variant for variant in group.sparse if group.differing(variant) <= settings]
         if len(variants) > 1 and not _outside(comparison):
-            dense = group.dense if "sparsity.rate" in settings else baseline
-            lines = [*dense, *variants]
+            lines = [*(group.dense if "sparsity.rate" in settings else baseline), *variants]
             tables.append(_table(comparison.name, comparison.title, caption, lines, _QUALITY))
             shown |= {variant.name for variant in variants}
     others = [variant for variant in group.sparse if variant.name not in shown]
     if others or not tables:
         title = "Other variants" if tables else "Variants"
         tables.append(_table("other", title, caption, [*baseline, *others], _QUALITY))
-    return tables
+    caption = _caption(group, _learning_rate(group))
+    tables.append(_table("cost", "Time, memory and FLOPs", caption, group.variants, _COST))
+    return [*tables, *_losses(group)]
 
 
-def quality_table(group: Group) -> Table:
-    """Return a table of all variants."""
-    return _table("quality", "Variants", _quality_caption(group), group.variants, _QUALITY)
+def _losses(group: Group) -> list[Table]:
+    """Return a table of the training loss minus that of the dense baseline, by parts of the run, if
+    any two runs can be compared.
+
+    Both are trained on the same batches. The loss is that of the model as it is trained, without
+    omitted neurons.
+    """
+    ends = [round(group.runs[0].steps * part / _PARTS) for part in range(_PARTS + 1)]
+    parts = [f"{start + 1} to {end}" for start, end in itertools.pairwise(ends)]
+
+    def column(part: int) -> _Cell:
+        return _mean(lambda run: run.loss_difference(part, _PARTS), "{:+.2f}".format)
+
+    columns = {name: column(part) for part, name in enumerate([f"steps {parts[0]}", *parts[1:]])}
+    variants = [
+        variant
+        for variant in group.sparse
+        if any(run.loss_difference(0, _PARTS) is not None for run in variant.runs)
+    ]
+    title = "Training loss minus the dense baseline's"
+    caption = _caption(group, _learning_rate(group), "nats per token")
+    return [_table("losses", title, caption, variants, columns)] if variants else []
+
+
+def quality_table(groups: Sequence[Group], title: str = "Variants") -> Table:
+    """Return a table of all variants, of several groups each beside its own dense baseline."""
+    words = _reference_words(_common_reference(groups))
+    caption = _quality_caption(groups[0]) if len(groups) == 1 else "; ".join([_ACROSS, *words])
+    variants = [variant for _, variant in _variants_across(groups)]
+    return _table("quality", title, caption, variants, _QUALITY)
 
 
 def across_tables(groups: Sequence[Group], comparisons: Iterable[Comparison]) -> list[Table]:
@@ -91,22 +121,35 @@ def across_tables(groups: Sequence[Group], comparisons: Iterable[Comparison]) ->
         together: dict[str, list[Group]] = {}
         for group in groups if (outside := _outside(comparison)) else ():
             together.setdefault(group.runs[0].shared(outside), []).append(group)
-        for several in together.values():
-            if len(several) > 1:
-                lines = list(_variants_across(several))
-                counts = Counter(name for name, _ in lines)
-                common = [variant for name, variant in lines if counts[name] > 1]
-                group = dataclasses.replace(several[0], reference=_common_reference(several))
-                caption = _caption(group, _ACROSS)
-                tables.append(_table(comparison.name, comparison.title, caption, common, _QUALITY))
+        for several in (groups for groups in together.values() if len(groups) > 1):
+            lines = list(_variants_across(several))
+            counts = Counter(name for name, _ in lines)
+            common = [variant for name, variant in lines if counts[name] > 1]
+            group = dataclasses.replace(several[0], reference=_common_reference(several))
+            caption = _caption(group, _ACROSS)
+            tables.append(_table(comparison.name, comparison.title, caption, common, _QUALITY))
     return tables
 
 
-def small_groups_table(groups: Sequence[Group]) -> Table:
-    """Return one table of all variants of several groups."""
-    variants = [variant for _, variant in _variants_across(groups)]
-    caption = "; ".join([_ACROSS, *_reference_words(_common_reference(groups))])
-    return _table("settings", "Other settings", caption, variants, _QUALITY)
+def terminal_table(rows: Sequence[Row]) -> str:
+    """Return the quality and the cost of a sweep's runs, as two tables for a terminal."""
+    variants = [variant for _, variant in _variants_across(make_groups(rows))]
+    tables = [_table("", "", "", variants, columns) for columns in (_QUALITY, _COST)]
+    texts = ([fixed_width(table.header, table.rows), *table.notes] for table in tables)
+    return "\n\n".join(map("\n".join, texts))
+
+
+def sentence(variant: Variant) -> str:
+    """Return one sentence with quality and cost of a variant relative to its dense baseline."""
+    seeds = f"{len(variant.runs)} seed{'s' * (len(variant.runs) > 1)}"
+    perplexity, difference, equal, share = (cell(variant) for cell in _QUALITY.values())
+    if "-" in (difference, share):
+        return f"{variant.name}: perplexity {perplexity} ({seeds}), without a dense baseline."
+    text = (
+        f"{variant.name}: perplexity {difference} from dense training on the same tokens ({seeds}),"
+        f" with {share} of its FLOPs"
+    )
+    return f"{text}." if equal == "-" else f"{text}; {equal} at equal FLOPs."
 
 
 def _variants_across(groups: Sequence[Group]) -> Iterator[tuple[str, Variant]]:
@@ -130,65 +173,6 @@ def _outside(comparison: Comparison) -> list[str]:
     return [path for path in comparison.settings if path not in DEFAULTS]
 
 
-def cost_table(group: Group) -> Table:
-    """Return a table of time, memory and FLOPs, with the speed-up beside its bound."""
-    caption = _caption(group, _learning_rate(group))
-    return _table("cost", "Time, memory and FLOPs", caption, group.variants, _COST)
-
-
-def loss_table(group: Group) -> Table | None:
-    """Return the training loss minus that of the dense baseline, by parts of the run.
-
-    Both are trained on the same batches. The loss is that of the model as it is trained, without
-    omitted neurons. None if no two runs can be compared.
-    """
-    rows = []
-    for variant in group.sparse:
-        gaps = []
-        for run, dense in zip(variant.runs, variant.baselines, strict=True):
-            losses = [part_means(r.row.get("curve", {}), _PARTS) for r in (run, dense) if r]
-            if dense and all(losses):
-                pairs = zip(*losses, strict=True)
-                gaps.append([None if None in (a, b) else a - b for a, b in pairs])
-        if gaps:
-            parts = [_mean(part, "{:+.2f}") for part in zip(*gaps, strict=True)]
-            rows.append((variant.name, str(len(gaps)), *parts))
-    if not rows:
-        return None
-    ends = [round(group.runs[0].steps * part / _PARTS) for part in range(_PARTS + 1)]
-    parts = [f"{start + 1} to {end}" for start, end in itertools.pairwise(ends)]
-    header = ("variant", "seeds", f"steps {parts[0]}", *parts[1:])
-    caption = _caption(group, _learning_rate(group), "nats per token")
-    return Table("losses", "Training loss minus the dense baseline's", caption, header, tuple(rows))
-
-
-def sentence(variant: Variant) -> str:
-    """Return one sentence with quality and cost of a variant relative to its dense baseline."""
-    difference, shares = mean_of(variant.differences()), mean_of(variant.flops_shares())
-    seeds = f"{len(variant.runs)} seed{'s' * (len(variant.runs) > 1)}"
-    if difference is None or shares is None:
-        after = _mean(variant.over(lambda run: run.after), "{:.3f}")
-        return f"{variant.name}: perplexity {after} ({seeds}), without a dense baseline."
-    text = (
-        f"{variant.name}: perplexity {difference.text('{:+.1f} %')} from dense training on the same"
-        f" tokens ({seeds}), with {shares.value:.0f} % of its FLOPs"
-    )
-    equal = mean_of(variant.differences_at_equal_flops())
-    return text + (f"; {equal.text('{:+.1f} %')} at equal FLOPs." if equal else ".")
-
-
-def terminal_table(runs: Sequence[FinishedRun]) -> str:
-    """Return the quality and the cost of a sweep's runs, as two tables for a terminal."""
-    variants = [variant for _, variant in _variants_across(make_groups(runs))]
-    tables = [
-        _table(name, "", "", variants, columns)
-        for name, columns in (("quality", _QUALITY), ("cost", _COST))
-    ]
-    return "\n\n".join(
-        "\n".join([fixed_width(table.header, table.rows), *table.notes]) for table in tables
-    )
-
-
 def _caption(group: Group, *more: str) -> str:
     """Return what the runs of a group share, with `more` after their model and length."""
     run = group.runs[0]
@@ -197,13 +181,14 @@ def _caption(group: Group, *more: str) -> str:
     if _setting(run, "data.format") != "text":
         parts.append(f"{percent(run.row['loss_tokens'] / run.row['tokens'])} of them with loss")
     parts += [*more, *_reference_words(group.reference), f"data {run.row['data'][:8]}"]
-    return "; ".join([*parts, " and ".join(dict.fromkeys(run.device for run in group.runs))])
+    devices = dict.fromkeys(device_name(run.row["device"]) for run in group.runs)
+    return "; ".join([*parts, " and ".join(devices)])
 
 
 def _reference_words(reference: Settings) -> list[str]:
     changed = {path: v for path, v in reference.items() if v != DEFAULTS[path]}
-    words = settings_in_words({p: v for p, v in changed.items() if p != "sparsity.rate"})
-    return [f"unless named otherwise {', '.join(words)}"] if words else []
+    changed.pop("sparsity.rate", None)
+    return [f"unless named otherwise {', '.join(settings_in_words(changed))}"] if changed else []
 
 
 def _quality_caption(group: Group) -> str:
@@ -213,14 +198,13 @@ def _quality_caption(group: Group) -> str:
 
 
 def _learning_rate(group: Group) -> str:
-    rate, schedule = (
-        _setting(group.runs[0], path) for path in ("optimizer.learning_rate", "optimizer.schedule")
-    )
+    paths = ("optimizer.learning_rate", "optimizer.schedule")
+    rate, schedule = (_setting(group.runs[0], path) for path in paths)
     return f"learning rate {rate:g}, {schedule}"
 
 
 def _setting(run: FinishedRun, path: str) -> Any:
-    return run.settings.get(path, find(path).default)
+    return run.settings[path] if path in run.settings else find(path).default
 
 
 def model_of(run: FinishedRun) -> str:
@@ -231,17 +215,13 @@ def model_of(run: FinishedRun) -> str:
 def group_labels(groups: Sequence[Group]) -> list[str]:
     """Return the settings outside sparsity in which each group differs from others."""
     runs = [group.runs[0] for group in groups]
-    labels: list[list[str]] = [[] for _ in runs]
     # The fingerprint of the data stands for their settings.
     apart = ("seed", "data.", "train.eval")
-    for path in dict.fromkeys(p for r in runs for p in r.settings if not p.startswith(apart)):
-        words = [settings_in_words({path: _setting(run, path)})[0] for run in runs]
-        for label, word in zip(labels, words, strict=True):
-            label += [word] * (len(set(words)) > 1)
-    if len({run.row["data"] for run in runs}) > 1:
-        for label, run in zip(labels, runs, strict=True):
-            label.append(f"data {run.row['data'][:6]}")
-    return [", ".join(label) for label in labels]
+    paths = dict.fromkeys(p for r in runs for p in r.settings if not p.startswith(apart))
+    settings = [[settings_in_words({p: _setting(run, p)})[0] for run in runs] for p in paths]
+    settings.append([f"data {run.row['data'][:6]}" for run in runs])
+    differing = [words for words in settings if len(set(words)) > 1]
+    return [", ".join(words[number] for words in differing) for number in range(len(runs))]
 
 
 def _table(
@@ -249,57 +229,52 @@ def _table(
     title: str,
     caption: str,
     variants: Sequence[Variant],
-    columns: Mapping[str, Callable[[Variant], str]],
+    columns: Mapping[str, _Cell],
 ) -> Table:
     """Return a row for each variant; columns without any value are left out."""
     cells = {head: list(map(cell, variants)) for head, cell in columns.items()}
     known = {head: values for head, values in cells.items() if set(values) != {"-"}}
-    rows = zip([variant.name for variant in variants], *known.values(), strict=True)
-    return Table(name, title, caption, ("variant", *known), tuple(rows))
+    seeds = [str(len(variant.runs)) for variant in variants]
+    rows = zip([variant.name for variant in variants], seeds, *known.values(), strict=True)
+    return Table(name, title, caption, ("variant", "seeds", *known), tuple(rows))
 
 
-def _mean(values: Values, form: str) -> str:
-    mean = mean_of(values)
-    return "-" if mean is None else mean.text(form)
+def _mean(
+    measure: Callable[[PairedRun], float | None], form: Callable[[float], str], error: bool = True
+) -> _Cell:
+    """`error`: whether to show the standard error; not for what hardly differs between seeds."""
 
+    def cell(variant: Variant) -> str:
+        mean = mean_of([measure(run) for run in variant.runs])
+        if mean is None:
+            return "-"
+        return mean.text(form) if error else form(mean.value)
 
-def _mean_only(values: Values, form: Callable[[float], str]) -> str:
-    """Without the error, for what hardly differs between seeds."""
-    mean = mean_of(values)
-    return "-" if mean is None else form(mean.value)
-
-
-def _difference(values: Values, variant: Variant) -> str:
-    return _mean(values, "{:+.1f} %") + _FEWER * (0 < len(values) < len(variant.runs))
+    return cell
 
 
 def _speedup(variant: Variant) -> str:
-    speedup, bound = variant.speedup_and_bound()
-    if variant.is_baseline or speedup is None:
+    runs = [run.speedup() for run in variant.runs]
+    mean = mean_of([run and run.speedup for run in runs])
+    bound = mean_of([run and run.bound for run in runs])
+    if mean is None or bound is None:
         return "-"
-    return speedup_text(speedup.value, bound and bound.value, speedup.error)
+    error = mean.error if len(runs) > 1 or not runs[0] else runs[0].spread
+    return speedup_text(mean.value, bound.value, error) + FEWER * mean.fewer
 
 
-def _bound(variant: Variant) -> str:
-    _, bound = variant.speedup_and_bound()
-    return "-" if variant.is_baseline or bound is None else f"{bound.value:.2f}×"
-
-
-_QUALITY: Mapping[str, Callable[[Variant], str]] = {
-    "seeds": lambda variant: str(len(variant.runs)),
-    "perplexity": lambda variant: _mean(variant.over(lambda run: run.after), "{:.3f}"),
-    "from dense": lambda variant: _difference(variant.differences(), variant),
-    "at equal FLOPs": lambda v: _difference(v.differences_at_equal_flops(), v),
-    "FLOPs": lambda variant: _mean_only(variant.flops_shares(), "{:.0f} %".format),
+_FLOPS_SHARE = _mean(PairedRun.flops_share, "{:.0f} %".format, error=False)
+_QUALITY = {
+    "perplexity": _mean(lambda run: run.perplexity, "{:.3f}".format),
+    "from dense": _mean(PairedRun.difference, "{:+.1f} %".format),
+    "at equal FLOPs": _mean(PairedRun.difference_at_equal_flops, "{:+.1f} %".format),
+    "FLOPs": _FLOPS_SHARE,
 }
-_COST: Mapping[str, Callable[[Variant], str]] = {
-    "seeds": lambda variant: str(len(variant.runs)),
-    "time": lambda variant: _mean(variant.over(lambda run: run.seconds), "{:,.1f} s"),
-    "memory": lambda v: _mean_only(
-        v.over(lambda r: r.row["peak_memory"]["bytes"]), lambda n: quantity(n, "B")
-    ),
-    "FLOPs": lambda v: _mean_only(v.over(lambda run: run.flops), lambda n: quantity(n, "FLOP")),
-    "of dense": lambda variant: _mean_only(variant.flops_shares(), "{:.0f} %".format),
+_COST = {
+    "time": _mean(lambda run: run.seconds, "{:,.1f} s".format),
+    "memory": _mean(lambda r: r.row["peak_memory"]["bytes"], lambda n: quantity(n, "B"), False),
+    "FLOPs": _mean(lambda run: run.flops, lambda n: quantity(n, "FLOP"), error=False),
+    "of dense": _FLOPS_SHARE,
     "speed-up": _speedup,
-    "bound": _bound,
+    "bound": _mean(lambda r: (speed := r.speedup()) and speed.bound, "{:.2f}×".format, False),
 }

@@ -51,16 +51,6 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def duration(seconds: float) -> str:
-    """Format as `1 h 02 min`, `2 min 05 s` or `7.2 s`."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    rounded = round(seconds)
-    if rounded < 3600:
-        return f"{rounded // 60} min {rounded % 60:02d} s"
-    return f"{rounded // 3600} h {rounded % 3600 // 60:02d} min"
-
-
 def setting_text(value: object) -> str:
     """Format the value of a setting: tuples with commas, `none` if empty."""
     if isinstance(value, list | tuple):

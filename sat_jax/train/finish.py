@@ -11,7 +11,7 @@ import numpy as np
 from sat_jax.data.data_format import DataFormat
 from sat_jax.interop.huggingface import write_directory
 from sat_jax.nn.loss import perplexity_of
-from sat_jax.results.run_plots import Kept, kept_figure, loss_figure, save, speed_figure
+from sat_jax.results.run_plots import Kept, kept_figure, loss_figure, save
 from sat_jax.sparsity.plan import Plan, has_channels, kept_shares
 from sat_jax.train.costs import flops_of_probe, flops_of_selection, step_flops
 from sat_jax.train.counters import RunCounters
@@ -39,7 +39,7 @@ def finish(
     metrics.flush()
     records = read_metrics(workdir.metrics)
     rungs = rung_summaries(task, counters, records, speedups)
-    figures = _draw(workdir, task, counters, records, rungs)
+    figures = _draw(workdir, task, counters, records)
     evaluations = [r["eval_loss"] for r in records if "eval_loss" in r]
     losses = [r["loss"] for r in records if "loss" in r]
     spent, dense = flops_of_run(task, counters)
@@ -116,13 +116,10 @@ def _draw(
     task: Task,
     counters: RunCounters,
     records: list[dict[str, Any]],
-    rungs: list[dict[str, Any]],
 ) -> list[str]:
     folder = workdir.path / "figures"
     folder.mkdir(exist_ok=True)
     figures = [save(loss_figure(records), folder / "loss.png")]
-    if any(rung.get("speedup") for rung in rungs):
-        figures.append(save(speed_figure(rungs), folder / "speed.png"))
     if counters.selections:
         by_group = task.config.sparsity.attention_unit == "kv_group"
         branches = task.controller.neurons.branches
