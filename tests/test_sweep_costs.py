@@ -77,7 +77,7 @@ def test_a_dry_run_shows_costs_and_the_source_of_times() -> None:
     ]  # fmt: skip
     assert "5.7 s" in shown.splitlines()[3]
     assert shown.splitlines()[-1] == (
-        "2 runs, 1 to do: at most 5.72 GFLOP, 5.7 s one after another at 1.00 GFLOP/s"
+        "2 runs, 1 to do: at most 5.73 GFLOP, 5.7 s one after another at 1.00 GFLOP/s"
     )
     assert dry_run(runs, {}, None).endswith("unknown speed; give --flops-per-second")
     assert dry_run(runs, finished, None).endswith("at 2.00 GFLOP/s")
