@@ -211,7 +211,7 @@ def moves(_: DecoderConfig, layout: Layout[Decoder], args: Namespace) -> list[Ro
         lambda p, s: choose(layout, p, s, execution.plan, Criteria(), jax.random.key(0))
     )
     stats = probe(state.params, zeros, batch)
-    kept = select(state.params, stats)
+    kept = select(state.params, stats).kept
     converted: Any = None
     programs = compile_moves(
         *jax.eval_shape(lambda: (state, kept)),

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sat_jax.errors import UserError
 from sat_jax.models.build import layout_of
 from sat_jax.models.llama import LlamaConfig
 from sat_jax.nn.observe import InputSums
-from sat_jax.sparsity.choose import Criteria, choose
+from sat_jax.sparsity.choose import Criteria, choose, describe_unranked
 from sat_jax.sparsity.importance import METRICS, score_inputs
 from sat_jax.sparsity.plan import AttentionUnit, Plan, make_plan
 from sat_jax.sparsity.rows import Kept
@@ -51,7 +52,7 @@ def statistics(config: LlamaConfig, seed: int = 0) -> Statistics:
 def chosen(
     plan: Plan, params: dict[str, Any], stats: Statistics, key: Any = KEY, **criteria: Any
 ) -> Kept:
-    return choose(LAYOUT, jax.device_put(params), stats, plan, Criteria(**criteria), key)
+    return choose(LAYOUT, jax.device_put(params), stats, plan, Criteria(**criteria), key).kept
 
 
 def plan_of(unit: AttentionUnit = "kv_group", **rest: Any) -> Plan:
@@ -110,6 +111,21 @@ def test_units_that_are_all_kept_have_no_indices(
     plan = make_plan(neurons(CONFIG), attention, mlp)
     (kept,) = chosen(plan, random_params(CONFIG), statistics(CONFIG))
     assert kept.keys() == units
+
+
+def test_scores_that_are_no_ranking_are_reported() -> None:
+    plan, stats = plan_of("query_head", dense_layers=(1,)), statistics(CONFIG)
+    zeros = jax.tree.map(jnp.zeros_like, stats.gradients)
+    stats = stats._replace(gradients=stats.gradients | {"query_head": zeros["query_head"]})
+    choice = choose(LAYOUT, random_params(CONFIG), stats, plan, Criteria("taylor"), KEY)
+    assert list(describe_unranked(choice.unranked, "taylor")) == [
+        "the scores (metric 'taylor') of query_head are all equal in 2 layers, where the kept ones"
+        " are drawn at random"
+    ]
+    stats.gradients["channel"] = stats.gradients["channel"].at[2, 3].set(jnp.nan)
+    choice = choose(LAYOUT, random_params(CONFIG), stats, plan, Criteria("taylor"), KEY)
+    with pytest.raises(UserError, match="of channel are not finite in 1 layers"):
+        list(describe_unranked(choice.unranked, "taylor"))
 
 
 @pytest.mark.parametrize(("metric", "selection"), [("uniform", "topk"), ("output", "sample")])

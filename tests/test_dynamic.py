@@ -88,7 +88,7 @@ def test_each_layer_keeps_what_choose_keeps_for_its_own_input(
     kept, params = kept_of(result(dynamic(name, plan, metric=metric), name)), random_params(config)
     observed = run(Mask(layout, plan), params, kept, observe=METRICS[metric].needs).observed
     stats = statistics_of(jnp.asarray(19.0), observed)
-    chosen = choose(layout, jax.device_put(params), stats, plan, Criteria(metric), KEY)
+    chosen = choose(layout, jax.device_put(params), stats, plan, Criteria(metric), KEY).kept
     assert jax.tree.structure(kept) == jax.tree.structure(chosen)
     for actual, expected in zip(jax.tree.leaves(kept), jax.tree.leaves(chosen), strict=True):
         np.testing.assert_array_equal(actual, expected, strict=True)

@@ -1,13 +1,14 @@
 """FLOPs a token against the traced model (exactly), the compiled one, and numbers by hand."""
 
-import math
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from sat_jax.data.batch import Batch
 from sat_jax.models.build import layout_of
 from sat_jax.models.llama import LlamaConfig
 from sat_jax.models.presets import PRESETS
@@ -29,9 +30,13 @@ from sat_jax.sparsity.flops import (
     forward_flops,
     probe_flops,
     speedup_bound,
+    traced_flops,
     training_flops,
 )
 from sat_jax.sparsity.plan import Plan, Segment
+from sat_jax.sparsity.statistics import Observable
+from sat_jax.train.costs import observation_flops
+from sat_jax.train.probe import observe_batch
 from tests.small_models import CONFIGS, nothing_omitted, random_kept
 from tests.tolerances import assert_close
 
@@ -53,6 +58,7 @@ PLANS: dict[str, tuple[Segment, ...]] = {
 }
 REMATS: list[Remat] = ["none", "dots", "full"]
 ROWS, LENGTH = 2, 40  # one attention block
+TOKENS = ROWS * LENGTH
 # Inside one block of attention every query meets every key: as many pairs as the causal half has
 # in rows of this length.
 COMPUTED = 2 * LENGTH - 1
@@ -123,32 +129,6 @@ class Traced:
         return gradients, self.values, *[self.tokens] * 4, self.mask
 
 
-def matrix_product_flops(function: Any, *arguments: Any) -> float:
-    """Of a traced program: every iteration of a scan, one of a loop of unknown length."""
-
-    def inner(params: dict[str, Any]) -> Iterator[Any]:
-        for value in params.values():
-            for part in value if isinstance(value, tuple | list) else (value,):
-                if hasattr(part, "eqns"):
-                    yield part
-                elif hasattr(part, "jaxpr"):
-                    yield part.jaxpr
-
-    def count(jaxpr: Any) -> float:
-        total = 0.0
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == "dot_general":
-                (contracted, _), _ = equation.params["dimension_numbers"]
-                shape = equation.invars[0].aval.shape
-                depth = math.prod(shape[axis] for axis in contracted)
-                total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
-            iterations = equation.params["length"] if equation.primitive.name == "scan" else 1
-            total += iterations * sum(map(count, inner(equation.params)))
-        return total
-
-    return count(jax.make_jaxpr(function)(*arguments).jaxpr)
-
-
 def compiled_flops(function: Any, *arguments: Any) -> float:
     """What XLA reports of the compiled program; it counts the body of a loop once."""
     fast = {"xla_backend_optimization_level": 0}  # saves on machine code, which comes after
@@ -181,8 +161,8 @@ def test_attention_counts_the_causal_half() -> None:
 @pytest.mark.parametrize("plan", PLANS)
 def test_forward_counts_every_matrix_product(plan: str) -> None:
     model, expected = Traced(GQA, PLANS[plan]), forward_flops(LAYOUT, COMPUTED, PLANS[plan])
-    assert matrix_product_flops(*model.logits) == ROWS * LENGTH * expected.total
-    assert matrix_product_flops(*model.hidden) == ROWS * LENGTH * expected.layers
+    assert traced_flops(*model.logits) == ROWS * LENGTH * expected.total
+    assert traced_flops(*model.hidden) == ROWS * LENGTH * expected.layers
 
 
 @pytest.mark.parametrize("remat", REMATS)
@@ -192,9 +172,7 @@ def test_training_counts_every_matrix_product(execution: str, plan: str, remat: 
     model = Traced(GQA, PLANS[plan], COMPUTES_KEPT[execution], remat)
     kernels = execution == "kernel"
     expected = training_flops(LAYOUT, COMPUTED, PLANS[plan], remat, kernels=kernels)
-    assert_close(
-        matrix_product_flops(*model.step), ROWS * LENGTH * expected.total, "float64", "forward"
-    )
+    assert_close(traced_flops(*model.step), ROWS * LENGTH * expected.total, "float64", "forward")
 
 
 @pytest.mark.parametrize("remat", REMATS)
@@ -202,7 +180,7 @@ def test_training_counts_every_matrix_product(execution: str, plan: str, remat: 
 def test_masks_compute_everything(execution: str, remat: Remat) -> None:
     model = Traced(GQA, PLANS["both"], COMPUTES_ALL[execution], remat)
     expected = training_flops(LAYOUT, COMPUTED, remat=remat)
-    assert matrix_product_flops(*model.step) == ROWS * LENGTH * expected.total
+    assert traced_flops(*model.step) == ROWS * LENGTH * expected.total
 
 
 @pytest.mark.parametrize("remat", REMATS)
@@ -212,9 +190,7 @@ def test_only_the_backward_pass_omits(execution: str, plan: str, remat: Remat) -
     model = Traced(GQA, PLANS[plan], DENSE_FORWARD[execution], remat)
     options = {"kernels": execution == "kernel", "dense_forward": True}
     expected = training_flops(LAYOUT, COMPUTED, PLANS[plan], remat, **options)
-    assert_close(
-        matrix_product_flops(*model.step), ROWS * LENGTH * expected.total, "float64", "forward"
-    )
+    assert_close(traced_flops(*model.step), ROWS * LENGTH * expected.total, "float64", "forward")
 
 
 @pytest.mark.parametrize("name", ["mha", "bias", "norm"])
@@ -224,7 +200,7 @@ def test_other_attentions_multiply_the_same_matrices(name: str) -> None:
     counts = tuple((unit.name, unit.size) for unit in layout.units.values())
     model = Traced(config, (Segment(0, config.n_layers, counts),))
     expected = training_flops(layout, COMPUTED).total
-    assert matrix_product_flops(*model.step) == ROWS * LENGTH * expected
+    assert traced_flops(*model.step) == ROWS * LENGTH * expected
 
 
 def test_a_probe_computes_no_logits() -> None:
@@ -238,12 +214,23 @@ def test_a_probe_of_gradients_leaves_out_those_of_weights() -> None:
     assert probe_flops(LAYOUT, LENGTH, gradients=True) == step - weights
 
 
+@pytest.mark.parametrize(
+    ("observe", "expected"),
+    [
+        # Σa², a product with the tokens' weights. Gram matrices of 3 heads of 4, in each of 4
+        # groups: activations for each token, weights and their product once.
+        ({"outputs"}, TOKENS * (2 * 24 + 2 * 4 * 12**2) + 2 * 4 * 12**2 * (16 + 1)),
+        ({"products"}, TOKENS * 2 * (48**2 + 24**2)),
+        ({"gradients"}, 0),
+    ],
+)
+def test_observations_by_hand(observe: set[Observable], expected: float) -> None:
+    assert observation_flops(GQA, ROWS, LENGTH, frozenset(observe)) == 3 * expected
+
+
 def test_correction_by_hand() -> None:
     """12 heads of 4 columns and 24 channels; kept are 6 heads in each of 2 layers, and in one of
     them 8 channels."""
-    assert probe_flops(LAYOUT, LENGTH, products=True) == probe_flops(LAYOUT, LENGTH) + 3 * 2 * (
-        48 * 48 + 24 * 24
-    )
     segments = (segment(0, 1, 4, 3, 24), segment(1, 2, 2, 3, 24), segment(2, 3, 2, 3, 8))
     of_heads = 24**3 / 3 + 2 * 16 * (24 * 24 + 24 * 24)
     of_channels = 8**3 / 3 + 2 * 16 * (8 * 16 + 8 * 8)
@@ -259,17 +246,29 @@ WIDE = LlamaConfig(
     max_positions=128,
 )  # fmt: skip
 XLA_TOLERANCE = 0.01
+OUTPUTS, PRODUCTS = frozenset[Observable]({"outputs"}), frozenset[Observable]({"products"})
+
+
+def probe(observe: tuple[Observable, ...]) -> tuple[Any, ...]:
+    """Function and arguments of the observation of one block of tokens."""
+    numbers = jax.ShapeDtypeStruct((1, BLOCK), jnp.int32)
+    layout, batch = layout_of(WIDE), Batch(*[numbers] * 5)
+    return lambda params, b: observe_batch(layout, params, b, observe), dict(layout.shapes), batch
 
 
 def test_xla_counts_the_same() -> None:
     model = Traced(WIDE, (segment(0, 2, 2, 4, 1280),), rows=1, length=BLOCK)
     counted = (segment(0, 1, 2, 4, 1280),)  # the body of the scan over layers, once
     layout, computed = layout_of(WIDE), 2 * BLOCK - 1
+    one_layer = dataclasses.replace(WIDE, n_layers=1)
+    probed = BLOCK * probe_flops(layout_of(one_layer), computed)
     for program, expected in (
-        (model.logits, forward_flops(layout, computed, counted)),
-        (model.step, training_flops(layout, computed, counted)),
+        (model.logits, BLOCK * forward_flops(layout, computed, counted).total),
+        (model.step, BLOCK * training_flops(layout, computed, counted).total),
+        (probe(("outputs",)), probed + observation_flops(one_layer, 1, BLOCK, OUTPUTS)),
+        (probe(("products",)), probed + observation_flops(one_layer, 1, BLOCK, PRODUCTS)),
     ):
-        ratio = compiled_flops(*program) / (BLOCK * expected.total)
+        ratio = compiled_flops(*program) / expected
         assert 1 - XLA_TOLERANCE < ratio < 1 + XLA_TOLERANCE
 
 

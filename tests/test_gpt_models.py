@@ -174,7 +174,7 @@ def test_every_metric_chooses_heads_and_channels(name: str) -> None:
     plan = make_plan(neurons_of(layout), 0.5, 0.5)
     for metric, needs in ((name, metric.needs) for name, metric in METRICS.items()):
         stats = observe_batch(layout, params, batch(config), needs)  # type: ignore[arg-type]
-        (kept,) = choose(layout, params, stats, plan, Criteria(metric), jax.random.key(0))
+        (kept,) = choose(layout, params, stats, plan, Criteria(metric), jax.random.key(0)).kept
         assert kept["kv_group"].shape == (3, 2)
         assert kept["channel"].shape == (3, 128)
 

@@ -66,7 +66,7 @@ for step in range(steps):
     rung = programs.rung(controller.rung_at(step).plan)
     if controller.refreshes(step):
         stats = probe(state.params, stats, batch)
-    kept = rung.select(state, stats)
+    kept = rung.select(state, stats).kept
     corrections = rung.correct(state, stats, kept)
     for path, (correction,) in corrections.items():
         assert correction.sharding == programs.state.params[path].sharding, path

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from sat_jax.models.build import layout_of
@@ -36,3 +37,17 @@ def test_a_probe_is_a_dense_pass_over_the_first_tokens() -> None:
     stats = probe(random_params(CONFIG), jax.tree.map(jnp.ones_like, dense), rows)
     for a, b in zip(jax.tree.leaves(stats), jax.tree.leaves(dense), strict=True):
         assert_close(a, b, "float32", "forward")
+
+
+@pytest.mark.parametrize(("tokens", "row", "columns"), [(10, 1, slice(0, 10)), (4, 1, slice(5, 9))])
+def test_a_probe_of_gradients_is_where_the_loss_is(tokens: int, row: int, columns: slice) -> None:
+    rows, layout, params = batch(CONFIG), layout_of(CONFIG), random_params(CONFIG)
+    mask = jnp.zeros_like(rows.loss_mask).at[0, 2].set(True).at[1, 5:9].set(True)
+    rows = rows._replace(loss_mask=mask)
+    part = jax.tree.map(lambda x: x[row : row + 1, columns], rows)
+    expected = observe_batch(layout, params, part, ("gradients",))
+    probe = make_probe(layout, ProbeSettings(("gradients",), decay=0.0, tokens=tokens))
+    stats = jax.jit(probe)(params, jax.tree.map(jnp.ones_like, expected), rows)
+    for a, b in zip(jax.tree.leaves(stats), jax.tree.leaves(expected), strict=True):
+        assert np.abs(a).max() > 0
+        assert_close(a, b, "float32", "backward")

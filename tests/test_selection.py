@@ -16,8 +16,11 @@ NAN, INF = float("nan"), float("inf")
 jitted = jax.jit(select, static_argnames=("keep", "selection", "balance", "block"))
 
 
+KEY = jax.random.key(0)
+
+
 def kept(scores: Any, keep: int, **rest: Any) -> list[Any]:
-    return np.asarray(jitted(jnp.asarray(scores, jnp.float32), keep, **rest)).tolist()
+    return np.asarray(jitted(jnp.asarray(scores, jnp.float32), keep, key=KEY, **rest)).tolist()
 
 
 @pytest.mark.parametrize(
@@ -25,9 +28,7 @@ def kept(scores: Any, keep: int, **rest: Any) -> list[Any]:
     [
         ([3.0, 1.0, 4.0, 1.0, 5.0], 3, {}, [0, 2, 4]),
         ([0.0, 7.0, 7.0, 7.0], 2, {}, [1, 2]),  # a tie: the lower index
-        ([0.0, 0.0, 0.0], 2, {}, [0, 1]),
         ([NAN, 0.0, NAN, -1.0], 2, {}, [1, 3]),  # NaN is below everything
-        ([NAN, NAN, NAN], 2, {}, [0, 1]),
         ([NAN, INF, 1.0], 1, {}, [1]),
         ([5.0, 4.0, 3.0, 2.0], 0, {}, []),
         ([5.0, 4.0, 3.0], 3, {}, [0, 1, 2]),
@@ -146,6 +147,20 @@ def test_sampled_rows_and_parts_are_drawn_apart() -> None:
     assert len({tuple(part) for part in parts.tolist()}) == 4
 
 
+@pytest.mark.parametrize("selection", ["topk", "sample"])
+@pytest.mark.parametrize("score", [0.0, 2.5, NAN])
+def test_equal_scores_are_no_ranking(score: float, selection: Selection) -> None:
+    scores = jnp.asarray([[score] * 32, [*range(32)]])
+    keys = jax.random.split(KEY, 40)
+    draw = jax.vmap(lambda key: select(scores, 4, selection=selection, key=key, balance=2))
+    flat = np.asarray(draw(keys))[:, 0]
+    counts = np.bincount(flat.ravel(), minlength=32)
+    assert counts.min() > 0 and counts.max() < 20  # 5 each are expected
+    assert (flat[:, :2] < 16).all() and (flat[:, 2:] >= 16).all()
+    if selection == "topk":
+        assert (np.asarray(draw(keys))[:, 1] == [14, 15, 30, 31]).all()
+
+
 def test_what_has_no_score_is_sampled_last() -> None:
     scores = [0.0, 1e-30, NAN, 1.0]
     assert (draws(scores, 2, 50) == [1, 3]).all()
@@ -160,11 +175,10 @@ def test_what_has_no_score_is_sampled_last() -> None:
         (8, 4, {"block": 4, "balance": 2}, "cannot keep 4 of 8 neurons in multiples of 8"),
         (6, 7, {}, "cannot keep 7 of 6"),
         (6, -1, {}, "cannot keep -1 of 6"),
-        (6, 2, {"selection": "sample"}, "selection 'sample' needs a key"),
     ],
 )
 def test_what_cannot_be_selected_is_an_error(
     total: int, keep: int, rest: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        select(jnp.arange(float(total)), keep, **rest)
+        select(jnp.arange(float(total)), keep, key=KEY, **rest)

@@ -73,7 +73,7 @@ def test_a_dry_run_shows_costs() -> None:
         runs[0].name, "sparsity.rate=0", "7.38", "GFLOP", "7.38", "GFLOP", "1.00×", "finished",
     ]  # fmt: skip
     assert shown[3].split()[-2:] == ["1.29×", "-"]
-    assert shown[-1] == "2 runs, 1 to do: at most 5.72 GFLOP"
+    assert shown[-1] == "2 runs, 1 to do: at most 5.73 GFLOP"
 
 
 def finished(run: Any, after: float, **changed: Any) -> Row:

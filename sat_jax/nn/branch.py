@@ -8,6 +8,7 @@ of this; they define `activations`.
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -72,7 +73,8 @@ class Branch(nnx.Module):
             a = branch.activations(x, context)
             for mask in masks:
                 shape = (1, 1, *mask.shape, *(1,) * (a.ndim - 2 - mask.ndim))
-                a = a * mask.reshape(shape).astype(a.dtype)
+                # In float32: the gradient of a mask is a sum over tokens.
+                a = (a.astype(jnp.float32) * mask.reshape(shape)).astype(a.dtype)
             branch._observe_output(a, context)
             y = combine(branch.output_weight, a)
         else:

@@ -11,8 +11,10 @@ figures in the literature are.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+import jax
 
 from sat_jax.nn.layout import Layout
 from sat_jax.nn.param import CHANNEL
@@ -121,19 +123,43 @@ def training_flops(
     return TrainingFlops(total, backward, again)
 
 
-def probe_flops(
-    layout: Layout[Any], row_length: int, gradients: bool = False, products: bool = False
-) -> float:
-    """Return the operations a token of a probe: a dense forward pass without logits. With
-    `gradients`, one with the loss and its gradient, and a backward pass to activations but not to
-    weights: half of a full one, with attention scores computed again. `products`: those of all
-    pairs of a layer's columns, of every branch."""
+def probe_flops(layout: Layout[Any], row_length: int, gradients: bool = False) -> float:
+    """Return the operations a token of a probe without its observations: a dense forward pass
+    without logits. With `gradients`, one with the loss and its gradient, and a backward pass to
+    activations but not to weights: half of a full one, with attention scores computed again."""
     forward = forward_flops(layout, row_length)
-    pairs = 2.0 * layout.layers * sum(c**2 for c in _columns(layout)) if products else 0.0
     if not gradients:
-        return forward.layers + pairs
+        return forward.layers
     mixing = forward.mixing
-    return forward.total + (forward.total - mixing) + 2 * mixing + mixing / 2 + pairs
+    return forward.total + (forward.total - mixing) + 2 * mixing + mixing / 2
+
+
+def traced_flops(function: Callable[..., Any], *arguments: Any) -> float:
+    """Return the operations of all matrix products of a function: every iteration of a scan, but
+    one of a loop whose length is not known."""
+    return _products_of(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _products_of(jaxpr: Any) -> float:
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            depth = math.prod(shape[axis] for axis in contracted)
+            total += 2.0 * depth * math.prod(equation.outvars[0].aval.shape)
+        iterations = equation.params["length"] if equation.primitive.name == "scan" else 1
+        total += iterations * sum(map(_products_of, _inner_jaxprs(equation.params)))
+    return total
+
+
+def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+    for value in params.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(part, "eqns"):
+                yield part
+            elif hasattr(part, "jaxpr"):
+                yield part.jaxpr
 
 
 def correction_flops(layout: Layout[Any], segments: Sequence[Segment]) -> float:

@@ -1,12 +1,18 @@
 """Floating-point operations of the parts of a run, from its settings."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
+
 from sat_jax.config import Config
+from sat_jax.data.batch import Batch
 from sat_jax.models.build import layout_of
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.sparsity.controller import Rung
-from sat_jax.sparsity.flops import correction_flops, probe_flops, training_flops
-from sat_jax.sparsity.importance import METRICS
-from sat_jax.train.probe import probe_shape
+from sat_jax.sparsity.flops import correction_flops, probe_flops, traced_flops, training_flops
+from sat_jax.sparsity.statistics import Observable
+from sat_jax.train.probe import observe_batch, observed_by_probes, probe_shape
 
 
 def step_flops(config: Config, model: DecoderConfig, rung: Rung | None = None) -> float:
@@ -29,10 +35,25 @@ def flops_of_probe(config: Config, model: DecoderConfig) -> float:
     rows, length = probe_shape(
         config.train.rows_per_step, config.data.row_length, sparse.probe_tokens
     )
-    gradients = "gradients" in METRICS[sparse.metric].needs
+    observe = observed_by_probes(sparse)
+    passes = probe_flops(layout_of(model), length, "gradients" in observe)
+    observations = observation_flops(model, rows, length, frozenset(observe))
+    return rows * length * passes + observations
+
+
+@functools.cache
+def observation_flops(
+    model: DecoderConfig, rows: int, length: int, observe: frozenset[Observable]
+) -> float:
+    """Return the FLOPs by which observations add to the forward pass of a probe of `rows` rows."""
     layout = layout_of(model)
-    token = probe_flops(layout, length, gradients, sparse.least_squares_correction)
-    return rows * length * token
+    numbers = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    batch = Batch(numbers, numbers, numbers, numbers, numbers)
+    without, observed = (
+        traced_flops(functools.partial(observe_batch, layout, observe=kinds), layout.shapes, batch)
+        for kinds in ((), observe - {"gradients"})
+    )
+    return observed - without
 
 
 def flops_of_selection(config: Config, model: DecoderConfig, rung: Rung) -> float:

@@ -17,6 +17,7 @@ from sat_jax.data.batches import Prefetcher, batches, in_order, open_split
 from sat_jax.errors import UserError
 from sat_jax.parallel.mesh import row_share
 from sat_jax.parallel.processes import is_primary, on_host, on_primary
+from sat_jax.sparsity.choose import describe_unranked
 from sat_jax.sparsity.controller import Rung
 from sat_jax.sparsity.execution.state import new_state
 from sat_jax.sparsity.importance import METRICS
@@ -228,7 +229,9 @@ class Run:
         with self._clock("refresh"):
             state.expand()
             if refresh:
-                state.choose(programs, probe, batch)
+                unranked = state.choose(programs, probe, batch)
+                for text in describe_unranked(unranked, self._config.sparsity.metric):
+                    self._log(f"refresh before step {step + 1}: {text}")
                 assert state.kept is not None
                 self._counters.count_selection(rung, state.kept, probed=probe is not None)
             elif controller.refresh_every == 0 or controller.neurons.is_dense(rung.plan):

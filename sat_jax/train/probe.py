@@ -1,7 +1,7 @@
 """Probes: forward passes of the full model between steps, for statistics of its units."""
 
 from collections.abc import Callable, Collection, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,11 @@ from sat_jax.data.batch import Batch
 from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.layout import Layout
 from sat_jax.nn.loss import next_token_loss
+from sat_jax.sparsity.importance import METRICS
 from sat_jax.sparsity.statistics import Observable, Statistics, accumulate, statistics_of
+
+if TYPE_CHECKING:
+    from sat_jax.config import SparsityConfig
 
 Probe = Callable[[dict[str, Array], Statistics, Batch], Statistics]
 
@@ -24,14 +28,24 @@ class ProbeSettings(NamedTuple):
     tokens: int
 
 
+def observed_by_probes(config: "SparsityConfig") -> tuple[Observable, ...]:
+    """Return what the metric and the least-squares correction need."""
+    needs = METRICS[config.metric].needs
+    return (*needs, "products") if config.least_squares_correction else needs
+
+
 def make_probe(layout: Layout[Decoder], settings: ProbeSettings) -> Probe:
     """Return `probe(params, stats, batch)`: the running statistics after a dense forward pass of
-    the full model over the first tokens of the batch."""
+    the full model over some tokens of the batch: the first ones, or for `gradients` those with the
+    largest number of tokens that bear loss."""
     observe, decay, tokens = settings
 
     def probe(params: dict[str, Array], stats: Statistics, batch: Batch) -> Statistics:
         rows, length = probe_shape(batch.tokens.shape[0], batch.tokens.shape[1], tokens)
-        part = jax.tree.map(lambda x: x[:rows, :length], batch)
+        if "gradients" in observe:
+            part = _with_most_loss(batch, rows, length)
+        else:
+            part = jax.tree.map(lambda x: x[:rows, :length], batch)
         return accumulate(stats, observe_batch(layout, params, part, observe), decay)
 
     return probe
@@ -42,6 +56,16 @@ def probe_shape(rows: int, length: int, tokens: int) -> tuple[int, int]:
     rows, or a part of one."""
     length = min(length, tokens)
     return min(rows, tokens // length), length
+
+
+def _with_most_loss(batch: Batch, rows: int, length: int) -> Batch:
+    """Return the rows, and `length` contiguous positions of them, with the most tokens that bear
+    loss."""
+    _, best = jax.lax.top_k(jnp.sum(batch.loss_mask, axis=1), rows)
+    part = jax.tree.map(lambda x: x[jnp.sort(best)], batch)
+    sums = jnp.cumsum(jnp.pad(jnp.sum(part.loss_mask, axis=0), (1, 0)))
+    start = jnp.argmax(sums[length:] - sums[:-length])
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, length, axis=1), part)
 
 
 def observe_batch(

@@ -20,19 +20,18 @@ from sat_jax.models.build import layout_of
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.decoder import Compute
 from sat_jax.parallel.rules import BATCH, tree_shardings
-from sat_jax.sparsity.choose import Criteria, choose, selection_key
+from sat_jax.sparsity.choose import Choice, Criteria, choose, selection_key
 from sat_jax.sparsity.controller import Controller
 from sat_jax.sparsity.correction import Corrections, least_squares_correction
 from sat_jax.sparsity.execution.base import Execution
 from sat_jax.sparsity.execution.make import make_execution
 from sat_jax.sparsity.execution.state import PARAMS, TrainState, map_trees, new_state, path_trees
-from sat_jax.sparsity.importance import METRICS
 from sat_jax.sparsity.plan import Plan
 from sat_jax.sparsity.rows import Kept
-from sat_jax.sparsity.statistics import Observable, Statistics
+from sat_jax.sparsity.statistics import Statistics
 from sat_jax.train.moves import compile_moves
 from sat_jax.train.optimizer import clipping, learning_rate, make_optimizer
-from sat_jax.train.probe import ProbeSettings, make_probe, observe_batch
+from sat_jax.train.probe import ProbeSettings, make_probe, observe_batch, observed_by_probes
 from sat_jax.train.step import StepSettings, make_evaluation, make_step
 
 Compiled = Callable[..., Any]
@@ -41,7 +40,7 @@ Compiled = Callable[..., Any]
 class RungPrograms(NamedTuple):
     """Compiled for one plan.
 
-    `select(full, stats)` → kept units; `correct(full, stats, kept)` → corrections;
+    `select(full, stats)` → `Choice`; `correct(full, stats, kept)` → corrections;
     `compact(full, kept)` → (state, omitted); `expand(state, omitted, kept)` → full;
     `step(state, stats, kept, batch, omitted, corrections)` → (state, stats, metrics), where
     `omitted` are parameters. `compact`, `expand` and `step` give their arguments' buffers away, but
@@ -68,7 +67,10 @@ class Programs:
         settings = config.model
         compute = Compute(settings.dtype, settings.remat, settings.loss_chunk, settings.attention)
         self.layout = layout_of(model, compute)
-        self.observe = _observed_by_probes(config, controller)
+        sparse = config.sparsity
+        probes = controller.sparse and sparse.refresh_every > 0
+        # Where layers choose for themselves, their inputs are observed inside them.
+        self.observe = observed_by_probes(sparse) if probes else ()
         self.optimizer = make_optimizer(config.optimizer, config.train.steps, self.layout)
         self.state = self._placed(
             jax.eval_shape(lambda p: new_state(p, self.optimizer), dict(self.layout.shapes))
@@ -142,7 +144,8 @@ class Programs:
 
     def kept(self, plan: Plan) -> Kept:
         """Return the shapes of a plan's kept indices."""
-        kept: Kept = self._placed(jax.eval_shape(self._select(plan), self.state, self.stats))
+        choice = jax.eval_shape(self._select(plan), self.state, self.stats)
+        kept: Kept = self._placed(choice.kept)
         return kept
 
     def corrections(self, plan: Plan) -> Corrections:
@@ -206,10 +209,10 @@ class Programs:
         sparse = self._config.sparsity
         return Criteria(sparse.metric, sparse.selection)
 
-    def _select(self, plan: Plan) -> Callable[[TrainState, Statistics], Kept]:
-        def select(full: TrainState, stats: Statistics) -> Kept:
+    def _select(self, plan: Plan) -> Callable[[TrainState, Statistics], Choice]:
+        def select(full: TrainState, stats: Statistics) -> Choice:
             if self._config.sparsity.refresh_every == 0:  # each layer chooses for itself
-                return tuple({} for _ in plan.segments)
+                return Choice(tuple({} for _ in plan.segments), {})
             key = selection_key(self._config.seed, full.step)
             return choose(self.layout, full.params, stats, plan, self._criteria, key)
 
@@ -251,13 +254,3 @@ def compiler_options(platform: str, config: Config) -> dict[str, str | bool]:
     if platform == "gpu" and config.train.deterministic:
         return {"xla_gpu_deterministic_ops": True}
     return {}
-
-
-def _observed_by_probes(config: Config, controller: Controller) -> tuple[Observable, ...]:
-    """Return what the metric and the correction need. Where layers choose for themselves, nothing
-    is observed besides their inputs, inside the layers."""
-    sparse = config.sparsity
-    if not controller.sparse or sparse.refresh_every == 0:
-        return ()
-    needs = METRICS[sparse.metric].needs
-    return (*needs, "products") if sparse.least_squares_correction else needs

@@ -7,6 +7,7 @@ from sat_jax.data.batch import Batch
 from sat_jax.sparsity.correction import Corrections
 from sat_jax.sparsity.execution.state import PARAMS, OmittedState, TrainState
 from sat_jax.sparsity.rows import Kept
+from sat_jax.sparsity.selection import Unranked
 from sat_jax.sparsity.statistics import Statistics
 from sat_jax.train.programs import Compiled, RungPrograms
 from sat_jax.train.step import StepMetrics
@@ -52,13 +53,14 @@ class RunState:
 
     def choose(
         self, programs: RungPrograms, probe: Compiled | None = None, batch: Batch | None = None
-    ) -> None:
+    ) -> dict[str, Unranked]:
         """Choose the kept units of a rung anew; with `probe`, observe the full model on `batch`
-        first."""
+        first. Return by unit how many layers have scores that are no ranking."""
         if probe is not None:
             self.stats = probe(self.full.params, self.stats, batch)
-        self.kept = programs.select(self.full, self.stats)
+        self.kept, unranked = programs.select(self.full, self.stats)
         self.corrections = programs.correct(self.full, self.stats, self.kept)
+        return unranked
 
     def step(self, batch: Batch) -> StepMetrics:
         """Train one optimizer step."""

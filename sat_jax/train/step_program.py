@@ -172,7 +172,7 @@ def _choose(execution: Execution) -> Kept:
     layout = execution.layout
     params = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in layout.shapes.items()}
     stats, criteria = Statistics(jnp.zeros(())), Criteria("uniform")
-    return choose(layout, params, stats, execution.plan, criteria, jax.random.key(0))
+    return choose(layout, params, stats, execution.plan, criteria, jax.random.key(0)).kept
 
 
 def _state_shapes(execution: Execution, optimizer: OptimizerConfig) -> tuple[TrainState, Kept]:

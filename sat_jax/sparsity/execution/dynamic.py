@@ -83,7 +83,7 @@ class LayerSelection:
         one_layer = dataclasses.replace(segment, start=0, stop=1)
         key = branch_keys(self.layout, context.key)[unit.branch]
         rest = (stats, self.plan, one_layer, unit, self.criteria, key)
-        return choose_units(self.layout, params, *rest)[0]
+        return choose_units(self.layout, params, *rest)[0][0]
 
     def _selected(self, branch: Branch, unit: Unit, kept: Array) -> Branch:
         if self.masked:
