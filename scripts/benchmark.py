@@ -175,7 +175,8 @@ def _transformers_step(model: DecoderConfig, args: Namespace) -> Variant:
         use_cache=False,
         **format_of(model).write_config(model),
     )
-    module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(device)
+    with torch.device(device):  # random weights of large models take long on a CPU
+        module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     module.train()
     if args.remat == "full":
         module.gradient_checkpointing_enable({"use_reentrant": False})

@@ -6,7 +6,7 @@ Rows have the sizes, from XLA's memory analysis, of the state that is trained (p
 moments), of the omitted state, of temporaries (gradients, activations, copies), and the peak memory
 of a refresh while it converts the state. Attention is in plain XLA, since cuDNN's needs a device to
 compile; with cuDNN's the temporaries are smaller. `make memory` computes the committed rows. A case
-that has a row is skipped.
+that has a row of this commit is skipped.
 """
 
 import functools
