@@ -10,8 +10,9 @@ timings on random data; short calls are queued, up to 16 per timing. `flops` cou
 products of the kept blocks.
 
 The same command resumes an interrupted benchmark: rows of this device, jax version and commit in
-FILE are not measured again. A program that fails gets a row with `error`. A measurement of more than two minutes ends the
-process and leaves an `error` as well. With --minutes no measurement starts after that time.
+FILE are not measured again. A program that fails gets a row with `error`. A measurement of more
+than two minutes ends the process and leaves an `error` as well. With --minutes no measurement
+starts after that time.
 
 Prints each row with its speed-up over dense, and the bound of the speed-up, 1 / density. --profile
 also writes traces of `jax.profiler` of all programs but PyTorch's, one folder per row.

@@ -60,7 +60,7 @@ _STEPS = [
     ("kernel", 0.5),
     ("mask", 0.5),
 ]
-_SETTING = ("model", "rows", "row_length", "dtype", "remat")
+_SETTING = ("model", "rows", "row_length", "dtype", "remat", "attention")
 _PROBE_TOKENS = 1024
 _REFRESH_RATE = 0.4
 
@@ -96,7 +96,7 @@ def main() -> None:
     if "peer" in parts:
         _prepare_torch()
     setting = {name: getattr(args, name) for name in _SETTING}
-    layout = layout_of(model, Compute(args.dtype, args.remat))
+    layout = layout_of(model, Compute(args.dtype, args.remat, attention=args.attention))
     for part in parts:
         results = _PARTS[part](model, layout, args)
         append(args.results, [{"benchmark": part, **setting, **row} for row in results])

@@ -6,8 +6,8 @@ Appends rows to --out for the dense step, a SAT step for each rate and execution
 the fewest neurons possible, the optimizer alone, and products of large matrices (bfloat16, 8,192 ×
 8,192; 64 × 64 on a CPU), whose FLOP/s are the peak that is reached. Seconds are medians of --repeat
 calls with random weights and tokens; no data are needed. A case that has a row for this device and
-commit is not measured again, so the same command resumes after --minutes. `scripts.benchmark --only peer`
-compares with transformers on the same shapes.
+commit is not measured again, so the same command resumes after --minutes. `scripts.benchmark --only
+peer` compares with transformers on the same shapes.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +77,8 @@ def add_size_options(
     add("--row-length", type=int, default=row_length, help=length)
     add("--dtype", choices=("bfloat16", "float32"), default=dtype, help=f"default {dtype}")
     add("--remat", choices=("none", "dots", "full"), default=remat, help=f"default {remat}")
+    backends = get_args(Implementation)
+    add("--attention", choices=backends, help="attention backend; default: the device's fastest")
 
 
 def add_case_options(parser: Parser) -> None:
@@ -136,7 +138,7 @@ def main() -> None:
             raise UserError(f"{args.minutes:g} minutes are over; the same command resumes")
         if case.part == "peak":
             return _peak(args.repeat)
-        execution, program = make_program(model, case, args)
+        execution, program = make_program(model, case, args, args.attention)
         arguments = random_arguments(program, execution)
         row = describe(execution, program, args)
         return row | _time(program.function, arguments, args.repeat)
@@ -296,7 +298,7 @@ def _peak(repeat: int) -> Row:
 
 def _profile(model: DecoderConfig, case: Case, args: Namespace) -> None:
     """Write a trace of the second call of a case."""
-    execution, program = make_program(model, case, args)
+    execution, program = make_program(model, case, args, args.attention)
     state, kept, inputs = random_arguments(program, execution)
     call = jax.jit(program.function, donate_argnums=0)
     state, _ = jax.block_until_ready(call(state, kept, inputs))

@@ -53,7 +53,7 @@ def main() -> None:
     memory_of = functools.partial(aot.memory, args.target)
 
     def analyse(case: Case) -> Row:
-        execution, program = make_program(model, case, args, attention="xla")
+        execution, program = make_program(model, case, args, args.attention or "xla")
         memory = memory_of(program.function, program[1:])
         row = describe(execution, program, args)
         row |= {

@@ -37,6 +37,7 @@ ARGS: Any = SimpleNamespace(
     remat="none",
     optimizer="lion",
     kernels=None,
+    attention=None,
 )
 # The scripts have to run on a machine without these packages.
 PIPELINE = ("array_record", "gguf", "grain", "matplotlib", "ml_collections", "safetensors")

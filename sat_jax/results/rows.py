@@ -12,7 +12,10 @@ from sat_jax.provenance import environment
 
 Row: TypeAlias = dict[str, Any]
 # Fields within which measurements of large models' steps are compared.
-STEP_SETTING = ("target", "model", "rows", "row_length", "dtype", "optimizer", "remat", "kernels")
+STEP_SETTING = (
+    *("target", "model", "rows", "row_length", "dtype", "optimizer", "remat", "kernels"),
+    "attention",  # None: the default of the measurement, as in older rows, which lack it
+)
 ORIGIN = ("versions", "device", "commit")  # keys of `environment()`
 
 
