@@ -57,54 +57,45 @@ class Part(NamedTuple):
     command: str
 
 
-_LLAMA_7B = "scripts.efficiency --model llama-2-7b --optimizer lion --kernels pallas_gpu --repeat 5"
-_LLAMA_13B = _LLAMA_7B.replace("7b", "13b")
-_TINYLLAMA = "scripts.efficiency --model tinyllama-1.1b --kernels pallas_gpu --repeat 5 --rows 8"
-_STEPS = "--part peak step"
-_ALL_RATES = "--rate 0.2 0.4 0.5 0.6"
-_AGAINST = "scripts.benchmark --model tinyllama-1.1b --dtype bfloat16 --rows 8 --row-length 2048"
-_ROWS = "kernels.benchmark --program column row mlp mlp_gradients"
-_MASKS = "kernels.benchmark --program mask mask_gradients"
-_7B, _13B, _TOKENS = "--model llama-2-7b", "--model llama-2-13b", "--tokens 1024 65536"
+_EFFICIENCY = "scripts.efficiency --kernels pallas_gpu --repeat 5"
+_7B = f"{_EFFICIENCY} --model llama-2-7b --optimizer lion"
+_13B = f"{_EFFICIENCY} --model llama-2-13b --optimizer lion --rows 4"
+_TINYLLAMA = f"{_EFFICIENCY} --model tinyllama-1.1b --rows 8"
+_HALF, _RATES = "--part step --rate 0.5", "--rate 0.2 0.4 0.5 0.6"
+_BENCHMARK = "scripts.benchmark --model tinyllama-1.1b --dtype bfloat16 --rows 8 --remat full"
+_PRODUCTS = "kernels.benchmark --program column row mlp mlp_gradients --model"
+_MASKS = "kernels.benchmark --program mask mask_gradients --model"
 
 # In this order. The first five answer the first questions in about eight minutes.
 PARTS = (
-    Part("Llama-2-7B, 16k tokens, r = 0.5", 150, f"{_LLAMA_7B} --rows 8 {_STEPS} --rate 0.5"),
+    Part("Llama-2-7B, 16k tokens, r = 0.5", 150, f"{_7B} --rows 8 --part peak step --rate 0.5"),
     Part("tiles, 4k tokens", 110, "kernels.tune --tokens 4096 --block 128"),
-    Part(
-        "kernels, 4k and 16k tokens, 50 %", 60, f"{_ROWS} {_7B} --tokens 4096 16384 --density 0.5"
-    ),
-    Part("dense step against transformers", 90, f"{_AGAINST} --remat full --only peer"),
-    Part("TinyLlama, 16k tokens, r = 0.5", 60, f"{_TINYLLAMA} {_STEPS} --rate 0.5"),
-    Part("Llama-2-7B, 16k tokens, all rates", 180, f"{_LLAMA_7B} --rows 8 {_STEPS} {_ALL_RATES}"),
-    Part("Llama-2-7B, optimizer", 140, f"{_LLAMA_7B} --rows 8 --part optimizer {_ALL_RATES}"),
-    Part("TinyLlama, all rates, optimizer", 200, f"{_TINYLLAMA} {_ALL_RATES}"),
-    Part("parts of a refresh, TinyLlama", 60, f"{_AGAINST} --remat full --only moves"),
-    Part("kernels, 1k and 64k tokens, 50 %", 90, f"{_ROWS} {_7B} {_TOKENS} --density 0.5"),
-    Part("Llama-2-7B, 8k tokens", 140, f"{_LLAMA_7B} --rows 4 {_STEPS} --rate 0.5"),
-    Part("Llama-2-7B, 32k tokens", 200, f"{_LLAMA_7B} --rows 16 {_STEPS} --rate 0.5"),
-    *(
-        Part(
-            f"Llama-2-7B, {rows} rows of 4,096 tokens",
-            100 + 15 * rows,
-            f"{_LLAMA_7B} --rows {rows} --row-length 4096 {_STEPS} --rate 0.5",
-        )
-        for rows in (2, 4, 8)
-    ),
-    Part("Llama-2-13B, 16k tokens, r = 0.5", 220, f"{_LLAMA_13B} --rows 8 {_STEPS} --rate 0.5"),
-    Part("block masks, 50 %", 200, f"{_MASKS} {_7B} --density 0.5"),
+    Part("kernels, 50 %", 60, f"{_PRODUCTS} llama-2-7b --tokens 4096 16384 --density 0.5"),
+    Part("dense step against transformers", 90, f"{_BENCHMARK} --row-length 2048 --only peer"),
+    Part("TinyLlama, 16k tokens, r = 0.5", 60, f"{_TINYLLAMA} {_HALF}"),
+    Part("Llama-2-7B, 16k tokens, all rates", 180, f"{_7B} --rows 8 --part step {_RATES}"),
+    Part("Llama-2-7B, optimizer", 140, f"{_7B} --rows 8 --part optimizer {_RATES}"),
+    Part("TinyLlama, all rates, optimizer", 200, f"{_TINYLLAMA} {_RATES}"),
+    Part("parts of a refresh, TinyLlama", 60, f"{_BENCHMARK} --row-length 2048 --only moves"),
+    Part("kernels, 1k and 64k tokens", 90, f"{_PRODUCTS} llama-2-7b --density 0.5"),
+    Part("Llama-2-7B, 8k tokens", 140, f"{_7B} --rows 4 {_HALF}"),
+    Part("Llama-2-7B, 32k tokens", 200, f"{_7B} --rows 16 {_HALF}"),
+    Part("Llama-2-7B, 2 x 4,096 tokens", 140, f"{_7B} --rows 2 --row-length 4096 {_HALF}"),
+    Part("Llama-2-7B, 4 x 4,096 tokens", 150, f"{_7B} --rows 4 --row-length 4096 {_HALF}"),
+    Part("Llama-2-7B, 8 x 4,096 tokens", 200, f"{_7B} --rows 8 --row-length 4096 {_HALF}"),
+    Part("Llama-2-13B, 8k tokens, r = 0.5", 200, f"{_13B} {_HALF}"),
+    Part("Llama-2-13B, all rates, optimizer", 420, f"{_13B} {_RATES}"),
+    Part("block masks, 50 %", 200, f"{_MASKS} llama-2-7b --density 0.5"),
     Part("tiles, all sizes", 420, "kernels.tune"),
-    Part("kernels in blocks of 64, 50 %", 180, f"{_ROWS} {_7B} --block 64 --density 0.5"),
-    Part("block masks of 64, 50 %", 200, f"{_MASKS} {_7B} --block 64 --density 0.5"),
-    Part("kernels, 12.5 and 25 %", 200, f"{_ROWS} {_7B} --density 0.125 0.25"),
-    Part("kernels, 75 and 100 %", 200, f"{_ROWS} {_7B} --density 0.75 1"),
-    Part("block masks, other densities", 400, f"{_MASKS} {_7B}"),
-    Part("kernels, Llama-2-13B, 50 %", 200, f"{_ROWS} {_13B} --density 0.5"),
-    Part("kernels, Llama-2-13B, other densities", 500, f"{_ROWS} {_13B}"),
-    Part("block masks, Llama-2-13B", 600, f"{_MASKS} {_13B}"),
+    Part("kernels, blocks of 64", 180, f"{_PRODUCTS} llama-2-7b --density 0.5 --block 64"),
+    Part("block masks, blocks of 64", 200, f"{_MASKS} llama-2-7b --density 0.5 --block 64"),
+    Part("kernels, all densities", 400, f"{_PRODUCTS} llama-2-7b"),
+    Part("block masks, all densities", 400, f"{_MASKS} llama-2-7b"),
+    Part("kernels, Llama-2-13B", 600, f"{_PRODUCTS} llama-2-13b"),
+    Part("block masks, Llama-2-13B", 600, f"{_MASKS} llama-2-13b"),
     Part("tiles, 64k tokens", 300, "kernels.tune --tokens 65536"),
     Part("tiles, 12.5 and 25 %", 600, "kernels.tune --density 0.125 0.25"),
-    Part("tiles, Llama-2-13B", 420, f"kernels.tune {_13B}"),
+    Part("tiles, Llama-2-13B", 420, "kernels.tune --model llama-2-13b"),
 )
 _REHEARSED = 4  # one of each command
 # Later options replace earlier ones.
@@ -120,8 +111,9 @@ _FILES = {  # the option for the rows, and their file in DIR
     "kernels.benchmark": ("--out", "kernels.jsonl"),
     "scripts.benchmark": ("--results", "benchmark.jsonl"),
 }
+# Imports everything that the parts need, torch and transformers excepted.
 _ORIGIN = """
-import json, kernels.benchmark, scripts.benchmark
+import json, kernels.tune, kernels.benchmark, scripts.benchmark
 from sat_jax.provenance import environment
 print(json.dumps(environment()))
 """
@@ -155,9 +147,8 @@ def main() -> None:
         out.mkdir(parents=True, exist_ok=True)
         check(out / "device.jsonl")
         origin = _origin(args.rehearse)
-        success = _run_parts(
-            PARTS[:_REHEARSED] if args.rehearse else PARTS, args, out, origin, deadline
-        )
+        parts = PARTS[:_REHEARSED] if args.rehearse else PARTS
+        success = run_parts(parts, args.rehearse, out, origin, deadline)
         if not args.rehearse and out != _RESULTS and _TUNING.exists():
             shutil.copytree(_TUNING, out / "tuning", dirs_exist_ok=True)
         print(f"\nTargets, {device_name(origin['device'])}, commit {origin['commit']}")
@@ -184,9 +175,11 @@ def _origin(rehearse: bool) -> Row:
     return origin
 
 
-def _run_parts(parts: Sequence[Part], args: Any, out: Path, origin: Row, deadline: float) -> bool:
-    """Run the parts that are not complete and fit in the time; return whether all of them ended
-    without an error."""
+def run_parts(
+    parts: Sequence[Part], rehearse: bool, out: Path, origin: Row, deadline: float
+) -> bool:
+    """Run the parts that are not complete and fit in the time, until `deadline` of
+    `time.monotonic`; return whether all of them ended without an error."""
     complete = {row["part"] for row in _rows(out, origin) if row.get("outcome") == "complete"}
     success, waiting = True, list(parts)
     while waiting:
@@ -198,8 +191,8 @@ def _run_parts(parts: Sequence[Part], args: Any, out: Path, origin: Row, deadlin
             print(f"{part.name}: skipped, takes about {part.seconds} s of {left:.0f} s", flush=True)
             continue
         options = _attention(_rows(out, origin))
-        command, started = _command(part, out, options, args.rehearse), time.monotonic()
-        print(f"\n{part.name}: {shlex.join(command)}", flush=True)
+        command, started = _command(part, out, options, rehearse), time.monotonic()
+        print(f"\n{part.name}: python {shlex.join(command)}", flush=True)
         reason = _run(command, min(left, 2 * part.seconds))
         taken = round(time.monotonic() - started, 1)
         if _attention(_rows(out, origin)) != options:

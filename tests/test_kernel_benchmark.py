@@ -49,6 +49,9 @@ def test_each_program_has_its_rows(
     out.write_text(text + '{"torn')
     call(monkeypatch, out)
     assert out.read_text() == text
+    monkeypatch.setenv("SAT_JAX_COMMIT", "b" * 40)  # another commit: its rows are measured
+    call(monkeypatch, out, "--program", "column")
+    assert out.read_text().removeprefix(text).count("b" * 40) == len(IMPLEMENTATIONS)
     with pytest.raises(SystemExit, match="minutes are over"):
         call(monkeypatch, out, "--tokens", "128", "--minutes", "1e-9")
 

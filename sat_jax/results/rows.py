@@ -70,7 +70,7 @@ def append(
         file.write("".join(lines))
 
 
-def latest(rows: Iterable[Row], **fields: Any) -> Row | None:
+def latest(rows: Iterable[Row], /, **fields: Any) -> Row | None:
     """Return the last row in which every named field has the given value, or None."""
     matching = [row for row in rows if fields.items() <= row.items()]
     return matching[-1] if matching else None
