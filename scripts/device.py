@@ -148,9 +148,9 @@ def main() -> None:
         check(out / "device.jsonl")
         origin = _origin(args.rehearse)
         parts = PARTS[:_REHEARSED] if args.rehearse else PARTS
+        if not args.rehearse and (out / "tuning").exists() and not _TUNING.exists():
+            shutil.copytree(out / "tuning", _TUNING)  # of an earlier call, on another machine
         success = run_parts(parts, args.rehearse, out, origin, deadline)
-        if not args.rehearse and out != _RESULTS and _TUNING.exists():
-            shutil.copytree(_TUNING, out / "tuning", dirs_exist_ok=True)
         print(f"\nTargets, {device_name(origin['device'])}, commit {origin['commit']}")
         print("\n".join(bars(_rows(out, origin))))
     print(f"\n{_STUDY}", flush=True)
@@ -180,7 +180,8 @@ def run_parts(
 ) -> bool:
     """Run the parts that are not complete and fit in the time, until `deadline` of
     `time.monotonic`; return whether all of them ended without an error."""
-    complete = {row["part"] for row in _rows(out, origin) if row.get("outcome") == "complete"}
+    rows = _rows(out, origin)
+    complete = {row["measurement"] for row in rows if row.get("outcome") == "complete"}
     success, waiting = True, list(parts)
     while waiting:
         part, left = waiting.pop(0), deadline - time.monotonic()
@@ -198,7 +199,9 @@ def run_parts(
         if _attention(_rows(out, origin)) != options:
             reason = "the dense step failed, again with attention in plain XLA"
             waiting.insert(0, part)
-        row = {"part": part.name, "seconds": taken, "outcome": reason or "complete"}
+        if out != _RESULTS and _TUNING.exists():
+            shutil.copytree(_TUNING, out / "tuning", dirs_exist_ok=True)
+        row = {"measurement": part.name, "seconds": taken, "outcome": reason or "complete"}
         append(out / "device.jsonl", [row], origin)
         print(f"{part.name}: {row['outcome']}, {taken:.0f} s\n", flush=True)
         success &= reason is None

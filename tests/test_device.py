@@ -43,14 +43,16 @@ def test_rehearsal(run_python: RunPython, monkeypatch: pytest.MonkeyPatch, tmp_p
     def rehearse() -> tuple[list[dict[str, Any]], str]:
         done = run_python("-m", "scripts.device", "--rehearse", "--out", str(out))
         rows = [json.loads(line) for line in (out / "device.jsonl").read_text().splitlines()]
-        failed = {row["part"]: row["outcome"] for row in rows if row["outcome"] != "complete"}
+        failed = {
+            row["measurement"]: row["outcome"] for row in rows if row["outcome"] != "complete"
+        }
         with_torch = all(map(importlib.util.find_spec, ("torch", "transformers")))
         assert failed.keys() == (set() if with_torch else {PARTS[3].name}), failed
         assert done.returncode == bool(failed), done.stderr
         return rows, done.stdout
 
     rows, text = rehearse()
-    assert [row["part"] for row in rows] == [part.name for part in PARTS[:4]]
+    assert [row["measurement"] for row in rows] == [part.name for part in PARTS[:4]]
     assert "column: speed-up over gather" in text and "table_rates.py:small" in text
     names = {path.relative_to(out).as_posix() for path in out.rglob("*.json*")}
     assert names >= {"efficiency.jsonl", "kernels.jsonl", "device.jsonl", "tuning/cpu.json"}
@@ -109,6 +111,17 @@ def test_failures_do_not_end_the_rest_and_are_tried_again(
     other = ORIGIN | {"commit": "b" * 40}
     assert run_parts(parts, False, tmp_path, other, deadline)
     assert [module for module, _ in calls[1:]] == [part.command.split()[0] for part in parts]
+
+
+def test_tiles_are_copied_beside_the_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tiles, out = tmp_path / "tiles", tmp_path / "rows"
+    monkeypatch.setattr(device, "_TUNING", tiles)
+    fake_run(monkeypatch, {})
+    for folder in (tiles, out):
+        folder.mkdir()
+    (tiles / "nvidia-h200.json").write_text("{}")
+    run_parts([KERNELS], False, out, ORIGIN, time.monotonic() + 600)
+    assert (out / "tuning" / "nvidia-h200.json").read_text() == "{}"
 
 
 def test_a_part_that_does_not_fit_is_skipped_by_name(
