@@ -121,7 +121,7 @@ def test_examples_are_packed_without_splitting(tmp_path: Path) -> None:
     lines_of_log: list[str] = []
     data_of(tmp_path / "x.jsonl", log=lines_of_log.append)
     assert lines_of_log[0].startswith("data: 64 train examples, loss on ")
-    assert lines_of_log[0].endswith("; none skipped")
+    assert lines_of_log[0].endswith("; skipped or truncated: none")
 
 
 def test_batches_depend_only_on_the_step(tmp_path: Path) -> None:
@@ -203,6 +203,24 @@ def test_skipped_and_too_few_examples(tmp_path: Path) -> None:
     assert (prepared.info.documents, prepared.info.left_out) == (20, {"without an answer": 1})
     single = write(tmp_path / "single", lines(1))  # never split, so that its end is not held out
     assert "leaves none of 1 documents to train on" in user_error(lambda: data_of(single))
+
+
+def test_weights_change_the_loss_and_other_fields_are_reported(tmp_path: Path) -> None:
+    wrong, right = _answer("a"), _answer("b")
+    examples = [
+        {"messages": [{"role": "user", "content": f"{n}"}, wrong[0] | {"weight": 0}, *right]}
+        for n in range(4)
+    ]
+    file = write(tmp_path, [*(line | {"id": 7} for line in examples), examples[0] | {"tools": [1]}])
+    lines_of_log: list[str] = []
+    data_format = DataFormat("messages", chat_template="plain")
+    prepared = data_of(file, data_format, log=lines_of_log.append)
+    texts = sorted(as_text(*segment) for segment in all_segments(prepared))
+    assert texts == [f"{n}\na/<b/" for n in range(4)]
+    assert prepared.info.left_out == {"with the field 'tools'": 1}
+    assert prepared.info.unused_fields == {"id": 4}
+    assert lines_of_log[0].endswith("; skipped or truncated: 1 with the field 'tools'")
+    assert lines_of_log[1].endswith("not used, with the number of documents: 'id' (4)")
 
 
 CHATS = [

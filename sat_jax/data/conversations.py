@@ -11,7 +11,7 @@ from sat_jax.data.chat import Rendered, render_with_answer_spans
 from sat_jax.data.chat_templates import TEMPLATES
 from sat_jax.data.corpus import Encoded, Reader
 from sat_jax.data.data_format import DataFormat
-from sat_jax.data.examples import decode_turns, read_examples, turns_with_loss
+from sat_jax.data.examples import READER_VERSION, decode_turns, read_examples, turns_with_loss
 from sat_jax.data.sources import Document
 from sat_jax.data.tokenizer import Offsets, Tokenizer
 from sat_jax.errors import UserError
@@ -30,9 +30,7 @@ def conversation_reader(data_format: DataFormat, tokenizer: Tokenizer, row_lengt
     template = chat_template(data_format.chat_template, tokenizer)
     settings = {name: v for name, v in vars(data_format).items() if name != "chat_template"}
     settings |= {"template": template, "special": tokenizer.special_tokens}
-    if data_format.format == "messages":
-        # Earlier versions kept tool messages; the key changes the fingerprint of prepared data.
-        settings["tools"] = "left out"
+    settings["reader"] = READER_VERSION
 
     def encode(examples: Sequence[Document]) -> list[Encoded]:
         rendered = [_render(example, data_format, template, tokenizer) for example in examples]
@@ -51,7 +49,7 @@ def _render(
 ) -> Rendered:
     turns = decode_turns(example.text)
     with_loss = turns_with_loss(turns, data_format)
-    messages = [turn._asdict() for turn in turns]
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     if data_format.system is not None and turns[0].role != "system":
         messages.insert(0, {"role": "system", "content": data_format.system})
         with_loss = [index + 1 for index in with_loss]

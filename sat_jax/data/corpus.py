@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int, Int32, UInt64
 from tqdm import tqdm
 
-from sat_jax.data.sources import Document, Source, read_documents
+from sat_jax.data.sources import Document, Source, counted, read_documents
 from sat_jax.data.splits import document_key, split_budget
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
@@ -21,6 +21,7 @@ _BATCH = 1 << 20  # characters of text that are tokenized at once, by all thread
 # English has 4 to 5 bytes per token, code has 3. Too high an estimate tokenizes more than the
 # budget needs, too low an estimate reads the corpus again.
 _BYTES_PER_TOKEN = 4.0
+_MAX_FIELDS = 20  # names of unused fields that are stored: data may have a name per document
 
 
 class Encoded(NamedTuple):
@@ -63,6 +64,7 @@ class Index(NamedTuple):
     sizes: Int[np.ndarray, " documents"]  # UTF-8 bytes
     first: Int[np.ndarray, " sources_plus_1"]  # number of the first document of each source
     left_out: dict[str, int]  # skipped documents, which have no number, by reason
+    unused_fields: dict[str, int]  # number of documents with a field that is not read, by name
 
 
 class TokenizedDocuments(NamedTuple):
@@ -100,22 +102,28 @@ def read_index(sources: Sequence[Source], reader: Reader, progress: bool) -> Ind
     """Read every document once. Raises `UserError` for bad input and if no document has text."""
     keys, sizes, first = bytearray(), array("q"), [0]
     left_out: Counter[str] = Counter()
+    unused_fields: Counter[str] = Counter()
     with progress_bar("reading", " documents", progress) as bar:
         for source in sources:
             for document in reader.read(source):
                 if not document.text:
                     left_out[document.skip_reason] += 1
                     continue
+                unused_fields.update(document.unused_fields)
                 text = document.text.encode()
                 keys += document_key(text)
                 sizes.append(len(text))
                 bar.update()
             first.append(len(sizes))
     if not sizes:
-        counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        raise UserError(f"no document of the sources can be used: {counts}")
-    keys_array = np.frombuffer(keys, np.uint64)
-    return Index(keys_array, np.array(sizes, np.int64), np.array(first), dict(left_out))
+        raise UserError(f"no document of the sources can be used: {counted(left_out)}")
+    return Index(
+        np.frombuffer(keys, np.uint64),
+        np.array(sizes, np.int64),
+        np.array(first),
+        dict(left_out),
+        dict(unused_fields.most_common(_MAX_FIELDS)),
+    )
 
 
 def tokenize(

@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from sat_jax.data.corpus import Index, Reader, read_index, split_at_end, text_re
 from sat_jax.data.data_format import TOO_LONG_ACTIONS, DataFormat
 from sat_jax.data.packed_rows import stored_rows, targets_with_loss, write_tfds
 from sat_jax.data.packing import assign_rows, split_into_pieces
-from sat_jax.data.sources import Source, resolve_sources
+from sat_jax.data.sources import Source, counted, resolve_sources
 from sat_jax.data.splits import HELD_OUT, TRAIN, split_budget, split_documents
 from sat_jax.data.token_budget import select
 from sat_jax.data.tokenizer import Tokenizer
@@ -65,6 +65,7 @@ class PreparedInfo:
     documents: int  # in all sources, without the skipped ones
     left_out: dict[str, int]  # number of skipped documents, by reason
     splits: dict[str, SplitInfo]
+    unused_fields: dict[str, int] = field(default_factory=dict)  # documents by name, at most 20
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def prepare(
         )
     if model_vocab_size is not None:
         tokenizer.check_fits(model_vocab_size)
-    files = resolve_sources(sources)
+    files = resolve_sources(sources, log and (lambda line: log(f"data: {line}")))
     if data_format.is_text:
         reader = text_reader(data_format.text_field, tokenizer)
     else:
@@ -145,6 +146,7 @@ def prepare(
                         files=len(files),
                         documents=len(index.sizes),
                         left_out=index.left_out,
+                        unused_fields=index.unused_fields,
                         splits=splits,
                     )
                     (folder / _INFO).write_text(json.dumps(asdict(info), indent=2) + "\n")
@@ -167,13 +169,15 @@ def _description(prepared: Prepared, status: str) -> Iterator[str]:
         long_documents = sum(split.long_documents for split in info.splits.values())
         action = TOO_LONG_ACTIONS[info.form["too_long"]]
         reasons = info.left_out | {f"longer than a row ({action})": long_documents}
-        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
         splits = [
             f"{split.documents:,} {name} examples, loss on {split.targets:,} of {split.tokens:,}"
             f" tokens in {split.useful_share:.0%} of the slots"
             for name, split in info.splits.items()
         ]
-        yield "; ".join([*splits, f"skipped or truncated: {counts}" if counts else "none skipped"])
+        yield "; ".join([*splits, f"skipped or truncated: {counted(reasons)}"])
+    if info.unused_fields:
+        names = ", ".join(f"{name!r} ({count})" for name, count in info.unused_fields.items())
+        yield f"fields that are not used, with the number of documents: {names}"
     rows = ", ".join(f"{split.rows} {name} rows" for name, split in info.splits.items())
     yield f"{status}, {rows} of {info.row_length} tokens in {prepared.path}"
 

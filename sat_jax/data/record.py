@@ -62,13 +62,6 @@ class Record(NamedTuple):
             records.append(Record(item, f"{self.origin}, item {number} of {name!r}"))
         return records
 
-    def choice(self, name: str, choices: Mapping[str, str]) -> str:
-        """Return the entry of `choices` for the text of a field."""
-        text = self.text(name)
-        if text not in choices:
-            raise UserError(f"{self.origin}: {name} {text!r}; accepted: {', '.join(choices)}")
-        return choices[text]
-
 
 def json_type(value: Any) -> str:
     """Return the type of a JSON value in words."""
