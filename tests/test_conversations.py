@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 
 from sat_jax.cache import cache_dir
 from sat_jax.config import Config, DataConfig
@@ -51,10 +52,11 @@ def write(folder: Path, examples: list[Any]) -> Path:
 
 
 def data_of(file: Path, data_format: DataFormat | None = None, **changes: Any) -> Prepared:
-    settings: dict[str, Any] = {"row_length": 64, "held_out": 0.2, "root": file.parent / "prepared"}
+    settings: dict[str, Any] = {"row_length": 64, "held_out": 0.2, "tokenizer": BYTES}
+    settings["root"] = file.parent / "prepared"
     data_format = data_format or DataFormat("prompt_completion", chat_template="plain")
     settings |= {"data_format": data_format, **changes}
-    return prepare(sources=str(file), tokenizer=BYTES, **settings)
+    return prepare(sources=str(file), **settings)
 
 
 def segments(prepared: Prepared, split: str) -> Iterator[tuple[list[int], list[bool]]]:
@@ -184,7 +186,7 @@ def test_longer_than_a_row(tmp_path: Path, too_long: Any, documents: int) -> Non
     message = user_error(lambda: data_of(file, refused, row_length=15))
     assert message.startswith(f"{file}, line 10 (byte ")
     assert "17 tokens, but a row of data.row_length 15 holds at most 16" in message
-    assert "all 12 examples are longer" in user_error(lambda: data_of(file, row_length=2))
+    assert "used: 12 longer than a row (use" in user_error(lambda: data_of(file, row_length=2))
 
 
 def test_max_tokens_truncates_no_example(tmp_path: Path) -> None:
@@ -194,7 +196,9 @@ def test_max_tokens_truncates_no_example(tmp_path: Path) -> None:
     assert {tuple(ids) for ids, _ in all_segments(capped)} < full
     tokens = [split.tokens for split in capped.info.splits.values()]
     assert 900 < sum(tokens) <= 1000 and tokens[0] <= 800
-    assert "no example of the train split fits" in user_error(lambda: data_of(file, max_tokens=10))
+    assert "no example of the train split has tokens" in user_error(
+        lambda: data_of(file, max_tokens=10)
+    )
 
 
 def test_skipped_and_too_few_examples(tmp_path: Path) -> None:
@@ -221,6 +225,29 @@ def test_weights_change_the_loss_and_other_fields_are_reported(tmp_path: Path) -
     assert prepared.info.unused_fields == {"id": 4}
     assert lines_of_log[0].endswith("; skipped or truncated: 1 with the field 'tools'")
     assert lines_of_log[1].endswith("not used, with the number of documents: 'id' (4)")
+
+
+def test_answers_without_a_token_are_counted(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer.from_str(BYTES.backend.to_str())
+    backend.normalizer = tokenizers.normalizers.Replace("\u200b", "")  # zero-width space
+    template = tmp_path / "bare.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'user' %}:{% endif %}{% endfor %}"
+    )
+    settings: dict[str, Any] = {
+        "data_format": DataFormat("prompt_completion", chat_template=str(template)),
+        "tokenizer": replace(BYTES, backend=backend),
+    }
+    empty = [{"prompt": f"{n}", "completion": "\u200b"} for n in range(3)]
+    used = [{"prompt": f"{n}", "completion": "é"} for n in range(9)]
+    lines_of_log: list[str] = []
+    prepared = data_of(write(tmp_path, [*empty, *used]), log=lines_of_log.append, **settings)
+    assert prepared.info.left_out == {"with answers that give no token": 3}
+    assert prepared.info.documents == len(all_segments(prepared)) == 9
+    assert lines_of_log[0].endswith("truncated: 3 with answers that give no token")
+    file = write(tmp_path / "all", empty)
+    message = user_error(lambda: data_of(file, **settings))
+    assert message.endswith("no example can be used: 3 with answers that give no token")
 
 
 CHATS = [

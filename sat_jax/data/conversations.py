@@ -11,7 +11,13 @@ from sat_jax.data.chat import Rendered, render_with_answer_spans
 from sat_jax.data.chat_templates import TEMPLATES
 from sat_jax.data.corpus import Encoded, Reader
 from sat_jax.data.data_format import DataFormat
-from sat_jax.data.examples import READER_VERSION, decode_turns, read_examples, turns_with_loss
+from sat_jax.data.examples import (
+    NO_ANSWER_TOKEN,
+    READER_VERSION,
+    decode_turns,
+    read_examples,
+    turns_with_loss,
+)
 from sat_jax.data.sources import Document
 from sat_jax.data.tokenizer import Offsets, Tokenizer
 from sat_jax.errors import UserError
@@ -89,8 +95,10 @@ def _encode(
             last -= 1  # the tokens that end an answer are not part of its text
         if first < last:
             answer_bytes += len(rendered.text[starts[first] : ends[last - 1]].encode())
-    if not spans or (size > limit and data_format.too_long == "drop"):
+    if size > limit and (not spans or data_format.too_long == "drop"):
         return Encoded([], [], 0, size)
+    if not spans:
+        return Encoded([], [], 0, 0, NO_ANSWER_TOKEN)
     return Encoded(ids[:limit], spans, answer_bytes, size)
 
 

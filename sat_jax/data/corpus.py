@@ -31,6 +31,7 @@ class Encoded(NamedTuple):
     answer_spans: list[tuple[int, int]] | None  # spans of ids with a loss; None: all have one
     text_bytes: int  # UTF-8 bytes of the text that has a loss
     original_size: int  # tokens before the document was truncated or dropped
+    skip_reason: str = ""  # why it has no tokens, unless it is longer than a row
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class TokenizedDocuments(NamedTuple):
     answer_spans: Int[np.ndarray, "spans 2"] | None  # in `ids`, in order; None: all have a loss
     text_bytes: Int[np.ndarray, " documents"]  # UTF-8 bytes of the text that has a loss
     original_sizes: Int[np.ndarray, " documents"]  # before documents were truncated or dropped
+    left_out: dict[str, int]  # documents without tokens, by the `skip_reason` of `Encoded`
 
 
 def progress_bar(
@@ -142,6 +144,7 @@ def tokenize(
     """
     starts, sizes, text_bytes, original_sizes = (np.zeros_like(index.sizes) for _ in range(4))
     answer_spans = array("q")
+    left_out: Counter[str] = Counter()
     done = dict.fromkeys(orders, 0)  # documents of each order that are tokenized
     end, bytes_per_token = 0, _BYTES_PER_TOKEN
     with file.open("wb") as stream:
@@ -170,19 +173,21 @@ def tokenize(
                         starts[number], sizes[number] = end, len(encoded.ids)
                         text_bytes[number] = encoded.text_bytes
                         original_sizes[number] = encoded.original_size
+                        left_out.update(filter(None, [encoded.skip_reason]))
                         end += len(encoded.ids)
                         bar.update(int(index.sizes[number]))
             bytes_per_token = 1.1 * float(index.sizes[sizes > 0].sum()) / max(end, 1)
     if not end:
+        longer = "longer than a row (use a larger data.row_length, or data.too_long 'cut_end')"
+        reasons = {**left_out, longer: len(index.sizes) - sum(left_out.values())}
         raise UserError(
-            f"all {len(index.sizes)} examples are longer than a row; accepted: a larger"
-            " data.row_length, or data.too_long 'cut_end'"
+            f"no example can be used: {counted(reasons)}"
             if reader.keeps_whole
             else "the tokenizer returns no tokens for these documents"
         )
     ids = np.memmap(file, np.int32, mode="r")
     spans = np.array(answer_spans, np.int64).reshape(-1, 2) if reader.keeps_whole else None
-    return TokenizedDocuments(ids, starts, sizes, spans, text_bytes, original_sizes)
+    return TokenizedDocuments(ids, starts, sizes, spans, text_bytes, original_sizes, dict(left_out))
 
 
 def split_at_end(

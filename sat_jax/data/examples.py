@@ -26,6 +26,7 @@ _ROLES = {
 
 # Reasons for skipping an example. They are keys of `left_out` in the info.json of prepared data.
 NO_ANSWER = "without an answer"
+NO_ANSWER_TOKEN = "with answers that give no token"
 NO_PROMPT = "with nothing before the answer"
 TOOL_TURN = "with turns of tools"
 DEVELOPER_TURN = "with turns of a developer"

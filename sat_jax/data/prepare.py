@@ -21,7 +21,7 @@ import numpy as np
 
 from sat_jax.cache import cache_dir
 from sat_jax.data.conversations import conversation_reader
-from sat_jax.data.corpus import Index, Reader, read_index, split_at_end, text_reader, tokenize
+from sat_jax.data.corpus import Reader, read_index, split_at_end, text_reader, tokenize
 from sat_jax.data.data_format import TOO_LONG_ACTIONS, DataFormat
 from sat_jax.data.packed_rows import stored_rows, targets_with_loss, write_tfds
 from sat_jax.data.packing import assign_rows, split_into_pieces
@@ -62,7 +62,7 @@ class PreparedInfo:
     form: dict[str, Any]  # the `DataFormat` of the documents
     sources: list[str]
     files: int
-    documents: int  # in all sources, without the skipped ones
+    documents: int  # in all sources, without those in `left_out`
     left_out: dict[str, int]  # number of skipped documents, by reason
     splits: dict[str, SplitInfo]
     unused_fields: dict[str, int] = field(default_factory=dict)  # documents by name, at most 20
@@ -133,9 +133,7 @@ def prepare(
             if not path.exists():
                 status = "prepared"
                 with _complete_folder(path) as folder:
-                    splits, index = _write(
-                        folder, files, reader, tokenizer, log is not None, **sizes
-                    )
+                    counts = _write(folder, files, reader, tokenizer, log is not None, **sizes)
                     info = PreparedInfo(
                         fingerprint=fingerprint,
                         tokenizer=tokenizer.name,
@@ -144,10 +142,7 @@ def prepare(
                         form=asdict(data_format),
                         sources=[sources] if isinstance(sources, str) else list(sources),
                         files=len(files),
-                        documents=len(index.sizes),
-                        left_out=index.left_out,
-                        unused_fields=index.unused_fields,
-                        splits=splits,
+                        **counts,
                     )
                     (folder / _INFO).write_text(json.dumps(asdict(info), indent=2) + "\n")
     except OSError as error:
@@ -278,8 +273,8 @@ def _write(
     row_length: int,
     held_out: float,
     max_tokens: int | None,
-) -> tuple[dict[str, SplitInfo], Index]:
-    """Write the rows of both splits; return their sizes and the index of the sources."""
+) -> dict[str, Any]:
+    """Write the rows of both splits; return the fields of `PreparedInfo` that count documents."""
     index = read_index(sources, reader, progress)
     # The end of a single text is held out, which is known only when it is tokenized.
     hold_out_end = len(index.keys) == 1 and held_out < 1 and not reader.keeps_whole
@@ -301,8 +296,8 @@ def _write(
         pieces = split_into_pieces(documents.starts[selected.order], selected.sizes, row_length)
         if not len(pieces.lengths):
             raise UserError(
-                f"no example of the {split} split fits data.row_length {row_length}"
-                f" and data.max_tokens {max_tokens}"
+                f"no example of the {split} split has tokens of an answer within"
+                f" data.row_length {row_length} and data.max_tokens {max_tokens}"
                 if reader.keeps_whole
                 else f"no document of the {split} split has two tokens"
             )
@@ -319,4 +314,9 @@ def _write(
         rows[split] = stored_rows(documents, pieces, members, progress)
     write_tfds(folder, rows, answers=reader.keeps_whole)
     file.unlink()
-    return splits, index
+    return {
+        "documents": len(index.sizes) - sum(documents.left_out.values()),
+        "left_out": index.left_out | documents.left_out,
+        "unused_fields": index.unused_fields,
+        "splits": splits,
+    }
