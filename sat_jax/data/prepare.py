@@ -34,6 +34,7 @@ from sat_jax.errors import UserError, folder_error
 FORMAT = 3  # version of the stored format, part of the fingerprint
 _INFO = "info.json"
 _UNFINISHED = ".unfinished"
+_SETTLED_SECONDS = 2
 
 
 @dataclass(frozen=True)
@@ -214,16 +215,17 @@ def _prepared_folder(path: Path) -> Path:
 def _fingerprint(settings: dict[str, Any], sources: Sequence[Source], root: Path) -> str:
     """Return the hash of `settings` and the content of `sources`.
 
-    Content is hashed once: the result is cached by paths, sizes and modification times, unless a
-    file is so recent that it could change again within the resolution of its modification time.
+    Content is hashed once: the result is cached by inodes, sizes and times of the last change
+    (ctime), which no program can set. A file that changed in the last seconds is hashed again,
+    since it could change once more within the resolution of that time.
     """
-    stats = {file: file.stat() for source in sources for file in source.files()}
-    stamps = [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()]
+    stats = [file.stat() for source in sources for file in source.files()]
+    stamps = [[stat.st_dev, stat.st_ino, stat.st_size, stat.st_ctime_ns] for stat in stats]
     kinds = [[source.kind, source.split] for source in sources]
     known = root / "known" / _digest([settings, kinds, stamps])
     if known.is_file():
         return known.read_text()
-    settled = max(stat.st_mtime for stat in stats.values()) < time.time() - 2
+    settled = max(stat.st_ctime for stat in stats) < time.time() - _SETTLED_SECONDS
     fingerprint = _digest([settings, [source.content_hash() for source in sources]])
     if settled:
         known.parent.mkdir(exist_ok=True)
