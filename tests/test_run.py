@@ -412,8 +412,27 @@ def test_other_texts_are_refused(text: Path, other: Finished, tmp_path: Path) ->
     was = file.read_text()
     try:
         file.write_text(was.replace("a", "o"))
-        with pytest.raises(UserError, match=r"the texts in data\.sources have changed") as caught:
+        with pytest.raises(UserError, match=r"the texts in data\.sources are not those") as caught:
             train(other.config, path, other.lines.append)
         assert str(path) in str(caught.value)
     finally:
         file.write_text(was)
+
+
+def test_a_run_continues_after_its_texts_have_moved(
+    text: Path, other: Finished, tmp_path: Path
+) -> None:
+    path = tmp_path / "again"
+    shutil.copytree(other.path, path)
+    (path / "summary.json").unlink()
+    shutil.copytree(text, tmp_path / "moved")
+    data = dataclasses.replace(other.config.data, sources=(str(tmp_path / "moved"),))
+    moved = dataclasses.replace(other.config, data=data)
+    lines: list[str] = []
+    summary = train(moved, path, lines.append)
+    assert "continuing after step 12" in lines
+    assert summary["data"] == other.summary["data"]
+    assert json.loads((path / "config.json").read_text())["data"]["sources"] == [*data.sources]
+    assert read_metrics(path / "metrics.jsonl") == other.records
+    with pytest.raises(UserError, match=r"data\.sources was .*moved"):  # the run is finished
+        train(other.config, path, lines.append)
