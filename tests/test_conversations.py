@@ -269,6 +269,7 @@ CHATS = [
         ({"system": "S"}, "S\nq0\n<a/r\n<" + "b" * 40 + "/"),
         ({"chat_template": "{path}"}, "Q:q0A:<a/Q:rA:<" + "b" * 40 + "/"),
         ({"chat_template": "zephyr"}, None),
+        ({"chat_template": "verbatim"}, "q0<a/r<" + "b" * 40 + "/"),
         ({"too_long": "cut_end", "row_length": 20}, "q0\n<a/r\n<" + "b" * 14),
     ],
 )
