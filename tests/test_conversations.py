@@ -285,11 +285,8 @@ def test_every_setting_of_the_format_changes_the_rows(
     values["chat_template"] = values["chat_template"].format(path=path)
     data = from_config_dict({"data": values}).data
     file = write(tmp_path, CHATS)
-    prepared = data_of(
-        file,
-        DataFormat.from_settings(data),
-        row_length=data.row_length if changes.get("row_length") else 128,
-    )
+    row_length = data.row_length if changes.get("row_length") else 128
+    prepared = data_of(file, DataFormat.from_settings(data), row_length=row_length)
     texts = sorted(as_text(*segment) for segment in all_segments(prepared))
     assert len(texts) == 8
     assert first is None or texts[0] == first
@@ -303,8 +300,6 @@ def test_the_config_refuses_settings_without_an_effect() -> None:
         UserError, match=r"data\.completion_field 'a' has no effect with data\.format"
     ):
         from_config_dict({"data": {"completion_field": "a"}})
-    with pytest.raises(UserError, match=r"data\.prompt_field 'a' has no effect"):
-        from_config_dict({"data": {"prompt_field": "a", "format": "alpaca"}})
 
 
 def test_rows_of_text_store_no_answer_spans(tmp_path: Path) -> None:
