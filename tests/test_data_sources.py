@@ -93,19 +93,19 @@ def test_what_is_left_out_of_a_folder_is_named(tmp_path: Path) -> None:
     assert read_with_log(str(folder)) == (
         ["a.txt", "file.txt"],
         [
-            f"{folder}: reads 2 files, leaves out 1 .csv (c.csv), 1 .json (b.json), 1 hidden"
-            f" (.d.txt), 1 link to a folder (linked), 1 not a regular file (pipe.txt){to_read}"
+            f"{folder}: reads 2 files; leaves out .csv: 1 (c.csv), .json: 1 (b.json), hidden: 1"
+            f" (.d.txt), links to folders: 1 (linked), not regular files: 1 (pipe.txt){to_read}"
         ],
     )
     assert read_with_log(f"{folder}/*")[1] == [
-        f"{folder}/*: reads 3 files, leaves out 2 folder (linked, ...), 1 not a regular file"
+        f"{folder}/*: reads 3 files; leaves out folders: 2 (linked, ...), not regular files: 1"
         f" (pipe.txt){to_read}"
     ]
     assert read_with_log(f"{folder}/sub/**") == (["c.csv"], [])
     assert read_with_log(str(elsewhere)) == (["e.txt"], [])
     (elsewhere / "e.txt").unlink()
     (elsewhere / "e.json").write_text("{}")
-    assert error(elsewhere).endswith("; left out: 1 .json (e.json)")
+    assert error(elsewhere).endswith("; left out: .json: 1 (e.json)")
 
 
 def test_a_pipe_is_refused_as_a_pipe(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def conversation_reader(data_format: DataFormat, tokenizer: Tokenizer, row_lengt
     template = chat_template(data_format.chat_template, tokenizer)
     settings = {name: v for name, v in vars(data_format).items() if name != "chat_template"}
     settings |= {"template": template, "special": tokenizer.special_tokens}
-    settings["reader"] = READER_VERSION
+    settings |= {"reader": READER_VERSION}
 
     def encode(examples: Sequence[Document]) -> list[Encoded]:
         rendered = [_render(example, data_format, template, tokenizer) for example in examples]

@@ -85,7 +85,6 @@ def prepare(
     held_out: float,
     max_tokens: int | None = None,
     data_format: DataFormat = DataFormat(),
-    model_vocab_size: int | None = None,
     root: Path | None = None,
     log: Callable[[str], None] | None = None,
 ) -> Prepared:
@@ -95,7 +94,7 @@ def prepare(
     there is one text) if below 1, otherwise their number. `max_tokens` limits both splits together:
     the last text that is selected is truncated, a conversation is never truncated for it. `log`
     receives lines about the result; if it is None, no progress bars are shown either. Raises
-    `UserError` for bad input and for a tokenizer with more ids than `model_vocab_size`.
+    `UserError` for bad input.
     """
     for name, value, minimum in (("row length", row_length, 2), ("max tokens", max_tokens, 4)):
         if value is not None and value < minimum:
@@ -105,8 +104,6 @@ def prepare(
             f"held-out {held_out}; accepted: a share between 0 and 1, or a whole number of"
             " documents, 1 or more"
         )
-    if model_vocab_size is not None:
-        tokenizer.check_fits(model_vocab_size)
     files = resolve_sources(sources, log and (lambda line: log(f"data: {line}")))
     if data_format.is_text:
         reader = text_reader(data_format.text_field, tokenizer)

@@ -42,7 +42,7 @@ _KINDS: Mapping[str, Literal["json_lines", "csv"]] = {
 }
 COMPRESSED = (".gz", ".zst")
 ACCEPTED = "a file, a folder, a glob, package:NAME[/path or glob], tfds:FOLDER[:split]"
-_IRREGULAR = "not a regular file"
+_IRREGULAR = "not regular files"
 EMPTY = "empty"  # reason for skipping a text; a key of `left_out` in info.json
 CHUNK = 1 << 16  # bytes
 _LINE_FORMAT = (
@@ -161,12 +161,7 @@ def _resolve(part: str, log: Callable[[str], None] | None) -> list[Source]:
         files = sorted(_walk(path, left_out))
         reason = f"no file has one of the suffixes {' '.join((*TEXT, *JSON_LINES))}"
     elif glob.has_magic(part):
-        matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
-        files = [match for match in matches if match.is_file()]
-        parents = {parent for file in files for parent in file.parents}
-        for match in matches:
-            if not match.is_file() and match not in parents:
-                left_out["folder" if match.is_dir() else _IRREGULAR].append(match.name)
+        files = list(_matching(str(path), left_out))
         reason = "no file matches"
     elif path.exists():
         raise UserError(
@@ -176,15 +171,14 @@ def _resolve(part: str, log: Callable[[str], None] | None) -> list[Source]:
     else:
         raise UserError(f"{part}: no such file or folder; accepted: {ACCEPTED}")
     kinds = ", ".join(
-        f"{len(names)} {kind} ({names[0]}{', ...' if len(names) > 1 else ''})"
+        f"{kind}: {len(names)} ({names[0]}{', ...' if len(names) > 1 else ''})"
         for kind, names in sorted(left_out.items())
     )
     if not files:
-        raise UserError(
-            f"{part}: no documents: {reason}" + (f"; left out: {kinds}" if kinds else "")
-        )
+        reason += f"; left out: {kinds}" if kinds else ""
+        raise UserError(f"{part}: no documents: {reason}")
     if kinds and log is not None:
-        log(f"{part}: reads {len(files)} files, leaves out {kinds}; to read one of these, name it")
+        log(f"{part}: reads {len(files)} files; leaves out {kinds}; to read one of these, name it")
     return [_file(file, named=False) for file in files]
 
 
@@ -210,14 +204,25 @@ def _walk(folder: Path, left_out: dict[str, list[str]]) -> Iterator[Path]:
                 left_out["hidden"].append(name)
             elif path.is_dir():
                 if path.is_symlink():  # os.walk does not follow it
-                    left_out["link to a folder"].append(name)
+                    left_out["links to folders"].append(name)
             elif not path.is_file():
                 left_out[_IRREGULAR].append(name)
             elif _suffix(name) in (*TEXT, *JSON_LINES):
                 yield path
             else:
-                left_out[_suffix(name) or "without a suffix"].append(name)
+                left_out[_suffix(name) or "no suffix"].append(name)
         names[:] = [name for name in names if not name.startswith(".")]
+
+
+def _matching(pattern: str, left_out: dict[str, list[str]]) -> Iterator[Path]:
+    """Yield the files that match; add other matches to `left_out`, unless files in them match."""
+    matches = sorted(map(Path, glob.glob(pattern, recursive=True)))
+    parents = {parent for match in matches for parent in match.parents}
+    for path in matches:
+        if path.is_file():
+            yield path
+        elif path not in parents:
+            left_out["folders" if path.is_dir() else _IRREGULAR].append(path.name)
 
 
 def _suffix(name: str | Path) -> str:
