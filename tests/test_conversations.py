@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tokenizers
 
 from sat_jax.cache import cache_dir
 from sat_jax.config import Config, DataConfig
@@ -207,47 +206,6 @@ def test_skipped_and_too_few_examples(tmp_path: Path) -> None:
     assert (prepared.info.documents, prepared.info.left_out) == (20, {"without an answer": 1})
     single = write(tmp_path / "single", lines(1))  # never split, so that its end is not held out
     assert "leaves none of 1 documents to train on" in user_error(lambda: data_of(single))
-
-
-def test_weights_change_the_loss_and_other_fields_are_reported(tmp_path: Path) -> None:
-    wrong, right = _answer("a"), _answer("b")
-    examples = [
-        {"messages": [{"role": "user", "content": f"{n}"}, wrong[0] | {"weight": 0}, *right]}
-        for n in range(4)
-    ]
-    file = write(tmp_path, [*(line | {"id": 7} for line in examples), examples[0] | {"tools": [1]}])
-    lines_of_log: list[str] = []
-    data_format = DataFormat("messages", chat_template="plain")
-    prepared = data_of(file, data_format, log=lines_of_log.append)
-    texts = sorted(as_text(*segment) for segment in all_segments(prepared))
-    assert texts == [f"{n}\na/<b/" for n in range(4)]
-    assert prepared.info.left_out == {"with the field 'tools'": 1}
-    assert prepared.info.unused_fields == {"id": 4}
-    assert lines_of_log[0].endswith("; skipped or truncated: 1 with the field 'tools'")
-    assert lines_of_log[1].endswith("not used, with the number of documents: 'id' (4)")
-
-
-def test_answers_without_a_token_are_counted(tmp_path: Path) -> None:
-    backend = tokenizers.Tokenizer.from_str(BYTES.backend.to_str())
-    backend.normalizer = tokenizers.normalizers.Replace("\u200b", "")  # zero-width space
-    template = tmp_path / "bare.jinja"
-    template.write_text(
-        "{% for m in messages %}{{ m.content }}{% if m.role == 'user' %}:{% endif %}{% endfor %}"
-    )
-    settings: dict[str, Any] = {
-        "data_format": DataFormat("prompt_completion", chat_template=str(template)),
-        "tokenizer": replace(BYTES, backend=backend),
-    }
-    empty = [{"prompt": f"{n}", "completion": "\u200b"} for n in range(3)]
-    used = [{"prompt": f"{n}", "completion": "é"} for n in range(9)]
-    lines_of_log: list[str] = []
-    prepared = data_of(write(tmp_path, [*empty, *used]), log=lines_of_log.append, **settings)
-    assert prepared.info.left_out == {"with answers that give no token": 3}
-    assert prepared.info.documents == len(all_segments(prepared)) == 9
-    assert lines_of_log[0].endswith("truncated: 3 with answers that give no token")
-    file = write(tmp_path / "all", empty)
-    message = user_error(lambda: data_of(file, **settings))
-    assert message.endswith("no example can be used: 3 with answers that give no token")
 
 
 CHATS = [

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import jinja2
 import numpy as np
 
 from sat_jax.data.chat import Rendered, render_with_answer_spans
@@ -31,7 +32,8 @@ def conversation_reader(data_format: DataFormat, tokenizer: Tokenizer, row_lengt
 
     An example with more than `row_length` input-target pairs is dropped, truncated or refused, as
     `data_format.too_long` says; it is never split. A truncated example without an answer is
-    dropped. Encoding raises `UserError` for an example that the template rejects.
+    dropped. An example that the template rejects by `raise_exception` is skipped. Encoding raises
+    `UserError` if the template fails otherwise.
     """
     template = chat_template(data_format.chat_template, tokenizer)
     settings = {name: v for name, v in vars(data_format).items() if name != "chat_template"}
@@ -40,10 +42,13 @@ def conversation_reader(data_format: DataFormat, tokenizer: Tokenizer, row_lengt
 
     def encode(examples: Sequence[Document]) -> list[Encoded]:
         rendered = [_render(example, data_format, template, tokenizer) for example in examples]
-        encodings = tokenizer.encode_with_offsets([text for text, _ in rendered])
+        texts = [part.text for part in rendered if isinstance(part, Rendered)]
+        encodings = iter(tokenizer.encode_with_offsets(texts))
         return [
-            _encode(example, text, ids, offsets, data_format, tokenizer, row_length + 1)
-            for example, text, (ids, offsets) in zip(examples, rendered, encodings, strict=True)
+            Encoded([], [], 0, 0, part)
+            if isinstance(part, str)
+            else _encode(example, part, *next(encodings), data_format, tokenizer, row_length + 1)
+            for example, part in zip(examples, rendered, strict=True)
         ]
 
     read = partial(read_examples, data_format=data_format)
@@ -52,7 +57,8 @@ def conversation_reader(data_format: DataFormat, tokenizer: Tokenizer, row_lengt
 
 def _render(
     example: Document, data_format: DataFormat, template: str, tokenizer: Tokenizer
-) -> Rendered:
+) -> Rendered | str:
+    """Return the text of an example, or the reason why the template rejects it."""
     turns = decode_turns(example.text)
     with_loss = turns_with_loss(turns, data_format)
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
@@ -62,6 +68,8 @@ def _render(
     try:
         return render_with_answer_spans(template, messages, tokenizer.special_tokens, with_loss)
     except UserError as error:
+        if type(error.__cause__) is jinja2.TemplateError:  # that of `raise_exception`
+            return f"that the chat template rejects ({error.__cause__})"
         raise UserError(f"{example.origin}: {error}") from error
 
 
