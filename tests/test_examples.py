@@ -206,11 +206,12 @@ def example(name: Format, *turns: Any, **fields: Any) -> Any:
         ({"weight": 0}, ZERO_WEIGHT),
         ({"train": False}, ZERO_WEIGHT),
         ({"weight": 0.5}, BAD_WEIGHT),
-        ({"weight": "0"}, BAD_WEIGHT),
+        ({"weight": [0]}, BAD_WEIGHT),
+        ({"train": "False"}, ZERO_WEIGHT),
         ({"label": False}, REJECTED),
         ({"kto_tag": False}, REJECTED),
         ({"weight": 1, "train": True, "label": True, "tools": [], "images": None}, None),
-        ({"system": None, "reasoning_content": "", "label": "maths"}, None),
+        ({"system": None, "reasoning_content": "", "label": "maths", "tools": "[]"}, None),
     ],
 )
 def test_fields_that_decide_what_is_shown_or_learnt(

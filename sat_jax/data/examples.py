@@ -47,6 +47,7 @@ _SKIPPED_ROLES = {
 }
 # Fields of an example or of a turn, as trl, axolotl, LLaMA-Factory and OpenAI name them.
 _WEIGHTS = ("weight", "train", "training")  # 0 or false: no loss
+_WEIGHT_VALUES = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}  # text in CSV
 _LABELS = ("label", "kto_tag")  # false: an answer that is not to be learnt
 _UNSUPPORTED = {
     **dict.fromkeys(("tool_calls", "function_call"), TOOL_TURN),
@@ -180,9 +181,9 @@ def _weight(record: Record, read: Collection[str]) -> int | None:
         if name in _LABELS and value is False:
             raise _Skipped(REJECTED)
         if name in _WEIGHTS:
-            if value not in (0, 1):
+            if (weight := _WEIGHT_VALUES.get(str(value).lower())) is None:
                 raise _Skipped(BAD_WEIGHT)
-            weights.add(int(value))
+            weights.add(weight)
     return min(weights, default=None)
 
 

@@ -36,9 +36,10 @@ class Record(NamedTuple):
         return "" if self.fields.get(name) is None else self.text(name)
 
     def has_value(self, name: str) -> bool:
-        """Return whether a field is neither missing nor null nor empty."""
+        """Return whether a field is not missing, null or empty, also as JSON in a string."""
         value = self.fields.get(name)
-        return not (value is None or (isinstance(value, (str, list, dict)) and not value))
+        is_empty = isinstance(value, (str, list, dict)) and value in ("", "[]", "{}", [], {})
+        return not (value is None or is_empty)
 
     def fields_besides(self, names: Collection[str]) -> list[str]:
         """Return the names of the fields that have a value and are not in `names`, in order."""
