@@ -258,6 +258,8 @@ def test_the_config_refuses_settings_without_an_effect() -> None:
         UserError, match=r"data\.completion_field 'a' has no effect with data\.format"
     ):
         from_config_dict({"data": {"completion_field": "a"}})
+    with pytest.raises(UserError, match=r"data\.prompt_field 'a' has no effect"):
+        from_config_dict({"data": {"prompt_field": "a", "format": "alpaca"}})
 
 
 def test_rows_of_text_store_no_answer_spans(tmp_path: Path) -> None:
