@@ -91,6 +91,7 @@ def test_white_space_at_the_end_of_an_answer_is_part_of_it(tmp_path: Path) -> No
             [" a\n</s>", "b</s>"],
         ),
         ("plain", "<s>q\n a\n</s>a\nb</s>", [" a\n</s>", "b</s>"]),
+        ("verbatim", "<s>q a\n</s>ab</s>", [" a\n</s>", "b</s>"]),
     ],
 )
 def test_built_in_templates(name: str, text: str, with_loss: list[str]) -> None:
@@ -100,6 +101,11 @@ def test_built_in_templates(name: str, text: str, with_loss: list[str]) -> None:
     assert text.startswith(render_chat(TEMPLATES[name], TWICE[:3], SPECIAL) + with_loss[1])
     system = [{"role": "system", "content": "S!"}, *ASKED]
     assert "S!" in answers(TEMPLATES[name], system, [2])[0]
+
+
+def test_the_verbatim_template_does_not_repeat_the_eos() -> None:
+    messages = [{"role": "user", "content": "q "}, {"role": "assistant", "content": "a</s>"}]
+    assert answers(TEMPLATES["verbatim"], messages, [1]) == ("<s>q a</s>", ["a</s>"])
 
 
 def test_text_that_a_template_adds_before_an_answer_has_a_loss() -> None:
