@@ -86,6 +86,38 @@ def test_other_dtypes(dtype: Dtype, tmp_path: Path) -> None:
     assert_close(read, rounded, "float32", "exact")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "value"), [("float16", 65_520.0), ("float16", -1e5), ("bfloat16", 3.4e38)]
+)
+def test_values_that_the_dtype_cannot_represent_are_refused(
+    dtype: Dtype, value: float, tmp_path: Path
+) -> None:
+    weights = open_weights(GOLDEN / "mistral")
+
+    def read(path: str, value: float = value) -> np.ndarray:
+        parameter = weights.read(path)
+        if path == "final_norm":
+            parameter[3] = value
+        return parameter
+
+    with pytest.raises(UserError, match=rf"tensor model\.norm\.weight has .* {dtype} cannot"):
+        write_directory(tmp_path / "out", weights.config, read, dtype=dtype)
+    assert not list(tmp_path.iterdir())
+    for written in (65_504.0, np.inf):  # the largest value; a value that is already infinite
+        write_directory(
+            tmp_path / str(written), weights.config, lambda p: read(p, written), dtype=dtype
+        )
+
+
+def test_float64_tensors(copied: Path) -> None:
+    damage(copied, {NORM: np.full(64, 0.1)})
+    norm = open_weights(copied).read("layers/attention_norm")
+    assert_close(norm[1], np.full(64, np.float32(0.1)), "float32", "exact")
+    damage(copied, {NORM: np.full(64, 1e39)})
+    with pytest.raises(UserError, match=f"tensor {NORM} has the value 1e.39, which float32 cannot"):
+        open_weights(copied).read("layers/attention_norm")
+
+
 def test_a_parameter_is_asked_for_once_and_one_at_a_time(tmp_path: Path) -> None:
     weights = open_weights(GOLDEN / "llama_gqa")
     asked: Counter[str] = Counter()

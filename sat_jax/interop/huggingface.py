@@ -17,6 +17,7 @@ from sat_jax.interop.huggingface_config import config_from_json, config_to_json,
 from sat_jax.interop.weights import (
     LFS_POINTER,
     Weights,
+    cast,
     check_tensors,
     is_lfs_pointer,
     stacked_reader,
@@ -91,12 +92,13 @@ class _Tensors:
         self._stored[name] = (path, handle, stored_name)
 
     def fetch(self, name: str) -> np.ndarray:
-        """Return one tensor, in the dtype it is stored in."""
+        """Return one tensor, in the dtype it is stored in; float64 is converted to float32."""
         path, handle, stored_name = self._stored[name]
         try:
-            return handle.get_tensor(stored_name)
+            tensor: np.ndarray = handle.get_tensor(stored_name)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: tensor {stored_name} cannot be read: {error}") from error
+        return cast(tensor, np.float32, stored_name) if tensor.dtype == np.float64 else tensor
 
 
 def _safetensors_files(directory: Path) -> list[Path]:
@@ -198,7 +200,7 @@ def _write_tensors(
                 [held[path][layer] for path in stored.tensor.paths]
             )
             # safetensors writes the memory as it is, so it has to be in row-major order.
-            tensors[stored.name] = np.ascontiguousarray(joined.astype(number))
+            tensors[stored.name] = np.ascontiguousarray(cast(joined, number, stored.name))
             weight_map[stored.name] = file
         save_file(tensors, directory / file, metadata={"format": "pt"})
         # safetensors makes its files private; give them the mode that any new file has here.

@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
 from sat_jax.errors import UserError
 from sat_jax.models import registry
@@ -34,6 +36,20 @@ def is_lfs_pointer(path: Path) -> bool:
     head = b"version https://git-lfs"
     with path.open("rb") as file:
         return file.read(len(head)) == head
+
+
+def cast(tensor: np.ndarray, dtype: DTypeLike, name: str) -> np.ndarray:
+    """Return the tensor `name` in another dtype. Raises `UserError` if a finite value overflows."""
+    with np.errstate(over="ignore"):
+        converted = tensor.astype(dtype)
+    overflow = np.isinf(converted) & np.isfinite(tensor)
+    if overflow.any():
+        limit = float(ml_dtypes.finfo(converted.dtype).max)
+        raise UserError(
+            f"tensor {name} has the value {tensor[overflow][0]:g}, which {converted.dtype} cannot"
+            f" represent; accepted: up to {limit:g}, or a dtype with a larger range"
+        )
+    return converted
 
 
 def check_tensors(
