@@ -324,6 +324,35 @@ def test_tensors_that_are_no_parameters_are_passed_over(copied: Path) -> None:
     assert_close(weights.read("embed"), embed, "float32", "exact")
 
 
+def test_a_tied_model_that_stores_only_its_head(copied: Path) -> None:
+    embed = load_file(copied / "model.safetensors")["model.embed_tokens.weight"]
+    damage(copied, {"model.embed_tokens.weight": None, "lm_head.weight": embed})
+    assert_close(open_weights(copied).read("embed"), embed, "float32", "exact")
+    damage(copied, {"lm_head.weight": embed[:-1]})
+    with pytest.raises(UserError, match=r"embed_tokens\.weight has shape \[255, 64\]"):
+        open_weights(copied)
+
+
+@pytest.mark.parametrize("place", ["", "model.", "model.layers.1."])
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_names_that_wrappers_of_modules_add_are_removed(
+    wrapper: str, place: str, copied: Path
+) -> None:
+    original = open_weights(copied)
+    stored = load_file(copied / "model.safetensors")
+    renamed = {
+        name.replace(place, place + wrapper, 1) if name.startswith(place) else name: tensor
+        for name, tensor in stored.items()
+    }
+    renamed |= {f"{wrapper}model.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    damage(copied, dict.fromkeys(stored, None) | renamed)
+    for path in original.paths:
+        assert_close(open_weights(copied).read(path), original.read(path), "float32", "exact")
+    damage(copied, {NORM: stored[NORM], f"{wrapper}{NORM}": stored[NORM]})
+    with pytest.raises(UserError, match="is also stored as"):
+        open_weights(copied)
+
+
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1", None])
 def test_broken_safetensors(content: bytes | None, copied: Path) -> None:
     file = copied / "model.safetensors"

@@ -52,11 +52,9 @@ def open_directory(directory: Path) -> Weights:
         raise UserError(f"{directory}: no config.json; expected a Hugging Face directory")
     config = config_from_json(read_json(config_path), str(config_path))
     tensors = _Tensors(directory, registry.format_of(config))
-    shapes_by_name = dict(tensors.shapes)
     if config.tie_embeddings:
-        _check_tied(tensors, config, directory)
-        shapes_by_name.pop(_name_of(config, "lm_head"), None)
-    check_tensors(config, "huggingface", shapes_by_name, directory)
+        _tie(tensors, config, directory)
+    check_tensors(config, "huggingface", tensors.shapes, directory)
     return Weights(config, stacked_reader(config, "huggingface", tensors.fetch))
 
 
@@ -70,8 +68,9 @@ class _Tensors:
             try:
                 handle = safe_open(path, framework="np").__enter__()
                 for name in handle.keys():
-                    if not declared.is_ignored(name):
-                        self._add(declared.full_name(name), path, handle, name)
+                    full_name = declared.full_name(name)
+                    if not declared.is_ignored(full_name):
+                        self._add(full_name, path, handle, name)
             except (SafetensorError, OSError) as error:
                 pointer = isinstance(error, SafetensorError) and is_lfs_pointer(path)
                 why = LFS_POINTER if pointer else error
@@ -90,6 +89,11 @@ class _Tensors:
             )
         self.shapes[name] = tuple(piece.get_shape())
         self._stored[name] = (path, handle, stored_name)
+
+    def rename(self, name: str, new_name: str) -> None:
+        """Declare a tensor under another name."""
+        self.shapes[new_name] = self.shapes.pop(name)
+        self._stored[new_name] = self._stored.pop(name)
 
     def fetch(self, name: str) -> np.ndarray:
         """Return one tensor, in the dtype it is stored in; float64 is converted to float32."""
@@ -123,14 +127,22 @@ def _name_of(config: DecoderConfig, path: str) -> str:
     return registry.format_of(config).tensor_of(path).huggingface.name
 
 
-def _check_tied(tensors: _Tensors, config: DecoderConfig, directory: Path) -> None:
-    """Refuse a tied head that is stored and differs from the embedding."""
+def _tie(tensors: _Tensors, config: DecoderConfig, directory: Path) -> None:
+    """Leave one of embedding and head, under the name of the embedding.
+
+    Raises `UserError` if both are stored and differ.
+    """
     head, embed = (_name_of(config, path) for path in ("lm_head", "embed"))
-    stored = {head, embed} <= tensors.shapes.keys()
-    if stored and not np.array_equal(tensors.fetch(head), tensors.fetch(embed)):
+    if head not in tensors.shapes:
+        return
+    if embed not in tensors.shapes:
+        tensors.rename(head, embed)
+        return
+    if not np.array_equal(tensors.fetch(head), tensors.fetch(embed)):
         raise UserError(
             f"{directory}: {head} differs from {embed}, but config.json says tie_word_embeddings"
         )
+    del tensors.shapes[head]
 
 
 def write_directory(
