@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def test_values_that_the_dtype_cannot_represent_are_refused(
     assert not list(tmp_path.iterdir())
     for written in (65_504.0, np.inf):  # the largest value; a value that is already infinite
         write_directory(
-            tmp_path / str(written), weights.config, lambda p: read(p, written), dtype=dtype
+            tmp_path / str(written), weights.config, partial(read, value=written), dtype=dtype
         )
 
 

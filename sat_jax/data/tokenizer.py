@@ -292,13 +292,12 @@ _CONTROL, _USER_DEFINED = 3, 4  # GGUF token types
 
 
 def _from_gguf(path: Path) -> Tokenizer:
-    from sat_jax.interop.gguf import open_reader  # imported only for GGUF files
+    from sat_jax.interop.gguf import open_gguf  # imported only for GGUF files
 
-    reader = open_reader(path)
+    file = open_gguf(path)
 
     def metadata(key: str, default: Any = None) -> Any:
-        entry = reader.get_field(f"tokenizer.{key}")
-        return default if entry is None else entry.contents()
+        return file.value(f"tokenizer.{key}", default)
 
     model, pre = metadata("ggml.model"), metadata("ggml.pre")
     if model != "gpt2" or pre not in _PRE_TOKENIZERS:
