@@ -21,7 +21,6 @@ from sat_jax.models import registry
 from sat_jax.models.format_fields import GgufFields
 from sat_jax.models.formats import GgufFormat
 
-
 # Other versions have other layouts of quantized blocks.
 _QUANTIZATION_VERSION = 2
 
