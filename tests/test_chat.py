@@ -152,7 +152,9 @@ def test_the_date_is_fixed_in_data_preparation() -> None:
 def test_template_names(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(GOLDEN))
     assert chat_template("chatml", tokenizer) == TEMPLATES["chatml"]
-    assert chat_template("llama2", tokenizer) == TEMPLATES["llama2"]  # its tokenizer adds a bos
+    assert "bos_token" not in chat_template("llama2", tokenizer)  # the tokenizer adds none
+    adds_bos = replace(tokenizer, prefix=(0,))
+    assert chat_template("llama2", adds_bos) == TEMPLATES["llama2"]
     plain = load_tokenizer("bytes")
     assert "bos_token" not in chat_template("zephyr", plain)
     assert render_chat(chat_template("plain", plain), ASKED[:1], plain.special_tokens) == "q\n"

@@ -58,7 +58,7 @@ def test_a_gguf_file(convert: Convert, tmp_path: Path, monkeypatch: pytest.Monke
     file = write(tmp_path / "model.gguf", golden_tensors("llama_gqa"), METADATA)
     printed = convert(file, "--out", tmp_path / "out")
     assert printed.endswith("165,312 parameters in float32, without a tokenizer\n")
-    assert stderr.getvalue().startswith(f"note: {file}: its tokenizer is None")
+    assert stderr.getvalue().startswith(f"note: {file}: contains no tokenizer")
     original, written = open_weights(GOLDEN / "llama_gqa"), open_weights(tmp_path / "out")
     assert written.config == original.config
     for path in original.paths:

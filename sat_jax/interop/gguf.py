@@ -57,7 +57,7 @@ def open_gguf(path: Path) -> GgufFile:
         order = reader.endianess.name.lower()
         raise UserError(
             f"{path}: a {order}-endian file; accepted: the byte order of this machine"
-            f" ({sys.byteorder}-endian), to which llama.cpp's gguf_convert_endian.py converts"
+            f" ({sys.byteorder}-endian); gguf-convert-endian of the package gguf converts the file"
         )
     return GgufFile(path, reader)
 
