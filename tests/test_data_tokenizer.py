@@ -1,6 +1,7 @@
 """Tokenizers: bytes, Hugging Face folders and GGUF files."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -361,9 +362,26 @@ def test_saved_files_give_the_same_tokenizer(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         tokenizer.save(tmp_path / name)
         check_same(load_tokenizer(str(tmp_path / name)), tokenizer)
-    # Files of a folder are copied, including settings that are not read.
+
+
+def test_loaded_files_are_saved(tmp_path: Path) -> None:
+    """All of them, and a file with another name in place of the folder's tokenizer.json."""
     settings = {"eos_token": "<|im_end|>", "unknown_setting": 1}
-    folder = write_folder(tmp_path / "b", backend, tokenizer_config=settings)
-    (tmp_path / "copy").mkdir()
-    load_tokenizer(str(folder)).save(tmp_path / "copy")
-    assert json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text()) == settings
+    folder = write_folder(tmp_path / "a", trained("gpt-2"), tokenizer_config=settings)
+    for name in ("tokenizer.model", "merges.txt", "chat_template.jinja", "notes.txt"):
+        (folder / name).write_text(name)
+    trained("smollm").save(str(folder / "other.json"))
+    saved = {}
+    for name in ("tokenizer.json", "other.json"):
+        tokenizer = load_tokenizer(str(folder / name))
+        tokenizer.save(directory := tmp_path / f"copy of {name}")
+        check_same(load_tokenizer(str(directory)), tokenizer)
+        assert json.loads((directory / "tokenizer_config.json").read_text()) == settings
+        assert (directory / "tokenizer.json").read_bytes() == (folder / name).read_bytes()
+        saved[name] = {path.name for path in directory.iterdir()}
+    assert saved["other.json"] == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert saved["tokenizer.json"] == saved["other.json"] | {"tokenizer.model", "merges.txt"}
+    replaced = replace(tokenizer, chat_template="T")
+    replaced.save(other := tmp_path / "replaced")
+    assert load_tokenizer(str(other)).chat_template == "T"
+    assert not (other / "chat_template.jinja").exists()

@@ -134,7 +134,8 @@ class Tokenizer:
         return files | {"tokenizer_config.json": (text + "\n").encode()}
 
     def save(self, directory: Path) -> None:
-        """Write `files` into a directory."""
+        """Write `files` into a new or existing directory."""
+        directory.mkdir(exist_ok=True)
         for name, content in self.files().items():
             (directory / name).write_bytes(content)
 

@@ -1,9 +1,10 @@
 """Hugging Face directories: safetensors weights, sharded or not, in and out."""
 
+import dataclasses
 import json
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,24 +26,15 @@ from sat_jax.interop.weights import (
 from sat_jax.models import registry
 from sat_jax.models.build import shapes
 from sat_jax.models.decoder_config import DecoderConfig
+from sat_jax.models.format_fields import Json, JsonFields
 from sat_jax.models.formats import ModelFormat, StoredTensor
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 SHARD_BYTES = 5_000_000_000
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_GENERATION = "generation_config.json"
 
 
 def open_directory(directory: Path) -> Weights:
@@ -55,7 +47,18 @@ def open_directory(directory: Path) -> Weights:
     if config.tie_embeddings:
         _tie(tensors, config, directory)
     check_tensors(config, "huggingface", tensors.shapes, directory)
-    return Weights(config, stacked_reader(config, "huggingface", tensors.fetch))
+    generation = read_generation(directory)
+    # If this file has them, transformers stops at these tokens and not at those of config.json.
+    where = str(directory / _GENERATION)
+    if ends := JsonFields(generation, where).token_ids("eos_token_id"):
+        config = dataclasses.replace(config, eos_token_ids=ends)
+    return Weights(config, stacked_reader(config, "huggingface", tensors.fetch), generation)
+
+
+def read_generation(directory: Path) -> Json:
+    """Return the settings in generation_config.json, none if the directory has no such file."""
+    file = directory / _GENERATION
+    return read_json(file) if file.is_file() else {}
 
 
 class _Tensors:
@@ -151,13 +154,15 @@ def write_directory(
     read: Callable[[str], Any],
     *,
     dtype: Dtype = "float32",
-    tokenizer_files_from: Path | None = None,
+    files: Mapping[str, bytes] | None = None,
+    generation: Json | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a model so that transformers 4 and 5 load it. If it fails, nothing is left behind.
 
     `read(path)` returns one stacked parameter and is called once for each. The directory must be
-    new or empty. Tokenizer files are copied from the directory `tokenizer_files_from`.
+    new or empty. `files` are the contents of other files by name, such as those of a tokenizer, and
+    `generation` the settings for generation_config.json.
     """
     if dtype not in get_args(Dtype):
         raise UserError(
@@ -165,28 +170,27 @@ def write_directory(
         )
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise UserError(f"{directory}: exists and is not an empty directory; give a new one")
-    copied = [tokenizer_files_from / name for name in TOKENIZER_FILES if tokenizer_files_from]
-    copied = [file for file in copied if file.is_file()]
-    if tokenizer_files_from and not copied:
-        raise UserError(
-            f"{tokenizer_files_from}: no directory with tokenizer files; of a GGUF file,"
-            " scripts.convert writes one"
-        )
     raw = config_to_json(config, dtype)
     partial = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
         partial.mkdir(parents=True)
         _write_json(partial / "config.json", raw)
-        tokens = {key: raw[key] for key in ("bos_token_id", "eos_token_id")}
-        _write_json(partial / "generation_config.json", {"_from_model_config": True, **tokens})
+        _write_json(partial / _GENERATION, _generation_json(raw, generation or {}))
         _write_tensors(partial, config, read, dtype, shard_bytes)
-        for file in copied:
-            shutil.copyfile(file, partial / file.name)
+        for name, content in (files or {}).items():
+            (partial / name).write_bytes(content)
         partial.rename(directory)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{directory}: cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _generation_json(raw: Json, settings: Json) -> Json:
+    """Return generation_config.json: `settings` with the end tokens of config.json."""
+    if not settings:
+        settings = {"_from_model_config": True}
+    return {"bos_token_id": raw["bos_token_id"], **settings, "eos_token_id": raw["eos_token_id"]}
 
 
 def _write_tensors(

@@ -12,15 +12,20 @@ from sat_jax.errors import UserError
 from sat_jax.models import registry
 from sat_jax.models.build import shapes
 from sat_jax.models.decoder_config import DecoderConfig
+from sat_jax.models.format_fields import Json
 from sat_jax.models.formats import Format, Shape
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Weights in files: `read(path)` returns one parameter in float32, with layers stacked."""
+    """Weights in files: `read(path)` returns one parameter in float32, with layers stacked.
+
+    `generation` has the settings of generation_config.json, if the weights come with them.
+    """
 
     config: DecoderConfig
     read: Callable[[str], np.ndarray]
+    generation: Json = dataclasses.field(default_factory=dict)
 
     @property
     def paths(self) -> tuple[str, ...]:
