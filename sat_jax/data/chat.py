@@ -131,7 +131,7 @@ def _span_after_prompt(
         common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         raise UserError(
             f"the chat template asks for answer {number} with a prompt that ends in"
-            f" {prompt[common:][-40:]!r}, which is not part of the conversation with this answer, so that"
+            f" {prompt[common:][-40:]!r}, which conversations do not have, so that"
             f" the model would not be asked as it is trained; accepted: {_OTHER_TEMPLATES}"
         )
     if not text.startswith(with_answer):
