@@ -17,6 +17,8 @@ from sat_jax.data.tokenizer import Offsets, Tokenizer
 from sat_jax.errors import UserError
 
 _ACCEPTED = f"accepted: model, {', '.join(TEMPLATES)}, or the path of a .jinja file"
+# A reason for skipping an example, beside those of `examples`.
+NO_ANSWER_TOKEN = "whose answers have no token"
 _CHATML_END_OF_TURN = "<|im_end|>"
 
 
@@ -92,7 +94,7 @@ def _encode(
         if first < last:
             answer_bytes += len(rendered.text[starts[first] : ends[last - 1]].encode())
     if not spans or (size > limit and data_format.too_long == "drop"):
-        return Encoded([], [], 0, size)
+        return Encoded([], [], 0, size, "" if size > limit else NO_ANSWER_TOKEN)
     return Encoded(ids[:limit], spans, answer_bytes, size)
 
 

@@ -30,6 +30,7 @@ class Encoded(NamedTuple):
     answer_spans: list[tuple[int, int]] | None  # spans of ids with a loss; None: all have one
     text_bytes: int  # UTF-8 bytes of the text that has a loss
     original_size: int  # tokens before the document was truncated or dropped
+    skip_reason: str = ""  # why there are no tokens, if not for the size
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class TokenizedDocuments(NamedTuple):
     answer_spans: Int[np.ndarray, "spans 2"] | None  # in `ids`, in order; None: all have a loss
     text_bytes: Int[np.ndarray, " documents"]  # UTF-8 bytes of the text that has a loss
     original_sizes: Int[np.ndarray, " documents"]  # before documents were truncated or dropped
+    skipped: dict[str, int]  # documents without tokens, by reason; not those that are too long
 
 
 def progress_bar(
@@ -134,6 +136,7 @@ def tokenize(
     """
     starts, sizes, text_bytes, original_sizes = (np.zeros_like(index.sizes) for _ in range(4))
     answer_spans = array("q")
+    skipped: Counter[str] = Counter()
     done = dict.fromkeys(orders, 0)  # documents of each order that are tokenized
     end, bytes_per_token = 0, _BYTES_PER_TOKEN
     with file.open("wb") as stream:
@@ -163,9 +166,14 @@ def tokenize(
                         text_bytes[number] = encoded.text_bytes
                         original_sizes[number] = encoded.original_size
                         end += len(encoded.ids)
+                        if encoded.skip_reason:
+                            skipped[encoded.skip_reason] += 1
                         bar.update(int(index.sizes[number]))
             bytes_per_token = 1.1 * float(index.sizes[sizes > 0].sum()) / max(end, 1)
     if not end:
+        if skipped:
+            counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+            raise UserError(f"none of {len(index.sizes)} examples can be used: {counts}")
         raise UserError(
             f"all {len(index.sizes)} examples are longer than a row; accepted: a larger"
             " data.row_length, or data.too_long 'cut_end'"
@@ -174,7 +182,7 @@ def tokenize(
         )
     ids = np.memmap(file, np.int32, mode="r")
     spans = np.array(answer_spans, np.int64).reshape(-1, 2) if reader.keeps_whole else None
-    return TokenizedDocuments(ids, starts, sizes, spans, text_bytes, original_sizes)
+    return TokenizedDocuments(ids, starts, sizes, spans, text_bytes, original_sizes, dict(skipped))
 
 
 def split_at_end(

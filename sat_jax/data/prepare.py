@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -275,7 +276,10 @@ def _write(
     held_out: float,
     max_tokens: int | None,
 ) -> tuple[dict[str, SplitInfo], Index]:
-    """Write the rows of both splits; return their sizes and the index of the sources."""
+    """Write the rows of both splits; return their sizes and the index of the sources.
+
+    The skipped documents of the index include those without tokens.
+    """
     index = read_index(sources, reader, progress)
     # The end of a single text is held out, which is known only when it is tokenized.
     hold_out_end = len(index.keys) == 1 and held_out < 1 and not reader.keeps_whole
@@ -315,4 +319,5 @@ def _write(
         rows[split] = stored_rows(documents, pieces, members, progress)
     write_tfds(folder, rows, answers=reader.keeps_whole)
     file.unlink()
-    return splits, index
+    left_out = Counter(index.left_out) + Counter(documents.skipped)
+    return splits, index._replace(left_out=dict(left_out))
