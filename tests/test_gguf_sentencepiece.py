@@ -15,6 +15,7 @@ from tokenizers import models, normalizers, trainers
 from sat_jax.data.gguf_tokenizer import from_gguf
 from sat_jax.data.tokenizer import NoTokenizer, Tokenizer, load_tokenizer
 from sat_jax.errors import UserError
+from sat_jax.evaluate.text_stream import TextStream
 
 SPACE = "▁"
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -176,3 +177,12 @@ def test_a_special_token_outside_the_vocabulary(tmp_path: Path) -> None:
     file = write(tmp_path / "model.gguf", pad_token_id=5000)
     with pytest.raises(UserError, match=r"tokenizer\.ggml\.padding_token_id 5000; accepted: 0 to"):
         from_gguf(file)
+
+
+def test_streamed_text_does_not_repeat_the_prompt(tokenizer: Tokenizer) -> None:
+    """Bytes that are not UTF-8, after a prompt that ends in the bytes of a character."""
+    (prompt,) = tokenizer.encode_batch(["the 🙂"])
+    invalid = tokenizer.backend.token_to_id("<0xFF>")
+    stream = TextStream(tokenizer.decode, prompt)
+    new = [invalid, *tokenizer.encode_rendered(["the 🙂"])[0]]
+    assert "".join(stream.push([token]) for token in new) + stream.close() == "\ufffd the 🙂"

@@ -261,10 +261,8 @@ def _from_huggingface(path: Path) -> Tokenizer:
         _json(files.get(name, b"{}"), folder / name)
         for name in ("tokenizer_config.json", "special_tokens_map.json")
     )
-    class_name = settings.get("tokenizer_class") or _CLASS_OF_MODEL_TYPE.get(
-        model.get("model_type")
-    )
-    class_name = str(class_name).removesuffix("Fast")
+    class_of_model = _CLASS_OF_MODEL_TYPE.get(str(model.get("model_type")))
+    class_name = str(settings.get("tokenizer_class") or class_of_model).removesuffix("Fast")
     if class_name == "GPTNeoXTokenizer" and backend.num_special_tokens_to_add(False):
         backend.post_processor = processors.ByteLevel()  # as this class does
     defaults = {
