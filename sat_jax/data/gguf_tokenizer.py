@@ -35,9 +35,14 @@ _PRE_TOKENIZERS: dict[str, list[pre_tokenizers.PreTokenizer]] = {
     "qwen2": _split_words(""),
 }
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # token types
-# Keys of special tokens, and the ids that llama.cpp assumes for SentencePiece if a key is missing.
-_SPECIAL_KEYS = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token"}
-_SPECIAL_KEYS["padding"] = "pad_token"
+# Keys of special tokens, and their names in transformers.
+_SPECIAL_KEYS = {
+    "bos": "bos_token",
+    "eos": "eos_token",
+    "unknown": "unk_token",
+    "padding": "pad_token",
+}
+# The ids that llama.cpp assumes for SentencePiece if a key is missing.
 _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 _SPACE = "▁"  # U+2581, the space in SentencePiece
 
