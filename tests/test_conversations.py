@@ -125,6 +125,24 @@ def test_examples_are_packed_without_splitting(tmp_path: Path) -> None:
     assert lines_of_log[0].endswith("; skipped or truncated: none")
 
 
+def test_an_example_whose_answers_have_no_token_is_counted(tmp_path: Path) -> None:
+    template = tmp_path / "x.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}"
+        "{% generation %}{{ m.content.strip('-') }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    data_format = DataFormat("prompt_completion", chat_template=str(template))
+    examples = lines(10)
+    examples[3]["completion"] = examples[8]["completion"] = "---"
+    prepared = data_of(write(tmp_path / "a", examples), data_format)
+    assert prepared.info.left_out == {"with answers that give no token": 2}
+    assert sum(split.documents for split in prepared.info.splits.values()) == 8
+    for example in examples:
+        example["completion"] = "-"
+    message = user_error(lambda: data_of(write(tmp_path / "b", examples), data_format))
+    assert message == "no example can be used: 10 with answers that give no token"
+
+
 def test_batches_depend_only_on_the_step(tmp_path: Path) -> None:
     prepared = data_of(write(tmp_path, lines(80)))
     run, again = (batches(open_split(prepared, "train"), 4, seed=1) for _ in range(2))

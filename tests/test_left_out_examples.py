@@ -80,4 +80,4 @@ def test_examples_that_the_template_rejects_are_counted(tmp_path: Path) -> None:
     assert message.endswith("3 that the chat template rejects (roles must alternate)")
     template.write_text("{{ messages[0].nothing.there }}")
     message = user_error(lambda: data_of(tmp_path / "x.jsonl", data_format))
-    assert "line 1 (byte 0): the model's chat template fails: UndefinedError" in message
+    assert "line 1 (byte 0): the chat template fails: UndefinedError" in message
