@@ -149,9 +149,10 @@ def test_a_run_that_diverges_ends_with_its_sound_checkpoints(tmp_path: Path) -> 
         checkpoint__every=1,
     )  # fmt: skip
     for _ in range(2):  # the same command meets the same step
-        with pytest.raises(UserError, match=r"step 2 has loss .*; earlier checkpoints are kept"):
+        # The loss of step 1 was finite: the weights are not used before the evaluation.
+        with pytest.raises(UserError, match=r"after step 1 the held-out loss is (nan|inf);"):
             train(config, tmp_path / "run", print)
-    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
+    assert not any((tmp_path / "run" / "checkpoints").iterdir())
     assert not (tmp_path / "run" / "summary.json").exists()
 
 

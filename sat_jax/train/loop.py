@@ -25,7 +25,7 @@ from sat_jax.train.checkpoint import Checkpoints
 from sat_jax.train.counters import RunCounters
 from sat_jax.train.finish import export_model, finish
 from sat_jax.train.interrupt import Interrupt
-from sat_jax.train.metrics import MetricsLog
+from sat_jax.train.metrics import MetricsLog, check_finite
 from sat_jax.train.programs import Programs
 from sat_jax.train.progress import Progress
 from sat_jax.train.run_state import RunState
@@ -133,8 +133,8 @@ class Run:
             log = MetricsLog(self._workdir, start, self._progress)
             self._metrics = stack.enter_context(log)
         if start == 0:
-            none = {"tokens": 0, "loss_tokens": 0}
-            self._record(0, {"eval_loss": self._held_out_loss()} | none)
+            self._record(0, {"tokens": 0, "loss_tokens": 0})
+            self._evaluate(0)
         batch = None
         with Interrupt() as interrupt:
             for step, batch in self._batches(start):
@@ -263,13 +263,7 @@ class Run:
         done = running.number + 1
         if _due(done, self._config.train.log_every) or done == self._config.train.steps:
             self._record(done, record)
-        if not np.isfinite([metrics.loss, metrics.grad_norm]).all():
-            # Raised before the next save, so that all checkpoints have finite weights.
-            raise UserError(
-                f"{self._workdir.path}: step {done} has loss {metrics.loss} and gradient norm"
-                f" {metrics.grad_norm}; earlier checkpoints are kept; try a lower"
-                " optimizer.learning_rate"
-            )
+        check_finite(self._workdir, done, metrics.loss, metrics.grad_norm)
 
     def _between_steps(self, done: int, stop: bool) -> None:
         """Evaluate and save if due after `done` steps; raise `KeyboardInterrupt` if `stop`."""
@@ -283,13 +277,12 @@ class Run:
         with self._clock("refresh"):
             self._state.expand()
         self._rung = None  # the next step compacts the state again
-        if evaluate:
-            loss = self._held_out_loss()
-            self._record(done, {"eval_loss": loss})
-            if self._task.controller.evaluated(done, loss):
-                rate = self._task.controller.rung_at(done).rate
-                self._log(f"after step {done}: held-out loss plateau; omission rate {rate:.3g}")
+        if evaluate and self._task.controller.evaluated(done, self._evaluate(done)):
+            rate = self._task.controller.rung_at(done).rate
+            self._log(f"after step {done}: held-out loss plateau; omission rate {rate:.3g}")
         if save:
+            if not evaluate:  # all checkpoints can be continued
+                check_finite(self._workdir, done, self._held_out_loss(self._eval_rows))
             self._save(done)
         if stop and not last:
             with self._clock("checkpoint"):
@@ -302,13 +295,20 @@ class Run:
         """Rows per evaluation batch: those of a microbatch, which fit in memory."""
         return self._config.train.rows_per_step // self._config.train.accumulate
 
-    def _held_out_loss(self) -> float:
-        """Return the mean loss of the dense model over the loss tokens of the held-out rows."""
+    def _evaluate(self, done: int) -> float:
+        """Record and return the held-out loss. Raises `UserError` if it is not finite."""
+        loss = self._held_out_loss(self._config.train.eval_rows)
+        self._record(done, {"eval_loss": loss})
+        check_finite(self._workdir, done, loss)
+        return loss
+
+    def _held_out_loss(self, limit: int) -> float:
+        """Return the mean loss of the dense model over the loss tokens of `limit` held-out rows."""
         total = tokens = 0.0
         with self._clock("compile"):
             evaluate = self._evaluation.result()
         with self._clock("evaluate"):
-            rows, limit = self._eval_rows, self._config.train.eval_rows
+            rows = self._eval_rows
             for share in in_order(self._held_out, rows, limit, *self._share):
                 loss, count = evaluate(self._state.full.params, self._place(share, rows))
                 total += float(loss)

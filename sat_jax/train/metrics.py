@@ -98,6 +98,20 @@ class MetricsLog:
             self._progress.update(self._step, values)
 
 
+def check_finite(workdir: WorkDir, done: int, loss: float, grad_norm: float | None = None) -> None:
+    """Raise `UserError` if the held-out loss after `done` steps, or loss and gradient norm of the
+    last of them, are not finite. Called before every save."""
+    if np.isfinite([loss, grad_norm or 0.0]).all():
+        return
+    values = f"after step {done} the held-out loss is {loss}"
+    if grad_norm is not None:
+        values = f"step {done} has loss {loss} and gradient norm {grad_norm}"
+    advice = "earlier checkpoints are kept; try a lower optimizer.learning_rate"
+    if done == 0:
+        advice = "the weights are damaged, or activations overflow"
+    raise UserError(f"{workdir.path}: {values}; {advice}")
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the records of a `metrics.jsonl`, without an incomplete last line.
 
