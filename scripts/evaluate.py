@@ -40,7 +40,9 @@ a generated answer ends where the next question would begin. With --chat, the pr
 turn in the model's chat template, after the system prompt of the training (or --system). The answer
 is the next turn, and ends with the end of turn of the template.
 
-stderr is the standard error over questions, s / √n.
+stderr is the standard error over questions, s / √n. skipped is the number of questions that are
+left out because they cannot be read, are too long for the model, or have no expected result; each
+is named on stderr.
 Tokens per second exclude the first batch, which includes compilation.
 """
 

@@ -160,9 +160,9 @@ def test_fields_of_question_files(tmp_path: Path) -> None:
         QuestionAnswer("a", "b"),
         QuestionAnswer("c", "3"),
     ]
-    with pytest.raises(UserError, match=r"line 3 .*no field any of answer, .* \(it has x, y\)"):
+    with pytest.raises(UserError, match=r"line 3: no field any of answer, .* \(it has x, y\)"):
         read_answers(str(file), None, None)
-    with pytest.raises(UserError, match=r"line 1 .*no field y"):
+    with pytest.raises(UserError, match=r"line 1: no field y"):
         read_answers(str(file), None, "y")
 
 
@@ -205,6 +205,24 @@ def test_script_counts_correct_answers(
     assert written[1]["expected"] == "another"
 
 
+def test_script_leaves_out_questions_without_a_result(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    answers = {"Once": "#### 5", "upon": "#### 3-5", "a": None, "time": 7}
+    lines = [json.dumps({"question": q, "answer": a}) for q, a in answers.items()]
+    (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    command(
+        monkeypatch,
+        *("--answers", tmp_path / "q.jsonl", "--max-new-tokens", "8"),
+        *("--json", tmp_path / "out.json"),
+    )
+    (record,) = json.loads((tmp_path / "out.json").read_text())["models"]
+    assert (record["questions"], record["skipped"]) == (2, 2)
+    error = capsys.readouterr().err
+    assert "q.jsonl, line 3: field 'answer' is null, not a string" in error
+    assert "question 'upon': no result in the answer '#### 3-5'" in error
+
+
 @pytest.mark.parametrize("end", ['"', "<end>"])
 def test_script_ends_an_answer_at_the_end_of_turn(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, end: str
@@ -228,7 +246,7 @@ def test_script_ends_an_answer_at_the_end_of_turn(
     ("arguments", "message"),
     [
         (["--include-path", "."], "--include-path has no effect with --answers"),
-        (["--extract", "number"], "no result in the answer 'another'"),
+        (["--extract", r"(\d{9})"], "none of 3 can be used: question 'Once': no result in the"),
         (["--extract", "text", "--max-new-tokens", "127"], "tokens and 127 new tokens exceed"),
         (["--generations", "nowhere/x"], "nowhere/x: cannot be written: No such file"),
         (["--generations", "."], "cannot be written: Is a directory"),

@@ -72,25 +72,21 @@ class PromptedQuestion(NamedTuple):
     expected: str
 
 
-def prompt_questions(
+def prompt_question(
     tokenizer: Tokenizer,
-    problems: Sequence[QuestionAnswer],
+    problem: QuestionAnswer,
     prompt_format: PromptFormat,
     rule: ExtractionRule,
-) -> list[PromptedQuestion]:
-    """Return the prompts of `problems`. Raises `UserError` if an answer has no expected result."""
-    prompts = [prompt_format.prompt(tokenizer, problem.question) for problem in problems]
-    questions = []
-    for problem, prompt, ids in zip(
-        problems, prompts, tokenizer.encode_batch(prompts), strict=True
-    ):
-        expected = rule(problem.answer)
-        if expected is None:
-            raise UserError(
-                f"no result in the answer {problem.answer[-60:]!r}; choose another extraction rule"
-            )
-        questions.append(PromptedQuestion(problem.question, prompt, ids, expected))
-    return questions
+) -> PromptedQuestion:
+    """Return the prompt of `problem`. Raises `UserError` if its answer has no expected result."""
+    expected = rule(problem.answer)
+    if expected is None:
+        raise UserError(
+            f"no result in the answer {problem.answer[-60:]!r}; choose another extraction rule"
+        )
+    prompt = prompt_format.prompt(tokenizer, problem.question)
+    (ids,) = tokenizer.encode_batch([prompt])
+    return PromptedQuestion(problem.question, prompt, ids, expected)
 
 
 def compare_answers(
