@@ -17,6 +17,7 @@ from sat_jax.errors import UserError
 from sat_jax.interop import load_model, locate, open_weights, save_model
 from sat_jax.interop.huggingface import Dtype, write_directory
 from sat_jax.interop.huggingface_config import config_from_json, config_to_json
+from sat_jax.models import registry
 from sat_jax.models.llama import LlamaConfig
 from sat_jax.models.presets import preset
 from sat_jax.nn.rope import RopeConfig
@@ -80,7 +81,7 @@ def test_other_dtypes(dtype: Dtype, tmp_path: Path) -> None:
     for name, tensor in written.items():
         assert_close(tensor, original[name].astype(number), dtype, "exact")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (config["dtype"], config["torch_dtype"]) == (dtype, dtype)
+    assert (config["torch_dtype"], config["torch_dtype"]) == (dtype, dtype)
     read = open_weights(tmp_path / "out").read("embed")
     rounded = original["model.embed_tokens.weight"].astype(number).astype(np.float32)
     assert_close(read, rounded, "float32", "exact")
@@ -116,15 +117,15 @@ def test_either_form_of_config_is_complete(rope: RopeConfig, form: str) -> None:
     """transformers 4 reads rope_theta and rope_scaling, transformers 5 rope_parameters."""
     config = LlamaConfig(**SMALL | {"max_positions": 4096, "rope": rope, "eos_token_ids": (3, 4)})
     raw = config_to_json(config, "float32")
-    if form == "old":
-        del raw["rope_parameters"], raw["dtype"]
-    elif form == "new":
+    scaling = raw["rope_scaling"] or {"rope_type": "default"}
+    new = {"rope_parameters": {"rope_theta": raw["rope_theta"], **scaling}, "dtype": "float32"}
+    if form == "new":
         del raw["rope_theta"], raw["rope_scaling"], raw["torch_dtype"]
-    assert config_from_json(raw, "config.json") == config
+    assert config_from_json(raw if form == "old" else raw | new, "config.json") == config
 
 
 def test_the_oldest_configs() -> None:
-    """KV heads, head size, RoPE base and tying have the defaults of transformers."""
+    """KV heads, head size, RoPE base, tying and token ids have the defaults of transformers."""
     raw = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -139,7 +140,9 @@ def test_the_oldest_configs() -> None:
         "pretraining_tp": 2,
     }
     expected = LlamaConfig(
-        **SMALL | {"n_kv_heads": 4, "rope": RopeConfig(1e4, "linear", 2.0), "norm_eps": 1e-6}
+        **SMALL | {"n_kv_heads": 4, "rope": RopeConfig(1e4, "linear", 2.0), "norm_eps": 1e-6},
+        bos_token_id=1,
+        eos_token_ids=(2,),
     )
     assert config_from_json(raw, "config.json") == expected
 
@@ -152,7 +155,7 @@ WINDOW = {"sliding_window": 64, "use_sliding_window": True}
 NESTED = {"full_attention": {"rope_theta": 1e4}}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 9}
 PARTIAL = {"partial_rotary_factor": 0.5}
-OLD = {"rope_parameters": None}
+OLD: dict[str, Any] = {}
 NEW = {"rope_scaling": None}
 
 
@@ -175,7 +178,6 @@ NEW = {"rope_scaling": None}
         (LLAMA, {"hidden_size": None}, "hidden_size = null"),
         (LLAMA, {"vocab_size": 1.5}, "vocab_size = 1.5"),
         (LLAMA, {"num_key_value_heads": 7}, "num_key_value_heads = 7"),
-        (QWEN2, {"num_key_value_heads": None}, "num_key_value_heads = null"),
         (QWEN3, {"head_dim": None}, "head_dim = null"),
         (LLAMA, {"head_dim": 7}, "head_dim = 7"),
         (LLAMA, {"head_dim": None, "hidden_size": 4097}, "head_dim = null"),
@@ -188,7 +190,14 @@ NEW = {"rope_scaling": None}
         (LLAMA, OLD | {"rope_scaling": "linear"}, "rope_scaling"),
         (LLAMA, NEW | {"rope_parameters": NESTED}, "between layers"),
         (LLAMA, NEW | {"rope_parameters": PARTIAL}, "partial_rotary_factor"),
-        (LLAMA, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling differ"),
+        (LLAMA, {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling differ"),
+        (
+            LLAMA,
+            NEW | {"rope_parameters": {"rope_theta": 9.0}},
+            "rope_theta = 500000.0.*9.0, as in",
+        ),
+        (LLAMA, {"rope_scaling": {"rope_type": "linear", "type": "yarn", "factor": 2.0}}, "type ="),
+        (LLAMA, {"dtype": "float16"}, 'torch_dtype = "bfloat16".*"float16", as in another field'),
         (LLAMA, OLD | {"rope_scaling": DYNAMIC}, "original_max_position_embeddings = 9"),
     ],
 )
@@ -209,6 +218,8 @@ def test_what_is_not_implemented_is_refused_by_name(
         (QWEN2, WINDOW | {"max_window_layers": 24}),
         (QWEN3, WINDOW | {"layer_types": ["full_attention"] * 28}),
         (MISTRAL, {"sliding_window": 32_768}),
+        (LLAMA, {"dtype": "bfloat16"}),
+        (LLAMA, {"rope_parameters": LLAMA["rope_scaling"] | {"type": "llama3"}}),
         (LLAMA, {"pretraining_tp": 4, "attention_dropout": 0.1, "hidden_act": "swish"}),
         (LLAMA, {"partial_rotary_factor": 1.0, "rope_interleaved": False}),
         (LLAMA, {"quantization_config": None, "auto_map": None, "unknown": 1}),
@@ -216,6 +227,38 @@ def test_what_is_not_implemented_is_refused_by_name(
 )
 def test_what_changes_nothing_is_accepted(raw: dict[str, Any], change: dict[str, Any]) -> None:
     assert config_from_json(raw | change, "x") == config_from_json(raw, "x")
+
+
+@pytest.mark.parametrize("model_type", registry.MODEL_TYPES)
+def test_missing_fields_have_the_defaults_of_transformers(model_type: str) -> None:
+    transformers = pytest.importorskip("transformers", reason="the extra `bench` is not installed")
+    reference = transformers.CONFIG_MAPPING[model_type]().to_dict()
+    defaults = dict(registry.MODEL_TYPES[model_type].defaults)
+    if model_type == "llama":  # null: as many as heads
+        assert defaults.pop("num_key_value_heads") is None
+    assert defaults == {field: reference[field] for field in defaults}
+    raw: dict[str, Any] = {"model_type": model_type}
+    if model_type == "mistral":
+        with pytest.raises(UserError, match="sliding_window = 4096, the default of a missing"):
+            config_from_json(raw, "x")
+        raw["sliding_window"] = None
+    config = config_from_json(raw, "x")
+    # A file with all fields of the class is the same model.
+    assert config_from_json(reference | raw, "x") == config
+    for field, value in {"rms_norm_eps": 1e-6, "layer_norm_eps": 1e-5}.items():
+        assert field not in defaults or config.norm_eps == value
+
+
+def test_kv_heads_that_are_null_are_those_of_the_queries() -> None:
+    for raw in (QWEN2, MISTRAL, LLAMA):
+        config = config_from_json(raw | {"num_key_value_heads": None}, "x")
+        assert config.n_kv_heads == config.n_heads  # type: ignore[attr-defined]
+
+
+def test_written_configs_have_each_value_once() -> None:
+    for raw in (LLAMA, QWEN2, QWEN3, MISTRAL):
+        assert not raw.keys() & {"dtype", "rope_parameters"}
+        assert "rope_theta" not in (raw["rope_scaling"] or {})
 
 
 def test_yarn_with_mscale() -> None:
