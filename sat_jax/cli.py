@@ -23,8 +23,8 @@ SOURCES_HELP = (
 )
 SYSTEM_HELP = "for --chat: the system prompt, '' for none; default: that of the run's training"
 TOKENIZER_HELP = (
-    "model (that of the model), bytes, or the path of a tokenizer.json or its folder; default:"
-    " model, or the tokenizer of the run"
+    "model (that of the model, or of the training of the run), bytes, or the path of a"
+    " tokenizer.json or its folder; default: model"
 )
 
 

@@ -412,7 +412,7 @@ def test_other_texts_are_refused(text: Path, other: Finished, tmp_path: Path) ->
     was = file.read_text()
     try:
         file.write_text(was.replace("a", "o"))
-        with pytest.raises(UserError, match=r"the texts in data\.sources have changed") as caught:
+        with pytest.raises(UserError, match=r"the content of data\.sources is not that") as caught:
             train(other.config, path, other.lines.append)
         assert str(path) in str(caught.value)
     finally:

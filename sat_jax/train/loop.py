@@ -24,6 +24,7 @@ from sat_jax.sparsity.plan import Plan
 from sat_jax.train.checkpoint import Checkpoints
 from sat_jax.train.counters import RunCounters
 from sat_jax.train.finish import export_model, finish
+from sat_jax.train.inputs import BY_CONTENT, check_inputs, write_inputs
 from sat_jax.train.interrupt import Interrupt
 from sat_jax.train.metrics import MetricsLog, check_finite
 from sat_jax.train.programs import Programs
@@ -53,6 +54,7 @@ def train(config: Config, directory: Path, log: Callable[[str], None]) -> dict[s
         else:
             with clock("setup"):
                 task = set_up(config, log)
+                on_primary(lambda: _check(workdir, task))
             try:
                 with Run(task, workdir, clock, log) as run:
                     run.run()
@@ -73,8 +75,15 @@ def _lock(workdir: WorkDir, config: Config, stack: ExitStack) -> bool:
     """Lock the work directory until `stack` is closed, compare settings, and return whether the run
     is finished."""
     stack.enter_context(workdir.lock())
-    workdir.compare(to_dict(config), free_paths(config))
-    return workdir.finished() is not None
+    finished = workdir.finished() is not None
+    by_content = () if finished else BY_CONTENT
+    workdir.compare(to_dict(config), free_paths(config).union(by_content))
+    return finished
+
+
+def _check(workdir: WorkDir, task: Task) -> int:
+    check_inputs(workdir, task)
+    return 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +138,7 @@ class Run:
         self._progress = Progress(config.train.steps, start)
         self._metrics = None
         if is_primary():
+            write_inputs(self._workdir, self._task)
             self._workdir.begin(to_dict(config))
             log = MetricsLog(self._workdir, start, self._progress)
             self._metrics = stack.enter_context(log)
@@ -329,7 +339,6 @@ class Run:
                 "kept_counts": self._counters.kept,
             }
             meta = {
-                "data": self._task.data.info.fingerprint,
                 "counters": self._counters.to_json(),
                 "controller": self._task.controller.to_json(),
                 "segment_layers": [s.layers for s in self._plan_after(done).segments],
@@ -347,11 +356,6 @@ class Run:
         with self._clock("checkpoint"):
             newest = self._checkpoints.newest()
             if newest is not None:
-                if newest.meta["data"] != self._task.data.info.fingerprint:
-                    raise UserError(
-                        f"{self._workdir.path}: the texts in data.sources have changed since the"
-                        " start of the run"
-                    )
                 controller.restore(newest.meta["controller"])
                 plan = self._plan_after(newest.step)
                 target = {

@@ -1,11 +1,14 @@
 """The work directory of a run: its files, its lock, and comparison of settings.
 
 config.json      the settings of the run, written once
+model.json       the shape of the model
+tokenizer/       the tokenizer
+inputs.json      fingerprints of the inputs that settings name by path
 metrics.jsonl    one object per logged step
 tensorboard/     the same for TensorBoard
 checkpoints/     see `sat_jax.train.checkpoint`
 huggingface/     the exported model, where one was asked for
-summary.json     there once the run has finished
+summary.json     written when the run has finished
 lock             who writes to it now
 """
 
@@ -31,6 +34,9 @@ class WorkDir:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path).expanduser().absolute()
         self.config = self.path / "config.json"
+        self.model = self.path / "model.json"
+        self.tokenizer = self.path / "tokenizer"
+        self.inputs = self.path / "inputs.json"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
