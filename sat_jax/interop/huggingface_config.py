@@ -37,7 +37,7 @@ def config_from_json(raw: Json, where: str) -> DecoderConfig:
     declared = registry.MODEL_TYPES[model_type]
     if raw.get("architectures") not in (None, [declared.architecture]):
         raise fields.refuse("architectures", declared.architecture)
-    for alias, name in (declared.aliases | _ALIASES).items():
+    for alias, name in {**declared.aliases, **_ALIASES}.items():
         if raw.get(alias) is not None:
             fields.check_equal({name: raw[alias]})
             raw = {name: raw[alias], **raw}
