@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 
 from sat_jax.config_values import from_config_dict, to_dict
-from sat_jax.data.conversations import chat_template
+from sat_jax.data.conversations import chat_template, training_tokenizer
+from sat_jax.data.data_format import DataFormat
 from sat_jax.data.tokenizer import load_tokenizer
 from sat_jax.errors import UserError
 from sat_jax.interop import open_weights
 from sat_jax.models.build import initial_values, shapes
 from sat_jax.models.presets import preset
 from sat_jax.train.checkpoint import Checkpoints
+from sat_jax.train.inputs import write_model
+from sat_jax.train.workdir import WorkDir
 from scripts.convert import main
 from tests.test_gguf import METADATA, golden_tensors, write
 from tests.tolerances import assert_close
@@ -46,6 +49,8 @@ def finished_run(tmp_path: Path) -> Path:
     directory.mkdir()
     config = from_config_dict({"model": {"preset": "tiny"}, "data": {"tokenizer": "bytes"}})
     (directory / "config.json").write_text(json.dumps(to_dict(config)))
+    tokenizer = load_tokenizer("bytes", None, preset("tiny").vocab_size)
+    write_model(WorkDir(directory), preset("tiny"), tokenizer)
     with Checkpoints(directory / "checkpoints", keep_last=2) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, {"params": initial_values(preset("tiny"), step)}, {})
@@ -67,7 +72,7 @@ def test_a_gguf_file(convert: Convert, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_hugging_face_directory_in_another_dtype(convert: Convert, tmp_path: Path) -> None:
     convert(GOLDEN / "qwen3", "--out", tmp_path / "out", "--dtype", "bfloat16")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     written, original = open_weights(tmp_path / "out"), open_weights(GOLDEN / "qwen3")
     assert_close(written.read("lm_head"), original.read("lm_head"), "bfloat16", "forward")
 
@@ -92,6 +97,9 @@ def test_a_run_trained_on_conversations(
     content = json.loads(file.read_text())
     content["data"] |= {"format": "alpaca", "chat_template": "zephyr"}
     file.write_text(json.dumps(content))
+    data_format = DataFormat.from_settings(from_config_dict(content).data)
+    trained = training_tokenizer(load_tokenizer("bytes", None, 257), data_format)
+    write_model(WorkDir(finished_run), preset("tiny"), trained)
     convert(finished_run, "--out", tmp_path / "out")
     written = open_weights(tmp_path / "out").config
     assert written.eos_token_ids == (*preset("tiny").eos_token_ids, 256)
