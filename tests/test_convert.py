@@ -1,5 +1,6 @@
 """scripts/convert.py: every kind of source, and errors for misuse."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sat_jax.config import Config
 from sat_jax.config_values import from_config_dict, to_dict
 from sat_jax.data.conversations import chat_template, training_tokenizer
 from sat_jax.data.data_format import DataFormat
@@ -19,7 +21,9 @@ from sat_jax.interop import open_weights
 from sat_jax.models.build import initial_values, shapes
 from sat_jax.models.presets import preset
 from sat_jax.train.checkpoint import Checkpoints
+from sat_jax.train.files import write_json
 from sat_jax.train.inputs import write_model
+from sat_jax.train.run_weights import generation_settings
 from sat_jax.train.workdir import WorkDir
 from scripts.convert import main
 from tests.test_gguf import METADATA, golden_tensors, write
@@ -132,17 +136,16 @@ def test_files_beside_the_weights_are_kept(fast: bool, convert: Convert, tmp_pat
 def test_settings_for_generation_of_a_run(
     finished_run: Path, convert: Convert, tmp_path: Path
 ) -> None:
-    source, file = tmp_path / "source", finished_run / "config.json"
-    convert(finished_run, "--out", source)
-    (source / "generation_config.json").write_text('{"eos_token_id": 1, "temperature": 0.6}')
+    write_json(WorkDir(finished_run).generation, {"eos_token_id": 1, "temperature": 0.6})
+    convert(finished_run, "--out", tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written["temperature"] == 0.6
+    weights = open_weights(tmp_path / "out")
     for tokenizer, kept in (("model", 0.6), ("bytes", None)):
-        content = json.loads(file.read_text())
-        content["model"] |= {"preset": None, "path": str(source)}
-        content["data"] |= {"tokenizer": tokenizer}
-        file.write_text(json.dumps(content))
-        convert(finished_run, "--out", tmp_path / tokenizer)
-        written = json.loads((tmp_path / tokenizer / "generation_config.json").read_text())
-        assert written.get("temperature") == kept
+        data = dataclasses.replace(Config().data, tokenizer=tokenizer)
+        config = dataclasses.replace(Config(), data=data)
+        assert generation_settings(config, weights).get("temperature") == kept
+    assert generation_settings(Config(), None) == {}
 
 
 def test_a_damaged_tokenizer_is_an_error(convert: Convert, tmp_path: Path) -> None:
