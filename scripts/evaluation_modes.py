@@ -92,7 +92,8 @@ def _measured(total: int, evaluate: Callable[[Decoder, Meter], Figures]) -> Eval
 
 
 def _text(args: Args, models: list[EvalModel]) -> list[Evaluation]:
-    texts = read_text(args.text, args.text_field, args.max_bytes)
+    log = partial(print, file=sys.stderr)
+    texts = read_text(args.text, args.text_field, args.max_bytes, log)
     result = []
     for eval_model in models:
         config = eval_model.weights.config

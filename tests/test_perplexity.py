@@ -199,10 +199,13 @@ def test_prepared_data(tmp_path: Path) -> None:
 def test_script_prints_a_table_and_writes_json(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    (tmp_path / "x.txt").write_text(TEXTS[0])
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "x.txt").write_text(TEXTS[0])
+    (folder / "y.json").write_text("{}")
     run_evaluate(
         monkeypatch,
-        *(GOLDEN / "llama_gqa_sharded", "--text", tmp_path / "x.txt", "--tokenizer", "bytes"),
+        *(GOLDEN / "llama_gqa_sharded", "--text", folder, "--tokenizer", "bytes"),
         *("--length", "16", "--stride", "5", "--rows", "2", "--json", tmp_path / "out.json"),
     )
     content = json.loads((tmp_path / "out.json").read_text())
@@ -217,7 +220,9 @@ def test_script_prints_a_table_and_writes_json(
     assert_close(math.log(first["perplexity"]), nll / first["tokens"], "float32", "forward")
     assert_close(math.log(first["byte_perplexity"]), nll / first["bytes"], "float32", "forward")
     assert_close(first["bits_per_byte"], nll / first["bytes"] / math.log(2), "float32", "forward")
-    header, *lines = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    assert f"{folder}: reads 1 files; leaves out .json: 1 (y.json)" in printed.err
+    header, *lines = printed.out.splitlines()
     assert header.split() == ["model", *(key for key in first if key != "model")]
     assert lines[0].split()[1:4] == [str(len(document) - 1), str(len(document)), f"{nll:,.4f}"]
 

@@ -105,17 +105,21 @@ def prepared_data(path: Path, split: str, config: DecoderConfig, rows: int) -> E
 
 
 def read_text(
-    sources: str | Sequence[str], text_field: str = "text", max_bytes: int | None = None
+    sources: str | Sequence[str],
+    text_field: str = "text",
+    max_bytes: int | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> list[str]:
     """Return the nonempty documents of `sources` (see `resolve_sources`) up to `max_bytes` bytes.
 
-    The last document is truncated after a complete character. Raises `UserError` for bad input.
+    The last document is truncated after a complete character. `log` receives a line for each part
+    of `sources` of which something is left out. Raises `UserError` for bad input.
     """
     if max_bytes is not None and max_bytes < 1:
         raise UserError(f"max bytes {max_bytes}; accepted: 1 or more")
     texts: list[str] = []
     size = 0
-    for source in resolve_sources(sources):
+    for source in resolve_sources(sources, log):
         for document in read_documents(source, text_field):
             text = document.text
             if max_bytes is not None and size + len(text.encode()) > max_bytes:
