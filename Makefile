@@ -1,10 +1,12 @@
-# Every target does its own set-up in .venv once.
+# Every target does its own set-up in .venv once, except device, which uses what is installed.
 PYTHON_IN_VENV := .venv/bin/python
 QUICKSTART := runs/quickstart
+MINUTES ?= 8
+OUT ?= experiments/results
 SPARSE := --rate 0.2 0.4 0.6 --kernels pallas_gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-real bench tune aot memory tables lint setup clean
+.PHONY: help quickstart test test-real bench device tune aot memory tables lint setup clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +26,9 @@ test-real:  ## test on the quickstart model's real weights, against torch and tr
 bench:  ## measure speed against the dense step and against transformers
 	@scripts/setup.sh base bench
 	$(PYTHON_IN_VENV) -m scripts.benchmark
+
+device:  ## measure what fits in MINUTES=8 on the current GPU; rows in OUT=DIR; PYTHON=python3; no set-up
+	$(or $(PYTHON),$(wildcard $(PYTHON_IN_VENV)),python3) -m scripts.device --minutes $(MINUTES) --out $(OUT)
 
 tune:  ## time the kernels on the current GPU or TPU, to choose their tiles and to compare with XLA
 	@scripts/setup.sh base

@@ -9,10 +9,10 @@ block-sparse (BSR) product, where PyTorch has a CUDA device. `seconds` is the me
 timings on random data; short calls are queued, up to 16 per timing. `flops` counts the matrix
 products of the kept blocks.
 
-The same command resumes an interrupted benchmark: rows of this device and jax version in FILE are
-not measured again. Use a new file after a change of a kernel. A program that fails gets a row with
-`error`, and is tried again at another commit. A measurement of more than two minutes ends the
-process and leaves an `error` as well. With --minutes no measurement starts after that time.
+The same command resumes an interrupted benchmark: rows of this device, jax version and commit in
+FILE are not measured again. A program that fails gets a row with `error`. A measurement of more
+than two minutes ends the process and leaves an `error` as well. With --minutes no measurement
+starts after that time.
 
 Prints each row with its speed-up over dense, and the bound of the speed-up, 1 / density. --profile
 also writes traces of `jax.profiler` of all programs but PyTorch's, one folder per row.
@@ -163,14 +163,14 @@ def _describe(row: dict[str, Any]) -> str:
 
 
 def _read(path: Path) -> dict[Key, dict[str, Any]]:
-    """Return the rows of a file by key, without failures at other commits.
+    """Return the rows of a file by key, without those of other commits.
 
     Removes an incomplete last line from the file.
     """
     current, text = commit(), path.read_text(encoding="utf-8") if path.exists() else ""
     complete = text[: text.rfind("\n") + 1]
     rows = map(json.loads, complete.splitlines())
-    known = {_key(row): row for row in rows if "seconds" in row or row["commit"] == current}
+    known = {_key(row): row for row in rows if row["commit"] == current}
     if complete != text:
         path.write_text(complete, encoding="utf-8")
     return known

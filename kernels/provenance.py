@@ -14,6 +14,8 @@ from typing import Any
 import jax
 
 _ROOT = Path(__file__).resolve().parents[1]
+# Measurements write here, so that their own output must not change the commit of the next row.
+_MEASURED = ("experiments/results", "kernels/block_sparse_matmul/tuning")
 _PACKAGES = ("jax", "jaxlib", "numpy", "torch")
 
 
@@ -36,11 +38,18 @@ def provenance() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Return the commit of this clone, with "-dirty" if files differ; None outside a clone."""
+    """Return the commit of this clone, with "-dirty" if files other than measured results differ.
+
+    `SAT_JAX_COMMIT` in the environment names the commit of a copy without git's folder, which
+    otherwise is None.
+    """
+    if named := os.environ.get("SAT_JAX_COMMIT"):
+        return named
     lines = _git("rev-parse", "--show-toplevel", "HEAD")
     if lines is None or lines.splitlines()[0] != str(_ROOT):
         return None
-    return lines.splitlines()[1] + ("-dirty" if _git("status", "--porcelain") else "")
+    unchanged = ["--", ".", *(f":(exclude){path}" for path in _MEASURED)]
+    return lines.splitlines()[1] + ("-dirty" if _git("status", "--porcelain", *unchanged) else "")
 
 
 def _git(*arguments: str) -> str | None:

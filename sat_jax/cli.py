@@ -13,7 +13,7 @@ MODEL_HELP = (
     " the work directory of a run (its newest checkpoint)"
 )
 SOURCES_HELP = (
-    "files, folders or globs of text, Markdown or JSON-lines, also .gz or .zst;"
+    "files, folders or globs of text, Markdown, JSON lines or CSV, also .gz or .zst;"
     " package:NAME[/path or glob] for the files of an installed Python package;"
     " tfds:FOLDER[:split] for a prepared TFDS dataset in array_record"
 )

@@ -72,7 +72,7 @@ class ModelConfig:
 class DataConfig:
     sources: tuple[str, ...] = key(
         (),
-        "training texts: files, folders or globs (text, Markdown, JSON lines; gzip or zstd),"
+        "training texts: files, folders or globs (text, Markdown, JSON lines, CSV; gzip or zstd),"
         " package:NAME for files of an installed Python package, tfds:DIR for a prepared dataset",
     )
     tokenizer: str = key(
@@ -92,7 +92,9 @@ class DataConfig:
         " answers: messages (role, content), ShareGPT conversations (from, value), Alpaca"
         " (instruction, input, output), or a prompt and its completion",
     )
-    text_field: str = key("text", "field of JSON lines or of a TFDS dataset that contains the text")
+    text_field: str = key(
+        "text", "field of JSON lines, CSV or a TFDS dataset that contains the text"
+    )
     prompt_field: str = key("prompt", "format prompt_completion: field of the prompt")
     completion_field: str = key("completion", "format prompt_completion: field of the completion")
     chat_template: str = key(

@@ -11,6 +11,8 @@ import jax
 
 _PACKAGES = ("sat_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _ROOT = Path(__file__).resolve().parents[1]
+# Measurements write here, so that their own output must not change the commit of the next row.
+_MEASURED = ("experiments/results", "kernels/block_sparse_matmul/tuning")
 
 
 def environment() -> dict[str, Any]:
@@ -59,7 +61,13 @@ def _processor() -> str | None:
 
 
 def _commit() -> str | None:
-    """Return the current commit, with "-dirty" if files differ from it; None outside a clone."""
+    """Return the current commit, with "-dirty" if files other than measured results differ from it.
+
+    `SAT_JAX_COMMIT` in the environment names the commit of a copy without git's folder, which
+    otherwise is None.
+    """
+    if named := os.environ.get("SAT_JAX_COMMIT"):
+        return named
 
     def git(*arguments: str) -> str | None:
         try:
@@ -74,4 +82,5 @@ def _commit() -> str | None:
     if git("rev-parse", "--show-toplevel") != str(_ROOT):
         return None
     commit = git("rev-parse", "HEAD")
-    return f"{commit}-dirty" if commit and git("status", "--porcelain") else commit
+    unchanged = ["--", ".", *(f":(exclude){path}" for path in _MEASURED)]
+    return f"{commit}-dirty" if commit and git("status", "--porcelain", *unchanged) else commit

@@ -58,7 +58,7 @@ _STEPS = [
     ("kernel", 0.5),
     ("mask", 0.5),
 ]
-_SETTING = ("model", "rows", "row_length", "dtype", "remat")
+_SETTING = ("model", "rows", "row_length", "dtype", "remat", "attention")
 _PROBE_TOKENS = 1024
 _REFRESH_RATE = 0.4
 
@@ -94,7 +94,7 @@ def main() -> None:
     if "peer" in parts:
         _prepare_torch()
     setting = {name: getattr(args, name) for name in _SETTING}
-    layout = layout_of(model, Compute(args.dtype, args.remat))
+    layout = layout_of(model, Compute(args.dtype, args.remat, attention=args.attention))
     for part in parts:
         results = _PARTS[part](model, layout, args)
         append(args.results, [{"benchmark": part, **setting, **row} for row in results])
@@ -173,7 +173,8 @@ def _transformers_step(model: DecoderConfig, args: Namespace) -> Variant:
         use_cache=False,
         **format_of(model).write_config(model),
     )
-    module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(device)
+    with torch.device(device):  # random weights of large models take long on a CPU
+        module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     module.train()
     if args.remat == "full":
         module.gradient_checkpointing_enable({"use_reentrant": False})

@@ -44,8 +44,10 @@ def main() -> None:
     # Imported here, so that --help and errors in the options are fast.
     from sat_jax.data.tokenizer import NoTokenizer
     from sat_jax.evaluate.eval_model import open_eval_model
+    from sat_jax.interop import locate
     from sat_jax.interop.huggingface import write_directory
     from sat_jax.models.build import shapes
+    from sat_jax.tokenizer_files import read_tokenizer_files
     from sat_jax.train.run_weights import exported
 
     source = open_eval_model(args.source, args.step)
@@ -56,13 +58,20 @@ def main() -> None:
         tokenizer = None
         print(f"note: {error}", file=sys.stderr)
     model = weights.config
-    if tokenizer is not None:
-        model = exported(model, tokenizer, source.data_format)
-    write_directory(args.out, model, weights.read, dtype=args.dtype)
-    if tokenizer is not None:
-        tokenizer.save(args.out)
+    if tokenizer is None:
+        files = read_tokenizer_files(locate(args.source))
+    else:
+        files, model = tokenizer.files(), exported(model, tokenizer, source.data_format)
+    write_directory(
+        args.out,
+        model,
+        weights.read,
+        dtype=args.dtype,
+        files=files,
+        generation=weights.generation,
+    )
     count = sum(leaf.size for leaf in shapes(weights.config).values())
-    suffix = "without a tokenizer" if tokenizer is None else "with its tokenizer"
+    suffix = "with its tokenizer" if files else "without a tokenizer"
     print(f"{args.out}: {count:,} parameters in {args.dtype}, {suffix}")
 
 

@@ -5,9 +5,9 @@
 Appends rows to --out for the dense step, a SAT step for each rate and execution, a step that keeps
 the fewest neurons possible, the optimizer alone, and products of large matrices (bfloat16, 8,192 ×
 8,192; 64 × 64 on a CPU), whose FLOP/s are the peak that is reached. Seconds are medians of --repeat
-calls with random weights and tokens; no data are needed. A case that has a row for this device is
-not measured again, so the same command resumes after --minutes. `scripts.benchmark --only peer`
-compares with transformers on the same shapes.
+calls with random weights and tokens; no data are needed. A case that has a row for this device and
+commit is not measured again, so the same command resumes after --minutes. `scripts.benchmark --only
+peer` compares with transformers on the same shapes.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,7 @@ _PEAK, _PEAK_ON_CPU = 8192, 64
 _PRODUCTS = 20  # in one call, so that launching it is not measured
 _LIMIT = 300.0  # seconds that one row may take, compilation included
 _STDERR = 2
+_PARTS = ["peak", "step", "optimizer"]
 
 
 class Case(NamedTuple):
@@ -76,6 +77,8 @@ def add_size_options(
     add("--row-length", type=int, default=row_length, help=length)
     add("--dtype", choices=("bfloat16", "float32"), default=dtype, help=f"default {dtype}")
     add("--remat", choices=("none", "dots", "full"), default=remat, help=f"default {remat}")
+    backends = get_args(Implementation)
+    add("--attention", choices=backends, help="attention backend; default: the device's fastest")
 
 
 def add_case_options(parser: Parser) -> None:
@@ -101,6 +104,7 @@ def parser() -> Parser:
     add_case_options(result)
     add = result.add_argument
     add("--out", type=Path, default=_OUT, metavar="FILE", help="JSON lines, appended to")
+    add("--part", nargs="+", choices=_PARTS, default=_PARTS, help="kinds of cases; default: all")
     add("--repeat", type=int, default=10, help="timed calls of each case; default 10")
     add("--minutes", type=float, help="start no measurement after this many minutes")
     return result
@@ -110,7 +114,13 @@ def main() -> None:
     """Measure the cases that have no row."""
     args = parser().parse_args()
     model = check_sizes(args, "rows", "row_length", "repeat")
-    cases = [*cases_of("step", args), Case("step", "gather", 1.0), *cases_of("optimizer", args)]
+    cases = [
+        Case("peak", "dense", 0.0),
+        *cases_of("step", args),
+        Case("step", "gather", 1.0),
+        *cases_of("optimizer", args),
+    ]
+    cases = [case for case in cases if case.part in args.part]
     # jax takes three quarters of an accelerator's memory, and the largest steps need more. The
     # setting has two names, and jax refuses both together.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
@@ -122,13 +132,13 @@ def main() -> None:
             raise UserError(f"{args.minutes:g} minutes are over; the same command resumes")
         if case.part == "peak":
             return _peak(args.repeat)
-        execution, program = make_program(model, case, args)
+        execution, program = make_program(model, case, args, args.attention)
         arguments = random_arguments(program, execution)
         row = describe(execution, program, args)
         return row | _time(program.function, arguments, args.repeat)
 
     kind = jax.devices()[0].device_kind
-    for row in add_rows(args.out, args, kind, [Case("peak", "dense", 0.0), *cases], measure):
+    for row in add_rows(args.out, args, kind, cases, measure):
         result = row.get("error") or f"{row['seconds'] * 1e3:.1f} ms"
         print(f"{row['part']}  {row['execution']}  r = {row['rate']:g}: {result}", flush=True)
 
@@ -200,12 +210,11 @@ def add_rows(
     cases: Sequence[Case],
     measure: Callable[[Case], Row],
 ) -> Iterator[Row]:
-    """Append and yield a row for each case that has none for this target and setting. A row with an
-    `error` counts at the commit that wrote it."""
+    """Append and yield a row for each case that has none for this target, setting and commit."""
     origin = environment()  # before the file changes
     setting = {"target": target} | {name: getattr(args, name) for name in STEP_SETTING[1:]}
     known = read(path) if path.exists() else []
-    known = [row for row in known if "error" not in row or row["commit"] == origin["commit"]]
+    known = [row for row in known if row["commit"] == origin["commit"]]
     done = [{key: row.get(key) for key in (*setting, *Case._fields)} for row in known]
     for case in dict.fromkeys(cases):
         row = setting | case._asdict()

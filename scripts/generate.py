@@ -77,11 +77,12 @@ def main() -> None:
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     eval_model = open_eval_model(args.model)
     tokenizer = eval_model.tokenizer(args.tokenizer)
-    text = args.prompt
     if args.chat:
-        turns = [{"role": "user", "content": text}]
+        turns = [{"role": "user", "content": args.prompt}]
         text = chat_prompt(tokenizer, turns, eval_model.system_prompt(args.system))
-    (prompt,) = tokenizer.encode_batch([text])
+        (prompt,) = tokenizer.encode_rendered([text])
+    else:
+        (prompt,) = tokenizer.encode_batch([args.prompt])
     if not prompt:
         raise UserError("--prompt is empty, and this tokenizer adds no bos token")
 

@@ -6,7 +6,7 @@ Rows have the sizes, from XLA's memory analysis, of the state that is trained (p
 moments), of the omitted state, of temporaries (gradients, activations, copies), and the peak memory
 of a refresh while it converts the state. Attention is in plain XLA, since cuDNN's needs a device to
 compile; with cuDNN's the temporaries are smaller. `make memory` computes the committed rows. A case
-that has a row is skipped.
+that has a row of this commit is skipped.
 """
 
 import functools
@@ -53,7 +53,7 @@ def main() -> None:
     memory_of = functools.partial(aot.memory, args.target)
 
     def analyse(case: Case) -> Row:
-        execution, program = make_program(model, case, args, attention="xla")
+        execution, program = make_program(model, case, args, args.attention or "xla")
         memory = memory_of(program.function, program[1:])
         row = describe(execution, program, args)
         row |= {

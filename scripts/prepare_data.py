@@ -55,6 +55,7 @@ def main() -> None:
     # Imported here, so that --help and errors in the options are fast.
     from sat_jax.data.data_format import DataFormat
     from sat_jax.data.prepare import prepare
+    from sat_jax.data.sources import counted
     from sat_jax.data.tokenizer import load_tokenizer
     from sat_jax.interop import locate
 
@@ -78,8 +79,7 @@ def main() -> None:
     for name, split in info.splits.items():
         counts = "".join(f"{getattr(split, column):>16,}" for column in columns)
         print(f"{name:>16}{counts}{split.useful_share:>16.1%}")
-    skipped = ", ".join(f"{count} {reason}" for reason, count in info.left_out.items())
-    print(f"{info.files} files, {info.documents} documents; skipped: {skipped or 'none'}")
+    print(f"{info.files} files, {info.documents} documents; skipped: {counted(info.left_out)}")
     if info.form["format"] == "text":
         eos = "no eos" if tokenizer.eos_id is None else f"eos {tokenizer.eos_id}"
         bos = f"bos {tokenizer.bos_id}" if tokenizer.adds_bos else "no bos"

@@ -37,6 +37,7 @@ ARGS: Any = SimpleNamespace(
     remat="none",
     optimizer="lion",
     kernels=None,
+    attention=None,
 )
 # The scripts have to run on a machine without these packages.
 PIPELINE = ("array_record", "gguf", "grain", "matplotlib", "ml_collections", "safetensors")
@@ -116,7 +117,9 @@ def test_efficiency_measures_each_case_once(run_python: RunPython, tmp_path: Pat
     assert measure() == 0
 
 
-def test_a_measurement_that_ends_the_process_leaves_a_row(tmp_path: Path) -> None:
+def test_a_measurement_that_ends_the_process_leaves_a_row(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """The row exists while a case is measured, and is removed when that ends or is interrupted."""
     out, case = tmp_path / "rows.jsonl", Case("step", "dense", 0.0)
 
@@ -133,6 +136,11 @@ def test_a_measurement_that_ends_the_process_leaves_a_row(tmp_path: Path) -> Non
     (row,) = add_rows(out, ARGS, "cpu", [case], measure)
     assert row["error"] == "ValueError: no memory"
     assert not list(add_rows(out, ARGS, "cpu", [case], measure))
+    monkeypatch.setenv("SAT_JAX_COMMIT", "b" * 40)
+    (row,) = add_rows(out, ARGS, "cpu", [case], lambda _: {"seconds": 1.0})
+    assert not list(add_rows(out, ARGS, "cpu", [case], measure))
+    monkeypatch.setenv("SAT_JAX_COMMIT", "c" * 40)
+    assert len(list(add_rows(out, ARGS, "cpu", [case], lambda _: {"seconds": 1.0}))) == 1
 
 
 def test_the_omitted_state_is_counted() -> None:

@@ -91,6 +91,7 @@ def test_white_space_at_the_end_of_an_answer_is_part_of_it(tmp_path: Path) -> No
             [" a\n</s>", "b</s>"],
         ),
         ("plain", "<s>q\n a\n</s>a\nb</s>", [" a\n</s>", "b</s>"]),
+        ("verbatim", "<s>q a\n</s>ab</s>", [" a\n</s>", "b</s>"]),
     ],
 )
 def test_built_in_templates(name: str, text: str, with_loss: list[str]) -> None:
@@ -102,6 +103,11 @@ def test_built_in_templates(name: str, text: str, with_loss: list[str]) -> None:
     assert "S!" in answers(TEMPLATES[name], system, [2])[0]
 
 
+def test_the_verbatim_template_does_not_repeat_the_eos() -> None:
+    messages = [{"role": "user", "content": "q "}, {"role": "assistant", "content": "a</s>"}]
+    assert answers(TEMPLATES["verbatim"], messages, [1]) == ("<s>q a</s>", ["a</s>"])
+
+
 def test_text_that_a_template_adds_before_an_answer_has_a_loss() -> None:
     # As Qwen 3: only the last answer has a thinking block.
     template = (
@@ -111,8 +117,34 @@ def test_text_that_a_template_adds_before_an_answer_has_a_loss() -> None:
     )
     assert answers(template, ASKED, [1])[1] == ["<think> a\n[end]"]
     assert answers(template, TWICE, [3])[1] == ["<think>b[end]"]
-    with pytest.raises(UserError, match=r"before answer 2 differently.*data\.loss_on='last'"):
+    with pytest.raises(
+        UserError, match=r"answer 1, .* differently.*accepted: data\.loss_on='last'"
+    ):
         answers(template, TWICE, [1, 3])
+
+
+def test_a_prompt_that_opens_a_thinking_block() -> None:
+    """As DeepSeek-R1: the thinking of an answer is omitted, and the prompt opens the next one."""
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]<think>\n{% endif %}"
+    )
+    for messages, turns in ((ASKED, [1]), (TWICE, [3]), (TWICE, [1, 3])):
+        with pytest.raises(UserError, match=r"answer \d with a prompt .* '<think>\\n'") as caught:
+            answers(template, messages, turns)
+        assert "loss_on" not in str(caught.value)  # would not help
+        assert str(caught.value).endswith("one with {% generation %}")
+
+
+def test_advice_that_would_not_help_is_not_given() -> None:
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+        "{{ '$' if loop.last and m.role == 'assistant' }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{{ '!' if messages | length > 2 }}{% endif %}"
+    )
+    with pytest.raises(UserError, match=r"answer 1, .* differently") as caught:
+        answers(template, TWICE, [1, 3])
+    assert "loss_on" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +184,9 @@ def test_the_date_is_fixed_in_data_preparation() -> None:
 def test_template_names(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(GOLDEN))
     assert chat_template("chatml", tokenizer) == TEMPLATES["chatml"]
-    assert chat_template("llama2", tokenizer) == TEMPLATES["llama2"]  # its tokenizer adds a bos
+    assert "bos_token" not in chat_template("llama2", tokenizer)  # the tokenizer adds none
+    adds_bos = replace(tokenizer, prefix=(0,))
+    assert chat_template("llama2", adds_bos) == TEMPLATES["llama2"]
     plain = load_tokenizer("bytes")
     assert "bos_token" not in chat_template("zephyr", plain)
     assert render_chat(chat_template("plain", plain), ASKED[:1], plain.special_tokens) == "q\n"

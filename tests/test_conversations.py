@@ -51,10 +51,11 @@ def write(folder: Path, examples: list[Any]) -> Path:
 
 
 def data_of(file: Path, data_format: DataFormat | None = None, **changes: Any) -> Prepared:
-    settings: dict[str, Any] = {"row_length": 64, "held_out": 0.2, "root": file.parent / "prepared"}
+    settings: dict[str, Any] = {"row_length": 64, "held_out": 0.2, "tokenizer": BYTES}
+    settings["root"] = file.parent / "prepared"
     data_format = data_format or DataFormat("prompt_completion", chat_template="plain")
     settings |= {"data_format": data_format, **changes}
-    return prepare(sources=str(file), tokenizer=BYTES, **settings)
+    return prepare(sources=str(file), **settings)
 
 
 def segments(prepared: Prepared, split: str) -> Iterator[tuple[list[int], list[bool]]]:
@@ -121,7 +122,25 @@ def test_examples_are_packed_without_splitting(tmp_path: Path) -> None:
     lines_of_log: list[str] = []
     data_of(tmp_path / "x.jsonl", log=lines_of_log.append)
     assert lines_of_log[0].startswith("data: 64 train examples, loss on ")
-    assert lines_of_log[0].endswith("; none skipped")
+    assert lines_of_log[0].endswith("; skipped or truncated: none")
+
+
+def test_an_example_whose_answers_have_no_token_is_counted(tmp_path: Path) -> None:
+    template = tmp_path / "x.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}"
+        "{% generation %}{{ m.content.strip('-') }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    data_format = DataFormat("prompt_completion", chat_template=str(template))
+    examples = lines(10)
+    examples[3]["completion"] = examples[8]["completion"] = "---"
+    prepared = data_of(write(tmp_path / "a", examples), data_format)
+    assert prepared.info.left_out == {"with answers that give no token": 2}
+    assert sum(split.documents for split in prepared.info.splits.values()) == 8
+    for example in examples:
+        example["completion"] = "-"
+    message = user_error(lambda: data_of(write(tmp_path / "b", examples), data_format))
+    assert message == "no example can be used: 10 with answers that give no token"
 
 
 def test_batches_depend_only_on_the_step(tmp_path: Path) -> None:
@@ -184,7 +203,7 @@ def test_longer_than_a_row(tmp_path: Path, too_long: Any, documents: int) -> Non
     message = user_error(lambda: data_of(file, refused, row_length=15))
     assert message.startswith(f"{file}, line 10 (byte ")
     assert "17 tokens, but a row of data.row_length 15 holds at most 16" in message
-    assert "all 12 examples are longer" in user_error(lambda: data_of(file, row_length=2))
+    assert "used: 12 longer than a row (use" in user_error(lambda: data_of(file, row_length=2))
 
 
 def test_max_tokens_truncates_no_example(tmp_path: Path) -> None:
@@ -194,7 +213,9 @@ def test_max_tokens_truncates_no_example(tmp_path: Path) -> None:
     assert {tuple(ids) for ids, _ in all_segments(capped)} < full
     tokens = [split.tokens for split in capped.info.splits.values()]
     assert 900 < sum(tokens) <= 1000 and tokens[0] <= 800
-    assert "no example of the train split fits" in user_error(lambda: data_of(file, max_tokens=10))
+    assert "no example of the train split has tokens" in user_error(
+        lambda: data_of(file, max_tokens=10)
+    )
 
 
 def test_skipped_and_too_few_examples(tmp_path: Path) -> None:
@@ -224,6 +245,7 @@ CHATS = [
         ({"system": "S"}, "S\nq0\n<a/r\n<" + "b" * 40 + "/"),
         ({"chat_template": "{path}"}, "Q:q0A:<a/Q:rA:<" + "b" * 40 + "/"),
         ({"chat_template": "zephyr"}, None),
+        ({"chat_template": "verbatim"}, "q0<a/r<" + "b" * 40 + "/"),
         ({"too_long": "cut_end", "row_length": 20}, "q0\n<a/r\n<" + "b" * 14),
     ],
 )
@@ -239,11 +261,8 @@ def test_every_setting_of_the_format_changes_the_rows(
     values["chat_template"] = values["chat_template"].format(path=path)
     data = from_config_dict({"data": values}).data
     file = write(tmp_path, CHATS)
-    prepared = data_of(
-        file,
-        DataFormat.from_settings(data),
-        row_length=data.row_length if changes.get("row_length") else 128,
-    )
+    row_length = data.row_length if changes.get("row_length") else 128
+    prepared = data_of(file, DataFormat.from_settings(data), row_length=row_length)
     texts = sorted(as_text(*segment) for segment in all_segments(prepared))
     assert len(texts) == 8
     assert first is None or texts[0] == first

@@ -58,7 +58,7 @@ def test_a_gguf_file(convert: Convert, tmp_path: Path, monkeypatch: pytest.Monke
     file = write(tmp_path / "model.gguf", golden_tensors("llama_gqa"), METADATA)
     printed = convert(file, "--out", tmp_path / "out")
     assert printed.endswith("165,312 parameters in float32, without a tokenizer\n")
-    assert stderr.getvalue().startswith(f"note: {file}: its tokenizer is None")
+    assert stderr.getvalue().startswith(f"note: {file}: contains no tokenizer")
     original, written = open_weights(GOLDEN / "llama_gqa"), open_weights(tmp_path / "out")
     assert written.config == original.config
     for path in original.paths:
@@ -97,6 +97,44 @@ def test_a_run_trained_on_conversations(
     assert written.eos_token_ids == (*preset("tiny").eos_token_ids, 256)
     tokenizer = load_tokenizer("model", tmp_path / "out")
     assert tokenizer.chat_template == chat_template("zephyr", tokenizer)
+
+
+VOCABULARIES = ("tokenizer.model", "added_tokens.json", "vocab.json", "merges.txt")
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_files_beside_the_weights_are_kept(fast: bool, convert: Convert, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns("*.npz", "rope*", "grads*", "*legacy*")
+    shutil.copytree(GOLDEN / "llama_gqa", source, ignore=ignored)
+    if fast:
+        load_tokenizer("bytes", None, 256).save(source)
+    for name in ("special_tokens_map.json", *VOCABULARIES):
+        (source / name).write_text("{}")
+    settings = {"eos_token_id": [2, 3], "temperature": 0.6}
+    (source / "generation_config.json").write_text(json.dumps(settings))
+    printed = convert(source, "--out", tmp_path / "out")
+    assert printed.endswith("with its tokenizer\n")
+    names = {path.name for path in source.iterdir()}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written == settings | {"bos_token_id": 1}
+
+
+def test_settings_for_generation_of_a_run(
+    finished_run: Path, convert: Convert, tmp_path: Path
+) -> None:
+    source, file = tmp_path / "source", finished_run / "config.json"
+    convert(finished_run, "--out", source)
+    (source / "generation_config.json").write_text('{"eos_token_id": 1, "temperature": 0.6}')
+    for tokenizer, kept in (("model", 0.6), ("bytes", None)):
+        content = json.loads(file.read_text())
+        content["model"] |= {"preset": None, "path": str(source)}
+        content["data"] |= {"tokenizer": tokenizer}
+        file.write_text(json.dumps(content))
+        convert(finished_run, "--out", tmp_path / tokenizer)
+        written = json.loads((tmp_path / tokenizer / "generation_config.json").read_text())
+        assert written.get("temperature") == kept
 
 
 def test_a_damaged_tokenizer_is_an_error(convert: Convert, tmp_path: Path) -> None:

@@ -12,7 +12,14 @@ import pytest
 import tensorflow_datasets as tfds
 import zstandard
 
-from sat_jax.data.sources import Document, Source, package_path, read_documents, resolve_sources
+from sat_jax.data.sources import (
+    EMPTY,
+    Document,
+    Source,
+    package_path,
+    read_documents,
+    resolve_sources,
+)
 from sat_jax.errors import UserError
 from tests.user_errors import user_error
 
@@ -69,6 +76,77 @@ def test_folders_are_read_in_a_fixed_order(tmp_path: Path) -> None:
     assert [source.path.name for source in one_string] == ["b.txt", "c.rst", "z.py"]
 
 
+def test_what_is_left_out_of_a_folder_is_named(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    for name in ("in/a.txt", "in/b.json", "in/sub/c.csv", "in/.d.txt", "elsewhere/e.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "file.txt").symlink_to(elsewhere / "e.txt")
+    os.mkfifo(folder / "pipe.txt")
+
+    def read_with_log(source: str) -> tuple[list[str], list[str]]:
+        lines: list[str] = []
+        return [s.path.name for s in resolve_sources([source], lines.append)], lines
+
+    to_read = "; to read one of these, name it"
+    assert read_with_log(str(folder)) == (
+        ["a.txt", "file.txt"],
+        [
+            f"{folder}: reads 2 files; leaves out .csv: 1 (c.csv), .json: 1 (b.json), hidden: 1"
+            f" (.d.txt), links to folders: 1 (linked), not regular files: 1 (pipe.txt){to_read}"
+        ],
+    )
+    assert read_with_log(f"{folder}/*")[1] == [
+        f"{folder}/*: reads 3 files; leaves out folders: 2 (linked, ...), not regular files: 1"
+        f" (pipe.txt){to_read}"
+    ]
+    assert read_with_log(f"{folder}/sub/**") == (["c.csv"], [])
+    assert read_with_log(str(elsewhere)) == (["e.txt"], [])
+    (elsewhere / "e.txt").unlink()
+    (elsewhere / "e.json").write_text("{}")
+    assert error(elsewhere).endswith("; left out: .json: 1 (e.json)")
+
+
+def test_a_pipe_is_refused_as_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/null"):
+        assert error(path).startswith(f"{path}: not a file or folder but a pipe or device,")
+
+
+@pytest.mark.parametrize(("suffix", "delimiter"), [(".csv", ","), (".tsv", "\t"), (".csv.gz", ",")])
+def test_tables_are_read_by_column(tmp_path: Path, suffix: str, delimiter: str) -> None:
+    long = "x" * 200_000
+    rows = [("id", "text"), ("1", "one, é"), ("2", 'two\r\n""lines""'), ("", long), ("3", " ")]
+    content = "\ufeff" + "\r\n".join(f'{a}{delimiter}"{b}"' for a, b in rows) + "\n\n"
+    file = tmp_path / f"a{suffix}"
+    file.write_bytes(compressed(content.encode(), file.suffix))
+    documents = read(file)
+    assert [document.text for document in documents] == ["one, é", 'two\r\n"lines"', long, ""]
+    assert documents[0].origin == f"{file}, line 2"
+    assert [document.unused_fields for document in documents] == [("id",), ("id",), (), ()]
+    assert error(file, field="body") == f"{file}, line 2: no field 'body' (it has id, text)"
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("text,id\na,1\nb\n", ", line 3: 1 values, but 2 columns in the first line"),
+        ("text,id\na,b,1\n", ", line 2: 3 values, but 2 columns in the first line"),
+        ("text,text\na,b\n", ", line 1: two columns have the same name"),
+        ('text\n"a\n', ", line 2: invalid CSV: unexpected end of data"),
+        ('text\n"a"b\n', ", line 2: invalid CSV: ',' expected after '\"'"),
+        ("text\n\xff", ", line 2: not UTF-8 at byte 5 (0xff)"),
+        ("text\n", ": contains no text"),
+        ("", ": contains no text"),
+    ],
+)
+def test_bad_tables_are_refused(tmp_path: Path, content: str, problem: str) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text(content, encoding="latin-1")
+    assert error(file).startswith(f"{file}{problem}")
+
+
 def test_a_package_is_found_without_being_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,9 +191,19 @@ def test_an_empty_file_is_an_error_only_if_it_is_named(
     assert error(tmp_path / name) == f"{tmp_path / name}: contains no text"
 
 
-def test_empty_fields_are_empty_documents(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": " "}\n{"text": "b"}')
-    assert texts(tmp_path / "a.jsonl") == ["", "b"]
+def test_empty_and_null_fields_are_empty_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": " "}\n{"text": "b"}\n{"text": null}')
+    documents = read(tmp_path / "a.jsonl")
+    assert [(d.text, d.skip_reason) for d in documents] == [("", EMPTY), ("b", ""), ("", EMPTY)]
+
+
+def test_fields_that_are_not_read_are_named(tmp_path: Path) -> None:
+    lines = [
+        '{"text": "a", "id": 0, "tags": [], "url": "", "date": null}',
+        '{"x": [1], "text": "b"}',
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert [d.unused_fields for d in read(tmp_path / "a.jsonl")] == [("id",), ("x",)]
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
@@ -163,7 +251,6 @@ def test_invalid_compression_names_the_place(
         ("[1]", "an array, not an object; accepted: one JSON object per line"),
         ('{"id": 1, "body": "b"}', "no field 'text' (it has id, body)"),
         ("{}", "no field 'text' (it has no fields)"),
-        ('{"text": null}', "field 'text' is null, not a string"),
         ('{"text": 1.5}', "field 'text' is a number, not a string"),
         ('{"text": true}', "field 'text' is a boolean, not a string"),
         ('{"text": ["a"]}', "field 'text' is an array, not a string"),
@@ -222,6 +309,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_prepared_tfds_dataset(dataset: Path) -> None:
     assert sorted(texts(f"tfds:{dataset}")) == ["", "t1 é", "t2 é"]
     assert sorted(texts(f"tfds:{dataset}:test")) == ["", "e1 é", "e2 é"]
+    assert {d.unused_fields for d in read(f"tfds:{dataset}") if d.text} == {("n",)}
     train, test = resolve_sources([f"tfds:{dataset}", f"tfds:{dataset}:test"])
     assert train.content_hash() != test.content_hash()
     assert "TFDS cannot open it: Unknown split 'dev'" in error(f"tfds:{dataset}:dev")

@@ -1,6 +1,7 @@
 """Tokenizers: bytes, Hugging Face folders and GGUF files."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,9 +155,6 @@ def test_unsupported_gguf_tokenizers_are_refused(tmp_path: Path) -> None:
     backend = trained("smollm")
     path = write_gguf(tmp_path / "a.gguf", backend, "tekken")
     assert "'gpt2' with pre-tokenizer 'tekken'" in user_error(lambda: load_tokenizer("model", path))
-    path = write_gguf(tmp_path / "b.gguf", backend, "default", model="llama")
-    message = user_error(lambda: load_tokenizer("model", path))
-    assert "'llama'" in message and "tokenizer.json" in message
     path = write_gguf(tmp_path / "c.gguf", backend, "smollm", merges=["zz zz"])
     assert "the merges of its tokenizer do not match" in user_error(
         lambda: load_tokenizer("model", path)
@@ -191,27 +189,90 @@ def test_huggingface_folder(tmp_path: Path) -> None:
     assert load_tokenizer(str(folder)).chat_template == "J"
 
 
-def test_huggingface_bos_from_post_processor_or_setting(tmp_path: Path) -> None:
-    backend = trained("smollm")
-    names = {"bos_token": "<|im_start|>", "eos_token": "<|endoftext|>"}
-    plain = write_folder(tmp_path / "plain", backend, special_tokens_map=names)
-    assert load_tokenizer(str(plain)).encode_batch(["a"]) == [backend.encode("a").ids]
-    enabled = {**names, "add_bos_token": True}
-    with_setting = write_folder(tmp_path / "setting", backend, tokenizer_config=enabled)
+def with_bos(backend: tokenizers.Tokenizer, bos: str) -> tokenizers.Tokenizer:
+    """Return `backend` with a post-processor that begins texts with `bos`."""
     backend.post_processor = processors.TemplateProcessing(
-        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+        single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
     )
-    adds = write_folder(tmp_path / "adds", backend, special_tokens_map=names)
-    for folder in (with_setting, adds):
+    return backend
+
+
+@pytest.mark.parametrize("setting", [None, True, False])
+@pytest.mark.parametrize("adds", [True, False])
+def test_the_post_processor_determines_the_bos(
+    adds: bool, setting: bool | None, tmp_path: Path
+) -> None:
+    backend = with_bos(trained("smollm"), SPECIAL[1]) if adds else trained("smollm")
+    settings = {"bos_token": SPECIAL[1], "eos_token": SPECIAL[0]}
+    settings |= {} if setting is None else {"add_bos_token": setting}
+    folder = write_folder(tmp_path / "a", backend, tokenizer_config=settings)
+    tokenizer = load_tokenizer(str(folder))
+    (ids,) = tokenizer.encode_documents(["a"])
+    assert tokenizer.adds_bos == adds
+    assert ids == [1] * adds + tokenizer.encode_rendered(["a"])[0] + [0]
+    # A text that begins with the bos gets no second one.
+    assert tokenizer.encode_batch([f"{SPECIAL[1]}a"]) == [[1, *tokenizer.encode_rendered(["a"])[0]]]
+
+
+TOKENS = {"bos_token": SPECIAL[1], "eos_token": SPECIAL[2]}
+SETTINGS: list[tuple[dict[str, Any], dict[str, Any] | None]] = [
+    (TOKENS, None),
+    (TOKENS | {"bos_token": None, "pad_token": "<PAD>", "my_token": SPECIAL[0]}, None),
+    ({}, TOKENS),
+    (TOKENS, {"bos_token": SPECIAL[2], "eos_token": {"content": SPECIAL[0]}}),
+    (TOKENS | {"added_tokens_decoder": {}}, {"bos_token": SPECIAL[2]}),
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize(
+    ("class_name", "model_type"),
+    [
+        ("PreTrainedTokenizerFast", "llama"),
+        ("LlamaTokenizer", "llama"),
+        ("LlamaTokenizerFast", "mistral"),
+        ("GPT2Tokenizer", "gpt2"),
+        ("GPTNeoXTokenizerFast", "gpt_neox"),
+        ("Qwen2Tokenizer", "qwen2"),
+        *((None, name) for name in ("llama", "gpt2", "gpt_neox", "qwen2", "qwen3")),
+    ],
+)
+def test_special_tokens_are_those_of_transformers(
+    class_name: str | None, model_type: str, adds: bool, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    backend = with_bos(trained("gpt-2"), SPECIAL[1]) if adds else trained("gpt-2")
+    for number, (named, special_map) in enumerate(SETTINGS):
+        files: dict[str, Any] = {"config": {"model_type": model_type}}
+        files["tokenizer_config"] = {**named, "add_bos_token": not adds}
+        if class_name is not None:
+            files["tokenizer_config"]["tokenizer_class"] = class_name
+        if special_map is not None:
+            files["special_tokens_map"] = special_map
+        folder = write_folder(tmp_path / str(number), backend, **files)
+        expected = transformers.AutoTokenizer.from_pretrained(folder)
         tokenizer = load_tokenizer(str(folder))
-        assert tokenizer.adds_bos
-        (ids,) = tokenizer.encode_documents(["a"])
-        assert (ids[0], len(ids), ids[-1]) == (1, 3, 0)
-        # A text that begins with the bos, as chat templates write it, gets no second one.
-        assert tokenizer.encode_batch(["<|im_start|>a"])[0] == ids[:-1]
-    disabled = {**names, "add_bos_token": False}
-    folder = write_folder(tmp_path / "off", backend, tokenizer_config=disabled)
-    assert not load_tokenizer(str(folder)).adds_bos
+        assert tokenizer.encode_batch(["ab"]) == [expected("ab").input_ids]
+        assert tokenizer.special_tokens == {
+            name: token
+            for name, token in expected.special_tokens_map.items()
+            if name in named or token in backend.get_vocab()
+        }
+        assert (tokenizer.bos_id, tokenizer.eos_id) == (
+            expected.bos_token_id,
+            expected.eos_token_id,
+        )
+
+
+def test_null_is_no_token(tmp_path: Path) -> None:
+    settings = {"bos_token": None, "eos_token": None}
+    config = {"bos_token_id": 1, "eos_token_id": 2}
+    folder = write_folder(
+        tmp_path / "a", trained("smollm"), tokenizer_config=settings, config=config
+    )
+    tokenizer = load_tokenizer(str(folder))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, None)
 
 
 def test_special_tokens_default_to_those_of_the_model(tmp_path: Path) -> None:
@@ -301,9 +362,26 @@ def test_saved_files_give_the_same_tokenizer(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         tokenizer.save(tmp_path / name)
         check_same(load_tokenizer(str(tmp_path / name)), tokenizer)
-    # Files of a folder are copied, including settings that are not read.
+
+
+def test_loaded_files_are_saved(tmp_path: Path) -> None:
+    """All of them, and a file with another name in place of the folder's tokenizer.json."""
     settings = {"eos_token": "<|im_end|>", "unknown_setting": 1}
-    folder = write_folder(tmp_path / "b", backend, tokenizer_config=settings)
-    (tmp_path / "copy").mkdir()
-    load_tokenizer(str(folder)).save(tmp_path / "copy")
-    assert json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text()) == settings
+    folder = write_folder(tmp_path / "a", trained("gpt-2"), tokenizer_config=settings)
+    for name in ("tokenizer.model", "merges.txt", "chat_template.jinja", "notes.txt"):
+        (folder / name).write_text(name)
+    trained("smollm").save(str(folder / "other.json"))
+    saved = {}
+    for name in ("tokenizer.json", "other.json"):
+        tokenizer = load_tokenizer(str(folder / name))
+        tokenizer.save(directory := tmp_path / f"copy of {name}")
+        check_same(load_tokenizer(str(directory)), tokenizer)
+        assert json.loads((directory / "tokenizer_config.json").read_text()) == settings
+        assert (directory / "tokenizer.json").read_bytes() == (folder / name).read_bytes()
+        saved[name] = {path.name for path in directory.iterdir()}
+    assert saved["other.json"] == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert saved["tokenizer.json"] == saved["other.json"] | {"tokenizer.model", "merges.txt"}
+    replaced = replace(tokenizer, chat_template="T")
+    replaced.save(other := tmp_path / "replaced")
+    assert load_tokenizer(str(other)).chat_template == "T"
+    assert not (other / "chat_template.jinja").exists()

@@ -8,11 +8,18 @@ import pytest
 
 from sat_jax.data.data_format import DataFormat, Format
 from sat_jax.data.examples import (
+    BAD_WEIGHT,
     DEVELOPER_TURN,
+    LEARNT_PROMPT,
     NO_ANSWER,
     NO_PROMPT,
+    NOT_TEXT,
     NULL_TURN,
+    REJECTED,
     TOOL_TURN,
+    TWO_SYSTEMS,
+    UNKNOWN_ROLE,
+    ZERO_WEIGHT,
     decode_turns,
     read_examples,
     turns_with_loss,
@@ -35,7 +42,7 @@ def read(folder: Path, data_format: DataFormat, *lines: Any) -> list[Any]:
     """Return the turns of each line, or why it is skipped."""
     (source,) = resolve_sources([str(written(folder, *lines))])
     return [
-        d.skip_reason or [tuple(t) for t in decode_turns(d.text)]
+        d.skip_reason or [t[:2] if t.has_loss else tuple(t) for t in decode_turns(d.text)]
         for d in read_examples(source, data_format)
     ]
 
@@ -101,7 +108,13 @@ def error(folder: Path, data_format: DataFormat, line: Any) -> str:
             {"instruction": "q", "input": "i", "output": "a", "system": "s"},
             [SYSTEM, ("user", "q\n\ni"), ASKED[1]],
         ),
+        (
+            "alpaca",
+            {"instruction": "q", "output": "a", "history": [["q", "a"], ["q", ""]]},
+            [*ASKED, ASKED[0], ("assistant", ""), *ASKED],
+        ),
         ("prompt_completion", {"prompt": "q", "completion": "a"}, ASKED),
+        ("prompt_completion", {"prompt": "q", "completion": "a", "system": "s"}, [SYSTEM, *ASKED]),
     ],
 )
 def test_turns_of_every_format(tmp_path: Path, name: Format, line: Any, turns: Any) -> None:
@@ -161,6 +174,118 @@ def test_messages_with_tool_developer_or_null_turns_are_skipped(tmp_path: Path) 
     assert complete == ASKED
 
 
+FORMATS: list[Format] = ["messages", "sharegpt", "alpaca", "prompt_completion"]
+
+
+def example(name: Format, *turns: Any, **fields: Any) -> Any:
+    """Return turns (role, content, fields) in a format; the last two are question and answer."""
+    turns = tuple((role, content, *(more or [{}])) for role, content, *more in turns)
+    (_, question, _), (_, answer, more) = turns[-2:]
+    match name:
+        case "messages":
+            fields["messages"] = [{"role": r, "content": c, **more} for r, c, more in turns]
+        case "sharegpt":
+            fields["conversations"] = [{"from": r, "value": c, **more} for r, c, more in turns]
+        case "alpaca":
+            fields |= {"instruction": question, "output": answer, **more}
+        case _:
+            fields |= {"prompt": question, "completion": answer, **more}
+    return fields
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"tools": [{"type": "function"}]}, "with the field 'tools'"),
+        ({"tools": '[{"type": "function"}]'}, "with the field 'tools'"),
+        ({"reasoning_content": "so"}, "with the field 'reasoning_content'"),
+        ({"images": ["x.png"]}, "with the field 'images'"),
+        ({"chat_template_kwargs": {"x": 1}}, "with the field 'chat_template_kwargs'"),
+        ({"train_detail": [{"train": False}]}, "with the field 'train_detail'"),
+        ({"weight": 0}, ZERO_WEIGHT),
+        ({"train": False}, ZERO_WEIGHT),
+        ({"weight": 0.5}, BAD_WEIGHT),
+        ({"weight": [0]}, BAD_WEIGHT),
+        ({"train": "False"}, ZERO_WEIGHT),
+        ({"label": False}, REJECTED),
+        ({"kto_tag": False}, REJECTED),
+        ({"weight": 1, "train": True, "label": True, "tools": [], "images": None}, None),
+        ({"system": None, "reasoning_content": "", "label": "maths", "tools": "[]"}, None),
+    ],
+)
+def test_fields_that_decide_what_is_shown_or_learnt(
+    tmp_path: Path, name: Format, fields: dict[str, Any], reason: str | None
+) -> None:
+    lines = [example(name, *ASKED, **fields), example(name, *ASKED)]
+    in_turn = example(name, ASKED[0], (*ASKED[1], fields))
+    first, second, bare = read(tmp_path, DataFormat(name), *lines[:1], in_turn, lines[1])
+    assert (first, bare) == (reason or ASKED, ASKED)
+    # A turn of weight 0 is shown; a conversation without another answer has no loss.
+    in_turns = name in ("messages", "sharegpt") and reason == ZERO_WEIGHT
+    assert second == (NO_ANSWER if in_turns else reason or ASKED)
+
+
+@pytest.mark.parametrize("name", ["messages", "sharegpt"])
+@pytest.mark.parametrize("field", ["weight", "train", "training"])
+def test_the_weight_of_a_turn(tmp_path: Path, name: Format, field: str) -> None:
+    wrong = (*ASKED[1], {field: 0})
+    lines = [
+        example(name, ASKED[0], wrong, *ASKED),
+        example(name, (*ASKED[0], {field: 0}), *ASKED[1:]),
+        example(name, (*ASKED[0], {field: True}), *ASKED[1:]),
+        example(name, *ASKED, ASKED[0], wrong),
+    ]
+    shown = [ASKED[0], (*ASKED[1], False), *ASKED]
+    for loss_on, last in (("all", [*ASKED, *shown[:2]]), ("last", NO_ANSWER)):
+        data_format = DataFormat(name, loss_on=loss_on)  # type: ignore[arg-type]
+        assert read(tmp_path, data_format, *lines) == [shown, ASKED, LEARNT_PROMPT, last]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_all_formats_skip_the_same_turns(tmp_path: Path, name: Format) -> None:
+    question, answer = ASKED
+    lines = [
+        *(example(name, question, ("assistant", text)) for text in (None, "", " ", "a")),
+        example(name, ("user", None), answer),
+        example(name, ("user", ""), answer),
+    ]
+    assert read(tmp_path, DataFormat(name), *lines) == [
+        *(NULL_TURN, NO_ANSWER, NO_ANSWER, ASKED, NULL_TURN),
+        [("user", ""), answer],
+    ]
+    if name in ("alpaca", "prompt_completion"):
+        return
+    other = [*("User", "eliza"), *("tool", "function", "observation"), "developer"]
+    image = [{"type": "text", "text": "q"}, {"type": "image"}]
+    lines = [example(name, (role, "x"), *ASKED) for role in other]
+    lines += [example(name, ("user", image), answer), example(name, ("human", "q"), ("gpt", "a"))]
+    assert read(tmp_path, DataFormat(name), *lines) == [
+        *[UNKNOWN_ROLE] * 2, *[TOOL_TURN] * 3, DEVELOPER_TURN, NOT_TEXT, ASKED
+    ]  # fmt: skip
+    two = [example(name, SYSTEM, *ASKED, system=text) for text in ("s", "t")]
+    assert read(tmp_path, DataFormat(name), *two) == [[SYSTEM, *ASKED], TWO_SYSTEMS]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_other_fields_are_named(tmp_path: Path, name: Format) -> None:
+    (source,) = resolve_sources(
+        [str(written(tmp_path, example(name, ASKED[0], (*ASKED[1], {"mood": "x"}), id=0, url="")))]
+    )
+    (document,) = read_examples(source, DataFormat(name))
+    assert set(document.unused_fields) == {"id", "mood"}
+
+
+def test_examples_of_a_table(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("instruction,input,output,id\nq,,a,1\nq,i,a,\n")
+    (source,) = resolve_sources([str(tmp_path / "x.csv")])
+    documents = list(read_examples(source, DataFormat("alpaca")))
+    assert [[t[:2] for t in decode_turns(d.text)] for d in documents] == [
+        ASKED, [("user", "q\n\ni"), ASKED[1]]
+    ]  # fmt: skip
+    assert [d.unused_fields for d in documents] == [("id",), ()]
+
+
 def test_which_answers_have_a_loss(tmp_path: Path) -> None:
     line = [*ASKED, ("user", "q"), ("assistant", ""), ("user", "q"), ("assistant", "b"), ASKED[0]]
     messages = {"messages": [{"role": role, "content": content} for role, content in line]}
@@ -180,9 +305,8 @@ def test_which_answers_have_a_loss(tmp_path: Path) -> None:
         ("messages", {"messages": ["x"]}, ": item 1 of 'messages' is a string, not an object"),
         (
             "messages",
-            {"messages": [{"role": "User", "content": "q"}]},
-            ", item 1 of 'messages': role 'User'; accepted: system, user, assistant, tool,"
-            " developer, function",
+            {"messages": [{"role": 1, "content": "q"}]},
+            ", item 1 of 'messages': field 'role' is a number, not a string",
         ),
         (
             "messages",
@@ -196,19 +320,18 @@ def test_which_answers_have_a_loss(tmp_path: Path) -> None:
         ),
         (
             "messages",
-            {"messages": [{"role": "tool", "content": 1}]},
-            ", item 1 of 'messages': field 'content' is a number, not a string",
-        ),
-        (
-            "messages",
-            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
-            ", item 1 of 'messages', item 1 of 'content': type 'image'; accepted: text",
+            {"messages": [{"role": "user", "content": [{"text": "q"}]}]},
+            ", item 1 of 'messages', item 1 of 'content': no field 'type' (it has text)",
         ),
         (
             "sharegpt",
-            {"conversations": [{"from": "eliza", "value": ""}]},
-            ", item 1 of 'conversations': from 'eliza'; accepted: system, human, user, gpt,"
-            " assistant, chatgpt, bing, bard, ",
+            {"conversations": [{"role": "user", "content": ""}]},
+            ", item 1 of 'conversations': no field 'from' (it has role, content)",
+        ),
+        (
+            "alpaca",
+            {"instruction": "q", "output": "a", "history": [["q"]]},
+            ", item 1 of 'history': not a pair of a question and an answer",
         ),
         ("alpaca", {"instruction": "q"}, ": no field 'output' (it has instruction)"),
         (
@@ -235,10 +358,10 @@ def test_errors_name_the_line(tmp_path: Path, name: Format, line: Any, problem: 
 
 def test_files_without_a_usable_example_are_refused(tmp_path: Path) -> None:
     message = error(tmp_path, DataFormat("messages"), {"messages": []})
-    assert message.endswith("x.jsonl: contains no example with an answer")
+    assert message.endswith("x.jsonl: contains no example that can be used: 1 without an answer")
     (tmp_path / "x.txt").write_text("x")
     (source,) = resolve_sources([str(tmp_path / "x.txt")])
-    with pytest.raises(UserError, match=r"data\.format 'alpaca' accepts only JSON lines"):
+    with pytest.raises(UserError, match=r"data\.format 'alpaca' accepts only JSON lines and"):
         next(read_examples(source, DataFormat("alpaca")))
 
 

@@ -289,6 +289,34 @@ def test_neutral_settings_are_accepted(tmp_path: Path) -> None:
     assert open_weights(file).config == open_weights(GOLDEN / "llama_gqa").config
 
 
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"endianess": gguf.GGUFEndian.BIG}, "a big-endian file; accepted: .*little-endian"),
+        ({"type": "adapter"}, "general.type 'adapter'; accepted: model"),
+        ({"quantization_version": 1}, "general.quantization_version 1; accepted: 2"),
+    ],
+)
+def test_other_headers_are_refused(settings: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    order = settings.pop("endianess", gguf.GGUFEndian.LITTLE)
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama", endianess=order)
+    for name, value in settings.items():
+        getattr(writer, f"add_{name}")(value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(UserError, match=problem):
+        open_weights(tmp_path / "model.gguf")
+
+
+def test_metadata_that_is_not_text(file: Path) -> None:
+    content = file.read_bytes()
+    position = content.index(b"llama", content.index(b"general.architecture"))
+    file.write_bytes(content[:position] + b"\xff" + content[position + 1 :])
+    with pytest.raises(UserError, match=r"general\.architecture is not UTF-8"):
+        open_weights(file)
+
+
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "model.gguf", {"token_embd.weight": np.ones((4, 4))}, {}, "gemma2")
     with pytest.raises(UserError, match="'gemma2' is not supported; accepted: llama, qwen2, qwen3"):

@@ -52,7 +52,10 @@ FAMILY_NAMES = re.compile(
 )
 # Files with names of tokenizers, chat templates and scalings of rotary positions, which contain
 # those of families.
-OTHER_NAMES = {f"sat_jax/{n}.py" for n in ("data/tokenizer", "data/chat_templates", "nn/rope")}
+OTHER_NAMES = {
+    f"sat_jax/{n}.py"
+    for n in ("data/tokenizer", "data/gguf_tokenizer", "data/chat_templates", "nn/rope")
+}
 KERNELS_MAY_IMPORT = {"jax", "numpy", "jaxtyping", "kernels"}
 
 # Text and figures of one run: `sat_jax.train` imports them, `sat_jax.results` imports `train`.

@@ -353,11 +353,17 @@ def test_commit_is_ours_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     git("commit", "--quiet", "--allow-empty", "--message", "first")
     commit = environment()["commit"]
     assert len(commit) == 40
+    for folder in map(tmp_path.joinpath, provenance._MEASURED):
+        folder.mkdir(parents=True)
+        (folder / "rows.jsonl").write_text("")
+    assert environment()["commit"] == commit
     (tmp_path / "new").write_text("")
     assert environment()["commit"] == f"{commit}-dirty"
     (tmp_path / "inside").mkdir()
     monkeypatch.setattr(provenance, "_ROOT", tmp_path / "inside")
     assert environment()["commit"] is None
+    monkeypatch.setenv("SAT_JAX_COMMIT", "b" * 40)
+    assert environment()["commit"] == "b" * 40
 
 
 def test_cores_are_those_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:

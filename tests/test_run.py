@@ -374,24 +374,28 @@ def test_huggingface_is_written_when_asked(unbroken: Finished, other: Finished) 
     assert not (other.path / "huggingface").exists()
 
 
-def test_a_run_cut_short_at_its_very_end_is_ended_anew(other: Finished, tmp_path: Path) -> None:
-    """Even if it had begun to write the model; settings of the export may change."""
+def test_a_run_cut_short_at_its_end_ends(text: Path, other: Finished, tmp_path: Path) -> None:
+    """Even if it had begun to write the model; settings of the export may change, texts move."""
     path = tmp_path / "again"
+    shutil.copytree(text, tmp_path / "moved")
     shutil.copytree(other.path, path)
     (path / "summary.json").unlink()
     (path / "huggingface").mkdir()
     (path / "huggingface/config.json").write_text("{")
-    config = dataclasses.replace(
-        other.config, export=dataclasses.replace(other.config.export, huggingface=True)
-    )
+    export = dataclasses.replace(other.config.export, huggingface=True)
+    data = dataclasses.replace(other.config.data, sources=(str(tmp_path / "moved"),))
+    config = dataclasses.replace(other.config, export=export, data=data)
     lines: list[str] = []
     summary = train(config, path, lines.append)
     assert "continuing after step 12" in lines
     assert sat_jax.load_model(path / "huggingface").config.n_layers == 2
-    for name in ("loss", "eval_loss", "tokens", "selections", "spent_flops"):
+    assert json.loads((path / "config.json").read_text())["data"]["sources"] == [*data.sources]
+    for name in ("loss", "eval_loss", "tokens", "selections", "spent_flops", "data"):
         assert summary[name] == other.summary[name], name
     assert read_metrics(path / "metrics.jsonl") == other.records
     assert summary["seconds"]["total"] > other.summary["seconds"]["step"]
+    with pytest.raises(UserError, match=r"data\.sources was .*moved"):  # a finished run
+        train(other.config, path, lines.append)
 
 
 def test_other_settings_are_refused_by_name(text: Path, unbroken: Finished) -> None:
@@ -405,15 +409,11 @@ def test_other_settings_are_refused_by_name(text: Path, unbroken: Finished) -> N
 
 
 def test_other_texts_are_refused(text: Path, other: Finished, tmp_path: Path) -> None:
-    path = tmp_path / "again"
+    path, changed = tmp_path / "again", tmp_path / "changed"
     shutil.copytree(other.path, path)
     (path / "summary.json").unlink()
-    file = text / "1.txt"
-    was = file.read_text()
-    try:
-        file.write_text(was.replace("a", "o"))
-        with pytest.raises(UserError, match=r"the texts in data\.sources have changed") as caught:
-            train(other.config, path, other.lines.append)
-        assert str(path) in str(caught.value)
-    finally:
-        file.write_text(was)
+    shutil.copytree(text, changed)
+    (changed / "1.txt").write_text("other")
+    data = dataclasses.replace(other.config.data, sources=(str(changed),))
+    with pytest.raises(UserError, match=f"{path}: the texts in data.sources are not those of the"):
+        train(dataclasses.replace(other.config, data=data), path, other.lines.append)

@@ -110,6 +110,7 @@ CONFIG: dict[str, Any] = {
     "train": {"steps": 8, "log_every": 1},
     "sparsity": {"rate": 0.4, "rungs": (1, 2), "rate_mlp": None, "dense_layers": {}},
     "export": {"huggingface": False},
+    "data": {"sources": ["a.txt"]},
 }
 
 
@@ -150,6 +151,10 @@ def test_config_is_written_once_and_compared(tmp_path: Path) -> None:
     settle(workdir, changed("train", log_every=2), "train.log_every")
     settle(workdir, changed("export", huggingface=True), "export")
     assert workdir.config.read_text() == written
+    moved = changed("data", sources=["b.txt"])
+    assert refused(moved) == 'data.sources was ["a.txt"] and is ["b.txt"]'
+    settle(workdir, {**moved, "train": {"steps": 8, "log_every": 2}}, "data.sources", "train")
+    assert json.loads(workdir.config.read_text()) == json.loads(json.dumps(moved))
 
 
 def test_a_finished_run_is_recognised(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Rendering of conversations with a model's Jinja chat template, and the spans of the answers."""
 
+import contextlib
 import datetime
 import functools
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +25,7 @@ _BEGIN, _END = "\ufdd0", "\ufdd1"
 _FIXED_DATE = datetime.datetime(2024, 7, 26)
 # An answer that no template contains as its own text.
 _PLACEHOLDER = "4x7z9"
+_OTHER_TEMPLATES = "a built-in data.chat_template, or one with {% generation %}"
 
 
 class Rendered(NamedTuple):
@@ -78,7 +81,17 @@ def render_with_answer_spans(
     text = render(messages, prompt=False)
     if _BEGIN in text:
         return _spans_between_marks(text, messages, turns)
-    return Rendered(text, [_span_after_prompt(render, text, messages, turn) for turn in turns])
+    spans = []
+    for turn in turns:
+        try:
+            spans.append(_span_after_prompt(render, text, messages, turn))
+        except _ChangesLater as error:
+            accepted = _OTHER_TEMPLATES
+            with contextlib.suppress(UserError):
+                _span_after_prompt(render, text, messages, turns[-1])
+                accepted = f"data.loss_on='last', {accepted}"
+            raise UserError(f"{error}; accepted: {accepted}") from error
+    return Rendered(text, spans)
 
 
 def _without_marks(text: str) -> str:
@@ -102,28 +115,40 @@ def _spans_between_marks(text: str, messages: Messages, turns: Sequence[int]) ->
     return Rendered(plain, [s for s, turn in zip(spans, answers, strict=True) if turn in turns])
 
 
+class _ChangesLater(UserError):
+    """An answer is rendered differently when more turns follow."""
+
+
 def _span_after_prompt(
     render: Callable[..., str], text: str, messages: Messages, turn: int
 ) -> tuple[int, int]:
     """Return the span of message `turn` and its end of turn in `text`."""
     prompt = render(messages[:turn], prompt=True)
     with_answer = render(messages[: turn + 1], prompt=False)
-    if not (text.startswith(with_answer) and with_answer.startswith(prompt)):
+    number = sum(message["role"] == "assistant" for message in messages[: turn + 1])
+    if not with_answer.startswith(prompt):
+        pairs = zip(prompt, with_answer, strict=False)
+        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         raise UserError(
-            f"the chat template renders the text before answer {turn + 1} differently when more"
-            " turns follow, so that the answers cannot be located by their prefixes; accepted:"
-            " data.loss_on='last', a built-in data.chat_template, or one with {% generation %}"
+            f"the chat template asks for answer {number} with a prompt that ends in"
+            f" {prompt[common:][-40:]!r}, which conversations do not have, so that"
+            f" the model would not be asked as it is trained; accepted: {_OTHER_TEMPLATES}"
+        )
+    if not text.startswith(with_answer):
+        raise _ChangesLater(
+            f"the chat template renders answer {number}, or the text before it, differently when"
+            " more turns follow, so that the answer cannot be located by its prefix"
         )
     answer = with_answer[len(prompt) :].rstrip()
     starts_with_content = answer.lstrip().startswith(messages[turn]["content"].strip())
     if not starts_with_content and prompt == render(messages[:turn], prompt=False):
         raise UserError(
             "the chat template has no generation prompt (add_generation_prompt), so that what it"
-            " writes before an answer cannot be separated from the answer; accepted: a built-in"
-            " data.chat_template, or one with {% generation %}"
+            " writes before an answer cannot be separated from the answer; accepted:"
+            f" {_OTHER_TEMPLATES}"
         )
     if not answer:
-        raise UserError(f"the chat template omits answer {turn + 1}")
+        raise UserError(f"the chat template omits answer {number}")
     return len(prompt), len(prompt) + len(answer)
 
 
@@ -145,7 +170,7 @@ def _render(
         )
     except Exception as error:  # the code in a template may raise exceptions of any type
         kind = type(error).__name__
-        raise UserError(f"the model's chat template fails: {kind}: {error}") from error
+        raise UserError(f"the chat template fails: {kind}: {error}") from error
 
 
 class _Generation(Extension):

@@ -46,4 +46,10 @@ TEMPLATES = {
         "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
         "{{ eos_token if message['role'] == 'assistant' else '\\n' }}{% endfor %}"
     ),
+    # Nothing between the texts, as trl joins prompt and completion.
+    "verbatim": (
+        "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
+        "{% if message['role'] == 'assistant' and not message['content'].endswith(eos_token) %}"
+        "{{ eos_token }}{% endif %}{% endfor %}"
+    ),
 }

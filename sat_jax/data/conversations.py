@@ -5,13 +5,20 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import jinja2
 import numpy as np
 
 from sat_jax.data.chat import Rendered, render_with_answer_spans
 from sat_jax.data.chat_templates import TEMPLATES
 from sat_jax.data.corpus import Encoded, Reader
 from sat_jax.data.data_format import DataFormat
-from sat_jax.data.examples import decode_turns, read_examples, turns_with_loss
+from sat_jax.data.examples import (
+    NO_ANSWER_TOKEN,
+    READER_VERSION,
+    decode_turns,
+    read_examples,
+    turns_with_loss,
+)
 from sat_jax.data.sources import Document
 from sat_jax.data.tokenizer import Offsets, Tokenizer
 from sat_jax.errors import UserError
@@ -25,21 +32,23 @@ def conversation_reader(data_format: DataFormat, tokenizer: Tokenizer, row_lengt
 
     An example with more than `row_length` input-target pairs is dropped, truncated or refused, as
     `data_format.too_long` says; it is never split. A truncated example without an answer is
-    dropped. Encoding raises `UserError` for an example that the template rejects.
+    dropped. An example that the template rejects by `raise_exception` is skipped. Encoding raises
+    `UserError` if the template fails otherwise.
     """
     template = chat_template(data_format.chat_template, tokenizer)
     settings = {name: v for name, v in vars(data_format).items() if name != "chat_template"}
     settings |= {"template": template, "special": tokenizer.special_tokens}
-    if data_format.format == "messages":
-        # Earlier versions kept tool messages; the key changes the fingerprint of prepared data.
-        settings["tools"] = "left out"
+    settings |= {"reader": READER_VERSION}
 
     def encode(examples: Sequence[Document]) -> list[Encoded]:
         rendered = [_render(example, data_format, template, tokenizer) for example in examples]
-        encodings = tokenizer.encode_with_offsets([text for text, _ in rendered])
+        texts = [part.text for part in rendered if isinstance(part, Rendered)]
+        encodings = iter(tokenizer.encode_with_offsets(texts))
         return [
-            _encode(example, text, ids, offsets, data_format, tokenizer, row_length + 1)
-            for example, text, (ids, offsets) in zip(examples, rendered, encodings, strict=True)
+            Encoded([], [], 0, 0, part)
+            if isinstance(part, str)
+            else _encode(example, part, *next(encodings), data_format, tokenizer, row_length + 1)
+            for example, part in zip(examples, rendered, strict=True)
         ]
 
     read = partial(read_examples, data_format=data_format)
@@ -48,16 +57,19 @@ def conversation_reader(data_format: DataFormat, tokenizer: Tokenizer, row_lengt
 
 def _render(
     example: Document, data_format: DataFormat, template: str, tokenizer: Tokenizer
-) -> Rendered:
+) -> Rendered | str:
+    """Return the text of an example, or the reason why the template rejects it."""
     turns = decode_turns(example.text)
     with_loss = turns_with_loss(turns, data_format)
-    messages = [turn._asdict() for turn in turns]
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     if data_format.system is not None and turns[0].role != "system":
         messages.insert(0, {"role": "system", "content": data_format.system})
         with_loss = [index + 1 for index in with_loss]
     try:
         return render_with_answer_spans(template, messages, tokenizer.special_tokens, with_loss)
     except UserError as error:
+        if type(error.__cause__) is jinja2.TemplateError:  # that of `raise_exception`
+            return f"that the chat template rejects ({error.__cause__})"
         raise UserError(f"{example.origin}: {error}") from error
 
 
@@ -91,8 +103,10 @@ def _encode(
             last -= 1  # the tokens that end an answer are not part of its text
         if first < last:
             answer_bytes += len(rendered.text[starts[first] : ends[last - 1]].encode())
-    if not spans or (size > limit and data_format.too_long == "drop"):
+    if size > limit and (not spans or data_format.too_long == "drop"):
         return Encoded([], [], 0, size)
+    if not spans:
+        return Encoded([], [], 0, 0, NO_ANSWER_TOKEN)
     return Encoded(ids[:limit], spans, answer_bytes, size)
 
 

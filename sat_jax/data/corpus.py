@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int, Int32, UInt64
 from tqdm import tqdm
 
-from sat_jax.data.sources import Document, Source, read_documents
+from sat_jax.data.sources import Document, Source, counted, read_documents
 from sat_jax.data.splits import document_key, split_budget
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
@@ -21,6 +21,7 @@ _BATCH = 1 << 20  # characters of text that are tokenized at once, by all thread
 # English has 4 to 5 bytes per token, code has 3. Too high an estimate tokenizes more than the
 # budget needs, too low an estimate reads the corpus again.
 _BYTES_PER_TOKEN = 4.0
+_MAX_FIELDS = 20  # names of unused fields that are stored: data may have a name per document
 
 
 class Encoded(NamedTuple):
@@ -30,6 +31,7 @@ class Encoded(NamedTuple):
     answer_spans: list[tuple[int, int]] | None  # spans of ids with a loss; None: all have one
     text_bytes: int  # UTF-8 bytes of the text that has a loss
     original_size: int  # tokens before the document was truncated or dropped
+    skip_reason: str = ""  # why it has no tokens, unless it is longer than a row
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Index(NamedTuple):
     sizes: Int[np.ndarray, " documents"]  # UTF-8 bytes
     first: Int[np.ndarray, " sources_plus_1"]  # number of the first document of each source
     left_out: dict[str, int]  # skipped documents, which have no number, by reason
+    unused_fields: dict[str, int]  # number of documents with a field that is not read, by name
 
 
 class TokenizedDocuments(NamedTuple):
@@ -74,6 +77,7 @@ class TokenizedDocuments(NamedTuple):
     answer_spans: Int[np.ndarray, "spans 2"] | None  # in `ids`, in order; None: all have a loss
     text_bytes: Int[np.ndarray, " documents"]  # UTF-8 bytes of the text that has a loss
     original_sizes: Int[np.ndarray, " documents"]  # before documents were truncated or dropped
+    left_out: dict[str, int]  # documents without tokens, by the `skip_reason` of `Encoded`
 
 
 def progress_bar(
@@ -100,22 +104,28 @@ def read_index(sources: Sequence[Source], reader: Reader, progress: bool) -> Ind
     """Read every document once. Raises `UserError` for bad input and if no document has text."""
     keys, sizes, first = bytearray(), array("q"), [0]
     left_out: Counter[str] = Counter()
+    unused_fields: Counter[str] = Counter()
     with progress_bar("reading", " documents", progress) as bar:
         for source in sources:
             for document in reader.read(source):
                 if not document.text:
                     left_out[document.skip_reason] += 1
                     continue
+                unused_fields.update(document.unused_fields)
                 text = document.text.encode()
                 keys += document_key(text)
                 sizes.append(len(text))
                 bar.update()
             first.append(len(sizes))
     if not sizes:
-        counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        raise UserError(f"no document of the sources can be used: {counts}")
-    keys_array = np.frombuffer(keys, np.uint64)
-    return Index(keys_array, np.array(sizes, np.int64), np.array(first), dict(left_out))
+        raise UserError(f"no document of the sources can be used: {counted(left_out)}")
+    return Index(
+        np.frombuffer(keys, np.uint64),
+        np.array(sizes, np.int64),
+        np.array(first),
+        dict(left_out),
+        dict(unused_fields.most_common(_MAX_FIELDS)),
+    )
 
 
 def tokenize(
@@ -134,6 +144,7 @@ def tokenize(
     """
     starts, sizes, text_bytes, original_sizes = (np.zeros_like(index.sizes) for _ in range(4))
     answer_spans = array("q")
+    left_out: Counter[str] = Counter()
     done = dict.fromkeys(orders, 0)  # documents of each order that are tokenized
     end, bytes_per_token = 0, _BYTES_PER_TOKEN
     with file.open("wb") as stream:
@@ -162,19 +173,21 @@ def tokenize(
                         starts[number], sizes[number] = end, len(encoded.ids)
                         text_bytes[number] = encoded.text_bytes
                         original_sizes[number] = encoded.original_size
+                        left_out.update(filter(None, [encoded.skip_reason]))
                         end += len(encoded.ids)
                         bar.update(int(index.sizes[number]))
             bytes_per_token = 1.1 * float(index.sizes[sizes > 0].sum()) / max(end, 1)
     if not end:
+        longer = "longer than a row (use a larger data.row_length, or data.too_long 'cut_end')"
+        reasons = {**left_out, longer: len(index.sizes) - sum(left_out.values())}
         raise UserError(
-            f"all {len(index.sizes)} examples are longer than a row; accepted: a larger"
-            " data.row_length, or data.too_long 'cut_end'"
+            f"no example can be used: {counted(reasons)}"
             if reader.keeps_whole
             else "the tokenizer returns no tokens for these documents"
         )
     ids = np.memmap(file, np.int32, mode="r")
     spans = np.array(answer_spans, np.int64).reshape(-1, 2) if reader.keeps_whole else None
-    return TokenizedDocuments(ids, starts, sizes, spans, text_bytes, original_sizes)
+    return TokenizedDocuments(ids, starts, sizes, spans, text_bytes, original_sizes, dict(left_out))
 
 
 def split_at_end(

@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ import numpy as np
 
 from sat_jax.cache import cache_dir
 from sat_jax.data.conversations import conversation_reader
-from sat_jax.data.corpus import Index, Reader, read_index, split_at_end, text_reader, tokenize
+from sat_jax.data.corpus import Reader, read_index, split_at_end, text_reader, tokenize
 from sat_jax.data.data_format import TOO_LONG_ACTIONS, DataFormat
 from sat_jax.data.packed_rows import stored_rows, targets_with_loss, write_tfds
 from sat_jax.data.packing import assign_rows, split_into_pieces
-from sat_jax.data.sources import Source, resolve_sources
+from sat_jax.data.sources import Source, counted, resolve_sources
 from sat_jax.data.splits import HELD_OUT, TRAIN, split_budget, split_documents
 from sat_jax.data.token_budget import select
 from sat_jax.data.tokenizer import Tokenizer
@@ -34,6 +34,7 @@ from sat_jax.errors import UserError, folder_error
 FORMAT = 3  # version of the stored format, part of the fingerprint
 _INFO = "info.json"
 _UNFINISHED = ".unfinished"
+_SETTLED_SECONDS = 2
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,10 @@ class PreparedInfo:
     form: dict[str, Any]  # the `DataFormat` of the documents
     sources: list[str]
     files: int
-    documents: int  # in all sources, without the skipped ones
+    documents: int  # in all sources, without those in `left_out`
     left_out: dict[str, int]  # number of skipped documents, by reason
     splits: dict[str, SplitInfo]
+    unused_fields: dict[str, int] = field(default_factory=dict)  # documents by name, at most 20
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,6 @@ def prepare(
     held_out: float,
     max_tokens: int | None = None,
     data_format: DataFormat = DataFormat(),
-    model_vocab_size: int | None = None,
     root: Path | None = None,
     log: Callable[[str], None] | None = None,
 ) -> Prepared:
@@ -93,7 +94,7 @@ def prepare(
     there is one text) if below 1, otherwise their number. `max_tokens` limits both splits together:
     the last text that is selected is truncated, a conversation is never truncated for it. `log`
     receives lines about the result; if it is None, no progress bars are shown either. Raises
-    `UserError` for bad input and for a tokenizer with more ids than `model_vocab_size`.
+    `UserError` for bad input.
     """
     for name, value, minimum in (("row length", row_length, 2), ("max tokens", max_tokens, 4)):
         if value is not None and value < minimum:
@@ -103,9 +104,7 @@ def prepare(
             f"held-out {held_out}; accepted: a share between 0 and 1, or a whole number of"
             " documents, 1 or more"
         )
-    if model_vocab_size is not None:
-        tokenizer.check_fits(model_vocab_size)
-    files = resolve_sources(sources)
+    files = resolve_sources(sources, log and (lambda line: log(f"data: {line}")))
     if data_format.is_text:
         reader = text_reader(data_format.text_field, tokenizer)
     else:
@@ -132,9 +131,7 @@ def prepare(
             if not path.exists():
                 status = "prepared"
                 with _complete_folder(path) as folder:
-                    splits, index = _write(
-                        folder, files, reader, tokenizer, log is not None, **sizes
-                    )
+                    counts = _write(folder, files, reader, tokenizer, log is not None, **sizes)
                     info = PreparedInfo(
                         fingerprint=fingerprint,
                         tokenizer=tokenizer.name,
@@ -143,9 +140,7 @@ def prepare(
                         form=asdict(data_format),
                         sources=[sources] if isinstance(sources, str) else list(sources),
                         files=len(files),
-                        documents=len(index.sizes),
-                        left_out=index.left_out,
-                        splits=splits,
+                        **counts,
                     )
                     (folder / _INFO).write_text(json.dumps(asdict(info), indent=2) + "\n")
     except OSError as error:
@@ -167,13 +162,15 @@ def _description(prepared: Prepared, status: str) -> Iterator[str]:
         long_documents = sum(split.long_documents for split in info.splits.values())
         action = TOO_LONG_ACTIONS[info.form["too_long"]]
         reasons = info.left_out | {f"longer than a row ({action})": long_documents}
-        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
         splits = [
             f"{split.documents:,} {name} examples, loss on {split.targets:,} of {split.tokens:,}"
             f" tokens in {split.useful_share:.0%} of the slots"
             for name, split in info.splits.items()
         ]
-        yield "; ".join([*splits, f"skipped or truncated: {counts}" if counts else "none skipped"])
+        yield "; ".join([*splits, f"skipped or truncated: {counted(reasons)}"])
+    if info.unused_fields:
+        names = ", ".join(f"{name!r} ({count})" for name, count in info.unused_fields.items())
+        yield f"fields that are not used, with the number of documents: {names}"
     rows = ", ".join(f"{split.rows} {name} rows" for name, split in info.splits.items())
     yield f"{status}, {rows} of {info.row_length} tokens in {prepared.path}"
 
@@ -215,16 +212,17 @@ def _prepared_folder(path: Path) -> Path:
 def _fingerprint(settings: dict[str, Any], sources: Sequence[Source], root: Path) -> str:
     """Return the hash of `settings` and the content of `sources`.
 
-    Content is hashed once: the result is cached by paths, sizes and modification times, unless a
-    file is so recent that it could change again within the resolution of its modification time.
+    Content is hashed once: the result is cached by inodes, sizes and times of the last change
+    (ctime), which no program can set. A file that changed in the last seconds is hashed again,
+    since it could change once more within the resolution of that time.
     """
-    stats = {file: file.stat() for source in sources for file in source.files()}
-    stamps = [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()]
+    stats = [file.stat() for source in sources for file in source.files()]
+    stamps = [[stat.st_dev, stat.st_ino, stat.st_size, stat.st_ctime_ns] for stat in stats]
     kinds = [[source.kind, source.split] for source in sources]
     known = root / "known" / _digest([settings, kinds, stamps])
     if known.is_file():
         return known.read_text()
-    settled = max(stat.st_mtime for stat in stats.values()) < time.time() - 2
+    settled = max(stat.st_ctime for stat in stats) < time.time() - _SETTLED_SECONDS
     fingerprint = _digest([settings, [source.content_hash() for source in sources]])
     if settled:
         known.parent.mkdir(exist_ok=True)
@@ -274,8 +272,8 @@ def _write(
     row_length: int,
     held_out: float,
     max_tokens: int | None,
-) -> tuple[dict[str, SplitInfo], Index]:
-    """Write the rows of both splits; return their sizes and the index of the sources."""
+) -> dict[str, Any]:
+    """Write the rows of both splits; return the fields of `PreparedInfo` that count documents."""
     index = read_index(sources, reader, progress)
     # The end of a single text is held out, which is known only when it is tokenized.
     hold_out_end = len(index.keys) == 1 and held_out < 1 and not reader.keeps_whole
@@ -297,8 +295,8 @@ def _write(
         pieces = split_into_pieces(documents.starts[selected.order], selected.sizes, row_length)
         if not len(pieces.lengths):
             raise UserError(
-                f"no example of the {split} split fits data.row_length {row_length}"
-                f" and data.max_tokens {max_tokens}"
+                f"no example of the {split} split has tokens of an answer within"
+                f" data.row_length {row_length} and data.max_tokens {max_tokens}"
                 if reader.keeps_whole
                 else f"no document of the {split} split has two tokens"
             )
@@ -315,4 +313,9 @@ def _write(
         rows[split] = stored_rows(documents, pieces, members, progress)
     write_tfds(folder, rows, answers=reader.keeps_whole)
     file.unlink()
-    return splits, index
+    return {
+        "documents": len(index.sizes) - sum(documents.left_out.values()),
+        "left_out": index.left_out | documents.left_out,
+        "unused_fields": index.unused_fields,
+        "splits": splits,
+    }

@@ -1,6 +1,6 @@
 """A JSON object with its location, whose fields are checked when they are read."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from sat_jax.errors import UserError
@@ -35,26 +35,33 @@ class Record(NamedTuple):
         """Return the text of a field, or "" if the field is missing or null."""
         return "" if self.fields.get(name) is None else self.text(name)
 
-    def objects(self, name: str) -> "list[Record]":
-        """Return the objects in a field that is a list of objects."""
+    def has_value(self, name: str) -> bool:
+        """Return whether a field is not missing, null or empty, also as JSON in a string."""
+        value = self.fields.get(name)
+        is_empty = isinstance(value, (str, list, dict)) and value in ("", "[]", "{}", [], {})
+        return not (value is None or is_empty)
+
+    def fields_besides(self, names: Collection[str]) -> list[str]:
+        """Return the names of the fields that have a value and are not in `names`, in order."""
+        return [name for name in self.fields if name not in names and self.has_value(name)]
+
+    def array(self, name: str) -> list[Any]:
+        """Return the items of a required field that is a list."""
         items = self.value(name)
         if not isinstance(items, list):
             raise UserError(f"{self.origin}: field {name!r} is {json_type(items)}, not an array")
+        return items
+
+    def objects(self, name: str) -> "list[Record]":
+        """Return the objects in a field that is a list of objects."""
         records = []
-        for number, item in enumerate(items, 1):
+        for number, item in enumerate(self.array(name), 1):
             if not isinstance(item, dict):
                 raise UserError(
                     f"{self.origin}: item {number} of {name!r} is {json_type(item)}, not an object"
                 )
             records.append(Record(item, f"{self.origin}, item {number} of {name!r}"))
         return records
-
-    def choice(self, name: str, choices: Mapping[str, str]) -> str:
-        """Return the entry of `choices` for the text of a field."""
-        text = self.text(name)
-        if text not in choices:
-            raise UserError(f"{self.origin}: {name} {text!r}; accepted: {', '.join(choices)}")
-        return choices[text]
 
 
 def json_type(value: Any) -> str:

@@ -5,6 +5,7 @@ Everything is read as a stream, in a fixed order. Input that cannot be read rais
 that names the file and the line or byte (counted after decompression).
 """
 
+import csv
 import glob
 import gzip
 import hashlib
@@ -12,8 +13,10 @@ import importlib.util
 import io
 import json
 import os
+import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +29,20 @@ from sat_jax.data.record import Record, json_type
 from sat_jax.errors import UserError
 
 # Suffixes that are read in a folder, each also followed by .gz or .zst. A file that is named or
-# matched by a glob may have any suffix: it is text unless its suffix is in JSON_LINES or is .json.
+# matched by a glob may have any suffix: it is text unless its suffix is in `_KINDS`.
 TEXT = (
     *(".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".html", ".py", ".pyi", ".c", ".h"),
     *(".cc", ".cpp", ".hpp", ".cu", ".java", ".js", ".ts", ".go", ".rs", ".jl", ".lean", ".r"),
 )
 JSON_LINES = (".jsonl", ".ndjson")
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_KINDS: Mapping[str, Literal["json_lines", "csv"]] = {
+    **dict.fromkeys((*JSON_LINES, ".json"), "json_lines"),
+    **dict.fromkeys(_DELIMITERS, "csv"),
+}
 COMPRESSED = (".gz", ".zst")
 ACCEPTED = "a file, a folder, a glob, package:NAME[/path or glob], tfds:FOLDER[:split]"
+_IRREGULAR = "not regular files"
 EMPTY = "empty"  # reason for skipping a text; a key of `left_out` in info.json
 CHUNK = 1 << 16  # bytes
 _LINE_FORMAT = (
@@ -42,11 +51,12 @@ _LINE_FORMAT = (
 
 
 class Document(NamedTuple):
-    """A text and its location."""
+    """A text and its location. The caller counts what is skipped or not used."""
 
     text: str  # "" for a document that is skipped
     origin: str
-    skip_reason: str = ""  # the caller counts the skipped documents by reason
+    skip_reason: str = ""
+    unused_fields: tuple[str, ...] = ()  # names of fields with a value that are not read
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,7 @@ class Source:
     """One file of documents, or one split of a prepared TFDS dataset."""
 
     path: Path
-    kind: Literal["text", "json_lines", "tfds"]
+    kind: Literal["text", "json_lines", "csv", "tfds"]
     named: bool  # given by its own name: an empty source is then an error
     split: str = ""  # of a TFDS dataset
 
@@ -76,17 +86,25 @@ class Source:
         return digest.hexdigest()
 
 
-def resolve_sources(sources: str | Sequence[str]) -> list[Source]:
+def counted(reasons: Mapping[str, int]) -> str:
+    """Return the numbers of skipped documents with their reasons as text."""
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count) or "none"
+
+
+def resolve_sources(
+    sources: str | Sequence[str], log: Callable[[str], None] | None = None
+) -> list[Source]:
     """Return the files that `sources` names, in order, sorted within each, without duplicates.
 
     `sources` is a list, or one string with commas between its parts. A part is a file, a folder
-    (searched recursively for text, without hidden entries), a glob (`**` for any depth),
-    `package:NAME[/path or glob]`, or `tfds:FOLDER[:split]` (default split: `train`).
+    (searched recursively for files with known suffixes, without hidden entries and links to
+    folders), a glob (`**` for any depth), `package:NAME[/path or glob]`, or `tfds:FOLDER[:split]`
+    (default split: `train`). `log` receives a line for each part of which something is left out.
     """
     parts = sources.split(",") if isinstance(sources, str) else sources
     resolved: dict[tuple[Path, str], Source] = {}
     for part in filter(None, (part.strip() for part in parts)):
-        for source in _resolve(part):
+        for source in _resolve(part, log):
             resolved.setdefault((source.path.resolve(), source.split), source)
     if not resolved:
         raise UserError(f"no sources; accepted: {ACCEPTED}, several separated by commas")
@@ -107,42 +125,60 @@ def package_path(spec: str) -> Path:
 
 def read_documents(source: Source, text_field: str) -> Iterator[Document]:
     """Yield the documents of a source: a text file, a line of JSON or a TFDS example is one."""
-    texts: Iterable[tuple[str, str]]
+    documents: Iterable[Document]
     match source.kind:
         case "text":
-            texts = [(read_text_file(source.path), str(source.path))]
-        case "json_lines":
-            records = read_records(source.path)
-            texts = ((record.text(text_field), record.origin) for record in records)
+            documents = [Document(read_text_file(source.path), str(source.path))]
         case "tfds":
-            texts = _read_tfds(source, text_field)
+            documents = _read_tfds(source, text_field)
+        case _:
+            documents = (_document(record, text_field) for record in read_records(source.path))
     empty = True
-    for text, origin in texts:
+    for document in documents:
         # A document of white space is empty too.
-        empty = empty and not text.strip()
-        yield Document(text, origin) if text.strip() else Document("", origin, EMPTY)
+        is_empty = not document.text.strip()
+        empty = empty and is_empty
+        yield Document("", document.origin, EMPTY) if is_empty else document
     if empty and source.named:
         raise UserError(f"{source}: contains no text")
 
 
-def _resolve(part: str) -> list[Source]:
+def _document(record: Record, text_field: str) -> Document:
+    text = "" if record.value(text_field) is None else record.text(text_field)
+    unused = tuple(record.fields_besides((text_field,)))
+    return Document(text, record.origin, unused_fields=unused)
+
+
+def _resolve(part: str, log: Callable[[str], None] | None) -> list[Source]:
     if part.startswith("tfds:"):
         return [_resolve_tfds(part.removeprefix("tfds:"))]
     is_package = part.startswith("package:")
     path = package_path(part) if is_package else Path(os.path.expanduser(part))
+    left_out: dict[str, list[str]] = defaultdict(list)  # names by kind
     if path.is_file():
         return [_file(path, named=True)]
     if path.is_dir():
-        files = sorted(_walk(path))
+        files = sorted(_walk(path, left_out))
         reason = f"no file has one of the suffixes {' '.join((*TEXT, *JSON_LINES))}"
     elif glob.has_magic(part):
-        files = sorted(map(Path, glob.glob(str(path), recursive=True)))
-        files = [file for file in files if file.is_file()]
+        files = list(_matching(str(path), left_out))
         reason = "no file matches"
+    elif path.exists():
+        raise UserError(
+            f"{part}: not a file or folder but a pipe or device, which can be read only once;"
+            " accepted: a file with its content"
+        )
     else:
         raise UserError(f"{part}: no such file or folder; accepted: {ACCEPTED}")
+    kinds = ", ".join(
+        f"{kind}: {len(names)} ({names[0]}{', ...' if len(names) > 1 else ''})"
+        for kind, names in sorted(left_out.items())
+    )
     if not files:
+        reason += f"; left out: {kinds}" if kinds else ""
         raise UserError(f"{part}: no documents: {reason}")
+    if kinds and log is not None:
+        log(f"{part}: reads {len(files)} files; leaves out {kinds}; to read one of these, name it")
     return [_file(file, named=False) for file in files]
 
 
@@ -159,12 +195,34 @@ def _resolve_tfds(part: str) -> Source:
     return Source(path, "tfds", named=True, split=split)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, left_out: dict[str, list[str]]) -> Iterator[Path]:
+    """Yield the files that are read in a folder; add the other entries to `left_out`, by kind."""
     for parent, names, files in os.walk(folder, onerror=_unreadable):
+        for name in [*names, *files]:
+            path = Path(parent, name)
+            if name.startswith("."):
+                left_out["hidden"].append(name)
+            elif path.is_dir():
+                if path.is_symlink():  # os.walk does not follow it
+                    left_out["links to folders"].append(name)
+            elif not path.is_file():
+                left_out[_IRREGULAR].append(name)
+            elif _suffix(name) in (*TEXT, *JSON_LINES):
+                yield path
+            else:
+                left_out[_suffix(name) or "no suffix"].append(name)
         names[:] = [name for name in names if not name.startswith(".")]
-        for file in files:
-            if not file.startswith(".") and _suffix(file) in (*TEXT, *JSON_LINES):
-                yield Path(parent, file)
+
+
+def _matching(pattern: str, left_out: dict[str, list[str]]) -> Iterator[Path]:
+    """Yield the files that match; add other matches to `left_out`, unless files in them match."""
+    matches = sorted(map(Path, glob.glob(pattern, recursive=True)))
+    parents = {parent for match in matches for parent in match.parents}
+    for path in matches:
+        if path.is_file():
+            yield path
+        elif path not in parents:
+            left_out["folders" if path.is_dir() else _IRREGULAR].append(path.name)
 
 
 def _suffix(name: str | Path) -> str:
@@ -173,7 +231,7 @@ def _suffix(name: str | Path) -> str:
 
 
 def _file(path: Path, named: bool) -> Source:
-    return Source(path, "json_lines" if _suffix(path) in (*JSON_LINES, ".json") else "text", named)
+    return Source(path, _KINDS.get(_suffix(path), "text"), named)
 
 
 def _unreadable(error: OSError) -> NoReturn:
@@ -265,15 +323,43 @@ def read_text_file(path: Path) -> str:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """Yield the objects of a JSON-lines file; blank lines are skipped."""
+    """Yield the objects of a JSON-lines file, or the rows of a CSV or TSV file with a header."""
+    return _read_csv(path) if _suffix(path) in _DELIMITERS else _read_json_lines(path)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str, int]]:
+    """Yield the lines of a file, each with its location and first byte."""
     start = 0
     with _reading(path) as stream:
         for number, data in enumerate(stream, 1):
             origin = f"{path}, line {number}"
-            line = _decode(data, origin, start)
-            if line.strip():
-                yield _record(line, f"{origin} (byte {start})")
+            yield _decode(data, origin, start), origin, start
             start += len(data)
+
+
+def _read_json_lines(path: Path) -> Iterator[Record]:
+    for line, origin, start in _lines(path):
+        if line.strip():
+            yield _record(line, f"{origin} (byte {start})")
+
+
+def _read_csv(path: Path) -> Iterator[Record]:
+    csv.field_size_limit(sys.maxsize)  # default: 128 KiB
+    delimiter = _DELIMITERS[_suffix(path)]
+    rows = csv.reader((line for line, _, _ in _lines(path)), delimiter=delimiter, strict=True)
+    try:
+        columns = next(rows, [])
+        if len(set(columns)) < len(columns):
+            raise UserError(f"{path}, line 1: two columns have the same name")
+        for row in filter(None, rows):
+            origin = f"{path}, line {rows.line_num}"
+            if len(row) != len(columns):
+                raise UserError(
+                    f"{origin}: {len(row)} values, but {len(columns)} columns in the first line"
+                )
+            yield Record(dict(zip(columns, row, strict=True)), origin)
+    except csv.Error as error:
+        raise UserError(f"{path}, line {rows.line_num}: invalid CSV: {error}") from error
 
 
 def _record(line: str, origin: str) -> Record:
@@ -290,8 +376,8 @@ def _record(line: str, origin: str) -> Record:
     return Record(fields, origin)
 
 
-def _read_tfds(source: Source, field: str) -> Iterator[tuple[str, str]]:
-    """Yield the texts of a TFDS dataset and their locations."""
+def _read_tfds(source: Source, field: str) -> Iterator[Document]:
+    """Yield the texts of a TFDS dataset."""
     # TFDS and array_record raise exceptions of many types.
     try:
         builder = tfds.builder_from_directory(str(source.path))
@@ -309,4 +395,5 @@ def _read_tfds(source: Source, field: str) -> Iterator[tuple[str, str]]:
         text = record.value(field)
         if not isinstance(text, bytes):
             raise UserError(f"{origin}: field {field!r} is not text")
-        yield _decode(text, origin, 0), origin
+        unused = tuple(record.fields_besides((field,)))
+        yield Document(_decode(text, origin, 0), origin, unused_fields=unused)

@@ -4,25 +4,24 @@ All three are converted to a `tokenizers.Tokenizer`, which encodes, decodes and 
 """
 
 import hashlib
+import itertools
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from sat_jax.errors import UserError
+from sat_jax.tokenizer_files import SETTINGS, read_tokenizer_files
 
 Offsets: TypeAlias = list[tuple[int, int]]  # of each token: first character and last + 1
 
 ACCEPTED = "accepted: model, bytes, or the path of a tokenizer.json or its folder"
-
-# Files of a Hugging Face folder that describe its tokenizer, besides tokenizer.json.
-_OTHER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 class NoTokenizer(UserError):
@@ -36,11 +35,17 @@ class Tokenizer:
     name: str  # in messages
     backend: tokenizers.Tokenizer
     vocab_size: int  # the largest id, plus one
+    special_tokens: Mapping[str, str]  # texts by name, as chat templates use them: bos_token, ...
     bos_id: int | None
     eos_id: int | None
-    adds_bos: bool  # documents and prompts begin with `bos_id`
+    prefix: tuple[int, ...]  # what precedes each document and prompt: the bos, or nothing
     chat_template: str | None = None
-    folder: Path | None = field(default=None, repr=False)  # with the Hugging Face files to copy
+    loaded_files: Mapping[str, bytes] = field(default_factory=dict, repr=False)  # by name
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether documents and prompts begin with a bos."""
+        return bool(self.prefix)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text as a prompt: with the bos if the tokenizer adds one, no eos.
@@ -48,20 +53,27 @@ class Tokenizer:
         Special tokens that are spelled out in a text are recognized, as in transformers.
         """
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        bos = [self.bos_id] if self.adds_bos and self.bos_id is not None else []
-        # The text of a chat template often contains the bos already.
-        return [ids if ids[:1] == bos else bos + ids for ids in (code.ids for code in encodings)]
+        prefix = list(self.prefix)
+        # A text may contain the bos already.
+        return [
+            ids if ids[: len(prefix)] == prefix else prefix + ids
+            for ids in (code.ids for code in encodings)
+        ]
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text as a document: `encode_batch`, followed by the eos."""
         eos = [] if self.eos_id is None else [self.eos_id]
         return [ids + eos for ids in self.encode_batch(texts)]
 
-    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], Offsets]]:
-        """Return the ids of each text and their character offsets, without adding bos or eos.
+    def encode_rendered(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text that a chat template has rendered, without adding bos or eos.
 
-        For text that a chat template has rendered.
+        The template itself writes them, if the model was trained with them.
         """
+        return [ids for ids, _ in self.encode_with_offsets(texts)]
+
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], Offsets]]:
+        """Return the ids of `encode_rendered`, and their character offsets."""
         encodings = self._offset_backend.encode_batch(list(texts), add_special_tokens=False)
         return [(code.ids, code.offsets) for code in encodings]
 
@@ -77,14 +89,6 @@ class Tokenizer:
         """Return the ids of all special tokens."""
         added_tokens = self.backend.get_added_tokens_decoder()
         return {token_id for token_id, token in added_tokens.items() if token.special}
-
-    @cached_property
-    def special_tokens(self) -> dict[str, str]:
-        """Return the texts of `bos_token` and `eos_token`, if they exist, for chat templates."""
-        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
-        known = {name: token_id for name, token_id in ids.items() if token_id is not None}
-        tokens = {name: self.backend.id_to_token(token_id) for name, token_id in known.items()}
-        return {name: token for name, token in tokens.items() if token is not None}
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids` with special tokens; bytes that are not UTF-8 become U+FFFD."""
@@ -104,28 +108,36 @@ class Tokenizer:
                 f" vocabulary ends at {model_vocab_size - 1}: they do not match"
             )
 
-    def save(self, directory: Path) -> None:
-        """Write the files that transformers reads; they are copied if they were loaded."""
-        if self.folder is not None:
-            for name in ("tokenizer.json", *_OTHER_FILES):
-                if (self.folder / name).is_file():
-                    shutil.copyfile(self.folder / name, directory / name)
-            source = _chat_template(self.folder, _read_json(self.folder / "tokenizer_config.json"))
-            if self.chat_template is not None and self.chat_template != source:
-                file = directory / "chat_template.jinja"  # takes precedence over the other files
-                file.write_text(self.chat_template, encoding="utf-8")
-            return
-        self.backend.save(str(directory / "tokenizer.json"))
-        settings: dict[str, Any] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            "add_bos_token": self.adds_bos,
-            **self.special_tokens,
-        }
+    def files(self) -> dict[str, bytes]:
+        """Return the contents of the files that transformers reads, by name.
+
+        They are those that were loaded, with this tokenizer's chat template.
+        """
+        files = dict(self.loaded_files)
+        if not files:
+            files["tokenizer.json"] = self.backend.to_str(pretty=True).encode()
+            settings: dict[str, Any] = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "clean_up_tokenization_spaces": False,
+                "add_bos_token": self.adds_bos,
+                **self.special_tokens,
+            }
+        else:
+            settings = json.loads(files.get("tokenizer_config.json", b"{}"))
+            if self.chat_template == _chat_template(files, settings):
+                return files
+        # All versions of transformers read the template here; another file would replace it.
+        files.pop("chat_template.jinja", None)
         if self.chat_template is not None:
             settings["chat_template"] = self.chat_template
         text = json.dumps(settings, indent=2, ensure_ascii=False)
-        (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+        return files | {"tokenizer_config.json": (text + "\n").encode()}
+
+    def save(self, directory: Path) -> None:
+        """Write `files` into a new or existing directory."""
+        directory.mkdir(exist_ok=True)
+        for name, content in self.files().items():
+            (directory / name).write_bytes(content)
 
 
 def load_tokenizer(
@@ -145,7 +157,9 @@ def load_tokenizer(
     elif model_path is None:
         raise NoTokenizer(f"tokenizer 'model' needs the path of a pretrained model; {ACCEPTED}")
     elif Path(model_path).is_file():
-        tokenizer = _from_gguf(Path(model_path))
+        from sat_jax.data.gguf_tokenizer import from_gguf  # imported only for GGUF files
+
+        tokenizer = from_gguf(Path(model_path))
     else:
         tokenizer = _from_huggingface(Path(model_path).expanduser())
     if model_vocab_size is not None:
@@ -153,26 +167,38 @@ def load_tokenizer(
     return tokenizer
 
 
-def _make_tokenizer(
+def make_tokenizer(
     name: str,
     backend: tokenizers.Tokenizer,
-    bos_id: int | None,
-    eos_id: int | None,
-    adds_bos: bool | None,
-    chat_template: str | None,
-    folder: Path | None = None,
+    special_tokens: Mapping[str, str],
+    chat_template: str | None = None,
+    loaded_files: Mapping[str, bytes] | None = None,
 ) -> Tokenizer:
+    """Return the tokenizer of `backend`, whose post-processor determines what it adds to texts."""
     # A tokenizer.json may contain truncation and padding settings, which would change documents.
     backend.no_truncation()
     backend.no_padding()
-    if adds_bos is None:
-        adds_bos = backend.encode("a").ids[:1] == [bos_id]
-    adds_bos = adds_bos and bos_id is not None
-    vocab_size = max(backend.get_vocab().values()) + 1
-    return Tokenizer(name, backend, vocab_size, bos_id, eos_id, adds_bos, chat_template, folder)
+    code = backend.encode("a")
+    leading = itertools.takewhile(
+        itemgetter(1), zip(code.ids, code.special_tokens_mask, strict=True)
+    )
+    return Tokenizer(
+        name,
+        backend,
+        vocab_size=max(backend.get_vocab().values()) + 1,
+        special_tokens=special_tokens,
+        bos_id=backend.token_to_id(special_tokens.get("bos_token", "")),
+        eos_id=backend.token_to_id(special_tokens.get("eos_token", "")),
+        prefix=tuple(token for token, _ in leading),
+        chat_template=chat_template,
+        loaded_files=loaded_files or {},
+    )
 
 
 # --- Bytes -----------------------------------------------------------------------------------
+
+
+_END_OF_TEXT = "<|endoftext|>"
 
 
 def _byte_alphabet() -> list[str]:
@@ -189,149 +215,110 @@ def _byte_tokenizer(with_eos: bool) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
     if with_eos:
-        backend.add_special_tokens([AddedToken("<|endoftext|>", normalized=False)])
-    return _make_tokenizer("bytes", backend, None, 256 if with_eos else None, False, None)
+        backend.add_special_tokens([AddedToken(_END_OF_TEXT, normalized=False)])
+    return make_tokenizer("bytes", backend, {"eos_token": _END_OF_TEXT} if with_eos else {})
 
 
 # --- Hugging Face ----------------------------------------------------------------------------
 
+# Special tokens of the classes of transformers that have defaults, with a tokenizer.json.
+_EOS_AND_UNK = {"eos_token": _END_OF_TEXT, "unk_token": _END_OF_TEXT}
+_CLASS_TOKENS: dict[str, Mapping[str, str]] = {
+    "GPT2Tokenizer": {**_EOS_AND_UNK, "bos_token": _END_OF_TEXT},
+    "GPTNeoXTokenizer": {**_EOS_AND_UNK, "bos_token": _END_OF_TEXT, "pad_token": "<|padding|>"},
+    "Qwen2Tokenizer": {**_EOS_AND_UNK, "pad_token": _END_OF_TEXT},
+}
+_CLASS_OF_MODEL_TYPE = {
+    "gpt2": "GPT2Tokenizer",
+    "gpt_neox": "GPTNeoXTokenizer",
+    "qwen2": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+}
+
 
 def _from_huggingface(path: Path) -> Tokenizer:
+    """Return the tokenizer of a tokenizer.json with the settings beside it.
+
+    As in transformers 5, the post-processor of tokenizer.json determines whether texts begin with a
+    bos; the setting add_bos_token has no effect.
+    """
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise NoTokenizer(f"tokenizer: {file} does not exist; {ACCEPTED}")
+    folder = file.parent
+    files = read_tokenizer_files(folder)
+    if file.name != "tokenizer.json":
+        # The other vocabulary files of the folder describe another tokenizer.
+        files = {name: content for name, content in files.items() if name in SETTINGS}
+        files["tokenizer.json"] = file.read_bytes()
     try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
+        backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
     except Exception as error:  # the library raises plain exceptions without the path
         raise UserError(f"{file}: not a tokenizer.json: {error}") from error
-    folder = file.parent
-    settings = _tokenizer_settings(folder)
-    return _make_tokenizer(
-        name=str(path),
-        backend=backend,
-        bos_id=_special_id(backend, folder, "bos"),
-        eos_id=_special_id(backend, folder, "eos"),
-        adds_bos=settings.get("add_bos_token"),
-        chat_template=_chat_template(folder, settings),
-        folder=folder,
+    config = folder / "config.json"
+    model = _json(config.read_bytes(), config) if config.is_file() else {}
+    settings, special_map = (
+        _json(files.get(name, b"{}"), folder / name)
+        for name in ("tokenizer_config.json", "special_tokens_map.json")
     )
+    class_of_model = _CLASS_OF_MODEL_TYPE.get(str(model.get("model_type")))
+    class_name = str(settings.get("tokenizer_class") or class_of_model).removesuffix("Fast")
+    if class_name == "GPTNeoXTokenizer" and backend.num_special_tokens_to_add(False):
+        backend.post_processor = processors.ByteLevel()  # as this class does
+    defaults = {
+        name: token
+        for name, token in _CLASS_TOKENS.get(class_name, {}).items()
+        if backend.token_to_id(token) is not None
+    }
+    if "added_tokens_decoder" in settings:  # then transformers does not read the older file
+        special_map = {}
+    special_tokens = _special_tokens(backend, defaults | settings | special_map, model, folder)
+    template = _chat_template(files, settings)
+    return make_tokenizer(str(path), backend, special_tokens, template, files)
 
 
-def _tokenizer_settings(folder: Path) -> dict[str, Any]:
-    settings = _read_json(folder / "special_tokens_map.json")
-    return settings | _read_json(folder / "tokenizer_config.json")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def _json(content: bytes, path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = json.loads(content.decode())
+    except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
+    if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object")
-    return content
+    return value
 
 
-def _special_id(backend: tokenizers.Tokenizer, folder: Path, which: str) -> int | None:
-    """Return the id of "bos" or "eos" from the settings of the tokenizer, or of the model."""
-    settings, config = _tokenizer_settings(folder), _read_json(folder / "config.json")
-    token = settings.get(f"{which}_token")
-    if isinstance(token, dict):
-        token = token.get("content")
-    if token is None:
-        ids = config.get(f"{which}_token_id")
+def _special_tokens(
+    backend: tokenizers.Tokenizer, settings: dict[str, Any], model: dict[str, Any], folder: Path
+) -> dict[str, str]:
+    """Return the texts of the special tokens, by name.
+
+    A bos or eos that no setting mentions is that of the model; null means that there is none.
+    """
+    special_tokens = {}
+    for name, token in settings.items():
+        text = token.get("content") if isinstance(token, dict) else token
+        if name.endswith("_token") and isinstance(text, str) and text:
+            special_tokens[name] = text
+    for name in ("bos_token", "eos_token"):
+        token = settings.get(name)
+        known = backend.token_to_id(special_tokens.get(name, "")) is not None
+        if token is not None and token != "" and not known:
+            raise UserError(f"{folder}: {name} {token!r}; accepted: a token of tokenizer.json")
+        ids = model.get(f"{name}_id")
         token_id = next(iter(ids), None) if isinstance(ids, list) else ids
-        if token_id is not None and type(token_id) is not int:
-            raise UserError(f"{folder}: {which}_token_id is {ids!r}; accepted: whole numbers")
-        return token_id
-    token_id = backend.token_to_id(token) if isinstance(token, str) else None
-    if token_id is None:
-        raise UserError(f"{folder}: {which}_token {token!r}; accepted: a token of tokenizer.json")
-    return token_id
+        if name in settings or token_id is None:
+            continue
+        text = backend.id_to_token(token_id) if type(token_id) is int and token_id >= 0 else None
+        if text is None:
+            raise UserError(f"{folder}: {name}_id is {ids!r}; accepted: ids of tokenizer.json")
+        special_tokens[name] = text
+    return special_tokens
 
 
-def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
+def _chat_template(files: Mapping[str, bytes], settings: dict[str, Any]) -> str | None:
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].decode()
     template = settings.get("chat_template")
     if isinstance(template, list):  # several templates with names
         return {entry["name"]: entry["template"] for entry in template}.get("default")
     return template
-
-
-# --- GGUF ------------------------------------------------------------------------------------
-
-
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def _split_words(digits: str) -> list[pre_tokenizers.PreTokenizer]:
-    return [
-        pre_tokenizers.Split(Regex(_WORDS % digits), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-
-
-# The pre-tokenizers that `tokenizer.ggml.pre` of a GGUF file names, as in llama.cpp.
-_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-_LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
-_PRE_TOKENIZERS: dict[str, list[pre_tokenizers.PreTokenizer]] = {
-    "gpt-2": [_GPT2],
-    "gpt2": [_GPT2],
-    "smollm": [pre_tokenizers.Digits(individual_digits=True), _GPT2],
-    **{name: _split_words("{1,3}") for name in _LLAMA3},
-    "qwen2": _split_words(""),
-}
-_CONTROL, _USER_DEFINED = 3, 4  # GGUF token types
-
-
-def _from_gguf(path: Path) -> Tokenizer:
-    from sat_jax.interop.gguf import open_reader  # imported only for GGUF files
-
-    reader = open_reader(path)
-
-    def metadata(key: str, default: Any = None) -> Any:
-        entry = reader.get_field(f"tokenizer.{key}")
-        return default if entry is None else entry.contents()
-
-    model, pre = metadata("ggml.model"), metadata("ggml.pre")
-    if model != "gpt2" or pre not in _PRE_TOKENIZERS:
-        raise NoTokenizer(
-            f"{path}: its tokenizer is {model!r} with pre-tokenizer {pre!r}; accepted: 'gpt2' with"
-            f" {', '.join(_PRE_TOKENIZERS)}, or the path of the model's tokenizer.json"
-        )
-    tokens, merges = metadata("ggml.tokens", []), metadata("ggml.merges", [])
-    try:
-        bpe = models.BPE(
-            vocab={token: index for index, token in enumerate(tokens)},
-            merges=[tuple(merge.split(" ", 1)) for merge in merges],
-            ignore_merges=pre in _LLAMA3,  # a word in the vocabulary is one token
-        )
-    except Exception as error:
-        raise UserError(
-            f"{path}: the merges of its tokenizer do not match its tokens: {error}"
-        ) from error
-    backend = tokenizers.Tokenizer(bpe)
-    if pre == "qwen2":
-        backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(_PRE_TOKENIZERS[pre])
-    backend.decoder = decoders.ByteLevel()
-    for token, kind in zip(tokens, metadata("ggml.token_type", []), strict=False):
-        if kind in (_CONTROL, _USER_DEFINED):
-            special = kind == _CONTROL
-            backend.add_tokens([AddedToken(token, normalized=False, special=special)])
-    bos_id = metadata("ggml.bos_token_id")
-    adds_bos = bos_id is not None and metadata("ggml.add_bos_token", pre in _LLAMA3)
-    if adds_bos:
-        bos = tokens[bos_id]
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, bos_id)]
-        )
-    eos_id = metadata("ggml.eos_token_id")
-    return _make_tokenizer(str(path), backend, bos_id, eos_id, adds_bos, metadata("chat_template"))

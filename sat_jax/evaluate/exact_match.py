@@ -78,7 +78,7 @@ def prompt_questions(
     prompts = [prompt_format.prompt(tokenizer, problem.question) for problem in problems]
     questions = []
     for problem, prompt, ids in zip(
-        problems, prompts, tokenizer.encode_batch(prompts), strict=True
+        problems, prompts, prompt_format.encode(tokenizer, prompts), strict=True
     ):
         expected = rule(problem.answer)
         if expected is None:

@@ -41,8 +41,9 @@ class HarnessModel(LM):
 
     `system` is the system prompt of chats that have none. Results are those of the `hf` model of
     the harness up to rounding: texts are encoded and divided in the same way, and texts that exceed
-    the model's positions are truncated on the left. One difference: if the tokenizer adds a bos, a
-    rolling log-likelihood has one bos, not two.
+    the model's positions are truncated on the left. Two differences, if the tokenizer adds a bos: a
+    rolling log-likelihood has one bos, not two; a chat begins with a bos only if the chat template
+    writes it, as in training.
     """
 
     def __init__(
@@ -51,11 +52,13 @@ class HarnessModel(LM):
         super().__init__()
         self._model, self._tokenizer, self._rows = model, tokenizer, rows
         self._system = system
-        self._turn_ends: list[Stop] = []  # set by `apply_chat_template`
+        self._turn_ends: list[Stop] = []
+        self._encode = tokenizer.encode_batch
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Likelihood]:
         """Return (log p, is greedy) for the (context, continuation) of each request."""
-        pairs = encode_pairs(self._tokenizer, [request.args for request in requests])
+        texts = [request.args for request in requests]
+        pairs = encode_pairs(self._tokenizer, texts, self._encode)
         return self._likelihoods(pairs)
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
@@ -65,8 +68,7 @@ class HarnessModel(LM):
         ends = []  # number of pairs up to each request
         for request in requests:
             (ids,) = self._tokenizer.encode_batch(request.args)
-            if self._tokenizer.adds_bos:
-                ids = ids[1:]
+            ids = ids[len(self._tokenizer.prefix) :]
             length = self._model.config.max_positions
             for window in get_rolling_token_windows(ids, first, length, 1):
                 pairs.append(Pair(*make_disjoint_window(window)))
@@ -108,7 +110,9 @@ class HarnessModel(LM):
             raise UserError(
                 "a task that begins the model's turn itself cannot be evaluated as a chat"
             )
+        # The requests that follow have texts that this method has returned.
         self._turn_ends = end_of_turn(self._tokenizer)
+        self._encode = self._tokenizer.encode_rendered
         return chat_prompt(self._tokenizer, chat_history, self._system)
 
     def _likelihoods(self, pairs: Sequence[Pair]) -> list[Likelihood]:
@@ -129,7 +133,7 @@ class HarnessModel(LM):
                 f"the task generates {max_new_tokens} tokens, which leaves no positions for a"
                 f" prompt; the model has {self._model.config.max_positions} positions"
             )
-        prompts = [ids[-max_prompt:] for ids in self._tokenizer.encode_batch(contexts)]
+        prompts = [ids[-max_prompt:] for ids in self._encode(contexts)]
         with tqdm(total=len(prompts) * max_new_tokens, unit=" tokens", leave=False) as bar:
             completions = complete(
                 self._model,

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -17,6 +17,9 @@ from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.loss import token_scores
 
 _WIDTH = 256  # slots of a row that short pairs share
+
+
+Encode: TypeAlias = Callable[[Sequence[str]], list[list[int]]]  # the ids of each text
 
 
 class Pair(NamedTuple):
@@ -38,17 +41,21 @@ class Likelihood(NamedTuple):
     greedy: bool
 
 
-def encode_pairs(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]]) -> list[Pair]:
+def encode_pairs(
+    tokenizer: Tokenizer, texts: Sequence[tuple[str, str]], encode: Encode | None = None
+) -> list[Pair]:
     """Return the ids of each (context, continuation), as lm-evaluation-harness computes them.
 
     Both are encoded as one text, which is divided at the length of the encoded context. White space
     at the end of the context belongs to the continuation. An empty context is the bos token, or the
-    eos token if there is no bos. Raises `UserError` if the continuation has no token.
+    eos token if there is no bos. `encode` None encodes texts as prompts without a chat template.
+    Raises `UserError` if the continuation has no token.
     """
+    encode = encode or tokenizer.encode_batch
     contexts = [context.rstrip() for context, _ in texts]
     full_texts = [context + continuation for context, continuation in texts]
     pairs = []
-    encoded = zip(tokenizer.encode_batch(contexts), tokenizer.encode_batch(full_texts), strict=True)
+    encoded = zip(encode(contexts), encode(full_texts), strict=True)
     for index, (context, full) in enumerate(encoded):
         if not contexts[index]:
             first = first_token(tokenizer)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,7 @@ def encode_choices(
     for question in questions:
         prompt = prompt_format.prompt(tokenizer, question.question)
         texts += [(prompt, prompt_format.separator + choice) for choice in question.choices]
-    return encode_pairs(tokenizer, texts)
+    return encode_pairs(tokenizer, texts, partial(prompt_format.encode, tokenizer))
 
 
 def evaluate_choices(

@@ -73,6 +73,10 @@ class PromptFormat:
         messages.append({"role": "user", "content": self._fill(question)})
         return chat_prompt(tokenizer, messages, self.system)
 
+    def encode(self, tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of texts that begin with a prompt."""
+        return (tokenizer.encode_rendered if self.chat else tokenizer.encode_batch)(texts)
+
     def _fill(self, question: str) -> str:
         return self.question_template.replace(QUESTION, question)
 
@@ -82,7 +86,8 @@ def chat_prompt(
 ) -> str:
     """Return `messages` in the model's chat template, after `system` if they have no system turn.
 
-    Raises `UserError` if the model has no chat template.
+    The ids of this text are those of `Tokenizer.encode_rendered`, as in training. Raises
+    `UserError` if the model has no chat template.
     """
     if tokenizer.chat_template is None:
         raise UserError(

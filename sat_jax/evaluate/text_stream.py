@@ -37,8 +37,13 @@ class TextStream:
         return text
 
     def _text(self) -> str:
+        before = self._decode(self._previous)
         text = self._decode(self._previous + self._pending)
-        return text.removeprefix(self._decode(self._previous))
+        if text.startswith(before):
+            return text[len(before) :]
+        # Tokens of bytes are decoded together: new ones that are not UTF-8 change the text of those
+        # before them.
+        return self._decode(self._pending)
 
     def _release(self, text: str) -> str:
         if text:

@@ -11,6 +11,7 @@ from sat_jax.interop.weights import Weights
 from sat_jax.models.build import build
 from sat_jax.nn.decoder import Compute, Decoder
 from sat_jax.nn.layout import flat_values
+from sat_jax.tokenizer_files import read_tokenizer_files
 
 __all__ = [
     "Weights",
@@ -72,17 +73,27 @@ def save_model(
     dtype: Dtype = "float32",
     tokenizer_files_from: str | Path | None = None,
 ) -> None:
-    """Writes a Hugging Face directory (new or empty) that transformers 4 and 5 load.
+    """Write a Hugging Face directory (new or empty) that transformers 4 and 5 load.
 
-    The tokenizer is no part of a model: its files are copied from the Hugging Face directory
-    `tokenizer_files_from`. None writes none, and text needs one. `scripts.convert` makes such a
-    directory of a GGUF file.
+    The tokenizer is no part of a model: its files, and the settings of generation_config.json, are
+    copied from the Hugging Face directory `tokenizer_files_from`. None writes none, and text needs
+    a tokenizer. `scripts.convert` makes such a directory of a GGUF file.
     """
+    files, generation = {}, {}
+    if tokenizer_files_from is not None:
+        source = locate(tokenizer_files_from)
+        files, generation = read_tokenizer_files(source), huggingface.read_generation(source)
+        if not files:
+            raise UserError(
+                f"{source}: no directory with tokenizer files; of a GGUF file, scripts.convert"
+                " writes one"
+            )
     values = flat_values(model)
     huggingface.write_directory(
         Path(directory).expanduser(),
         model.config,
         values.__getitem__,
         dtype=dtype,
-        tokenizer_files_from=None if tokenizer_files_from is None else locate(tokenizer_files_from),
+        files=files,
+        generation=generation,
     )

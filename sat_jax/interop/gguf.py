@@ -1,5 +1,7 @@
 """GGUF files in: metadata → a model's configuration, quantized tensors → float32."""
 
+import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,30 @@ from sat_jax.models import registry
 from sat_jax.models.format_fields import GgufFields
 from sat_jax.models.formats import GgufFormat
 
+# Other versions have other layouts of quantized blocks.
+_QUANTIZATION_VERSION = 2
 
-def open_reader(path: Path) -> GGUFReader:
-    """Return a file's keys and tensors, memory-mapped. Raises `UserError` if it is unreadable."""
+
+@dataclasses.dataclass(frozen=True)
+class GgufFile:
+    """Metadata and tensors of a GGUF file, memory-mapped."""
+
+    path: Path
+    reader: GGUFReader
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """Return the value of a metadata key, or `default` if the file has no such key."""
+        field = self.reader.fields.get(key)
+        try:
+            return default if field is None else field.contents()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.path}: {key} is not UTF-8: {error}") from error
+
+
+def open_gguf(path: Path) -> GgufFile:
+    """Open a file. Raises `UserError` if it is unreadable or of another byte order."""
     try:
-        return GGUFReader(path)
+        reader = GGUFReader(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, IndexError, KeyError, OverflowError) as error:
@@ -31,25 +52,34 @@ def open_reader(path: Path) -> GGUFReader:
         why = f"truncated, damaged or of another kind: {error}"
         why = LFS_POINTER if is_lfs_pointer(path) else why
         raise UserError(f"{path}: cannot be read as GGUF: {why}") from error
+    # The library dequantizes in the byte order of this machine.
+    if reader.byte_order == "S":
+        order = reader.endianess.name.lower()
+        raise UserError(
+            f"{path}: a {order}-endian file; accepted: the byte order of this machine"
+            f" ({sys.byteorder}-endian); gguf-convert-endian of the package gguf converts the file"
+        )
+    return GgufFile(path, reader)
 
 
 def open_file(path: Path) -> Weights:
     """Return the model in a GGUF file, memory-mapped; a tensor is dequantized when it is read."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    reader = open_reader(path)
-    declared = _declaration(reader, path)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    file = open_gguf(path)
+    declared = _declaration(file)
+    tensors = {tensor.name: tensor for tensor in file.reader.tensors}
 
     def fetch(name: str) -> np.ndarray:
         return _dequantized(tensors[name], path)
 
     shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}
     prefix = f"{declared.architecture}."
-    bos, eos = (_value(reader, f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
+    bos, eos = (file.value(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
+    keys = [key for key in file.reader.fields if key.startswith(prefix)]
     fields = GgufFields(
         declared.architecture,
-        {k.removeprefix(prefix): _value(reader, k) for k in reader.fields if k.startswith(prefix)},
+        {key.removeprefix(prefix): file.value(key) for key in keys},
         bos_token_id=None if bos is None else int(bos),
         eos_token_ids=() if eos is None else (int(eos),),
         shapes=shapes,
@@ -63,22 +93,26 @@ def open_file(path: Path) -> Weights:
     return Weights(config, stacked_reader(config, "gguf", fetch))
 
 
-def _declaration(reader: GGUFReader, path: Path) -> GgufFormat:
-    architecture = str(_value(reader, "general.architecture"))
+def _declaration(file: GgufFile) -> GgufFormat:
+    kind = file.value("general.type", "model")
+    if kind != "model":
+        raise UserError(f"{file.path}: general.type {kind!r}; accepted: model")
+    version = file.value("general.quantization_version", _QUANTIZATION_VERSION)
+    if version != _QUANTIZATION_VERSION:
+        raise UserError(
+            f"{file.path}: general.quantization_version {version}; accepted:"
+            f" {_QUANTIZATION_VERSION}"
+        )
+    architecture = str(file.value("general.architecture"))
     declared = registry.GGUF_ARCHITECTURES.get(architecture)
     if declared is None or declared.gguf is None:
         raise UserError(
-            f"{path}: architecture {architecture!r} is not supported; "
+            f"{file.path}: architecture {architecture!r} is not supported; "
             f"accepted: {', '.join(registry.GGUF_ARCHITECTURES)}"
         )
-    if _value(reader, "split.count", 1) > 1:
-        raise UserError(f"{path}: one part of a split model; merge the parts into one file")
+    if file.value("split.count", 1) > 1:
+        raise UserError(f"{file.path}: one part of a split model; merge the parts into one file")
     return declared.gguf
-
-
-def _value(reader: GGUFReader, key: str, default: Any = None) -> Any:
-    field = reader.fields.get(key)
-    return default if field is None else field.contents()
 
 
 def _dequantized(tensor: ReaderTensor, path: Path) -> np.ndarray:

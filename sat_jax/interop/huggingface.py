@@ -1,9 +1,10 @@
 """Hugging Face directories: safetensors weights, sharded or not, in and out."""
 
+import dataclasses
 import json
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,6 +18,7 @@ from sat_jax.interop.huggingface_config import config_from_json, config_to_json,
 from sat_jax.interop.weights import (
     LFS_POINTER,
     Weights,
+    cast,
     check_tensors,
     is_lfs_pointer,
     stacked_reader,
@@ -24,24 +26,15 @@ from sat_jax.interop.weights import (
 from sat_jax.models import registry
 from sat_jax.models.build import shapes
 from sat_jax.models.decoder_config import DecoderConfig
+from sat_jax.models.format_fields import Json, JsonFields
 from sat_jax.models.formats import ModelFormat, StoredTensor
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 SHARD_BYTES = 5_000_000_000
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_GENERATION = "generation_config.json"
 
 
 def open_directory(directory: Path) -> Weights:
@@ -51,12 +44,21 @@ def open_directory(directory: Path) -> Weights:
         raise UserError(f"{directory}: no config.json; expected a Hugging Face directory")
     config = config_from_json(read_json(config_path), str(config_path))
     tensors = _Tensors(directory, registry.format_of(config))
-    shapes_by_name = dict(tensors.shapes)
     if config.tie_embeddings:
-        _check_tied(tensors, config, directory)
-        shapes_by_name.pop(_name_of(config, "lm_head"), None)
-    check_tensors(config, "huggingface", shapes_by_name, directory)
-    return Weights(config, stacked_reader(config, "huggingface", tensors.fetch))
+        _tie(tensors, config, directory)
+    check_tensors(config, "huggingface", tensors.shapes, directory)
+    generation = read_generation(directory)
+    # If this file has them, transformers stops at these tokens and not at those of config.json.
+    where = str(directory / _GENERATION)
+    if ends := JsonFields(generation, where).token_ids("eos_token_id"):
+        config = dataclasses.replace(config, eos_token_ids=ends)
+    return Weights(config, stacked_reader(config, "huggingface", tensors.fetch), generation)
+
+
+def read_generation(directory: Path) -> Json:
+    """Return the settings in generation_config.json, none if the directory has no such file."""
+    file = directory / _GENERATION
+    return read_json(file) if file.is_file() else {}
 
 
 class _Tensors:
@@ -69,8 +71,9 @@ class _Tensors:
             try:
                 handle = safe_open(path, framework="np").__enter__()
                 for name in handle.keys():
-                    if not declared.is_ignored(name):
-                        self._add(declared.full_name(name), path, handle, name)
+                    full_name = declared.full_name(name)
+                    if not declared.is_ignored(full_name):
+                        self._add(full_name, path, handle, name)
             except (SafetensorError, OSError) as error:
                 pointer = isinstance(error, SafetensorError) and is_lfs_pointer(path)
                 why = LFS_POINTER if pointer else error
@@ -90,13 +93,19 @@ class _Tensors:
         self.shapes[name] = tuple(piece.get_shape())
         self._stored[name] = (path, handle, stored_name)
 
+    def rename(self, name: str, new_name: str) -> None:
+        """Declare a tensor under another name."""
+        self.shapes[new_name] = self.shapes.pop(name)
+        self._stored[new_name] = self._stored.pop(name)
+
     def fetch(self, name: str) -> np.ndarray:
-        """Return one tensor, in the dtype it is stored in."""
+        """Return one tensor, in the dtype it is stored in; float64 is converted to float32."""
         path, handle, stored_name = self._stored[name]
         try:
-            return handle.get_tensor(stored_name)
+            tensor: np.ndarray = handle.get_tensor(stored_name)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: tensor {stored_name} cannot be read: {error}") from error
+        return cast(tensor, np.float32, stored_name) if tensor.dtype == np.float64 else tensor
 
 
 def _safetensors_files(directory: Path) -> list[Path]:
@@ -121,14 +130,22 @@ def _name_of(config: DecoderConfig, path: str) -> str:
     return registry.format_of(config).tensor_of(path).huggingface.name
 
 
-def _check_tied(tensors: _Tensors, config: DecoderConfig, directory: Path) -> None:
-    """Refuse a tied head that is stored and differs from the embedding."""
+def _tie(tensors: _Tensors, config: DecoderConfig, directory: Path) -> None:
+    """Leave one of embedding and head, under the name of the embedding.
+
+    Raises `UserError` if both are stored and differ.
+    """
     head, embed = (_name_of(config, path) for path in ("lm_head", "embed"))
-    stored = {head, embed} <= tensors.shapes.keys()
-    if stored and not np.array_equal(tensors.fetch(head), tensors.fetch(embed)):
+    if head not in tensors.shapes:
+        return
+    if embed not in tensors.shapes:
+        tensors.rename(head, embed)
+        return
+    if not np.array_equal(tensors.fetch(head), tensors.fetch(embed)):
         raise UserError(
             f"{directory}: {head} differs from {embed}, but config.json says tie_word_embeddings"
         )
+    del tensors.shapes[head]
 
 
 def write_directory(
@@ -137,13 +154,15 @@ def write_directory(
     read: Callable[[str], Any],
     *,
     dtype: Dtype = "float32",
-    tokenizer_files_from: Path | None = None,
+    files: Mapping[str, bytes] | None = None,
+    generation: Json | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a model so that transformers 4 and 5 load it. If it fails, nothing is left behind.
 
     `read(path)` returns one stacked parameter and is called once for each. The directory must be
-    new or empty. Tokenizer files are copied from the directory `tokenizer_files_from`.
+    new or empty. `files` are the contents of other files by name, such as those of a tokenizer, and
+    `generation` the settings for generation_config.json.
     """
     if dtype not in get_args(Dtype):
         raise UserError(
@@ -151,28 +170,27 @@ def write_directory(
         )
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise UserError(f"{directory}: exists and is not an empty directory; give a new one")
-    copied = [tokenizer_files_from / name for name in TOKENIZER_FILES if tokenizer_files_from]
-    copied = [file for file in copied if file.is_file()]
-    if tokenizer_files_from and not copied:
-        raise UserError(
-            f"{tokenizer_files_from}: no directory with tokenizer files; of a GGUF file,"
-            " scripts.convert writes one"
-        )
     raw = config_to_json(config, dtype)
     partial = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
         partial.mkdir(parents=True)
         _write_json(partial / "config.json", raw)
-        tokens = {key: raw[key] for key in ("bos_token_id", "eos_token_id")}
-        _write_json(partial / "generation_config.json", {"_from_model_config": True, **tokens})
+        _write_json(partial / _GENERATION, _generation_json(raw, generation or {}))
         _write_tensors(partial, config, read, dtype, shard_bytes)
-        for file in copied:
-            shutil.copyfile(file, partial / file.name)
+        for name, content in (files or {}).items():
+            (partial / name).write_bytes(content)
         partial.rename(directory)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{directory}: cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _generation_json(raw: Json, settings: Json) -> Json:
+    """Return generation_config.json: `settings` with the end tokens of config.json."""
+    if not settings:
+        settings = {"_from_model_config": True}
+    return {"bos_token_id": raw["bos_token_id"], **settings, "eos_token_id": raw["eos_token_id"]}
 
 
 def _write_tensors(
@@ -198,7 +216,7 @@ def _write_tensors(
                 [held[path][layer] for path in stored.tensor.paths]
             )
             # safetensors writes the memory as it is, so it has to be in row-major order.
-            tensors[stored.name] = np.ascontiguousarray(joined.astype(number))
+            tensors[stored.name] = np.ascontiguousarray(cast(joined, number, stored.name))
             weight_map[stored.name] = file
         save_file(tensors, directory / file, metadata={"format": "pt"})
         # safetensors makes its files private; give them the mode that any new file has here.

@@ -4,21 +4,28 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
 from sat_jax.errors import UserError
 from sat_jax.models import registry
 from sat_jax.models.build import shapes
 from sat_jax.models.decoder_config import DecoderConfig
+from sat_jax.models.format_fields import Json
 from sat_jax.models.formats import Format, Shape
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Weights in files: `read(path)` returns one parameter in float32, with layers stacked."""
+    """Weights in files: `read(path)` returns one parameter in float32, with layers stacked.
+
+    `generation` has the settings of generation_config.json, if the weights come with them.
+    """
 
     config: DecoderConfig
     read: Callable[[str], np.ndarray]
+    generation: Json = dataclasses.field(default_factory=dict)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -34,6 +41,20 @@ def is_lfs_pointer(path: Path) -> bool:
     head = b"version https://git-lfs"
     with path.open("rb") as file:
         return file.read(len(head)) == head
+
+
+def cast(tensor: np.ndarray, dtype: DTypeLike, name: str) -> np.ndarray:
+    """Return the tensor `name` in another dtype. Raises `UserError` if a finite value overflows."""
+    with np.errstate(over="ignore"):
+        converted = tensor.astype(dtype)
+    overflow = np.isinf(converted) & np.isfinite(tensor)
+    if overflow.any():
+        limit = float(ml_dtypes.finfo(converted.dtype).max)
+        raise UserError(
+            f"tensor {name} has the value {tensor[overflow][0]:g}, which {converted.dtype} cannot"
+            f" represent; accepted: up to {limit:g}, or a dtype with a larger range"
+        )
+    return converted
 
 
 def check_tensors(

@@ -24,6 +24,11 @@ Format = Literal["huggingface", "gguf"]
 Layout = Literal["rows", "columns", "vector"]
 Shape = tuple[int, ...]
 
+# Parts of tensor names that torch.compile, DDP, FSDP and activation checkpointing add.
+_WRAPPERS = re.compile(
+    r"(^|\.)(?:(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
@@ -179,7 +184,11 @@ class ModelFormat:
         return re.fullmatch(self.ignored, name) is not None
 
     def full_name(self, name: str) -> str:
-        """Return the declared name of a Hugging Face tensor, with the optional prefix."""
+        """Return the declared name of a Hugging Face tensor, with the optional prefix.
+
+        The names that PyTorch's wrappers of modules add (`_orig_mod.`, `module.`) are removed.
+        """
+        name = _WRAPPERS.sub(r"\1", name)
         full = self.optional_prefix + name
         templates = (re.escape(tensor.huggingface.name) for tensor in self.tensors)
         patterns = (template.replace(r"\{layer\}", r"\d+") for template in templates)

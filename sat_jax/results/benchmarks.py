@@ -60,7 +60,7 @@ def memory_tables(rows: Sequence[Row]) -> list[Table]:
 def _settings(rows: Sequence[Row]) -> Iterator[list[Row]]:
     """Yield the newest steps of each setting, the dense one first."""
     newest = {
-        (tuple(row[name] for name in STEP_SETTING), row["execution"], row["rate"]): row
+        (tuple(row.get(name) for name in STEP_SETTING), row["execution"], row["rate"]): row
         for row in rows
         if row.get("part") == "step" and row["rate"] < 1 and "error" not in row
     }

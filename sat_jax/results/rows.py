@@ -12,7 +12,10 @@ from sat_jax.provenance import environment
 
 Row: TypeAlias = dict[str, Any]
 # Fields within which measurements of large models' steps are compared.
-STEP_SETTING = ("target", "model", "rows", "row_length", "dtype", "optimizer", "remat", "kernels")
+STEP_SETTING = (
+    *("target", "model", "rows", "row_length", "dtype", "optimizer", "remat", "kernels"),
+    "attention",  # None: the default of the measurement, as in older rows, which lack it
+)
 ORIGIN = ("versions", "device", "commit")  # keys of `environment()`
 
 
@@ -67,7 +70,7 @@ def append(
         file.write("".join(lines))
 
 
-def latest(rows: Iterable[Row], **fields: Any) -> Row | None:
+def latest(rows: Iterable[Row], /, **fields: Any) -> Row | None:
     """Return the last row in which every named field has the given value, or None."""
     matching = [row for row in rows if fields.items() <= row.items()]
     return matching[-1] if matching else None

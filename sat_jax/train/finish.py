@@ -16,7 +16,7 @@ from sat_jax.sparsity.plan import Plan, has_channels, kept_shares
 from sat_jax.train.costs import flops_of_probe, flops_of_selection, step_flops
 from sat_jax.train.counters import RunCounters
 from sat_jax.train.metrics import MetricsLog, read_metrics
-from sat_jax.train.run_weights import exported
+from sat_jax.train.run_weights import exported, generation_settings
 from sat_jax.train.setup import Task
 from sat_jax.train.speed import Speedup
 from sat_jax.train.summary import PhaseTimer, write_summary
@@ -143,5 +143,10 @@ def export_model(task: Task, workdir: WorkDir, read: Callable[[str], np.ndarray]
     directory = workdir.export
     shutil.rmtree(directory, ignore_errors=True)  # of an end that was interrupted
     data_format = DataFormat.from_settings(task.config.data)
-    write_directory(directory, exported(task.model, task.tokenizer, data_format), read)
-    task.tokenizer.save(directory)
+    write_directory(
+        directory,
+        exported(task.model, task.tokenizer, data_format),
+        read,
+        files=task.tokenizer.files(),
+        generation=generation_settings(task.config, task.weights),
+    )

@@ -74,8 +74,11 @@ def _lock(workdir: WorkDir, config: Config, stack: ExitStack) -> bool:
     """Lock the work directory until `stack` is closed, compare settings, and return whether the run
     is finished."""
     stack.enter_context(workdir.lock())
-    workdir.compare(to_dict(config), free_paths(config))
-    return workdir.finished() is not None
+    finished = workdir.finished() is not None
+    # A run that is continued compares the content of the texts, not their paths.
+    free = free_paths(config) | (set() if finished else {"data.sources"})
+    workdir.compare(to_dict(config), free)
+    return finished
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,7 +355,7 @@ class Run:
             if newest is not None:
                 if newest.meta["data"] != self._task.data.info.fingerprint:
                     raise UserError(
-                        f"{self._workdir.path}: the texts in data.sources have changed since the"
+                        f"{self._workdir.path}: the texts in data.sources are not those of the"
                         " start of the run"
                     )
                 controller.restore(newest.meta["controller"])

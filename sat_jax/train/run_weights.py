@@ -17,6 +17,7 @@ from sat_jax.errors import UserError
 from sat_jax.interop import Weights, open_weights
 from sat_jax.models.build import layout_of, shapes
 from sat_jax.models.decoder_config import DecoderConfig
+from sat_jax.models.format_fields import Json
 from sat_jax.models.presets import preset
 from sat_jax.nn.decoder import Compute, Decoder
 from sat_jax.sparsity.execution.mask import as_floats, unit_masks
@@ -39,7 +40,7 @@ def open_run(path: Path, step: int | None = None) -> tuple[Weights, Config]:
     """
     workdir = WorkDir(path)
     config = from_config_dict(read_json(workdir.config))
-    model, _ = starting_point(config)
+    model, pretrained = starting_point(config)
     checkpoint = find(workdir.checkpoints, step)
     for name, expected in shapes(model).items():
         leaf = checkpoint.leaves.get(f"params/{name}")
@@ -52,7 +53,7 @@ def open_run(path: Path, step: int | None = None) -> tuple[Weights, Config]:
     def read(name: str) -> np.ndarray:
         return np.asarray(checkpoint.read([f"params/{name}"])[f"params/{name}"], np.float32)
 
-    return Weights(model, read), config
+    return Weights(model, read, generation_settings(config, pretrained)), config
 
 
 def load_model(
@@ -92,6 +93,14 @@ def starting_point(config: Config) -> tuple[DecoderConfig, Weights | None]:
         return weights.config, weights
     assert config.model.preset is not None
     return preset(config.model.preset), None
+
+
+def generation_settings(config: Config, pretrained: Weights | None) -> Json:
+    """Return the generation_config.json of the pretrained model, if the run uses its tokenizer.
+
+    Its token ids mean something else with another tokenizer.
+    """
+    return pretrained.generation if pretrained and config.data.tokenizer == "model" else {}
 
 
 def exported(model: DecoderConfig, tokenizer: Tokenizer, form: DataFormat) -> DecoderConfig:

@@ -85,7 +85,6 @@ def prepared_data(
         held_out=config.data.held_out,
         max_tokens=config.data.max_tokens,
         data_format=data_format,
-        model_vocab_size=model.vocab_size,
         log=log,
     )
     return training_tokenizer(tokenizer, data_format), data

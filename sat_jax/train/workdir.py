@@ -1,6 +1,6 @@
 """The work directory of a run: its files, its lock, and comparison of settings.
 
-config.json      the settings of the run, written once
+config.json      the settings of the run; data.sources changes if the same texts have moved
 metrics.jsonl    one object per logged step
 tensorboard/     the same for TensorBoard
 checkpoints/     see `sat_jax.train.checkpoint`
@@ -95,10 +95,14 @@ class WorkDir:
             )
 
     def begin(self, config: Mapping[str, Any]) -> None:
-        """Write `config` if the run is new. Called after all checks, so that refused settings are
-        not written."""
+        """Write `config` if the run is new; else its `data`, whose sources may have moved.
+
+        Called after all checks, so that refused settings are not written.
+        """
         if not self.config.exists():
             write_json(self.config, config)
+        elif (stored := read_json(self.config))["data"] != config["data"]:
+            write_json(self.config, {**stored, "data": config["data"]})
 
     def finished(self) -> dict[str, Any] | None:
         """Return the summary of a finished run, or None."""
