@@ -1,7 +1,11 @@
 """Command lines of all scripts: bad input is one line on stderr and exit code 2, no traceback."""
 
 import argparse
+import errno
+import io
+import os
 import sys
+import threading
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -19,8 +23,8 @@ SOURCES_HELP = (
 )
 SYSTEM_HELP = "for --chat: the system prompt, '' for none; default: that of the run's training"
 TOKENIZER_HELP = (
-    "model (that of the model), bytes, or the path of a tokenizer.json or its folder; default:"
-    " model, or the tokenizer of the run"
+    "model (that of the model, or of the training of the run), bytes, or the path of a"
+    " tokenizer.json or its folder; default: model"
 )
 
 
@@ -41,13 +45,71 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists what is accepted")
 
 
+# A file cannot be written: no space on the device, in the quota, or below the limit of file sizes.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def run(main: Callable[[], object]) -> None:
-    """Call `main`; a `UserError` becomes one line and exit code 2, an interrupt exit code 130."""
+    """Call `main`; a `UserError` becomes one line and exit code 2, an interrupt exit code 130.
+
+    A file that cannot be written because the disk is full is an error of the user too. A closed
+    pipe ends the script quietly, with the exit code 141 as in other programs. Characters that the
+    encoding of the output does not have are replaced.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    threading.excepthook = _report_in_thread
     try:
-        main()
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        code = _exit_code(main)
+    finally:
+        _discard_unwritten()
+    if code:
+        sys.exit(code)
+
+
+def _exit_code(main: Callable[[], object]) -> int:
+    try:
+        try:
+            main()
+            sys.stdout.flush()
+        except UserError as error:
+            return _fail(str(error), error)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            place = error.filename or "output"
+            return _fail(f"{place}: cannot be written: {error.strerror}", error)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+    except BrokenPipeError:
+        return 141
+    return 0
+
+
+def _fail(message: str, error: BaseException | None) -> int:
+    """Print a message. If the cause is a full disk, end the process: whatever runs when the
+    interpreter exits would try to write the same files, and print tracebacks."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            _discard_unwritten()
+            os._exit(2)
+        error = error.__cause__ or error.__context__
+    return 2
+
+
+def _discard_unwritten() -> None:
+    """Discard output that cannot be written, so that the interpreter does not try it again."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _report_in_thread(args: threading.ExceptHookArgs) -> None:
+    """Print the traceback of a thread, unless it met a full disk, which the main thread reports."""
+    if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in _FULL):
+        threading.__excepthook__(args)

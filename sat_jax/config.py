@@ -27,17 +27,26 @@ def key(
     help: str,
     *,
     low: float | None = None,
+    above: float | None = None,
     high: float | None = None,
     choices: Iterable[str] = (),
     free: bool = False,
 ) -> Any:
-    """Return a dataclass field with help text, inclusive bounds of numbers, and accepted names.
+    """Return a dataclass field with help text, bounds of numbers, and accepted names.
 
+    `low` and `high` are accepted themselves, `above` is not.
     `free`: no result depends on the setting, so that a resumed run may change it.
     """
     return dataclasses.field(
         default=default,
-        metadata={"help": help, "low": low, "high": high, "choices": tuple(choices), "free": free},
+        metadata={
+            "help": help,
+            "low": low,
+            "above": above,
+            "high": high,
+            "choices": tuple(choices),
+            "free": free,
+        },
     )
 
 
@@ -155,7 +164,7 @@ class OptimizerConfig:
     momentum_dtype: Literal["float32", "bfloat16"] = key(
         "float32", "storage dtype of the first moment"
     )
-    clip_norm: float | None = key(1.0, "maximum global gradient norm; None: no clipping", low=0.0)
+    clip_norm: float | None = key(1.0, "maximum global gradient norm; None: no clipping", above=0.0)
     moments: Literal["freeze", "decay"] = key(
         "freeze",
         "omitted neurons: not updated (freeze), or updated with zero gradients (decay; execution"

@@ -32,6 +32,7 @@ class Key:
     default: Any
     help: str
     low: float | None
+    above: float | None
     high: float | None
     choices: tuple[str, ...]
     free: bool
@@ -45,6 +46,8 @@ class Key:
             text = f"one of {', '.join(self.choices)}"
         if self.low is not None:
             text += f" >= {self.low:.10g}"
+        if self.above is not None:
+            text += f" > {self.above:.10g}"
         if self.high is not None:
             text += f"{',' if self.low is not None else ''} <= {self.high:.10g}"
         return text + (", or None" if len(options) < len(_options(self.type)) else "")
@@ -58,8 +61,7 @@ def keys(cls: type = Config, prefix: str = "") -> Iterator[Key]:
         if dataclasses.is_dataclass(hints[field.name]):
             yield from keys(hints[field.name], f"{path}.")
         else:
-            meta = {k: field.metadata[k] for k in ("help", "low", "high", "choices", "free")}
-            yield Key(path, hints[field.name], field.default, **meta)
+            yield Key(path, hints[field.name], field.default, **field.metadata)
 
 
 def default_config() -> ConfigDict:
@@ -301,9 +303,11 @@ def _accepted(value: Any, key: Key) -> bool:
         return all(_accepted(part, key) for part in value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return True
-    low, high = key.low, key.high
     return (
-        math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high)
+        math.isfinite(value)
+        and (key.low is None or value >= key.low)
+        and (key.above is None or value > key.above)
+        and (key.high is None or value <= key.high)
     )
 
 

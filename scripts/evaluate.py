@@ -24,18 +24,25 @@ the same for ASCII. Choices with equal likelihood count with the mean of their s
 accuracy of random guesses.
 
 --answers: JSON lines with a question and an answer. The model generates its answer greedily.
---extract is the rule that extracts a result from both answers: `number`, `hashes` (the number after
-####), `text` (the whole answer), or a regular expression with at most one group. The last match is
-the result. Two results match if they are equal as text or as numbers, in lower case and without
-`,`, `$`, outer white space and a final full stop. no_result is the share of answers without a
-result, and cut the share that reached --max-new-tokens.
+--extract is the rule that extracts a result from both answers: `number` (the last one), `hashes`
+(the number after ####), `text` (the whole answer), or a regular expression with at most one group,
+whose last match is the result. Two results match if they are equal as text, in lower case and
+without outer white space and a final full stop, or as numbers. no_result is the share of answers
+without a result, and cut the share that reached --max-new-tokens.
+
+Numbers are decimals (.75, 1,234.5, 2.5e-3) and fractions (3/4, 2 1/2), with a sign and a currency.
+Units and percent signs are ignored: 50% is 50. An expression with another meaning is no result, and
+no part of it is read: ranges (3-5, 3 to 5), calculations (5*3, 10^6), times and dates, ambiguous
+separators (3,4 or 1 234), digits in words (CO2), and multiples (5k, 5 million).
 
 The prompt is --prompt with {question} replaced. Without --chat, a space and the answer follow, and
 a generated answer ends where the next question would begin. With --chat, the prompt is the user's
 turn in the model's chat template, after the system prompt of the training (or --system). The answer
 is the next turn, and ends with the end of turn of the template.
 
-stderr is the standard error over questions, s / √n.
+stderr is the standard error over questions, s / √n. skipped is the number of questions that are
+left out because they cannot be read, are too long for the model, or have no expected result; each
+is named on stderr.
 Tokens per second exclude the first batch, which includes compilation.
 """
 

@@ -6,12 +6,13 @@ All input is checked before the first model is evaluated.
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -25,22 +26,31 @@ from sat_jax.evaluate.exact_match import (
     PromptedQuestion,
     compare_answers,
     exact_match_score,
-    prompt_questions,
+    prompt_question,
 )
 from sat_jax.evaluate.generate import check_prompts
-from sat_jax.evaluate.likelihood import check_pairs
+from sat_jax.evaluate.likelihood import Pair, check_pairs
 from sat_jax.evaluate.multiple_choice import encode_choices, evaluate_choices
 from sat_jax.evaluate.perplexity import EvalData, perplexity, prepared_data, read_text, text_data
 from sat_jax.evaluate.prompts import PromptFormat, QuestionAnswer
-from sat_jax.evaluate.question_files import read_answers, read_choices
+from sat_jax.evaluate.question_files import (
+    MultipleChoiceQuestion,
+    name_of,
+    read_answers,
+    read_choices,
+)
+from sat_jax.evaluate.usable import usable
+from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.loss import perplexity_of
 
 Args = argparse.Namespace
 Figures = dict[str, Any]
+R = TypeVar("R")
 Evaluation = Callable[[Decoder], list[Figures]]  # from a model to its lines of output
 
 LENGTH = 1024  # default window, if the model has so many positions
+_PRINTED = 10  # questions that are left out and named
 
 
 def evaluations(mode: str, args: Args, models: list[EvalModel]) -> list[Evaluation]:
@@ -128,10 +138,37 @@ def _shots(args: Args, file: str, read: Callable[..., list[Any]]) -> list[Any]:
         return []
     if Path(args.shots_from).resolve() == Path(file).resolve():
         raise UserError(f"--shots-from {file}: contains the questions to be answered")
-    shots = read(args.shots_from, args.question_field, args.answer_field, args.shots)
+    faults: list[str] = []
+    shots = read(args.shots_from, args.question_field, args.answer_field, None, faults)
+    _print_faults(faults)
     if len(shots) < args.shots:
         raise UserError(f"{args.shots_from}: has {len(shots)} questions; --shots {args.shots}")
-    return shots
+    return shots[: args.shots]
+
+
+def _questions(args: Args, file: str, read: Callable[..., list[Any]]) -> tuple[list[Any], int]:
+    """Return the questions of `file`, and the number of those that cannot be read."""
+    faults: list[str] = []
+    questions = read(file, args.question_field, args.answer_field, args.limit, faults)
+    _print_faults(faults)
+    return questions, len(faults)
+
+
+def _usable_questions(convert: Callable[[Any], R], questions: list[Any]) -> tuple[list[R], int]:
+    """Return `convert(question)` of all questions that a model can be asked, and the number of the
+    others."""
+    faults: list[str] = []
+    result = usable(convert, questions, faults, name_of)
+    _print_faults(faults)
+    return result, len(faults)
+
+
+def _print_faults(faults: list[str]) -> None:
+    """Print one line on stderr for each item that is left out, and the number of further ones."""
+    for fault in faults[:_PRINTED]:
+        print(f"left out: {' '.join(fault.split())}", file=sys.stderr)
+    if len(faults) > _PRINTED:
+        print(f"left out: {len(faults) - _PRINTED} more", file=sys.stderr)
 
 
 def _prompt_formats(
@@ -148,35 +185,75 @@ def _prompt_formats(
 def _choices(args: Args, models: list[EvalModel]) -> list[Evaluation]:
     shots = [question.with_answer for question in _shots(args, args.choices, read_choices)]
     prompt_formats = _prompt_formats(args, shots, models)
-    questions = read_choices(args.choices, args.question_field, args.answer_field, args.limit)
+    questions, unread = _questions(args, args.choices, read_choices)
     result = []
     for eval_model, prompt_format in zip(models, prompt_formats, strict=True):
-        tokenizer = eval_model.tokenizer(args.tokenizer)
-        pairs = encode_choices(tokenizer, prompt_format, questions)
-        check_pairs(eval_model.weights.config, pairs)
-        evaluate = partial(evaluate_choices, questions, pairs, args.rows)
-        result.append(_measured(sum(pair.length for pair in pairs), evaluate))
+        tokenizer, config = eval_model.tokenizer(args.tokenizer), eval_model.weights.config
+        encode = partial(_encode_choices, tokenizer, prompt_format, config)
+        encoded, faults = _usable_questions(encode, questions)
+        total = sum(pair.length for _, pairs in encoded for pair in pairs)
+        evaluate = partial(_multiple_choice, encoded, unread + faults, args.rows)
+        result.append(_measured(total, evaluate))
     return result
+
+
+def _encode_choices(
+    tokenizer: Tokenizer,
+    prompt_format: PromptFormat,
+    config: DecoderConfig,
+    question: MultipleChoiceQuestion,
+) -> tuple[MultipleChoiceQuestion, list[Pair]]:
+    pairs = encode_choices(tokenizer, prompt_format, [question])
+    check_pairs(config, pairs)
+    return question, pairs
+
+
+def _multiple_choice(
+    encoded: list[tuple[MultipleChoiceQuestion, list[Pair]]],
+    skipped: int,
+    rows: int,
+    model: Decoder,
+    meter: Meter,
+) -> Figures:
+    questions = [question for question, _ in encoded]
+    pairs = [pair for _, pairs in encoded for pair in pairs]
+    faults: list[str] = []
+    figures = evaluate_choices(questions, pairs, rows, model, meter, faults)
+    _print_faults(faults)
+    return {**figures, "skipped": skipped + len(faults)}
 
 
 def _answers(args: Args, models: list[EvalModel]) -> list[Evaluation]:
     rule = ExtractionRule(args.extract)
     shots = _shots(args, args.answers, read_answers)
     prompt_formats = _prompt_formats(args, shots, models)
-    problems = read_answers(args.answers, args.question_field, args.answer_field, args.limit)
-    total = len(problems) * args.max_new_tokens
+    problems, unread = _questions(args, args.answers, read_answers)
     result = []
     for name, eval_model, prompt_format in zip(args.model, models, prompt_formats, strict=True):
         tokenizer = eval_model.tokenizer(args.tokenizer)
-        questions = prompt_questions(tokenizer, problems, prompt_format, rule)
-        prompts = [question.ids for question in questions]
-        check_prompts(eval_model.weights.config, prompts, args.max_new_tokens)
+        config, limit = eval_model.weights.config, args.max_new_tokens
+        prompt = partial(_prompt, tokenizer, prompt_format, rule, config, limit)
+        questions, faults = _usable_questions(prompt, problems)
         stops = prompt_format.stops(tokenizer)
-        evaluate = partial(_exact_match, args, name, tokenizer, questions, rule, stops)
-        result.append(_measured(total, evaluate))
+        skipped = unread + faults
+        evaluate = partial(_exact_match, args, name, tokenizer, questions, skipped, rule, stops)
+        result.append(_measured(len(questions) * limit, evaluate))
     if args.generations is not None:
         args.generations.write_text("")
     return result
+
+
+def _prompt(
+    tokenizer: Tokenizer,
+    prompt_format: PromptFormat,
+    rule: ExtractionRule,
+    config: DecoderConfig,
+    max_new_tokens: int,
+    problem: QuestionAnswer,
+) -> PromptedQuestion:
+    question = prompt_question(tokenizer, problem, prompt_format, rule)
+    check_prompts(config, [question.ids], max_new_tokens)
+    return question
 
 
 def _exact_match(
@@ -184,6 +261,7 @@ def _exact_match(
     name: str,
     tokenizer: Tokenizer,
     questions: list[PromptedQuestion],
+    skipped: int,
     rule: ExtractionRule,
     stops: list[Stop],
     model: Decoder,
@@ -196,7 +274,7 @@ def _exact_match(
         with args.generations.open("a", encoding="utf-8") as file:
             for answer in answers:
                 file.write(json.dumps({"model": name, **answer}, ensure_ascii=False) + "\n")
-    return exact_match_score(answers)
+    return {**exact_match_score(answers), "skipped": skipped}
 
 
 # --- lm-evaluation-harness -------------------------------------------------------------------

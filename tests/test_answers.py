@@ -32,6 +32,45 @@ BYTES = load_tokenizer("bytes", None, 256)
         (r"answer is (\w+)", "answer is Red, answer is Blue", "blue"),
         (r"[A-D]\b", "A, or B", "b"),
         (r"(x)?y", "y", ""),
+        # Forms of numbers
+        *(("number", text, text) for text in ("7", "-3", ".75", "1.5e-3", "3/4", "2 1/2")),
+        *(("number", f"{sign}5 apples", "-5") for sign in "-\u2212\u2013\uff0d"),
+        *(
+            ("number", text, "5")
+            for text in ("+5", "5%", "5 %", "\u20ac5", "5\u20ac", "US$5", "5km/h")
+        ),
+        *(
+            ("number", text, "5")
+            for text in ("**5**.", "(5)", "=5", "5-year", "- 5 pears", "\u2014 5")
+        ),
+        *(("number", text, "-.5") for text in ("-$.5", "$-.5", "It is -.5.", r"\boxed{-.5}")),
+        *(("number", f"1{gap}234.5", "1234.5") for gap in (",", "'", "\u202f", "{,}", r"\,")),
+        *(("number", text, "3/4") for text in ("\u00be", r"$\frac{3}{4}$", "3/4 cup")),
+        *(("number", text, "2 1/2") for text in ("2\u00bd", r"2\frac{1}{2}", "2 1/2 cups")),
+        ("number", "9*2=<<9*2=18>>18 eggs", "18"),
+        ("number", "10, 200, 300", "300"),
+        # Expressions without a value: no part of them is a result
+        *(
+            ("number", text, None)
+            for text in ("3-5", "3\u20135", "3 - 5", "3 to 5", "between 3 and 5")
+        ),
+        *(("number", text, None) for text in ("5*3", "5 + 3", "5 + x", "x - 5", "10^6", "10^{6}")),
+        *(
+            ("number", text, None)
+            for text in ("3,4", "1,23,456", "1.234,5", "1 234", "0,123", "1.2.3")
+        ),
+        *(("number", text, None) for text in ("12:30", "2024-05-01", "1/2/2024", "3/0", "\u00b15")),
+        *(
+            ("number", text, None)
+            for text in ("CO2", "COVID-19", "x_1", "No.5", "5\u00b2", r"\sqrt{5}")
+        ),
+        *(
+            ("number", text, None)
+            for text in ("5k", "5 million", r"2\pi", "-$ 5", "--5", "7" * 5000)
+        ),
+        ("hashes", "#### .5", ".5"),
+        ("hashes", "#### 2 1/2 cups of 3", "2 1/2"),
+        ("hashes", "#### 4\n#### 3 to 5", None),
     ],
 )
 def test_extracted_results(rule: str, text: str, expected: str | None) -> None:
@@ -52,6 +91,18 @@ def test_invalid_rules(rule: str, message: str) -> None:
     [
         *(("18", "18.0", True), ("18", "18.1", False), ("paris", "paris", True)),
         *((None, None, False), ("18", None, False), ("a", "18", False), ("nan", "nan", True)),
+        *(
+            (".75", "0.75", True),
+            (".75", "75", False),
+            ("3/4", "0.75", True),
+            ("2 1/2", "2.5", True),
+        ),
+        *(
+            ("$1,000", "1000", True),
+            ("50%", "50", True),
+            ("3,4", "34", False),
+            ("5 kg", "5", False),
+        ),
     ],
 )
 def test_equal_results(result: str | None, other: str | None, expected: bool) -> None:
@@ -109,9 +160,9 @@ def test_fields_of_question_files(tmp_path: Path) -> None:
         QuestionAnswer("a", "b"),
         QuestionAnswer("c", "3"),
     ]
-    with pytest.raises(UserError, match=r"line 3 .*no field any of answer, .* \(it has x, y\)"):
+    with pytest.raises(UserError, match=r"line 3: no field any of answer, .* \(it has x, y\)"):
         read_answers(str(file), None, None)
-    with pytest.raises(UserError, match=r"line 1 .*no field y"):
+    with pytest.raises(UserError, match=r"line 1: no field y"):
         read_answers(str(file), None, "y")
 
 
@@ -154,6 +205,24 @@ def test_script_counts_correct_answers(
     assert written[1]["expected"] == "another"
 
 
+def test_script_leaves_out_questions_without_a_result(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    answers = {"Once": "#### 5", "upon": "#### 3-5", "a": None, "time": 7}
+    lines = [json.dumps({"question": q, "answer": a}) for q, a in answers.items()]
+    (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    command(
+        monkeypatch,
+        *("--answers", tmp_path / "q.jsonl", "--max-new-tokens", "8"),
+        *("--json", tmp_path / "out.json"),
+    )
+    (record,) = json.loads((tmp_path / "out.json").read_text())["models"]
+    assert (record["questions"], record["skipped"]) == (2, 2)
+    error = capsys.readouterr().err
+    assert "q.jsonl, line 3: field 'answer' is null, not a string" in error
+    assert "question 'upon': no result in the answer '#### 3-5'" in error
+
+
 @pytest.mark.parametrize("end", ['"', "<end>"])
 def test_script_ends_an_answer_at_the_end_of_turn(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, end: str
@@ -177,7 +246,7 @@ def test_script_ends_an_answer_at_the_end_of_turn(
     ("arguments", "message"),
     [
         (["--include-path", "."], "--include-path has no effect with --answers"),
-        (["--extract", "number"], "no result in the answer 'another'"),
+        (["--extract", r"(\d{9})"], "none of 3 can be used: question 'Once': no result in the"),
         (["--extract", "text", "--max-new-tokens", "127"], "tokens and 127 new tokens exceed"),
         (["--generations", "nowhere/x"], "nowhere/x: cannot be written: No such file"),
         (["--generations", "."], "cannot be written: Is a directory"),

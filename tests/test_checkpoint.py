@@ -14,6 +14,7 @@ from flax import nnx
 
 from sat_jax.errors import UserError
 from sat_jax.train.checkpoint import Checkpoints, find, named_leaves
+from tests.conftest import RunPython
 
 
 class State(NamedTuple):
@@ -281,6 +282,33 @@ def test_the_last_good_step_outlives_a_damaged_newer_one(tmp_path: Path) -> None
         checkpoints.save(3, make_state(3), {})
         checkpoints.wait()
         assert steps_in(tmp_path) == [3]
+
+
+FULL = """
+import resource, sys
+import numpy as np
+from pathlib import Path
+from sat_jax.cli import run
+from sat_jax.train.checkpoint import Checkpoints
+
+def main():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    arrays = np.random.default_rng(0).normal(size=(8, 10_000))  # does not compress
+    with Checkpoints(Path(sys.argv[1]), 1) as checkpoints:
+        checkpoints.save(1, {f"leaf{i}": array for i, array in enumerate(arrays)}, {})
+
+run(main)
+"""
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(
+    tmp_path: Path, run_python: RunPython
+) -> None:
+    process = run_python("-c", FULL, str(tmp_path))
+    assert process.returncode == 2
+    (line,) = process.stderr.splitlines()
+    assert line.startswith(f"error: checkpoint {tmp_path / '1'}: not written: ")
+    assert "File too large" in line
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Multiple choice: log-likelihoods, scores, prompts and question files."""
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -9,8 +10,13 @@ import pytest
 
 from sat_jax.data.tokenizer import load_tokenizer
 from sat_jax.errors import UserError
-from sat_jax.evaluate.likelihood import Pair, encode_pairs, likelihoods
-from sat_jax.evaluate.multiple_choice import encode_choices, mean_and_error, score_choices
+from sat_jax.evaluate.likelihood import Likelihood, Pair, encode_pairs, likelihoods
+from sat_jax.evaluate.multiple_choice import (
+    encode_choices,
+    evaluate_choices,
+    mean_and_error,
+    score_choices,
+)
 from sat_jax.evaluate.prompts import PLAIN, PromptFormat, QuestionAnswer
 from sat_jax.evaluate.question_files import MultipleChoiceQuestion, read_choices
 from tests.golden_model import golden, logits_of, run_evaluate
@@ -79,8 +85,22 @@ def test_score_of_choices() -> None:
     assert mean_and_error([1.0, 0.0, 0.0, 1.0]) == (0.5, pytest.approx(math.sqrt(1 / 3 / 4)))
     assert mean_and_error([1.0]) == (1.0, None)
     assert score_choices([single], [[-math.inf, -1.0]])["accuracy"] == 1
-    with pytest.raises(UserError, match=r"question '\?': the log-likelihood of a choice is NaN"):
-        score_choices([tie, single], [[-1.0, -1.0, -2.0], [-1.0, math.nan]])
+
+
+def test_a_likelihood_that_is_nan_leaves_out_its_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = [MultipleChoiceQuestion(text, ("a", "b"), (1.0, 0.0)) for text in "xy"]
+    values = iter([-1.0, math.nan, -1.0, -2.0] * 2 + [math.nan] * 4)
+    monkeypatch.setattr(
+        "sat_jax.evaluate.multiple_choice.likelihoods",
+        lambda *_: [Likelihood(next(values), True) for _ in range(4)],
+    )
+    evaluate = functools.partial(evaluate_choices, questions, [], 1, golden())
+    faults: list[str] = []
+    assert evaluate(faults=faults)["questions"] == 1
+    assert [fault[:44] for fault in faults] == ["question 'x': the log-likelihood of a choice"]
+    for collected in (None, []):  # strict; none is left
+        with pytest.raises(UserError, match=r"question 'x': the log-likelihood of a choice is NaN"):
+            evaluate(faults=collected)
 
 
 def test_prompts() -> None:
@@ -161,7 +181,7 @@ def test_big_bench_and_limits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"question": "q"}, "line 1 .*no field any of choices, options, endings"),
+        ({"question": "q"}, "line 1: no field any of choices, options, endings"),
         ({**RED, "answer": 0}, "no field any of question"),
         ({"question": "q", **RED, "answer": 3}, "the answer 3 is none of the 3 choices"),
         ({"question": "q", **RED, "answer": True}, "the answer True is none"),
@@ -224,9 +244,37 @@ def test_script_scores(
     assert record["accuracy"] == sum(scores) / 2
 
 
+def test_script_leaves_out_single_questions(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    questions: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command(monkeypatch, "--choices", questions, "--json", "alone.json")
+    capsys.readouterr()
+    bad = [
+        *("{", "[]", '{"question": "no choices"}', '{"question": "q", "choices": ["x", "y"]}'),
+        json.dumps({"question": "none of these", "choices": ["x", "y"], "answer": "z"}),
+        json.dumps({"question": "l" + "o" * 200 + "ng", "choices": ["x", "y"], "answer": 0}),
+    ]
+    first, second = questions.read_text().split("\n")
+    questions.write_text("\n".join([*bad[:3], first, "", *bad[3:], second]))
+    command(monkeypatch, "--choices", questions, "--json", "beside.json")
+    alone, beside = (json.loads(Path(f"{n}.json").read_text()) for n in ("alone", "beside"))
+    for content, skipped in ((alone, 0), (beside, len(bad))):
+        (record,) = content["models"]
+        assert (record["questions"], record["skipped"]) == (2, skipped)
+    assert alone["models"][0]["accuracy"] == beside["models"][0]["accuracy"]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "left out: " in line]
+    for line, name in zip(lines, ["line 1", "line 2", "line 3", "line 6", "line 7"], strict=False):
+        assert f"{questions}, {name}: " in line
+    assert "question 'looo" in lines[5] and "exceeds the model's 128 positions" in lines[5]
+
+
 COLUMNS = [
     *("accuracy", "stderr", "accuracy_per_byte", "stderr_per_byte", "chance"),
-    "tokens_per_second",
+    *("skipped", "tokens_per_second"),
 ]
 
 

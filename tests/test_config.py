@@ -103,7 +103,13 @@ def valid(key: Key) -> st.SearchStrategy[Any]:
         low, high = int(key.low or 0), key.high or 2**40
         values = st.integers(low, int(high))
     elif kind(key) is float:
-        values = st.floats(key.low, key.high or 1e300, allow_nan=False, allow_infinity=False)
+        values = st.floats(
+            key.low if key.above is None else key.above,
+            key.high or 1e300,
+            exclude_min=key.above is not None,
+            allow_nan=False,
+            allow_infinity=False,
+        )
     elif kind(key) is tuple:
         numbers = {"int": st.integers(-9, 9), "float": st.floats(0, 1)}
         named = next((number for number in numbers if number in key.accepts), None)
@@ -232,6 +238,8 @@ def bad_values(key: Key) -> list[Any]:
     wrong += [1.5] if kind(key) is int else []
     if number and key.low is not None:
         wrong.append(type(key.low)(key.low) - 1 if kind(key) is float else int(key.low) - 1)
+    if number and key.above is not None:
+        wrong.append(key.above)
     if number and key.high is not None:
         wrong.append(key.high * 1.01 if kind(key) is float else int(key.high) + 1)
     wrong += [["a", 1], [None]] if "separated" in key.accepts else [(1,)]

@@ -1,5 +1,6 @@
 """scripts/convert.py: every kind of source, and errors for misuse."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -10,14 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sat_jax.config import Config
 from sat_jax.config_values import from_config_dict, to_dict
-from sat_jax.data.conversations import chat_template
+from sat_jax.data.conversations import chat_template, training_tokenizer
+from sat_jax.data.data_format import DataFormat
 from sat_jax.data.tokenizer import load_tokenizer
 from sat_jax.errors import UserError
 from sat_jax.interop import open_weights
 from sat_jax.models.build import initial_values, shapes
 from sat_jax.models.presets import preset
 from sat_jax.train.checkpoint import Checkpoints
+from sat_jax.train.files import write_json
+from sat_jax.train.inputs import write_model
+from sat_jax.train.run_weights import generation_settings
+from sat_jax.train.workdir import WorkDir
 from scripts.convert import main
 from tests.test_gguf import METADATA, golden_tensors, write
 from tests.tolerances import assert_close
@@ -46,6 +53,8 @@ def finished_run(tmp_path: Path) -> Path:
     directory.mkdir()
     config = from_config_dict({"model": {"preset": "tiny"}, "data": {"tokenizer": "bytes"}})
     (directory / "config.json").write_text(json.dumps(to_dict(config)))
+    tokenizer = load_tokenizer("bytes", None, preset("tiny").vocab_size)
+    write_model(WorkDir(directory), preset("tiny"), tokenizer)
     with Checkpoints(directory / "checkpoints", keep_last=2) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, {"params": initial_values(preset("tiny"), step)}, {})
@@ -67,7 +76,7 @@ def test_a_gguf_file(convert: Convert, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_hugging_face_directory_in_another_dtype(convert: Convert, tmp_path: Path) -> None:
     convert(GOLDEN / "qwen3", "--out", tmp_path / "out", "--dtype", "bfloat16")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     written, original = open_weights(tmp_path / "out"), open_weights(GOLDEN / "qwen3")
     assert_close(written.read("lm_head"), original.read("lm_head"), "bfloat16", "forward")
 
@@ -92,6 +101,9 @@ def test_a_run_trained_on_conversations(
     content = json.loads(file.read_text())
     content["data"] |= {"format": "alpaca", "chat_template": "zephyr"}
     file.write_text(json.dumps(content))
+    data_format = DataFormat.from_settings(from_config_dict(content).data)
+    trained = training_tokenizer(load_tokenizer("bytes", None, 257), data_format)
+    write_model(WorkDir(finished_run), preset("tiny"), trained)
     convert(finished_run, "--out", tmp_path / "out")
     written = open_weights(tmp_path / "out").config
     assert written.eos_token_ids == (*preset("tiny").eos_token_ids, 256)
@@ -124,17 +136,16 @@ def test_files_beside_the_weights_are_kept(fast: bool, convert: Convert, tmp_pat
 def test_settings_for_generation_of_a_run(
     finished_run: Path, convert: Convert, tmp_path: Path
 ) -> None:
-    source, file = tmp_path / "source", finished_run / "config.json"
-    convert(finished_run, "--out", source)
-    (source / "generation_config.json").write_text('{"eos_token_id": 1, "temperature": 0.6}')
+    write_json(WorkDir(finished_run).generation, {"eos_token_id": 1, "temperature": 0.6})
+    convert(finished_run, "--out", tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written["temperature"] == 0.6
+    weights = open_weights(tmp_path / "out")
     for tokenizer, kept in (("model", 0.6), ("bytes", None)):
-        content = json.loads(file.read_text())
-        content["model"] |= {"preset": None, "path": str(source)}
-        content["data"] |= {"tokenizer": tokenizer}
-        file.write_text(json.dumps(content))
-        convert(finished_run, "--out", tmp_path / tokenizer)
-        written = json.loads((tmp_path / tokenizer / "generation_config.json").read_text())
-        assert written.get("temperature") == kept
+        data = dataclasses.replace(Config().data, tokenizer=tokenizer)
+        config = dataclasses.replace(Config(), data=data)
+        assert generation_settings(config, weights).get("temperature") == kept
+    assert generation_settings(Config(), None) == {}
 
 
 def test_a_damaged_tokenizer_is_an_error(convert: Convert, tmp_path: Path) -> None:

@@ -202,11 +202,12 @@ def neox(**settings: Any) -> GPTNeoXConfig:
 def test_either_form_of_config_is_complete(config: GPTNeoXConfig, form: str) -> None:
     """transformers 4 reads rotary_emb_base and rotary_pct, transformers 5 rope_parameters."""
     raw = config_to_json(config, "float32")
-    if form == "old":
-        del raw["rope_parameters"], raw["dtype"]
-    elif form == "new":
+    scaling = raw["rope_scaling"] or {"rope_type": "default"}
+    base = {"rope_theta": raw["rotary_emb_base"], "partial_rotary_factor": raw["rotary_pct"]}
+    new = {"rope_parameters": base | scaling, "dtype": "float32"}
+    if form == "new":
         del raw["rotary_emb_base"], raw["rotary_pct"], raw["rope_scaling"], raw["torch_dtype"]
-    assert config_from_json(raw, "config.json") == config
+    assert config_from_json(raw if form == "old" else raw | new, "config.json") == config
 
 
 GPT2, NEOX = preset("gpt2"), preset("pythia-70m")
@@ -223,7 +224,15 @@ GPT2, NEOX = preset("gpt2"), preset("pythia-70m")
         (GPT2, {"architectures": ["GPT2DoubleHeadsModel"]}, "architectures.*GPT2LMHeadModel"),
         (NEOX, {"hidden_act": "gelu_fancy"}, "hidden_act"),
         (NEOX, {"num_attention_heads": 5}, "num_attention_heads = 5"),
-        (NEOX, {"rotary_pct": 0.5}, "rotary_pct = 0.5.*0.25"),
+        (
+            NEOX,
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            "rotary_pct = 0.25.*0.5, as in",
+        ),
+        (NEOX, {"head_dim": 32}, "head_dim = 32.*64"),
+        (GPT2, {"head_dim": 32}, "head_dim = 32.*64"),
+        (GPT2, {"hidden_size": 32}, "n_embd = 768.*32, as in another field"),
+        (GPT2, {"n_ctx": 512}, "n_ctx = 512.*1024, as in another field"),
         (NEOX, {"rope_parameters": {"rope_theta": 1.0}}, "rotary_emb_base = 10000"),
         (NEOX, {"rope_theta": 500.0}, "rope_theta = 500.0.*10000"),
         (NEOX, {"partial_rotary_factor": 1.0}, "partial_rotary_factor = 1.0"),
@@ -242,6 +251,13 @@ def test_what_is_not_implemented_is_refused_by_name(
         config_from_json(raw | change, "DIR/config.json")
     assert str(caught.value).startswith("DIR/config.json: ")
     assert "\n" not in str(caught.value)
+
+
+def test_second_names_of_fields() -> None:
+    raw = config_to_json(GPT2, "float32")
+    raw["num_hidden_layers"] = raw.pop("n_layer")
+    assert config_from_json(raw, "x") == GPT2
+    assert config_from_json(raw | {"num_hidden_layers": 3, "n_layer": 3}, "x").n_layers == 3
 
 
 def test_names_of_one_activation() -> None:

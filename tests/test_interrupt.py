@@ -1,5 +1,6 @@
 """Runs that are stopped, diverge or fail: nothing is lost, and the error is one line."""
 
+import math
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from sat_jax.config import Config
 from sat_jax.config_values import load
 from sat_jax.errors import UserError
 from sat_jax.train.interrupt import Interrupt
-from sat_jax.train.loop import train
+from sat_jax.train.loop import Run, train
 from sat_jax.train.metrics import read_metrics
 from sat_jax.train.programs import Programs
 from sat_jax.train.run_state import RunState
@@ -153,6 +154,33 @@ def test_a_run_that_diverges_ends_with_its_sound_checkpoints(tmp_path: Path) -> 
             train(config, tmp_path / "run", print)
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("eval_every", "losses", "message", "saved"),
+    [
+        (0, [math.nan], "after step 0 the held-out loss is nan; the weights are damaged", []),
+        # An evaluation precedes the save; without one, the loss is computed for the save.
+        (1, [5.0, 5.0, math.inf], "after step 2 the held-out loss is inf; earlier", ["1"]),
+        (0, [5.0, 5.0, math.nan], "after step 2 the held-out loss is nan; earlier", ["1"]),
+    ],
+)
+def test_weights_without_a_finite_held_out_loss_are_not_saved(
+    eval_every: int,
+    losses: list[float],
+    message: str,
+    saved: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = iter(losses)
+    monkeypatch.setattr(Run, "_held_out_loss", lambda *_: next(values))
+    config = settings(train__steps=3, train__eval_every=eval_every, checkpoint__every=1)
+    with pytest.raises(UserError, match=message):
+        train(config, tmp_path / "run", print)
+    folder = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in folder.iterdir()] == saved
+    assert not (tmp_path / "run" / "huggingface").exists()
 
 
 def test_a_perplexity_beyond_all_floats_ends_a_run_like_any_other(tmp_path: Path) -> None:

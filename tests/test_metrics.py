@@ -24,7 +24,7 @@ from sat_jax.train.metrics import MetricsLog, read_metrics, to_json
 from sat_jax.train.progress import Progress, describe
 from sat_jax.train.summary import PhaseTimer, peak_memory, write_summary
 from sat_jax.train.workdir import WorkDir
-from tests.conftest import ROOT
+from tests.conftest import ROOT, RunPython
 
 
 def logged(workdir: WorkDir, start: int, *steps: int) -> None:
@@ -142,6 +142,29 @@ def test_resume_drops_later_records_and_a_torn_last_line(tmp_path: Path) -> None
     logged(workdir, 0, 0, 1)
     assert steps_of(workdir) == [0, 1]
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "tensorboard"]
+
+
+@pytest.mark.parametrize("values", [1, 60])
+def test_a_log_that_cannot_be_written_is_one_line(
+    values: int, tmp_path: Path, run_python: RunPython
+) -> None:
+    code = f"""
+import resource
+from sat_jax.cli import run
+from sat_jax.train.metrics import MetricsLog
+from sat_jax.train.workdir import WorkDir
+
+def main():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    with MetricsLog(WorkDir({str(tmp_path)!r}), 0) as log:
+        for step in range(1, 300):
+            log.log(step, {{f"value_{{i}}": 1.0 for i in range({values})}})
+
+run(main)
+"""
+    process = run_python("-c", code)
+    assert process.returncode == 2
+    assert process.stderr == f"error: {tmp_path}: cannot be written: File too large\n"
 
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from sat_jax.evaluate.perplexity import (
     windows,
 )
 from sat_jax.evaluate.result_rows import evaluation_row
+from sat_jax.nn.loss import perplexity_of
 from scripts import evaluate as script
 from scripts.evaluation_modes import Meter
 from tests.golden_model import GOLDEN, golden, logits_of, run_evaluate
@@ -219,6 +220,11 @@ def test_script_prints_a_table_and_writes_json(
     header, *lines = capsys.readouterr().out.splitlines()
     assert header.split() == ["model", *(key for key in first if key != "model")]
     assert lines[0].split()[1:4] == [str(len(document) - 1), str(len(document)), f"{nll:,.4f}"]
+
+
+def test_perplexity_of_any_loss() -> None:
+    values = [perplexity_of(loss) for loss in (0.0, 708.0, 709.0, math.inf, math.nan)]
+    assert [f"{value:.3g}" for value in values] == ["1", "3.02e+307", "inf", "inf", "nan"]
 
 
 def test_nonfinite_figures_are_null(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -415,5 +415,5 @@ def test_other_texts_are_refused(text: Path, other: Finished, tmp_path: Path) ->
     shutil.copytree(text, changed)
     (changed / "1.txt").write_text("other")
     data = dataclasses.replace(other.config.data, sources=(str(changed),))
-    with pytest.raises(UserError, match=f"{path}: the texts in data.sources are not those of the"):
+    with pytest.raises(UserError, match=rf"{path}: the content of data\.sources is not"):
         train(dataclasses.replace(other.config, data=data), path, other.lines.append)

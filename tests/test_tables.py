@@ -72,6 +72,12 @@ def test_numbers_for_people() -> None:
     assert percent(0.405) == "40 %"
 
 
+def test_the_end_of_a_run_tells_nan_from_infinity() -> None:
+    changed = {"perplexity_before": None, "perplexity_after": None}
+    lines = end_of_run(summary() | changed | {"nonfinite": {"perplexity_after": "nan"}}).split("\n")
+    assert [line.split() for line in lines[1:3]] == [["before", "infinite"], ["after", "NaN"]]
+
+
 def test_end_of_run() -> None:
     assert end_of_run(summary()).split("\n") == [
         "Held-out perplexity",

@@ -13,6 +13,7 @@ from sat_jax.interop import Weights, locate, open_weights
 from sat_jax.models.build import build
 from sat_jax.nn.decoder import Compute, Decoder
 from sat_jax.train.run_weights import is_run, open_run
+from sat_jax.train.workdir import WorkDir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +21,7 @@ class EvalModel:
     """Stored weights, and the tokenizer and data format that they were trained with."""
 
     weights: Weights
-    tokenizer_name: str
-    tokenizer_source: Path | None  # where the tokenizer named `model` is
+    tokenizer_source: Path  # where the tokenizer named `model` is
     config: Config | None = None  # of the run, if the weights are those of a run
 
     @property
@@ -36,8 +36,10 @@ class EvalModel:
     def tokenizer(self, name: str | None = None) -> Tokenizer:
         """Return the model's tokenizer, or the one that `name` means (see `load_tokenizer`)."""
         vocab_size = self.weights.config.vocab_size
-        tokenizer = load_tokenizer(name or self.tokenizer_name, self.tokenizer_source, vocab_size)
-        return training_tokenizer(tokenizer, self.data_format)
+        tokenizer = load_tokenizer(name or "model", self.tokenizer_source, vocab_size)
+        # That of a run has the chat template of the training already.
+        is_own = name in (None, "model")
+        return tokenizer if is_own else training_tokenizer(tokenizer, self.data_format)
 
     def system_prompt(self, override: str | None) -> str | None:
         """Return the system prompt of a chat: `override` ("": none), or that of the training."""
@@ -53,8 +55,7 @@ def open_eval_model(source: str, step: int | None = None) -> EvalModel:
     path = locate(source)
     if is_run(path):
         weights, config = open_run(path, step)
-        pretrained = None if config.model.path is None else locate(config.model.path)
-        return EvalModel(weights, config.data.tokenizer, pretrained, config)
+        return EvalModel(weights, WorkDir(path).tokenizer, config)
     if step is not None:
         raise UserError(f"--step needs the work directory of a run; {path} is not one")
-    return EvalModel(open_weights(path), "model", path)
+    return EvalModel(open_weights(path), path)

@@ -1,35 +1,37 @@
 """Exact match: the model generates an answer, a rule extracts its result, and it is compared."""
 
 import re
-from collections.abc import Mapping, Sequence
-from decimal import Decimal, InvalidOperation
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 from sat_jax.evaluate.completions import Completion
 from sat_jax.evaluate.multiple_choice import mean_and_error
+from sat_jax.evaluate.numbers import last_number, number_after, value_of
 from sat_jax.evaluate.prompts import PromptFormat, QuestionAnswer
 
-_NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
-RULES = {
-    "number": rf"({_NUMBER})",
-    "hashes": rf"####\s*({_NUMBER})",
-    "text": r"(?s)\A(.*)\Z",
+RULES: dict[str, Callable[[str], str | None]] = {
+    "number": last_number,
+    "hashes": partial(number_after, "####"),
+    "text": lambda text: text,
 }
 _ACCEPTED = f"accepted: {', '.join(RULES)}, or a regular expression with at most one group"
 
 
 class ExtractionRule:
-    """Extracts the result of an answer: the last match of a pattern, or of the group in it.
+    """Extracts the result of an answer: a number, or the last match of a regular expression.
 
     Names: `number` is the last number, `hashes` the number after the last `####` (as in GSM8K),
-    `text` the whole text. Anything else is a regular expression.
+    both as in `numbers`; `text` is the whole text. Anything else is a regular expression; the
+    result is its match, or that of its group.
     """
 
     def __init__(self, name: str):
+        self._extract = RULES.get(name, self._last_match)
         try:
-            self._pattern = re.compile(RULES.get(name, name))
+            self._pattern = re.compile("" if name in RULES else name)
         except re.error as error:
             raise UserError(f"extraction {name!r}: {error}; {_ACCEPTED}") from error
         if self._pattern.groups > 1:
@@ -37,26 +39,28 @@ class ExtractionRule:
 
     def __call__(self, text: str) -> str | None:
         """Return the normalized result, or None if the text has none."""
+        result = self._extract(text)
+        return None if result is None else normalize(result)
+
+    def _last_match(self, text: str) -> str | None:
         matches = list(self._pattern.finditer(text))
-        return normalize(matches[-1][self._pattern.groups] or "") if matches else None
+        return matches[-1][self._pattern.groups] or "" if matches else None
 
 
 def normalize(result: str) -> str:
-    """Return `result` in lower case, without `,`, `$`, outer white space and a final full stop."""
-    return result.replace(",", "").replace("$", "").strip().removesuffix(".").strip().lower()
+    """Return `result` in lower case, without outer white space and a final full stop."""
+    return result.strip().removesuffix(".").strip().lower()
 
 
 def equal_results(result: str | None, expected: str | None) -> bool:
-    """Return whether two normalized results are equal, as texts or as numbers (18 and 18.0).
+    """Return whether two normalized results are equal, as texts or as numbers (18 and $18.00).
 
     None is not equal to anything.
     """
     if result is None or expected is None:
         return False
-    try:
-        return result == expected or Decimal(result) == Decimal(expected)
-    except InvalidOperation:
-        return False
+    value = value_of(result)
+    return result == expected or (value is not None and value == value_of(expected))
 
 
 class PromptedQuestion(NamedTuple):
@@ -68,25 +72,21 @@ class PromptedQuestion(NamedTuple):
     expected: str
 
 
-def prompt_questions(
+def prompt_question(
     tokenizer: Tokenizer,
-    problems: Sequence[QuestionAnswer],
+    problem: QuestionAnswer,
     prompt_format: PromptFormat,
     rule: ExtractionRule,
-) -> list[PromptedQuestion]:
-    """Return the prompts of `problems`. Raises `UserError` if an answer has no expected result."""
-    prompts = [prompt_format.prompt(tokenizer, problem.question) for problem in problems]
-    questions = []
-    for problem, prompt, ids in zip(
-        problems, prompts, prompt_format.encode(tokenizer, prompts), strict=True
-    ):
-        expected = rule(problem.answer)
-        if expected is None:
-            raise UserError(
-                f"no result in the answer {problem.answer[-60:]!r}; choose another extraction rule"
-            )
-        questions.append(PromptedQuestion(problem.question, prompt, ids, expected))
-    return questions
+) -> PromptedQuestion:
+    """Return the prompt of `problem`. Raises `UserError` if its answer has no expected result."""
+    expected = rule(problem.answer)
+    if expected is None:
+        raise UserError(
+            f"no result in the answer {problem.answer[-60:]!r}; choose another extraction rule"
+        )
+    prompt = prompt_format.prompt(tokenizer, problem.question)
+    (ids,) = prompt_format.encode(tokenizer, [prompt])
+    return PromptedQuestion(problem.question, prompt, ids, expected)
 
 
 def compare_answers(

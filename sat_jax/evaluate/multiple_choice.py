@@ -11,7 +11,8 @@ from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 from sat_jax.evaluate.likelihood import Pair, encode_pairs, likelihoods
 from sat_jax.evaluate.prompts import PromptFormat
-from sat_jax.evaluate.question_files import MultipleChoiceQuestion
+from sat_jax.evaluate.question_files import MultipleChoiceQuestion, name_of
+from sat_jax.evaluate.usable import usable
 from sat_jax.nn.decoder import Decoder
 
 
@@ -37,15 +38,10 @@ def score_choices(
 
     A selected choice counts with its score (multiple_choice_grade of BIG-bench, where several
     choices may be correct, or partly correct); choices with equal likelihood count with the mean of
-    their scores. Raises `UserError` if a likelihood is NaN.
+    their scores.
     """
     plain, per_byte, chance = [], [], []
     for question, choice_log_p in zip(questions, log_p, strict=True):
-        if any(map(math.isnan, choice_log_p)):
-            raise UserError(
-                f"question {question.question[:60]!r}: the log-likelihood of a choice is NaN; the"
-                " model's weights are damaged, or its activations overflow"
-            )
         plain.append(_score_of_best(choice_log_p, question.scores))
         sizes = [len(choice.encode()) for choice in question.choices]
         normalized = [p / size for p, size in zip(choice_log_p, sizes, strict=True)]
@@ -85,8 +81,25 @@ def evaluate_choices(
     rows: int,
     model: Decoder,
     on_batch: Callable[[int], object] = lambda _: None,
+    faults: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Return the figures; `pairs` as from `encode_choices`, `on_batch` as in `likelihoods`."""
+    """Return the figures; `pairs` as from `encode_choices`, `on_batch` as in `likelihoods`.
+
+    A question with a likelihood that is NaN is a fault, see `usable`.
+    """
     results = iter(likelihoods(model, pairs, rows, on_batch))
     log_p = [[next(results).log_p for _ in question.choices] for question in questions]
-    return score_choices(questions, log_p)
+    pairs_of_lists = zip(questions, log_p, strict=True)
+    scored = usable(_check_nan, pairs_of_lists, faults, lambda item: name_of(item[0]))
+    return score_choices(*zip(*scored, strict=True))
+
+
+def _check_nan(
+    scored: tuple[MultipleChoiceQuestion, list[float]],
+) -> tuple[MultipleChoiceQuestion, list[float]]:
+    if any(map(math.isnan, scored[1])):
+        raise UserError(
+            "the log-likelihood of a choice is NaN; the model's weights are damaged, or its"
+            " activations overflow"
+        )
+    return scored

@@ -1,15 +1,16 @@
 """Reading of question files: with choices (JSON of BIG-bench, or JSON lines) or with answers."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from string import ascii_uppercase
 from typing import Any, NamedTuple
 
-from sat_jax.data.record import Record
-from sat_jax.data.sources import Source, read_records, read_text_file, resolve_sources
+from sat_jax.data.record import Record, json_type
+from sat_jax.data.sources import Source, read_text_file, resolve_sources
 from sat_jax.errors import UserError
 from sat_jax.evaluate.prompts import QuestionAnswer
+from sat_jax.evaluate.usable import usable
 
 # Default field names; the first one that a record has is used.
 QUESTION_FIELDS = ("question", "input", "prompt", "problem", "query")
@@ -30,56 +31,99 @@ class MultipleChoiceQuestion(NamedTuple):
         return QuestionAnswer(self.question, self.choices[self.scores.index(max(self.scores))])
 
 
+def name_of(question: MultipleChoiceQuestion | QuestionAnswer) -> str:
+    """Return the beginning of a question, for messages."""
+    return f"question {question.question[:60]!r}"
+
+
 def read_choices(
-    file: str, question_field: str | None, answer_field: str | None, limit: int | None = None
+    file: str,
+    question_field: str | None,
+    answer_field: str | None,
+    limit: int | None = None,
+    faults: list[str] | None = None,
 ) -> list[MultipleChoiceQuestion]:
     """Return the multiple-choice questions in `file`, at most the first `limit`.
 
     The file is either JSON with `examples`, each with `input` and `target_scores`, as in BIG-bench;
     or JSON lines with a question, its choices (a list, `{"text": [...], "label": [...]}` as in ARC,
     or `target_scores`) and the answer: an index from 0, a letter, a label, or the text of a choice.
-    An ambiguous string is a label, else a text, else a letter. Raises `UserError` for anything
-    else.
+    An ambiguous string is a label, else a text, else a letter. Anything else is a fault, see
+    `usable`.
     """
-    return [
-        _multiple_choice(record, question_field, answer_field) for record in _records(file, limit)
-    ]
+
+    def read(item: tuple[Any, str]) -> MultipleChoiceQuestion:
+        return _multiple_choice(_record(*item), question_field, answer_field)
+
+    return usable(read, _items(file, limit), faults)
 
 
 def read_answers(
-    file: str, question_field: str | None, answer_field: str | None, limit: int | None = None
+    file: str,
+    question_field: str | None,
+    answer_field: str | None,
+    limit: int | None = None,
+    faults: list[str] | None = None,
 ) -> list[QuestionAnswer]:
-    """Return the questions in `file` (JSON lines) with their answers, at most the first `limit`."""
-    questions = []
-    for record in _records(file, limit):
+    """Return the questions in `file` (JSON lines) with their answers, at most the first `limit`.
+
+    Faults as in `usable`.
+    """
+
+    def read(item: tuple[Any, str]) -> QuestionAnswer:
+        record = _record(*item)
         name = _field_name(record, answer_field, ANSWER_FIELDS)
         is_number = type(record.fields[name]) in (int, float)
         answer = str(record.fields[name]) if is_number else record.text(name)
-        questions.append(QuestionAnswer(_question(record, question_field), answer))
-    return questions
+        return QuestionAnswer(_question(record, question_field), answer)
+
+    return usable(read, _items(file, limit), faults)
 
 
-def _records(file: str, limit: int | None) -> list[Record]:
-    """Return the first `limit` records of the files that `file` names."""
-    files = map(_records_of, resolve_sources([file]))
-    records = list(islice(chain.from_iterable(files), limit))
-    if not records:
+def _items(file: str, limit: int | None) -> list[tuple[Any, str]]:
+    """Return the first `limit` questions of the files that `file` names, with their locations.
+
+    A question is a line of JSON, or a value of JSON.
+    """
+    files = map(_items_of, resolve_sources([file]))
+    items = list(islice(chain.from_iterable(files), limit))
+    if not items:
         raise UserError(f"{file}: contains no question")
-    return records
+    return items
 
 
-def _records_of(source: Source) -> Iterable[Record]:
-    """Return the examples of a BIG-bench file, or the lines of a JSON-lines file."""
+def _items_of(source: Source) -> Iterator[tuple[Any, str]]:
+    """Yield the examples of a BIG-bench file, or the nonblank lines of a JSON-lines file."""
     if source.kind != "json_lines":
         raise UserError(f"{source}: accepted: .jsonl, .ndjson and .json, also with .gz or .zst")
+    text = read_text_file(source.path)
     if ".json" in source.path.suffixes:
         try:
-            content = json.loads(read_text_file(source.path))
+            content = json.loads(text)
         except ValueError:
             content = None  # JSON lines
         if isinstance(content, dict) and "examples" in content:
-            return Record(content, str(source)).objects("examples")
-    return read_records(source.path)
+            examples = content["examples"]
+            if not isinstance(examples, list):
+                raise UserError(f"{source}: 'examples' is {json_type(examples)}, not an array")
+            for number, example in enumerate(examples, 1):
+                yield example, f"{source}, example {number}"
+            return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield line, f"{source}, line {number}"
+
+
+def _record(content: Any, origin: str) -> Record:
+    """Return the object that a line of JSON or a value of JSON is."""
+    if isinstance(content, str):
+        try:
+            content = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{origin}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{origin}: {json_type(content)}, not an object")
+    return Record(content, origin)
 
 
 def _field_name(record: Record, name: str | None, defaults: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """config.json of Hugging Face directories, read and written as the families declare it.
 
-What is written is complete for transformers 4 and 5: either version reads the same model from it.
+Written files have the fields of transformers 4, which transformers 5 reads too: each value once.
 A field that changes the function and is not implemented is refused by name.
 """
 
@@ -12,6 +12,9 @@ from sat_jax.errors import UserError
 from sat_jax.models import registry
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.format_fields import Json, JsonFields
+
+# Second names of fields that every model type has; both are written by transformers.
+_ALIASES = {"dtype": "torch_dtype"}
 
 
 def read_json(path: Path) -> Json:
@@ -34,6 +37,11 @@ def config_from_json(raw: Json, where: str) -> DecoderConfig:
     declared = registry.MODEL_TYPES[model_type]
     if raw.get("architectures") not in (None, [declared.architecture]):
         raise fields.refuse("architectures", declared.architecture)
+    for alias, name in {**declared.aliases, **_ALIASES}.items():
+        if raw.get(alias) is not None:
+            fields.check_equal({name: raw[alias]})
+            raw = {name: raw[alias], **raw}
+    fields = JsonFields(raw, where, declared.defaults)
     fields.check_neutral(declared.neutral)
     return declared.read_config(fields)
 
@@ -50,6 +58,5 @@ def config_to_json(config: DecoderConfig, dtype: str) -> Json:
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(eos) if len(eos) > 1 else eos[0] if eos else None,
         "torch_dtype": dtype,
-        "dtype": dtype,
         "use_cache": True,
     }

@@ -6,6 +6,7 @@ Every error names the file, the field, its value and what is accepted.
 import json
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -59,15 +60,29 @@ GGUF_NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 class JsonFields:
-    """Typed access to a JSON object. A default stands for a missing or null field."""
+    """Typed access to a JSON object.
 
-    def __init__(self, raw: Json, where: str):
-        self.raw, self.where = raw, where
+    `defaults` has the values of missing fields. The default of a method stands for a null field,
+    and for a missing one that `defaults` does not have.
+    """
+
+    def __init__(self, raw: Json, where: str, defaults: Mapping[str, Any] = MappingProxyType({})):
+        self.raw, self.where = {**defaults, **raw}, where
+        self._given = raw.keys()
 
     def refuse(self, field: str, accepted: str) -> UserError:
         """Return the error that refuses the value of `field`."""
         value = json.dumps(self.raw.get(field))
+        if field in self.raw and field not in self._given:
+            value += ", the default of a missing field,"
         return UserError(f"{self.where}: {field} = {value} is not supported; accepted: {accepted}")
+
+    def check_equal(self, values: Mapping[str, Any]) -> None:
+        """Raise `UserError` for a field that is given and not null, and has another value than in
+        `values`: other fields of the file have the same meaning."""
+        for field, value in values.items():
+            if self.raw.get(field) not in (None, value):
+                raise self.refuse(field, f"{json.dumps(value)}, as in another field of the file")
 
     def check_neutral(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:
         """Raise `UserError` for a field of `neutral` that has another value than listed."""
@@ -108,9 +123,9 @@ class JsonFields:
             raise self.refuse(field, ", ".join(choices))
         return choices[key]
 
-    def token_ids(self, field: str, default: int | None = None) -> tuple[int, ...]:
-        """Return token ids: none for null, `default` for a missing field."""
-        value = self.raw.get(field, default)
+    def token_ids(self, field: str) -> tuple[int, ...]:
+        """Return token ids: none for null."""
+        value = self.raw.get(field)
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if any(type(i) is not int for i in ids):
             raise self.refuse(field, "a token id, a list of token ids or null")

@@ -162,22 +162,25 @@ class GgufFormat:
 class ModelFormat:
     """Declaration of a model type.
 
-    `neutral` lists fields of config.json that would change the function, with the values that do
-    not; any other value is refused. `write_config(config)` returns the fields of config.json that
-    the model type adds to those common to all. `ignored` is a regular expression for the names of
-    Hugging Face tensors that are not parameters. Names on disk may lack `optional_prefix`; written
-    names have it.
+    `defaults` are the values of fields that a config.json lacks: those of the configuration class
+    in transformers. `aliases` are second names of fields. `neutral` lists fields that would change
+    the function, with the values that do not; any other value is refused. `write_config(config)`
+    returns the fields of config.json that the model type adds to those common to all. `ignored` is
+    a regular expression for the names of Hugging Face tensors that are not parameters. Names on
+    disk may lack `optional_prefix`; written names have it.
     """
 
     model_type: str
     architecture: str
     tensors: tuple[Tensor, ...]
+    defaults: Mapping[str, Any]
     neutral: Mapping[str, tuple[Any, ...]]
     read_config: Callable[[JsonFields], DecoderConfig]
     write_config: Callable[[Any], Json]
     gguf: GgufFormat | None = None
     ignored: str = r"(?!)"
     optional_prefix: str = ""
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def is_ignored(self, name: str) -> bool:
         """Return whether a Hugging Face tensor is not a parameter."""

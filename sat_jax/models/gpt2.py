@@ -153,22 +153,24 @@ _TENSORS = (
 
 
 def _read_config(fields: JsonFields) -> GPT2Config:
-    d_model, n_heads = fields.count("n_embd", 768), fields.count("n_head", 12)
+    d_model, n_heads = fields.count("n_embd"), fields.count("n_head")
     if d_model % n_heads:
         raise fields.refuse("n_head", f"a divisor of n_embd = {d_model}")
-    bos = fields.token_ids("bos_token_id", 50256)
+    max_positions = fields.count("n_positions")
+    fields.check_equal({"head_dim": d_model // n_heads, "n_ctx": max_positions})
+    bos = fields.token_ids("bos_token_id")
     return GPT2Config(
-        vocab_size=fields.count("vocab_size", 50257),
+        vocab_size=fields.count("vocab_size"),
         d_model=d_model,
-        n_layers=fields.count("n_layer", 12),
+        n_layers=fields.count("n_layer"),
         n_heads=n_heads,
         d_ff=fields.count("n_inner", 4 * d_model),
-        max_positions=fields.count("n_positions", 1024),
-        norm_eps=fields.number("layer_norm_epsilon", 1e-5),
+        max_positions=max_positions,
+        norm_eps=fields.number("layer_norm_epsilon"),
         activation=fields.choice("activation_function", ACTIVATIONS, "gelu_new"),
         tie_embeddings=fields.flag("tie_word_embeddings", True),
         bos_token_id=bos[0] if bos else None,
-        eos_token_ids=fields.token_ids("eos_token_id", 50256),
+        eos_token_ids=fields.token_ids("eos_token_id"),
     )
 
 
@@ -200,6 +202,25 @@ FORMATS = (
         model_type="gpt2",
         architecture="GPT2LMHeadModel",
         tensors=_TENSORS,
+        defaults={
+            "vocab_size": 50_257,
+            "n_embd": 768,
+            "n_layer": 12,
+            "n_head": 12,
+            "n_inner": None,
+            "n_positions": 1024,
+            "layer_norm_epsilon": 1e-5,
+            "activation_function": "gelu_new",
+            "tie_word_embeddings": True,
+            "bos_token_id": 50_256,
+            "eos_token_id": 50_256,
+        },
+        aliases={
+            "hidden_size": "n_embd",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "max_position_embeddings": "n_positions",
+        },
         neutral=JSON_NEUTRAL
         | {
             "add_cross_attention": (False, None),

@@ -170,28 +170,29 @@ _TENSORS = (
 
 
 def _read_config(fields: JsonFields) -> GPTNeoXConfig:
-    d_model, n_heads = fields.count("hidden_size", 6144), fields.count("num_attention_heads", 64)
+    d_model, n_heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     if d_model % n_heads:
         raise fields.refuse("num_attention_heads", f"a divisor of hidden_size = {d_model}")
-    max_positions = fields.count("max_position_embeddings", 2048)
+    fields.check_equal({"head_dim": d_model // n_heads})
+    max_positions = fields.count("max_position_embeddings")
     rope, fraction = _read_rope(fields, max_positions, d_model // n_heads)
-    bos = fields.token_ids("bos_token_id", 0)
+    bos = fields.token_ids("bos_token_id")
     return GPTNeoXConfig(
-        vocab_size=fields.count("vocab_size", 50432),
+        vocab_size=fields.count("vocab_size"),
         d_model=d_model,
-        n_layers=fields.count("num_hidden_layers", 44),
+        n_layers=fields.count("num_hidden_layers"),
         n_heads=n_heads,
-        d_ff=fields.count("intermediate_size", 24576),
+        d_ff=fields.count("intermediate_size"),
         max_positions=max_positions,
         rope=rope,
         rotary_fraction=fraction,
         parallel_residual=fields.flag("use_parallel_residual", True),
         activation=fields.choice("hidden_act", ACTIVATIONS, "gelu"),
         attention_bias=fields.flag("attention_bias", True),
-        norm_eps=fields.number("layer_norm_eps", 1e-5),
+        norm_eps=fields.number("layer_norm_eps"),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         bos_token_id=bos[0] if bos else None,
-        eos_token_ids=fields.token_ids("eos_token_id", 2),
+        eos_token_ids=fields.token_ids("eos_token_id"),
     )
 
 
@@ -207,19 +208,12 @@ def _read_rope(fields: JsonFields, max_positions: int, head_dim: int) -> tuple[R
     rotary_dim = int(head_dim * fraction)
     if fraction > 1 or rotary_dim % 2 or not rotary_dim:
         raise fields.refuse("rotary_pct", f"an even part of the head size {head_dim}")
-    theta = fields.number("rotary_emb_base", 10_000.0)
-    rope = rope_from_json(fields, max_positions, theta, fraction)
-    agreeing = {"rotary_emb_base": rope.theta, "rope_theta": rope.theta}
-    agreeing |= {"rotary_pct": fraction, "partial_rotary_factor": fraction}
-    for field, value in agreeing.items():
-        if fields.number(field, value) != value:
-            raise fields.refuse(field, f"{value:g}, which the other fields of the file say")
+    rope = rope_from_json(fields, max_positions, "rotary_emb_base", fraction)
+    fields.check_equal({"rotary_pct": fraction, "partial_rotary_factor": fraction})
     return rope, fraction
 
 
 def _write_config(config: GPTNeoXConfig) -> Json:
-    rope = rope_to_json(config.rope, config.max_positions)
-    rope["rope_parameters"]["partial_rotary_factor"] = config.rotary_fraction
     return {
         "hidden_size": config.d_model,
         "intermediate_size": config.d_ff,
@@ -230,7 +224,7 @@ def _write_config(config: GPTNeoXConfig) -> Json:
         "layer_norm_eps": config.norm_eps,
         "rotary_pct": config.rotary_fraction,
         "rotary_emb_base": config.rope.theta,
-        **rope,
+        **rope_to_json(config.rope, config.max_positions),
         "use_parallel_residual": config.parallel_residual,
         "attention_bias": config.attention_bias,
         "attention_dropout": 0.0,
@@ -259,6 +253,21 @@ FORMATS = (
         model_type="gpt_neox",
         architecture="GPTNeoXForCausalLM",
         tensors=_TENSORS,
+        defaults={
+            "vocab_size": 50_432,
+            "hidden_size": 6144,
+            "intermediate_size": 24_576,
+            "num_hidden_layers": 44,
+            "num_attention_heads": 64,
+            "hidden_act": "gelu",
+            "max_position_embeddings": 2048,
+            "layer_norm_eps": 1e-5,
+            "use_parallel_residual": True,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+        },
         neutral=JSON_NEUTRAL,
         read_config=_read_config,
         write_config=_write_config,

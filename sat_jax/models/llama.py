@@ -153,12 +153,43 @@ def _tensors(rotary_pairs: bool) -> tuple[Tensor, ...]:
     )
 
 
+def _class_defaults(
+    vocab_size: int,
+    intermediate_size: int,
+    num_key_value_heads: int | None,
+    max_position_embeddings: int,
+    bos_token_id: int | None,
+    eos_token_id: int | None,
+) -> dict[str, Any]:
+    """Return the values of missing fields of a config.json; those that all model types share are
+    not arguments."""
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": 4096,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": num_key_value_heads,
+        "max_position_embeddings": max_position_embeddings,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+    }
+
+
 # By model type: the architecture, whether q, k and v have biases, and whether q and k have norms.
 _MODEL_TYPES: dict[Family, tuple[str, bool, bool]] = {
     "llama": ("LlamaForCausalLM", False, False),
     "mistral": ("MistralForCausalLM", False, False),
     "qwen2": ("Qwen2ForCausalLM", True, False),
     "qwen3": ("Qwen3ForCausalLM", False, True),
+}
+_DEFAULTS: dict[Family, dict[str, Any]] = {
+    "llama": _class_defaults(32_000, 11_008, None, 2048, 1, 2),
+    "mistral": _class_defaults(32_000, 14_336, 8, 131_072, 1, 2) | {"sliding_window": 4096},
+    "qwen2": _class_defaults(151_936, 22_016, 32, 32_768, None, None),
+    "qwen3": _class_defaults(151_936, 22_016, 32, 32_768, None, None) | {"head_dim": 128},
 }
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **JSON_NEUTRAL,
@@ -188,8 +219,7 @@ def _read_config(fields: JsonFields) -> LlamaConfig:
     family: Family = fields.raw["model_type"]
     n_heads = fields.count("num_attention_heads")
     d_model = fields.count("hidden_size")
-    # Old Llama files may lack the number of KV heads; in other model types its default is not H.
-    n_kv_heads = fields.count("num_key_value_heads", n_heads if family == "llama" else None)
+    n_kv_heads = fields.count("num_key_value_heads", n_heads)
     if n_heads % n_kv_heads:
         raise fields.refuse("num_key_value_heads", f"a divisor of num_attention_heads = {n_heads}")
     if fields.raw.get("head_dim") is None and d_model % n_heads:
@@ -214,7 +244,7 @@ def _read_config(fields: JsonFields) -> LlamaConfig:
         head_dim=head_dim,
         d_ff=fields.count("intermediate_size"),
         max_positions=max_positions,
-        rope=rope_from_json(fields, max_positions, fields.number("rope_theta", 10_000.0)),
+        rope=rope_from_json(fields, max_positions),
         norm_eps=fields.number("rms_norm_eps"),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         qkv_bias=qkv_bias,
@@ -307,6 +337,7 @@ def _format(family: Family, gguf: bool = True) -> ModelFormat:
         model_type=family,
         architecture=_MODEL_TYPES[family][0],
         tensors=_tensors(rotary_pairs=family == "llama"),
+        defaults=_DEFAULTS[family],
         neutral=_NEUTRAL,
         read_config=_read_config,
         write_config=_write_config,

@@ -1,7 +1,7 @@
 """Rotary embeddings in config.json, in the forms of transformers 4 and 5, and in GGUF metadata.
 
-transformers 4 has a field for the base and `rope_scaling`, transformers 5 has `rope_parameters`.
-Written files have both.
+transformers 4 has a field for the base and `rope_scaling`, transformers 5 has `rope_parameters` and
+reads the others too. Written files have the fields of transformers 4.
 """
 
 import json
@@ -36,13 +36,14 @@ ROPE_NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def rope_from_json(
-    fields: JsonFields, max_positions: int, theta: float, rotary_fraction: float = 1.0
+    fields: JsonFields, max_positions: int, base: str = "rope_theta", rotary_fraction: float = 1.0
 ) -> RopeConfig:
-    """Return the RoPE of a config.json. If a file has both forms, they must agree.
+    """Return the RoPE of a config.json. If a file has several forms, they must agree.
 
-    `theta` is the base if no form has one. Raises `UserError` if a form rotates another fraction of
-    a head than `rotary_fraction`.
+    `base` is the field of the base beside `rope_scaling`. Raises `UserError` if a form rotates
+    another fraction of a head than `rotary_fraction`.
     """
+    theta = fields.number(base, 10_000.0)
     forms = {
         _rope_from(nested, theta, max_positions, rotary_fraction)
         for field in ("rope_parameters", "rope_scaling")
@@ -52,7 +53,9 @@ def rope_from_json(
         raise UserError(
             f"{fields.where}: rope_parameters and rope_scaling differ; keep one of them"
         )
-    return next(iter(forms), RopeConfig(theta))
+    rope = next(iter(forms), RopeConfig(theta))
+    fields.check_equal({base: rope.theta, "rope_theta": rope.theta})
+    return rope
 
 
 def nested_fields(fields: JsonFields, field: str) -> JsonFields | None:
@@ -73,6 +76,7 @@ def _rope_from(
     if fields.raw.get("partial_rotary_factor") not in (rotary_fraction, None):
         raise fields.refuse("partial_rotary_factor", str(rotary_fraction))
     kind: Any = fields.raw.get("rope_type", fields.raw.get("type", "default"))
+    fields.check_equal({"type": kind})
     if kind not in get_args(RopeType):
         raise UserError(
             f"{fields.where}: rope type {json.dumps(kind)} is not supported; accepted: "
@@ -124,7 +128,7 @@ def _yarn_attention_factor(fields: JsonFields, factor: float) -> float | None:
 
 
 def rope_to_json(rope: RopeConfig, max_positions: int) -> Json:
-    """Return `rope_scaling` and `rope_parameters` of a config.json; the base is in the latter."""
+    """Return `rope_scaling` of a config.json, which does not have the base."""
     raw: Json = {"rope_type": rope.type}
     if rope.type != "default":
         raw["factor"] = rope.factor
@@ -142,10 +146,7 @@ def rope_to_json(rope: RopeConfig, max_positions: int) -> Json:
         raw["truncate"] = rope.truncate
         if rope.attention_factor is not None:
             raw["attention_factor"] = rope.attention_factor
-    return {
-        "rope_scaling": None if rope.type == "default" else raw,
-        "rope_parameters": {"rope_theta": rope.theta, **raw},
-    }
+    return {"rope_scaling": None if rope.type == "default" else raw}
 
 
 def rope_from_gguf(fields: GgufFields, rotary_dim: int, max_positions: int) -> RopeConfig:

@@ -145,8 +145,9 @@ chunked_cross_entropy.defvjp(_forward, _backward)
 
 
 def perplexity_of(loss: float) -> float:
-    """Return the perplexity of a mean loss in nats; infinity if it exceeds the largest float."""
-    return math.exp(loss) if loss < 709 else math.inf
+    """Return the perplexity of a mean loss in nats; infinity if it exceeds the largest
+    float, NaN for NaN."""
+    return math.inf if loss >= 709 else math.exp(loss)  # exp(NaN) is NaN
 
 
 def next_token_loss(

@@ -14,6 +14,7 @@ from sat_jax.results.speed import (
 )
 from sat_jax.results.text import fixed_width, percent, quantity
 from sat_jax.results.variants import percent_from
+from sat_jax.train.metrics import NONFINITE
 
 
 def end_of_run(summary: Mapping[str, Any]) -> str:
@@ -21,7 +22,8 @@ def end_of_run(summary: Mapping[str, Any]) -> str:
 
     Reads these keys of `summary.json`; a missing one is a `KeyError`:
 
-    - `perplexity_before`, `perplexity_after`: held-out, dense, per token; None: infinite;
+    - `perplexity_before`, `perplexity_after`: held-out, dense, per token; None: infinite,
+      or NaN if `NONFINITE` says so;
     - `rungs`: in order of the run, each with `omission_rate` (configured), `kept_heads`,
       `kept_channels` (shares of all query heads and all channels, 0 to 1), `tokens` and `steps`
       (trained on this rung), `tokens_per_second` (median over the timed steps; None if none),
@@ -55,7 +57,9 @@ def _quality(summary: Mapping[str, Any]) -> list[str]:
     lines = []
     for name in ("before", "after"):
         value = summary[f"perplexity_{name}"]
-        lines.append(f"{name:<9}  {'infinite' if value is None else f'{value:.3f}':>7}")
+        is_nan = summary.get(NONFINITE, {}).get(f"perplexity_{name}") == "nan"
+        absent = "NaN" if is_nan else "infinite"
+        lines.append(f"{name:<9}  {absent if value is None else f'{value:.3f}':>7}")
     after, dense = summary["perplexity_after"], summary.get("perplexity_dense")
     if after is not None and dense is not None:
         difference = f"{percent_from(after, dense):+.1f} %"

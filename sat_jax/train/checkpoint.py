@@ -12,6 +12,7 @@ complete at that time, and the manifest shows whether it still is. A folder cont
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -99,6 +100,8 @@ class Checkpoints:
         self._newest: Checkpoint | None = None
         self._pending: Future[None] | None = None
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        logging.getLogger("absl").addFilter(_is_not_of_a_save)
+        sys.unraisablehook = _without_closed_loops
         self._writer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
                 state=ocp.PyTreeCheckpointHandler(), meta=ocp.JsonCheckpointHandler("meta.json")
@@ -249,6 +252,19 @@ class Checkpoints:
             if step.isdecimal() and suffix.partition(".")[0] in (_SAVING, _DELETING):
                 _log.info("removing %s of an interrupted run", path)
                 shutil.rmtree(path)
+
+
+def _is_not_of_a_save(record: logging.LogRecord) -> bool:
+    """Return False for the traceback of a failed save, which every thread of orbax logs; `wait`
+    raises its error."""
+    return not (record.exc_info and "orbax" in Path(record.pathname).parts)
+
+
+def _without_closed_loops(error: "sys.UnraisableHookArgs") -> None:
+    """Print an error that cannot be raised, unless it is that of the remaining writes of a failed
+    save: orbax has closed their event loop."""
+    if str(error.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(error)
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

@@ -10,14 +10,20 @@ from sat_jax.errors import UserError
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace the content of `path` by `text`. A crash leaves the old file or the new one."""
+    """Replace the content of `path` by `text`. A crash leaves the old file or the new one.
+
+    Raises `UserError` if it cannot be written.
+    """
     new = path.with_name(f"{path.name}.new")
-    with open(new, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
-    sync_directory(path.parent)
+    try:
+        with open(new, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def sync_directory(path: Path) -> None:

@@ -25,8 +25,9 @@ from sat_jax.sparsity.plan import Plan
 from sat_jax.train.checkpoint import Checkpoints
 from sat_jax.train.counters import RunCounters
 from sat_jax.train.finish import export_model, finish
+from sat_jax.train.inputs import BY_CONTENT, check_inputs, write_inputs
 from sat_jax.train.interrupt import Interrupt
-from sat_jax.train.metrics import MetricsLog
+from sat_jax.train.metrics import MetricsLog, check_finite
 from sat_jax.train.programs import Programs
 from sat_jax.train.progress import Progress
 from sat_jax.train.run_state import RunState
@@ -54,6 +55,7 @@ def train(config: Config, directory: Path, log: Callable[[str], None]) -> dict[s
         else:
             with clock("setup"):
                 task = set_up(config, log)
+                on_primary(lambda: _check(workdir, task))
             try:
                 with Run(task, workdir, clock, log) as run:
                     run.run()
@@ -75,10 +77,14 @@ def _lock(workdir: WorkDir, config: Config, stack: ExitStack) -> bool:
     is finished."""
     stack.enter_context(workdir.lock())
     finished = workdir.finished() is not None
-    # A run that is continued compares the content of the texts, not their paths.
-    free = free_paths(config) | (set() if finished else {"data.sources"})
-    workdir.compare(to_dict(config), free)
+    by_content = () if finished else BY_CONTENT
+    workdir.compare(to_dict(config), free_paths(config).union(by_content))
     return finished
+
+
+def _check(workdir: WorkDir, task: Task) -> int:
+    check_inputs(workdir, task)
+    return 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,12 +139,13 @@ class Run:
         self._progress = Progress(config.train.steps, start)
         self._metrics = None
         if is_primary():
+            write_inputs(self._workdir, self._task)
             self._workdir.begin(to_dict(config))
             log = MetricsLog(self._workdir, start, self._progress)
             self._metrics = stack.enter_context(log)
         if start == 0:
-            none = {"tokens": 0, "loss_tokens": 0}
-            self._record(0, {"eval_loss": self._held_out_loss()} | none)
+            self._record(0, {"tokens": 0, "loss_tokens": 0})
+            self._evaluate(0)
         batch = None
         with Interrupt() as interrupt:
             for step, batch in self._batches(start):
@@ -269,13 +276,7 @@ class Run:
         done = running.number + 1
         if _due(done, self._config.train.log_every) or done == self._config.train.steps:
             self._record(done, record)
-        if not np.isfinite([metrics.loss, metrics.grad_norm]).all():
-            # Raised before the next save, so that all checkpoints have finite weights.
-            raise UserError(
-                f"{self._workdir.path}: step {done} has loss {metrics.loss} and gradient norm"
-                f" {metrics.grad_norm}; earlier checkpoints are kept; try a lower"
-                " optimizer.learning_rate"
-            )
+        check_finite(self._workdir, done, metrics.loss, metrics.grad_norm)
 
     def _between_steps(self, done: int, stop: bool) -> None:
         """Evaluate and save if due after `done` steps; raise `KeyboardInterrupt` if `stop`."""
@@ -289,13 +290,12 @@ class Run:
         with self._clock("refresh"):
             self._state.expand()
         self._rung = None  # the next step compacts the state again
-        if evaluate:
-            loss = self._held_out_loss()
-            self._record(done, {"eval_loss": loss})
-            if self._task.controller.evaluated(done, loss):
-                rate = self._task.controller.rung_at(done).rate
-                self._log(f"after step {done}: held-out loss plateau; omission rate {rate:.3g}")
+        if evaluate and self._task.controller.evaluated(done, self._evaluate(done)):
+            rate = self._task.controller.rung_at(done).rate
+            self._log(f"after step {done}: held-out loss plateau; omission rate {rate:.3g}")
         if save:
+            if not evaluate:  # all checkpoints can be continued
+                check_finite(self._workdir, done, self._held_out_loss(self._eval_rows))
             self._save(done)
         if stop and not last:
             with self._clock("checkpoint"):
@@ -308,13 +308,20 @@ class Run:
         """Rows per evaluation batch: those of a microbatch, which fit in memory."""
         return self._config.train.rows_per_step // self._config.train.accumulate
 
-    def _held_out_loss(self) -> float:
-        """Return the mean loss of the dense model over the loss tokens of the held-out rows."""
+    def _evaluate(self, done: int) -> float:
+        """Record and return the held-out loss. Raises `UserError` if it is not finite."""
+        loss = self._held_out_loss(self._config.train.eval_rows)
+        self._record(done, {"eval_loss": loss})
+        check_finite(self._workdir, done, loss)
+        return loss
+
+    def _held_out_loss(self, limit: int) -> float:
+        """Return the mean loss of the dense model over the loss tokens of `limit` held-out rows."""
         total = tokens = 0.0
         with self._clock("compile"):
             evaluate = self._evaluation.result()
         with self._clock("evaluate"):
-            rows, limit = self._eval_rows, self._config.train.eval_rows
+            rows = self._eval_rows
             for share in in_order(self._held_out, rows, limit, *self._share):
                 loss, count = evaluate(self._state.full.params, self._place(share, rows))
                 total += float(loss)
@@ -335,7 +342,6 @@ class Run:
                 "kept_counts": self._counters.kept,
             }
             meta = {
-                "data": self._task.data.info.fingerprint,
                 "counters": self._counters.to_json(),
                 "controller": self._task.controller.to_json(),
                 "segment_layers": [s.layers for s in self._plan_after(done).segments],
@@ -353,11 +359,6 @@ class Run:
         with self._clock("checkpoint"):
             newest = self._checkpoints.newest()
             if newest is not None:
-                if newest.meta["data"] != self._task.data.info.fingerprint:
-                    raise UserError(
-                        f"{self._workdir.path}: the texts in data.sources are not those of the"
-                        " start of the run"
-                    )
                 controller.restore(newest.meta["controller"])
                 plan = self._plan_after(newest.step)
                 target = {

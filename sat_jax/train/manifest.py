@@ -22,7 +22,7 @@ def write_manifest(folder: Path, step: int) -> None:
     )
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
-        for name, digest in zip(names, _digests(folder, names), strict=True)
+        for name, digest in zip(names, digests(folder, names), strict=True)
     }
     write_json(folder / MANIFEST, {"step": step, "files": files})
 
@@ -48,7 +48,7 @@ def find_fault(folder: Path, step: int) -> str | None:
             current = (folder / name).stat().st_size
             if current != size:
                 return f"{name} has {current} bytes instead of {size}"
-        for name, digest in zip(files, _digests(folder, list(files)), strict=True):
+        for name, digest in zip(files, digests(folder, list(files)), strict=True):
             if digest != files[name][1]:
                 return f"{name} has another sha256"
     except FileNotFoundError as error:
@@ -58,7 +58,9 @@ def find_fault(folder: Path, step: int) -> str | None:
     return None
 
 
-def _digests(folder: Path, names: list[str]) -> list[str]:
+def digests(folder: Path, names: list[str]) -> list[str]:
+    """Return the sha256 of the content of each file."""
+
     def digest(name: str) -> str:
         with open(folder / name, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

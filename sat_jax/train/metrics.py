@@ -4,7 +4,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
@@ -33,7 +34,7 @@ class MetricsLog:
     """
 
     def __init__(self, workdir: WorkDir, start_step: int, progress: Progress | None = None) -> None:
-        self._progress = progress
+        self._workdir, self._progress = workdir, progress
         # Step 0 may be logged: measurements before the first step.
         self._step = start_step or -1
         self._pending: dict[str, Value] | None = None
@@ -60,20 +61,22 @@ class MetricsLog:
         self._pending = {**pending, **values}
 
     def flush(self) -> None:
-        """Write the pending record and wait until it is on disk."""
-        self._write()
-        os.fsync(self._file.fileno())
-        self._board.flush()
+        """Write the pending record and wait until it is on disk. Raises `UserError` if it cannot be
+        written."""
+        with self._writing():
+            self._write()
+            os.fsync(self._file.fileno())
+            self._board.flush()
 
     def close(self) -> None:
         """Write the pending record and close the files and the progress display."""
-        try:
-            self.flush()
-        finally:
-            self._file.close()
-            self._board.close()
+        with ExitStack() as stack:
             if self._progress is not None:
-                self._progress.close()
+                stack.callback(self._progress.close)
+            stack.enter_context(self._writing())
+            stack.callback(self._board.close)
+            stack.callback(self._file.close)
+            self.flush()
 
     def __enter__(self) -> Self:
         return self
@@ -81,21 +84,42 @@ class MetricsLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self._workdir.path}: cannot be written: {error.strerror}") from error
+
     def _write(self) -> None:
         if self._pending is None:
             return
         pending, self._pending = jax.device_get(self._pending), None
         values = {name: _plain(value) for name, value in pending.items()}
         # One write per line: only the last line can be incomplete after a kill.
-        self._file.write(
-            json.dumps(to_json({"step": self._step, **values}), allow_nan=False) + "\n"
-        )
-        self._file.flush()
+        line = json.dumps(to_json({"step": self._step, **values}), allow_nan=False) + "\n"
+        with self._writing():
+            self._file.write(line)
+            self._file.flush()
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(name, float(value), self._step)
         if self._progress is not None:
             self._progress.update(self._step, values)
+
+
+def check_finite(workdir: WorkDir, done: int, loss: float, grad_norm: float | None = None) -> None:
+    """Raise `UserError` if the held-out loss after `done` steps, or loss and gradient norm of the
+    last of them, are not finite. Called before every save."""
+    if np.isfinite([loss, grad_norm or 0.0]).all():
+        return
+    values = f"after step {done} the held-out loss is {loss}"
+    if grad_norm is not None:
+        values = f"step {done} has loss {loss} and gradient norm {grad_norm}"
+    advice = "earlier checkpoints are kept; try a lower optimizer.learning_rate"
+    if done == 0:
+        advice = "the weights are damaged, or activations overflow"
+    raise UserError(f"{workdir.path}: {values}; {advice}")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from sat_jax.data.end_of_turn import end_of_turn
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 from sat_jax.interop import Weights, open_weights
+from sat_jax.interop.huggingface_config import config_from_json
 from sat_jax.models.build import layout_of, shapes
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.format_fields import Json
@@ -36,11 +37,12 @@ def open_run(path: Path, step: int | None = None) -> tuple[Weights, Config]:
     """Return the weights of the run in `path` after `step` (None: its newest valid checkpoint), and
     its settings.
 
-    One parameter is read at a time. Raises `UserError` if the checkpoint is of another model.
+    One parameter is read at a time, and the base model is not needed. Raises `UserError` if the
+    checkpoint is of another model.
     """
     workdir = WorkDir(path)
     config = from_config_dict(read_json(workdir.config))
-    model, pretrained = starting_point(config)
+    model = config_from_json(read_json(workdir.model), str(workdir.model))
     checkpoint = find(workdir.checkpoints, step)
     for name, expected in shapes(model).items():
         leaf = checkpoint.leaves.get(f"params/{name}")
@@ -53,7 +55,8 @@ def open_run(path: Path, step: int | None = None) -> tuple[Weights, Config]:
     def read(name: str) -> np.ndarray:
         return np.asarray(checkpoint.read([f"params/{name}"])[f"params/{name}"], np.float32)
 
-    return Weights(model, read, generation_settings(config, pretrained)), config
+    generation = read_json(workdir.generation) if workdir.generation.exists() else {}
+    return Weights(model, read, generation), config
 
 
 def load_model(

@@ -1,11 +1,14 @@
 """The work directory of a run: its files, its lock, and comparison of settings.
 
-config.json      the settings of the run; data.sources changes if the same texts have moved
+config.json      the settings of the run; paths change if the same content has moved
+model.json       the shape of the model
+tokenizer/       the tokenizer
+inputs.json      fingerprints of the inputs that settings name by path
 metrics.jsonl    one object per logged step
 tensorboard/     the same for TensorBoard
 checkpoints/     see `sat_jax.train.checkpoint`
 huggingface/     the exported model, where one was asked for
-summary.json     there once the run has finished
+summary.json     written when the run has finished
 lock             who writes to it now
 """
 
@@ -31,6 +34,10 @@ class WorkDir:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path).expanduser().absolute()
         self.config = self.path / "config.json"
+        self.model = self.path / "model.json"
+        self.tokenizer = self.path / "tokenizer"
+        self.generation = self.tokenizer / "generation_config.json"
+        self.inputs = self.path / "inputs.json"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
@@ -95,14 +102,18 @@ class WorkDir:
             )
 
     def begin(self, config: Mapping[str, Any]) -> None:
-        """Write `config` if the run is new; else its `data`, whose sources may have moved.
+        """Write `config` if the run is new; else its paths of inputs, which may have moved.
 
         Called after all checks, so that refused settings are not written.
         """
         if not self.config.exists():
             write_json(self.config, config)
-        elif (stored := read_json(self.config))["data"] != config["data"]:
-            write_json(self.config, {**stored, "data": config["data"]})
+            return
+        stored = read_json(self.config)
+        model = {**stored["model"], "path": config["model"]["path"]}
+        moved = {**stored, "model": model, "data": config["data"]}
+        if moved != stored:
+            write_json(self.config, moved)
 
     def finished(self) -> dict[str, Any] | None:
         """Return the summary of a finished run, or None."""
