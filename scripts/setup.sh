@@ -5,6 +5,7 @@
 #   aot         the compilers for TPU and CUDA, in .venv-aot, for `make aot`
 #   quickstart  the model and the text of `make quickstart`, both as packages
 # PYTHON=/path/to/python3.x chooses the interpreter; the default is the newest working one on PATH.
+# VENV=DIR replaces .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 trap 'exit 130' INT
@@ -52,7 +53,7 @@ install() {
 }
 
 for part in "${@:-base}"; do
-  venv=.venv
+  venv=${VENV:-.venv}
   case "$part" in
     base) packages=(--editable .) ;;
     test | bench) packages=(--editable ".[$part]") ;;

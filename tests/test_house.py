@@ -117,8 +117,13 @@ def texts() -> Iterator[tuple[Path, str]]:
     """Yield every text file of the project, without the files that runs and tools write."""
     for path in sorted(ROOT.rglob("*")):
         parts = path.relative_to(ROOT).parts
-        made = parts[0] in {".git", ".venv", "runs"} or any(
-            part.endswith(("_cache", "__pycache__", ".egg-info", ".hypothesis")) for part in parts
+        made = (
+            parts[0] in {".git", "runs"}
+            or parts[0].startswith(".venv")
+            or any(
+                part.endswith(("_cache", "__pycache__", ".egg-info", ".hypothesis"))
+                for part in parts
+            )
         )
         if made or not path.is_file():
             continue

@@ -101,8 +101,14 @@ def test_loss_and_gradient_norms(name: str) -> None:
     loss, gradients = loss_and_gradients(name)
     assert_close(loss, golden["loss"], "float32", "forward")
     assert set(gradients) == set(golden["grad_names"].tolist())
-    for parameter, norm in zip(golden["grad_names"], golden["grad_norms"], strict=True):
-        assert_close(np.linalg.norm(gradients[parameter]), norm, "float32", "gradient_norm")
+    norms = dict(zip(golden["grad_names"].tolist(), golden["grad_norms"], strict=True))
+    for parameter in norms:
+        # The gradient of a key bias is what is left of terms that cancel, since a shift of all
+        # scores of a query has no effect. Its error is measured against the key matrix's gradient.
+        together = {parameter, parameter.replace("k_proj.bias", "k_proj.weight")}
+        actual = [np.linalg.norm(gradients[name].astype(np.float64)) for name in sorted(together)]
+        expected = [norms[name] for name in sorted(together)]
+        assert_close(actual, expected, "float32", "gradient_norm")
 
 
 def test_every_gradient() -> None:
