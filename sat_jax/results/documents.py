@@ -23,8 +23,8 @@ from sat_jax.results.sweep import Comparison
 from sat_jax.results.tables import across_tables, group_tables, quality_table
 from sat_jax.results.variants import make_groups
 
-_TABLE = re.compile(
-    r"^(<!-- table: (\S+)\.(\w+)((?: [\w.]+=\S+)*) -->\n).*?^(<!-- /table -->)$",
+TABLE = re.compile(
+    r"^(<!-- table: (\S+)\.(\w+)((?: [\w.]+=\S+)*) -->\n)(?P<text>.*?)^(<!-- /table -->)$",
     re.DOTALL | re.MULTILINE,
 )
 _MARK = re.compile(r"^[ \t]*<!--\s*/?\s*table\b.*", re.IGNORECASE | re.MULTILINE)
@@ -47,21 +47,21 @@ def fill(text: str, results: Path, origin: str, comparisons: Sequence[Comparison
     """
 
     def filled(match: re.Match[str]) -> str:
-        opening, stem, kind, fields, closing = match.groups()
+        opening, stem, kind, fields, _, closing = match.groups()
         try:
             filters = dict(field.split("=", 1) for field in fields.split())
             return f"{opening}\n{_table(results, stem, kind, filters, comparisons)}\n\n{closing}"
         except UserError as error:
             raise UserError(f"{origin}: {opening.strip()}: {error}") from error
 
-    marks, pairs = _MARK.findall(text), [*_TABLE.finditer(text)]
+    marks, pairs = _MARK.findall(text), [*TABLE.finditer(text)]
     if len(marks) != 2 * len(pairs):
         raise UserError(
             f"{origin}: {len(marks)} table marks make {len(pairs)} pairs, so that one is malformed"
             " or not one of a pair; accepted: <!-- table: FILE.KIND [FIELD=START ...] --> on a line"
             " of its own, then <!-- /table -->"
         )
-    return _TABLE.sub(filled, text)
+    return TABLE.sub(filled, text)
 
 
 def _matches(row: Mapping[str, Any], field: str, starts: str) -> bool:
