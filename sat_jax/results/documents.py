@@ -15,7 +15,7 @@ from typing import Any
 
 from sat_jax.config_values import find
 from sat_jax.errors import UserError
-from sat_jax.results.benchmarks import memory_tables, steps_table
+from sat_jax.results.benchmarks import memory_tables, moves_table, peer_tables, steps_table
 from sat_jax.results.evaluations import evaluation_tables
 from sat_jax.results.figures import quality_figure
 from sat_jax.results.rows import read
@@ -66,7 +66,7 @@ def fill(text: str, results: Path, origin: str, comparisons: Sequence[Comparison
 
 def _matches(row: Mapping[str, Any], field: str, starts: str) -> bool:
     value = row.get(field, "")
-    if "." in field and "settings" in row:
+    if field not in row and "settings" in row:
         settings = row["settings"]
         value = settings[field] if field in settings else find(field).default
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -91,7 +91,8 @@ def _table(
     ]
     groups = make_groups(rows)
     tables = across_tables(groups, comparisons) + evaluation_tables(rows)
-    tables += steps_table(rows) + memory_tables(rows)
+    for made in (steps_table, peer_tables, moves_table, memory_tables):
+        tables += made(rows)
     for group in groups:
         tables += [quality_table([group]), *group_tables(group, comparisons)]
     wanted = [table.markdown() for table in tables if table.name == kind]

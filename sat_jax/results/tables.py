@@ -82,7 +82,7 @@ def group_tables(group: Group, comparisons: Iterable[Comparison]) -> list[Table]
         tables.append(_table("other", title, caption, [*baseline, *others], _QUALITY))
     caption = _caption(group, _learning_rate(group))
     tables.append(_table("cost", "Time, memory and FLOPs", caption, group.variants, _COST))
-    return [*tables, *_losses(group)]
+    return [*tables, *_losses(group), *_held_out(group)]
 
 
 def _paired(group: Group, comparison: Comparison, variants: Sequence[Variant]) -> list[Table]:
@@ -137,6 +137,26 @@ def _losses(group: Group) -> list[Table]:
     return [_table("losses", title, caption, variants, columns)] if variants else []
 
 
+def _held_out(group: Group) -> list[Table]:
+    """Return a table of the held-out loss of the dense baseline and the sparse variants at every
+    evaluation, if there are any during the run."""
+    steps, every = group.runs[0].steps, _setting(group.runs[0], "train.eval_every")
+    ends = [*range(every, steps, every), steps] if every else []
+
+    def column(number: int) -> _Cell:
+        def loss(run: PairedRun) -> float | None:
+            losses = run.row.get("curve", {}).get("eval_loss", ())[1:]  # without that of step 0
+            return losses[number] if len(losses) == len(ends) else None
+
+        return _mean(loss, "{:.3f}".format)
+
+    columns = {f"step {end}": column(number) for number, end in enumerate(ends)}
+    variants = [v for v in group.variants if v.is_baseline or not v.dense]
+    caption = _caption(group, _learning_rate(group), "nats per token")
+    table = _table("held_out", "Held-out loss", caption, variants, columns)
+    return [table] if len(ends) > 1 and len(table.header) > 2 else []
+
+
 def quality_table(groups: Sequence[Group], title: str = "Variants") -> Table:
     """Return a table of all variants, of several groups each beside its own dense baseline."""
     words = _reference_words(_common_reference(groups))
@@ -147,7 +167,7 @@ def quality_table(groups: Sequence[Group], title: str = "Variants") -> Table:
 
 def across_tables(groups: Sequence[Group], comparisons: Iterable[Comparison]) -> list[Table]:
     """Return a table for each set of groups that differ in settings of a comparison outside
-    sparsity alone, with the variants that two or more of the groups have.
+    sparsity alone, with the dense runs and the variants that two or more of the groups have.
 
     Further columns compare each with the best dense baseline, the one with the lowest mean
     perplexity.
@@ -160,7 +180,7 @@ def across_tables(groups: Sequence[Group], comparisons: Iterable[Comparison]) ->
         for several in (groups for groups in together.values() if len(groups) > 1):
             lines = list(_variants_across(several))
             counts = Counter(name for name, _ in lines)
-            common = [variant for name, variant in lines if counts[name] > 1]
+            common = [variant for name, variant in lines if variant.dense or counts[name] > 1]
             group = dataclasses.replace(several[0], reference=_common_reference(several))
             caption = _caption(group, _ACROSS, _BEST)
             columns = _QUALITY | _beside_best(several)
