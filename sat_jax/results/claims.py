@@ -59,8 +59,8 @@ def unsupported(text: str) -> list[tuple[int, str]]:
         findings += [
             (
                 position,
-                f"{number} is in no generated table of the document; accepted: a number as a table"
-                f" shows it, or <!-- not from rows: {number} --> in the paragraph",
+                f"{number} is in no generated table of the document; accepted: a number of a table,"
+                f" or <!-- not from rows: {number} --> in the paragraph",
             )
             for number, position in missing
             if number not in excepted

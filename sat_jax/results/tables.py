@@ -138,23 +138,22 @@ def _losses(group: Group) -> list[Table]:
 
 
 def _held_out(group: Group) -> list[Table]:
-    """Return a table of the held-out loss of the dense baseline and the sparse variants at every
-    evaluation, if there are any during the run."""
-    steps, every = group.runs[0].steps, _setting(group.runs[0], "train.eval_every")
-    ends = [*range(every, steps, every), steps] if every else []
+    """Return a table of the held-out loss of the dense baseline and the sparse variants, by the
+    share of the tokens, if any run was evaluated between start and end."""
+    variants = [variant for variant in group.variants if variant.is_baseline or not variant.dense]
+    tokens = variants[0].runs[0].row.get("curve", {}).get("eval_tokens", ()) if variants else ()
 
     def column(number: int) -> _Cell:
         def loss(run: PairedRun) -> float | None:
-            losses = run.row.get("curve", {}).get("eval_loss", ())[1:]  # without that of step 0
-            return losses[number] if len(losses) == len(ends) else None
+            losses = run.row.get("curve", {}).get("eval_loss", ())
+            return losses[number] if len(losses) == len(tokens) else None
 
         return _mean(loss, "{:.3f}".format)
 
-    columns = {f"step {end}": column(number) for number, end in enumerate(ends)}
-    variants = [v for v in group.variants if v.is_baseline or not v.dense]
-    caption = _caption(group, _learning_rate(group), "nats per token")
+    columns = {percent(count / tokens[-1]): column(n) for n, count in enumerate(tokens)}
+    caption = _caption(group, _learning_rate(group), "nats per token, by share of the tokens")
     table = _table("held_out", "Held-out loss", caption, variants, columns)
-    return [table] if len(ends) > 1 and len(table.header) > 2 else []
+    return [table] if len(tokens) > 2 else []
 
 
 def quality_table(groups: Sequence[Group], title: str = "Variants") -> Table:
