@@ -60,7 +60,7 @@ class Table:
 
 def group_tables(group: Group, comparisons: Iterable[Comparison]) -> list[Table]:
     """Return a table for each comparison that the group has two or more variants for, one of the
-    variants that are in none of these, cost, and training losses.
+    variants that are in none of these, cost, training losses, and held-out losses.
 
     Comparisons of the omission rate have the shorter dense runs too: they cost as much. A table
     `NAME_paired` follows where variants differ from another one in more than the rate.
