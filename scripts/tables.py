@@ -62,7 +62,7 @@ def main() -> None:
     ]
     if findings:
         print("\n".join(findings))
-        raise UserError(f"{len(findings)} numbers in sentences are in no table; see above")
+        raise UserError(f"numbers in sentences that are in no table: {len(findings)}, listed above")
 
 
 if __name__ == "__main__":

@@ -141,7 +141,8 @@ def _held_out(group: Group) -> list[Table]:
     """Return a table of the held-out loss of the dense baseline and the sparse variants, by the
     share of the tokens, if any run was evaluated between start and end."""
     variants = [variant for variant in group.variants if variant.is_baseline or not variant.dense]
-    tokens = variants[0].runs[0].row.get("curve", {}).get("eval_tokens", ()) if variants else ()
+    curve = variants[0].runs[0].row.get("curve", {}) if variants else {}
+    tokens: Sequence[float] = curve.get("eval_tokens", ())
 
     def column(number: int) -> _Cell:
         def loss(run: PairedRun) -> float | None:
