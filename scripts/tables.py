@@ -4,12 +4,16 @@
                                      # docs/pictures/study.png
   python -m scripts.tables --check   # writes nothing; exit code 2 if anything would change
 
+Both end with exit code 2 if a number in a sentence of README.md or docs/study.md is in no table of
+that document. sat_jax/results/claims.py says which numbers are checked.
+
 The text between `<!-- table: FILE.KIND -->` and `<!-- /table -->` is replaced by a table of the
 rows in experiments/results/FILE.jsonl. KIND is a comparison that an experiment file declares
-(rates, metrics, schedules, ...), quality (all variants), other (variants of no comparison), cost or
-losses. For rows of benchmarks it is steps or memory, and for rows of evaluations perplexity,
-choices, answers or harness. Filters may follow: prefixes of a text field, or values of a number
-field, of which a row must match one for each field:
+(rates, metrics, schedules, ...), the same with _paired (differences from the variant of the same
+rate, seed by seed), quality (all variants), other (variants of no comparison), cost, losses or
+held_out. For rows of benchmarks it is steps, peer, moves or memory, and for rows of evaluations
+perplexity, choices, answers or harness. Filters may follow: prefixes of a text field, or values of
+a number field, of which a row must match one for each field or setting:
 `<!-- table: runs.rates twin=1c393d steps=48,40 optimizer.learning_rate=3e-4 -->`.
 """
 
@@ -20,6 +24,7 @@ from sat_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
+CLAIMS = ROOT / "README.md", ROOT / "docs" / "study.md"
 STUDY = RESULTS / "study.jsonl", ROOT / "docs" / "pictures" / "study.png"
 
 
@@ -35,6 +40,7 @@ def parser() -> Parser:
 def main() -> None:
     """Write the documents and the picture, or check them."""
     options = parser().parse_args()
+    from sat_jax.results.claims import unsupported
     from sat_jax.results.documents import draw, is_outdated, outdated
     from sat_jax.results.sweep import declared_comparisons
 
@@ -49,6 +55,14 @@ def main() -> None:
         draw(*STUDY)
     for name in names:
         print(name)
+    findings = [
+        f"{path.relative_to(ROOT)}:{line}: {why}"
+        for path in CLAIMS
+        for line, why in unsupported(path.read_text(encoding="utf-8"))
+    ]
+    if findings:
+        print("\n".join(findings))
+        raise UserError(f"numbers in sentences that are in no table: {len(findings)}, listed above")
 
 
 if __name__ == "__main__":

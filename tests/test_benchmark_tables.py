@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from sat_jax.errors import UserError
-from sat_jax.results.benchmarks import memory_tables, steps_table
+from sat_jax.results.benchmarks import memory_tables, moves_table, peer_tables, steps_table
 from sat_jax.results.speed import ABOVE_BOUND_NOTE
 
 DEVICE = {"platform": "gpu", "kind": "a GPU", "count": 1}
@@ -66,6 +66,23 @@ def test_speedups_above_their_bound_are_marked() -> None:
     assert speedups == [["1.00×", "1.00×"], ["1.68×\u2021", "1.56×"], ["1.10×", "-"]]
     assert table.endswith("m; 1,000 tokens; bfloat16; a GPU. " + ABOVE_BOUND_NOTE + ".")
     assert steps_table(rows[1:]) == []
+
+
+def test_dense_steps_beside_transformers_and_the_parts_of_a_refresh() -> None:
+    case = {"date": "d", "device": DEVICE}
+    ours = {"speed_against_transformers_wall": 0.5, "speed_against_transformers_cpu": 0.4}
+    peer = row("dense", 0.0, benchmark="peer", library="sat_jax", wall_seconds=3.0, **case, **ours)
+    newer = peer | {"wall_seconds": 2.0}
+    other = peer | {"rows": 4}
+    first, second = peer_tables([peer, newer, other])
+    assert first.rows == (("sat_jax", "2.0 s", "0.50×", "0.40×"),)
+    assert first.caption == "m; 1,000 tokens; bfloat16; a GPU" and "2,000" in second.caption
+    step = row("gather", 0.4, benchmark="moves", move="step", wall_seconds=2.0, **case)
+    step |= {"share_of_a_step": 1.0}
+    probe = step | {"move": "probe", "wall_seconds": 0.5, "share_of_a_step": 0.25}
+    (moves,) = moves_table([probe | {"date": "c"}, step, probe])
+    assert moves.rows == (("step", "2.00 s", "1.000"), ("probe", "0.50 s", "0.250"))
+    assert peer_tables([step]) == moves_table([peer]) == []
 
 
 def test_memory_is_compared_with_a_dense_step() -> None:

@@ -1,5 +1,6 @@
 """Tables of benchmarks, which time or compile single steps."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from sat_jax.errors import UserError
@@ -32,9 +33,44 @@ def steps_table(rows: Sequence[Row]) -> list[Table]:
         speedup = [speedup_text(row["speedup_wall"], bound), f"{bound:.2f}×" if bound else "-"]
         body.append((name, *_kept(row), f"{row['wall_seconds']:.1f} s", *speedup))
     header = ("one step", "heads kept", "channels kept", "time", "speed-up", "FLOP bound")
-    tokens = f"{dense['rows'] * dense['row_length']:,} tokens"
-    caption = f"{dense['model']}; {tokens}; {dense['dtype']}; {device_name(dense['device'])}"
-    return [Table("steps", "Single steps", caption, header, tuple(body))]
+    return [Table("steps", "Single steps", _setting(dense), header, tuple(body))]
+
+
+def peer_tables(rows: Sequence[Row]) -> list[Table]:
+    """Return the last measurement of `scripts.benchmark --only peer`, a table for each setting."""
+    settings = defaultdict[str, dict[str, Row]](dict)
+    for row in rows:
+        if row.get("benchmark") == "peer":
+            settings[_setting(row)][row["library"]] = row
+    header = ("dense step", "time", "speed", "by CPU time")
+    tables = []
+    for setting, libraries in settings.items():
+        body = [
+            (
+                library,
+                f"{row['wall_seconds']:.1f} s",
+                f"{row['speed_against_transformers_wall']:.2f}×",
+                f"{row['speed_against_transformers_cpu']:.2f}×",
+            )
+            for library, row in libraries.items()
+        ]
+        tables.append(Table("peer", "Dense steps", setting, header, tuple(body)))
+    return tables
+
+
+def moves_table(rows: Sequence[Row]) -> list[Table]:
+    """Return the last measurement of `scripts.benchmark --only moves`: the parts of a refresh."""
+    step = latest(rows, benchmark="moves", move="step")
+    if step is None:
+        return []
+    body = [
+        (row["move"], f"{row['wall_seconds']:.2f} s", f"{row['share_of_a_step']:.3f}")
+        for row in rows
+        if row.get("benchmark") == "moves" and row["date"] == step["date"]
+    ]
+    caption = f"r = {step['rate']:g}, gather; {_setting(step)}"
+    header = ("part", "time", "of a step")
+    return [Table("moves", "Parts of a refresh", caption, header, tuple(body))]
 
 
 def memory_tables(rows: Sequence[Row]) -> list[Table]:
@@ -70,6 +106,11 @@ def _settings(rows: Sequence[Row]) -> Iterator[list[Row]]:
         if steps[0]["execution"] != "dense":
             raise UserError(f"no dense step among the rows of {steps[0]['model']}")
         yield steps
+
+
+def _setting(row: Row) -> str:
+    tokens = f"{row['rows'] * row['row_length']:,} tokens"
+    return f"{row['model']}; {tokens}; {row['dtype']}; {device_name(row['device'])}"
 
 
 def _model_and_tokens(row: Row) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from sat_jax.config_values import find
 from sat_jax.errors import UserError
-from sat_jax.results.benchmarks import memory_tables, steps_table
+from sat_jax.results.benchmarks import memory_tables, moves_table, peer_tables, steps_table
 from sat_jax.results.evaluations import evaluation_tables
 from sat_jax.results.figures import quality_figure
 from sat_jax.results.rows import read
@@ -23,8 +23,8 @@ from sat_jax.results.sweep import Comparison
 from sat_jax.results.tables import across_tables, group_tables, quality_table
 from sat_jax.results.variants import make_groups
 
-_TABLE = re.compile(
-    r"^(<!-- table: (\S+)\.(\w+)((?: [\w.]+=\S+)*) -->\n).*?^(<!-- /table -->)$",
+TABLE = re.compile(
+    r"^(<!-- table: (\S+)\.(\w+)((?: [\w.]+=\S+)*) -->\n)(?P<text>.*?)^(<!-- /table -->)$",
     re.DOTALL | re.MULTILINE,
 )
 _MARK = re.compile(r"^[ \t]*<!--\s*/?\s*table\b.*", re.IGNORECASE | re.MULTILINE)
@@ -47,26 +47,26 @@ def fill(text: str, results: Path, origin: str, comparisons: Sequence[Comparison
     """
 
     def filled(match: re.Match[str]) -> str:
-        opening, stem, kind, fields, closing = match.groups()
+        opening, stem, kind, fields, _, closing = match.groups()
         try:
             filters = dict(field.split("=", 1) for field in fields.split())
             return f"{opening}\n{_table(results, stem, kind, filters, comparisons)}\n\n{closing}"
         except UserError as error:
             raise UserError(f"{origin}: {opening.strip()}: {error}") from error
 
-    marks, pairs = _MARK.findall(text), [*_TABLE.finditer(text)]
+    marks, pairs = _MARK.findall(text), [*TABLE.finditer(text)]
     if len(marks) != 2 * len(pairs):
         raise UserError(
             f"{origin}: {len(marks)} table marks make {len(pairs)} pairs, so that one is malformed"
             " or not one of a pair; accepted: <!-- table: FILE.KIND [FIELD=START ...] --> on a line"
             " of its own, then <!-- /table -->"
         )
-    return _TABLE.sub(filled, text)
+    return TABLE.sub(filled, text)
 
 
 def _matches(row: Mapping[str, Any], field: str, starts: str) -> bool:
     value = row.get(field, "")
-    if "." in field and "settings" in row:
+    if field not in row and "settings" in row:
         settings = row["settings"]
         value = settings[field] if field in settings else find(field).default
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -91,7 +91,8 @@ def _table(
     ]
     groups = make_groups(rows)
     tables = across_tables(groups, comparisons) + evaluation_tables(rows)
-    tables += steps_table(rows) + memory_tables(rows)
+    for made in (steps_table, peer_tables, moves_table, memory_tables):
+        tables += made(rows)
     for group in groups:
         tables += [quality_table([group]), *group_tables(group, comparisons)]
     wanted = [table.markdown() for table in tables if table.name == kind]

@@ -28,6 +28,8 @@ _Cell: TypeAlias = Callable[[Variant], str]
 
 _PARTS = 8  # of a run, in which losses are compared
 _ACROSS = "each beside the dense baseline of its own setting"
+_BEST = "best dense: lowest mean perplexity over the seeds that all have"
+_PAIRED = "minus the variant of the same rate without the named settings, seed by seed"
 _NOTES = {
     ABOVE_BOUND: ABOVE_BOUND_NOTE,
     FEWER: f"{FEWER} of fewer seeds: some have no dense baseline, or none around their FLOPs",
@@ -58,9 +60,10 @@ class Table:
 
 def group_tables(group: Group, comparisons: Iterable[Comparison]) -> list[Table]:
     """Return a table for each comparison that the group has two or more variants for, one of the
-    variants that are in none of these, cost, and training losses.
+    variants that are in none of these, cost, training losses, and held-out losses.
 
-    Comparisons of the omission rate have the shorter dense runs too: they cost as much.
+    Comparisons of the omission rate have the shorter dense runs too: they cost as much. A table
+    `NAME_paired` follows where variants differ from another one in more than the rate.
     """
     tables, shown = [], set[str]()
     caption = _quality_caption(group)
@@ -71,6 +74,7 @@ def group_tables(group: Group, comparisons: Iterable[Comparison]) -> list[Table]
         if len(variants) > 1 and not _outside(comparison):
             lines = [*(group.dense if "sparsity.rate" in settings else baseline), *variants]
             tables.append(_table(comparison.name, comparison.title, caption, lines, _QUALITY))
+            tables += _paired(group, comparison, variants)
             shown |= {variant.name for variant in variants}
     others = [variant for variant in group.sparse if variant.name not in shown]
     if others or not tables:
@@ -78,7 +82,35 @@ def group_tables(group: Group, comparisons: Iterable[Comparison]) -> list[Table]
         tables.append(_table("other", title, caption, [*baseline, *others], _QUALITY))
     caption = _caption(group, _learning_rate(group))
     tables.append(_table("cost", "Time, memory and FLOPs", caption, group.variants, _COST))
-    return [*tables, *_losses(group)]
+    return [*tables, *_losses(group), *_held_out(group)]
+
+
+def _paired(group: Group, comparison: Comparison, variants: Sequence[Variant]) -> list[Table]:
+    """Return a table of variants minus the plain variant of the same rate, in percentage points, if
+    there are any: means over common seeds."""
+    rate = "sparsity.rate"
+    plain = {
+        (run.sparsity[rate], run.seed): run
+        for variant in group.sparse
+        if group.differing(variant) <= {rate}
+        for run in variant.runs
+    }
+
+    def minus_plain(measure: Callable[[PairedRun], float | None]) -> _Cell:
+        def change(run: PairedRun) -> float | None:
+            other = plain.get((run.sparsity[rate], run.seed))
+            value, reference = (measure(some) if some else None for some in (run, other))
+            return None if value is None or reference is None else value - reference
+
+        return _mean(change, "{:+.1f}".format)
+
+    columns = {head: minus_plain(measure) for head, measure in _DIFFERENCES.items()}
+    others = [variant for variant in variants if not group.differing(variant) <= {rate}]
+    others = [variant for variant in others if any(c(variant) != "-" for c in columns.values())]
+    caption = _caption(group, _learning_rate(group), f"percentage points {_PAIRED}")
+    title = f"{comparison.title}: paired differences"
+    name = f"{comparison.name}_paired"
+    return [_table(name, title, caption, others, columns)] if others else []
 
 
 def _losses(group: Group) -> list[Table]:
@@ -105,6 +137,26 @@ def _losses(group: Group) -> list[Table]:
     return [_table("losses", title, caption, variants, columns)] if variants else []
 
 
+def _held_out(group: Group) -> list[Table]:
+    """Return a table of the held-out loss of the dense baseline and the sparse variants, by the
+    share of the tokens, if any run was evaluated between start and end."""
+    variants = [variant for variant in group.variants if variant.is_baseline or not variant.dense]
+    curve = variants[0].runs[0].row.get("curve", {}) if variants else {}
+    tokens: Sequence[float] = curve.get("eval_tokens", ())
+
+    def column(number: int) -> _Cell:
+        def loss(run: PairedRun) -> float | None:
+            losses = run.row.get("curve", {}).get("eval_loss", ())
+            return losses[number] if len(losses) == len(tokens) else None
+
+        return _mean(loss, "{:.3f}".format)
+
+    columns = {percent(count / tokens[-1]): column(n) for n, count in enumerate(tokens)}
+    caption = _caption(group, _learning_rate(group), "nats per token, by share of the tokens")
+    table = _table("held_out", "Held-out loss", caption, variants, columns)
+    return [table] if len(tokens) > 2 else []
+
+
 def quality_table(groups: Sequence[Group], title: str = "Variants") -> Table:
     """Return a table of all variants, of several groups each beside its own dense baseline."""
     words = _reference_words(_common_reference(groups))
@@ -115,7 +167,11 @@ def quality_table(groups: Sequence[Group], title: str = "Variants") -> Table:
 
 def across_tables(groups: Sequence[Group], comparisons: Iterable[Comparison]) -> list[Table]:
     """Return a table for each set of groups that differ in settings of a comparison outside
-    sparsity alone, with the variants that two or more of the groups have."""
+    sparsity alone, with the dense runs and the variants that two or more of the groups have.
+
+    Further columns compare each with the best dense baseline, the one with the lowest mean
+    perplexity.
+    """
     tables = []
     for comparison in comparisons:
         together: dict[str, list[Group]] = {}
@@ -124,11 +180,37 @@ def across_tables(groups: Sequence[Group], comparisons: Iterable[Comparison]) ->
         for several in (groups for groups in together.values() if len(groups) > 1):
             lines = list(_variants_across(several))
             counts = Counter(name for name, _ in lines)
-            common = [variant for name, variant in lines if counts[name] > 1]
+            common = [variant for name, variant in lines if variant.dense or counts[name] > 1]
             group = dataclasses.replace(several[0], reference=_common_reference(several))
-            caption = _caption(group, _ACROSS)
-            tables.append(_table(comparison.name, comparison.title, caption, common, _QUALITY))
+            caption = _caption(group, _ACROSS, _BEST)
+            columns = _QUALITY | _beside_best(several)
+            tables.append(_table(comparison.name, comparison.title, caption, common, columns))
     return tables
+
+
+def _beside_best(groups: Sequence[Group]) -> dict[str, _Cell]:
+    """Return columns relative to the dense runs of the group whose baseline has the lowest mean
+    perplexity over the seeds that all baselines have; none without such seeds."""
+    baselines = [variant for group in groups for variant in group.dense if variant.is_baseline]
+    runs = [{run.seed: run for run in variant.runs} for variant in baselines]
+    common = set.intersection(*map(set, runs)) if runs else set()
+    means = [
+        mean_of([run.perplexity for seed, run in some.items() if seed in common]) for some in runs
+    ]
+    finite = [(mean.value, number) for number, mean in enumerate(means) if mean]
+    best = runs[min(finite)[1]] if finite else {}
+
+    def beside(measure: Callable[[PairedRun], float | None]) -> _Cell:
+        def measured(run: PairedRun) -> float | None:
+            if (dense := best.get(run.seed)) is None:
+                return None
+            lengths = dense.lengths
+            return measure(dataclasses.replace(run, baseline=dense.baseline, lengths=lengths))
+
+        return _mean(measured, "{:+.1f} %".format)
+
+    heads = "from best dense", "from best dense at equal FLOPs"
+    return dict(zip(heads, map(beside, _DIFFERENCES.values()), strict=True))
 
 
 def terminal_table(rows: Sequence[Row]) -> str:
@@ -263,11 +345,14 @@ def _speedup(variant: Variant) -> str:
     return speedup_text(mean.value, bound.value, error) + FEWER * mean.fewer
 
 
+_DIFFERENCES = {
+    "from dense": PairedRun.difference,
+    "at equal FLOPs": PairedRun.difference_at_equal_flops,
+}
 _FLOPS_SHARE = _mean(PairedRun.flops_share, "{:.0f} %".format, error=False)
 _QUALITY = {
     "perplexity": _mean(lambda run: run.perplexity, "{:.3f}".format),
-    "from dense": _mean(PairedRun.difference, "{:+.1f} %".format),
-    "at equal FLOPs": _mean(PairedRun.difference_at_equal_flops, "{:+.1f} %".format),
+    **{head: _mean(measure, "{:+.1f} %".format) for head, measure in _DIFFERENCES.items()},
     "FLOPs": _FLOPS_SHARE,
 }
 _COST = {
