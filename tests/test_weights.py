@@ -16,7 +16,7 @@ from sat_jax.models.build import layout_of
 from sat_jax.models.llama import Llama
 from sat_jax.nn.decoder import Compute, Decoder, Remat
 from sat_jax.nn.layout import Layout, flat_values, make_layout
-from sat_jax.nn.linear import Axes, Weight, combine, dense, project
+from sat_jax.nn.linear import Axes, Weight, combine, dense, project, swiglu
 from sat_jax.ops import KernelConfig
 from sat_jax.sparsity.choose import Criteria
 from sat_jax.sparsity.execution.base import Execution
@@ -224,3 +224,34 @@ def test_a_step_changes_trained_arrays_alone(kind: type[Execution]) -> None:
     for path, value in before.params.items():
         changed = bool((value != after.params[path]).any())
         assert changed == (path in trained), path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("units", [(6,), (2, 3, 4)])
+def test_products_have_the_gradients_of_the_plain_formulas(
+    units: tuple[int, ...], dtype: Any
+) -> None:
+    """With random cotangents; the formulas are differentiated by jax in float32."""
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    gate, up, x, dy, da = (
+        (2 * jax.random.normal(next(keys), shape)).astype(dtype)
+        for shape in ((*units, 5), (*units, 5), (2, 7, 5), (2, 7, *units), (2, 7, *units))
+    )
+
+    def plain_project(w: Array, x: Array) -> Array:
+        return jnp.einsum("btd,nd->btn", x, w.reshape(-1, 5)).reshape(2, 7, *units)
+
+    def plain_swiglu(gate: Array, up: Array, x: Array) -> Array:
+        return jax.nn.silu(plain_project(gate, x)) * plain_project(up, x)
+
+    cases = [(project, plain_project, (gate, x), dy), (swiglu, plain_swiglu, (gate, up, x), da)]
+    for function, formula, arguments, cotangent in cases:
+        actual, pullback = jax.vjp(function, *arguments)
+        float32 = [jnp.float32(array) for array in (*arguments, cotangent)]
+        desired, plain_pullback = jax.vjp(formula, *float32[:-1])
+        assert_close(actual, desired, dtype, "forward")
+        for argument, gradient, expected in zip(
+            arguments, pullback(cotangent), plain_pullback(float32[-1]), strict=True
+        ):
+            assert gradient.dtype == argument.dtype
+            assert_close(gradient, expected, dtype, "backward")

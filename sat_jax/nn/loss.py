@@ -105,8 +105,9 @@ def _forward(
         d_logits = jnp.where(mask_BC[..., None], softmax - one_hot, 0.0).astype(head_VD.dtype)
         d_hidden = jnp.einsum("BCV,VD->BCD", d_logits, head_VD)
         rows = [x.reshape(parts, -1, *x.shape[1:]) for x in (d_logits, h_BCD)]
-        d_head_PVD += jnp.einsum("PBCV,PBCD->PVD", *rows, preferred_element_type=jnp.float32)
-        return d_head_PVD, (loss_B, d_hidden)
+        # The product is transposed, not an operand: on XLA:CPU [V, C] would be computed again.
+        d_head_PDV = jnp.einsum("PBCV,PBCD->PDV", *rows, preferred_element_type=jnp.float32)
+        return d_head_PVD + d_head_PDV.swapaxes(1, 2), (loss_B, d_hidden)
 
     chunks = _split(chunk, hidden_BTD, targets_BT, loss_mask_BT)
     zeros_PVD = jnp.zeros((parts, *head_VD.shape), jnp.float32)

@@ -24,11 +24,9 @@ BLOCK = 128
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 _dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-# Matrix products within each row and KV group. In `_TN` the wide operand is on the right: on the
-# left XLA:CPU transposes the block of scores first, which takes twice as long.
+# Matrix products within each row and KV group.
 _NN = (((3,), (2,)), ((0, 1), (0, 1)))
 _NT = (((3,), (3,)), ((0, 1), (0, 1)))
-_TN = (((2,), (2,)), ((0, 1), (0, 1)))
 
 
 class Blocks(NamedTuple):
@@ -97,11 +95,15 @@ def _backward(saved: Any, do: Float[Array, "N B K R E"]) -> tuple[Blocks, None]:
     blocks, documents, o, log_total = saved
     mean = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1, keepdims=True)
     scale = o.shape[-1] ** -0.5
+    # Transposed once, not in each product: on XLA:CPU products with a transposed left operand are
+    # slower, whether q or the scores are on the left.
+    q_t, do_t = blocks.q.swapaxes(-1, -2), do.swapaxes(-1, -2)
 
     def query_block(
         dk_dv: tuple[Array, Array], i: Int[Array, ""]
     ) -> tuple[tuple[Array, Array], Array]:
         q, do_i, mean_i, log_total_i = (_take(x, i) for x in (blocks.q, do, mean, log_total))
+        q_t_i, do_t_i = _take(q_t, i), _take(do_t, i)
 
         def add_key_block(j: Int[Array, ""], sums: tuple[Array, ...]) -> tuple[Array, ...]:
             dq, dk, dv = sums
@@ -110,8 +112,8 @@ def _backward(saved: Any, do: Float[Array, "N B K R E"]) -> tuple[Blocks, None]:
             dweights = _dot(do_i, v, _NT)
             dscores = (weights * (dweights - mean_i) * scale).astype(q.dtype)
             dq += _dot(dscores, k, _NN)
-            dk = _add_at(dk, j, _dot(q, dscores, _TN))
-            dv = _add_at(dv, j, _dot(do_i, weights.astype(do_i.dtype), _TN))
+            dk = _add_at(dk, j, _dot(q_t_i, dscores, _NN))
+            dv = _add_at(dv, j, _dot(do_t_i, weights.astype(do_i.dtype), _NN))
             return dq, dk, dv
 
         zeros = jnp.zeros(q.shape, jnp.float32)
@@ -119,7 +121,7 @@ def _backward(saved: Any, do: Float[Array, "N B K R E"]) -> tuple[Blocks, None]:
         return (dk, dv), dq.astype(q.dtype)
 
     first = _first_visible(documents)
-    # Gradients of keys and values are transposed, [N, B, K, E, C], as in `_TN`.
+    # Gradients of keys and values are transposed, [N, B, K, E, C].
     zeros = jnp.zeros(blocks.k.swapaxes(-1, -2).shape, jnp.float32)
     (dk, dv), dq = jax.lax.scan(query_block, (zeros, zeros), jnp.arange(len(first)))
     dk, dv = (x.swapaxes(-1, -2).astype(blocks.k.dtype) for x in (dk, dv))
