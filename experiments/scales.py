@@ -64,8 +64,11 @@ def cpt(scale: str) -> ConfigDict:
         config.data.max_tokens = 110_000
         config.train.steps = 48
         config.train.eval_rows = 20
+        config.optimizer.warmup_steps = 4
+        config.sparsity.refresh_every = 8
     if scale == "small":
         config.model.dtype = "bfloat16"
+        config.data.row_length = 1024
         config.data.max_tokens = None
         config.train.steps = 2000
         config.train.rows_per_step = 16

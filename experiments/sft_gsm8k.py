@@ -17,6 +17,7 @@ def get_config(variant: str = "sat") -> ConfigDict:
     """Variants: `sat`, and `dense`, the same run without SAT."""
     config = quickstart.get_config(variant)
     config.data.sources = ()
+    config.data.row_length = 1024
     config.data.format = "prompt_completion"
     config.data.prompt_field = "question"
     config.data.completion_field = "answer"
