@@ -19,12 +19,12 @@ def get_config(variant: str = "sat") -> ConfigDict:
     config.data.row_length = 512
     config.data.max_tokens = 100_000
     config.data.held_out = 0.1
-    config.train.steps = 64
+    config.train.steps = 96
     config.train.eval_rows = 12
     config.optimizer.learning_rate = 3e-5
-    config.optimizer.warmup_steps = 8
+    config.optimizer.warmup_steps = 12
     config.sparsity.rate = {"sat": 0.4, "dense": 0.0}[variant]
     config.sparsity.dense_layers = (0, 1)
-    config.sparsity.refresh_every = 16
+    config.sparsity.refresh_every = 24
     config.export.huggingface = True
     return config
