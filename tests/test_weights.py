@@ -17,6 +17,7 @@ from sat_jax.models.llama import Llama
 from sat_jax.nn.decoder import Compute, Decoder, Remat
 from sat_jax.nn.layout import Layout, flat_values, make_layout
 from sat_jax.nn.linear import Axes, Weight, combine, dense, project, swiglu
+from sat_jax.nn.norms import rms_norm
 from sat_jax.ops import KernelConfig
 from sat_jax.sparsity.choose import Criteria
 from sat_jax.sparsity.execution.base import Execution
@@ -228,14 +229,12 @@ def test_a_step_changes_trained_arrays_alone(kind: type[Execution]) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("units", [(6,), (2, 3, 4)])
-def test_products_have_the_gradients_of_the_plain_formulas(
-    units: tuple[int, ...], dtype: Any
-) -> None:
+def test_derivatives_equal_those_of_the_plain_formulas(units: tuple[int, ...], dtype: Any) -> None:
     """With random cotangents; the formulas are differentiated by jax in float32."""
     keys = iter(jax.random.split(jax.random.key(0), 8))
-    gate, up, x, dy, da = (
+    gate, up, x, dn, dy, da = (
         (2 * jax.random.normal(next(keys), shape)).astype(dtype)
-        for shape in ((*units, 5), (*units, 5), (2, 7, 5), (2, 7, *units), (2, 7, *units))
+        for shape in [(*units, 5)] * 2 + [(2, 7, 5)] * 2 + [(2, 7, *units)] * 2
     )
 
     def plain_project(w: Array, x: Array) -> Array:
@@ -244,7 +243,13 @@ def test_products_have_the_gradients_of_the_plain_formulas(
     def plain_swiglu(gate: Array, up: Array, x: Array) -> Array:
         return jax.nn.silu(plain_project(gate, x)) * plain_project(up, x)
 
+    def plain_rms_norm(x: Array, scale: Array) -> Array:
+        mean_square = jnp.mean(x**2, axis=-1, keepdims=True)
+        return x / jnp.sqrt(mean_square + 0.5) * scale[None, None]
+
+    scale = jnp.linspace(-1.0, 2.0, 5)
     cases = [(project, plain_project, (gate, x), dy), (swiglu, plain_swiglu, (gate, up, x), da)]
+    cases.append((functools.partial(rms_norm, eps=0.5), plain_rms_norm, (x, scale), dn))
     for function, formula, arguments, cotangent in cases:
         actual, pullback = jax.vjp(function, *arguments)
         float32 = [jnp.float32(array) for array in (*arguments, cotangent)]
