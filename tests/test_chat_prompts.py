@@ -17,7 +17,7 @@ from sat_jax.data.sources import Document
 from sat_jax.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from sat_jax.evaluate import generate as generation
 from sat_jax.evaluate.completions import Completion
-from sat_jax.evaluate.exact_match import ExtractionRule, prompt_questions
+from sat_jax.evaluate.exact_match import ExtractionRule, prompt_question
 from sat_jax.evaluate.multiple_choice import encode_choices
 from sat_jax.evaluate.prompts import PromptFormat, QuestionAnswer
 from sat_jax.evaluate.question_files import MultipleChoiceQuestion
@@ -63,7 +63,7 @@ def test_prompts_have_the_ids_of_training(
     tokenizer = training_tokenizer(bos_tokenizer, data_format)
 
     prompt_format = PromptFormat(chat=True)
-    (question,) = prompt_questions(tokenizer, [ANSWER], prompt_format, ExtractionRule("number"))
+    question = prompt_question(tokenizer, ANSWER, prompt_format, ExtractionRule("number"))
     assert question.ids == expected
     choices = MultipleChoiceQuestion(ANSWER.question, [ANSWER.answer, "No"], [1.0, 0.0])
     pairs = encode_choices(tokenizer, prompt_format, [choices])
