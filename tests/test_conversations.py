@@ -13,6 +13,7 @@ from sat_jax.cache import cache_dir
 from sat_jax.config import Config, DataConfig
 from sat_jax.config_values import from_config_dict, load
 from sat_jax.data.batches import EMPTY_ROW, Row, batches, in_order, open_split, unpack
+from sat_jax.data.conversations import training_tokenizer
 from sat_jax.data.data_format import DataFormat
 from sat_jax.data.prepare import Prepared, prepare
 from sat_jax.data.tokenizer import load_tokenizer
@@ -23,8 +24,10 @@ from sat_jax.evaluate.perplexity import perplexity, prepared_data
 from sat_jax.interop import open_weights
 from sat_jax.results.record import dense_baseline
 from sat_jax.results.rows import read
+from sat_jax.train.inputs import write_model
 from sat_jax.train.loop import train
 from sat_jax.train.metrics import read_metrics
+from sat_jax.train.workdir import WorkDir
 from scripts import evaluate
 from scripts import prepare_data as script
 from tests.conftest import ROOT
@@ -335,13 +338,19 @@ def test_evaluation_prompts_a_run_with_the_tokens_of_its_training(
         chat_template=str(template), system=system,
     )  # fmt: skip
     trained = open_weights(GOLDEN / "llama_gqa"), Config(data=data, seed=3)
+    workdir = WorkDir(tmp_path / "run")
+    workdir.path.mkdir()
+    model = trained[0].config
+    tokenizer = load_tokenizer("bytes", None, model.vocab_size)
+    write_model(workdir, model, training_tokenizer(tokenizer, DataFormat.from_settings(data)))
     monkeypatch.setattr(module, "is_run", lambda _: True)
     monkeypatch.setattr(module, "open_run", lambda *_: trained)
 
     def prompts(*more: str) -> list[list[int]]:
         out = tmp_path / "out.jsonl"
         fields = ("--question-field", "prompt", "--answer-field", "completion", "--extract", "text")
-        line = ["evaluate", "--model", "x", "--answers", str(file), *fields, "--chat", *more]
+        line = ["evaluate", "--model", str(workdir.path), "--answers", str(file), *fields]
+        line += ["--chat", *more]
         generated = ("--max-new-tokens", "1", "--generations", str(out))
         generated += ("--record", str(tmp_path / "rows.jsonl"))
         monkeypatch.setattr("sys.argv", [*line, *generated])
@@ -357,7 +366,7 @@ def test_evaluation_prompts_a_run_with_the_tokens_of_its_training(
         assert prompts(*option) == sorted(ids[: mask.index(True)] for ids, mask in rows)
     row, *_ = recorded = read(tmp_path / "rows.jsonl")
     assert len(recorded) == 3 and str(tmp_path) not in json.dumps(recorded)
-    assert (row["measure"], row["model"], row["data"]) == ("answers", "x", "x.jsonl")
+    assert (row["measure"], row["model"][:4], row["data"]) == ("answers", "run#", "x.jsonl")
     assert {"accuracy", "stderr", "versions", "device", "commit", "date"} <= row.keys()
     assert (row["run"]["seed"], row["run"]["twin"]) == (3, dense_baseline(trained[1]))
     assert row["run"]["settings"]["data.format"] == "prompt_completion"

@@ -27,6 +27,8 @@ from sat_jax.models.build import layout_of
 from sat_jax.nn.decoder import Decoder, for_decoding
 from sat_jax.nn.layout import flat_values
 from sat_jax.nn.rope import RopeConfig
+from sat_jax.train.inputs import write_model
+from sat_jax.train.workdir import WorkDir
 from scripts import generate as script
 from tests.golden_model import GOLDEN, logits_of, tokenizer_with
 from tests.tolerances import assert_close
@@ -354,7 +356,7 @@ def test_script_prints_the_tokens_of_generate(
         *("--max-new-tokens", "20"),
     )
     printed = capsys.readouterr()
-    assert printed.out == load_tokenizer("bytes", None, 256).decode(ids) + "\n"
+    assert printed.out == tokenizer.decode(ids) + "\n"
     assert f"[prompt 4 tokens, {len(ids)} new tokens; the first after" in printed.err
     assert "tokens/s" in printed.err
 
@@ -398,6 +400,8 @@ def test_a_run_is_opened_at_its_newest_checkpoint(
 ) -> None:
     config = Config(data=DataConfig(tokenizer="bytes"))
     trained = open_weights(GOLDEN / "llama_gqa"), config
+    tokenizer = load_tokenizer("bytes", None, 256)
+    write_model(WorkDir(tmp_path), trained[0].config, tokenizer)
     monkeypatch.setattr(eval_model, "is_run", lambda path: path == tmp_path)
     monkeypatch.setattr(
         eval_model, "open_run", lambda path, step: {(tmp_path, None): trained}[path, step]

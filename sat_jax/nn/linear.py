@@ -12,11 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from sat_jax.ops import InPlace, KernelConfig, kept_combine, kept_mlp, kept_project
 
 Axes = tuple[str, ...]
+PRODUCT = "product with a weight"
+"""The name under which rematerialisation (`dots`) saves the outputs of `project`."""
 
 
 class Weight:
@@ -132,16 +135,21 @@ def gated_mlp(gate: Any, up: Any, down: Any, x: Float[Array, "B T D"]) -> Float[
     return kept_mlp(x, in_place[0], in_place[1], in_place[2], weights[0].kept, kernel)
 
 
-@jax.custom_vjp
 def _project(w: Array, x: Array) -> Array:
+    # Named, since `jax.checkpoint` does not look for products inside custom derivatives.
+    return checkpoint_name(_product(w, x), PRODUCT)
+
+
+@jax.custom_vjp
+def _product(w: Array, x: Array) -> Array:
     return jnp.tensordot(x, w, (-1, -1))
 
 
-def _project_forward(w: Array, x: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _project(w, x), (w, x)
+def _product_forward(w: Array, x: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _product(w, x), (w, x)
 
 
-def _project_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+def _product_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     """Return the gradients of `w` and `x`. That of `w` is computed as (xᵀ · dy)ᵀ. For dyᵀ · x, its
     usual form, XLA:CPU first writes a transposed copy of `dy`, which is slower than the product."""
     w, x = saved
@@ -150,7 +158,7 @@ def _project_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Arr
     return dw, jnp.tensordot(dy, w, w.ndim - 1)
 
 
-_project.defvjp(_project_forward, _project_backward)
+_product.defvjp(_product_forward, _product_backward)
 
 
 @jax.custom_vjp

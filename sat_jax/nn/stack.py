@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sat_jax.nn.context import Cache, Context, LayerCache, Observed
+from sat_jax.nn.linear import PRODUCT
 
 Remat = Literal["none", "dots", "full"]
 SELECTED = "selected units"
@@ -23,7 +24,9 @@ not select again, from inputs that it computes again and may round otherwise."""
 _policies = jax.checkpoint_policies
 _POLICIES: dict[Remat, Callable[..., Any]] = {
     "none": _policies.everything_saveable,
-    "dots": _policies.dots_with_no_batch_dims_saveable,
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(PRODUCT)
+    ),
     "full": _policies.nothing_saveable,
 }
 
