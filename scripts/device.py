@@ -195,15 +195,15 @@ def run_parts(
         command, started = _command(part, out, options, rehearse), time.monotonic()
         print(f"\n{part.name}: python {shlex.join(command)}", flush=True)
         reason = _run(command, min(left, 2 * part.seconds))
-        taken = round(time.monotonic() - started, 1)
+        seconds = round(time.monotonic() - started, 1)
         if _attention(_rows(out, origin)) != options:
             reason = "the dense step failed, again with attention in plain XLA"
             waiting.insert(0, part)
         if out != _RESULTS and _TUNING.exists():
             shutil.copytree(_TUNING, out / "tuning", dirs_exist_ok=True)
-        row = {"measurement": part.name, "seconds": taken, "outcome": reason or "complete"}
+        row = {"measurement": part.name, "seconds": seconds, "outcome": reason or "complete"}
         append(out / "device.jsonl", [row], origin)
-        print(f"{part.name}: {row['outcome']}, {taken:.0f} s\n", flush=True)
+        print(f"{part.name}: {row['outcome']}, {seconds:.0f} s\n", flush=True)
         success &= reason is None
     return success
 

@@ -213,7 +213,7 @@ class _AtOnce:
     def __init__(self) -> None:
         self.jobs: list[Job] = []
 
-    def room(self) -> int:
+    def free_slots(self) -> int:
         return 2
 
     def submit(self, jobs: Sequence[Job]) -> list[Any]:
@@ -269,9 +269,9 @@ def test_each_worker_has_its_own_devices(tmp_path: Path, monkeypatch: pytest.Mon
     (run,) = runs_of("sparsity.rate=0.5")
     job = Job(run.config, tmp_path / "run", tmp_path / "log")
     shared: Any = Local(2, ["4", "5", "6", "7"])
-    assert shared.room() == 2
+    assert shared.free_slots() == 2
     assert [process.job.devices for process in shared.submit([job, job])] == ["4,6", "5,7"]
-    assert shared.room() == 0
+    assert shared.free_slots() == 0
     alone: Any = Local()
     assert alone.submit([job])[0].job == job  # its devices are those of this process
 

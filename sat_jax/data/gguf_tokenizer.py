@@ -118,7 +118,7 @@ def _byte_level(metadata: _Metadata, pre: str) -> tokenizers.Tokenizer:
             merges=[tuple(merge.split(" ", 1)) for merge in metadata("ggml.merges", [])],
             ignore_merges=pre in _LLAMA3,  # a word in the vocabulary is one token
         )
-    except Exception as error:
+    except Exception as error:  # tokenizers raises no narrower type
         raise UserError(
             f"{metadata.path}: the merges of its tokenizer do not match its tokens: {error}"
         ) from error

@@ -25,8 +25,8 @@ def train_tokenizer(
 
     Sources are those of `resolve_sources`. Any text can be encoded and decoded again. Documents end
     with `<|endoftext|>`, and have no bos. A text without enough pairs of tokens that occur twice
-    gives fewer tokens, which `log` receives as a line. Raises `UserError` for a vocabulary without
-    room for all bytes and for sources without text.
+    gives fewer tokens, which `log` receives as a line. Raises `UserError` for a `vocab_size` below
+    `SMALLEST` and for sources without text.
     """
     if vocab_size < SMALLEST:
         raise UserError(

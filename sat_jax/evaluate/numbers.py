@@ -102,9 +102,9 @@ def _plain(text: str) -> str:
 
 def _fraction(match: re.Match[str]) -> str:
     """Return "3/4" for a fraction, or "2 3/4" after a digit."""
-    whole, *parts = match.groups()
+    integer, *parts = match.groups()
     fraction = normalize("NFKC", "/".join(parts)).replace("\u2044", "/")
-    return f"{whole} {fraction}" if whole else fraction
+    return f"{integer} {fraction}" if integer else fraction
 
 
 def _expressions(text: str) -> Iterator[list[re.Match[str]]]:

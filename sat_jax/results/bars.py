@@ -31,8 +31,8 @@ def bars(rows: Sequence[Row]) -> list[str]:
     measured = [row for row in rows if "error" not in row]
     lines = []
     for title, compare in _COMPARISONS.items():
-        found = [str(bar) for bar in compare(measured)]
-        lines += found or [f"{'-':<8} {title}: not measured"]
+        compared = [str(bar) for bar in compare(measured)]
+        lines += compared or [f"{'-':<8} {title}: not measured"]
     return lines
 
 

@@ -81,12 +81,12 @@ class Local:
         self._devices = [",".join(gpus[worker::workers]) or None for worker in range(workers)]
         self._processes: dict[int, SpawnProcess] = {}
 
-    def room(self) -> int:
+    def free_slots(self) -> int:
         """Return how many more jobs may be submitted now."""
         return len(self._idle())
 
     def submit(self, jobs: Sequence[Job]) -> list[SpawnProcess]:
-        """Start jobs, at most `room()`."""
+        """Start jobs, at most `free_slots()`."""
         workers = self._idle()[: len(jobs)]
         for worker, job in zip(workers, jobs, strict=True):
             job = dataclasses.replace(job, devices=self._devices[worker])
@@ -143,7 +143,7 @@ class Slurm:
             executor.update_parameters(array_parallelism=workers)
         self._executor = executor
 
-    def room(self) -> int:
+    def free_slots(self) -> int:
         return sys.maxsize
 
     def submit(self, jobs: Sequence[Job]) -> list[submitit.Job[None]]:

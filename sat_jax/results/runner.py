@@ -114,7 +114,8 @@ def run_sweep(
                         break
                     log("stopping: each run ends after its step and saves; again ends them now")
                     launcher.stop()
-                starting = [] if stopping else [r for r in runs if r.waiting][: launcher.room()]
+                free = 0 if stopping else launcher.free_slots()
+                starting = [run for run in runs if run.waiting][:free]
                 jobs = [Job(run.run.config, run.workdir.path, run.log) for run in starting]
                 for run, job in zip(starting, launcher.submit(jobs), strict=True):
                     run.job = job

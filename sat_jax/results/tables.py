@@ -105,12 +105,12 @@ def _paired(group: Group, comparison: Comparison, variants: Sequence[Variant]) -
         return _mean(change, "{:+.1f}".format)
 
     columns = {head: minus_plain(measure) for head, measure in _DIFFERENCES.items()}
-    others = [variant for variant in variants if not group.differing(variant) <= {rate}]
-    others = [variant for variant in others if any(c(variant) != "-" for c in columns.values())]
+    changed = [variant for variant in variants if not group.differing(variant) <= {rate}]
+    paired = [variant for variant in changed if any(c(variant) != "-" for c in columns.values())]
     caption = _caption(group, _learning_rate(group), f"percentage points {_PAIRED}")
     title = f"{comparison.title}: paired differences"
     name = f"{comparison.name}_paired"
-    return [_table(name, title, caption, others, columns)] if others else []
+    return [_table(name, title, caption, paired, columns)] if paired else []
 
 
 def _losses(group: Group) -> list[Table]:
