@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sat_jax.nn.inner import inner
 from sat_jax.nn.linear import dense
 
 
@@ -38,7 +39,8 @@ def _rms_norm_backward(
     x, scale, inverse = saved
     normed, dy = x.astype(jnp.float32) * inverse, dy.astype(jnp.float32)
     d_normed = dy * jnp.expand_dims(scale, range(x.ndim - 1))
-    dx = inverse * (d_normed - normed * jnp.mean(d_normed * normed, axis=-1, keepdims=True))
+    mean = inner(d_normed, normed)[..., None] / x.shape[-1]
+    dx = inverse * (d_normed - normed * mean)
     d_scale = jnp.sum(dy * normed, axis=tuple(range(x.ndim - 1)))
     return dx.astype(x.dtype), d_scale.astype(scale.dtype)
 
