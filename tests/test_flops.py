@@ -218,8 +218,8 @@ def test_a_probe_of_gradients_leaves_out_those_of_weights() -> None:
     ("observe", "expected"),
     [
         # Σa², a product with the tokens' weights. Gram matrices of 3 heads of 4, in each of 4
-        # groups: activations for each token, weights and their product once.
-        ({"outputs"}, TOKENS * (2 * 24 + 2 * 4 * 12**2) + 2 * 4 * 12**2 * (16 + 1)),
+        # groups: activations for each token, and weights once.
+        ({"outputs"}, TOKENS * (2 * 24 + 2 * 4 * 12**2) + 2 * 4 * 12**2 * 16),
         ({"products"}, TOKENS * 2 * (48**2 + 24**2)),
         ({"gradients"}, 0),
     ],

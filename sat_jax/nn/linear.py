@@ -130,7 +130,9 @@ def gated_mlp(gate: Any, up: Any, down: Any, x: Float[Array, "B T D"]) -> Float[
     weights = [value(w) for w in (gate, up, down)]
     kernel = weights[0].kernel if all(isinstance(w, KeptRows) for w in weights) else None
     if kernel is None:
-        return combine(down, swiglu(gate, up, x))
+        if isinstance(weights[2], Weight):
+            return combine(down, swiglu(gate, up, x))
+        return _gated_combine(project(gate, x), project(up, x), weights[2])
     in_place = [w.in_place for w in weights]
     return kept_mlp(x, in_place[0], in_place[1], in_place[2], weights[0].kept, kernel)
 
@@ -179,6 +181,27 @@ def _silu_product_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array
 
 
 _silu_product.defvjp(_silu_product_forward, _silu_product_backward)
+
+
+@jax.custom_vjp
+def _gated_combine(gate_x: Array, up_x: Array, down: Array) -> Array:
+    """Return silu(gate_x) · up_x · down. The backward pass computes the activation again: saving it
+    for each layer takes longer."""
+    return _combine(down, _silu_product(gate_x, up_x))
+
+
+def _gated_combine_forward(gate_x: Array, up_x: Array, down: Array) -> tuple[Array, Any]:
+    return _gated_combine(gate_x, up_x, down), (gate_x, up_x, down)
+
+
+def _gated_combine_backward(saved: Any, dy: Array) -> tuple[Array, Array, Array]:
+    gate_x, up_x, down = saved
+    a, gradient = jax.vjp(_silu_product, gate_x, up_x)
+    d_down = jnp.tensordot(dy, a, ((0, 1), (0, 1))).T  # as by automatic differentiation
+    return (*gradient(_product(down, dy)), d_down)
+
+
+_gated_combine.defvjp(_gated_combine_forward, _gated_combine_backward)
 
 
 def _combine(w: Array, a: Array) -> Array:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,30 +29,37 @@ def chunked_cross_entropy(
     device sums losses and gradients of the head over its rows; devices are reduced once, after the
     last chunk.
     """
-    _, total = jax.lax.scan(
-        lambda _, xs: (None, _chunk_loss(head_VD, *xs)[0]),
-        None,
-        _split(chunk, hidden_BTD, targets_BT, loss_mask_BT),
-    )
-    return total.sum()
+
+    def body(_: None, xs: tuple[Array, ...]) -> tuple[None, Float[Array, " B"]]:
+        h_BCD, targets_BC, mask_BC = xs
+        return None, _summed_loss(_scores(head_VD, h_BCD, targets_BC), mask_BC)
+
+    _, losses = jax.lax.scan(body, None, _split(chunk, hidden_BTD, targets_BT, loss_mask_BT))
+    return losses.sum()
 
 
-def _chunk_logits(
-    head_VD: Array, h_BCD: Array, targets_BC: Array
-) -> tuple[Float[Array, "B C V"], Float[Array, "B C"], Float[Array, "B C"]]:
-    """Return logits, their log-sum-exp, and the logits of the targets."""
-    logits_BCV = jnp.einsum("BCD,VD->BCV", h_BCD, head_VD, preferred_element_type=jnp.float32)
-    log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-    target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-    return logits_BCV, log_z_BC, target_BC
+class _Scores(NamedTuple):
+    """Logits of a chunk of positions, `exp(logits - their maximum)`, its sum, the log-sum-exp of
+    the logits, and the logits of the targets."""
+
+    logits: Float[Array, "B C V"]
+    exp: Float[Array, "B C V"]
+    total: Float[Array, "B C 1"]
+    log_z: Float[Array, "B C"]
+    target: Float[Array, "B C"]
 
 
-def _chunk_loss(
-    head_VD: Array, h_BCD: Array, targets_BC: Array, mask_BC: Array
-) -> tuple[Float[Array, " B"], Float[Array, "B C V"], Float[Array, "B C"]]:
-    logits_BCV, log_z_BC, target_BC = _chunk_logits(head_VD, h_BCD, targets_BC)
-    loss_B = jnp.sum(jnp.where(mask_BC, log_z_BC - target_BC, 0.0), axis=-1)
-    return loss_B, logits_BCV, log_z_BC
+def _scores(head_VD: Array, h_BCD: Array, targets_BC: Array) -> _Scores:
+    logits = jnp.einsum("BCD,VD->BCV", h_BCD, head_VD, preferred_element_type=jnp.float32)
+    highest = logits.max(axis=-1, keepdims=True)
+    exp = jnp.exp(logits - highest)
+    total = exp.sum(axis=-1, keepdims=True)
+    target = jnp.take_along_axis(logits, targets_BC[..., None], axis=-1)[..., 0]
+    return _Scores(logits, exp, total, (highest + jnp.log(total))[..., 0], target)
+
+
+def _summed_loss(scores: _Scores, mask_BC: Array) -> Float[Array, " B"]:
+    return jnp.sum(jnp.where(mask_BC, scores.log_z - scores.target, 0.0), axis=-1)
 
 
 def token_scores(
@@ -68,13 +75,13 @@ def token_scores(
 
     def body(_: None, xs: tuple[Array, ...]) -> tuple[None, tuple[Array, Array]]:
         h_BCD, targets_BC = xs
-        logits_BCV, log_z_BC, target_BC = _chunk_logits(head_VD, h_BCD, targets_BC)
-        greedy_BC = jnp.argmax(logits_BCV, axis=-1) == targets_BC
-        return None, (target_BC - log_z_BC, greedy_BC)
+        scores = _scores(head_VD, h_BCD, targets_BC)
+        greedy_BC = jnp.argmax(scores.logits, axis=-1) == targets_BC
+        return None, (scores.target - scores.log_z, greedy_BC)
 
-    _, scores = jax.lax.scan(body, None, _split(chunk, hidden_BTD, targets_BT))
+    _, chunks = jax.lax.scan(body, None, _split(chunk, hidden_BTD, targets_BT))
     batch, length = targets_BT.shape
-    log_p_BT, greedy_BT = (jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length] for x in scores)
+    log_p_BT, greedy_BT = (jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length] for x in chunks)
     return log_p_BT, greedy_BT
 
 
@@ -99,15 +106,15 @@ def _forward(
 
     def body(d_head_PVD: Array, xs: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
         h_BCD, targets_BC, mask_BC = xs
-        loss_B, logits_BCV, log_z_BC = _chunk_loss(head_VD, *xs)
-        softmax = jnp.exp(logits_BCV - log_z_BC[..., None])
+        scores = _scores(head_VD, h_BCD, targets_BC)
         one_hot = jax.nn.one_hot(targets_BC, head_VD.shape[0], dtype=jnp.float32)
-        d_logits = jnp.where(mask_BC[..., None], softmax - one_hot, 0.0).astype(head_VD.dtype)
+        d_logits = jnp.where(mask_BC[..., None], scores.exp / scores.total - one_hot, 0.0)
+        d_logits = d_logits.astype(head_VD.dtype)
         d_hidden = jnp.einsum("BCV,VD->BCD", d_logits, head_VD)
         rows = [x.reshape(parts, -1, *x.shape[1:]) for x in (d_logits, h_BCD)]
         # The product is transposed, not an operand: on XLA:CPU [V, C] would be computed again.
         d_head_PDV = jnp.einsum("PBCV,PBCD->PDV", *rows, preferred_element_type=jnp.float32)
-        return d_head_PVD + d_head_PDV.swapaxes(1, 2), (loss_B, d_hidden)
+        return d_head_PVD + d_head_PDV.swapaxes(1, 2), (_summed_loss(scores, mask_BC), d_hidden)
 
     chunks = _split(chunk, hidden_BTD, targets_BT, loss_mask_BT)
     zeros_PVD = jnp.zeros((parts, *head_VD.shape), jnp.float32)

@@ -66,7 +66,7 @@ def scan_layers(
             x = nnx.merge(graph, cast(values, dtype))(x, own)
             return (x, None if layer_cache is None else layer_cache.arrays), own.observed
 
-        body = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+        body = layer if remat == "none" else jax.checkpoint(layer, policy=policy, prevent_cse=False)
         own_keys = None if keys is None else keys[start : start + layers]
         index = None if cache is None else jnp.arange(layers)
         (x, arrays), seen = jax.lax.scan(body, (x, arrays), (part, own_keys, index))

@@ -136,7 +136,7 @@ def probe_flops(layout: Layout[Any], row_length: int, gradients: bool = False) -
 
 def traced_flops(function: Callable[..., Any], *arguments: Any) -> float:
     """Return the operations of all matrix products of a function: every iteration of a scan, but
-    one of a loop whose length is not known."""
+    one of a loop whose length is not known. Inner products of vectors are sums, and not counted."""
     return _products_of(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
@@ -144,10 +144,11 @@ def _products_of(jaxpr: Any) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
+            (contracted, _), (batch, _) = equation.params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
             depth = math.prod(shape[axis] for axis in contracted)
-            total += 2.0 * depth * math.prod(equation.outvars[0].aval.shape)
+            if equation.outvars[0].aval.ndim > len(batch):
+                total += 2.0 * depth * math.prod(equation.outvars[0].aval.shape)
         iterations = equation.params["length"] if equation.primitive.name == "scan" else 1
         total += iterations * sum(map(_products_of, _inner_jaxprs(equation.params)))
     return total
