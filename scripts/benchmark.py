@@ -11,6 +11,7 @@ random. `peer` needs torch and transformers (the extra `bench`).
 """
 
 import importlib.util
+import math
 import os
 import statistics
 import sys
@@ -128,23 +129,32 @@ def steps(_: DecoderConfig, layout: Layout[Decoder], args: Namespace) -> list[Ro
 
 
 def peer(model: DecoderConfig, layout: Layout[Decoder], args: Namespace) -> list[Row]:
-    """Return rows of the dense step and of transformers' step on the same shapes."""
-    variants = {
+    """Return rows of the dense step and of transformers' step on the same shapes, and of what both
+    have to compute: the products of a layer with its weights, in XLA and in torch."""
+    steps = {
         "sat_jax": _step(make_case(layout, "dense", 0.0), args),
         "transformers": _transformers_step(model, args),
     }
-    costs = _take_turns(variants, args.turns)
-    return [
-        {
-            "library": name,
-            "torch": version("torch"),
-            "transformers": version("transformers"),
-            **_medians(cost),
-            "speed_against_transformers_wall": _ratio(costs["transformers"], cost, "wall"),
-            "speed_against_transformers_cpu": _ratio(costs["transformers"], cost, "cpu"),
-        }
-        for name, cost in costs.items()
-    ]
+    products = {
+        "sat_jax": _xla_products(layout, args),
+        "transformers": _torch_products(layout, args),
+    }
+    rows = []
+    for work, variants in (("step", steps), ("products", products)):
+        costs = _take_turns(variants, args.turns)
+        rows += [
+            {
+                "work": work,
+                "library": name,
+                "torch": version("torch"),
+                "transformers": version("transformers"),
+                **_medians(cost),
+                "speed_against_transformers_wall": _ratio(costs["transformers"], cost, "wall"),
+                "speed_against_transformers_cpu": _ratio(costs["transformers"], cost, "cpu"),
+            }
+            for name, cost in costs.items()
+        ]
+    return rows
 
 
 def _prepare_torch() -> None:
@@ -195,6 +205,51 @@ def _transformers_step(model: DecoderConfig, args: Namespace) -> Variant:
             torch.cuda.synchronize()
 
     return _timed(step)
+
+
+def _product_shapes(layout: Layout[Decoder]) -> list[tuple[int, int]]:
+    """Return `[N, D]` of each matrix of a layer."""
+    leaves = ((layout.shapes[path], leaf) for path, leaf in layout.leaves.items())
+    return [
+        (math.prod(array.shape[1:-1]), array.shape[-1])
+        for array, leaf in leaves
+        if leaf.in_layers and leaf.role != "vector"
+    ]
+
+
+def _xla_products(layout: Layout[Decoder], args: Namespace) -> Variant:
+    """Return the products of a layer with its weights: forward, and both gradients."""
+    tokens, dtype = args.rows * args.row_length, jnp.dtype(args.dtype)
+    shapes = _product_shapes(layout)
+    arrays = [
+        tuple(jnp.ones(s, dtype) for s in ((tokens, d), (n, d), (tokens, n))) for n, d in shapes
+    ]
+
+    @jax.jit
+    def products(arrays: Any) -> Any:
+        return [(x @ w.T, dy @ w, (x.T @ dy).T) for x, w, dy in arrays]
+
+    return _timed(lambda: products(arrays))
+
+
+def _torch_products(layout: Layout[Decoder], args: Namespace) -> Variant:
+    """Return the same products in torch."""
+    import torch
+
+    tokens, dtype = args.rows * args.row_length, getattr(torch, args.dtype)
+    on = {"dtype": dtype, "device": "cuda" if torch.cuda.is_available() else "cpu"}
+    shapes = _product_shapes(layout)
+    arrays = [
+        tuple(torch.ones(*s, **on) for s in ((tokens, d), (n, d), (tokens, n))) for n, d in shapes
+    ]
+
+    def products() -> None:
+        for x, w, dy in arrays:
+            x @ w.T, dy @ w, dy.T @ x
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return _timed(products)
 
 
 def moves(_: DecoderConfig, layout: Layout[Decoder], args: Namespace) -> list[Row]:

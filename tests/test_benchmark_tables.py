@@ -64,7 +64,9 @@ def test_speedups_above_their_bound_are_marked() -> None:
     table = steps_table(rows)[0].markdown()
     speedups = [cells(table, line)[4:] for line in (2, 3, 4)]
     assert speedups == [["1.00×", "1.00×"], ["1.68×\u2021", "1.56×"], ["1.10×", "-"]]
-    assert table.endswith("m; 1,000 tokens; bfloat16; a GPU. " + ABOVE_BOUND_NOTE + ".")
+    assert table.endswith(
+        "m; 1,000 tokens in rows of 500; bfloat16; a GPU. " + ABOVE_BOUND_NOTE + "."
+    )
     assert steps_table(rows[1:]) == []
 
 
@@ -72,11 +74,16 @@ def test_dense_steps_beside_transformers_and_the_parts_of_a_refresh() -> None:
     case = {"date": "d", "device": DEVICE}
     ours = {"speed_against_transformers_wall": 0.5, "speed_against_transformers_cpu": 0.4}
     peer = row("dense", 0.0, benchmark="peer", library="sat_jax", wall_seconds=3.0, **case, **ours)
-    newer = peer | {"wall_seconds": 2.0}
+    newer = peer | {"work": "step", "wall_seconds": 2.0, "device": DEVICE | {"kind": "new"}}
+    products = peer | {"work": "products", "library": "transformers", "wall_seconds": 0.25}
     other = peer | {"rows": 4}
-    first, second = peer_tables([peer, newer, other])
-    assert first.rows == (("sat_jax", "2.0 s", "0.50×", "0.40×"),)
-    assert first.caption == "m; 1,000 tokens; bfloat16; a GPU" and "2,000" in second.caption
+    first, second = peer_tables([peer, newer, products, other])
+    assert first.rows == (
+        ("dense step", "sat_jax", "2.00 s", "0.50×", "0.40×"),
+        ("products of a layer", "torch", "0.25 s", "0.50×", "0.40×"),
+    )
+    assert first.caption == "m; 1,000 tokens in rows of 500; bfloat16; new"
+    assert "2,000" in second.caption
     step = row("gather", 0.4, benchmark="moves", move="step", wall_seconds=2.0, **case)
     step |= {"share_of_a_step": 1.0}
     probe = step | {"move": "probe", "wall_seconds": 0.5, "share_of_a_step": 0.25}

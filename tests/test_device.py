@@ -229,7 +229,13 @@ def test_targets_of_kernels_and_of_the_dense_step() -> None:
     case |= {"block": 128, "flops": 50.0, **ORIGIN}
     dense = {"implementation": "dense", "density": 1.0, "block": None, "flops": 100.0}
     peer = {"benchmark": "peer", "model": "tinyllama-1.1b", "rows": 8, "row_length": 2048}
-    peer |= {"dtype": "bfloat16", "transformers": "5.17.0", "wall_seconds": 0.2, **ORIGIN}
+    peer |= {
+        "work": "step",
+        "dtype": "bfloat16",
+        "transformers": "5.17.0",
+        "wall_seconds": 0.2,
+        **ORIGIN,
+    }
     rows = [
         case | dense | {"tokens": 4096, "seconds": 10.0},
         case | {"implementation": "pallas_gpu", "tokens": 4096, "seconds": 5.0},

@@ -99,7 +99,7 @@ def _product(row: Row) -> str:
 
 def _against_transformers(rows: Sequence[Row]) -> Iterator[Bar]:
     for row in rows:
-        if row.get("benchmark") == "peer" and row["library"] == "sat_jax":
+        if row.get("benchmark") == "peer" and (row["work"], row["library"]) == ("step", "sat_jax"):
             text = f"{_step(row)}, {row['dtype']}: {row['wall_seconds']:.3f} s, speed-up over"
             speed = row["speed_against_transformers_wall"]
             yield Bar(f"{text} transformers {row['transformers']}", speed, 1)

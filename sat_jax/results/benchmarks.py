@@ -15,6 +15,8 @@ _MEMORY = {
     "temporaries": "temporary_bytes",
 }
 
+_PRODUCTS_OF = {"sat_jax": "XLA", "transformers": "torch"}
+
 
 def steps_table(rows: Sequence[Row]) -> list[Table]:
     """Return the last measurement of `scripts.benchmark --only steps` beside the dense step."""
@@ -37,23 +39,26 @@ def steps_table(rows: Sequence[Row]) -> list[Table]:
 
 
 def peer_tables(rows: Sequence[Row]) -> list[Table]:
-    """Return the last measurement of `scripts.benchmark --only peer`, a table for each setting."""
-    settings = defaultdict[str, dict[str, Row]](dict)
+    """Return the last measurement of `scripts.benchmark --only peer` of each size and dtype."""
+    settings = defaultdict[tuple[str, str], dict[tuple[str, str], Row]](dict)
     for row in rows:
         if row.get("benchmark") == "peer":
-            settings[_setting(row)][row["library"]] = row
-    header = ("dense step", "time", "speed", "by CPU time")
+            work = row.get("work", "step")  # the oldest rows are of steps alone
+            settings[_model_and_tokens(row), row["dtype"]][work, row["library"]] = row
+    header = ("work", "library", "time", "speed", "by CPU time")
     tables = []
-    for setting, libraries in settings.items():
+    for works in settings.values():
         body = [
             (
-                library,
-                f"{row['wall_seconds']:.1f} s",
+                {"step": "dense step", "products": "products of a layer"}[work],
+                _PRODUCTS_OF[library] if work == "products" else library,
+                f"{row['wall_seconds']:.2f} s",
                 f"{row['speed_against_transformers_wall']:.2f}×",
                 f"{row['speed_against_transformers_cpu']:.2f}×",
             )
-            for library, row in libraries.items()
+            for (work, library), row in works.items()
         ]
+        setting = _setting(works["step", "sat_jax"])
         tables.append(Table("peer", "Dense steps", setting, header, tuple(body)))
     return tables
 
@@ -109,8 +114,7 @@ def _settings(rows: Sequence[Row]) -> Iterator[list[Row]]:
 
 
 def _setting(row: Row) -> str:
-    tokens = f"{row['rows'] * row['row_length']:,} tokens"
-    return f"{row['model']}; {tokens}; {row['dtype']}; {device_name(row['device'])}"
+    return f"{_model_and_tokens(row)}; {row['dtype']}; {device_name(row['device'])}"
 
 
 def _model_and_tokens(row: Row) -> str:
