@@ -11,11 +11,19 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# Concurrent calls (quickstart in one terminal, test in another) run one after the other.
-if command -v flock >/dev/null; then
-  exec 9<scripts/setup.sh
-  flock 9
-fi
+# Concurrent calls (quickstart in one terminal, test in another) install one after the other.
+lock() {
+  if command -v flock >/dev/null; then
+    exec 9<scripts/setup.sh
+    flock 9
+  fi
+}
+
+# A part is installed with the same lists and path (an editable install depends on it).
+is_ready() {
+  [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ] && [ ! -e "$venv/unfinished" ] &&
+    "$venv/bin/python" -c '' 2>/dev/null
+}
 
 fail() {
   printf 'error: %s\n' "$1" >&2
@@ -63,13 +71,11 @@ for part in "${@:-base}"; do
     aot) venv=.venv-aot packages=("jax[tpu,cuda13-local]" absl-py jaxtyping flax optax) ;;
     *) fail "unknown part '$part'; accepted: base, test, bench, quickstart, aot" ;;
   esac
-  # Skip a part that is installed with the same lists and path (an editable install depends on it).
   stamp="$venv/ready-$part"
   state="$PWD $(cat requirements.txt pyproject.toml scripts/setup.sh | cksum)"
-  if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ] && [ ! -e "$venv/unfinished" ] &&
-    "$venv/bin/python" -c '' 2>/dev/null; then
-    continue
-  fi
+  is_ready && continue
+  lock
+  is_ready && continue  # another call has just installed it
   if [ -e "$venv/unfinished" ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     python=$(find_python)
     echo "Set-up: $("$python" --version) ($python) in $venv; about 1 GB, once, some minutes"

@@ -293,16 +293,21 @@ def test_requirements_are_imported() -> None:
 
 
 def test_no_machine_is_named() -> None:
-    # Character classes, so that the pattern does not match this file.
-    pattern = re.compile(
-        r"(?<![\w.~$}])/(?:wor[k]|roo[t]|tm[p]|hom[e]|User[s])/\w"
-        r"|pyp[i]\.org|pythonhoste[d]\.org|npmj[s]\.|debia[n]\.org|download\.pytorc[h]"
+    # Character classes, so that the patterns do not match this file. Each begins with a literal,
+    # which is found fast in long rows.
+    patterns = (
+        r"/(?<![\w.~$}]/)(?:wor[k]|roo[t]|tm[p]|hom[e]|User[s])/\w",
+        r"pyp[i]\.org",
+        r"pythonhoste[d]\.org",
+        r"npmj[s]\.",
+        r"debia[n]\.org",
+        r"download\.pytorc[h]",
     )
     named = [
-        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
+        f"{path.relative_to(ROOT)}: {text[max(found.start() - 50, 0) : found.end() + 50]}"
         for path, text in texts()
-        for number, line in enumerate(text.splitlines(), 1)
-        if pattern.search(line)
+        for pattern in patterns
+        for found in re.finditer(pattern, text)
     ]
     assert not named
 

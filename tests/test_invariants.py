@@ -167,7 +167,9 @@ def test_mask_and_gather_agree_and_omitted_units_have_no_gradient(case: str) -> 
 @pytest.mark.parametrize(
     ("name", "unit", "kernel", "remat"),
     [
-        ("gqa", "kv_group", KernelConfig(128, "pallas_tpu"), "full"),
+        pytest.param(
+            *("gqa", "kv_group", KernelConfig(128, "pallas_tpu"), "full"), marks=pytest.mark.slow
+        ),
         ("bias", "query_head", KernelConfig(64, "xla"), "none"),
         pytest.param("norm", "kv_group", KernelConfig(64), "dots", marks=pytest.mark.slow),
     ],

@@ -199,6 +199,7 @@ def test_kernel_and_gather_train_alike_over_a_refresh(unit: Any) -> None:
     close(*results)
 
 
+@pytest.mark.slow
 def test_executions_with_a_dense_forward_pass_train_alike() -> None:
     plan = make_plan(*(neurons(CONFIG), 0.5, 0.5), block=8)
     kept = random_kept(CONFIG, plan)

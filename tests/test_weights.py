@@ -166,7 +166,8 @@ def test_an_adapted_model_equals_the_merged_one(remat: Remat) -> None:
 KERNEL = KernelConfig(8, "xla")
 
 
-@pytest.mark.parametrize("unit", ["kv_group", pytest.param("query_head", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", ["kv_group", "query_head"])
 def test_gather_mask_and_kernel_agree_and_train_the_adapters_alone(unit: Any) -> None:
     rates = (neurons(CONFIG), 0.5, 0.5)
     plan = make_plan(*rates, attention_unit=unit, block=8, dense_layers=(0,))
