@@ -77,9 +77,9 @@ def _device(fields: Any, origin: str) -> Device:
 
 def _number(field: Any, origin: str) -> float:
     match field:
-        case {"value": int() | float() as value, "source": str()} if (
-            0 < value < float("inf") and not isinstance(value, bool)
-        ):
+        case {"value": int() | float() as value, "source": str()} if 0 < value < float(
+            "inf"
+        ) and not isinstance(value, bool):
             return float(value)
     raise UserError(
         f'{origin}: {json.dumps(field)}; accepted: {{"value": NUMBER above 0, "source": TEXT}}'

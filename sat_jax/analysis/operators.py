@@ -26,29 +26,23 @@ from sat_jax.nn.param import EMBED, LAYER
 
 _FLOAT32, _INT32 = 4, 4
 
-Kind = Literal["weight", "gradient", "stream", "unit"]
+Kind = Literal["weight", "index", "gradient", "stream", "unit"]
 
 
 class Tensor(NamedTuple):
-    """An array in device memory. `bytes` are those of its values, `index` those of its block index.
+    """An array in device memory, and its bytes.
 
-    `kind`: a weight or its gradient, or an activation as wide as the residual stream or as heads,
-    channels or the vocabulary (`unit`). `width`: how many of these it has, by which fused
-    operators split it. `sources`: the arrays that it is computed from element by element or row by
-    row, so that a fused operator reads these instead.
+    `kind`: a weight, its block index, its gradient, or an activation as wide as the residual stream
+    or as heads, channels or the vocabulary (`unit`). `width`: its size along the axis that fused
+    operators split. `sources`: the arrays that it is computed from element by element or token by
+    token, so that a fused operator reads these instead.
     """
 
     name: str
     kind: Kind
     bytes: float
     width: int
-    index: float = 0.0
     sources: tuple["Tensor", ...] = ()
-
-    @property
-    def moved(self) -> float:
-        """Bytes of values and index."""
-        return self.bytes + self.index
 
 
 class Operator(NamedTuple):
@@ -105,8 +99,8 @@ class Matrix(NamedTuple):
 
 
 def operators(layout: Layout[Any], setting: Setting) -> list[Operator]:
-    """Return the operators of a step, forward and backward, in order. Raises `UserError` for a block
-    that does not divide a matrix."""
+    """Return the operators of a step in order. Raises `UserError` for a block that does not divide
+    a matrix."""
     return [*_Graph(layout, setting).step()]
 
 
@@ -178,11 +172,14 @@ class _Graph:
         size = self.setting.tokens * width * (value_bytes or self.setting.value_bytes)
         return Tensor(name, "unit", size, width, sources=sources)
 
-    def weight(self, matrix: Matrix, kind: Kind = "weight") -> Tensor:
-        name = matrix.name if kind == "weight" else f"{matrix.name} gradient"
+    def index(self, matrix: Matrix) -> tuple[Tensor, ...]:
+        """Return the block index of a sparse matrix, nothing for a dense one."""
+        tensor = Tensor(f"{matrix.name} index", "index", matrix.index, matrix.width)
+        return (tensor,) if matrix.index else ()
+
+    def weight(self, matrix: Matrix) -> Tensor:
         size = matrix.values * self.setting.value_bytes
-        # The gradient has the index of its matrix, which nothing changes.
-        return Tensor(name, kind, size, matrix.width, matrix.index if kind == "weight" else 0.0)
+        return Tensor(matrix.name, "weight", size, matrix.width)
 
     def vectors(self, prefix: str) -> tuple[Tensor, ...]:
         """Return a layer of the vectors whose path begins so."""
@@ -225,13 +222,13 @@ class _Graph:
         forward = [
             Operator(f"{name} norm", ahead, 0.0, (x, *norm), (normed,), calls),
             *(
-                self.product(m.name, ahead, m, (normed, self.weight(m)), (out,), calls)
+                self.product(m.name, ahead, m, (normed, self.weight(m)), out, calls)
                 for m, out in zip(reading, outer, strict=True)
             ),
             Operator(
                 f"{name} {inner}", ahead, mixing, (*outer, *beside), (active,), calls, bool(mixing)
             ),
-            self.product(down.name, ahead, down, (active, self.weight(down)), (written,), calls),
+            self.product(down.name, ahead, down, (active, self.weight(down)), written, calls),
             Operator(f"{name} residual", ahead, 0.0, (written, x, *bias), (y,), calls),
         ]
         dy, dx = self.gradient(y), self.gradient(x)
@@ -262,25 +259,23 @@ class _Graph:
 
     def product(
         self, name: str, group: str, matrix: Matrix, reads: tuple[Tensor, ...],
-        writes: tuple[Tensor, ...], calls: int = 1,
+        result: Tensor, calls: int = 1,
     ) -> Operator:  # fmt: skip
+        """Return a product with a matrix, or the one for its gradient: both need its index."""
         flops = 2.0 * self.setting.computed_tokens * matrix.values
-        return Operator(name, group, flops, reads, writes, calls)
+        return Operator(name, group, flops, (*reads, *self.index(matrix)), (result,), calls)
 
     def products_back(
         self, matrix: Matrix, group: str, d_out: Tensor, given: Tensor, d_in: Tensor, calls: int = 1
     ) -> Iterator[Operator]:
         """Yield the products for the gradients of the input and of the stored blocks."""
-        weight, d_weight = self.weight(matrix), self.weight(matrix, "gradient")
-        # The pattern says which blocks of the gradient are computed.
-        pattern = Tensor(f"{matrix.name} pattern", "weight", 0.0, matrix.width, matrix.index)
-        pair = (
+        weight = self.weight(matrix)
+        for operand, reads, result in (
             ("input", (d_out, weight), d_in),
-            ("weight", (d_out, given, pattern), d_weight),
-        )
-        for operand, reads, result in pair:
+            ("weight", (d_out, given), self.gradient(weight)),
+        ):
             name = f"{matrix.name} {operand} gradient"
-            yield self.product(name, group, matrix, reads, (result,), calls)
+            yield self.product(name, group, matrix, reads, result, calls)
 
     def tables(self) -> tuple[list[str], str]:
         """Return the paths of the embeddings that tokens look up, and of the head."""
@@ -317,7 +312,7 @@ class _Graph:
         d_logits = self.unit("logits gradient", vocab)
         training = self.setting.training
         yield Operator("final norm", group, 0.0, (x, *norm), (normed,), 1)
-        yield self.product("logits", group, matrix, (normed, self.weight(matrix)), (logits,))
+        yield self.product("logits", group, matrix, (normed, self.weight(matrix)), logits)
         yield Operator("loss", group, 0.0, (logits,), (d_logits,) if training else (), 1)
         if training:
             d_normed = self.stream("head input gradient")
@@ -333,8 +328,10 @@ class _Graph:
         def array(name: str, value_bytes: int) -> Tensor:
             return Tensor(name, "weight", values * value_bytes, 1)
 
-        gradients = array("gradients", size)
-        state = tuple(array(name, _FLOAT32) for name in ("parameters", "mean", "square"))
-        copy = (array("parameters for products", size),) if size < _FLOAT32 else ()
+        gradients, names = array("gradients", size), ("parameters", "mean", "square")
+        state = [array(name, _FLOAT32) for name in names]
+        updated = [array(f"updated {name}", _FLOAT32) for name in names]
+        if size < _FLOAT32:
+            updated.append(array("parameters for products", size))
         yield Operator("gradient norm", "gradient norm", 0.0, (gradients,), (), 1)
-        yield Operator("update", "update", 0.0, (gradients, *state), (*state, *copy), 1)
+        yield Operator("update", "update", 0.0, (gradients, *state), (*updated,), 1)
