@@ -60,9 +60,9 @@ def main() -> None:
     lines = [roofline(layout_of(model), each) for each in settings]
     for line in lines:
         share = f"{100 * line.setting.sparsity:g} % sparse"
-        print(report.kernel_table(line.kernels, device, f"{share}, kernel by kernel"), "\n")
-        print(report.kernel_table(line.groups, device, f"{share}, fused"), "\n")
-    print(report.step_table(lines, device), "\n")
+        print(report.kernel_table(line.kernels, device, f"{share}, kernel by kernel") + "\n")
+        print(report.kernel_table(line.groups, device, f"{share}, fused") + "\n")
+    print(report.step_table(lines, device) + "\n")
     print(report.device_lines(device))
     try:
         if args.json:

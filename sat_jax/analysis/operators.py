@@ -95,13 +95,20 @@ class Matrix(NamedTuple):
     name: str
     width: int
     values: float
-    index: float
+    index_bytes: float
 
 
 def operators(layout: Layout[Any], setting: Setting) -> list[Operator]:
     """Return the operators of a step in order. Raises `UserError` for a block that does not divide
     a matrix."""
     return [*_Graph(layout, setting).step()]
+
+
+def stored_share(layout: Layout[Any], setting: Setting) -> float:
+    """Return the share of the layers' matrices that is stored, whose blocks are rounded up."""
+    paths = [path for path, _ in layout.with_role("read", "write")]
+    values = layout.layers * sum(stored_matrix(layout, path, setting).values for path in paths)
+    return values / sum(math.prod(layout.shapes[path].shape) for path in paths)
 
 
 def stored_values(layout: Layout[Any], setting: Setting) -> float:
@@ -174,8 +181,8 @@ class _Graph:
 
     def index(self, matrix: Matrix) -> tuple[Tensor, ...]:
         """Return the block index of a sparse matrix, nothing for a dense one."""
-        tensor = Tensor(f"{matrix.name} index", "index", matrix.index, matrix.width)
-        return (tensor,) if matrix.index else ()
+        tensor = Tensor(f"{matrix.name} index", "index", matrix.index_bytes, matrix.width)
+        return (tensor,) if matrix.index_bytes else ()
 
     def weight(self, matrix: Matrix) -> Tensor:
         size = matrix.values * self.setting.value_bytes
@@ -200,7 +207,7 @@ class _Graph:
         layout, calls = self.layout, self.layout.layers
         tokens, units = self.setting.tokens, layout.totals(layout.branches[name].units[-1])
         mixing = units * layout.branches[name].mixing_flops(self.setting.row_length) * tokens
-        inner = "attention" if mixing else "activation"
+        inner = "mixing" if mixing else "activation"
         reading, writing = (
             [
                 stored_matrix(layout, path, self.setting)

@@ -22,7 +22,7 @@ _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _KERNELS = ("calls", "FLOPs", "bytes", "index", "FLOP/byte", "bound", "time", "on chip")
 _STEPS = (
-    "sparsity", "kernel by kernel", "memory-bound", "fused", "memory-bound", "overlapped",
+    "sparsity", "stored", "kernel by kernel", "memory-bound", "fused", "memory-bound", "overlapped",
     "sparsity buys", "fusion buys", "both", "on chip", "state",
 )  # fmt: skip
 
@@ -48,11 +48,12 @@ def kernel_table(kernels: Sequence[Kernel], device: Device, title: str) -> str:
 
 def step_rows(lines: Sequence[Roofline], device: Device) -> list[tuple[str, ...]]:
     """Return the row of each sparsity: least times, share of the time in kernels that memory
-    limits, and speed-ups over the first sparsity, kernel by kernel. `on chip` is the largest of the
+    limits, and speed-ups over the first sparsity, kernel by kernel. `stored` is the share of the
+    layers' matrices that is stored. `on chip` is the largest of the
     fused groups; `>` marks one that the device does not have."""
     base = lines[0]
     before = step_seconds(base.kernels, device)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for line in lines:
         kernels, groups = (step_seconds(k, device) for k in (line.kernels, line.groups))
         on_chip = max(group.on_chip or 0.0 for group in line.groups)
@@ -60,6 +61,7 @@ def step_rows(lines: Sequence[Roofline], device: Device) -> list[tuple[str, ...]
         rows.append(
             (
                 f"{100 * line.setting.sparsity:g} %",
+                f"{100 * line.stored_share:.3g} %",
                 _seconds(kernels),
                 percent(memory_bound_share(line.kernels, device)),
                 _seconds(groups),
@@ -133,7 +135,7 @@ def as_json(model: str, lines: Sequence[Roofline], device: Device) -> dict[str, 
 
     steps = [
         dataclasses.asdict(line.setting)
-        | {"state_bytes": line.state_bytes}
+        | {"state_bytes": line.state_bytes, "stored_share": line.stored_share}
         | {"kernel_by_kernel": part(line.kernels), "fused": part(line.groups)}
         for line in lines
     ]

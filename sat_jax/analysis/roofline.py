@@ -11,7 +11,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 from sat_jax.analysis.devices import Device
-from sat_jax.analysis.operators import Kind, Operator, Setting, Tensor, operators, stored_values
+from sat_jax.analysis.operators import (
+    Kind,
+    Operator,
+    Setting,
+    Tensor,
+    operators,
+    stored_share,
+    stored_values,
+)
 from sat_jax.nn.layout import Layout
 
 _FLOAT32 = 4
@@ -51,12 +59,14 @@ class Kernel:
 
 class Roofline(NamedTuple):
     """A step kernel by kernel and with fused groups. `state_bytes`: weights in the dtype of the
-    products; with training also gradients, float32 parameters and both moments."""
+    products; with training also gradients, float32 parameters and both moments. `stored_share`: of
+    the layers' matrices."""
 
     setting: Setting
     kernels: list[Kernel]
     groups: list[Kernel]
     state_bytes: float
+    stored_share: float
 
 
 def roofline(layout: Layout[Any], setting: Setting) -> Roofline:
@@ -65,7 +75,8 @@ def roofline(layout: Layout[Any], setting: Setting) -> Roofline:
     # Of each value: the copy for products; with training its gradient, and three float32.
     value = 2 * setting.value_bytes + 3 * _FLOAT32 if setting.training else setting.value_bytes
     state = stored_values(layout, setting) * value
-    return Roofline(setting, [_kernel(op) for op in step], fused(step, setting), state)
+    kernels, groups = [_kernel(operator) for operator in step], fused(step, setting)
+    return Roofline(setting, kernels, groups, state, stored_share(layout, setting))
 
 
 def step_seconds(kernels: Iterable[Kernel], device: Device) -> float:
