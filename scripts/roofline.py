@@ -30,8 +30,9 @@ def parser() -> Parser:
     add("--sparsity", default="0,0.75,0.875", metavar="S,...", help="shares of the blocks of each"
         " matrix in the layers that are omitted; default 0,0.75,0.875")  # fmt: skip
     add("--block", type=int, default=128, help="rows and columns of a block; default 128")
-    add("--tokens", type=int, default=2048, help="tokens of a step; default 2048")
-    add("--row-length", type=int, help="tokens of a row; default: those of a step, or the model's"
+    add("--tokens", type=int, default=2048, help="tokens of a microbatch; default 2048")
+    add("--microbatches", type=int, default=1, help="microbatches of a step; default 1")
+    add("--row-length", type=int, help="tokens of a row; default: those of a microbatch, or the model's"
         " positions if these are fewer")  # fmt: skip
     add("--forward-only", action="store_true", help="a forward pass that saves nothing for a"
         " backward pass, without optimizer")  # fmt: skip
@@ -47,7 +48,13 @@ def main() -> None:
     row_length = args.row_length
     if row_length is None:
         row_length = min(args.tokens, model.max_positions)
-    setting = Setting(args.tokens, row_length, block=args.block, training=not args.forward_only)
+    setting = Setting(
+        args.tokens,
+        row_length,
+        block=args.block,
+        microbatches=args.microbatches,
+        training=not args.forward_only,
+    )
     settings = [dataclasses.replace(setting, sparsity=s) for s in _sparsities(args.sparsity)]
     if args.picture and args.picture.suffix != ".png":
         raise UserError(f"--picture {args.picture}; accepted: a file that ends with .png")

@@ -26,13 +26,14 @@ from sat_jax.nn.param import EMBED, LAYER
 
 _FLOAT32, _INT32 = 4, 4
 
-Kind = Literal["weight", "index", "gradient", "stream", "unit"]
+Kind = Literal["weight", "index", "gradient", "sum", "stream", "unit"]
 
 
 class Tensor(NamedTuple):
     """An array in device memory, and its bytes.
 
-    `kind`: a weight, its block index, its gradient, or an activation as wide as the residual stream
+    `kind`: a weight, its block index, its gradient, the sum of gradients of earlier microbatches,
+    which is added where a gradient is written, or an activation as wide as the residual stream
     or as heads, channels or the vocabulary (`unit`). `width`: its size along the axis that fused
     operators split. `sources`: the arrays that it is computed from element by element or token by
     token, so that a fused operator reads these instead.
@@ -60,8 +61,9 @@ class Operator(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """The step: tokens, tokens of a row, share of the layers' matrices that is omitted in blocks of
-    `block` × `block`, and bytes of a value in products. `training` False: the forward pass alone,
+    """The step: tokens of a microbatch, tokens of a row, share of the layers' matrices that is omitted in blocks of
+    `block` × `block`, bytes of a value in products, microbatches whose gradients are summed before
+    the optimizer. `training` False: the forward pass alone,
     which saves nothing for a backward pass."""
 
     tokens: int
@@ -69,12 +71,13 @@ class Setting:
     sparsity: float = 0.0
     block: int = 128
     value_bytes: int = 2
+    microbatches: int = 1
     training: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
             raise UserError(f"sparsity {self.sparsity:g}; accepted: from 0 to below 1")
-        for name in ("tokens", "row_length", "block"):
+        for name in ("tokens", "row_length", "block", "microbatches"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}; accepted: 1 or more")
         if self.tokens % self.row_length:
@@ -101,7 +104,9 @@ class Matrix(NamedTuple):
 def operators(layout: Layout[Any], setting: Setting) -> list[Operator]:
     """Return the operators of a step in order. Raises `UserError` for a block that does not divide
     a matrix."""
-    return [*_Graph(layout, setting).step()]
+    graph = _Graph(layout, setting)
+    optimizer = graph.optimizer() if setting.training else ()
+    return [*map(graph.repeated, graph.microbatch()), *optimizer]
 
 
 def stored_share(layout: Layout[Any], setting: Setting) -> float:
@@ -156,7 +161,7 @@ class _Graph:
         path, _ = next(layout.with_role("write"))
         self.embed = layout.shapes[path].shape[-1]
 
-    def step(self) -> Iterator[Operator]:
+    def microbatch(self) -> Iterator[Operator]:
         names = [*self.layout.branches]
         streams = [self.stream(f"x before {name}") for name in names] + [self.stream("x at end")]
         yield from self.embedding(streams[0])
@@ -169,7 +174,16 @@ class _Graph:
         if self.setting.training:
             yield from backward
             yield from self.embedding_backward(streams[0])
-            yield from self.optimizer()
+
+    def repeated(self, operator: Operator) -> Operator:
+        """Return the operator as all microbatches call it: all but the first read the gradients so
+        far, which is counted for the first too."""
+        calls = operator.calls * self.setting.microbatches
+        sums = [a for a in operator.writes if a.kind == "gradient"]
+        if self.setting.microbatches == 1:
+            sums = []
+        earlier = [a._replace(name=f"{a.name} so far", kind="sum") for a in sums]
+        return operator._replace(calls=calls, reads=(*operator.reads, *earlier))
 
     def stream(self, name: str, *sources: Tensor) -> Tensor:
         size = self.setting.tokens * self.embed * self.setting.value_bytes
