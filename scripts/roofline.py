@@ -32,8 +32,8 @@ def parser() -> Parser:
     add("--block", type=int, default=128, help="rows and columns of a block; default 128")
     add("--tokens", type=int, default=2048, help="tokens of a microbatch; default 2048")
     add("--microbatches", type=int, default=1, help="microbatches of a step; default 1")
-    add("--row-length", type=int, help="tokens of a row; default: those of a microbatch, or the model's"
-        " positions if these are fewer")  # fmt: skip
+    add("--row-length", type=int, help="tokens of a row; default: those of a microbatch, or the"
+        " model's positions if these are fewer")  # fmt: skip
     add("--forward-only", action="store_true", help="a forward pass that saves nothing for a"
         " backward pass, without optimizer")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write all numbers")

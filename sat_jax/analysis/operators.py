@@ -61,10 +61,13 @@ class Operator(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """The step: tokens of a microbatch, tokens of a row, share of the layers' matrices that is omitted in blocks of
-    `block` × `block`, bytes of a value in products, microbatches whose gradients are summed before
-    the optimizer. `training` False: the forward pass alone,
-    which saves nothing for a backward pass."""
+    """What a step computes, on rows of `row_length` tokens.
+
+    `tokens`: those of a microbatch. `microbatches`: how many have their gradients summed before the
+    optimizer. `sparsity`: the share of the layers' matrices that is omitted, in blocks of `block` ×
+    `block`. `value_bytes`: of a value in products. `training` False: the forward pass alone, which
+    saves nothing for a backward pass.
+    """
 
     tokens: int
     row_length: int
