@@ -13,7 +13,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from sat_jax.analysis.devices import read_device
+from sat_jax.analysis.devices import known_devices, read_device
 from sat_jax.analysis.operators import Setting
 from sat_jax.cli import Parser, run
 from sat_jax.errors import UserError
@@ -25,8 +25,8 @@ def parser() -> Parser:
     result = Parser("roofline", __doc__)
     add = result.add_argument
     add("--model", default="gpt-13b", help="a preset; default gpt-13b")
-    device = "a100, h100, h200, tpu-v5p, rdu, or a JSON file; default a100"
-    add("--device", default="a100", help=device)
+    names = ", ".join(known_devices())
+    add("--device", default="a100", help=f"{names}, or a JSON file; default a100")
     add("--sparsity", default="0,0.75,0.875", metavar="S,...", help="shares of the blocks of each"
         " matrix in the layers that are omitted; default 0,0.75,0.875")  # fmt: skip
     add("--block", type=int, default=128, help="rows and columns of a block; default 128")
