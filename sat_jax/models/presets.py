@@ -78,14 +78,14 @@ _QWEN3 = _QWEN25 | {
 }
 
 
-def _gpt2(d_model: int, n_layers: int, n_heads: int) -> GPT2Config:
+def _gpt2(d_model: int, n_layers: int, n_heads: int, max_positions: int = 1024) -> GPT2Config:
     return GPT2Config(
         vocab_size=50_257,
         d_model=d_model,
         n_layers=n_layers,
         n_heads=n_heads,
         d_ff=4 * d_model,
-        max_positions=1024,
+        max_positions=max_positions,
         bos_token_id=50_256,
         eos_token_ids=(50_256,),
     )
@@ -148,6 +148,10 @@ PRESETS: dict[str, DecoderConfig] = {
     "gpt2-medium": _gpt2(1024, 24, 16),
     "gpt2-large": _gpt2(1280, 36, 20),
     "gpt2-xl": _gpt2(1600, 48, 25),
+    # Layers, heads and their size of 128 are those of GPT-3 13B (arXiv:2005.14165, table 2.1, whose
+    # width of 5,140 is no multiple of 40), its context too; the vocabulary is that of GPT-2, which
+    # GPT-3 shares. arXiv:2304.05511 trains a "GPT 13B" and its abstract has no sizes.
+    "gpt-13b": _gpt2(5120, 40, 40, max_positions=2048),
     "pythia-14m": _pythia(128, 6, 4),
     "pythia-31m": _pythia(256, 6, 8),
     "pythia-70m": _pythia(512, 6, 8),
