@@ -1,4 +1,4 @@
-"""Numbers in the sentences of a document, which must be in one of its generated tables.
+"""Numbers in the sentences of a document, which must be in a generated table.
 
 Checked are numbers with a standard error, percentages, factors (`1.2×`) and decimal fractions,
 without their signs. In `4.2 and 8.8 %` the unit counts for both. A percentage of a table may also
@@ -38,10 +38,12 @@ class Number(NamedTuple):
         return " ± ".join(part + unit for part in (self.value, self.error) if part)
 
 
-def unsupported(text: str) -> list[tuple[int, str]]:
+def unsupported(text: str, *quoted: str) -> list[tuple[int, str]]:
     """Return the number of the line and a message for each number in a sentence that no generated
-    table of the document has, and for each exception that accepts nothing."""
-    known = _known("\n".join(match["text"] for match in TABLE.finditer(text)))
+    table of the document or of those that it quotes has, and for each exception that accepts
+    nothing."""
+    tables = [match["text"] for part in (text, *quoted) for match in TABLE.finditer(part)]
+    known = _known("\n".join(tables))
     findings = []
     prose = _FENCE.sub(_blank, TABLE.sub(_blank, text))
     for paragraph in _PARAGRAPH.finditer(prose):
