@@ -15,8 +15,8 @@ Kind = Literal["forward", "backward", "input", "weight"]
 """`backward` computes the gradients of a stage's inputs and weights in one task; `input` and
 `weight` are its two parts as separate tasks."""
 
-EXECUTED: frozenset[str] = frozenset()
-"""Names of the schedules that training runs. All others are simulated only."""
+EXECUTED = frozenset({"gpipe"})
+"""Names of the schedules that training runs (`nn.pipeline`). All others are simulated only."""
 
 
 class Task(NamedTuple):
