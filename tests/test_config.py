@@ -129,7 +129,7 @@ DEPENDENT = {
     "sparsity.min_gain",
     *("sparsity.refresh_every", "sparsity.least_squares_correction"),
     "sparsity.dense_layers",
-    *("mesh.data", "mesh.tensor", "sparsity.execution", "model.kernels"),
+    *("mesh.data", "mesh.tensor", "mesh.pipeline", "sparsity.execution", "model.kernels"),
     *(f"data.{field.name}" for field in dataclasses.fields(DataFormat)),
 }
 assert KEYS.keys() >= DEPENDENT

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from sat_jax.nn.context import Context
 from sat_jax.nn.mesh_axes import PIPELINE, ROW_AXES
-from sat_jax.nn.stack import Remat, scan_layers
+from sat_jax.nn.stack import Remat, scan_layers, segments_of
 
 _OTHER_ROW_AXES = tuple(axis for axis in ROW_AXES if axis != PIPELINE)
 
@@ -49,6 +49,8 @@ def pipeline_layers(
     """
     stages = number_of_stages()
     graph, state = nnx.split(block)
+    assert len(segments_of(state)) == 1, "stages are of layers in one segment"
+    assert not context.observe and context.selection is None, "a pipeline observes nothing"
 
     def stage(state: nnx.State, inputs: Any) -> Any:
         x, segment_ids, rotary = inputs
