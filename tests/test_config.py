@@ -173,6 +173,7 @@ BASE = {
     "sparsity.selection": "sample",
 }
 NEEDS = {
+    "mesh.pipeline": {"train.accumulate": 3},
     "model.kernels": {"sparsity.execution": "kernel", "sparsity.block": 64},
     "optimizer.decay_share": {"optimizer.schedule": "wsd"},
     "sparsity.min_gain": {"sparsity.schedule": "auto"},
