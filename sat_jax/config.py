@@ -251,6 +251,11 @@ class MeshConfig:
     data: int = key(-1, "devices that split the rows; -1: all remaining devices", low=-1)
     fsdp: int = key(1, "devices that split the rows and the embedding axis of the weights", low=1)
     tensor: int = key(1, "devices that split heads, channels and vocabulary", low=1)
+    pipeline: int = key(
+        1,
+        "stages that split the layers; the microbatches of train.accumulate pass through them",
+        low=1,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

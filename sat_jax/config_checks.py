@@ -32,6 +32,7 @@ def check_together(config: "Config") -> None:
     if config.mesh.data == 0:
         raise UserError("mesh.data is 0; accepted: 1 or more, or -1 for all remaining devices")
     _check_steps(config)
+    _check_pipeline(config)
     for path, needed, wanted in _NEEDS:
         group, name = path.split(".")
         settings, current = getattr(config, group), operator.attrgetter(needed)(config)
@@ -63,6 +64,20 @@ def _check_steps(config: "Config") -> None:
         )
     if warmup > train.steps:
         raise UserError(f"optimizer.warmup_steps {warmup} is more than train.steps {train.steps}")
+
+
+def _check_pipeline(config: "Config") -> None:
+    stages, accumulate = config.mesh.pipeline, config.train.accumulate
+    if accumulate % stages:
+        raise UserError(
+            f"train.accumulate {accumulate} is the number of microbatches of mesh.pipeline"
+            f" {stages}; accepted: multiples of {stages}"
+        )
+    if stages > 1 and max(config.rates) > 0:
+        raise UserError(
+            f"sparsity with mesh.pipeline {stages}: stages have equal layers, in which nothing is"
+            " omitted; accepted: omission rates of 0, or mesh.pipeline 1"
+        )
 
 
 def _check_selection(config: "Config") -> None:

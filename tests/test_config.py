@@ -129,7 +129,7 @@ DEPENDENT = {
     "sparsity.min_gain",
     *("sparsity.refresh_every", "sparsity.least_squares_correction"),
     "sparsity.dense_layers",
-    *("mesh.data", "mesh.tensor", "sparsity.execution", "model.kernels"),
+    *("mesh.data", "mesh.tensor", "mesh.pipeline", "sparsity.execution", "model.kernels"),
     *(f"data.{field.name}" for field in dataclasses.fields(DataFormat)),
 }
 assert KEYS.keys() >= DEPENDENT
@@ -173,6 +173,7 @@ BASE = {
     "sparsity.selection": "sample",
 }
 NEEDS = {
+    "mesh.pipeline": {"train.accumulate": 3},
     "model.kernels": {"sparsity.execution": "kernel", "sparsity.block": 64},
     "optimizer.decay_share": {"optimizer.schedule": "wsd"},
     "sparsity.min_gain": {"sparsity.schedule": "auto"},

@@ -157,6 +157,7 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "mesh.data": (3, refused, {}),
     "mesh.fsdp": (2, refused, {}),
     "mesh.tensor": (2, refused, {}),
+    "mesh.pipeline": (2, refused, {"sparsity.rate": 0.0, "train.accumulate": 2}),
 }
 
 # Asserted by these tests, which mention the key.

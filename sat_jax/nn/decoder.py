@@ -14,6 +14,7 @@ from sat_jax.nn.branch import branches
 from sat_jax.nn.context import Cache, Context, Observable, Observed, Selection
 from sat_jax.nn.linear import dense
 from sat_jax.nn.param import Mask
+from sat_jax.nn.pipeline import number_of_stages, pipeline_layers
 from sat_jax.nn.rope import rotary_tables
 from sat_jax.nn.stack import Remat, cast, scan_layers
 
@@ -24,13 +25,15 @@ class Compute:
 
     `remat`: what the backward pass finds saved: `none` everything, `dots` matmul outputs, `full`
     each layer's input only. `loss_chunk`: positions of each row whose logits exist at once.
-    `attention`: a backend by name; None chooses by platform.
+    `attention`: a backend by name; None chooses by platform. `microbatches`: parts of the rows that
+    pass through a pipeline, on a mesh with one.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Remat = "none"
     loss_chunk: int = 512
     attention: Implementation | None = None
+    microbatches: int = 1
 
 
 class Decoder(nnx.Module):
@@ -95,9 +98,11 @@ class Decoder(nnx.Module):
         )
         x_BTD = self.embed_tokens(tokens, positions).astype(self.compute.dtype)
         compute = self.compute
-        x_BTD, observed, _ = scan_layers(
-            self.layers, x_BTD, context, dtype=compute.dtype, remat=compute.remat
-        )
+        options: Any = {"dtype": compute.dtype, "remat": compute.remat}
+        if number_of_stages() > 1:
+            options["microbatches"] = compute.microbatches
+            return self.normalize(pipeline_layers(self.layers, x_BTD, context, **options)), ({},)
+        x_BTD, observed, _ = scan_layers(self.layers, x_BTD, context, **options)
         return self.normalize(x_BTD), observed
 
     def empty_cache(self, batch: int, slots: int) -> Cache:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sat_jax.nn.context import Observed
 from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.mesh_axes import ROW_AXES
+from sat_jax.nn.pipeline import number_of_stages
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -170,5 +171,8 @@ def next_token_loss(
     """Return the sum of the cross-entropy over the loss mask (natural logarithm), and the
     observations; `options` are those of `Decoder.hidden`."""
     x_BTD, observed = model.hidden(tokens, segment_ids, positions, **options)
-    loss = chunked_cross_entropy(x_BTD, model.head(), targets, loss_mask, model.compute.loss_chunk)
+    chunk, stages = model.compute.loss_chunk, number_of_stages()
+    if stages > 1:  # A device has the rows of several microbatches: as many logits as of one.
+        chunk = max(1, chunk * stages // model.compute.microbatches)
+    loss = chunked_cross_entropy(x_BTD, model.head(), targets, loss_mask, chunk)
     return loss, observed

@@ -43,7 +43,7 @@ def scan_layers(
     """Return the residual stream after all layers, what each segment's layers observed (`[L, ...]`
     in front), and the extended cache. Weights are cast to `dtype` inside each layer."""
     graph, state = nnx.split(block)
-    parts = _segments(state)
+    parts = segments_of(state)
     lengths = [len(jax.tree.leaves(part)[0]) for part in parts]
     assert cache is None or len(parts) == 1, "decoding is of a model in one segment"
     keys = None if context.key is None else jax.random.split(context.key, sum(lengths))
@@ -92,7 +92,7 @@ def cast(state: Any, dtype: str) -> Any:
     return jax.tree.map(cast_variable, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
 
 
-def _segments(state: nnx.State) -> list[nnx.State]:
+def segments_of(state: nnx.State) -> list[nnx.State]:
     """Return the state of each segment."""
 
     def is_segmented(value: Any) -> bool:

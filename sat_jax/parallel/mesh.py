@@ -1,4 +1,5 @@
-"""The device mesh: `data` and `fsdp` split rows, `fsdp` the embedding axis, `tensor` neurons."""
+"""The device mesh: `pipeline` splits layers and rows, `data` and `fsdp` rows, `fsdp` the embedding
+axis, `tensor` neurons."""
 
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ from jax.sharding import AxisType, Mesh
 from sat_jax.config import MeshConfig
 from sat_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("pipeline", "data", "fsdp", "tensor")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -19,12 +20,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     the axes is not the number of devices, or `tensor` splits rows unevenly over processes.
     """
     devices = jax.devices() if devices is None else devices
-    parts = config.fsdp * config.tensor
+    parts = config.pipeline * config.fsdp * config.tensor
     data = len(devices) // parts if config.data == -1 else config.data
     if data * parts != len(devices):
         raise UserError(
-            f"mesh data {config.data} × fsdp {config.fsdp} × tensor {config.tensor} does not fit"
-            f" {len(devices)} devices; accepted: axes with that product, or data -1"
+            f"mesh pipeline {config.pipeline} × data {config.data} × fsdp {config.fsdp} × tensor"
+            f" {config.tensor} does not fit {len(devices)} devices; accepted: axes with that"
+            " product, or data -1"
         )
     local = len(devices) // jax.process_count()
     if local % config.tensor and config.tensor % local:
@@ -34,7 +36,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         )
     # Ordered by process, so that each process reads consecutive rows.
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
-    grid = np.asarray(ordered).reshape(data, config.fsdp, config.tensor)
+    grid = np.asarray(ordered).reshape(config.pipeline, data, config.fsdp, config.tensor)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

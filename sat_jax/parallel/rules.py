@@ -8,10 +8,17 @@ from jax.sharding import PartitionSpec as P
 
 from sat_jax.errors import UserError
 from sat_jax.nn.layout import Layout
-from sat_jax.nn.mesh_axes import ROW_AXES
+from sat_jax.nn.mesh_axes import PIPELINE, ROW_AXES
+from sat_jax.nn.param import LAYER
 
 # Mesh axes of the split parameter axes; all other axes are replicated.
-MESH_AXES = {"vocab": "tensor", "kv_group": "tensor", "channel": "tensor", "embed": "fsdp"}
+MESH_AXES = {
+    LAYER: PIPELINE,
+    "vocab": "tensor",
+    "kv_group": "tensor",
+    "channel": "tensor",
+    "embed": "fsdp",
+}
 BATCH = P(ROW_AXES)
 
 
@@ -39,9 +46,9 @@ def check_divisible(mesh: Mesh, layout: Layout[Any]) -> None:
     """Raise `UserError` for the first parameter that the mesh does not split evenly."""
     for path, shape in layout.shapes.items():
         spec = parameter_spec(layout, path, len(shape.shape))
-        for size, axis in zip(shape.shape, spec, strict=True):
+        for name, size, axis in zip(layout.leaves[path].axes, shape.shape, spec, strict=True):
             if axis is not None and size % mesh.shape[axis]:
                 raise UserError(
-                    f"mesh.{axis} = {mesh.shape[axis]} does not divide the {size} of {path}"
-                    f" {shape.shape}"
+                    f"mesh.{axis} = {mesh.shape[axis]} does not divide the {size} of axis"
+                    f" {name} of {path} {shape.shape}"
                 )

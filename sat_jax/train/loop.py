@@ -305,8 +305,11 @@ class Run:
 
     @property
     def _eval_rows(self) -> int:
-        """Rows per evaluation batch: those of a microbatch, which fit in memory."""
-        return self._config.train.rows_per_step // self._config.train.accumulate
+        """Rows per evaluation batch: those of a microbatch, which fit in memory, or of all
+        microbatches of a pipeline."""
+        train = self._config.train
+        parts = 1 if self._config.mesh.pipeline > 1 else train.accumulate
+        return train.rows_per_step // parts
 
     def _evaluate(self, done: int) -> float:
         """Record and return the held-out loss. Raises `UserError` if it is not finite."""

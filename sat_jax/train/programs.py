@@ -65,7 +65,13 @@ class Programs:
         self._config, self._mesh = config, mesh
         self._neurons = controller.neurons
         settings = config.model
-        compute = Compute(settings.dtype, settings.remat, settings.loss_chunk, settings.attention)
+        compute = Compute(
+            settings.dtype,
+            settings.remat,
+            settings.loss_chunk,
+            settings.attention,
+            config.train.accumulate,
+        )
         self.layout = layout_of(model, compute)
         sparse = config.sparsity
         probes = controller.sparse and sparse.refresh_every > 0
@@ -232,7 +238,8 @@ class Programs:
             optimizer=self.optimizer,
             clip=clipping(config.optimizer),
             schedule=learning_rate(config.optimizer, config.train.steps),
-            microbatches=config.train.accumulate,
+            # A pipeline takes all rows, and splits them itself.
+            microbatches=1 if config.mesh.pipeline > 1 else config.train.accumulate,
             observe=tuple(kind for kind in self.observe if kind == "inputs"),
             stats_decay=config.sparsity.stats_decay,
             seed=config.seed,

@@ -1,0 +1,145 @@
+"""Pipeline parallelism on 8 virtual devices: loss, gradients, communication, and refusals."""
+
+import json
+
+import jax
+import pytest
+from jax.sharding import AxisType
+
+from sat_jax.config_values import from_config_dict
+from sat_jax.models.build import layout_of
+from sat_jax.nn.pipeline import number_of_stages
+from sat_jax.parallel.mesh import AXES
+from sat_jax.parallel.rules import check_divisible, parameter_spec
+from tests.conftest import RunPython
+from tests.small_models import CONFIGS
+from tests.user_errors import user_error
+
+ON_EIGHT_DEVICES = r"""
+import dataclasses, json, re, sys
+import jax, numpy as np
+from jax.sharding import NamedSharding
+from sat_jax.config import MeshConfig
+from sat_jax.data.batch import Batch
+from sat_jax.models.build import layout_of
+from sat_jax.nn.decoder import Compute
+from sat_jax.nn.loss import next_token_loss
+from sat_jax.parallel.mesh import make_mesh
+from sat_jax.parallel.rules import BATCH, tree_shardings
+from tests.small_models import CONFIGS, random_params
+from tests.tolerances import assert_close
+
+sizes, remat, microbatches = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+model = dataclasses.replace(CONFIGS[sys.argv[4]], n_layers=4)
+params, draw = random_params(model), np.random.default_rng(0)
+rows, length = 16, 12
+tokens = draw.integers(0, 32, (rows, length + 1), np.int32)
+starts = draw.integers(1, length, (rows, 1))  # of the second document of each row
+place = np.arange(length)[None]
+second = place >= starts
+positions = np.where(second, place - starts, place).astype(np.int32)
+segments = np.where(second, 2, 1).astype(np.int32)
+segments[0] = 0  # padding
+batch = Batch(tokens[:, :-1], tokens[:, 1:], segments, positions, segments > 0)
+
+def value_and_grad(compute):
+    layout = layout_of(model, compute)
+
+    return jax.value_and_grad(lambda params, batch: next_token_loss(layout.bind(params), *batch)[0])
+
+# On one device, row by row, which rounds less than all rows in one product.
+reference = jax.jit(value_and_grad(Compute(loss_chunk=8)))
+parts = [reference(params, jax.tree.map(lambda a: a[row, None], batch)) for row in range(rows)]
+loss, gradients = jax.tree.map(lambda *sums: np.sum(sums, axis=0, dtype=np.float64), *parts)
+mesh = make_mesh(MeshConfig(**sizes))
+pipelined = value_and_grad(Compute(remat=remat, loss_chunk=8, microbatches=microbatches))
+shardings = tree_shardings(mesh, layout_of(model), params)
+with jax.set_mesh(mesh):
+    placed = jax.device_put((params, batch), (shardings, NamedSharding(mesh, BATCH)))
+    step = jax.jit(pipelined, out_shardings=(None, shardings))
+    compiled = step.lower(*placed).compile()
+    actual, split = compiled(*placed)
+assert_close(actual, loss, "float32", "forward")
+for path, gradient in gradients.items():
+    assert_close(split[path], gradient, "float32", "backward")
+
+def groups(line):
+    # Devices that communicate with each other, a row for each group.
+    if found := re.search(r"(?:replica_groups|source_target_pairs)={({.*?})}", line):
+        return json.loads("[" + found[1].replace("{", "[").replace("}", "]") + "]")
+    found = re.search(r"replica_groups=\[(.*?)\]<=\[(.*?)\](?:T\((.*?)\))?", line)
+    if found is None:
+        return [range(8)]
+    shape, dims, order = (part and json.loads(f"[{part}]") for part in found.groups())
+    return np.arange(8).reshape(dims).transpose(order).reshape(shape).tolist()
+
+COLLECTIVE = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+devices_of_stage = 8 // sizes["pipeline"]
+inside, outside = set(), set()
+for line in compiled.as_text().splitlines():
+    kind = re.search(rf" ({COLLECTIVE})(?:-start)?\(", line)
+    if kind and any(len({d // devices_of_stage for d in group}) > 1 for group in groups(line)):
+        (inside if "/shard_map/" in line else outside).add(kind[1])
+print(json.dumps([sorted(inside), sorted(outside)]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sizes", "remat", "microbatches", "model"),
+    [
+        ({"pipeline": 2, "data": 2, "tensor": 2}, "none", 4, "gqa"),
+        ({"pipeline": 4, "data": 2}, "full", 8, "bias"),
+        ({"pipeline": 2, "data": 2, "fsdp": 2}, "dots", 2, "norm"),
+    ],
+)
+def test_a_pipeline_has_the_loss_and_gradients_of_one_device(
+    run_python: RunPython, sizes: dict[str, int], remat: str, microbatches: int, model: str
+) -> None:
+    options = (json.dumps(sizes), remat, str(microbatches), model)
+    done = run_python("-c", ON_EIGHT_DEVICES, *options, devices=8)
+    assert done.returncode == 0, done.stderr
+    inside, outside = json.loads(done.stdout)
+    assert inside == ["collective-permute"]
+    if "fsdp" not in sizes:  # whose embedding is gathered
+        assert outside == ["all-reduce"]  # gradients outside the layers, and the loss
+
+
+def test_stages_split_the_layers() -> None:
+    layout = layout_of(CONFIGS["gqa"])
+    for path, leaf in layout.leaves.items():
+        spec = parameter_spec(layout, path, len(leaf.axes))
+        assert (spec[0] == "pipeline") == leaf.in_layers, path
+
+
+def test_stages_are_counted_only_outside_a_pipeline() -> None:
+    assert number_of_stages() == 1
+    mesh = jax.sharding.AbstractMesh((2, 1), ("pipeline", "data"), axis_types=(AxisType.Auto,) * 2)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert number_of_stages() == 2
+
+
+def test_stages_that_do_not_divide_the_layers_are_refused() -> None:
+    mesh = jax.sharding.AbstractMesh((2, 1, 1, 1), AXES)
+    message = user_error(lambda: check_divisible(mesh, layout_of(CONFIGS["gqa"])))
+    assert message.startswith("mesh.pipeline = 2 does not divide the 3 of axis layer of layers/")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"train": {"accumulate": 2, "rows_per_step": 2}},
+            "train.accumulate 2 is the number of microbatches of mesh.pipeline 4; accepted:"
+            " multiples of 4",
+        ),
+        (
+            {"train": {"accumulate": 4, "rows_per_step": 4}, "sparsity": {"rate_mlp": 0.5}},
+            "sparsity with mesh.pipeline 4: stages have equal layers, in which nothing is omitted;"
+            " accepted: omission rates of 0, or mesh.pipeline 1",
+        ),
+    ],
+)
+def test_settings_without_a_pipeline_are_refused(settings: dict, message: str) -> None:
+    settings = settings | {"mesh": {"pipeline": 4}}
+    assert user_error(lambda: from_config_dict(settings)) == message
