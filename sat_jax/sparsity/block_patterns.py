@@ -33,6 +33,15 @@ def block_grid(name: str, rows: int, columns: int, block: int) -> Grid:
     return rows // block, columns // block
 
 
+def block_magnitudes(
+    name: str, array: Float[np.ndarray, "L *units D"], block: int
+) -> Float[np.ndarray, "L R C"]:
+    """Return the mean absolute value of each block; raises as `block_grid` does."""
+    layers, *units, width = array.shape
+    rows, columns = block_grid(name, math.prod(units), width, block)
+    return np.abs(array.reshape(layers, rows, block, columns, block)).mean(axis=(2, 4))
+
+
 def blocks_per_row(name: str, density: float, columns: int, multiple: int = 1) -> int:
     """Return the multiple of `multiple` nearest to `density · columns`, halves round up. Raises
     `UserError` for a density above 1 or one that leaves a block row without a block."""
