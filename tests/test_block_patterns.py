@@ -134,6 +134,8 @@ def test_a_block_divides_a_matrix() -> None:
     assert user_error(lambda: block_grid("layers/mlp/up", 96, 48, 32)) == (
         "block 32 of layers/mlp/up [96, 48]; accepted: 8, 16, 24, 48"
     )
+    for sizes in ((48, 32, 48), (32, 48, 48), (48, 48, 12), (48, 48, 0)):
+        assert "accepted: 8, 16" in user_error(lambda sizes=sizes: block_grid("up", *sizes))
     assert "accepted: none" in user_error(lambda: block_grid("up", 12, 16, 4))
 
 

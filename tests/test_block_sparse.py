@@ -19,7 +19,7 @@ from sat_jax.nn.layout import flat_values, make_layout
 from sat_jax.nn.linear import PRODUCT
 from sat_jax.sparsity.block_patterns import block_magnitudes, static_blocks
 from sat_jax.sparsity.execution.blocks import Blocks
-from sat_jax.sparsity.execution.state import TrainState, new_state, optimizer_step
+from sat_jax.sparsity.execution.state import TrainState, map_trees, new_state, optimizer_step
 from sat_jax.sparsity.flops import forward_flops
 from sat_jax.sparsity.plan import make_plan
 from sat_jax.sparsity.rows import Kept
@@ -184,13 +184,21 @@ def test_logits_and_gradients_are_those_of_the_dense_model(family: str) -> None:
 
 def test_the_layout_of_a_model_with_blocks() -> None:
     dense = layout_of(MODELS["llama"])
-    layout = make_layout(dense.bind(block_sparse("llama")))
+    model = dense.bind(block_sparse("llama"))
+    layout = make_layout(model)
     assert layout.units == dense.units, "sizes are those of the full arrays"
     leaf = layout.leaves["layers/mlp/up/blocks"]
     assert leaf == (("layer", "block", "block_row", "block_column"), "read", True)
     assert layout.shapes["layers/mlp/up/blocks"].shape == (2, 16, 8, 8)
     assert layout.count_axes("layers/mlp/up/blocks") == 2
     assert layout.leaves["layers/mlp/down/mask/columns"] == (("layer", "index"), "index", False)
+    optimizer = make_optimizer(OptimizerConfig(), 9, layout)
+    adam = jax.eval_shape(lambda: optimizer.init(flat_values(model))[0])
+    for tree in (adam.counts, adam.mu, adam.nu):
+        assert {path for path in tree if path.startswith("layers/mlp/up")} == {
+            "layers/mlp/up/blocks"
+        }
+    assert adam.counts["layers/mlp/up/blocks"].shape == (2, 16)
     half, full = (forward_flops(x, 16) for x in (layout, dense))
     assert (half.read, half.write, half.mixing) == (full.read / 2, full.write / 2, full.mixing)
 
@@ -256,6 +264,22 @@ def test_state_of_blocks_round_trip(family: str) -> None:
         mask = mask.reshape(entries.shape)
         for value, before in zip(trees, (full.params[path], 3.0, 3.0, 3), strict=True):
             np.testing.assert_array_equal(value, np.where(mask, before, 0))
+
+
+def test_exchanged_blocks_start_at_zero() -> None:
+    blocks, kept = execution("llama")
+    state, omitted = compact_state(blocks, full_state("llama"), kept)
+    others = sparse_params("llama")[1] | {
+        "layers/mlp/up": np.roll(sparse_params("llama")[1]["layers/mlp/up"], 1, axis=2)
+    }
+    new = ({path: block_mask(others[path], BLOCK) for path in others},)
+    exchanged = map_trees(lambda tree: blocks.exchange(tree, kept, new), state)
+    by_full = compact_state(blocks, expand_state(blocks, state, omitted, kept), new)[0]
+    equal(exchanged, by_full)
+    was_kept = sparse_params("llama")[1]["layers/mlp/up"][others["layers/mlp/up"]].reshape(2, -1)
+    assert 0 < was_kept.sum() < was_kept.size
+    counts = exchanged.optimizer[0].counts["layers/mlp/up"][0]
+    np.testing.assert_array_equal(counts, np.where(was_kept, 3, 0))
 
 
 def test_only_stored_blocks_have_state_and_the_rest_starts_at_zero() -> None:

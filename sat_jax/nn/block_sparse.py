@@ -132,6 +132,19 @@ def scatter_blocks(
     return grid.swapaxes(-3, -2).reshape(*lead, rows * block, columns * block)
 
 
+def exchange_blocks(values: Array, old: BlockMask, new: BlockMask) -> Array:
+    """Return the entries `[*L, nonzero, ...]` of the blocks of a new mask, given those of the old
+    one: blocks that are not in the old mask are 0."""
+    lead = old.rows.shape[:-1]
+
+    def exchange(values: Array, old_places: tuple[Array, ...], new_places: Any) -> Array:
+        slots = jnp.full(old.shape, old.nonzero, jnp.int32)
+        slots = slots.at[old_places].set(jnp.arange(old.nonzero, dtype=jnp.int32))
+        return values.at[slots[new_places]].get(mode="fill", fill_value=0)
+
+    return _over(lead, exchange)(values, (old.rows, old.columns), (new.rows, new.columns))
+
+
 def _over(lead: tuple[int, ...], function: Any) -> Any:
     """Return the function for arguments with the axes `lead` in front."""
     for _ in lead:

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from sat_jax.nn.block_sparse import BlockSparse, scatter_blocks, take_blocks
+from sat_jax.nn.block_sparse import BlockSparse, exchange_blocks, scatter_blocks, take_blocks
 from sat_jax.nn.decoder import Decoder
 from sat_jax.ops import Implementation
 from sat_jax.sparsity.correction import Corrections
@@ -51,6 +51,15 @@ class Blocks(Execution):
 
         full = self.map_segments(scatter, tree)
         return {path: join_segments(value) for path, value in full.items()}
+
+    def exchange(self, tree: Tree, old: Kept, new: Kept) -> dict[str, Any]:
+        """Return the compact tree for other kept blocks: 0 in those that were not kept before."""
+
+        def exchange(path: str, number: int, part: Array) -> Array:
+            mask = old[number].get(path)
+            return part if mask is None else exchange_blocks(part, mask, new[number][path])
+
+        return self.map_segments(exchange, tree)
 
     def bind(
         self, trained: Tree, params: Tree, omitted: Tree, kept: Kept, corrections: Corrections
