@@ -109,18 +109,16 @@ def test_products_and_gradients_are_those_of_the_dense_array() -> None:
 def test_layers_may_have_different_numbers_of_empty_rows_and_columns(
     block: int, implementation: Any
 ) -> None:
-    kept = np.array(
-        [
-            [[1, 0], [0, 1], [1, 0]],
-            [[1, 0], [1, 0], [1, 0]],  # column 1 is empty
-            [[1, 1], [1, 0], [0, 0]],  # row 2 is empty
-        ],
-        bool,
-    )
+    columns = [
+        [[0], [1], [2], [3], [0], [1]],
+        [[0], [1], [2], [0], [0], [1]],  # column 3 is empty, column 0 has three blocks
+        [[0, 1], [1], [2], [3], [0], []],  # row 5 is empty, row 0 has two blocks
+    ]
+    kept = np.array([[np.isin(range(4), row) for row in layer] for layer in columns])
     rng = np.random.default_rng(2)
     arrays, x, a = (
         jnp.asarray(rng.normal(size=shape), jnp.float32)
-        for shape in ((3, 3 * block, 2 * block), (1, 8, 2 * block), (1, 8, 3 * block))
+        for shape in ((3, 6 * block, 4 * block), (1, 8, 4 * block), (1, 8, 6 * block))
     )
     weight = BlockSparse.of(arrays, block_mask(kept, block), implementation)
 
@@ -246,6 +244,12 @@ def full_state(family: str) -> TrainState:
     return jax.tree.map(lambda x: x + 3, state)
 
 
+def by_path(state: TrainState) -> dict[str, tuple[Any, ...]]:
+    """Return by path the parameter, both moments and the update counts."""
+    adam = state.optimizer[0]
+    return {p: (x, adam.mu[p], adam.nu[p], adam.counts[p]) for p, x in state.params.items()}
+
+
 @pytest.mark.parametrize("family", MODELS)
 def test_state_of_blocks_round_trip(family: str) -> None:
     blocks, kept = execution(family)
@@ -253,17 +257,15 @@ def test_state_of_blocks_round_trip(family: str) -> None:
     compact, omitted = compact_state(blocks, full, kept)
     expanded = expand_state(blocks, compact, omitted, kept)
     equal(compact_state(blocks, expanded, kept)[0], compact)
-    for path, entries in expanded.params.items():
-        adam = expanded.optimizer[0]
-        trees = (entries, adam.mu[path], adam.nu[path], adam.counts[path])
+    for path, before in by_path(full).items():
+        after = by_path(expanded)[path]
         if path not in kept[0]:
-            equal(trees, (full.params[path], *(t[path] for t in (full.optimizer[0].mu,
-                  full.optimizer[0].nu, full.optimizer[0].counts))))  # fmt: skip
+            equal(after, before)
             continue
         mask = sparse_params(family)[1][path].repeat(BLOCK, axis=1).repeat(BLOCK, axis=2)
-        mask = mask.reshape(entries.shape)
-        for value, before in zip(trees, (full.params[path], 3.0, 3.0, 3), strict=True):
-            np.testing.assert_array_equal(value, np.where(mask, before, 0))
+        mask = mask.reshape(after[0].shape)
+        for value, expected in zip(after, (before[0], 3.0, 3.0, 3), strict=True):
+            np.testing.assert_array_equal(value, np.where(mask, expected, 0))
 
 
 def test_exchanged_blocks_start_at_zero() -> None:
@@ -294,21 +296,19 @@ def test_only_stored_blocks_have_state_and_the_rest_starts_at_zero() -> None:
         for tree in (state.params, adam.mu, adam.nu):
             assert sum(x.nbytes for x in tree[path]) == half
         assert adam.counts[path][0].shape == (2, half // (4 * 2 * BLOCK**2))
-    gradients = run(blocks, params, kept).gradients
-    stepped = jax.jit(lambda g, s: optimizer_step(optimizer, g, jnp.float32(1), s))(
-        gradients, state
-    )
-    expanded = expand_state(blocks, stepped, omitted, kept)
+
+    @jax.jit
+    def step(gradients: Any, state: TrainState) -> TrainState:
+        return optimizer_step(optimizer, gradients, jnp.float32(1), state)
+
+    expanded = expand_state(blocks, step(run(blocks, params, kept).gradients, state), omitted, kept)
     dense = plain(layout, expanded.params)
     assert_close(dense.logits, run(blocks, expanded.params, kept).logits, "float32", "forward")
-    after = expanded.optimizer[0]
     for path, mask in kept[0].items():
-        stored = mask.nonzero * BLOCK**2 * len(mask.rows)
-        for tree in (after.mu, after.nu, after.counts):
-            assert tree[path].shape == params[path].shape
-            assert np.count_nonzero(tree[path]) == stored
-    # The first step of a new entry is as large as that of Adam's first step.
-    again = jax.jit(lambda g, s: optimizer_step(optimizer, g, jnp.float32(1), s))(
-        dense.gradients, expanded
-    )
-    assert again.optimizer[0].counts["layers/mlp/up"].min() == 1
+        _, *moments, counts = by_path(expanded)[path]
+        for values in (*moments, counts):
+            assert values.shape == params[path].shape
+            assert np.count_nonzero(values) == mask.nonzero * BLOCK**2 * len(mask.rows)
+    # The dense phase begins with a first step of Adam for new entries, a second for stored ones.
+    after = by_path(step(dense.gradients, expanded))["layers/mlp/up"]
+    assert {*np.unique(after[-1])} == {1, 2}

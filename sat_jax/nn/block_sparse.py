@@ -90,18 +90,15 @@ def block_mask(kept: Bool[np.ndarray, "*L R C"], block: int) -> BlockMask:
     if len(counts) > 1:
         raise ValueError(f"layers keep {sorted(counts)} blocks, expected one number for all")
 
-    def stack(*arrays: Array) -> Array:
+    fills = _fills(masks[0])
+
+    def stack(keys: Any, *arrays: Array) -> Array:
+        name = jax.tree_util.keystr(keys, simple=True, separator="/")
+        if name in fills:
+            arrays = _same_length(arrays, fills[name])
         return jnp.stack(arrays).reshape(*lead, *arrays[0].shape)
 
-    orders = {
-        name: _same_length([getattr(mask, name) for mask in masks])
-        for name in ("by_row", "by_column")
-    }
-    padded = [
-        dataclasses.replace(mask, **{name: order[n] for name, order in orders.items()})
-        for n, mask in enumerate(masks)
-    ]
-    mask: BlockMask = jax.tree.map(stack, *padded)
+    mask: BlockMask = jax.tree_util.tree_map_with_path(stack, *masks)
     return mask
 
 
@@ -152,17 +149,24 @@ def _over(lead: tuple[int, ...], function: Any) -> Any:
     return function
 
 
-def _same_length(orders: list[Any]) -> list[Any]:
-    """Return the orders of several layers padded to the longest, with entries that add nothing.
+def _same_length(arrays: tuple[Array, ...], fill: int) -> tuple[Array, ...]:
+    """Return the arrays padded with `fill` to the longest last axis."""
+    longest = max(array.shape[-1] for array in arrays)
 
-    An order has an entry more for each empty block row or column, of which layers have different
-    numbers.
-    """
-    longest = max(order.valid.shape[0] for order in orders)
+    def pad(array: Array) -> Array:
+        widths = [(0, 0)] * (array.ndim - 1) + [(0, longest - array.shape[-1])]
+        return jnp.pad(array, widths, constant_values=fill)
 
-    def pad(order: Any) -> Any:
-        missing = (0, longest - order.valid.shape[0])
-        edge = jax.tree.map(lambda x: jnp.pad(x, missing, mode="edge"), order)
-        return dataclasses.replace(edge, valid=jnp.pad(order.valid, missing))
+    return tuple(map(pad, arrays))
 
-    return [pad(order) for order in orders]
+
+def _fills(mask: BlockMask) -> dict[str, int]:
+    """Return the values of entries that add nothing, by array of a mask whose length depends on the
+    pattern: on the number of empty rows and columns, or on the longest list of blocks."""
+    fills: dict[str, int] = {}
+    for order, results in zip(("by_row", "by_column"), mask.shape, strict=True):
+        fills |= {f"{order}/{name}": 0 for name in ("reduction", "slot", "valid")}
+        fills[f"{order}/result"] = results - 1  # entries of one result are adjacent
+    for lists in ("row_lists", "column_lists"):
+        fills |= {f"{lists}/reduction": 0, f"{lists}/slot": mask.nonzero}
+    return fills
