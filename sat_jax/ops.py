@@ -1,10 +1,12 @@
-"""Wrapper around `kernels`: products with the kept channels, computed from full matrices."""
+"""Wrapper around `kernels`: products with the kept channels, computed from full matrices, and
+products with stored blocks, `column_matmul` and `row_matmul` with a `BlockMask`, as they are."""
 
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels.block_sparse_matmul import BlockMask as BlockMask
 from kernels.block_sparse_matmul import (
     KeptRows,
     choose,

@@ -41,7 +41,7 @@ FORBIDDEN = {
 }
 # Ahead-of-time compilation for devices that are absent: compilers, no products.
 EXCEPTIONS = {("scripts.memory", "kernels.aot")}
-# Settings of kernels are types; the products themselves are for nn/linear.py.
+# Settings of kernels are types; the products themselves are for types of weights.
 KERNEL_TYPES = {"KernelConfig", "Implementation"}
 # What a family's file must not mention: methods, and what they do to a model.
 METHOD_WORDS = re.compile(
@@ -155,14 +155,14 @@ def test_kernels_are_imported_by_ops_alone() -> None:
     assert importers == {"sat_jax.ops"}
 
 
-def test_products_of_kernels_are_imported_by_linear_alone() -> None:
+def test_products_of_kernels_are_imported_by_types_of_weights_alone() -> None:
     types = {"sat_jax.ops", *(f"sat_jax.ops.{name}" for name in KERNEL_TYPES)}
     importers = {
         module_name(path)
         for path in sources("sat_jax")
         if any(inside(name, "sat_jax.ops") and name not in types for name in imports(path))
     }
-    assert importers == {"sat_jax.nn.linear"}
+    assert importers == {"sat_jax.nn.linear", "sat_jax.nn.block_sparse"}
 
 
 def family_files() -> set[Path]:

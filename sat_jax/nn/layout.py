@@ -17,14 +17,14 @@ from jaxtyping import Array
 
 from sat_jax.nn.branch import Branch, branches
 from sat_jax.nn.linear import Axes, Weight
-from sat_jax.nn.param import LAYER, Mask, Role
+from sat_jax.nn.param import BLOCK, INDEX, LAYER, Mask, Role
 
 Flat = dict[str, Any]
 Model = TypeVar("Model", bound=nnx.Module)
 
 
 class Leaf(NamedTuple):
-    """One array of a model: its named axes, the role of its parameter, whether it is trained."""
+    """One array of a model: its named axes, its role, whether it is trained."""
 
     axes: Axes
     role: Role
@@ -98,11 +98,11 @@ class Layout(Generic[Model]):
     def count_axes(self, path: str) -> int:
         """Return how many leading axes an update count of the array has.
 
-        They identify the layer and the unit that an entry belongs to, the layer alone for arrays of
-        no unit, and are none for arrays outside the layers.
+        They identify the layer and the unit or stored block that an entry belongs to, the layer
+        alone for arrays of neither, and are none for arrays outside the layers.
         """
-        names = self.leaves[path].axes
-        return max((i + 1 for i, n in enumerate(names) if n == LAYER or n in self.units), default=0)
+        counted = {LAYER, BLOCK, *self.units}
+        return max((i + 1 for i, n in enumerate(self.leaves[path].axes) if n in counted), default=0)
 
     def unit_of(self, path: str, omitted: Mapping[str, Any]) -> str | None:
         """Return the unit among `omitted` that is an axis of the array, or None.
@@ -127,19 +127,20 @@ def make_layout(abstract_model: Model) -> Layout[Model]:
     graph, masks, state = nnx.split(abstract_model, Mask, ...)  # type: ignore[misc]
     leaves: dict[str, Leaf] = {}
     shapes: dict[str, jax.ShapeDtypeStruct] = {}
+    sizes: dict[str, int] = {}
     for path, variable in nnx.to_flat_state(state):
         value, metadata = variable.get_value(), variable.get_metadata()
         axes, trained = metadata["axes"], isinstance(variable, nnx.Param)
+        sizes |= dict(zip(axes, value.shape, strict=True))
         within = value.describe(axes) if isinstance(value, Weight) else {"": (axes, trained)}
         for keys, array in jax.tree_util.tree_leaves_with_path(value):
             inside = jax.tree_util.keystr(keys, simple=True, separator="/")
             name = _joined(path, inside)
-            leaves[name] = Leaf(within[inside][0], metadata["role"], within[inside][1])
+            own_axes, own_trained = within[inside]
+            role: Role = "index" if INDEX in own_axes else metadata["role"]
+            leaves[name] = Leaf(own_axes, role, own_trained)
             shapes[name] = jax.ShapeDtypeStruct(array.shape, array.dtype)
     parts = branches(abstract_model.layers)  # type: ignore[attr-defined]
-    sizes: dict[str, int] = {}
-    for name, leaf in leaves.items():
-        sizes |= dict(zip(leaf.axes, shapes[name].shape, strict=True))
     units = {
         unit: Unit(unit, sizes[unit], part, branch.units[:number])
         for part, branch in parts.items()

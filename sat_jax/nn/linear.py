@@ -25,6 +25,11 @@ PRODUCT = "product with a weight"
 class Weight:
     """Base of weights that are no plain array. Subclasses are registered frozen dataclasses."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array that the weight stands for, of one layer or of all."""
+        raise NotImplementedError
+
     def dense(self) -> Array:
         """Return the weight as one array `[*units, D]`."""
         raise NotImplementedError

@@ -1,9 +1,10 @@
 """Parameters with named axes: all that a model declares, and all that a method reads of it.
 
 Axes are ordered `layer, *within, unit, ...`: `query` has `layer, kv_group, query_head, head_dim,
-embed`. Two axes have a meaning of their own: `layer` is scanned over, and `channel` is the unit of
-every MLP. Vectors that scale or shift the residual stream have the axis `norm` in place of `embed`,
-so that they are not split over a mesh.
+embed`. Some axes have a meaning of their own: `layer` is scanned over, and `channel` is the unit of
+every MLP. In a block-sparse weight, `block` numbers the stored blocks, and `index` the entries of
+arrays that say where they are. Vectors that scale or shift the residual stream have the axis `norm`
+in place of `embed`, so that they are not split over a mesh.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,12 +15,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-Role = Literal["read", "write", "embedding", "vector"]
+Role = Literal["read", "write", "embedding", "vector", "index"]
 """`read`: rows that read the residual stream; `write`: rows that write to it; `embedding`: a table
 of tokens or positions; `vector`: norm scales and biases, which stay float32 until they are used and
-have no weight decay."""
+have no weight decay; `index`: where the values of a sparse weight are."""
 
 LAYER, CHANNEL, EMBED, NORM = "layer", "channel", "embed", "norm"
+BLOCK, INDEX = "block", "index"
 
 
 class Mask(nnx.Variable):
