@@ -17,12 +17,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from kernels.block_sparse_matmul.patterns import BlockLists, BlockMask, KeptRows, Pattern
 from kernels.block_sparse_matmul.reference import scatter
 
 _SORTED: dict[str, Any] = {"indices_are_sorted": True, "unique_indices": True}
+_COLUMN_MAJOR, _ROW_MAJOR = Layout((1, 0)), Layout((0, 1))
 
 
 def column(x: Array, w: Array, pattern: Pattern) -> Array:
@@ -119,7 +121,8 @@ def _product_by_lists(
         blocks, reduction = operands
         return jnp.matmul(blocks, _gather(tiles, reduction), preferred_element_type=dtype)
 
-    return jax.lax.map(product, (stored, lists.reduction)).reshape(results * block, -1).T
+    y = jax.lax.map(product, (stored, lists.reduction)).reshape(results * block, -1).T
+    return with_layout_constraint(y, _COLUMN_MAJOR)
 
 
 def _sampled_by_lists(
@@ -147,7 +150,8 @@ def _sampled_dense(a: Array, c: Array, mask: BlockMask) -> Array:
 
 
 def _tiles(x: Float[Array, "T N"], block: int) -> Float[Array, "n b T"]:
-    return x.T.reshape(-1, block, x.shape[0])
+    features = with_layout_constraint(with_layout_constraint(x, _COLUMN_MAJOR).T, _ROW_MAJOR)
+    return features.reshape(-1, block, x.shape[0])
 
 
 def _gather(tiles: Float[Array, "n b T"], index: Int[Array, " k"]) -> Float[Array, "kb T"]:
