@@ -4,9 +4,9 @@ For kept rows it gathers the kept weights and computes a smaller dense product.
 
 For a block mask on a CPU, each block row of the result is one product of its stored blocks with the
 gathered tiles of the other operand: only stored blocks and padding are multiplied (`BlockLists`).
-Arrays `[T, N]` are transposed for it, so that a tile is contiguous; XLA removes the transposes
-between two products and around element-wise functions. A loop over the block rows keeps the
-gathered tiles in the cache.
+A tile is contiguous in column-major arrays `[T, N]`, which element-wise functions between two
+products keep column-major (`with_layout_constraint`). A loop over the block rows keeps the gathered
+tiles in the cache.
 
 A dense product of the full matrix, zeros included, replaces it where the longest list has more
 than half of the blocks of the full matrix (`is_listed`), and on other platforms.
