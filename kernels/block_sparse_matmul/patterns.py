@@ -55,8 +55,23 @@ class BlockOrder:
 
 
 @functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["reduction", "slot"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class BlockLists:
+    """The stored blocks of each block row (or block column), padded to the longest list.
+
+    `reduction`: tile index in the other operand, 0 in padding. `slot`: index of the stored block,
+    the number of stored blocks in padding. The padded length k is part of the shape, hence static.
+    """
+
+    reduction: Int[Array, "R k"]
+    slot: Int[Array, "R k"]
+
+
+@functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["rows", "columns", "by_row", "by_column"],
+    data_fields=["rows", "columns", "by_row", "by_column", "row_lists", "column_lists"],
     meta_fields=["shape", "block"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +80,15 @@ class BlockMask:
 
     The values are `[nonzero, block, block]` in row-major order; block n is at block row `rows[n]`
     and block column `columns[n]`. Products x · Wᵀ visit the blocks in the order `by_row`, products
-    x · W in the order `by_column`.
+    x · W in the order `by_column`. `row_lists` and `column_lists` hold the same, padded.
     """
 
     rows: Int[Array, " nonzero"]
     columns: Int[Array, " nonzero"]
     by_row: BlockOrder
     by_column: BlockOrder
+    row_lists: BlockLists
+    column_lists: BlockLists
     shape: tuple[int, int]
     block: int
     kind: ClassVar[Kind] = "mask"
@@ -92,6 +109,8 @@ class BlockMask:
             columns=jnp.asarray(columns, jnp.int32),
             by_row=_block_order(rows, columns, slots, kept.shape[0]),
             by_column=_block_order(columns, rows, slots, kept.shape[1]),
+            row_lists=_block_lists(rows, columns, slots, kept.shape[0]),
+            column_lists=_block_lists(columns, rows, slots, kept.shape[1]),
             shape=(kept.shape[0], kept.shape[1]),
             block=block,
         )
@@ -159,3 +178,15 @@ def _block_order(
     ]
     order = np.argsort(fields[0], kind="stable")
     return BlockOrder(*(jnp.asarray(field[order], jnp.int32) for field in fields))
+
+
+def _block_lists(
+    result: np.ndarray, reduction: np.ndarray, slot: np.ndarray, results: int
+) -> BlockLists:
+    """Return a list for each result, in the order of the slots."""
+    counts = np.bincount(result, minlength=results)
+    order = np.argsort(result, kind="stable")
+    stored = np.arange(counts.max()) < counts[:, None]
+    reductions, slots = np.zeros(stored.shape, np.int32), np.full(stored.shape, len(slot), np.int32)
+    reductions[stored], slots[stored] = reduction[order], slot[order]
+    return BlockLists(jnp.asarray(reductions), jnp.asarray(slots))
