@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.block_sparse_matmul import BlockMask, column_matmul, row_matmul
+import kernels.block_sparse_matmul as block_sparse
 
 WIDTH, NEURONS = 1024, 4096
 Calls = dict[str, Callable[[], Any]]
@@ -33,8 +33,10 @@ def mlp_calls(tokens: int, case: Case) -> Calls:
     def dense_mlp(x: Any, up: Any, down: Any) -> Any:
         return jax.nn.gelu(x @ up.T) @ down
 
-    def sparse_mlp(x: Any, up: Any, down: Any, mask: BlockMask) -> Any:
-        return row_matmul(jax.nn.gelu(column_matmul(x, up, mask)), down, mask)
+    def sparse_mlp(x: Any, up: Any, down: Any, mask: block_sparse.BlockMask) -> Any:
+        return block_sparse.row_matmul(
+            jax.nn.gelu(block_sparse.column_matmul(x, up, mask)), down, mask
+        )
 
     dense_call, sparse_call = (jax.jit(_with_gradients(mlp)) for mlp in (dense_mlp, sparse_mlp))
     return {
@@ -63,7 +65,7 @@ def product_calls(tokens: int, case: Case) -> Calls:
         )
     torch_x, scipy_x = torch.tensor(np.array(x)).T.contiguous(), np.array(x).T.copy()
     dense_call = jax.jit(lambda x, w: x @ w.T)
-    sparse_call = jax.jit(column_matmul)
+    sparse_call = jax.jit(block_sparse.column_matmul)
     return {
         "dense": lambda: dense_call(x, w),
         "sat_jax": lambda: sparse_call(x, blocks, mask),
@@ -72,20 +74,22 @@ def product_calls(tokens: int, case: Case) -> Calls:
     }
 
 
-def balanced_mask(case: Case) -> BlockMask:
+def balanced_mask(case: Case) -> block_sparse.BlockMask:
     """Return a random mask with the same number of blocks in each block row and block column."""
     random = np.random.default_rng(0)
     rows, columns = NEURONS // case.block, WIDTH // case.block
     shifts = random.permutation(columns)[: round(case.density * columns)]
     kept = np.zeros((rows, columns), bool)
     kept[np.arange(rows)[:, None], (np.arange(rows)[:, None] + shifts) % columns] = True
-    return BlockMask.of(random.permutation(random.permutation(kept), axis=1), case.block)
+    return block_sparse.BlockMask.of(
+        random.permutation(random.permutation(kept), axis=1), case.block
+    )
 
 
 def _with_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function of the value and its gradients; the cotangent is the value."""
 
-    def call(x: Any, up: Any, down: Any, *mask: BlockMask) -> Any:
+    def call(x: Any, up: Any, down: Any, *mask: block_sparse.BlockMask) -> Any:
         value, vjp = jax.vjp(lambda *operands: function(*operands, *mask), x, up, down)
         return value, vjp(value)
 
