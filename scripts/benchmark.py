@@ -4,10 +4,12 @@
   python -m scripts.benchmark --only steps        SAT steps against the dense step
   python -m scripts.benchmark --only peer         the dense step against transformers
   python -m scripts.benchmark --only moves        the parts of a refresh against a SAT step
+  python -m scripts.benchmark --only blocks       block-sparse products against dense ones and peers
 
 Every turn calls each variant once, so that other work on the machine affects all of them alike. A
 speed-up is the median over turns of the ratio of two times in the same turn. Weights and tokens are
-random. `peer` needs torch and transformers (the extra `bench`).
+random. `peer` and `blocks` need torch and transformers (the extra `bench`). `blocks` measures
+matrices of one size in float32; --rows and --row-length are the only sizes that it takes.
 """
 
 import importlib.util
@@ -49,6 +51,7 @@ from sat_jax.train.step_program import (
     random_state,
     step_program,
 )
+from scripts.benchmark_blocks import CASES, NEURONS, WIDTH, mlp_calls, product_calls
 from scripts.efficiency import add_size_options, check_sizes
 
 Row = dict[str, Any]
@@ -92,7 +95,7 @@ def main() -> None:
     args = parser().parse_args()
     model = check_sizes(args, "rows", "row_length", "turns")
     parts = [args.only] if args.only else list(_PARTS)
-    if "peer" in parts:
+    if "peer" in parts or "blocks" in parts:
         _prepare_torch()
     setting = {name: getattr(args, name) for name in _SETTING}
     layout = layout_of(model, Compute(args.dtype, args.remat, attention=args.attention))
@@ -162,7 +165,7 @@ def _prepare_torch() -> None:
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
             raise UserError(
-                f"the part peer needs {package}, which is not installed; `make bench` or"
+                f"the parts peer and blocks need {package}, which is not installed; `make bench` or"
                 " pip install -e '.[bench]' does that, --only runs another part without it"
             )
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
@@ -302,7 +305,30 @@ def moves(_: DecoderConfig, layout: Layout[Decoder], args: Namespace) -> list[Ro
     ]
 
 
-_PARTS = {"steps": steps, "peer": peer, "moves": moves}
+def blocks(_: DecoderConfig, __: Layout[Decoder], args: Namespace) -> list[Row]:
+    """Return rows of a GELU MLP with gradients and of one product, dense and with block masks."""
+    rows = []
+    for case in CASES:
+        for work, calls in (("mlp", mlp_calls), ("product", product_calls)):
+            variants = calls(args.rows * args.row_length, case)
+            costs = _take_turns({name: _timed(c) for name, c in variants.items()}, args.turns)
+            rows += [
+                {
+                    "model": f"{NEURONS}x{WIDTH}",
+                    "dtype": "float32",
+                    "work": work,
+                    **case._asdict(),
+                    "library": name,
+                    **_medians(cost),
+                    "speedup_wall": _ratio(costs["dense"], cost, "wall"),
+                    "speedup_cpu": _ratio(costs["dense"], cost, "cpu"),
+                }
+                for name, cost in costs.items()
+            ]
+    return rows
+
+
+_PARTS = {"steps": steps, "peer": peer, "moves": moves, "blocks": blocks}
 
 
 def _step(execution: Execution, args: Namespace) -> Variant:

@@ -82,7 +82,9 @@ def test_peer_names_the_missing_package(missing: str, monkeypatch: pytest.Monkey
         return None if name == missing else object()
 
     monkeypatch.setattr(importlib.util, "find_spec", find)
-    with pytest.raises(UserError, match=rf"peer needs {missing}, .* pip install -e '\.\[bench\]'"):
+    with pytest.raises(
+        UserError, match=rf"peer and blocks need {missing}, .* pip install -e '\.\[bench\]'"
+    ):
         call(monkeypatch, benchmark, "--only", "peer")
 
 

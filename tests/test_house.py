@@ -39,8 +39,11 @@ FORBIDDEN = {
     "sat_jax.parallel": ("sat_jax.models", "sat_jax.data", *METHODS, *USERS),
     "sat_jax.train": ("sat_jax.evaluate",),
 }
-# Ahead-of-time compilation for devices that are absent: compilers, no products.
-EXCEPTIONS = {("scripts.memory", "kernels.aot")}
+# Ahead-of-time compilation for devices that are absent, and products that are timed alone.
+EXCEPTIONS = {
+    ("scripts.memory", "kernels.aot"),
+    ("scripts.benchmark_blocks", "kernels.block_sparse_matmul"),
+}
 # Settings of kernels are types; the products themselves are for types of weights.
 KERNEL_TYPES = {"KernelConfig", "Implementation"}
 # What a family's file must not mention: methods, and what they do to a model.

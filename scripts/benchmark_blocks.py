@@ -1,0 +1,100 @@
+"""What `scripts.benchmark --only blocks` calls: block-sparse products and MLPs, and dense ones."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import kernels.block_sparse_matmul as block_sparse
+
+WIDTH, NEURONS = 1024, 4096
+Calls = dict[str, Callable[[], Any]]
+
+
+class Case(NamedTuple):
+    """Matrices `[NEURONS, WIDTH]` in square blocks, of which the share `density` is stored."""
+
+    block: int
+    density: float
+
+
+CASES = [Case(block, density) for block in (128, 64) for density in (0.25, 0.125)]
+
+
+def mlp_calls(tokens: int, case: Case) -> Calls:
+    """Return a GELU MLP with all its gradients: dense, and with two block-sparse matrices."""
+    mask, random = balanced_mask(case), np.random.default_rng(0)
+    x, *dense = _normal(random, (tokens, WIDTH), *[(NEURONS, WIDTH)] * 2)
+    blocks = _normal(random, *[(mask.nonzero, case.block, case.block)] * 2)
+
+    def dense_mlp(x: Any, up: Any, down: Any) -> Any:
+        return jax.nn.gelu(x @ up.T) @ down
+
+    def sparse_mlp(x: Any, up: Any, down: Any, mask: block_sparse.BlockMask) -> Any:
+        return block_sparse.row_matmul(
+            jax.nn.gelu(block_sparse.column_matmul(x, up, mask)), down, mask
+        )
+
+    dense_call, sparse_call = (jax.jit(_with_gradients(mlp)) for mlp in (dense_mlp, sparse_mlp))
+    return {
+        "dense": lambda: dense_call(x, *dense),
+        "sat_jax": lambda: sparse_call(x, *blocks, mask),
+    }
+
+
+def product_calls(tokens: int, case: Case) -> Calls:
+    """Return x · Wᵀ of `[tokens, WIDTH]`: dense, and block-sparse in each library on a CPU."""
+    import scipy.sparse
+    import torch
+
+    mask, random = balanced_mask(case), np.random.default_rng(0)
+    x, w, blocks = _normal(
+        random, (tokens, WIDTH), (NEURONS, WIDTH), (mask.nonzero, case.block, case.block)
+    )
+    starts = np.searchsorted(mask.rows, np.arange(mask.shape[0] + 1)).astype(np.int32)
+    parts = np.array(blocks), np.array(mask.columns), starts
+    scipy_w = scipy.sparse.bsr_array(parts, shape=(NEURONS, WIDTH))
+    values, columns, starts = parts
+    with warnings.catch_warnings():  # BSR is in beta
+        warnings.simplefilter("ignore")
+        torch_w = torch.sparse_bsr_tensor(
+            *map(torch.tensor, (starts, columns, values)), size=(NEURONS, WIDTH)
+        )
+    torch_x, scipy_x = torch.tensor(np.array(x)).T.contiguous(), np.array(x).T.copy()
+    dense_call = jax.jit(lambda x, w: x @ w.T)
+    sparse_call = jax.jit(block_sparse.column_matmul)
+    return {
+        "dense": lambda: dense_call(x, w),
+        "sat_jax": lambda: sparse_call(x, blocks, mask),
+        "torch": lambda: torch_w @ torch_x,
+        "scipy": lambda: scipy_w @ scipy_x,
+    }
+
+
+def balanced_mask(case: Case) -> block_sparse.BlockMask:
+    """Return a random mask with the same number of blocks in each block row and block column."""
+    random = np.random.default_rng(0)
+    rows, columns = NEURONS // case.block, WIDTH // case.block
+    shifts = random.permutation(columns)[: round(case.density * columns)]
+    kept = np.zeros((rows, columns), bool)
+    kept[np.arange(rows)[:, None], (np.arange(rows)[:, None] + shifts) % columns] = True
+    return block_sparse.BlockMask.of(
+        random.permutation(random.permutation(kept), axis=1), case.block
+    )
+
+
+def _with_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of the value and its gradients; the cotangent is the value."""
+
+    def call(x: Any, up: Any, down: Any, *mask: block_sparse.BlockMask) -> Any:
+        value, vjp = jax.vjp(lambda *operands: function(*operands, *mask), x, up, down)
+        return value, vjp(value)
+
+    return call
+
+
+def _normal(random: np.random.Generator, *shapes: tuple[int, ...]) -> list[jax.Array]:
+    return [jnp.asarray(random.normal(size=shape) / 32, jnp.float32) for shape in shapes]
