@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels.block_sparse_matmul import BlockMask
 from sat_jax.config import OptimizerConfig
 from sat_jax.models.build import layout_of
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.gpt2 import GPT2Config
 from sat_jax.models.llama import LlamaConfig
-from sat_jax.nn.block_sparse import BlockSparse, block_mask
+from sat_jax.nn.block_sparse import BlockSparse
 from sat_jax.nn.decoder import Compute
 from sat_jax.nn.layout import flat_values, make_layout
 from sat_jax.nn.linear import PRODUCT
@@ -65,7 +66,7 @@ def sparse_params(family: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndar
 def block_sparse(family: str) -> dict[str, Any]:
     """Return `sparse_params` with block-sparse weights."""
     params, kept = sparse_params(family)
-    return params | {p: BlockSparse.of(params[p], block_mask(kept[p], BLOCK)) for p in kept}
+    return params | {p: BlockSparse.of(params[p], BlockMask.of(kept[p], BLOCK)) for p in kept}
 
 
 # --- Weights ---
@@ -75,7 +76,7 @@ ARRAY = np.random.default_rng(0).normal(size=(3, 8, 16)).astype(np.float32)  # u
 
 
 def test_blocks_of_an_array_and_the_array_again() -> None:
-    weight = BlockSparse.of(jnp.asarray(ARRAY), block_mask(KEPT, BLOCK))
+    weight = BlockSparse.of(jnp.asarray(ARRAY), BlockMask.of(KEPT, BLOCK))
     assert weight.shape == (3, 8, 16)
     expected = np.stack([ARRAY[0, :, :8], ARRAY[1, :, 8:], ARRAY[2, :, :8], ARRAY[2, :, 8:]])
     np.testing.assert_array_equal(weight.blocks, expected)
@@ -87,7 +88,7 @@ def test_blocks_of_an_array_and_the_array_again() -> None:
 def test_products_and_gradients_are_those_of_the_dense_array() -> None:
     rng = np.random.default_rng(1)
     x, a = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 5, 16), (2, 5, 3, 8)))
-    weight = BlockSparse.of(jnp.asarray(ARRAY), block_mask(KEPT, BLOCK))
+    weight = BlockSparse.of(jnp.asarray(ARRAY), BlockMask.of(KEPT, BLOCK))
     dense = weight.dense()
     assert_close(weight.project(x), jnp.einsum("BTD,ngD->BTng", x, dense), "float32", "product")
     assert_close(weight.combine(a), jnp.einsum("BTng,ngD->BTD", a, dense), "float32", "product")
@@ -120,7 +121,7 @@ def test_layers_may_have_different_numbers_of_empty_rows_and_columns(
         jnp.asarray(rng.normal(size=shape), jnp.float32)
         for shape in ((3, 6 * block, 4 * block), (1, 8, 4 * block), (1, 8, 6 * block))
     )
-    weight = BlockSparse.of(arrays, block_mask(kept, block), implementation)
+    weight = BlockSparse.of(arrays, BlockMask.of(kept, block), implementation)
 
     def layer(_: None, one: BlockSparse) -> tuple[None, Any]:
         return None, (one.project(x), one.combine(a), one.dense())
@@ -136,7 +137,7 @@ def test_layers_may_have_different_numbers_of_empty_rows_and_columns(
 
 def test_layers_keep_equally_many_blocks() -> None:
     with pytest.raises(ValueError, match=r"layers keep \[4, 6\] blocks, expected one number"):
-        block_mask(np.stack([KEPT, np.ones((3, 2), bool)]), BLOCK)
+        BlockMask.of(np.stack([KEPT, np.ones((3, 2), bool)]), BLOCK)
 
 
 def test_a_block_that_does_not_divide_a_matrix_is_refused() -> None:
@@ -174,7 +175,7 @@ def test_logits_and_gradients_are_those_of_the_dense_model(family: str) -> None:
     assert_close(result.logits, dense_result(family).logits, "float32", "forward")
     for path, gradient in dense_result(family).gradients.items():
         if path in kept:
-            expected = BlockSparse.of(gradient, block_mask(kept[path], BLOCK)).blocks
+            expected = BlockSparse.of(gradient, BlockMask.of(kept[path], BLOCK)).blocks
             assert_close(result.gradients[f"{path}/blocks"], expected, "float32", "backward")
         else:
             assert_close(result.gradients[path], gradient, "float32", "backward")
@@ -220,7 +221,7 @@ def test_blocks_are_cast_and_products_saved_as_those_of_other_weights() -> None:
 
 def execution(family: str) -> tuple[Blocks, Kept]:
     config = MODELS[family]
-    kept = {p: block_mask(blocks, BLOCK) for p, blocks in sparse_params(family)[1].items()}
+    kept = {p: BlockMask.of(blocks, BLOCK) for p, blocks in sparse_params(family)[1].items()}
     return Blocks(layout_of(config), make_plan(neurons(config), 0.0, 0.0)), (kept,)
 
 
@@ -274,7 +275,7 @@ def test_exchanged_blocks_start_at_zero() -> None:
     others = sparse_params("llama")[1] | {
         "layers/mlp/up": np.roll(sparse_params("llama")[1]["layers/mlp/up"], 1, axis=2)
     }
-    new = ({path: block_mask(others[path], BLOCK) for path in others},)
+    new = ({path: BlockMask.of(others[path], BLOCK) for path in others},)
     exchanged = map_trees(lambda tree: blocks.exchange(tree, kept, new), state)
     by_full = compact_state(blocks, expand_state(blocks, state, omitted, kept), new)[0]
     equal(exchanged, by_full)

@@ -94,25 +94,35 @@ class BlockMask:
     kind: ClassVar[Kind] = "mask"
 
     @classmethod
-    def of(cls, kept: Bool[np.ndarray, "R C"], block: int) -> Self:
-        """Return the mask of a concrete 0/1 matrix with one entry per block."""
+    def of(cls, kept: Bool[np.ndarray, "*L R C"], block: int) -> Self:
+        """Return the mask of a concrete 0/1 array with one entry per block.
+
+        Axes L in front, of layers that keep equally many blocks, are in front of all arrays.
+        """
         kept = np.asarray(kept)
-        if kept.ndim != 2 or not kept.size:
+        if kept.ndim < 2 or not kept.size:
             raise ValueError(f"kept: shape {kept.shape}, expected [block rows, block columns]")
         if not np.isin(kept, (0, 1)).all():
             raise ValueError("kept: other values than 0 and 1")
         _check_block(block)
-        rows, columns = np.nonzero(kept)
-        slots = np.arange(len(rows))
-        return cls(
-            rows=jnp.asarray(rows, jnp.int32),
-            columns=jnp.asarray(columns, jnp.int32),
-            by_row=_block_order(rows, columns, slots, kept.shape[0]),
-            by_column=_block_order(columns, rows, slots, kept.shape[1]),
-            row_lists=_block_lists(rows, columns, slots, kept.shape[0]),
-            column_lists=_block_lists(columns, rows, slots, kept.shape[1]),
-            shape=(kept.shape[0], kept.shape[1]),
+        *layers, height, width = kept.shape
+        counts = np.unique(kept.sum(axis=(-2, -1), dtype=int))
+        if len(counts) > 1:
+            raise ValueError(f"layers keep {counts.tolist()} blocks, expected one number for all")
+        places = [np.nonzero(layer) for layer in kept.reshape(-1, height, width)]
+        rows, columns = np.stack(places, axis=1)
+        mask = cls(
+            rows=jnp.asarray(rows),
+            columns=jnp.asarray(columns),
+            by_row=_block_order(rows, columns, height),
+            by_column=_block_order(columns, rows, width),
+            row_lists=_block_lists(rows, columns, height),
+            column_lists=_block_lists(columns, rows, width),
+            shape=(height, width),
             block=block,
+        )
+        return jax.tree.map(
+            lambda array: array.reshape(*layers, *array.shape[1:]).astype(jnp.int32), mask
         )
 
     @property
@@ -167,26 +177,32 @@ def _check_ids(blocks: int, ids: Int[np.ndarray, " k"]) -> None:
 
 
 def _block_order(
-    result: np.ndarray, reduction: np.ndarray, slot: np.ndarray, results: int
+    result: Int[np.ndarray, "L nonzero"], reduction: Int[np.ndarray, "L nonzero"], results: int
 ) -> BlockOrder:
-    """Sort the entries by result, and add a padding entry for each result without blocks."""
-    empty = np.setdiff1d(np.arange(results), result)
-    zeros, valid = np.zeros_like(empty), np.ones_like(result)
+    """Sort the entries by result, and add a padding entry for each result without blocks. Layers
+    with fewer of these have the others at the last result."""
+    empty = [np.setdiff1d(np.arange(results), layer) for layer in result]
+    most = max(map(len, empty))
+    padding = np.stack([np.append(e, np.full(most - len(e), results - 1)) for e in empty])
+    zeros, valid = np.zeros_like(padding), np.ones_like(result)
+    slot = np.broadcast_to(np.arange(result.shape[1]), result.shape)
     fields = [
-        np.concatenate(parts)
-        for parts in ((result, empty), (reduction, zeros), (slot, zeros), (valid, zeros))
+        np.concatenate(parts, axis=1)
+        for parts in ((result, padding), (reduction, zeros), (slot, zeros), (valid, zeros))
     ]
-    order = np.argsort(fields[0], kind="stable")
-    return BlockOrder(*(jnp.asarray(field[order], jnp.int32) for field in fields))
+    order = np.argsort(fields[0], axis=1, kind="stable")
+    return BlockOrder(*(jnp.asarray(np.take_along_axis(f, order, axis=1)) for f in fields))
 
 
 def _block_lists(
-    result: np.ndarray, reduction: np.ndarray, slot: np.ndarray, results: int
+    result: Int[np.ndarray, "L nonzero"], reduction: Int[np.ndarray, "L nonzero"], results: int
 ) -> BlockLists:
     """Return a list for each result, in the order of the slots."""
-    counts = np.bincount(result, minlength=results)
-    order = np.argsort(result, kind="stable")
-    stored = np.arange(counts.max()) < counts[:, None]
-    reductions, slots = np.zeros(stored.shape, np.int32), np.full(stored.shape, len(slot), np.int32)
-    reductions[stored], slots[stored] = reduction[order], slot[order]
+    nonzero = result.shape[1]
+    counts = (result[:, None] == np.arange(results)[:, None]).sum(axis=-1)
+    order = np.argsort(result, axis=1, kind="stable")
+    stored = np.arange(counts.max()) < counts[..., None]
+    reductions, slots = np.zeros(stored.shape, int), np.full(stored.shape, nonzero)
+    reductions[stored] = np.take_along_axis(reduction, order, axis=1).ravel()
+    slots[stored] = order.ravel()
     return BlockLists(jnp.asarray(reductions), jnp.asarray(slots))

@@ -9,9 +9,8 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from sat_jax.nn.linear import PRODUCT, Axes, Weight
 from sat_jax.nn.param import BLOCK, INDEX
@@ -79,29 +78,6 @@ class BlockSparse(Weight):
         return row_matmul(flat, self.blocks, self.mask, implementation=self.implementation)
 
 
-def block_mask(kept: Bool[np.ndarray, "*L R C"], block: int) -> BlockMask:
-    """Return the mask of concrete kept blocks; its arrays have the axes L in front.
-
-    Raises `ValueError` if layers keep different numbers of blocks.
-    """
-    lead = kept.shape[:-2]
-    masks = [BlockMask.of(layer, block) for layer in kept.reshape(-1, *kept.shape[-2:])]
-    counts = {mask.nonzero for mask in masks}
-    if len(counts) > 1:
-        raise ValueError(f"layers keep {sorted(counts)} blocks, expected one number for all")
-
-    fills = _fills(masks[0])
-
-    def stack(keys: Any, *arrays: Array) -> Array:
-        name = jax.tree_util.keystr(keys, simple=True, separator="/")
-        if name in fills:
-            arrays = _same_length(arrays, fills[name])
-        return jnp.stack(arrays).reshape(*lead, *arrays[0].shape)
-
-    mask: BlockMask = jax.tree_util.tree_map_with_path(stack, *masks)
-    return mask
-
-
 def take_blocks(array: Float[Array, "*axes D"], mask: BlockMask) -> Float[Array, "*L nonzero b b"]:
     """Return the blocks of an array at the places of a mask."""
     (rows, columns), block = mask.shape, mask.block
@@ -147,26 +123,3 @@ def _over(lead: tuple[int, ...], function: Any) -> Any:
     for _ in lead:
         function = jax.vmap(function)
     return function
-
-
-def _same_length(arrays: tuple[Array, ...], fill: int) -> tuple[Array, ...]:
-    """Return the arrays padded with `fill` to the longest last axis."""
-    longest = max(array.shape[-1] for array in arrays)
-
-    def pad(array: Array) -> Array:
-        widths = [(0, 0)] * (array.ndim - 1) + [(0, longest - array.shape[-1])]
-        return jnp.pad(array, widths, constant_values=fill)
-
-    return tuple(map(pad, arrays))
-
-
-def _fills(mask: BlockMask) -> dict[str, int]:
-    """Return the values of entries that add nothing, by array of a mask whose length depends on the
-    pattern: on the number of empty rows and columns, or on the longest list of blocks."""
-    fills: dict[str, int] = {}
-    for order, results in zip(("by_row", "by_column"), mask.shape, strict=True):
-        fills |= {f"{order}/{name}": 0 for name in ("reduction", "slot", "valid")}
-        fills[f"{order}/result"] = results - 1  # entries of one result are adjacent
-    for lists in ("row_lists", "column_lists"):
-        fills |= {f"{lists}/reduction": 0, f"{lists}/slot": mask.nonzero}
-    return fills
