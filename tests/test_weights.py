@@ -61,6 +61,10 @@ class Lora(Weight):
     a: Float[Array, "rank D"]
     b: Float[Array, "*units rank"]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
     def dense(self) -> Array:
         return dense(self.base) + jnp.tensordot(dense(self.b), dense(self.a), 1)
 

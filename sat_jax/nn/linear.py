@@ -66,6 +66,11 @@ class KeptRows(Weight):
     kept: Int[Array, "*L kept"]
     kernel: KernelConfig | None = None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the kept rows, of one layer or of all."""
+        return *self.kept.shape, self.full.shape[-1]
+
     def dense(self) -> Array:
         """Return the kept rows of one layer."""
         if self.rows is None:
