@@ -5,7 +5,13 @@ from typing import Any
 import pytest
 
 from sat_jax.errors import UserError
-from sat_jax.results.benchmarks import memory_tables, moves_table, peer_tables, steps_table
+from sat_jax.results.benchmarks import (
+    blocks_table,
+    memory_tables,
+    moves_table,
+    peer_tables,
+    steps_table,
+)
 from sat_jax.results.speed import ABOVE_BOUND_NOTE
 
 DEVICE = {"platform": "gpu", "kind": "a GPU", "count": 1}
@@ -90,6 +96,22 @@ def test_dense_steps_beside_transformers_and_the_parts_of_a_refresh() -> None:
     (moves,) = moves_table([probe | {"date": "c"}, step, probe])
     assert moves.rows == (("step", "2.00 s", "1.000"), ("probe", "0.50 s", "0.250"))
     assert peer_tables([step]) == moves_table([peer]) == []
+
+
+def test_block_sparse_products_beside_dense_ones() -> None:
+    case = {"benchmark": "blocks", "date": "d", "device": DEVICE, "block": 64, "density": 0.125}
+    case |= {"speedup_wall": 1.0, "speedup_cpu": 1.0, "wall_seconds": 0.5}
+    sparse = {"library": "sat_jax", "wall_seconds": 0.125, "speedup_wall": 4.0, "speedup_cpu": 3.5}
+    rows = [
+        row("dense", 0.0, **case | {"work": "product", "library": "dense"}),
+        row("dense", 0.0, **case | {"work": "product"} | sparse),
+        row("dense", 0.0, **case | {"work": "mlp"} | sparse),
+        row("dense", 0.0, **case | {"work": "mlp"} | sparse | {"date": "earlier"}),
+    ]
+    (table,) = blocks_table(rows)
+    cells_of_both = ("64", "12.5 %", "sat_jax", "125 ms", "4.00×", "3.50×", "8×")
+    assert table.rows == (("MLP with gradients", *cells_of_both), ("product", *cells_of_both))
+    assert blocks_table(rows[1:]) == []
 
 
 def test_memory_is_compared_with_a_dense_step() -> None:

@@ -63,6 +63,35 @@ def peer_tables(rows: Sequence[Row]) -> list[Table]:
     return tables
 
 
+def blocks_table(rows: Sequence[Row]) -> list[Table]:
+    """Return the last measurement of `scripts.benchmark --only blocks`, with speed-ups over dense
+    products in the same turns."""
+    dense = latest(rows, benchmark="blocks", library="dense")
+    if dense is None:
+        return []
+    names = {"mlp": "MLP with gradients", "product": "product"}
+    body = [
+        (
+            names[row["work"]],
+            str(row["block"]),
+            f"{row['density'] * 100:g} %",
+            row["library"],
+            f"{row['wall_seconds'] * 1000:.0f} ms",
+            f"{row['speedup_wall']:.2f}×",
+            f"{row['speedup_cpu']:.2f}×",
+            f"{1 / row['density']:.0f}×",
+        )
+        for row in rows
+        if row.get("benchmark") == "blocks"
+        and row["date"] == dense["date"]
+        and row["library"] != "dense"
+    ]
+    body.sort(key=lambda cells: cells[0])
+    header = ("work", "block", "stored", "library", "time", "speed-up", "by CPU time", "FLOP bound")
+    caption = f"Matrices {_setting(dense)}"
+    return [Table("blocks", "Block-sparse products", caption, header, tuple(body))]
+
+
 def moves_table(rows: Sequence[Row]) -> list[Table]:
     """Return the last measurement of `scripts.benchmark --only moves`: the parts of a refresh."""
     step = latest(rows, benchmark="moves", move="step")

@@ -15,7 +15,13 @@ from typing import Any
 
 from sat_jax.config_values import find
 from sat_jax.errors import UserError
-from sat_jax.results.benchmarks import memory_tables, moves_table, peer_tables, steps_table
+from sat_jax.results.benchmarks import (
+    blocks_table,
+    memory_tables,
+    moves_table,
+    peer_tables,
+    steps_table,
+)
 from sat_jax.results.evaluations import evaluation_tables
 from sat_jax.results.figures import quality_figure
 from sat_jax.results.rows import read
@@ -91,7 +97,7 @@ def _table(
     ]
     groups = make_groups(rows)
     tables = across_tables(groups, comparisons) + evaluation_tables(rows)
-    for made in (steps_table, peer_tables, moves_table, memory_tables):
+    for made in (steps_table, peer_tables, blocks_table, moves_table, memory_tables):
         tables += made(rows)
     for group in groups:
         tables += [quality_table([group]), *group_tables(group, comparisons)]
