@@ -13,8 +13,8 @@ rows in experiments/results/FILE.jsonl. KIND is a comparison that an experiment 
 (rates, metrics, schedules, ...), the same with _paired (differences from the variant of the same
 rate, seed by seed), quality (all variants), other (variants of no comparison), cost, losses or
 held_out. For rows of benchmarks it is steps, peer, blocks, moves or memory, and for those of
-evaluations perplexity, choices, answers or harness. Filters may follow: prefixes of a text field, or values of
-a number field, of which a row must match one for each field or setting:
+evaluations perplexity, choices, answers or harness. Filters may follow: prefixes of a text field,
+or values of a number field, of which a row must match one for each field or setting:
 `<!-- table: runs.rates twin=1c393d steps=48,40 optimizer.learning_rate=3e-4 -->`.
 """
 
