@@ -1,4 +1,4 @@
-"""What `scripts.benchmark --only blocks` calls: block-sparse products and MLPs, and dense ones."""
+"""Block-sparse and dense products and MLPs, which `scripts.benchmark --only blocks` measures."""
 
 import warnings
 from collections.abc import Callable

@@ -47,8 +47,7 @@ def main() -> None:
     """Print a row for each schedule, and on request its timeline."""
     args = parser().parse_args()
     names = list(SCHEDULES) if args.schedule == "all" else [args.schedule]
-    header = ("schedule", "chunks", "step time", "idle", "activations", "bytes", "executed")
-    print(_line(header))
+    lines = [_line(("schedule", "chunks", "step time", "idle", "activations", "bytes", "executed"))]
     for name in names:
         chunks = args.chunks if args.schedule != "all" or name in CHUNKED else None
         try:
@@ -56,16 +55,17 @@ def main() -> None:
         except UserError as error:
             if args.schedule != "all" or name not in CHUNKED:
                 raise
-            print(f"{name:12} not possible: {error}")
+            lines.append(f"{name:12} not possible: {error}")
             continue
         times = (args.forward, args.input, args.weight, args.activation_bytes)
         result = simulate(schedule, stage_costs(schedule, *times))
         cells = (f"{result.step_time:g}", f"{result.bubble:.1%}", str(max(result.activations)))
         executed = "yes" if name in EXECUTED else "no"
         size = f"{max(result.activation_bytes):g}"
-        print(_line((name, str(schedule.chunks), *cells, size, executed)))
+        lines.append(_line((name, str(schedule.chunks), *cells, size, executed)))
         if args.timeline:
-            print("\n".join(timeline(schedule)))
+            lines += timeline(schedule)
+    print("\n".join(lines))
     print("activations, bytes: the peak on the device with the most; one activation is that of")
     print("one stage for one microbatch. executed: whether training runs the schedule")
 

@@ -106,8 +106,8 @@ def scatter_blocks(
 
 
 def exchange_blocks(values: Array, old: BlockMask, new: BlockMask) -> Array:
-    """Return the entries `[*L, nonzero, ...]` of the blocks of a new mask, given those of the old
-    one: blocks that are not in the old mask are 0."""
+    """Return values `[*L, nonzero, ...]` for the blocks of the mask `new`: those of `old` where it
+    has the block, 0 elsewhere."""
     lead = old.rows.shape[:-1]
 
     def exchange(values: Array, old_places: tuple[Array, ...], new_places: Any) -> Array:

@@ -144,8 +144,8 @@ def timeline(schedule: Schedule) -> list[str]:
     """Return one line for each device with its task in each slot: F, B, I or W (forward, backward,
     input, weight) and the microbatch, and the chunk if there are several. Each of a stage's forward
     pass, input gradients and weight gradients takes one slot; `.` is idle."""
-    one = (1.0,) * schedule.stages
-    costs = Costs(one, one, one, one)
+    equal = (1.0,) * schedule.stages
+    costs = Costs(equal, equal, equal, equal)
     simulated = simulate(schedule, costs)
     rows = [["."] * round(simulated.step_time) for _ in schedule.orders]
     for (kind, stage, microbatch), first in simulated.start.items():
