@@ -16,6 +16,7 @@ from sat_jax.models.presets import PRESETS
 from sat_jax.nn.attention.dot_product import Implementation
 from sat_jax.nn.stack import Remat
 from sat_jax.ops import Implementation as Kernels
+from sat_jax.sparsity.block_patterns import Pattern
 from sat_jax.sparsity.controller import overall
 from sat_jax.sparsity.importance import METRICS
 from sat_jax.sparsity.plan import LayerRates
@@ -173,6 +174,36 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class WeightSparsityConfig:
+    density: float = key(
+        1.0,
+        "share of the blocks of matrices that are stored and trained where the schedule is at r0;"
+        " 1: dense matrices",
+        above=0.0,
+        high=1.0,
+    )
+    block: int = key(64, "rows and columns of a block", low=8)
+    matrices: Literal["all", "attention", "mlp"] = key("all", "matrices of blocks")
+    pattern: Pattern = key(
+        "random",
+        "first blocks: equally many random ones in each row and column of blocks (random), with"
+        " densities by the shapes of the matrices (erk), the largest (magnitude), or a flat block"
+        " butterfly; blocks that a schedule adds later are those with the largest gradients",
+    )
+    update: Literal["none", "rigl"] = key(
+        "none", "exchange of the smallest blocks for those with the largest gradients (rigl)"
+    )
+    update_every: int = key(100, "steps between exchanges of blocks", low=1)
+    drop_fraction: float = key(
+        0.3,
+        "share of the blocks in a row that an exchange drops: a cosine from this value to 0 at the"
+        " end of the rung",
+        low=0.0,
+        high=1.0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class SparsityConfig:
     rate: float = key(
         0.0, "omission rate r0 of heads and channels; 0: dense training", low=0.0, high=1.0
@@ -244,6 +275,7 @@ class SparsityConfig:
         "gather the kept weights into a compact model (gather), multiply activations by 0 or 1"
         " (mask), or compute with blocks of the full weights (kernel)",
     )
+    weights: WeightSparsityConfig = WeightSparsityConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,6 +328,11 @@ class Config:
         sparse = self.sparsity
         attention = sparse.rate if sparse.rate_attention is None else sparse.rate_attention
         return attention, sparse.rate if sparse.rate_mlp is None else sparse.rate_mlp
+
+    @property
+    def stores_blocks(self) -> bool:
+        """Whether matrices are block-sparse in some of the steps."""
+        return self.sparsity.weights.density < 1
 
     @property
     def rates(self) -> tuple[float, float]:

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 _NEEDS = (
     ("optimizer.decay_share", "optimizer.schedule", "wsd"),
     ("optimizer.moments", "sparsity.execution", "mask"),
-    ("model.kernels", "sparsity.execution", "kernel"),
     ("sparsity.min_gain", "sparsity.schedule", "auto"),
 )
 # (setting of sparsity, its value, excluded setting, excluded value, reason)
@@ -33,6 +32,7 @@ def check_together(config: "Config") -> None:
         raise UserError("mesh.data is 0; accepted: 1 or more, or -1 for all remaining devices")
     _check_steps(config)
     _check_pipeline(config)
+    _check_weights(config)
     for path, needed, wanted in _NEEDS:
         group, name = path.split(".")
         settings, current = getattr(config, group), operator.attrgetter(needed)(config)
@@ -52,7 +52,30 @@ def check_together(config: "Config") -> None:
         )
     if max(config.rates) > 0:
         _check_selection(config)
+    if max(config.rates) > 0 or config.stores_blocks:
         _check_schedule(config)
+
+
+def _check_weights(config: "Config") -> None:
+    """Check settings of block-sparse matrices, and of the kernels that they use."""
+    sparse, kernels = config.sparsity, config.model.kernels
+    if kernels is not None and sparse.execution != "kernel" and not config.stores_blocks:
+        raise UserError(
+            f"model.kernels {kernels!r} needs sparsity.execution 'kernel', not"
+            f" {sparse.execution!r}, or sparsity.weights.density below 1"
+        )
+    if not config.stores_blocks:
+        return
+    if max(config.rates) > 0:
+        raise UserError(
+            f"sparsity.weights.density {sparse.weights.density:g} excludes omission rates above 0"
+            f" ({max(config.rates):g}): units are rows of dense matrices; accepted: one of the two"
+        )
+    if sparse.execution != "gather":
+        raise UserError(
+            f"sparsity.weights.density {sparse.weights.density:g} excludes sparsity.execution"
+            f" {sparse.execution!r}, which omits units; accepted: 'gather'"
+        )
 
 
 def _check_steps(config: "Config") -> None:

@@ -8,7 +8,10 @@ from typing import Any, Literal
 from sat_jax.errors import UserError
 from sat_jax.nn.layout import Layout, Unit
 from sat_jax.nn.param import CHANNEL
+from sat_jax.sparsity.block_patterns import BlockCounts
 
+Stored = tuple[tuple[str, BlockCounts], ...]
+"""Matrices of which blocks alone are stored, by path."""
 AttentionUnit = Literal["kv_group", "query_head"]
 LayerRates = float | Sequence[float]
 
@@ -40,12 +43,20 @@ class Plan:
     """The segments of all layers, first to last, and how units are chosen inside a layer.
 
     The same number is kept in each of `balance` contiguous parts of the units, and channels are
-    kept in aligned runs of `block`. Hashable; static under jit.
+    kept in aligned runs of `block`. `stored`: block-sparse matrices, the same in all layers.
+    Hashable; static under jit.
     """
 
     segments: tuple[Segment, ...]
     balance: int = 1
     block: int = 1
+    stored: Stored = ()
+
+    @property
+    def stored_share(self) -> float:
+        """Share of the blocks of block-sparse matrices that are stored; 1 without these."""
+        blocks = sum(math.prod(counts.grid) for _, counts in self.stored)
+        return sum(counts.nonzero for _, counts in self.stored) / blocks if blocks else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +81,11 @@ class Neurons:
         return tuple(u for u in self.units if segment.kept(u.name) < u.size)
 
     def is_dense(self, plan: Plan) -> bool:
-        """Whether the plan keeps everything."""
+        """Whether the plan keeps all units, in matrices that store all of their blocks."""
+        return not plan.stored and self.keeps_all(plan)
+
+    def keeps_all(self, plan: Plan) -> bool:
+        """Whether the plan keeps all units."""
         return not any(self.omitted(segment) for segment in plan.segments)
 
     def dense_segment(self) -> Segment:

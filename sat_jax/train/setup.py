@@ -23,6 +23,7 @@ from sat_jax.parallel.processes import check_processes
 from sat_jax.parallel.rules import check_divisible, tree_shardings
 from sat_jax.sparsity.controller import Controller, make_controller
 from sat_jax.sparsity.plan import neurons_of
+from sat_jax.sparsity.stored_blocks import block_grids, block_layout
 from sat_jax.train.run_weights import starting_point
 
 
@@ -49,11 +50,12 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
     check_processes()
     mesh = make_mesh(config.mesh)
     model, weights = starting_point(config)
-    check_divisible(mesh, layout_of(model))
     _check_rows(config, mesh)
     _check_attention(config, model)
     model.check_length("data.row_length", config.data.row_length)
     controller = controller_of(config, model)
+    for rung in controller.rungs:
+        check_divisible(mesh, block_layout(layout_of(model), rung.plan.stored))
     if max(config.rates) > 0 and not controller.sparse:
         log("sparsity: these rates omit nothing in this model; the run is dense")
     tokenizer, data = prepared_data(config, model, log)
@@ -62,12 +64,17 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
 
 def controller_of(config: Config, model: DecoderConfig) -> Controller:
     """Return the controller of a run."""
+    layout, weights = layout_of(model), config.sparsity.weights
+    grids = {}
+    if config.stores_blocks:
+        grids = block_grids(layout, weights.matrices, weights.block)
     return make_controller(
         config.sparsity,
-        neurons_of(layout_of(model)),
+        neurons_of(layout),
         config.train.steps,
         config.layer_rates,
         config.sparsity.balance or config.mesh.tensor,
+        grids,
     )
 
 

@@ -17,6 +17,7 @@ import jax
 from sat_jax.data.batch import Batch
 from sat_jax.parallel.processes import on_primary
 from sat_jax.sparsity.plan import Plan
+from sat_jax.train.block_changes import BlockChanges
 from sat_jax.train.programs import RungPrograms
 from sat_jax.train.run_state import RunState
 
@@ -46,6 +47,7 @@ class Speedup(NamedTuple):
 
 def measure_speed(
     state: RunState,
+    blocks: BlockChanges,
     programs: Mapping[Plan, RungPrograms],
     dense: Plan,
     batch: Batch,
@@ -64,6 +66,8 @@ def measure_speed(
 
     def turn(plan: Plan) -> Turn:
         state.expand()
+        blocks.enter(state, (), batch)
+        blocks.enter(state, plan.stored, batch)
         state.choose(programs[plan])
         state.compact(programs[plan])
         state.wait()
