@@ -82,7 +82,7 @@ def kernel_step(config: Config) -> str:
 def selection(config: Config) -> str:
     programs = programs_of(config)
     select = programs._select(controller_of(config).rungs[0].plan)
-    text = str(jax.make_jaxpr(select)(programs.state, programs.stats))
+    text = str(jax.make_jaxpr(select)(programs.form(()).state, programs.stats))
     programs.close()
     return re.sub(r"0x[0-9a-f]+", "", text)
 

@@ -45,15 +45,15 @@ controller = make_controller(config.sparsity, neurons, steps, config.layer_rates
 programs = Programs(config, model, mesh, controller)
 place = lambda tree: jax.tree.map(lambda leaf: leaf.sharding, tree)
 # The same values on every mesh: computed on one device, then split.
-full = jax.jit(lambda: new_state(initial_values(model, 0), programs.optimizer))()
-state = jax.device_put(full, place(programs.state))
+full = jax.jit(lambda: new_state(initial_values(model, 0), programs.form(()).optimizer))()
+state = jax.device_put(full, place(programs.form(()).state))
 stats = jax.device_put(jax.jit(programs.no_statistics)(), place(programs.stats))
 probe = programs.probe().result()
 draw = np.random.default_rng(0)
 sparse = controller.rung_at(0).plan
 execution = programs.execution(sparse)
 compact = lambda full, kept: compact_state(execution, full, kept)
-compiled = programs._compile(compact, programs.state, programs.kept(sparse))
+compiled = programs.compile(compact, programs.form(()).state, programs.kept(sparse))
 COLLECTIVE = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 collectives = re.findall(COLLECTIVE, compiled.as_text())
 losses, history = [], []
@@ -69,7 +69,7 @@ for step in range(steps):
     kept = rung.select(state, stats).kept
     corrections = rung.correct(state, stats, kept)
     for path, (correction,) in corrections.items():
-        assert correction.sharding == programs.state.params[path].sharding, path
+        assert correction.sharding == programs.form(()).state.params[path].sharding, path
     trained, omitted = rung.compact(state, kept)
     for path, moment in trained.optimizer[0].mu.items():
         pairs = zip(jax.tree.leaves(moment), jax.tree.leaves(trained.params[path]), strict=True)

@@ -26,10 +26,12 @@ def prune_grow(
 ) -> Kept:
     """Return the kept blocks after one exchange (RigL, Evci et al., arXiv:1911.11134, algorithm 1).
 
-    In each block row, `fraction` of the kept blocks, rounded down, are dropped: those with the
-    smallest norms. Equally many are added where gradients are largest; a dropped block may return.
+    `fraction` of the kept blocks of the layer, rounded down, are dropped: those with the smallest
+    norms. Each block row gets as many as it lost where gradients are largest; a dropped block may
+    return.
     """
-    dropped = np.floor(np.round(fraction * kept.sum(axis=-1, keepdims=True), 9))
-    smallest_first = np.where(kept, norms, np.inf).argsort(axis=-1, kind="stable")
-    remaining = kept & (smallest_first.argsort(axis=-1) >= dropped)
+    dropped = math.floor(round(fraction * kept.sum(), 9))
+    smallest_first = np.where(kept, norms, np.inf).argsort(axis=None, kind="stable")
+    remaining = kept.copy()
+    remaining.flat[smallest_first[:dropped]] = False
     return fill(remaining, gradients, counts)
