@@ -56,6 +56,11 @@ class ModelConfig:
     preset: str | None = key(
         "tiny", "a published model shape by name, with random weights", choices=PRESETS
     )
+    d_model: int | None = key(None, "width; None: that of the preset", low=1)
+    n_layers: int | None = key(None, "number of layers; None: that of the preset", low=1)
+    n_heads: int | None = key(None, "query heads of a layer; None: those of the preset", low=1)
+    d_ff: int | None = key(None, "MLP channels of a layer; None: those of the preset", low=1)
+    vocab_size: int | None = key(None, "tokens; None: those of the preset", low=1)
     path: str | None = key(
         None,
         "pretrained weights, used instead of preset: a Hugging Face directory, a .gguf file, or"
@@ -76,6 +81,12 @@ class ModelConfig:
     kernels: Kernels | None = key(
         None, "block-sparse kernels of sparsity.execution kernel; None selects by platform"
     )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes that replace those of the preset."""
+        names = ("d_model", "n_layers", "n_heads", "d_ff", "vocab_size")
+        return {name: size for name in names if (size := getattr(self, name)) is not None}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,11 @@ def check_together(config: "Config") -> None:
     """Raise `UserError` for the first combination of settings that is not possible."""
     if config.model.preset is None and config.model.path is None:
         raise UserError("model: set preset to a name or path to pretrained weights")
+    if config.model.path is not None and (sizes := config.model.sizes):
+        raise UserError(
+            f"model.{next(iter(sizes))} changes the shape of a preset, and model.path"
+            f" {config.model.path!r} has its own; accepted: one of the two"
+        )
     if config.mesh.data == 0:
         raise UserError("mesh.data is 0; accepted: 1 or more, or -1 for all remaining devices")
     _check_steps(config)
