@@ -346,6 +346,11 @@ class Config:
         return self.sparsity.weights.density < 1
 
     @property
+    def omitted_share(self) -> float:
+        """The higher of the omission rates, or the share of blocks that is not stored; 0: dense."""
+        return max(*self.rates, 1 - self.sparsity.weights.density)
+
+    @property
     def rates(self) -> tuple[float, float]:
         """Omission rates r0 of (attention, MLP), each the mean over layers."""
         attention, mlp = self.layer_rates

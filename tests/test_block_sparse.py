@@ -20,7 +20,6 @@ from sat_jax.nn.decoder import Compute
 from sat_jax.nn.layout import flat_values, make_layout
 from sat_jax.nn.linear import PRODUCT
 from sat_jax.nn.loss import next_token_loss
-from sat_jax.sparsity.block_gradients import block_gradients
 from sat_jax.sparsity.block_patterns import BlockCounts, block_counts, initial_blocks
 from sat_jax.sparsity.execution.state import TrainState, new_state, optimizer_step
 from sat_jax.sparsity.flops import forward_flops
@@ -32,6 +31,7 @@ from sat_jax.sparsity.stored_blocks import (
     change_blocks,
     dense_reader,
 )
+from sat_jax.train.block_gradients import block_gradients
 from sat_jax.train.optimizer import make_optimizer
 from tests.executions import ROWS, Result, differentiate, equal, plain
 from tests.small_models import batch, random_params

@@ -123,12 +123,18 @@ def valid(key: Key) -> st.SearchStrategy[Any]:
 
 # Settings whose accepted values depend on other settings.
 DEPENDENT = {
-    *("model.preset", "train.accumulate", "optimizer.warmup_steps", "optimizer.moments"),
+    *(
+        "model.preset",
+        "model.path",
+        "train.accumulate",
+        "optimizer.warmup_steps",
+        "optimizer.moments",
+    ),
     "optimizer.decay_share",
     *("sparsity.split", "sparsity.rungs", "sparsity.schedule", "sparsity.dense_start"),
     "sparsity.min_gain",
     *("sparsity.refresh_every", "sparsity.least_squares_correction"),
-    "sparsity.dense_layers",
+    *("sparsity.dense_layers", "sparsity.weights.density"),
     *("mesh.data", "mesh.tensor", "mesh.pipeline", "sparsity.execution", "model.kernels"),
     *(f"data.{field.name}" for field in dataclasses.fields(DataFormat)),
 }
@@ -177,6 +183,7 @@ NEEDS = {
     "model.kernels": {"sparsity.execution": "kernel", "sparsity.block": 64},
     "optimizer.decay_share": {"optimizer.schedule": "wsd"},
     "sparsity.min_gain": {"sparsity.schedule": "auto"},
+    "sparsity.weights.density": {"sparsity.execution": "gather"},
     **{
         f"data.{name}_field": {"data.format": "prompt_completion"}
         for name in ("prompt", "completion")

@@ -13,7 +13,6 @@ from jaxtyping import Array, Bool, Float, Int
 from sat_jax.config import Config
 from sat_jax.data.batch import Batch
 from sat_jax.parallel.processes import on_host
-from sat_jax.sparsity.block_gradients import block_gradients
 from sat_jax.sparsity.block_patterns import fill, initial_blocks
 from sat_jax.sparsity.block_updates import drop_fraction, prune_grow
 from sat_jax.sparsity.controller import Rung
@@ -21,6 +20,7 @@ from sat_jax.sparsity.execution.state import TrainState
 from sat_jax.sparsity.flops import traced_flops
 from sat_jax.sparsity.plan import Stored
 from sat_jax.sparsity.stored_blocks import Columns, block_norms, change_blocks, columns_of
+from sat_jax.train.block_gradients import block_gradients
 from sat_jax.train.counters import RunCounters
 from sat_jax.train.probe import first_tokens
 from sat_jax.train.programs import Compiled, Programs
@@ -76,6 +76,13 @@ class BlockChanges:
                 for path, counts in stored
             }
         self._convert(state, stored, columns)
+
+    def enter_anew(self, state: RunState, stored: Stored, batch: Batch) -> None:
+        """Convert the full state to these blocks as if it had been dense before: any form can
+        follow any other."""
+        if state.stored != stored:
+            self.enter(state, (), batch)
+        self.enter(state, stored, batch)
 
     def exchange(self, state: RunState, rung: Rung, step: int, batch: Batch) -> float:
         """Exchange stored blocks before a step; return the share of them that are new."""

@@ -1,6 +1,7 @@
 """The training loop around compiled steps."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -182,8 +183,10 @@ class Run:
                 return {}
             programs = {plan: self._programs.rung(plan) for plan in seconds}
             limit = SHARE * self._clock.seconds()["total"]
+            change = functools.partial(self._blocks.enter_anew, self._state, batch=batch)
             speedups = measure_speed(
-                self._state, self._blocks, programs, dense, batch, seconds, limit
+                *(self._state, programs, dense, batch, seconds, limit),
+                lambda plan: change(plan.stored),
             )
         if missing := len(seconds) - len(speedups):
             why = f"it would take more than {SHARE:.0%} of the run's time"

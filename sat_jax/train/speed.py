@@ -17,7 +17,6 @@ import jax
 from sat_jax.data.batch import Batch
 from sat_jax.parallel.processes import on_primary
 from sat_jax.sparsity.plan import Plan
-from sat_jax.train.block_changes import BlockChanges
 from sat_jax.train.programs import RungPrograms
 from sat_jax.train.run_state import RunState
 
@@ -47,16 +46,17 @@ class Speedup(NamedTuple):
 
 def measure_speed(
     state: RunState,
-    blocks: BlockChanges,
     programs: Mapping[Plan, RungPrograms],
     dense: Plan,
     batch: Batch,
     step_seconds: Mapping[Plan, float],
     limit: float,
+    change_blocks: Callable[[Plan], None],
 ) -> dict[Plan, Speedup]:
     """Return the speed-up of each plan that `limit` seconds allow to measure.
 
-    `programs` begins with the first rung. `step_seconds` are estimates. The steps change `state`
+    `programs` begins with the first rung. `step_seconds` are estimates.
+    `change_blocks` gives the full state the stored blocks of a plan. The steps change `state`
     (a copy would not fit every device); save it before. All processes call this; process 0 chooses
     the number of rounds.
     """
@@ -66,8 +66,7 @@ def measure_speed(
 
     def turn(plan: Plan) -> Turn:
         state.expand()
-        blocks.enter(state, (), batch)
-        blocks.enter(state, plan.stored, batch)
+        change_blocks(plan)
         state.choose(programs[plan])
         state.compact(programs[plan])
         state.wait()
