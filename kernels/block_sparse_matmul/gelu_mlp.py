@@ -128,7 +128,7 @@ def _composed(
     implementation: str | None, activation: Activation, x: Array, weights: Weights, masks: Masks
 ) -> Float[Array, "T D"]:
     z = column_matmul(x, weights.up, masks.up, implementation=implementation)
-    h = ACTIVATIONS[activation](z.astype(jnp.float32) + weights.bias).astype(x.dtype)
+    h = ACTIVATIONS[activation](z.astype(jnp.float32) + weights.bias[None]).astype(x.dtype)
     return row_matmul(h, weights.down, masks.down, implementation=implementation)
 
 

@@ -65,7 +65,7 @@ def gelu_mlp(
     activation: Activation,
 ) -> Float[Array, "T D"]:
     """activation(x · Uᵀ + bias) · W."""
-    h = ACTIVATIONS[activation](_product(x, dense(up, up_mask).T) + bias)
+    h = ACTIVATIONS[activation](_product(x, dense(up, up_mask).T) + bias[None])
     return row(h.astype(x.dtype), down, down_mask)
 
 

@@ -14,7 +14,14 @@ from jaxtyping import Array, Float
 
 from sat_jax.nn.linear import PRODUCT, Axes, Weight
 from sat_jax.nn.param import BLOCK, INDEX
-from sat_jax.ops import BlockMask, Implementation, column_matmul, row_matmul
+from sat_jax.ops import (
+    Activation,
+    BlockMask,
+    Implementation,
+    column_matmul,
+    gelu_mlp,
+    row_matmul,
+)
 
 
 @functools.partial(
@@ -76,6 +83,19 @@ class BlockSparse(Weight):
         """Return `a · W` for activations `[B, T, *units]`."""
         flat = a.reshape(*a.shape[:2], -1)
         return row_matmul(flat, self.blocks, self.mask, implementation=self.implementation)
+
+
+def block_sparse_mlp(
+    up: BlockSparse,
+    bias: Float[Array, "*units"],
+    down: BlockSparse,
+    x: Float[Array, "B T D"],
+    activation: Activation,
+) -> Float[Array, "B T D"]:
+    """Return activation(x · upᵀ + bias) · down, by the implementation of `up`, which is
+    that of `down`."""
+    options: Any = {"activation": activation, "implementation": up.implementation}
+    return gelu_mlp(x, up.blocks, bias.ravel(), down.blocks, up.mask, down.mask, **options)
 
 
 def take_blocks(array: Float[Array, "*axes D"], mask: BlockMask) -> Float[Array, "*L nonzero b b"]:
