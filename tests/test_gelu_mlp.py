@@ -126,7 +126,8 @@ def program(masks: str, platform: str) -> str:
 def test_no_array_of_all_hidden_features_where_a_cpu_has_short_lists(masks: str) -> None:
     hidden = f"tensor<{TOKENS}x{pair(masks)[0].shape[0] * BLOCK}xf32>"
     assert (hidden not in program(masks, "cpu")) == PAIRS[masks][2]
-    assert hidden in program(masks, "cuda")
+    if pair(masks)[1].nonzero:
+        assert hidden in program(masks, "cuda")
 
 
 def test_second_derivatives() -> None:
