@@ -157,7 +157,7 @@ def _block_rows(weights: Weights, masks: Masks) -> _Rows:
 def _by_lists(
     activation: Activation, x: Array, weights: Weights, masks: Masks
 ) -> Float[Array, "T D"]:
-    tiles = xla.as_tiles(x, masks.up.block)
+    tiles = _as_tiles(x, masks.up.block)
 
     def block_row(y: Array, row: _Rows) -> tuple[Array, None]:
         z = _product(row.up, xla.gather(tiles, row.up_tiles)) + row.bias[:, None]
@@ -166,13 +166,13 @@ def _by_lists(
 
     zeros = jnp.zeros(tiles.shape, jnp.float32)
     y, _ = jax.lax.scan(block_row, zeros, _block_rows(weights, masks))
-    return xla.from_tiles(y).astype(x.dtype)
+    return _from_tiles(y).astype(x.dtype)
 
 
 def _gradients_by_lists(
     activation: Activation, x: Array, weights: Weights, masks: Masks, dy: Array
 ) -> tuple[Array, Weights]:
-    x_tiles, dy_tiles = (xla.as_tiles(a, masks.up.block) for a in (x, dy))
+    x_tiles, dy_tiles = (_as_tiles(a, masks.up.block) for a in (x, dy))
 
     def block_row(dx: Array, row: _Rows) -> tuple[Array, Weights]:
         x_row, dy_row = xla.gather(x_tiles, row.up_tiles), xla.gather(dy_tiles, row.down_tiles)
@@ -191,7 +191,17 @@ def _gradients_by_lists(
         xla.blocks_of_rows(rows.down, masks.down),
     )
     dweights = jax.tree.map(lambda gradient, w: gradient.astype(w.dtype), gradients, weights)
-    return xla.from_tiles(dx).astype(x.dtype), dweights
+    return _from_tiles(dx).astype(x.dtype), dweights
+
+
+def _as_tiles(x: Float[Array, "T D"], block: int) -> Float[Array, "n b T"]:
+    """Return the column blocks of an array, feature-major. Unlike in `xla`, no layout is set: the
+    input of an MLP is row-major, and XLA then copies it once."""
+    return x.T.reshape(-1, block, x.shape[0])
+
+
+def _from_tiles(tiles: Float[Array, "n b T"]) -> Float[Array, "T D"]:
+    return tiles.reshape(-1, tiles.shape[-1]).T
 
 
 def _add_to_tiles(

@@ -112,25 +112,26 @@ def _product_by_lists(
     x: Float[Array, "T D"], w: Float[Array, "nonzero b b"], lists: BlockLists, dtype: DTypeLike
 ) -> Float[Array, "T N"]:
     """Return x times the transposed stored blocks; block i of the result sums over list i."""
-    tiles = as_tiles(x, w.shape[-1])
+    tiles = _tiles(x, w.shape[-1])
 
     def product(operands: tuple[Array, Array]) -> Array:
         blocks, reduction = operands
         return jnp.matmul(blocks, gather(tiles, reduction), preferred_element_type=dtype)
 
-    return from_tiles(jax.lax.map(product, (stored_rows(w, lists), lists.reduction)))
+    y = jax.lax.map(product, (stored_rows(w, lists), lists.reduction))
+    return with_layout_constraint(y.reshape(-1, x.shape[0]).T, _COLUMN_MAJOR)
 
 
 def _sampled_by_lists(
     a: Float[Array, "T N"], c: Float[Array, "T D"], mask: BlockMask
 ) -> Float[Array, "nonzero b b"]:
-    tiles = as_tiles(c, mask.block)
+    tiles = _tiles(c, mask.block)
 
     def product(operands: tuple[Array, Array]) -> Array:
         tile, reduction = operands
         return jnp.matmul(tile, gather(tiles, reduction).T)
 
-    products = jax.lax.map(product, (as_tiles(a, mask.block), mask.row_lists.reduction))
+    products = jax.lax.map(product, (_tiles(a, mask.block), mask.row_lists.reduction))
     return blocks_of_rows(products, mask)
 
 
@@ -156,15 +157,9 @@ def blocks_of_rows(rows: Float[Array, "R b kb"], mask: BlockMask) -> Float[Array
     return blocks[mask.rows, position]
 
 
-def as_tiles(x: Float[Array, "T N"], block: int) -> Float[Array, "n b T"]:
-    """Return the column blocks of an array, feature-major."""
+def _tiles(x: Float[Array, "T N"], block: int) -> Float[Array, "n b T"]:
     features = with_layout_constraint(with_layout_constraint(x, _COLUMN_MAJOR).T, _ROW_MAJOR)
     return features.reshape(-1, block, x.shape[0])
-
-
-def from_tiles(tiles: Float[Array, "n b T"]) -> Float[Array, "T N"]:
-    """Return the array of which `as_tiles` returns the tiles, column-major."""
-    return with_layout_constraint(tiles.reshape(-1, tiles.shape[-1]).T, _COLUMN_MAJOR)
 
 
 def gather(tiles: Float[Array, "n b T"], index: Int[Array, " k"]) -> Float[Array, "kb T"]:
