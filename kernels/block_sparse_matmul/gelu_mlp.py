@@ -201,7 +201,7 @@ def _as_tiles(x: Float[Array, "T D"], block: int) -> Float[Array, "n b T"]:
 
 
 def _from_tiles(tiles: Float[Array, "n b T"]) -> Float[Array, "T D"]:
-    return tiles.reshape(-1, tiles.shape[-1]).T
+    return tiles.transpose(2, 0, 1).reshape(tiles.shape[-1], -1)
 
 
 def _add_to_tiles(

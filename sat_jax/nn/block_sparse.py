@@ -14,8 +14,9 @@ from jaxtyping import Array, Float
 
 from sat_jax.nn.linear import PRODUCT, Axes, Weight
 from sat_jax.nn.param import BLOCK, INDEX
+from sat_jax.ops import ACTIVATIONS as ACTIVATIONS
+from sat_jax.ops import Activation as Activation
 from sat_jax.ops import (
-    Activation,
     BlockMask,
     Implementation,
     column_matmul,

@@ -5,14 +5,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sat_jax.nn.block_sparse import BlockSparse, block_sparse_mlp
+from sat_jax.nn.block_sparse import ACTIVATIONS, BlockSparse, block_sparse_mlp
+from sat_jax.nn.block_sparse import Activation as Activation
 from sat_jax.nn.branch import Branch
 from sat_jax.nn.context import Context
 from sat_jax.nn.linear import dense, gated_mlp, project, swiglu, value
 from sat_jax.nn.low_rank import predicted
 from sat_jax.nn.param import CHANNEL, normal, param
-from sat_jax.ops import ACTIVATIONS
-from sat_jax.ops import Activation as Activation
 
 
 class GatedMLP(Branch):
