@@ -149,7 +149,7 @@ def test_second_derivatives() -> None:
         assert_close(derivative, desired, "float32", "backward")
 
 
-def test_layers_in_a_scan_with_checkpoints_keep_x_alone() -> None:
+def test_layers_in_a_scan() -> None:
     masks, others = pair("equal counts"), pair("equal counts")[::-1]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), masks, others)
     x, *weights = operands(masks)
