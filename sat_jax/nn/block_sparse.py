@@ -19,7 +19,15 @@ from jaxtyping import Array, Float, Int
 from sat_jax.nn.linear import PRODUCT, Axes, Weight
 from sat_jax.nn.mesh_axes import TENSOR
 from sat_jax.nn.param import BLOCK, BLOCK_ROW, INDEX
-from sat_jax.ops import BlockMask, Implementation, column_matmul, row_matmul
+from sat_jax.ops import ACTIVATIONS as ACTIVATIONS
+from sat_jax.ops import Activation as Activation
+from sat_jax.ops import (
+    BlockMask,
+    Implementation,
+    column_matmul,
+    gelu_mlp,
+    row_matmul,
+)
 
 
 @functools.partial(
@@ -73,19 +81,21 @@ class BlockSparse(Weight):
     def project(self, x: Float[Array, "B T D"]) -> Array:
         """Return `x · Wᵀ`, `[B, T, *units]`."""
 
-        def product(x: Array, part: BlockSparse) -> Array:
-            return column_matmul(x, part.values, part.mask, implementation=part.implementation)
+        def product(x: Array, w: BlockSparse) -> Array:
+            return column_matmul(x, w.values, w.mask, implementation=w.implementation)
 
-        y = _over_rows(product, self, x, P(), P(None, None, TENSOR))
+        y = _over_rows(product, x, self, specs=(P(), P(TENSOR)), result=P(None, None, TENSOR))
         return checkpoint_name(y, PRODUCT).reshape(*y.shape[:-1], *self.units)
 
     def combine(self, a: Array) -> Float[Array, "B T D"]:
         """Return `a · W` for activations `[B, T, *units]`."""
 
-        def product(a: Array, part: BlockSparse) -> Array:
-            return row_matmul(a, part.values, part.mask, implementation=part.implementation)
+        def product(a: Array, w: BlockSparse) -> Array:
+            return row_matmul(a, w.values, w.mask, implementation=w.implementation)
 
-        return _over_rows(product, self, a.reshape(*a.shape[:2], -1), P(None, None, TENSOR), P())
+        flat = a.reshape(*a.shape[:2], -1)
+        specs = (P(None, None, TENSOR), P(TENSOR))
+        return _over_rows(product, flat, self, specs=specs, result=P())
 
     @property
     def mask(self) -> BlockMask:
@@ -97,6 +107,24 @@ class BlockSparse(Weight):
     def values(self) -> Float[Array, "nonzero b b"]:
         """The blocks of one layer as kernels take them."""
         return self.blocks.reshape(-1, *self.blocks.shape[-2:])
+
+
+def block_sparse_mlp(
+    up: BlockSparse,
+    bias: Float[Array, "*units"],
+    down: BlockSparse,
+    x: Float[Array, "B T D"],
+    activation: Activation,
+) -> Float[Array, "B T D"]:
+    """Return activation(x · upᵀ + bias) · down, by the implementation of `up`, which is that of
+    `down`."""
+
+    def mlp(x: Array, up: BlockSparse, bias: Array, down: BlockSparse) -> Array:
+        options: Any = {"activation": activation, "implementation": up.implementation}
+        return gelu_mlp(x, up.values, bias, down.values, up.mask, down.mask, **options)
+
+    specs = (P(), P(TENSOR), P(TENSOR), P(TENSOR))
+    return _over_rows(mlp, x, up, bias.ravel(), down, specs=specs, result=P())
 
 
 def take_blocks(
@@ -143,30 +171,28 @@ def _places(columns: Int[Array, "*L R k"]) -> tuple[Array, ...]:
 
 
 def _over_rows(
-    product: Callable[[Array, BlockSparse], Array],
-    weight: BlockSparse,
-    x: Array,
-    x_spec: P,
-    y_spec: P,
+    function: Callable[..., Array], *arguments: Any, specs: tuple[P, ...], result: P
 ) -> Array:
-    """Return a product whose weight's block rows are split over the mesh axis `tensor`: each device
-    computes with its own rows, and results without that axis are sums over devices."""
+    """Return the result of a function of weights whose block rows are split over the mesh axis
+    `tensor`: each device computes with its own rows, and a result without that axis is the sum over
+    devices."""
     mesh = jax.sharding.get_abstract_mesh()
-    parts = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True)).get(TENSOR, 1)
-    if parts == 1:
-        return product(x, weight)
-    longest = min(weight.longest, weight.columns.shape[-2] // parts)
+    if dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True)).get(TENSOR, 1) == 1:
+        return function(*arguments)
 
-    def local(x: Array, blocks: Array, columns: Array) -> Array:
-        own = dataclasses.replace(weight, blocks=blocks, columns=columns, longest=longest)
-        y = product(x, own)
-        return y if TENSOR in y_spec else jax.lax.psum(y, TENSOR)
+    def local(*arguments: Any) -> Array:
+        y = function(*map(_of_own_rows, arguments))
+        return y if TENSOR in result else jax.lax.psum(y, TENSOR)
 
     mapped: Any = jax.shard_map(
-        local,
-        in_specs=(x_spec, P(TENSOR), P(TENSOR)),
-        out_specs=y_spec,
-        axis_names={TENSOR},
-        check_vma=False,
+        local, in_specs=specs, out_specs=result, axis_names={TENSOR}, check_vma=False
     )
-    return mapped(x, weight.blocks, weight.columns)
+    return mapped(*arguments)
+
+
+def _of_own_rows(argument: Any) -> Any:
+    """Return an argument on one device; its block columns have no more blocks than it has rows."""
+    if not isinstance(argument, BlockSparse):
+        return argument
+    longest = min(argument.longest, argument.columns.shape[-2])
+    return dataclasses.replace(argument, longest=longest)

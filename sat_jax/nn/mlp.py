@@ -1,25 +1,17 @@
 """MLPs, channel-major: a channel is a row of each matrix."""
 
-import functools
-from collections.abc import Callable, Mapping
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from sat_jax.nn.block_sparse import ACTIVATIONS, BlockSparse, block_sparse_mlp
+from sat_jax.nn.block_sparse import Activation as Activation
 from sat_jax.nn.branch import Branch
 from sat_jax.nn.context import Context
-from sat_jax.nn.linear import dense, gated_mlp, project, swiglu
+from sat_jax.nn.linear import dense, gated_mlp, project, swiglu, value
 from sat_jax.nn.low_rank import predicted
 from sat_jax.nn.param import CHANNEL, normal, param
-
-Activation = Literal["gelu", "gelu_new"]
-_ACTIVATIONS: Mapping[Activation, Callable[[Array], Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),  # x Φ(x)
-    "gelu_new": jax.nn.gelu,  # its tanh approximation (Hendrycks and Gimpel, arXiv:1606.08415)
-}
 
 
 class GatedMLP(Branch):
@@ -81,9 +73,17 @@ class MLP(Branch):
     def activations(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T F"]:
         """Return activation(x · up + bias)."""
         del context
-        return _ACTIVATIONS[self.activation](project(self.up, x, self.up_bias))
+        return ACTIVATIONS[self.activation](project(self.up, x, self.up_bias))
+
+    def apply(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
+        """Return the sum over channels, by one fused operation if both weights are blocks."""
+        up, down = value(self.up), value(self.down)
+        blocks = isinstance(up, BlockSparse) and isinstance(down, BlockSparse)
+        if blocks and up.implementation == down.implementation:
+            return block_sparse_mlp(up, dense(self.up_bias), down, x, self.activation)
+        return super().apply(x, context)
 
     def predicted_activations(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         """Return the activations with the up projection at low rank."""
         up_x = predicted(x, dense(self.up)) + dense(self.up_bias)[None, None]
-        return _ACTIVATIONS[self.activation](up_x)
+        return ACTIVATIONS[self.activation](up_x)
