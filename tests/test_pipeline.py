@@ -125,6 +125,9 @@ def test_stages_that_do_not_divide_the_layers_are_refused() -> None:
     assert message.startswith("mesh.pipeline = 2 does not divide the 3 of axis layer of layers/")
 
 
+FOUR = {"train": {"accumulate": 4, "rows_per_step": 4}}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -134,9 +137,14 @@ def test_stages_that_do_not_divide_the_layers_are_refused() -> None:
             " multiples of 4",
         ),
         (
-            {"train": {"accumulate": 4, "rows_per_step": 4}, "sparsity": {"rate_mlp": 0.5}},
-            "sparsity with mesh.pipeline 4: stages have equal layers, in which nothing is omitted;"
-            " accepted: omission rates of 0, or mesh.pipeline 1",
+            FOUR | {"sparsity": {"rate_mlp": 0.5, "metric": "wanda"}},
+            "sparsity.metric 'wanda' excludes mesh.pipeline 4: stages do not observe the inputs of"
+            " training steps; accepted: uniform, magnitude, output, svd, taylor",
+        ),
+        (
+            FOUR | {"sparsity": {"rate": 0.5, "refresh_every": 0}},
+            "sparsity.refresh_every 0 excludes mesh.pipeline 4: all microbatches share one"
+            " selection; accepted: refresh_every 1 or more",
         ),
     ],
 )

@@ -87,7 +87,11 @@ class Decoder(nnx.Module):
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[Observed, ...]]:
         """Return the normed residual stream after the last layer, and what each segment's layers
-        observed. `selection` chooses units in each layer; it needs a `key`."""
+        observed. `selection` chooses units in each layer; it needs a `key`.
+
+        On a mesh with a pipeline, a pass that observes runs layer by layer without the pipeline:
+        the same values, but each layer's weights are sent to all stages. Probes are such passes.
+        """
         context = Context(
             segment_ids,
             self._rotary(positions),
@@ -99,7 +103,7 @@ class Decoder(nnx.Module):
         x_BTD = self.embed_tokens(tokens, positions).astype(self.compute.dtype)
         compute = self.compute
         options: Any = {"dtype": compute.dtype, "remat": compute.remat}
-        if number_of_stages() > 1:
+        if number_of_stages() > 1 and not observe:
             options["microbatches"] = compute.microbatches
             return self.normalize(pipeline_layers(self.layers, x_BTD, context, **options)), ({},)
         x_BTD, observed, _ = scan_layers(self.layers, x_BTD, context, **options)

@@ -50,7 +50,7 @@ def pipeline_layers(
     stages = number_of_stages()
     graph, state = nnx.split(block)
     assert len(segments_of(state)) == 1, "stages are of layers in one segment"
-    assert not context.observe and context.selection is None, "a pipeline observes nothing"
+    assert not context.observe and context.selection is None, "stages return no observations"
 
     def stage(state: nnx.State, inputs: Any) -> Any:
         x, segment_ids, rotary = inputs

@@ -61,14 +61,16 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
 
 
 def controller_of(config: Config, model: DecoderConfig) -> Controller:
-    """Return the controller of a run."""
-    return make_controller(
+    """Return the controller of a run. Raises `UserError` for rungs that its mesh cannot train."""
+    controller = make_controller(
         config.sparsity,
         neurons_of(layout_of(model)),
         config.train.steps,
         config.layer_rates,
         config.sparsity.balance or config.mesh.tensor,
     )
+    _check_stages(config, controller)
+    return controller
 
 
 def prepared_data(
@@ -118,6 +120,21 @@ def _check_attention(config: Config, model: DecoderConfig) -> None:
     if reason := reasons[config.model.attention]:
         accepted = ", ".join(name for name, reason in reasons.items() if reason is None)
         raise UserError(f"model.attention={config.model.attention}: {reason}; accepted: {accepted}")
+
+
+def _check_stages(config: Config, controller: Controller) -> None:
+    """Require that gathered layers, of which stages have equally many, have equal counts."""
+    stages = config.mesh.pipeline
+    if stages == 1 or config.sparsity.execution == "mask":
+        return
+    for rung in controller.rungs:
+        if len(segments := rung.plan.segments) > 1:
+            runs = ", ".join(f"{segment.start} to {segment.stop - 1}" for segment in segments)
+            raise UserError(
+                f"mesh.pipeline {stages}: layers {runs} keep different numbers of neurons;"
+                " accepted: one rate for all layers and no sparsity.dense_layers, or"
+                " sparsity.execution mask"
+            )
 
 
 def _check_rows(config: Config, mesh: Mesh) -> None:
