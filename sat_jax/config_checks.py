@@ -73,9 +73,16 @@ def _check_pipeline(config: "Config") -> None:
             f"train.accumulate {accumulate} is the number of microbatches of mesh.pipeline"
             f" {stages}; accepted: multiples of {stages}"
         )
+    sparse, rounds = config.sparsity, config.mesh.rounds
+    if rounds > 1 and stages == 1:
+        raise UserError(f"mesh.rounds {rounds} needs mesh.pipeline 2 or more, not 1")
+    if rounds > 1 and sparse.execution == "mask":
+        raise UserError(
+            f"sparsity.execution 'mask' excludes mesh.rounds {rounds}: masked layers are not split"
+            " into rounds; accepted: gather, or mesh.rounds 1"
+        )
     if stages == 1 or max(config.rates) == 0:
         return
-    sparse = config.sparsity
     if sparse.refresh_every == 0:
         raise UserError(
             f"sparsity.refresh_every 0 excludes mesh.pipeline {stages}: all microbatches share one"

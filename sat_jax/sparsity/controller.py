@@ -125,9 +125,10 @@ def make_controller(
     steps: int,
     rates: tuple[LayerRates, LayerRates],
     balance: int,
+    rounds: int = 1,
 ) -> Controller:
     """Return the controller of a run at r0 `rates` (attention, MLP). Adjacent stairs with equal
-    plans form one rung."""
+    plans form one rung. `balance` and `rounds` are those of `make_plan`."""
     rungs: list[Rung] = []
     for stair in stairs(config.schedule, steps, config.rungs, config.split, config.dense_start):
         attention, mlp = (_scaled(rate, stair.scale) for rate in rates)
@@ -141,6 +142,7 @@ def make_controller(
             max_segments=config.max_segments,
             block=config.block,
             balance=balance,
+            rounds=rounds,
         )
         if rungs and rungs[-1].plan == plan:
             rungs[-1] = dataclasses.replace(rungs[-1], stop=stair.stop)

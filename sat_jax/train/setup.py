@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 
 from sat_jax.cache import cache_dir
-from sat_jax.config import Config
+from sat_jax.config import Config, MeshConfig
 from sat_jax.data.conversations import training_tokenizer
 from sat_jax.data.data_format import DataFormat
 from sat_jax.data.prepare import Prepared, prepare
@@ -62,14 +62,17 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
 
 def controller_of(config: Config, model: DecoderConfig) -> Controller:
     """Return the controller of a run. Raises `UserError` for rungs that its mesh cannot train."""
+    neurons = neurons_of(layout_of(model))
+    _check_stages(config.mesh, neurons.layers)
     controller = make_controller(
         config.sparsity,
-        neurons_of(layout_of(model)),
+        neurons,
         config.train.steps,
         config.layer_rates,
         config.sparsity.balance or config.mesh.tensor,
+        config.mesh.rounds,
     )
-    _check_stages(config, controller)
+    _check_counts(config, controller)
     return controller
 
 
@@ -122,13 +125,24 @@ def _check_attention(config: Config, model: DecoderConfig) -> None:
         raise UserError(f"model.attention={config.model.attention}: {reason}; accepted: {accepted}")
 
 
-def _check_stages(config: Config, controller: Controller) -> None:
+def _check_stages(mesh: MeshConfig, layers: int) -> None:
+    """Require that stages, of which each device has equally many, have equally many layers."""
+    stages = mesh.pipeline * mesh.rounds
+    if layers % stages:
+        raise UserError(
+            f"mesh.pipeline {mesh.pipeline} × mesh.rounds {mesh.rounds} = {stages} stages do not"
+            f" divide the {layers} layers of the model; accepted: divisors of {layers}"
+        )
+
+
+def _check_counts(config: Config, controller: Controller) -> None:
     """Require that gathered layers, of which stages have equally many, have equal counts."""
     stages = config.mesh.pipeline
     if stages == 1 or config.sparsity.execution == "mask":
         return
     for rung in controller.rungs:
-        if len(segments := rung.plan.segments) > 1:
+        segments = rung.plan.segments
+        if len({segment.counts for segment in segments}) > 1:
             runs = ", ".join(f"{segment.start} to {segment.stop - 1}" for segment in segments)
             raise UserError(
                 f"mesh.pipeline {stages}: layers {runs} keep different numbers of neurons;"
