@@ -155,6 +155,12 @@ FOUR = {"train": {"accumulate": 4, "rows_per_step": 4}}
             " training steps; accepted: uniform, magnitude, output, svd, taylor",
         ),
         (
+            FOUR | {"mesh": {"pipeline": 4, "rounds": 2}, "sparsity": {"execution": "mask"}},
+            "sparsity.execution 'mask' excludes mesh.rounds 2: masked layers are not split into"
+            " rounds; accepted: gather, or mesh.rounds 1",
+        ),
+        ({"mesh": {"rounds": 2}}, "mesh.rounds 2 needs mesh.pipeline 2 or more, not 1"),
+        (
             FOUR | {"sparsity": {"rate": 0.5, "refresh_every": 0}},
             "sparsity.refresh_every 0 excludes mesh.pipeline 4: all microbatches share one"
             " selection; accepted: refresh_every 1 or more",
@@ -162,5 +168,5 @@ FOUR = {"train": {"accumulate": 4, "rows_per_step": 4}}
     ],
 )
 def test_settings_without_a_pipeline_are_refused(settings: dict, message: str) -> None:
-    settings = settings | {"mesh": {"pipeline": 4}}
+    settings = {"mesh": {"pipeline": 4}} | settings
     assert user_error(lambda: from_config_dict(settings)) == message

@@ -1,5 +1,6 @@
 """SAT in a pipeline: executions on 2 virtual devices, and what is refused."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -75,7 +76,7 @@ def test_executions_in_a_pipeline_have_the_gradients_of_one_device(run_python: R
 
 
 @pytest.mark.parametrize(
-    "sparsity", [{"rate": 0.5, "dense_layers": (0,)}, {"rate_mlp": (0.5, 0.0, 0.0)}]
+    "sparsity", [{"rate": 0.5, "dense_layers": (0,)}, {"rate_mlp": (0.5, 0.0, 0.0, 0.0)}]
 )
 def test_stages_with_different_counts_are_refused(sparsity: dict[str, Any]) -> None:
     def controller(**more: Any) -> Any:
@@ -84,10 +85,23 @@ def test_stages_with_different_counts_are_refused(sparsity: dict[str, Any]) -> N
             "train": {"accumulate": 2, "rows_per_step": 2},
             "sparsity": sparsity | more,
         }
-        return controller_of(from_config_dict(settings), CONFIGS["gqa"])
+        model = dataclasses.replace(CONFIGS["gqa"], n_layers=4)
+        return controller_of(from_config_dict(settings), model)
 
     assert user_error(controller) == (
-        "mesh.pipeline 2: layers 0 to 0, 1 to 2 keep different numbers of neurons; accepted: one"
+        "mesh.pipeline 2: layers 0 to 0, 1 to 3 keep different numbers of neurons; accepted: one"
         " rate for all layers and no sparsity.dense_layers, or sparsity.execution mask"
     )
     assert controller(execution="mask").sparse
+
+
+def test_stages_that_do_not_divide_the_layers_are_refused() -> None:
+    settings = {
+        "mesh": {"pipeline": 2, "rounds": 2},
+        "train": {"accumulate": 2, "rows_per_step": 2},
+    }
+    message = user_error(lambda: controller_of(from_config_dict(settings), CONFIGS["gqa"]))
+    assert message == (
+        "mesh.pipeline 2 × mesh.rounds 2 = 4 stages do not divide the 3 layers of the model;"
+        " accepted: divisors of 3"
+    )
