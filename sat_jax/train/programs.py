@@ -4,6 +4,7 @@ A rung's programs are compiled from shapes alone, one rung after the other on a 
 while the first one trains: no step of a later rung waits for the compiler.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -73,6 +74,8 @@ class Programs:
             config.train.accumulate,
         )
         self.layout = layout_of(model, compute)
+        # Probes have few rows, and observe what stages do not return: without a pipeline.
+        self._probed = layout_of(model, dataclasses.replace(compute, microbatches=1))
         sparse = config.sparsity
         probes = controller.sparse and sparse.refresh_every > 0
         # Where layers choose for themselves, their inputs are observed inside them.
@@ -138,7 +141,7 @@ class Programs:
         settings = ProbeSettings(self.observe, sparse.stats_decay, sparse.probe_tokens)
         batch, state = self.batch(config.train.rows_per_step), self.state
         shapes = (state.params, self.stats, batch)
-        return self.submit(make_probe(self.layout, settings), *shapes, donate_argnums=1)
+        return self.submit(make_probe(self._probed, settings), *shapes, donate_argnums=1)
 
     def batch(self, rows: int) -> Batch:
         """Return the shapes of a batch of `rows` rows, split over the mesh."""
@@ -164,7 +167,7 @@ class Programs:
         """Return statistics of no token, for what the metric needs."""
         batch = self.batch(1)
         shapes = jax.eval_shape(
-            lambda params, batch: observe_batch(self.layout, params, batch, self.observe),
+            lambda params, batch: observe_batch(self._probed, params, batch, self.observe),
             dict(self.layout.shapes),
             batch,
         )
