@@ -296,8 +296,11 @@ class MeshConfig:
     tensor: int = key(1, "devices that split heads, channels and vocabulary", low=1)
     pipeline: int = key(
         1,
-        "stages that split the layers; the microbatches of train.accumulate pass through them",
+        "devices that split the layers; the microbatches of train.accumulate pass through them",
         low=1,
+    )
+    rounds: int = key(
+        1, "stages on each device of mesh.pipeline: 1 is GPipe, more the circular schedule", low=1
     )
 
 

@@ -101,10 +101,26 @@ def _check_pipeline(config: "Config") -> None:
             f"train.accumulate {accumulate} is the number of microbatches of mesh.pipeline"
             f" {stages}; accepted: multiples of {stages}"
         )
-    if stages > 1 and max(config.rates) > 0:
+    sparse, rounds = config.sparsity, config.mesh.rounds
+    if rounds > 1 and stages == 1:
+        raise UserError(f"mesh.rounds {rounds} needs mesh.pipeline 2 or more, not 1")
+    if rounds > 1 and sparse.execution == "mask":
         raise UserError(
-            f"sparsity with mesh.pipeline {stages}: stages have equal layers, in which nothing is"
-            " omitted; accepted: omission rates of 0, or mesh.pipeline 1"
+            f"sparsity.execution 'mask' excludes mesh.rounds {rounds}: masked layers are not split"
+            " into rounds; accepted: gather, or mesh.rounds 1"
+        )
+    if stages == 1 or max(config.rates) == 0:
+        return
+    if sparse.refresh_every == 0:
+        raise UserError(
+            f"sparsity.refresh_every 0 excludes mesh.pipeline {stages}: all microbatches share one"
+            " selection; accepted: refresh_every 1 or more"
+        )
+    if METRICS[sparse.metric].needs == ("inputs",):
+        accepted = (name for name, metric in METRICS.items() if metric.needs != ("inputs",))
+        raise UserError(
+            f"sparsity.metric {sparse.metric!r} excludes mesh.pipeline {stages}: stages do not"
+            f" observe the inputs of training steps; accepted: {', '.join(accepted)}"
         )
 
 

@@ -135,7 +135,8 @@ DEPENDENT = {
     "sparsity.min_gain",
     *("sparsity.refresh_every", "sparsity.least_squares_correction"),
     *("sparsity.dense_layers", "sparsity.weights.density"),
-    *("mesh.data", "mesh.tensor", "mesh.pipeline", "sparsity.execution", "model.kernels"),
+    *("mesh.data", "mesh.tensor", "mesh.pipeline", "mesh.rounds"),
+    *("sparsity.execution", "model.kernels"),
     *(f"data.{field.name}" for field in dataclasses.fields(DataFormat)),
 }
 assert KEYS.keys() >= DEPENDENT
@@ -180,6 +181,7 @@ BASE = {
 }
 NEEDS = {
     "mesh.pipeline": {"train.accumulate": 3},
+    "mesh.rounds": {"mesh.pipeline": 2, "train.accumulate": 2, "sparsity.execution": "gather"},
     "model.kernels": {"sparsity.execution": "kernel", "sparsity.block": 64},
     "optimizer.decay_share": {"optimizer.schedule": "wsd"},
     "sparsity.min_gain": {"sparsity.schedule": "auto"},

@@ -104,7 +104,7 @@ def test_densities_of_block_sparse_matrices_follow_the_schedule() -> None:
     def made(**weights: Any) -> Controller:
         changes = {"weights": WeightSparsityConfig(density=0.25, block=8, **weights)}
         config = SparsityConfig(rungs=2, **changes)
-        return make_controller(config, NEURONS, 16, (0.0, 0.0), 1, {"up": (8, 16)})
+        return make_controller(config, NEURONS, 16, (0.0, 0.0), 1, grids={"up": (8, 16)})
 
     def described(made: Controller) -> list[Any]:
         counts = [dict(rung.plan.stored).get("up") for rung in made.rungs]

@@ -56,6 +56,11 @@ def rungs(config: Config) -> Any:
     return controller_of(config).rungs
 
 
+def stages(config: Config) -> Any:
+    """Of a model with four layers."""
+    return controller_of(config, dataclasses.replace(MODEL, n_layers=4)).rungs
+
+
 def refreshes(config: Config) -> list[bool]:
     controller = controller_of(config)
     return [controller.refreshes(step) for step in range(config.train.steps)]
@@ -178,6 +183,7 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "mesh.fsdp": (2, refused, {}),
     "mesh.tensor": (2, refused, {}),
     "mesh.pipeline": (2, refused, {"sparsity.rate": 0.0, "train.accumulate": 2}),
+    "mesh.rounds": (2, stages, {"mesh.pipeline": 2, "train.accumulate": 2}),
 }
 
 # Asserted by these tests, which mention the key.

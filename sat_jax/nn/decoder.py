@@ -26,7 +26,8 @@ class Compute:
     `remat`: what the backward pass finds saved: `none` everything, `dots` matmul outputs, `full`
     each layer's input only. `loss_chunk`: positions of each row whose logits exist at once.
     `attention`: a backend by name; None chooses by platform. `microbatches`: parts of the rows that
-    pass through a pipeline, on a mesh with one.
+    pass through a pipeline, on a mesh with one; 1: all rows pass through the layers one by one, and
+    each layer's weights are sent to all stages.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -45,6 +46,11 @@ class Decoder(nnx.Module):
     embed: nnx.Param
     layers: nnx.Module
     lm_head: nnx.Param | None
+
+    @property
+    def pipelined(self) -> bool:
+        """Whether the layers are computed in the stages of a pipeline."""
+        return number_of_stages() > 1 and self.compute.microbatches > 1
 
     def embed_tokens(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
@@ -99,7 +105,7 @@ class Decoder(nnx.Module):
         x_BTD = self.embed_tokens(tokens, positions).astype(self.compute.dtype)
         compute = self.compute
         options: Any = {"dtype": compute.dtype, "remat": compute.remat}
-        if number_of_stages() > 1:
+        if self.pipelined:
             options["microbatches"] = compute.microbatches
             return self.normalize(pipeline_layers(self.layers, x_BTD, context, **options)), ({},)
         x_BTD, observed, _ = scan_layers(self.layers, x_BTD, context, **options)

@@ -136,10 +136,12 @@ def make_controller(
     steps: int,
     rates: tuple[LayerRates, LayerRates],
     balance: int,
+    rounds: int = 1,
     grids: Mapping[str, Grid] = {},
 ) -> Controller:
     """Return the controller of a run at r0 `rates` (attention, MLP). Adjacent stairs with equal
-    plans form one rung. `grids` of the block-sparse matrices, by path."""
+    plans form one rung. `balance` and `rounds` are those of `make_plan`; `grids` of the
+    block-sparse matrices, by path."""
     rungs: list[Rung] = []
     for stair in stairs(config.schedule, steps, config.rungs, config.split, config.dense_start):
         attention, mlp = (_scaled(rate, stair.scale) for rate in rates)
@@ -153,6 +155,7 @@ def make_controller(
             max_segments=config.max_segments,
             block=config.block,
             balance=balance,
+            rounds=rounds,
         )
         if grids and stair.scale > 0:
             grown = any(rung.plan.stored for rung in rungs)

@@ -18,7 +18,8 @@ LayerRates = float | Sequence[float]
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Contiguous layers `[start, stop)` that keep the same numbers of units.
+    """Contiguous layers `[start, stop)` that keep the same numbers of units, and in a pipeline with
+    several stages on each device are one round.
 
     `counts`: (unit, kept) for every unit of the model, within one unit of those around it. The
     counts are what is computed, not what was asked for.
@@ -128,14 +129,16 @@ def make_plan(
     max_segments: int = 4,
     block: int = 1,
     balance: int = 1,
+    rounds: int = 1,
 ) -> Plan:
     """Return the counts nearest to the asked rates, one for all layers or one for each.
 
     `rate_attention` is of the units of every branch but MLPs: `attention_unit` where a branch has
     nested ones. Where each group has one query head (multi-head attention) the two attention units
     are the same, and chosen as groups are. `dense_layers` keep everything (negative numbers count
-    from the end). Raises `UserError` for chosen units that `block` and `balance` do not divide, a
-    layer that does not exist, and more than `max_segments` runs of layers.
+    from the end). If all layers keep the same numbers, they are split into `rounds` equal segments.
+    Raises `UserError` for chosen units that `block` and `balance` do not divide, a layer that does
+    not exist, and more than `max_segments` runs of layers.
     """
     dense = _layer_numbers(dense_layers, neurons.layers)
     attention_rates, mlp_rates = (
@@ -165,6 +168,9 @@ def make_plan(
             f"sparsity: dense_layers and the rates of the layers make {len(segments)} segments;"
             f" accepted: up to sparsity.max_segments = {max_segments}"
         )
+    if len(segments) == 1:
+        size = neurons.layers // rounds
+        segments = tuple(Segment(r * size, (r + 1) * size, ordered[0]) for r in range(rounds))
     return Plan(segments, balance, block)
 
 

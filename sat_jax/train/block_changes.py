@@ -169,7 +169,7 @@ class BlockChanges:
 
         def gradients(params: dict[str, Array], batch: Batch) -> list[Array]:
             part = first_tokens(batch, config.sparsity.probe_tokens)
-            values = block_gradients(programs.layout, stored, params, part)
+            values = block_gradients(programs.probed, stored, params, part)
             return [values[path] for path, _ in stored]
 
         shapes = programs.form(stored).state.params, programs.batch(config.train.rows_per_step)

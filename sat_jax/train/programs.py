@@ -4,6 +4,7 @@ A rung's programs are compiled from shapes alone, one rung after the other on a 
 while the first one trains: no step of a later rung waits for the compiler.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -85,6 +86,8 @@ class Programs:
             config.train.accumulate,
         )
         self.layout = layout_of(model, compute)
+        # Probes have few rows, and observe what stages do not return: without a pipeline.
+        self.probed = layout_of(model, dataclasses.replace(compute, microbatches=1))
         sparse = config.sparsity
         probes = controller.sparse and sparse.refresh_every > 0
         # Where layers choose for themselves, their inputs are observed inside them.
@@ -178,7 +181,7 @@ class Programs:
         settings = ProbeSettings(self.observe, sparse.stats_decay, sparse.probe_tokens)
         batch = self.batch(config.train.rows_per_step)
         shapes = (self.form(()).state.params, self.stats, batch)
-        return self.submit(make_probe(self.layout, settings), *shapes, donate_argnums=1)
+        return self.submit(make_probe(self.probed, settings), *shapes, donate_argnums=1)
 
     def batch(self, rows: int) -> Batch:
         """Return the shapes of a batch of `rows` rows, split over the mesh."""
@@ -205,7 +208,7 @@ class Programs:
         """Return statistics of no token, for what the metric needs."""
         batch = self.batch(1)
         shapes = jax.eval_shape(
-            lambda params, batch: observe_batch(self.layout, params, batch, self.observe),
+            lambda params, batch: observe_batch(self.probed, params, batch, self.observe),
             dict(self.layout.shapes),
             batch,
         )

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 
 from sat_jax.cache import cache_dir
-from sat_jax.config import Config
+from sat_jax.config import Config, MeshConfig
 from sat_jax.data.conversations import training_tokenizer
 from sat_jax.data.data_format import DataFormat
 from sat_jax.data.prepare import Prepared, prepare
@@ -63,19 +63,22 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
 
 
 def controller_of(config: Config, model: DecoderConfig) -> Controller:
-    """Return the controller of a run."""
-    layout, weights = layout_of(model), config.sparsity.weights
-    grids = {}
+    """Return the controller of a run. Raises `UserError` for rungs that its mesh cannot train."""
+    layout, weights, grids = layout_of(model), config.sparsity.weights, {}
+    _check_stages(config.mesh, layout.layers)
     if config.stores_blocks:
         grids = block_grids(layout, weights.matrices, weights.block)
-    return make_controller(
+    controller = make_controller(
         config.sparsity,
         neurons_of(layout),
         config.train.steps,
         config.layer_rates,
         config.sparsity.balance or config.mesh.tensor,
+        config.mesh.rounds,
         grids,
     )
+    _check_counts(config, controller)
+    return controller
 
 
 def prepared_data(
@@ -125,6 +128,32 @@ def _check_attention(config: Config, model: DecoderConfig) -> None:
     if reason := reasons[config.model.attention]:
         accepted = ", ".join(name for name, reason in reasons.items() if reason is None)
         raise UserError(f"model.attention={config.model.attention}: {reason}; accepted: {accepted}")
+
+
+def _check_stages(mesh: MeshConfig, layers: int) -> None:
+    """Require that stages, of which each device has equally many, have equally many layers."""
+    stages = mesh.pipeline * mesh.rounds
+    if layers % stages:
+        raise UserError(
+            f"mesh.pipeline {mesh.pipeline} × mesh.rounds {mesh.rounds} = {stages} stages do not"
+            f" divide the {layers} layers of the model; accepted: divisors of {layers}"
+        )
+
+
+def _check_counts(config: Config, controller: Controller) -> None:
+    """Require that gathered layers, of which stages have equally many, have equal counts."""
+    stages = config.mesh.pipeline
+    if stages == 1 or config.sparsity.execution == "mask":
+        return
+    for rung in controller.rungs:
+        segments = rung.plan.segments
+        if len({segment.counts for segment in segments}) > 1:
+            runs = ", ".join(f"{segment.start} to {segment.stop - 1}" for segment in segments)
+            raise UserError(
+                f"mesh.pipeline {stages}: layers {runs} keep different numbers of neurons;"
+                " accepted: one rate for all layers and no sparsity.dense_layers, or"
+                " sparsity.execution mask"
+            )
 
 
 def _check_rows(config: Config, mesh: Mesh) -> None:
