@@ -24,6 +24,7 @@ from sat_jax.evaluate.generate import GREEDY, Sampling, generate, stream
 from sat_jax.evaluate.text_stream import TextStream
 from sat_jax.interop import load_model, open_weights
 from sat_jax.models.build import layout_of
+from sat_jax.nn.context import Cache
 from sat_jax.nn.decoder import Decoder, for_decoding
 from sat_jax.nn.layout import flat_values
 from sat_jax.nn.rope import RopeConfig
@@ -35,6 +36,19 @@ from tests.tolerances import assert_close
 
 YARN = RopeConfig(type="yarn", factor=4.0, original_max_positions=8)
 DYNAMIC = RopeConfig(type="dynamic", factor=2.0, original_max_positions=8)
+LONGROPE = RopeConfig(
+    type="longrope",
+    original_max_positions=8,
+    attention_factor=1.2,
+    short_factors=(1.0, 1.1, 1.2, 1.3),
+    long_factors=(1.0, 1.5, 2.5, 4.0),
+)
+BY_LENGTH = {
+    "dynamic": DYNAMIC,
+    "dynamic_yarn": RopeConfig(type="dynamic_yarn", original_max_positions=8, beta_fast=4.0),
+    "dynamic_yarn_trained": RopeConfig(type="dynamic_yarn", factor=1.5, original_max_positions=8),
+    "longrope": LONGROPE,
+}
 
 
 @functools.cache
@@ -63,10 +77,10 @@ def greedy_without_cache(
     return tokens[len(prompt) :]
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "length"))
-def _extend(graph, params, cache, tokens, segment_ids, positions, length):
+@functools.partial(jax.jit, static_argnames="graph")
+def _extend(graph, params, cache, tokens, segment_ids, positions):
     model = nnx.merge(graph, params)
-    x_BTD, cache = model.extend(cache, tokens, segment_ids, positions, length)
+    x_BTD, cache = model.extend(cache, tokens, segment_ids, positions)
     return jnp.einsum("BTD,VD->BTV", x_BTD, model.head()).astype(jnp.float32), cache
 
 
@@ -78,19 +92,21 @@ def left_padded(prompts: list[list[int]], fill: int) -> tuple[np.ndarray, np.nda
     return np.array(rows), padding
 
 
-def cached_logits(model: Decoder, tokens: np.ndarray, padding: np.ndarray) -> np.ndarray:
-    """Return logits `[B, T, V]` computed with the cache, two slots at a time."""
+def cached_logits(
+    model: Decoder, tokens: np.ndarray, padding: np.ndarray, step: int = 2
+) -> np.ndarray:
+    """Return logits `[B, T, V]` computed with the cache, `step` slots at a time."""
     graph, params = nnx.split(for_decoding(model))
     batch, slots = tokens.shape
     all_positions = np.arange(slots)[None] - padding[:, None]
     cache = model.empty_cache(batch, slots)
     parts = []
-    for start in range(0, slots, 2):
-        stop = start + 2
+    for start in range(0, slots, step):
+        stop = start + step
         positions = all_positions[:, start:stop]
         ids = (positions >= 0).astype(np.int32)
         positions = np.maximum(positions, 0)
-        logits, cache = _extend(graph, params, cache, tokens[:, start:stop], ids, positions, slots)
+        logits, cache = _extend(graph, params, cache, tokens[:, start:stop], ids, positions)
         parts.append(np.asarray(logits))
     return np.concatenate(parts, axis=1)
 
@@ -126,6 +142,44 @@ def test_cache_gives_the_logits_of_a_forward_pass(
         assert_close(logits[row, 14 - len(prompt) :], expected, dtype, "forward")
 
 
+@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("kind", BY_LENGTH)
+def test_every_decoded_token_equals_a_forward_pass_over_its_prefix(kind: str, step: int) -> None:
+    """RoPE that depends on the length: from below the original length of 8 to above it, in a batch
+    of unequal lengths, and back to a short row."""
+    model = changed(golden("llama_gqa"), rope=BY_LENGTH[kind])
+    prompts = prompts_of(model, 18, 12, 6)
+    for rows in (prompts, [prompts[2]]):
+        tokens, padding = left_padded(rows, 0)
+        logits = cached_logits(model, tokens, padding, step)
+        for row, prompt in enumerate(rows):
+            for end in range(step, tokens.shape[1] + 1, step):
+                length = end - padding[row]
+                if length > 0:
+                    expected = logits_of(prompt[:length], 18, model)[-1]
+                    assert_close(logits[row, end - 1], expected, "float32", "forward")
+
+
+def test_longrope_changes_its_keys_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots are computed again at the first long token; with `dynamic` at each of them."""
+    again: list[int] = []
+    compute_again = Decoder._compute_again
+
+    def counted(self: Decoder, cache: Cache, count: int) -> object:
+        jax.debug.callback(lambda used: again.append(int(used) + 1), cache.used)
+        return compute_again(self, cache, count)
+
+    monkeypatch.setattr(Decoder, "_compute_again", counted)
+    for rope, times in ((LONGROPE, [9]), (DYNAMIC, [9, 10, 11])):
+        model = changed(golden("llama_gqa"), rope=rope)
+        _extend.clear_cache()
+        cached_logits(model, *left_padded(prompts_of(model, 11), 0), step=1)
+        jax.effects_barrier()
+        assert again == times
+        again.clear()
+    _extend.clear_cache()
+
+
 def test_padding_is_never_attended_to() -> None:
     model = golden("llama_gqa")
     prompts = prompts_of(model, 14, 5)
@@ -135,7 +189,7 @@ def test_padding_is_never_attended_to() -> None:
 
 
 def test_prompts_of_several_lengths_and_chunks() -> None:
-    # Beyond the trained length: `dynamic` uses the longest prompt plus the new tokens.
+    # Beyond the trained length, each row has angles for its own length.
     model = changed(golden("llama_gqa"), rope=DYNAMIC, max_positions=8)
     prompts = prompts_of(model, 700, 3)
     expected = [greedy_without_cache(model, prompt, 2, 702) for prompt in prompts]
@@ -232,7 +286,7 @@ def test_sampling_distribution(sampling: Sampling, expected: list[float]) -> Non
         (lambda m: generate(m, [[1]], 0), "0 new tokens"),
         (
             lambda m: generate(m, [[1] * 100], 29),
-            "100 tokens and 29 new tokens exceed .* 128 positions",
+            "100 tokens and 29 new tokens: the length 129 exceeds the model's 128 positions",
         ),
         (lambda m: generate(m, [[1]], 1, seed=-1), "seed -1"),
         (lambda _: Sampling(-1.0), "temperature -1"),
