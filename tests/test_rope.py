@@ -112,7 +112,7 @@ def test_dynamic_yarn_has_the_factor_of_the_length() -> None:
 
 
 def test_longrope_divides_by_the_factors_of_its_length() -> None:
-    rope = RopeConfig(100.0, "longrope", 4.0, 16, short_factors=(1.0, 2.0), long_factors=(4.0, 5.0))
+    rope = RopeConfig(100.0, "longrope", 4.0, 16, short_factor=(1.0, 2.0), long_factor=(4.0, 5.0))
     base = np.array([1.0, 0.1])
     for length, factors in ((1, [1, 2]), (16, [1, 2]), (17, [4, 5])):
         assert_close(inverse_frequencies(rope, 4, length), base / factors, "float64", "forward")
@@ -188,7 +188,7 @@ def test_tables_of_a_length_are_as_accurate() -> None:
 
 
 LONGROPE = RopeConfig(
-    100.0, "longrope", 4.0, 8, short_factors=(1.0,) * 4, long_factors=(4.0, 3.0, 2.0, 1.5)
+    100.0, "longrope", 4.0, 8, short_factor=(1.0,) * 4, long_factor=(4.0, 3.0, 2.0, 1.5)
 )
 
 
@@ -286,15 +286,15 @@ def test_rotation_is_in_float32_and_keeps_the_dtype() -> None:
             {"type": "llama3", "original_max_positions": 8, "high_freq_factor": 1.0},
             "high_freq_factor 1.0; accepted: a number above low_freq_factor 1",
         ),
-        ({"type": "longrope", "original_max_positions": 8}, r"short_factors \(\); accepted: pos"),
+        ({"type": "longrope", "original_max_positions": 8}, r"short_factor \(\); accepted: pos"),
         (
             {
                 "type": "longrope",
                 "original_max_positions": 8,
-                "short_factors": (1.0,),
-                "long_factors": (0.0,),
+                "short_factor": (1.0,),
+                "long_factor": (0.0,),
             },
-            r"long_factors \(0.0,\)",
+            r"long_factor \(0.0,\)",
         ),
     ],
 )
@@ -305,5 +305,5 @@ def test_bad_fields_are_refused_by_name(fields: dict[str, Any], message: str) ->
 
 
 def test_longrope_has_a_factor_for_each_pair_of_dimensions() -> None:
-    with pytest.raises(UserError, match="short_factors has 4 numbers; accepted: 8"):
+    with pytest.raises(UserError, match="short_factor has 4 numbers; accepted: 8"):
         inverse_frequencies(LONGROPE, 16, 1)

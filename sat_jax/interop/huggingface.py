@@ -28,6 +28,8 @@ from sat_jax.models.build import shapes
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.format_fields import Json, JsonFields
 from sat_jax.models.formats import ModelFormat, StoredTensor
+from sat_jax.models.rope_formats import not_exportable
+from sat_jax.nn.rope import as_longrope
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -156,14 +158,21 @@ def write_directory(
     dtype: Dtype = "float32",
     files: Mapping[str, bytes] | None = None,
     generation: Json | None = None,
+    longrope: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a model so that transformers 4 and 5 load it. If it fails, nothing is left behind.
 
     `read(path)` returns one stacked parameter and is called once for each. The directory must be
     new or empty. `files` are the contents of other files by name, such as those of a tokenizer, and
-    `generation` the settings for generation_config.json.
+    `generation` the settings for generation_config.json. `longrope` writes a RoPE type that
+    transformers does not have as `longrope` factors with the same frequencies.
     """
+    if config.rope is not None and not config.rope.scaling.in_transformers:
+        if not longrope:
+            raise not_exportable(config.rope)
+        rope = as_longrope(config.rope, config.rotary_dim, config.max_positions)
+        config = dataclasses.replace(config, rope=rope)  # type: ignore[call-arg]  # a field there
     if dtype not in get_args(Dtype):
         raise UserError(
             f"dtype {dtype!r} cannot be written; accepted: {', '.join(get_args(Dtype))}"

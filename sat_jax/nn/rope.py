@@ -44,8 +44,8 @@ class RopeConfig:
     `beta_slow` are rotations over the original length: frequencies above the first are unchanged,
     those below the second are divided by the factor. `low_freq_factor` and `high_freq_factor` are
     the same of `llama3`. `truncate` rounds the limits of a ramp over dimensions to whole ones.
-    `attention_factor` multiplies cosines and sines (None: the rule of the type). `short_factors`
-    and `long_factors` of `longrope` divide the frequencies, one for each pair of dimensions, up to
+    `attention_factor` multiplies cosines and sines (None: the rule of the type). `short_factor`
+    and `long_factor` of `longrope` divide the frequencies, one for each pair of dimensions, up to
     the original length and above it. Raises `UserError` for a field that the type does not have,
     and for values without a meaning.
     """
@@ -60,8 +60,8 @@ class RopeConfig:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float | None = None
-    short_factors: tuple[float, ...] = ()
-    long_factors: tuple[float, ...] = ()
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.type not in SCALINGS:
@@ -84,8 +84,8 @@ class RopeConfig:
         if self.high_freq_factor <= self.low_freq_factor:
             accepted_text = f"a number above low_freq_factor {self.low_freq_factor:g}"
             raise self._refuse("high_freq_factor", accepted_text)
-        if "long_factors" in accepted:
-            for name in ("short_factors", "long_factors"):
+        if "long_factor" in accepted:
+            for name in ("short_factor", "long_factor"):
                 if not getattr(self, name) or min(getattr(self, name)) <= 0:
                     raise self._refuse(name, "positive numbers, one for each pair of dimensions")
 
@@ -237,14 +237,9 @@ def _dynamic_yarn(rope: RopeConfig, head_dim: int, length: Length) -> Any:
 
 def _longrope(rope: RopeConfig, head_dim: int, length: Length) -> Any:
     """Return frequencies divided by the factors for short or for long documents."""
-    for name in ("short_factors", "long_factors"):
-        if len(getattr(rope, name)) != head_dim // 2:
-            raise UserError(
-                f"rope type 'longrope': {name} has {len(getattr(rope, name))} numbers; "
-                f"accepted: {head_dim // 2}, one for each pair of rotated dimensions"
-            )
+    check_rotary_dim(rope, head_dim)
     base, is_long = _base(rope.theta, head_dim), length > _original(rope)
-    short, long = base / np.array(rope.short_factors), base / np.array(rope.long_factors)
+    short, long = base / np.array(rope.short_factor), base / np.array(rope.long_factor)
     return _numpy_of(length).where(is_long, long, short)
 
 
@@ -309,7 +304,7 @@ SCALINGS: dict[str, Scaling] = {
     ),
     "longrope": Scaling(
         _longrope,
-        ("factor", "original_max_positions", "attention_factor", "short_factors", "long_factors"),
+        ("factor", "original_max_positions", "attention_factor", "short_factor", "long_factor"),
         _longrope_attention,
         by_length=True,
         in_transformers=True,
@@ -334,6 +329,17 @@ def attention_scaling(rope: RopeConfig, length: Length) -> Any:
     return attention(rope, *([length] if rope.scaling.by_length else []))
 
 
+def check_rotary_dim(rope: RopeConfig, rotary_dim: int) -> None:
+    """Raise `UserError` if `longrope` has not one factor for each pair of rotated dimensions."""
+    for name in ("short_factor", "long_factor"):
+        number = len(getattr(rope, name))
+        if rope.type == "longrope" and number != rotary_dim // 2:
+            raise UserError(
+                f"rope type 'longrope': {name} has {number} numbers; "
+                f"accepted: {rotary_dim // 2}, one for each pair of rotated dimensions"
+            )
+
+
 def as_longrope(rope: RopeConfig, head_dim: int, max_positions: int) -> RopeConfig:
     """Return `longrope` with the frequencies of another type, which transformers can read.
 
@@ -347,8 +353,8 @@ def as_longrope(rope: RopeConfig, head_dim: int, max_positions: int) -> RopeConf
         "longrope",
         original_max_positions=rope.original_max_positions or max_positions,
         attention_factor=attention_scaling(rope, 1),
-        short_factors=tuple(divisors.tolist()),
-        long_factors=tuple(divisors.tolist()),
+        short_factor=tuple(divisors.tolist()),
+        long_factor=tuple(divisors.tolist()),
     )
 
 
