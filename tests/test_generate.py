@@ -1,6 +1,5 @@
 """Generation: agreement of cached decoding with full forward passes; stops and sampling."""
 
-import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,48 +20,20 @@ from sat_jax.evaluate import eval_model
 from sat_jax.evaluate import generate as module
 from sat_jax.evaluate.generate import GREEDY, Sampling, generate, stream
 from sat_jax.evaluate.text_stream import TextStream
-from sat_jax.interop import load_model, open_weights
+from sat_jax.interop import open_weights
 from sat_jax.models.build import layout_of
-from sat_jax.nn.context import Cache
-from sat_jax.nn.decoder import Decoder, for_decoding
+from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.layout import flat_values
 from sat_jax.nn.rope import RopeConfig
 from sat_jax.train.inputs import write_model
 from sat_jax.train.workdir import WorkDir
 from scripts import generate as script
+from tests.cached_decoding import cached_logits, changed, golden, left_padded, prompts_of
 from tests.golden_model import GOLDEN, logits_of, tokenizer_with
 from tests.tolerances import assert_close
 
 YARN = RopeConfig(type="yarn", factor=4.0, original_max_positions=8)
 DYNAMIC = RopeConfig(type="dynamic", factor=2.0, original_max_positions=8)
-LONGROPE = RopeConfig(
-    type="longrope",
-    original_max_positions=8,
-    attention_factor=1.2,
-    short_factor=(1.0, 1.1, 1.2, 1.3),
-    long_factor=(1.0, 1.5, 2.5, 4.0),
-)
-BY_LENGTH = {
-    "dynamic": DYNAMIC,
-    "dynamic_yarn": RopeConfig(type="dynamic_yarn", factor=1.5, original_max_positions=8),
-    "longrope": LONGROPE,
-}
-
-
-@functools.cache
-def golden(name: str, dtype: str = "float32") -> Decoder:
-    return load_model(GOLDEN / name, dtype)
-
-
-def changed(model: Decoder, **fields: object) -> Decoder:
-    model = nnx.merge(*nnx.split(model))
-    model.config = dataclasses.replace(model.config, **fields)
-    return model
-
-
-def prompts_of(model: Decoder, *lengths: int) -> list[list[int]]:
-    rng = np.random.default_rng(0)
-    return [rng.integers(model.config.vocab_size, size=length).tolist() for length in lengths]
 
 
 def greedy_without_cache(
@@ -74,40 +44,6 @@ def greedy_without_cache(
     for _ in range(count):
         tokens.append(int(logits_of(tokens, length, model)[-1].argmax()))
     return tokens[len(prompt) :]
-
-
-@functools.partial(jax.jit, static_argnames="graph")
-def _extend(graph, params, cache, tokens, segment_ids, positions):
-    model = nnx.merge(graph, params)
-    x_BTD, cache = model.extend(cache, tokens, segment_ids, positions)
-    return jnp.einsum("BTD,VD->BTV", x_BTD, model.head()).astype(jnp.float32), cache
-
-
-def left_padded(prompts: list[list[int]], fill: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return tokens `[B, T]`, and the number of `fill` tokens before the prompt of each row."""
-    width = max(map(len, prompts))
-    padding = np.array([width - len(prompt) for prompt in prompts])
-    rows = [[fill] * n + prompt for n, prompt in zip(padding, prompts, strict=True)]
-    return np.array(rows), padding
-
-
-def cached_logits(
-    model: Decoder, tokens: np.ndarray, padding: np.ndarray, step: int = 2
-) -> np.ndarray:
-    """Return logits `[B, T, V]` computed with the cache, `step` slots at a time."""
-    graph, params = nnx.split(for_decoding(model))
-    batch, slots = tokens.shape
-    all_positions = np.arange(slots)[None] - padding[:, None]
-    cache = model.empty_cache(batch, slots)
-    parts = []
-    for start in range(0, slots, step):
-        stop = start + step
-        positions = all_positions[:, start:stop]
-        ids = (positions >= 0).astype(np.int32)
-        positions = np.maximum(positions, 0)
-        logits, cache = _extend(graph, params, cache, tokens[:, start:stop], ids, positions)
-        parts.append(np.asarray(logits))
-    return np.concatenate(parts, axis=1)
 
 
 @pytest.mark.parametrize("name", ["llama_mha", "llama_gqa", "llama_tied"])
@@ -139,45 +75,6 @@ def test_cache_gives_the_logits_of_a_forward_pass(
     for row, prompt in enumerate(prompts):
         expected = logits_of(prompt, 14, model)
         assert_close(logits[row, 14 - len(prompt) :], expected, dtype, "forward")
-
-
-@pytest.mark.parametrize(
-    ("kind", "step"), [("dynamic", 1), ("dynamic_yarn", 1), ("longrope", 1), ("dynamic", 3)]
-)
-def test_every_decoded_token_equals_a_forward_pass_over_its_prefix(kind: str, step: int) -> None:
-    """RoPE that depends on the length: from below the original length of 8 to above it, in a batch
-    of unequal lengths, and back to a short row."""
-    model = changed(golden("llama_gqa"), rope=BY_LENGTH[kind])
-    prompts = prompts_of(model, 18, 12, 6)
-    for rows in (prompts, [prompts[2]]):
-        tokens, padding = left_padded(rows, 0)
-        logits = cached_logits(model, tokens, padding, step)
-        for row, prompt in enumerate(rows):
-            for end in range(step, tokens.shape[1] + 1, step):
-                length = end - padding[row]
-                if length > 0:
-                    expected = logits_of(prompt[:length], 18, model)[-1]
-                    assert_close(logits[row, end - 1], expected, "float32", "forward")
-
-
-def test_longrope_changes_its_keys_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slots are computed again at the first long token; with `dynamic` at each of them."""
-    again: list[int] = []
-    compute_again = Decoder._compute_again
-
-    def counted(self: Decoder, cache: Cache, count: int) -> object:
-        jax.debug.callback(lambda used: again.append(int(used) + 1), cache.used)
-        return compute_again(self, cache, count)
-
-    monkeypatch.setattr(Decoder, "_compute_again", counted)
-    for rope, times in ((LONGROPE, [9]), (DYNAMIC, [9, 10, 11])):
-        model = changed(golden("llama_gqa"), rope=rope)
-        _extend.clear_cache()
-        cached_logits(model, *left_padded(prompts_of(model, 11), 0), step=1)
-        jax.effects_barrier()
-        assert again == times
-        again.clear()
-    _extend.clear_cache()
 
 
 def test_padding_is_never_attended_to() -> None:
