@@ -1,8 +1,12 @@
 """Decoding with RoPE that depends on the length: equality with a pass over each prefix."""
 
+import dataclasses
+
 import jax
 import pytest
 
+from sat_jax.errors import UserError
+from sat_jax.evaluate.generate import check_prompts
 from sat_jax.nn.context import Cache
 from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.rope import RopeConfig
@@ -62,3 +66,27 @@ def test_longrope_changes_its_keys_once(monkeypatch: pytest.MonkeyPatch) -> None
         assert again == times
         again.clear()
     extend.clear_cache()
+
+
+@pytest.mark.parametrize("kind", ["yarn", "yarn_paper", "ntk_by_parts_paper", "ntk_by_parts_code"])
+def test_a_length_beyond_the_scaling_warns(kind: str) -> None:
+    """The model has 128 positions, and its RoPE is scaled to 4 times 8 tokens."""
+    rope = RopeConfig(type=kind, factor=4.0, original_max_positions=8)
+    model = changed(golden("llama_gqa"), rope=rope)
+    text = f"new tokens: the length 33: rope type '{kind}' with factor 4 .* is defined to 32 tokens"
+    with pytest.warns(UserWarning, match=text):
+        check_prompts(model.config, [[1] * 31], 2)
+    check_prompts(model.config, [[1] * 30], 2)
+
+
+def test_lengths_without_a_limit_of_the_scaling() -> None:
+    """`dynamic` types have none; the others end at the positions of the model."""
+    config = golden("llama_gqa").config
+    for kind in ("dynamic", "dynamic_yarn"):
+        rope = RopeConfig(type=kind, original_max_positions=8)
+        dataclasses.replace(config, rope=rope).check_length("a row of", 10_000)
+    for rope in (RopeConfig(type="llama3", factor=2.0, original_max_positions=8), LONGROPE):
+        limited = dataclasses.replace(config, rope=rope)
+        limited.check_length("a row of", 128)
+        with pytest.raises(UserError, match="a row of 129 exceeds the model's 128 positions"):
+            limited.check_length("a row of", 129)

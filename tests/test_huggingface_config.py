@@ -85,7 +85,8 @@ def scaled(kind: str, **fields: Any) -> dict[str, Any]:
     return {"rope_scaling": {"rope_type": kind, **fields}}
 
 
-LONG = scaled("longrope", **LENGTH, short_factor=[1.0] * 64, long_factor=[2.0] * 64)
+FACTORS: dict[str, Any] = {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
+LONG = scaled("longrope", **LENGTH, **FACTORS)
 OLD: dict[str, Any] = {}
 NEW = {"rope_scaling": None}
 
@@ -140,6 +141,8 @@ NEW = {"rope_scaling": None}
         (LLAMA, scaled("longrope", **LENGTH, short_factor=1.0), "short_factor = 1.0"),
         (LLAMA, scaled("longrope", **LENGTH, short_factor=[1.0, -1.0]), "a list of positive numb"),
         (LLAMA, scaled("longrope", **LENGTH, short_factor=[1.0]), r"long_factor \(\); accepted"),
+        (LLAMA, scaled("longrope", **FACTORS, factor=4.0) | LENGTH, "factor = 4.0.*: 16.0, as in"),
+        (LLAMA, OLD | {"rope_scaling": {"rope_type": ["yarn"]}}, r'rope type \["yarn"\] is not'),
         (LLAMA, LONG | {"head_dim": 64}, "short_factor has 64 numbers; accepted: 32, one for"),
         (LLAMA, OLD | {"rope_scaling": {"rope_type": "linear"}}, "factor = null"),
         (LLAMA, OLD | {"rope_scaling": "linear"}, "rope_scaling"),

@@ -63,7 +63,7 @@ def config(kind: str, factor: float, length: int, **fields: Any) -> RopeConfig:
     """The type with this factor and original length, if it has them."""
     shared = {"factor": factor, "original_max_positions": length}
     shared = {name: value for name, value in shared.items() if name in SCALINGS[kind].fields}
-    return RopeConfig(10_000.0, kind, **shared, **fields)  # type: ignore[arg-type]
+    return RopeConfig(10_000.0, kind, **shared, **fields)
 
 
 def golden_frequencies(name: str, place: tuple[int, int]) -> np.ndarray:

@@ -103,7 +103,7 @@ def _settings(
     the file `outer`."""
     kind: Any = fields.raw.get("rope_type", fields.raw.get("type", "default"))
     fields.check_equal({"type": kind})
-    if kind not in SCALINGS:
+    if not isinstance(kind, str) or kind not in SCALINGS:
         raise UserError(
             f"{fields.where}: rope type {json.dumps(kind)} is not supported; "
             f"accepted: {', '.join(SCALINGS)}"
@@ -120,8 +120,12 @@ def _settings(
     if "original_max_positions" in accepted:
         original = _original_length(fields, outer, kind, max_positions)
         settings["original_max_positions"] = original
-        if kind in ("yarn", "longrope"):  # a missing factor is the quotient of the lengths
-            settings.setdefault("factor", max_positions / original)
+        quotient = max_positions / original
+        if kind in ("yarn", "longrope"):
+            settings.setdefault("factor", quotient)
+        if kind == "longrope" and _ORIGINAL in outer.raw and "attention_factor" not in settings:
+            # transformers 4 then replaces the factor by the quotient, transformers 5 does not.
+            fields.check_equal({"factor": quotient})
     if "factor" in accepted and "factor" not in settings:
         settings["factor"] = fields.number("factor")
     if {"mscale", "mscale_all_dim"} & present:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,24 +19,10 @@ from jaxtyping import Array, Float, Int
 
 from sat_jax.errors import UserError
 
-RopeType = Literal[
-    "default",
-    "linear",
-    "ntk",
-    "ntk_by_parts_paper",
-    "ntk_by_parts_code",
-    "yarn",
-    "yarn_paper",
-    "dynamic",
-    "dynamic_yarn",
-    "llama3",
-    "longrope",
-]
-
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding and its length scaling. Lengths are in tokens.
+    """Rotary embedding, and the scaling `type` (a name in `SCALINGS`). Lengths are in tokens.
 
     `original_max_positions` is the length of the first training. `factor` is the extension that the
     frequencies are scaled for; in `dynamic` the growth of the scaling with the length, in
@@ -51,7 +37,7 @@ class RopeConfig:
     """
 
     theta: float = 10_000.0
-    type: RopeType = "default"
+    type: str = "default"
     factor: float = 1.0
     original_max_positions: int | None = None
     low_freq_factor: float = 1.0
@@ -84,10 +70,9 @@ class RopeConfig:
         if self.high_freq_factor <= self.low_freq_factor:
             accepted_text = f"a number above low_freq_factor {self.low_freq_factor:g}"
             raise self._refuse("high_freq_factor", accepted_text)
-        if "long_factor" in accepted:
-            for name in ("short_factor", "long_factor"):
-                if not getattr(self, name) or min(getattr(self, name)) <= 0:
-                    raise self._refuse(name, "positive numbers, one for each pair of dimensions")
+        for name in ("short_factor", "long_factor"):
+            if name in accepted and min(getattr(self, name), default=0) <= 0:
+                raise self._refuse(name, "positive numbers, one for each pair of dimensions")
 
     def _refuse(self, name: str, accepted: str) -> UserError:
         return UserError(
