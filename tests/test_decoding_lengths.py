@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from sat_jax.errors import UserError
@@ -66,6 +67,13 @@ def test_longrope_changes_its_keys_once(monkeypatch: pytest.MonkeyPatch) -> None
         assert again == times
         again.clear()
     extend.clear_cache()
+
+
+def test_the_length_of_a_row_counts_its_tokens_alone() -> None:
+    """Not padding, whatever its positions, and not the slots after the first `slots`."""
+    arrays = [jnp.asarray([row, row]) for row in ([7] * 5, [0, 1, 1, 1, 0], [90, 0, 1, 2, 91])]
+    cache = Cache({}, *arrays, used=jnp.zeros((), jnp.int32))
+    assert [cache.row_lengths(slots).tolist() for slots in (1, 3, 5)] == [[0, 0], [2, 2], [3, 3]]
 
 
 @pytest.mark.parametrize("kind", ["yarn", "yarn_paper", "ntk_by_parts_paper", "ntk_by_parts_code"])

@@ -160,8 +160,8 @@ def test_scaled_rope(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("length", [20, 96])
 def test_longrope(length: int) -> None:
     """Short factors up to the original length of 32, long factors above it."""
-    golden = np.load(GOLDEN / "llama_gqa" / "longrope.npz")
-    settings = json.loads((GOLDEN / "llama_gqa" / "longrope.json").read_text())
+    golden = np.load(GOLDEN / "llama_gqa" / "rope_longrope.npz")
+    settings = json.loads((GOLDEN / "llama_gqa" / "rope_longrope.json").read_text())
     raw = json.loads((GOLDEN / "llama_gqa" / "config.json").read_text()) | settings
     config, weights = config_from_json(raw, "x"), open_weights(GOLDEN / "llama_gqa")
     ids = np.load(GOLDEN / "llama_gqa" / "rope_scaled.npz")["input_ids"][:, :length]

@@ -1,4 +1,4 @@
-"""Make `llama_gqa/longrope.npz`: logits of transformers with LongRoPE, below and above the
+"""Make `llama_gqa/rope_longrope.npz`: logits of transformers with LongRoPE, below and above the
 original length.
 
   python tests/golden/make_longrope.py
@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parent / "llama_gqa"
 
 def main() -> None:
     """Write the logits of the first 20 and of all 96 tokens of `rope_scaled.npz`."""
-    settings = json.loads((FOLDER / "longrope.json").read_text())
+    settings = json.loads((FOLDER / "rope_longrope.json").read_text())
     config = LlamaConfig(**json.loads((FOLDER / "config.json").read_text()) | settings)
     model = LlamaForCausalLM.from_pretrained(
         FOLDER, config=config, dtype=torch.float32, attn_implementation="eager"
@@ -27,7 +27,7 @@ def main() -> None:
         with torch.no_grad():
             output = model(torch.tensor(ids[:, :length], dtype=torch.int64))
         logits[f"logits_{length}"] = output.logits.numpy()
-    np.savez_compressed(FOLDER / "longrope.npz", **logits)
+    np.savez_compressed(FOLDER / "rope_longrope.npz", **logits)
 
 
 if __name__ == "__main__":
