@@ -150,6 +150,12 @@ def _tie(tensors: _Tensors, config: DecoderConfig, directory: Path) -> None:
     del tensors.shapes[head]
 
 
+def check_exportable(config: DecoderConfig) -> None:
+    """Raise `UserError` for a model that transformers does not have."""
+    if config.rope is not None and not config.rope.scaling.in_transformers:
+        raise not_exportable(config.rope)
+
+
 def write_directory(
     directory: Path,
     config: DecoderConfig,
@@ -168,11 +174,10 @@ def write_directory(
     `generation` the settings for generation_config.json. `longrope` writes a RoPE type that
     transformers does not have as `longrope` factors with the same frequencies.
     """
-    if config.rope is not None and not config.rope.scaling.in_transformers:
-        if not longrope:
-            raise not_exportable(config.rope)
+    if longrope and config.rope is not None and not config.rope.scaling.in_transformers:
         rope = as_longrope(config.rope, config.rotary_dim, config.max_positions)
         config = dataclasses.replace(config, rope=rope)  # type: ignore[call-arg]  # a field there
+    check_exportable(config)
     if dtype not in get_args(Dtype):
         raise UserError(
             f"dtype {dtype!r} cannot be written; accepted: {', '.join(get_args(Dtype))}"
