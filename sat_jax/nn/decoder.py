@@ -1,6 +1,7 @@
 """The base class of all decoder families: hidden states, logits and decoding."""
 
 import dataclasses
+import math
 from collections.abc import Collection
 from typing import Any, Literal
 
@@ -15,8 +16,11 @@ from sat_jax.nn.context import Cache, Context, Observable, Observed, Selection
 from sat_jax.nn.linear import dense
 from sat_jax.nn.param import Mask
 from sat_jax.nn.pipeline import number_of_stages, pipeline_layers
-from sat_jax.nn.rope import rotary_tables
+from sat_jax.nn.rope import document_lengths, rotary_tables, scaled_by_length
 from sat_jax.nn.stack import Remat, cast, scan_layers
+
+# Tokens per forward pass where the slots of a cache are computed again.
+_CHUNK = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +98,11 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], tuple[Observed, ...]]:
         """Return the normed residual stream after the last layer, and what each segment's layers
         observed. `selection` chooses units in each layer; it needs a `key`."""
+        dynamic = self.config.has_dynamic_rope
+        lengths = document_lengths(segment_ids, positions) if dynamic else None
         context = Context(
             segment_ids,
-            self._rotary(positions),
+            self._rotary(positions, lengths),
             self.compute.attention,
             observe,
             selection,
@@ -116,8 +122,8 @@ class Decoder(nnx.Module):
         arrays: dict[str, Array] = {}
         for branch in branches(self.layers).values():
             arrays |= branch.empty_cache(batch, slots, self.compute.dtype)
-        segment_ids = jnp.zeros((batch, slots), jnp.int32)
-        return Cache(arrays, segment_ids, jnp.zeros((), jnp.int32))
+        zeros = jnp.zeros((batch, slots), jnp.int32)
+        return Cache(arrays, zeros, zeros, zeros, jnp.zeros((), jnp.int32))
 
     def extend(
         self,
@@ -125,33 +131,69 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
         positions: Int[Array, "B T"],
-        length: int,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Return the normed residual stream of T more tokens, and the cache with them.
 
-        `length`: the whole planned length in tokens, from which `dynamic` RoPE derives its angles;
-        the keys of one cache must agree on it.
+        It equals one pass over all tokens so far. Where the angles of RoPE depend on the length,
+        and are now other than those in the cache, every slot is computed again: not the keys alone
+        change, but with them the inputs of all layers after the first.
         """
-        seen = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.used))
-        context = Context(segment_ids, self._rotary(positions, length), self.compute.attention)
+        before = cache.row_lengths(cache.used)
+        cache = cache.write(tokens, segment_ids, positions)
+        count = tokens.shape[1]
+        if not self.config.has_dynamic_rope:
+            return self.advance(cache, count)
+        lengths = jnp.stack([before, cache.row_lengths(cache.used + count)])
+        frequencies, scale = scaled_by_length(self.config.rope, self.config.rotary_dim, lengths)
+        changed = jnp.any(frequencies[0] != frequencies[1]) | jnp.any(scale[0] != scale[1])
+        return jax.lax.cond(
+            changed & (cache.used > 0),
+            lambda cache: self._compute_again(cache, count),
+            lambda cache: self.advance(cache, count),
+            cache,
+        )
+
+    def advance(self, cache: Cache, count: int) -> tuple[Float[Array, "B T D"], Cache]:
+        """Return the normed residual stream of the next `count` tokens that are written in the
+        cache, and the cache with their keys. Angles are for all written tokens of a row."""
+        tokens, segment_ids, positions = cache.newest(count)
+        written = cache.row_lengths(cache.tokens.shape[1])[:, None]
+        lengths = jnp.broadcast_to(written, positions.shape)
+        context = Context(segment_ids, self._rotary(positions, lengths), self.compute.attention)
         x_BTD = self.embed_tokens(tokens, positions).astype(self.compute.dtype)
         x_BTD, _, extended = scan_layers(
-            self.layers,
-            x_BTD,
-            context,
-            dtype=self.compute.dtype,
-            cache=cache._replace(segment_ids=seen),
+            self.layers, x_BTD, context, dtype=self.compute.dtype, cache=cache
         )
         assert extended is not None
         return self.normalize(x_BTD), extended
 
+    def _compute_again(self, cache: Cache, count: int) -> tuple[Float[Array, "B T D"], Cache]:
+        """Return `advance(cache, count)` after all slots before have been computed again."""
+        slots = cache.tokens.shape[1]
+        # Chunks of one size that fill the slots exactly; those after the last token are not run.
+        chunk, end = math.gcd(slots, _CHUNK), cache.used + count
+
+        def body(index: Array, carry: tuple[Cache, Array]) -> tuple[Cache, Array]:
+            cache, x_BSD = carry
+            x_BTD, cache = self.advance(cache, chunk)
+            return cache, jax.lax.dynamic_update_slice(x_BSD, x_BTD, (0, index * chunk, 0))
+
+        shape = (len(cache.tokens), slots, self.config.d_model)
+        start = (
+            cache._replace(used=jnp.zeros_like(cache.used)),
+            jnp.zeros(shape, self.compute.dtype),
+        )
+        computed, x_BSD = jax.lax.fori_loop(0, -(-end // chunk), body, start)
+        newest = jax.lax.dynamic_slice_in_dim(x_BSD, cache.used, count, axis=1)
+        return newest, computed._replace(used=end)
+
     def _rotary(
-        self, positions: Int[Array, "B T"], length: int | None = None
+        self, positions: Int[Array, "B T"], lengths: Int[Array, "B T"] | None
     ) -> tuple[Array, Array] | None:
         rope = self.config.rope
         if rope is None:
             return None
-        return rotary_tables(rope, self.config.rotary_dim, positions, length)
+        return rotary_tables(rope, self.config.rotary_dim, positions, lengths)
 
 
 def for_decoding(model: Decoder) -> Decoder:

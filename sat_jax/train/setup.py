@@ -15,6 +15,7 @@ from sat_jax.data.prepare import Prepared, prepare
 from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sat_jax.errors import UserError
 from sat_jax.interop import Weights, locate
+from sat_jax.interop.huggingface import check_exportable
 from sat_jax.models.build import initial_values, layout_of
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.attention.dot_product import refusals
@@ -52,6 +53,8 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
     model, weights = starting_point(config)
     _check_rows(config, mesh)
     _check_attention(config, model)
+    if config.export.huggingface:
+        check_exportable(model)
     model.check_length("data.row_length", config.data.row_length)
     controller = controller_of(config, model)
     for rung in controller.rungs:
