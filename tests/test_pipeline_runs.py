@@ -95,8 +95,9 @@ class OnMesh:
         return jax.device_put(tree, jax.tree.map(lambda leaf: leaf.sharding, like))
 
     def begin(self):
-        full = jax.jit(lambda: new_state(initial_values(model, 0), self.programs.form(()).optimizer))()
-        return self.place(full, self.programs.form(()).state)
+        form = self.programs.form(())
+        full = jax.jit(lambda: new_state(initial_values(model, 0), form.optimizer))()
+        return self.place(full, form.state)
 
     def train(self, full, steps):
         losses = []
