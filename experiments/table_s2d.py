@@ -42,6 +42,7 @@ def get_config(scale: str = "smoke") -> ConfigDict:
         config.model.d_ff = 512
         config.model.vocab_size = 2048
         config.train.eval_every = 0
+        config.optimizer.learning_rate = 4e-3  # the best of table_s2d_learning_rates.py
         config.sparsity.weights.block = 16
     if scale == "small":
         config.train.steps = 4000
