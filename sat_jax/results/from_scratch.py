@@ -144,10 +144,11 @@ def _at_flops(family: Sequence[_Method], seed: int, flops: float | None) -> floa
 
 def _difference(method: _Method, reference: Any) -> str:
     """Return the mean difference in percent from `reference(seed)`, seed by seed."""
-    values = [
-        percent_from(run.perplexity, other)
-        for seed, run in method.runs.items()
-        if (other := reference(seed)) is not None
-    ]
-    mean = mean_of(values) if values else None
+    others = {seed: reference(seed) for seed in method.runs}
+    mean = mean_of(
+        [
+            None if other is None else percent_from(method.runs[seed].perplexity, other)
+            for seed, other in others.items()
+        ]
+    )
     return mean.text("{:+.1f} %".format) if mean else "-"

@@ -10,6 +10,7 @@ import jinja2
 from sat_jax.errors import UserError, folder_error
 from sat_jax.results.evaluations import evaluation_tables
 from sat_jax.results.figures import quality_figure, svg
+from sat_jax.results.from_scratch import from_scratch_tables
 from sat_jax.results.rows import Row, device_name
 from sat_jax.results.sweep import Comparison
 from sat_jax.results.tables import (
@@ -51,6 +52,8 @@ def write_report(rows: Sequence[Row], comparisons: Sequence[Comparison], out: Pa
     """
     # Sweeps of one experiment declare the same comparisons.
     sections = list(_sections(make_groups(rows), list(dict.fromkeys(comparisons))))
+    if tables := from_scratch_tables(rows):
+        sections.insert(0, Section("Pre-training from scratch", tables))
     if tables := evaluation_tables(rows):
         sections.append(Section("Evaluations", tables))
     if not sections:
