@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from sat_jax.nn.attention.dot_product import Implementation
 
@@ -20,10 +20,11 @@ class Cache(NamedTuple):
     """The state of decoding after the tokens so far: arrays of all layers, by name.
 
     Slots 0, 1, …, `used` - 1 of S are filled. `segment_ids`: 1 for a row's tokens, 0 for padding; a
-    slot is seen by later slots with the same number, so padding may stand anywhere.
+    slot is seen by later slots with the same number, so padding may stand anywhere. S is 0 where no
+    branch has an entry for each token.
     """
 
-    arrays: dict[str, Float[Array, "L B ..."]]
+    arrays: dict[str, Shaped[Array, "L B ..."]]
     segment_ids: Int[Array, "B S"]
     used: Int[Array, ""]
 
@@ -33,7 +34,7 @@ class LayerCache:
     """The cache inside layer `layer`: a branch writes to `arrays`. `segment_ids` of all slots have
     the new tokens already, `used` does not count them."""
 
-    arrays: dict[str, Float[Array, "L B ..."]]
+    arrays: dict[str, Shaped[Array, "L B ..."]]
     segment_ids: Int[Array, "B S"]
     used: Int[Array, ""]
     layer: Int[Array, ""]
@@ -42,7 +43,15 @@ class LayerCache:
         """Write the new tokens' values to their slots; return all slots of this layer."""
         start = (self.layer, 0, self.used) + (0,) * (new.ndim - 2)
         self.arrays[name] = jax.lax.dynamic_update_slice(self.arrays[name], new[None], start)
+        return self.read(name)
+
+    def read(self, name: str) -> Array:
+        """Return the array of this layer, without the layers' axis."""
         return self.arrays[name][self.layer]
+
+    def write(self, name: str, value: Array) -> None:
+        """Replace the array of this layer."""
+        self.arrays[name] = self.arrays[name].at[self.layer].set(value)
 
 
 class Selection(Protocol):

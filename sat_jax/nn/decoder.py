@@ -90,7 +90,7 @@ class Decoder(nnx.Module):
         observed. `selection` chooses units in each layer; it needs a `key`."""
         context = Context(
             segment_ids,
-            self._rotary(positions),
+            self.rotary(positions),
             self.compute.attention,
             observe,
             selection,
@@ -108,8 +108,11 @@ class Decoder(nnx.Module):
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """Return a cache for `batch` rows of `slots` tokens, of which none is used."""
         arrays: dict[str, Array] = {}
-        for branch in branches(self.layers).values():
+        parts = branches(self.layers).values()
+        for branch in parts:
             arrays |= branch.empty_cache(batch, slots, self.compute.dtype)
+        if not any(branch.caches_tokens for branch in parts):
+            slots = 0
         segment_ids = jnp.zeros((batch, slots), jnp.int32)
         return Cache(arrays, segment_ids, jnp.zeros((), jnp.int32))
 
@@ -126,8 +129,10 @@ class Decoder(nnx.Module):
         `length`: the whole planned length in tokens, from which `dynamic` RoPE derives its angles;
         the keys of one cache must agree on it.
         """
-        seen = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.used))
-        context = Context(segment_ids, self._rotary(positions, length), self.compute.attention)
+        seen = cache.segment_ids
+        if seen.size:
+            seen = jax.lax.dynamic_update_slice(seen, segment_ids, (0, cache.used))
+        context = Context(segment_ids, self.rotary(positions, length), self.compute.attention)
         x_BTD = self.embed_tokens(tokens, positions).astype(self.compute.dtype)
         x_BTD, _, extended = scan_layers(
             self.layers,
@@ -139,9 +144,10 @@ class Decoder(nnx.Module):
         assert extended is not None
         return self.normalize(x_BTD), extended
 
-    def _rotary(
+    def rotary(
         self, positions: Int[Array, "B T"], length: int | None = None
     ) -> tuple[Array, Array] | None:
+        """Return cosines and sines `[B, T, rotated / 2]`; None: positions are not rotated."""
         rope = self.config.rope
         if rope is None:
             return None

@@ -11,7 +11,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3"]
 
@@ -113,21 +113,30 @@ def rotary_tables(
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """Return float32 (cos, sin). `length` (default T) is the sequence length of `dynamic`."""
     frequencies = inverse_frequencies(rope, head_dim, length or positions.shape[-1])
-    angles = positions[..., None] * jnp.asarray(frequencies, jnp.float32)[None, None]
+    cos, sin = rotations(frequencies, positions)
     scale = attention_scaling(rope)
-    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+    return cos * scale, sin * scale
+
+
+def rotations(
+    frequencies: ArrayLike, positions: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
+    """Return float32 (cos, sin) of the angles of `frequencies` radians per position."""
+    angles = positions[..., None] * jnp.asarray(frequencies, jnp.float32)[None, None]
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(
     x: Float[Array, "B T *heads E"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
 ) -> Float[Array, "B T *heads E"]:
-    """Return queries or keys `[B, T, ..., E]` rotated in float32, in the dtype of `x`.
+    """Return queries or keys `[B, T, ..., E]` rotated in float32 or wider, in the dtype of `x`.
 
     The first `2 · half` dimensions of a head are rotated (partial rotary)."""
     lead = cos.shape[:2] + (1,) * (x.ndim - 3) + cos.shape[2:]
     cos, sin = cos.reshape(lead), sin.reshape(lead)
     rotated_dims = 2 * cos.shape[-1]
-    first, second = jnp.split(x[..., :rotated_dims].astype(jnp.float32), 2, axis=-1)
+    wide = x[..., :rotated_dims].astype(jnp.promote_types(x.dtype, jnp.float32))
+    first, second = jnp.split(wide, 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     rotated = rotated.astype(x.dtype)
     if rotated_dims == x.shape[-1]:

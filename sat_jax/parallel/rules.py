@@ -16,6 +16,7 @@ MESH_AXES = {
     LAYER: PIPELINE,
     "vocab": "tensor",
     "kv_group": "tensor",
+    "head": "tensor",
     "channel": "tensor",
     "embed": "fsdp",
 }
