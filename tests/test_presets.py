@@ -4,7 +4,7 @@ import pytest
 
 from sat_jax.errors import UserError
 from sat_jax.interop.huggingface_config import config_from_json, config_to_json
-from sat_jax.models.build import shapes
+from sat_jax.models.build import layout_of
 from sat_jax.models.presets import PRESETS, preset
 
 # Parameters in the published checkpoints, tied embeddings counted once.
@@ -50,16 +50,22 @@ PUBLISHED = {
     "pythia-2.8b": 2_775_208_960,
     "pythia-6.9b": 6_857_302_016,
     "pythia-12b": 11_846_072_320,
+    # No checkpoints: L · (2 d² + 6 d f + 2 d) + 50,257 d + d; f is the width of values and MLP.
+    "retnet-1.3b": 1_323_569_152,
+    "retnet-2.7b": 2_651_960_320,
+    "retnet-6.7b": 6_715_678_720,
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_number_of_parameters(name: str) -> None:
-    assert sum(leaf.size for leaf in shapes(preset(name)).values()) == PUBLISHED[name]
+    layout = layout_of(preset(name))
+    trained = [layout.shapes[path].size for path, leaf in layout.leaves.items() if leaf.trained]
+    assert sum(trained) == PUBLISHED[name]
 
 
 def test_every_preset_is_checked() -> None:
-    assert set(PRESETS) == {"tiny", *PUBLISHED}
+    assert set(PRESETS) == {"tiny", "retnet-tiny", *PUBLISHED}
 
 
 @pytest.mark.parametrize("name", PRESETS)

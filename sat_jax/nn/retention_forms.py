@@ -219,8 +219,8 @@ def _state_after(memory: Array, line: Timeline) -> State:
 
 
 def _powers(
-    log_decay_H: Array, steps: Int[Array, "B *times"], valid: Bool[Array, "B *times"]
-) -> Float[Array, "B H *times"]:
+    log_decay_H: Array, steps: Int[Array, "B ..."], valid: Bool[Array, "B ..."]
+) -> Float[Array, "B H ..."]:
     """Return γ^steps of every head where valid, 0 elsewhere."""
     logs = log_decay_H.reshape(1, -1, *(1,) * (steps.ndim - 1))
     return jnp.exp(jnp.where(valid[:, None], steps[:, None] * logs, -jnp.inf))
