@@ -1,5 +1,5 @@
-"""GPT-2 and GPT-NeoX compute what transformers computes (tests/golden), and they and RetNet the same
-in every execution."""
+"""GPT-2 and GPT-NeoX compute what transformers computes (tests/golden); RetNet and they compute the
+same in every execution."""
 
 import dataclasses
 import functools

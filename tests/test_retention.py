@@ -1,6 +1,7 @@
 """Retention: three forms of one function, documents, memory, and what torchscale computes."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,9 @@ def outputs_and_gradients(form: Form, arrays: Any, eps: float) -> Any:
     return outputs, gradients
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", FORMS)
-def test_forms_agree_in_float64(name: str, float64: None) -> None:
+def test_forms_agree_in_float64(name: str) -> None:
     arrays = inputs(np.float64)
     o, state = FORMS[name](*arrays, SEGMENT_IDS)
     assert_close(o, by_definition(*arrays), "float64", "forward")
@@ -121,14 +123,15 @@ def test_sums_of_half_precision_are_float32() -> None:
         assert (o.dtype, state.memory.dtype) == (jnp.float32, jnp.float32)
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("cuts", [(9, 18, 27, 36), (1, 2, 3, 30), (11, 20)])
-def test_a_row_in_parts(cuts: tuple[int, ...], float64: None) -> None:
+def test_a_row_in_parts(cuts: tuple[int, ...]) -> None:
     """Prefill in chunks of other sizes, then token by token."""
     *qkv, log_decay = inputs(np.float64)
     desired, last = parallel(*qkv, log_decay, SEGMENT_IDS)
     parts, state = [], None
     bounds = [0, *cuts, *range(cuts[-1] + 1, 38)]
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         form = recurrent if stop == start + 1 else FORMS["chunks of 5"]
         part = (x[:, start:stop] for x in (*qkv, SEGMENT_IDS))
         q, k, v, segment_ids = part
@@ -154,8 +157,9 @@ def test_no_gradient_between_documents(name: str) -> None:
         assert np.all(np.abs(np.asarray(gradient)[inside]).max(axis=(-1, -2)) > 0)
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("chunk", [8, 64])
-def test_absolute_sums(chunk: int, float64: None) -> None:
+def test_absolute_sums(chunk: int) -> None:
     q, k, _, log_decay = inputs(np.float64)
     # |q · k| is a sum over a document like any other: of one key of size 1 at a time.
     ones = jnp.ones((*SEGMENT_IDS.shape, HEADS, 1))
@@ -201,7 +205,7 @@ def test_memory_of_a_backward_pass_is_linear_in_length() -> None:
 
     form = functools.partial(chunkwise, chunk=64)
     sizes = [temporary_bytes(length, form) for length in (1024, 2048, 4096, 8192)]
-    for small, large in zip(sizes[:-1], sizes[1:], strict=True):
+    for small, large in itertools.pairwise(sizes):
         assert large < 2.1 * small
     assert temporary_bytes(2048, parallel) > 3 * temporary_bytes(1024, parallel)
 
@@ -246,14 +250,13 @@ def context(length: int, dtype: Any) -> Context:
     return Context(jnp.ones((2, length), jnp.int32), rotary)
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("case", ["init", "scaled"])
 @pytest.mark.parametrize(
     ("normalization", "name"),
     [("absolute_sum", "git_parallel"), ("sum", "pypi_parallel"), ("decay", "recurrent")],
 )
-def test_a_layer_is_that_of_torchscale(
-    case: str, normalization: Normalization, name: str, float64: None
-) -> None:
+def test_a_layer_is_that_of_torchscale(case: str, normalization: Normalization, name: str) -> None:
     x = jnp.asarray(golden()[f"{case}_x"], np.float64)
     module = layer(case, normalization, np.float64)
     y = jax.jit(lambda x: module(x, context(40, np.float64)))(x)
