@@ -32,7 +32,7 @@ from sat_jax.sparsity.plan import make_plan, neurons_of
 from sat_jax.train.probe import observe_batch
 from tests.gpt_families import GOLDEN
 from tests.small_models import batch, random_kept, random_params
-from tests.tolerances import assert_close
+from tests.tolerances import Direction, assert_close
 
 # Directory of the weights, reference file, fields of the config that differ.
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -142,6 +142,9 @@ CONFIGS = {
     )
     for name in ("gpt2", "gpt_neox", "retnet")
 }
+# The norm of a head divides the rounding errors of a small sum by the sum: of a gradient's largest
+# entry up to 1.4e-4 with an eps of 1e-6, and 7e-6 with this one.
+CONFIGS["retnet"] = dataclasses.replace(CONFIGS["retnet"], norm_eps=0.1)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -161,12 +164,13 @@ def test_executions_agree(name: str, dense_forward: bool) -> None:
     # Biases of queries and keys shift scores: their gradients are small differences of large sums
     # (0 for keys), whose rounding is that of the summands.
     floor = 0.01 * max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradients))
+    direction: Direction = "retention" if name == "retnet" else "backward"
     for path, value in gradients.items():
         for found in (compact[path], kept_rows[path]):
             pairs = zip(jax.tree.leaves(found), jax.tree.leaves(value), strict=True)
             for array, expected in pairs:
                 with_floor = (np.append(x, np.float32(floor)) for x in (array, expected))
-                assert_close(*with_floor, "float32", "backward")
+                assert_close(*with_floor, "float32", direction)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

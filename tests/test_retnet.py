@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
+from sat_jax.config_values import default_config, from_config_dict
 from sat_jax.errors import UserError
 from sat_jax.evaluate.generate import generate
 from sat_jax.interop import load_model, open_weights, save_model
@@ -25,7 +26,9 @@ from sat_jax.models.presets import preset
 from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.layout import flat_values
 from sat_jax.nn.loss import next_token_loss
+from sat_jax.sparsity.flops import forward_flops, traced_flops
 from sat_jax.sparsity.plan import make_plan, neurons_of
+from sat_jax.train.setup import set_up
 from tests.test_gpt_models import rows
 from tests.tolerances import assert_close
 
@@ -90,6 +93,32 @@ def test_loss_and_gradient_norms() -> None:
     for name, norm in desired.items():
         # The norm of a head amplifies rounding: up to 3.5e-6.
         assert_close(norms[name], norm, "float32", "retention")
+
+
+def test_operations_by_hand() -> None:
+    """2 layers of 4 heads with keys of 16 and values of 32, width 64, chunks of 32 tokens."""
+    config, length = preset("retnet-tiny"), 64
+    layout = layout_of(config)
+    matrices = 2 * 2 * (2 * 64 * 64 + 6 * 64 * 128)
+    state = 2 * 4 * 2 * 2 * 16 * 32
+    counted = forward_flops(layout, length)
+    assert counted.mixing == 2 * 4 * (16 + 32) * (32 + 1) + state
+    assert counted.read + counted.write == matrices
+    # The program computes all pairs of a chunk, of which half are masked.
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    traced = traced_flops(lambda values, ids: layout.bind(values)(ids), layout.shapes, tokens)
+    pairs = 2 * 4 * (16 + 32) * 2 * 32
+    assert traced == length * (matrices + state + pairs + counted.head)
+
+
+def test_attention_backends_are_refused(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("some text\n" * 100)
+    config = default_config()
+    config.model.preset, config.model.attention = "retnet-tiny", "xla"
+    config.data.sources, config.data.tokenizer = (str(text),), "bytes"
+    with pytest.raises(UserError, match=r"model\.attention=xla: a retnet model has no attention"):
+        set_up(from_config_dict(config), print)
 
 
 # --- Decoding ---

@@ -135,11 +135,11 @@ class Retention(Branch):
 
     def mixing_flops(self, length: float) -> float:
         """Return operations of the chunkwise form for a head and a token: q · k and weights · v
-        with the tokens before it in the chunk, (C + 1) / 2 on average, and with more than one
-        chunk the state's update and its product with q."""
+        with the tokens up to it in the chunk, (C + 1) / 2 on average, the state's update and its
+        product with q."""
         size, columns = self.key.get_value().shape[-2], self.value.get_value().shape[-2]
         pairs = 2 * (size + columns) * (min(length, self.chunk) + 1) / 2
-        return pairs + (2 * 2 * size * columns if length > self.chunk else 0)
+        return pairs + 2 * 2 * size * columns
 
 
 def log_decays(heads: int) -> Float[np.ndarray, " H"]:
