@@ -123,23 +123,39 @@ def test_sums_of_half_precision_are_float32() -> None:
         assert (o.dtype, state.memory.dtype) == (jnp.float32, jnp.float32)
 
 
-@pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("cuts", [(9, 18, 27, 36), (1, 2, 3, 30), (11, 20)])
-def test_a_row_in_parts(cuts: tuple[int, ...]) -> None:
-    """Prefill in chunks of other sizes, then token by token."""
-    *qkv, log_decay = inputs(np.float64)
-    desired, last = parallel(*qkv, log_decay, SEGMENT_IDS)
+@functools.partial(jax.jit, static_argnames="cuts")
+def sums_in_parts(cuts: tuple[int, ...], qkv: Any, log_decay: jax.Array) -> Any:
+    """Return sums and last state of a row in parts that end at `cuts`: one token recurrently, more
+    in chunks."""
     parts, state = [], None
-    bounds = [0, *cuts, *range(cuts[-1] + 1, 38)]
-    for start, stop in itertools.pairwise(bounds):
+    for start, stop in itertools.pairwise((0, *cuts)):
         form = recurrent if stop == start + 1 else FORMS["chunks of 5"]
-        part = (x[:, start:stop] for x in (*qkv, SEGMENT_IDS))
-        q, k, v, segment_ids = part
+        q, k, v, segment_ids = (x[:, start:stop] for x in (*qkv, SEGMENT_IDS))
         o, state = form(q, k, v, log_decay, segment_ids, state)
         parts.append(o)
-    assert_close(jnp.concatenate(parts, axis=1), desired, "float64", "forward")
-    for a, b in zip(state, last, strict=True):
+    return jnp.concatenate(parts, axis=1), state
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("cuts", [(9, 18, 35, 36, 37), (1, 2, 30, 37), (11, 20, *range(33, 38))])
+def test_a_row_in_parts(cuts: tuple[int, ...]) -> None:
+    """Prefill in chunks of other sizes, then token by token; also the gradients."""
+    *qkv, log_decay = inputs(np.float64)
+    cotangent = jnp.asarray(np.random.default_rng(1).normal(size=qkv[2].shape))
+
+    def both(cuts: tuple[int, ...]) -> Any:
+        sums, pullback, state = jax.vjp(
+            lambda *qkv: sums_in_parts(cuts, qkv, log_decay), *qkv, has_aux=True
+        )
+        return sums, state, pullback(cotangent)
+
+    desired = parallel(*qkv, log_decay, SEGMENT_IDS)
+    actual, state, gradients = both(cuts)
+    assert_close(actual, desired[0], "float64", "forward")
+    for a, b in zip(state, desired[1], strict=True):
         assert_close(a, b, "float64", "forward")
+    for a, b in zip(gradients, both((37,))[2], strict=True):
+        assert_close(a, b, "float64", "retention")
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -182,11 +198,12 @@ def test_long_rows_do_not_overflow() -> None:
     log_decay = jnp.asarray(log_decays(1))
     assert (length * -log_decay[0]) > np.log(np.finfo(np.float32).max)
 
-    def total(q: jax.Array) -> jax.Array:
+    def total(q: jax.Array, log_decay: jax.Array) -> jax.Array:
         return jnp.sum(parallel(q, k, v, log_decay, ones)[0])
 
-    value, gradient = jax.value_and_grad(total)(q)
-    assert np.isfinite(value)
+    # An overflow would make the gradient of the decay NaN.
+    value, (gradient, of_decay) = jax.value_and_grad(total, argnums=(0, 1))(q, log_decay)
+    assert np.isfinite(value) and np.isfinite(of_decay)
     assert_close(gradient[0, -1], jnp.full((1, 1), 32.0), "float32", "forward")  # 1 / (1 - γ)
 
 
