@@ -16,6 +16,7 @@ from sat_jax.models.presets import PRESETS
 from sat_jax.nn.attention.dot_product import Implementation
 from sat_jax.nn.stack import Remat
 from sat_jax.ops import Implementation as Kernels
+from sat_jax.sparsity.block_patterns import Pattern
 from sat_jax.sparsity.controller import overall
 from sat_jax.sparsity.importance import METRICS
 from sat_jax.sparsity.plan import LayerRates
@@ -55,6 +56,11 @@ class ModelConfig:
     preset: str | None = key(
         "tiny", "a published model shape by name, with random weights", choices=PRESETS
     )
+    d_model: int | None = key(None, "width; None: that of the preset", low=1)
+    n_layers: int | None = key(None, "number of layers; None: that of the preset", low=1)
+    n_heads: int | None = key(None, "query heads of a layer; None: those of the preset", low=1)
+    d_ff: int | None = key(None, "MLP channels of a layer; None: those of the preset", low=1)
+    vocab_size: int | None = key(None, "tokens; None: those of the preset", low=1)
     path: str | None = key(
         None,
         "pretrained weights, used instead of preset: a Hugging Face directory, a .gguf file, or"
@@ -75,6 +81,12 @@ class ModelConfig:
     kernels: Kernels | None = key(
         None, "block-sparse kernels of sparsity.execution kernel; None selects by platform"
     )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes that replace those of the preset."""
+        names = ("d_model", "n_layers", "n_heads", "d_ff", "vocab_size")
+        return {name: size for name in names if (size := getattr(self, name)) is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +185,36 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class WeightSparsityConfig:
+    density: float = key(
+        1.0,
+        "share of the blocks of matrices that are stored and trained where the schedule is at r0;"
+        " 1: dense matrices",
+        above=0.0,
+        high=1.0,
+    )
+    block: int = key(64, "rows and columns of a block", low=8)
+    matrices: Literal["all", "attention", "mlp"] = key("all", "matrices of blocks")
+    pattern: Pattern = key(
+        "random",
+        "first blocks: equally many random ones in each row and column of blocks (random), with"
+        " densities by the shapes of the matrices (erk), the largest (magnitude), or a flat block"
+        " butterfly; blocks that a schedule adds later are those with the largest gradients",
+    )
+    update: Literal["none", "rigl"] = key(
+        "none", "exchange of the smallest blocks for those with the largest gradients (rigl)"
+    )
+    update_every: int = key(100, "steps between exchanges of blocks", low=1)
+    drop_fraction: float = key(
+        0.3,
+        "share of the blocks in a row that an exchange drops: a cosine from this value to 0 at the"
+        " end of the rung",
+        low=0.0,
+        high=1.0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class SparsityConfig:
     rate: float = key(
         0.0, "omission rate r0 of heads and channels; 0: dense training", low=0.0, high=1.0
@@ -244,6 +286,7 @@ class SparsityConfig:
         "gather the kept weights into a compact model (gather), multiply activations by 0 or 1"
         " (mask), or compute with blocks of the full weights (kernel)",
     )
+    weights: WeightSparsityConfig = WeightSparsityConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,8 +296,11 @@ class MeshConfig:
     tensor: int = key(1, "devices that split heads, channels and vocabulary", low=1)
     pipeline: int = key(
         1,
-        "stages that split the layers; the microbatches of train.accumulate pass through them",
+        "devices that split the layers; the microbatches of train.accumulate pass through them",
         low=1,
+    )
+    rounds: int = key(
+        1, "stages on each device of mesh.pipeline: 1 is GPipe, more the circular schedule", low=1
     )
 
 
@@ -296,6 +342,16 @@ class Config:
         sparse = self.sparsity
         attention = sparse.rate if sparse.rate_attention is None else sparse.rate_attention
         return attention, sparse.rate if sparse.rate_mlp is None else sparse.rate_mlp
+
+    @property
+    def stores_blocks(self) -> bool:
+        """Whether matrices are block-sparse in some of the steps."""
+        return self.sparsity.weights.density < 1
+
+    @property
+    def omitted_share(self) -> float:
+        """The higher of the omission rates, or the share of blocks that is not stored; 0: dense."""
+        return max(*self.rates, 1 - self.sparsity.weights.density)
 
     @property
     def rates(self) -> tuple[float, float]:

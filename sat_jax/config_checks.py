@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 _NEEDS = (
     ("optimizer.decay_share", "optimizer.schedule", "wsd"),
     ("optimizer.moments", "sparsity.execution", "mask"),
-    ("model.kernels", "sparsity.execution", "kernel"),
     ("sparsity.min_gain", "sparsity.schedule", "auto"),
 )
 # (setting of sparsity, its value, excluded setting, excluded value, reason)
@@ -29,10 +28,16 @@ def check_together(config: "Config") -> None:
     """Raise `UserError` for the first combination of settings that is not possible."""
     if config.model.preset is None and config.model.path is None:
         raise UserError("model: set preset to a name or path to pretrained weights")
+    if config.model.path is not None and (sizes := config.model.sizes):
+        raise UserError(
+            f"model.{next(iter(sizes))} changes the shape of a preset, and model.path"
+            f" {config.model.path!r} has its own; accepted: one of the two"
+        )
     if config.mesh.data == 0:
         raise UserError("mesh.data is 0; accepted: 1 or more, or -1 for all remaining devices")
     _check_steps(config)
     _check_pipeline(config)
+    _check_weights(config)
     for path, needed, wanted in _NEEDS:
         group, name = path.split(".")
         settings, current = getattr(config, group), operator.attrgetter(needed)(config)
@@ -52,7 +57,30 @@ def check_together(config: "Config") -> None:
         )
     if max(config.rates) > 0:
         _check_selection(config)
+    if max(config.rates) > 0 or config.stores_blocks:
         _check_schedule(config)
+
+
+def _check_weights(config: "Config") -> None:
+    """Check settings of block-sparse matrices, and of the kernels that they use."""
+    sparse, kernels = config.sparsity, config.model.kernels
+    if kernels is not None and sparse.execution != "kernel" and not config.stores_blocks:
+        raise UserError(
+            f"model.kernels {kernels!r} needs sparsity.execution 'kernel', not"
+            f" {sparse.execution!r}, or sparsity.weights.density below 1"
+        )
+    if not config.stores_blocks:
+        return
+    if max(config.rates) > 0:
+        raise UserError(
+            f"sparsity.weights.density {sparse.weights.density:g} excludes omission rates above 0"
+            f" ({max(config.rates):g}): units are rows of dense matrices; accepted: one of the two"
+        )
+    if sparse.execution != "gather":
+        raise UserError(
+            f"sparsity.weights.density {sparse.weights.density:g} excludes sparsity.execution"
+            f" {sparse.execution!r}, which omits units; accepted: 'gather'"
+        )
 
 
 def _check_steps(config: "Config") -> None:
@@ -73,10 +101,26 @@ def _check_pipeline(config: "Config") -> None:
             f"train.accumulate {accumulate} is the number of microbatches of mesh.pipeline"
             f" {stages}; accepted: multiples of {stages}"
         )
-    if stages > 1 and max(config.rates) > 0:
+    sparse, rounds = config.sparsity, config.mesh.rounds
+    if rounds > 1 and stages == 1:
+        raise UserError(f"mesh.rounds {rounds} needs mesh.pipeline 2 or more, not 1")
+    if rounds > 1 and sparse.execution == "mask":
         raise UserError(
-            f"sparsity with mesh.pipeline {stages}: stages have equal layers, in which nothing is"
-            " omitted; accepted: omission rates of 0, or mesh.pipeline 1"
+            f"sparsity.execution 'mask' excludes mesh.rounds {rounds}: masked layers are not split"
+            " into rounds; accepted: gather, or mesh.rounds 1"
+        )
+    if stages == 1 or max(config.rates) == 0:
+        return
+    if sparse.refresh_every == 0:
+        raise UserError(
+            f"sparsity.refresh_every 0 excludes mesh.pipeline {stages}: all microbatches share one"
+            " selection; accepted: refresh_every 1 or more"
+        )
+    if METRICS[sparse.metric].needs == ("inputs",):
+        accepted = (name for name, metric in METRICS.items() if metric.needs != ("inputs",))
+        raise UserError(
+            f"sparsity.metric {sparse.metric!r} excludes mesh.pipeline {stages}: stages do not"
+            f" observe the inputs of training steps; accepted: {', '.join(accepted)}"
         )
 
 

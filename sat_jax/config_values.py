@@ -49,7 +49,7 @@ class Key:
         if self.above is not None:
             text += f" > {self.above:.10g}"
         if self.high is not None:
-            text += f"{',' if self.low is not None else ''} <= {self.high:.10g}"
+            text += f"{'' if self.low is self.above is None else ','} <= {self.high:.10g}"
         return text + (", or None" if len(options) < len(_options(self.type)) else "")
 
 

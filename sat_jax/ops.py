@@ -1,11 +1,13 @@
-"""Wrapper around `kernels`: products with the kept channels, computed from full matrices, and
-products with stored blocks, `column_matmul` and `row_matmul` with a `BlockMask`, as they are."""
+"""Wrapper around `kernels`: products with the kept channels, computed from full matrices. Products
+with stored blocks (`column_matmul`, `row_matmul` and `gelu_mlp` with a `BlockMask`) as they are."""
 
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels.block_sparse_matmul import ACTIVATIONS as ACTIVATIONS
+from kernels.block_sparse_matmul import Activation as Activation
 from kernels.block_sparse_matmul import BlockMask as BlockMask
 from kernels.block_sparse_matmul import (
     KeptRows,
@@ -15,6 +17,7 @@ from kernels.block_sparse_matmul import (
     row_matmul,
     swiglu_mlp,
 )
+from kernels.block_sparse_matmul import gelu_mlp as gelu_mlp
 
 Implementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
 

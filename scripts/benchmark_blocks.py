@@ -27,21 +27,20 @@ CASES = [Case(block, density) for block in (128, 64) for density in (0.25, 0.125
 def mlp_calls(tokens: int, case: Case) -> Calls:
     """Return a GELU MLP with all its gradients: dense, and with two block-sparse matrices."""
     mask, random = balanced_mask(case), np.random.default_rng(0)
-    x, *dense = _normal(random, (tokens, WIDTH), *[(NEURONS, WIDTH)] * 2)
-    blocks = _normal(random, *[(mask.nonzero, case.block, case.block)] * 2)
+    matrix, blocks = (NEURONS, WIDTH), (mask.nonzero, case.block, case.block)
+    x, bias, *weights = _normal(random, (tokens, WIDTH), (NEURONS,), *[matrix] * 2, *[blocks] * 2)
 
-    def dense_mlp(x: Any, up: Any, down: Any) -> Any:
-        return jax.nn.gelu(x @ up.T) @ down
+    def dense_mlp(x: Any, up: Any, bias: Any, down: Any) -> Any:
+        return jax.nn.gelu(x @ up.T + bias) @ down
 
-    def sparse_mlp(x: Any, up: Any, down: Any, mask: block_sparse.BlockMask) -> Any:
-        return block_sparse.row_matmul(
-            jax.nn.gelu(block_sparse.column_matmul(x, up, mask)), down, mask
-        )
+    def sparse_mlp(x: Any, up: Any, bias: Any, down: Any, mask: block_sparse.BlockMask) -> Any:
+        return block_sparse.gelu_mlp(x, up, bias, down, mask, mask, activation="gelu_new")
 
     dense_call, sparse_call = (jax.jit(_with_gradients(mlp)) for mlp in (dense_mlp, sparse_mlp))
+    up, down, up_blocks, down_blocks = weights
     return {
-        "dense": lambda: dense_call(x, *dense),
-        "sat_jax": lambda: sparse_call(x, *blocks, mask),
+        "dense": lambda: dense_call(x, up, bias, down),
+        "sat_jax": lambda: sparse_call(x, up_blocks, bias, down_blocks, mask),
     }
 
 
@@ -87,10 +86,12 @@ def balanced_mask(case: Case) -> block_sparse.BlockMask:
 
 
 def _with_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function of the value and its gradients; the cotangent is the value."""
+    """Return a function of the value and the gradients of the first four arguments; the cotangent
+    is the value."""
 
-    def call(x: Any, up: Any, down: Any, *mask: block_sparse.BlockMask) -> Any:
-        value, vjp = jax.vjp(lambda *operands: function(*operands, *mask), x, up, down)
+    def call(*arguments: Any) -> Any:
+        operands, mask = arguments[:4], arguments[4:]
+        value, vjp = jax.vjp(lambda *operands: function(*operands, *mask), *operands)
         return value, vjp(value)
 
     return call

@@ -35,6 +35,11 @@ def parser() -> Parser:
         metavar="N",
         help="the checkpoint of a run after N steps, instead of the newest",
     )
+    add(
+        "--longrope",
+        action="store_true",
+        help="write a RoPE type that transformers does not have as longrope, with its frequencies",
+    )
     return options
 
 
@@ -69,6 +74,7 @@ def main() -> None:
         dtype=args.dtype,
         files=files,
         generation=weights.generation,
+        longrope=args.longrope,
     )
     count = sum(leaf.size for leaf in shapes(weights.config).values())
     suffix = "with its tokenizer" if files else "without a tokenizer"

@@ -247,7 +247,7 @@ def test_script_ends_an_answer_at_the_end_of_turn(
     [
         (["--include-path", "."], "--include-path has no effect with --answers"),
         (["--extract", r"(\d{9})"], "none of 3 can be used: question 'Once': no result in the"),
-        (["--extract", "text", "--max-new-tokens", "127"], "tokens and 127 new tokens exceed"),
+        (["--extract", "text", "--max-new-tokens", "127"], "tokens and 127 new tokens: the length"),
         (["--generations", "nowhere/x"], "nowhere/x: cannot be written: No such file"),
         (["--generations", "."], "cannot be written: Is a directory"),
         (["--shots", "2", "--shots-from", "one.jsonl"], "has 1 questions; --shots 2"),

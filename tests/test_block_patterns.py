@@ -3,16 +3,20 @@
 import numpy as np
 import pytest
 
+from sat_jax.errors import UserError
 from sat_jax.sparsity.block_patterns import (
+    BlockCounts,
+    Pattern,
+    block_counts,
     block_grid,
     blocks_per_row,
     butterfly,
     erk,
-    magnitude,
+    fill,
+    initial_blocks,
     random,
-    static_blocks,
 )
-from sat_jax.sparsity.block_updates import drop_fraction, grow_only, prune_grow
+from sat_jax.sparsity.block_updates import drop_fraction, prune_grow
 from tests.tolerances import assert_close
 from tests.user_errors import user_error
 
@@ -22,6 +26,10 @@ def drawn(*rows: str) -> np.ndarray:
     return np.array([[character == "x" for character in row] for row in rows])
 
 
+def counts_of(grid: tuple[int, int], per_row: int, longest: int = 99) -> BlockCounts:
+    return BlockCounts(grid, 8, per_row, longest)
+
+
 @pytest.mark.parametrize(
     ("grid", "count", "per_column"),
     [((8, 8), 1, 1), ((8, 4), 1, 2), ((4, 6), 3, 2), ((3, 5), 5, 3)],
@@ -29,7 +37,8 @@ def drawn(*rows: str) -> np.ndarray:
 def test_random_has_equal_rows_and_columns(
     grid: tuple[int, int], count: int, per_column: int
 ) -> None:
-    patterns = [random(grid, count, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    counts = counts_of(grid, count, per_column)
+    patterns = [random(counts, np.random.default_rng(seed)) for seed in (0, 0, 1)]
     for kept in patterns:
         assert kept.shape == grid
         assert set(kept.sum(axis=1)) == {count}
@@ -39,17 +48,49 @@ def test_random_has_equal_rows_and_columns(
 
 
 def test_random_refuses_unequal_columns() -> None:
-    assert user_error(lambda: random((8, 12), 4, np.random.default_rng(0))) == (
+    assert user_error(lambda: block_counts("random", {"up": (8, 12)}, 8, 1 / 3, False)) == (
         "pattern 'random' with 4 of 12 blocks in each of 8 block rows has unequal block columns;"
         " accepted: multiples of 3"
     )
 
 
-def test_magnitude_keeps_the_largest_of_each_row() -> None:
-    values = np.array([[1.0, 9, 3, 2], [0, 0, 0, 0], [5, 6, 7, 8]])
+def test_counts_of_uneven_patterns_limit_block_columns() -> None:
+    def counts(density: float, uneven: bool) -> BlockCounts:
+        return block_counts("random", {"up": (32, 8)}, 16, density, uneven)["up"]
+
+    assert counts(0.25, False) == BlockCounts((32, 8), 16, 2, 8)
+    assert not counts(0.25, False).uneven
+    assert counts(0.25, True) == BlockCounts((32, 8), 16, 2, 12)
+    assert counts(0.25, True).uneven
+    assert counts(0.5, True).longest == 32, "no limit can be guaranteed"
+    assert (counts(0.25, True).nonzero, counts(0.25, True).density) == (64, 0.25)
+
+
+def test_fill_takes_the_highest_scores_within_rows_and_columns() -> None:
+    scores = np.array([[1.0, 9, 3, 2], [0, 0, 0, 0], [5, 6, 7, 8]])
+    empty = np.zeros(scores.shape, bool)
     expected = drawn(".xx.", "xx..", "..xx")
-    np.testing.assert_array_equal(magnitude(values, 2), expected)
-    np.testing.assert_array_equal(magnitude(np.stack([values, values]), 2)[1], expected)
+    np.testing.assert_array_equal(fill(empty, scores, counts_of((3, 4), 2)), expected)
+    # At most two blocks in a column: row 0 takes columns 1 and 2, row 2 takes 3 and 2.
+    expected = drawn(".xx.", "xx..", "..xx")
+    np.testing.assert_array_equal(fill(empty, scores, counts_of((3, 4), 2, 2)), expected)
+    one = counts_of((4, 4), 1, 1)
+    scores = np.array([[4.0, 3, 2, 1]] * 4)
+    np.testing.assert_array_equal(fill(np.zeros((4, 4), bool), scores, one), np.eye(4, dtype=bool))
+    grown = fill(
+        drawn("x...", "xx.."), np.array([[9.0, 1, 3, 2], [9, 9, 0, 1]]), counts_of((2, 4), 3)
+    )
+    np.testing.assert_array_equal(grown, drawn("x.xx", "xx.x"))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_row_is_filled_within_the_limit(seed: int) -> None:
+    counts = block_counts("magnitude", {"up": (12, 9)}, 8, 1 / 3, uneven=True)["up"]
+    # All rows prefer the same columns.
+    scores = np.arange(9.0) + 0.1 * np.random.default_rng(seed).random((12, 9))
+    kept = fill(np.zeros((12, 9), bool), scores, counts)
+    assert set(kept.sum(axis=1)) == {3}
+    assert kept.sum(axis=0).max() == counts.longest == 6
 
 
 def test_butterfly_has_strides_of_powers_of_two() -> None:
@@ -94,29 +135,28 @@ def test_erk_makes_dense_what_would_be_denser() -> None:
     assert erk({"a": (4, 4), "b": (8, 2)}, 1.0) == {"a": 1.0, "b": 1.0}
 
 
-def test_static_blocks_of_all_matrices() -> None:
-    rng = np.random.default_rng(0)
-    values = {"up": rng.random((2, 16, 8)), "query": rng.random((2, 8, 8))}
-    kept = {
-        name: static_blocks(name, values, 0.25, seed=0)
-        for name in ("random", "magnitude", "butterfly", "erk")
-    }
-    for name in ("random", "magnitude", "butterfly"):
-        for path, layers in kept[name].items():
-            assert layers.shape == values[path].shape
-            assert (layers.sum(axis=-1) == 2).all()
+def test_first_blocks_of_all_patterns() -> None:
+    grids, norms = {"up": (16, 8), "query": (8, 8)}, np.random.default_rng(0).random((2, 8, 8))
+
+    def blocks(pattern: Pattern, path: str = "query", uneven: bool = False) -> np.ndarray:
+        counts = block_counts(pattern, grids, 8, 0.25, uneven)[path]
+        values = norms if path == "query" else np.ones((2, 16, 8))
+        return initial_blocks(pattern, path, counts, values, seed=0)
+
+    assert blocks("random").shape == (2, 8, 8)
+    assert (blocks("random").sum(axis=-1) == 2).all()
+    assert (blocks("random") == blocks("random")).all()
+    assert (blocks("random")[0] != blocks("random")[1]).any(), "layers draw for themselves"
+    assert (blocks("random") != blocks("erk")).sum() == 0, "the same density here"
+    assert (blocks("random", uneven=True).sum(axis=-1) == 2).all()
     # A quarter of 128 + 64 blocks is 48, in the ratio 24 to 16: 28.8 and 19.2, rounded by row.
-    assert {path: layers[0].sum() for path, layers in kept["erk"].items()} == {
-        "up": 16 * 2,
-        "query": 8 * 2,
-    }
-    first, second = kept["random"]["query"]
-    assert (first != second).any(), "layers draw for themselves"
-    assert (kept["butterfly"]["query"][0] == kept["butterfly"]["query"][1]).all()
-    np.testing.assert_array_equal(kept["magnitude"]["up"][1], magnitude(values["up"][1], 2))
-    assert user_error(lambda: static_blocks("circles", values, 0.25, 0)) == (
-        "pattern 'circles'; accepted: random, magnitude, erk, butterfly"
-    )
+    assert (blocks("erk", "up")[0].sum(), blocks("erk")[0].sum()) == (16 * 2, 8 * 2)
+    with pytest.raises(UserError, match="pattern 'butterfly' with 1 blocks"):
+        block_counts("butterfly", grids, 8, 0.125, uneven=False)
+    assert (blocks("butterfly")[0] == butterfly((8, 8), 2)).all()
+    counts = block_counts("magnitude", grids, 8, 0.25, uneven=True)["query"]
+    expected = fill(np.zeros((8, 8), bool), norms[1], counts)
+    np.testing.assert_array_equal(blocks("magnitude", uneven=True)[1], expected)
 
 
 def test_blocks_per_row() -> None:
@@ -139,25 +179,19 @@ def test_a_block_divides_a_matrix() -> None:
     assert "accepted: none" in user_error(lambda: block_grid("up", 12, 16, 4))
 
 
-def test_prune_grow_drops_the_smallest_and_grows_by_gradient() -> None:
+def test_prune_grow_drops_the_smallest_of_a_layer_and_grows_by_gradient() -> None:
     kept = drawn("xxxx....", "....xxxx")
-    norms = np.array([[4.0, 1, 3, 2, 0, 0, 0, 0], [0, 0, 0, 0, 1, 2, 3, 4]])
+    norms = np.array([[9.0, 1, 7, 3, 0, 0, 0, 0], [0, 0, 0, 0, 4, 2, 6, 8]])
     gradients = np.array([[9.0, 0, 9, 1, 5, 6, 2, 0], [1, 2, 3, 4, 9, 9, 9, 9]])
-    # 0.6 · 4 = 2.4: two of each row. In the second row the dropped have the largest gradients.
-    expected = drawn("x.x.xx..", "....xxxx")
-    np.testing.assert_array_equal(prune_grow(kept, norms, gradients, 0.6), expected)
-    np.testing.assert_array_equal(prune_grow(kept, norms, gradients, 0.2), kept)
-    both = prune_grow(*(np.stack([x, x]) for x in (kept, norms, gradients)), 0.6)
-    np.testing.assert_array_equal(both, np.stack([expected, expected]))
+    counts = counts_of((2, 8), 4)
 
+    def changed(fraction: float) -> np.ndarray:
+        return prune_grow(kept, norms, gradients, fraction, counts)
 
-def test_grow_only_adds_the_largest_gradients() -> None:
-    kept = drawn("x...", "xx..")
-    gradients = np.array([[9.0, 1, 3, 2], [9, 9, 0, 1]])
-    np.testing.assert_array_equal(grow_only(kept, gradients, 3), drawn("x.xx", "xx.x"))
-    message = "grow_only to 1 blocks in a block row; accepted: 2 to 4"
-    assert user_error(lambda: grow_only(kept, gradients, 1)) == message
-    assert "grow_only to 5" in user_error(lambda: grow_only(kept, gradients, 5))
+    # 0.4 · 8 = 3.2: the blocks of norms 1, 2 and 3. In the second row the dropped one returns.
+    np.testing.assert_array_equal(changed(0.4), drawn("x.x.xx..", "....xxxx"))
+    np.testing.assert_array_equal(changed(0.125), drawn("x.xx.x..", "....xxxx"))
+    np.testing.assert_array_equal(changed(0.12), kept)
 
 
 def test_drop_fraction_is_a_cosine() -> None:

@@ -1,5 +1,6 @@
-"""Block-sparse weights: products, layouts, whole models and their training state."""
+"""Block-sparse weights: products, layouts, whole models, gradients of blocks, training state."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,20 +14,28 @@ from sat_jax.config import OptimizerConfig
 from sat_jax.models.build import layout_of
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.gpt2 import GPT2Config
+from sat_jax.models.gpt_neox import GPTNeoXConfig
 from sat_jax.models.llama import LlamaConfig
-from sat_jax.nn.block_sparse import BlockSparse
+from sat_jax.nn.block_sparse import BlockSparse, take_blocks
 from sat_jax.nn.decoder import Compute
 from sat_jax.nn.layout import flat_values, make_layout
 from sat_jax.nn.linear import PRODUCT
-from sat_jax.sparsity.block_patterns import block_magnitudes, static_blocks
-from sat_jax.sparsity.execution.blocks import Blocks
-from sat_jax.sparsity.execution.state import TrainState, map_trees, new_state, optimizer_step
+from sat_jax.nn.loss import next_token_loss
+from sat_jax.sparsity.block_patterns import BlockCounts, block_counts, initial_blocks
+from sat_jax.sparsity.execution.state import TrainState, new_state, optimizer_step
 from sat_jax.sparsity.flops import forward_flops
-from sat_jax.sparsity.plan import make_plan
-from sat_jax.sparsity.rows import Kept
+from sat_jax.sparsity.plan import Stored
+from sat_jax.sparsity.stored_blocks import (
+    block_grids,
+    block_layout,
+    block_norms,
+    change_blocks,
+    dense_reader,
+)
+from sat_jax.train.block_gradients import block_gradients
 from sat_jax.train.optimizer import make_optimizer
-from tests.executions import ROWS, Result, assert_gradients_close, differentiate, equal, plain, run
-from tests.small_models import compact_state, expand_state, neurons, random_params
+from tests.executions import ROWS, Result, differentiate, equal, plain
+from tests.small_models import batch, random_params
 from tests.tolerances import assert_close
 from tests.user_errors import user_error
 
@@ -40,111 +49,139 @@ SIZES: dict[str, Any] = {
     "max_positions": 32,
 }
 MODELS: dict[str, DecoderConfig] = {
-    "gpt2": GPT2Config(**SIZES),
+    "gpt2": GPT2Config(**SIZES),  # gelu_new
+    "gpt_neox": GPTNeoXConfig(**SIZES),  # gelu
     "llama": LlamaConfig(**SIZES, n_kv_heads=2, head_dim=8),
 }
-MLP = {"gpt2": ("up", "down"), "llama": ("gate", "up", "down")}
-
-
-def paths(family: str) -> list[str]:
-    attention = [f"layers/attention/{name}" for name in ("query", "key", "value", "output")]
-    return attention + [f"layers/mlp/{name}" for name in MLP[family]]
 
 
 @functools.cache
-def sparse_params(family: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Return full parameters with zeros in half of the blocks, and the kept blocks by path."""
+def stored_blocks(family: str, density: float = 0.5) -> Stored:
+    grids = block_grids(layout_of(MODELS[family]), "all", BLOCK)
+    return tuple(block_counts("random", grids, BLOCK, density, uneven=False).items())
+
+
+@functools.cache
+def columns_by_path(family: str, seed: int = 1, density: float = 0.5) -> dict[str, jax.Array]:
+    """Return the block columns of random blocks by path of the matrix."""
+    columns = {}
+    for path, counts in stored_blocks(family, density):
+        kept = initial_blocks("random", path, counts, np.ones((2, *counts.grid)), seed)
+        columns[path] = jnp.asarray(np.nonzero(kept)[2].reshape(2, counts.grid[0], -1), jnp.int32)
+    return columns
+
+
+def entries(family: str, path: str) -> np.ndarray:
+    """Return True for the entries of the array at a path that are in stored blocks."""
+    shape = layout_of(MODELS[family]).shapes[path].shape
+    columns = np.asarray(columns_by_path(family)[path])
+    kept = np.zeros((*columns.shape[:2], shape[-1] // BLOCK), bool)
+    np.put_along_axis(kept, columns, True, axis=2)
+    return kept.repeat(BLOCK, axis=1).repeat(BLOCK, axis=2).reshape(shape)
+
+
+@functools.cache
+def sparse_params(family: str) -> dict[str, np.ndarray]:
+    """Return full parameters with zeros outside the stored blocks."""
     params = dict(random_params(MODELS[family]))
-    magnitudes = {p: block_magnitudes(p, params[p], BLOCK) for p in paths(family)}
-    kept = static_blocks("random", magnitudes, 0.5, seed=1)
-    for path, blocks in kept.items():
-        entries = blocks.repeat(BLOCK, axis=1).repeat(BLOCK, axis=2)
-        params[path] = params[path] * entries.reshape(params[path].shape)
-    return params, kept
+    return params | {p: params[p] * entries(family, p) for p, _ in stored_blocks(family)}
+
+
+def weight_of(array: Any, columns: jax.Array, counts: BlockCounts) -> BlockSparse:
+    return BlockSparse.of(jnp.asarray(array), columns, counts.longest)
 
 
 def block_sparse(family: str) -> dict[str, Any]:
     """Return `sparse_params` with block-sparse weights."""
-    params, kept = sparse_params(family)
-    return params | {p: BlockSparse.of(params[p], BlockMask.of(kept[p], BLOCK)) for p in kept}
+    params, columns = sparse_params(family), columns_by_path(family)
+    return params | {p: weight_of(params[p], columns[p], c) for p, c in stored_blocks(family)}
 
 
 # --- Weights ---
 
-KEPT = np.array([[1, 0], [0, 1], [1, 1]], bool)
-ARRAY = np.random.default_rng(0).normal(size=(3, 8, 16)).astype(np.float32)  # units 3 and 8
+# Rows of blocks 0, 1 and 2 store the block columns 1 and 2, 0 and 2, 0 and 1 of three.
+COLUMNS = jnp.array([[1, 2], [0, 2], [0, 1]], jnp.int32)
+ARRAY = np.random.default_rng(0).normal(size=(3, 8, 24)).astype(np.float32)  # units 3 and 8
+WEIGHT = BlockSparse.of(jnp.asarray(ARRAY), COLUMNS, longest=2)
 
 
 def test_blocks_of_an_array_and_the_array_again() -> None:
-    weight = BlockSparse.of(jnp.asarray(ARRAY), BlockMask.of(KEPT, BLOCK))
-    assert weight.shape == (3, 8, 16)
-    expected = np.stack([ARRAY[0, :, :8], ARRAY[1, :, 8:], ARRAY[2, :, :8], ARRAY[2, :, 8:]])
-    np.testing.assert_array_equal(weight.blocks, expected)
+    assert (WEIGHT.shape, WEIGHT.width) == ((3, 8, 24), 3)
+    expected = [[ARRAY[r, :, 8 * c : 8 * c + 8] for c in row] for r, row in enumerate(COLUMNS)]
+    np.testing.assert_array_equal(WEIGHT.blocks, expected)
     zeroed = ARRAY.copy()
-    zeroed[0, :, 8:] = zeroed[1, :, :8] = 0
-    np.testing.assert_array_equal(weight.dense(), zeroed)
+    for row, column in enumerate((0, 1, 2)):
+        zeroed[row, :, 8 * column : 8 * column + 8] = 0
+    np.testing.assert_array_equal(WEIGHT.dense(), zeroed)
 
 
 def test_products_and_gradients_are_those_of_the_dense_array() -> None:
     rng = np.random.default_rng(1)
-    x, a = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 5, 16), (2, 5, 3, 8)))
-    weight = BlockSparse.of(jnp.asarray(ARRAY), BlockMask.of(KEPT, BLOCK))
-    dense = weight.dense()
-    assert_close(weight.project(x), jnp.einsum("BTD,ngD->BTng", x, dense), "float32", "product")
-    assert_close(weight.combine(a), jnp.einsum("BTng,ngD->BTD", a, dense), "float32", "product")
+    x, a = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 5, 24), (2, 5, 3, 8)))
+    dense = WEIGHT.dense()
+    assert_close(WEIGHT.project(x), jnp.einsum("BTD,ngD->BTng", x, dense), "float32", "product")
+    assert_close(WEIGHT.combine(a), jnp.einsum("BTng,ngD->BTD", a, dense), "float32", "product")
 
     def scalar(blocks: jax.Array) -> jax.Array:
-        own = BlockSparse(blocks, weight.mask, weight.units)
+        own = dataclasses.replace(WEIGHT, blocks=blocks)
         return jnp.sum(own.project(x) * a) + jnp.sum(own.combine(a) * jnp.sin(x))
 
-    expected = jnp.einsum("BTD,BTng->ngD", x + jnp.sin(x), a)
-    assert_close(
-        jax.grad(scalar)(weight.blocks),
-        BlockSparse.of(expected, weight.mask).blocks,
-        "float32",
-        "product",
-    )
+    gradient = jnp.einsum("BTD,BTng->ngD", x + jnp.sin(x), a)
+    expected = take_blocks(gradient, COLUMNS)
+    assert_close(jax.grad(scalar)(WEIGHT.blocks), expected, "float32", "product")
 
 
 @pytest.mark.parametrize(("block", "implementation"), [(8, None), (128, "pallas_tpu")])
-def test_layers_may_have_different_numbers_of_empty_rows_and_columns(
-    block: int, implementation: Any
-) -> None:
-    columns = [
-        [[0], [1], [2], [3], [0], [1]],
-        [[0], [1], [2], [0], [0], [1]],  # column 3 is empty, column 0 has three blocks
-        [[0, 1], [1], [2], [3], [0], []],  # row 5 is empty, row 0 has two blocks
-    ]
-    kept = np.array([[np.isin(range(4), row) for row in layer] for layer in columns])
+def test_layers_may_have_block_columns_of_unequal_length(block: int, implementation: Any) -> None:
+    columns = jnp.array(
+        [
+            [[0], [1], [2], [3], [0], [1]],
+            [[0], [1], [2], [0], [0], [1]],  # column 3 is empty, column 0 has three blocks
+        ]
+    )
     rng = np.random.default_rng(2)
     arrays, x, a = (
         jnp.asarray(rng.normal(size=shape), jnp.float32)
-        for shape in ((3, 6 * block, 4 * block), (1, 8, 4 * block), (1, 8, 6 * block))
+        for shape in ((2, 6 * block, 4 * block), (1, 8, 4 * block), (1, 8, 6 * block))
     )
-    weight = BlockSparse.of(arrays, BlockMask.of(kept, block), implementation)
+    weight = BlockSparse.of(arrays, columns, longest=3)
+    weight = dataclasses.replace(weight, implementation=implementation)
 
     def layer(_: None, one: BlockSparse) -> tuple[None, Any]:
         return None, (one.project(x), one.combine(a), one.dense())
 
     _, (read, written, dense) = jax.lax.scan(layer, None, weight)
-    entries = kept.repeat(block, axis=1).repeat(block, axis=2)
-    np.testing.assert_array_equal(dense, arrays * entries)
     np.testing.assert_array_equal(weight.dense(), dense)
-    for n in range(3):
+    for n in range(2):
         assert_close(read[n], x @ dense[n].T, "float32", "product")
         assert_close(written[n], a @ dense[n], "float32", "product")
 
 
-def test_layers_keep_equally_many_blocks() -> None:
-    with pytest.raises(ValueError, match=r"layers keep \[4, 6\] blocks, expected one number"):
-        BlockMask.of(np.stack([KEPT, np.ones((3, 2), bool)]), BLOCK)
+def test_a_balanced_mask_is_the_mask_of_the_same_blocks() -> None:
+    kept = np.zeros((3, 3), bool)
+    np.put_along_axis(kept, np.asarray(COLUMNS), True, axis=1)
+    mask, expected = BlockMask.balanced(COLUMNS, 3, 8, longest=2), BlockMask.of(kept, 8)
+    for field in ("rows", "columns", "by_row", "row_lists", "column_lists"):
+        equal(getattr(mask, field), getattr(expected, field))
+    used = np.asarray(mask.by_column.valid) > 0
+    assert used.sum() == 6 and len(used) == 9, "a padding entry for each block column"
+    for field in ("result", "reduction", "slot"):
+        visited = np.asarray(getattr(mask.by_column, field))[used]
+        np.testing.assert_array_equal(visited, getattr(expected.by_column, field))
 
 
 def test_a_block_that_does_not_divide_a_matrix_is_refused() -> None:
-    array = np.zeros((2, 4, 12, 32), np.float32)
-    assert user_error(lambda: block_magnitudes("layers/mlp/up", array, 32)) == (
-        "block 32 of layers/mlp/up [48, 32]; accepted: 8, 16"
-    )
+    message = user_error(lambda: block_grids(layout_of(MODELS["gpt2"]), "mlp", 48))
+    assert message == "block 48 of layers/mlp/down [64, 32]; accepted: 8, 16, 32"
+
+
+def test_matrices_by_branch() -> None:
+    layout = layout_of(MODELS["llama"])
+    names = {b: [*block_grids(layout, b, BLOCK)] for b in ("all", "attention", "mlp")}
+    assert {p.split("/")[1] for p in names["attention"]} == {"attention"}
+    assert {p.split("/")[2] for p in names["mlp"]} == {"gate", "up", "down"}
+    assert sorted(names["attention"] + names["mlp"]) == sorted(names["all"])
+    assert block_grids(layout, "mlp", BLOCK)["layers/mlp/up"] == (8, 4)
 
 
 # --- Models ---
@@ -154,28 +191,25 @@ def test_a_block_that_does_not_divide_a_matrix_is_refused() -> None:
 def dense_result(family: str) -> Result:
     """Return the result of the dense model, without the gradient of GPT-2's biases of keys, which
     is 0 in exact arithmetic."""
-    result = plain(layout_of(MODELS[family]), sparse_params(family)[0])
-    result.gradients.pop("layers/attention/key_bias", None)
+    result = plain(layout_of(MODELS[family]), sparse_params(family))
+    if family == "gpt2":
+        result.gradients.pop("layers/attention/key_bias")
     return result
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", MODELS)
 def test_logits_and_gradients_are_those_of_the_dense_model(family: str) -> None:
-    kept = sparse_params(family)[1]
+    columns = columns_by_path(family)
     model = layout_of(MODELS[family]).bind(block_sparse(family))
     layout, flat = make_layout(model), flat_values(model)
     frozen = {p: x for p, x in flat.items() if not layout.leaves[p].trained}
     trained = {p: x for p, x in flat.items() if p not in frozen}
-    assert {p for p in flat if p.startswith("layers/mlp/up/")} >= {
-        "layers/mlp/up/blocks",
-        "layers/mlp/up/mask/rows",
-    }
-    assert not [p for p in trained if "/mask/" in p]
+    assert frozen.keys() == {f"{path}/columns" for path in columns}
     result = jax.jit(lambda t: differentiate(lambda t: layout.bind(frozen | t), t))(trained)
     assert_close(result.logits, dense_result(family).logits, "float32", "forward")
     for path, gradient in dense_result(family).gradients.items():
-        if path in kept:
-            expected = BlockSparse.of(gradient, BlockMask.of(kept[path], BLOCK)).blocks
+        if path in columns:
+            expected = take_blocks(gradient, columns[path])
             assert_close(result.gradients[f"{path}/blocks"], expected, "float32", "backward")
         else:
             assert_close(result.gradients[path], gradient, "float32", "backward")
@@ -183,21 +217,24 @@ def test_logits_and_gradients_are_those_of_the_dense_model(family: str) -> None:
 
 def test_the_layout_of_a_model_with_blocks() -> None:
     dense = layout_of(MODELS["llama"])
-    model = dense.bind(block_sparse("llama"))
-    layout = make_layout(model)
+    layout = block_layout(dense, stored_blocks("llama"))
+    made = make_layout(dense.bind(block_sparse("llama")))
+    assert (layout.leaves, layout.shapes) == (made.leaves, made.shapes)
     assert layout.units == dense.units, "sizes are those of the full arrays"
     leaf = layout.leaves["layers/mlp/up/blocks"]
-    assert leaf == (("layer", "block", "block_row", "block_column"), "read", True)
-    assert layout.shapes["layers/mlp/up/blocks"].shape == (2, 16, 8, 8)
-    assert layout.count_axes("layers/mlp/up/blocks") == 2
-    assert layout.leaves["layers/mlp/down/mask/columns"] == (("layer", "index"), "index", False)
+    axes = ("layer", "block_row", "block", "row_of_block", "column_of_block")
+    assert leaf == (axes, "read", True)
+    assert layout.shapes["layers/mlp/up/blocks"].shape == (2, 8, 2, 8, 8)
+    assert layout.count_axes("layers/mlp/up/blocks") == 3
+    leaf = layout.leaves["layers/mlp/down/columns"]
+    assert leaf == (("layer", "block_row", "index"), "index", False)
     optimizer = make_optimizer(OptimizerConfig(), 9, layout)
-    adam = jax.eval_shape(lambda: optimizer.init(flat_values(model))[0])
+    adam = jax.eval_shape(lambda: optimizer.init(dict(layout.shapes))[0])
     for tree in (adam.counts, adam.mu, adam.nu):
         assert {path for path in tree if path.startswith("layers/mlp/up")} == {
             "layers/mlp/up/blocks"
         }
-    assert adam.counts["layers/mlp/up/blocks"].shape == (2, 16)
+    assert adam.counts["layers/mlp/up/blocks"].shape == (2, 8, 2)
     half, full = (forward_flops(x, 16) for x in (layout, dense))
     assert (half.read, half.write, half.mixing) == (full.read / 2, full.write / 2, full.mixing)
 
@@ -209,107 +246,149 @@ def test_blocks_are_cast_and_products_saved_as_those_of_other_weights() -> None:
         return layout.bind(values)(ROWS.tokens, ROWS.segment_ids, ROWS.positions)
 
     program = str(jax.make_jaxpr(logits)(values))
-    assert "bf16[2,16,8,8]" not in program, "cast inside the layers, not before them"
-    assert "bf16[16,8,8]" in program
-    assert program.count(f"name={PRODUCT}") == 4  # query, key, value, up
+    assert "bf16[2,8,2,8,8]" not in program, "cast inside the layers, not before them"
+    assert "bf16[8,2,8,8]" in program
+    assert program.count(f"name={PRODUCT}") == 3  # query, key, value; the MLP is one operation
     actual = jax.jit(logits)(values)
     assert_close(actual, dense_result("gpt2").logits, "bfloat16", "forward")
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_gradients_of_all_blocks_are_those_of_the_dense_model(family: str) -> None:
+    layout, stored = layout_of(MODELS[family]), stored_blocks(family)
+    data, params = batch(MODELS[family]), flat_values(layout.bind(block_sparse(family)))
+
+    def loss(params: dict[str, jax.Array]) -> jax.Array:
+        return next_token_loss(layout.bind(params), *data)[0]
+
+    dense = jax.jit(jax.grad(loss))(sparse_params(family))
+    actual = jax.jit(lambda params: block_gradients(layout, stored, params, data))(params)
+    assert actual.keys() == {path for path, _ in stored}
+    for path, counts in stored:
+        (rows, columns), gradient = counts.grid, np.asarray(dense[path], np.float64)
+        blocks = gradient.reshape(2, rows, BLOCK, columns, BLOCK)
+        expected = np.sqrt((blocks**2).sum(axis=(2, 4)))
+        assert_close(actual[path], expected, "float32", "backward")
 
 
 # --- Training state ---
 
 
-def execution(family: str) -> tuple[Blocks, Kept]:
-    config = MODELS[family]
-    kept = {p: BlockMask.of(blocks, BLOCK) for p, blocks in sparse_params(family)[1].items()}
-    return Blocks(layout_of(config), make_plan(neurons(config), 0.0, 0.0)), (kept,)
-
-
-@pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
-def test_execution_with_blocks_is_the_dense_model(family: str) -> None:
-    blocks, kept = execution(family)
-    result = run(blocks, sparse_params(family)[0], kept)
-    assert_close(result.logits, dense_result(family).logits, "float32", "forward")
-    expected, omitted = blocks.compact(dense_result(family).gradients, kept)
-    assert not omitted
-    assert_gradients_close({path: result.gradients[path] for path in expected}, expected)
-
-
 def full_state(family: str) -> TrainState:
-    """Return a state whose moments and counts all differ from zero."""
-    layout = layout_of(MODELS[family])
+    """Return a dense state of a run that stores blocks, whose moments and counts all differ from
+    zero."""
+    layout, stored = layout_of(MODELS[family]), dict(stored_blocks(family))
     state = new_state(
         jax.tree.map(jnp.asarray, random_params(MODELS[family])),
-        make_optimizer(OptimizerConfig(), 9, layout),
+        make_optimizer(OptimizerConfig(), 9, layout, by_entry=stored.keys()),
     )
     return jax.tree.map(lambda x: x + 3, state)
 
 
-def by_path(state: TrainState) -> dict[str, tuple[Any, ...]]:
-    """Return by path the parameter, both moments and the update counts."""
+def to_blocks(family: str, state: TrainState, columns: Any) -> TrainState:
+    return change_blocks(state, columns, layout_of(MODELS[family]).shapes)
+
+
+def by_path(state: TrainState, path: str) -> tuple[Any, ...]:
+    """Return the parameter, both moments and the update counts."""
     adam = state.optimizer[0]
-    return {p: (x, adam.mu[p], adam.nu[p], adam.counts[p]) for p, x in state.params.items()}
+    return state.params[path], adam.mu[path], adam.nu[path], adam.counts[path]
 
 
-@pytest.mark.parametrize("family", MODELS)
-def test_state_of_blocks_round_trip(family: str) -> None:
-    blocks, kept = execution(family)
-    full = full_state(family)
-    compact, omitted = compact_state(blocks, full, kept)
-    expanded = expand_state(blocks, compact, omitted, kept)
-    equal(compact_state(blocks, expanded, kept)[0], compact)
-    for path, before in by_path(full).items():
-        after = by_path(expanded)[path]
-        if path not in kept[0]:
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_state_of_blocks_and_the_dense_state_again(family: str) -> None:
+    full, columns = full_state(family), columns_by_path(family)
+    sparse = to_blocks(family, full, columns)
+    optimizer = make_optimizer(
+        OptimizerConfig(), 9, block_layout(layout_of(MODELS[family]), stored_blocks(family))
+    )
+    assert jax.tree.map(jnp.shape, sparse) == jax.tree.map(
+        jnp.shape, jax.eval_shape(lambda: new_state(sparse.params, optimizer))
+    )
+    dense = to_blocks(family, sparse, {})
+    equal(to_blocks(family, dense, columns), sparse)
+    for path in full.params:
+        before, after = by_path(full, path), by_path(dense, path)
+        if path not in columns:
             equal(after, before)
             continue
-        mask = sparse_params(family)[1][path].repeat(BLOCK, axis=1).repeat(BLOCK, axis=2)
-        mask = mask.reshape(after[0].shape)
         for value, expected in zip(after, (before[0], 3.0, 3.0, 3), strict=True):
-            np.testing.assert_array_equal(value, np.where(mask, expected, 0))
+            np.testing.assert_array_equal(value, np.where(entries(family, path), expected, 0))
 
 
 def test_exchanged_blocks_start_at_zero() -> None:
-    blocks, kept = execution("llama")
-    state, omitted = compact_state(blocks, full_state("llama"), kept)
-    others = sparse_params("llama")[1] | {
-        "layers/mlp/up": np.roll(sparse_params("llama")[1]["layers/mlp/up"], 1, axis=2)
+    old, new = columns_by_path("llama"), columns_by_path("llama", seed=2)
+    state = to_blocks("llama", full_state("llama"), old)
+    exchanged = to_blocks("llama", state, new)
+    equal(exchanged, to_blocks("llama", to_blocks("llama", state, {}), new))
+    path = "layers/mlp/up"
+    was_stored = (new[path][..., None] == old[path][..., None, :]).any(axis=-1)
+    assert 0 < was_stored.sum() < was_stored.size
+    counts = exchanged.optimizer[0].counts[f"{path}/blocks"]
+    np.testing.assert_array_equal(counts, np.where(was_stored, 3, 0))
+
+
+def test_blocks_are_added() -> None:
+    few = {path: columns[..., 1:] for path, columns in columns_by_path("llama").items()}
+    state = to_blocks("llama", full_state("llama"), few)
+    more = to_blocks("llama", state, columns_by_path("llama"))
+    equal(more, to_blocks("llama", to_blocks("llama", state, {}), columns_by_path("llama")))
+
+
+def test_norms_of_blocks() -> None:
+    stored, shapes = stored_blocks("llama"), layout_of(MODELS["llama"]).shapes
+    dense = block_norms(sparse_params("llama"), stored, shapes)
+    state = to_blocks("llama", full_state("llama"), columns_by_path("llama"))
+    params = state.params | {
+        f"{p}/blocks": take_blocks(jnp.asarray(sparse_params("llama")[p]), c)
+        for p, c in columns_by_path("llama").items()
     }
-    new = ({path: BlockMask.of(others[path], BLOCK) for path in others},)
-    exchanged = map_trees(lambda tree: blocks.exchange(tree, kept, new), state)
-    by_full = compact_state(blocks, expand_state(blocks, state, omitted, kept), new)[0]
-    equal(exchanged, by_full)
-    was_kept = sparse_params("llama")[1]["layers/mlp/up"][others["layers/mlp/up"]].reshape(2, -1)
-    assert 0 < was_kept.sum() < was_kept.size
-    counts = exchanged.optimizer[0].counts["layers/mlp/up"][0]
-    np.testing.assert_array_equal(counts, np.where(was_kept, 3, 0))
+    for path, counts in stored:
+        (rows, columns), array = counts.grid, sparse_params("llama")[path]
+        expected = np.abs(array).reshape(2, rows, BLOCK, columns, BLOCK).mean(axis=(2, 4))
+        assert_close(dense[path], expected, "float32", "forward")
+        assert_close(block_norms(params, stored, shapes)[path], expected, "float32", "forward")
+
+
+def test_dense_parameters_are_read_from_blocks() -> None:
+    columns, params = columns_by_path("gpt2"), sparse_params("gpt2")
+    layout = layout_of(MODELS["gpt2"])
+    stored = {p: np.asarray(x) for p, x in flat_values(layout.bind(block_sparse("gpt2"))).items()}
+    read = dense_reader(stored.__getitem__, stored.keys(), layout.shapes)
+    for path in layout.leaves:
+        np.testing.assert_array_equal(read(path), params[path])
+    assert "layers/mlp/up" in columns
 
 
 def test_only_stored_blocks_have_state_and_the_rest_starts_at_zero() -> None:
-    blocks, kept = execution("gpt2")
-    layout, params = blocks.layout, sparse_params("gpt2")[0]
-    optimizer = make_optimizer(OptimizerConfig(), 9, layout)
-    full = new_state(jax.tree.map(jnp.asarray, params), optimizer)
-    state, omitted = compact_state(blocks, full, kept)
-    adam = state.optimizer[0]
-    for path in kept[0]:
-        half = 4 * params[path].size // 2
-        for tree in (state.params, adam.mu, adam.nu):
-            assert sum(x.nbytes for x in tree[path]) == half
-        assert adam.counts[path][0].shape == (2, half // (4 * 2 * BLOCK**2))
+    dense, columns = layout_of(MODELS["gpt2"]), columns_by_path("gpt2")
+    layout = block_layout(dense, stored_blocks("gpt2"))
+    params = {p: jnp.asarray(x) for p, x in flat_values(dense.bind(block_sparse("gpt2"))).items()}
+    data = batch(MODELS["gpt2"])
 
-    @jax.jit
-    def step(gradients: Any, state: TrainState) -> TrainState:
-        return optimizer_step(optimizer, gradients, jnp.float32(1), state)
+    def step(layout: Any, state: TrainState, optimizer: Any) -> TrainState:
+        def loss(trained: Any) -> jax.Array:
+            return next_token_loss(layout.bind(state.params | trained), *data)[0]
 
-    expanded = expand_state(blocks, step(run(blocks, params, kept).gradients, state), omitted, kept)
-    dense = plain(layout, expanded.params)
-    assert_close(dense.logits, run(blocks, expanded.params, kept).logits, "float32", "forward")
-    for path, mask in kept[0].items():
-        _, *moments, counts = by_path(expanded)[path]
-        for values in (*moments, counts):
-            assert values.shape == params[path].shape
-            assert np.count_nonzero(values) == mask.nonzero * BLOCK**2 * len(mask.rows)
+        trained = {p: x for p, x in state.params.items() if layout.leaves[p].trained}
+        return optimizer_step(optimizer, jax.grad(loss)(trained), jnp.float32(1), state)
+
+    sparse_optimizer = make_optimizer(OptimizerConfig(), 9, layout)
+    state = new_state(params, sparse_optimizer)
+    for path in columns:
+        for tree in (state.params, state.optimizer[0].mu, state.optimizer[0].nu):
+            assert tree[f"{path}/blocks"].nbytes == dense.shapes[path].size * 4 // 2
+    state = jax.jit(lambda s: step(layout, s, sparse_optimizer))(state)
+    expanded = to_blocks("gpt2", state, {})
+    logits = [
+        jax.jit(lambda p, f=form: f.bind(p)(ROWS.tokens))(params)
+        for form, params in ((layout, state.params), (dense, expanded.params))
+    ]
+    assert_close(logits[1], logits[0], "float32", "forward")
+    optimizer = make_optimizer(OptimizerConfig(), 9, dense, by_entry=columns.keys())
     # The dense phase begins with a first step of Adam for new entries, a second for stored ones.
-    after = by_path(step(dense.gradients, expanded))["layers/mlp/up"]
-    assert {*np.unique(after[-1])} == {1, 2}
+    after = jax.jit(lambda s: step(dense, s, optimizer))(expanded)
+    for path in columns:
+        np.testing.assert_array_equal(
+            after.optimizer[0].counts[path], np.where(entries("gpt2", path), 2, 1)
+        )

@@ -123,13 +123,20 @@ def valid(key: Key) -> st.SearchStrategy[Any]:
 
 # Settings whose accepted values depend on other settings.
 DEPENDENT = {
-    *("model.preset", "train.accumulate", "optimizer.warmup_steps", "optimizer.moments"),
+    *(
+        "model.preset",
+        "model.path",
+        "train.accumulate",
+        "optimizer.warmup_steps",
+        "optimizer.moments",
+    ),
     "optimizer.decay_share",
     *("sparsity.split", "sparsity.rungs", "sparsity.schedule", "sparsity.dense_start"),
     "sparsity.min_gain",
     *("sparsity.refresh_every", "sparsity.least_squares_correction"),
-    "sparsity.dense_layers",
-    *("mesh.data", "mesh.tensor", "mesh.pipeline", "sparsity.execution", "model.kernels"),
+    *("sparsity.dense_layers", "sparsity.weights.density"),
+    *("mesh.data", "mesh.tensor", "mesh.pipeline", "mesh.rounds"),
+    *("sparsity.execution", "model.kernels"),
     *(f"data.{field.name}" for field in dataclasses.fields(DataFormat)),
 }
 assert KEYS.keys() >= DEPENDENT
@@ -174,9 +181,11 @@ BASE = {
 }
 NEEDS = {
     "mesh.pipeline": {"train.accumulate": 3},
+    "mesh.rounds": {"mesh.pipeline": 2, "train.accumulate": 2, "sparsity.execution": "gather"},
     "model.kernels": {"sparsity.execution": "kernel", "sparsity.block": 64},
     "optimizer.decay_share": {"optimizer.schedule": "wsd"},
     "sparsity.min_gain": {"sparsity.schedule": "auto"},
+    "sparsity.weights.density": {"sparsity.execution": "gather"},
     **{
         f"data.{name}_field": {"data.format": "prompt_completion"}
         for name in ("prompt", "completion")

@@ -30,7 +30,8 @@ from tests.test_config import built, refusal
         ),
         (
             {"model__kernels": "xla"},
-            "model.kernels 'xla' needs sparsity.execution 'kernel', not 'gather'",
+            "model.kernels 'xla' needs sparsity.execution 'kernel', not 'gather', or"
+            " sparsity.weights.density below 1",
         ),
         (
             {"sparsity__execution": "kernel", "sparsity__block": 96},
@@ -155,6 +156,29 @@ from tests.test_config import built, refusal
             "sparsity.rate_mlp is (0.1, 1.1); accepted: float or floats separated by commas >= 0,"
             " <= 1, or None",
         ),
+        (
+            {"sparsity__weights__density": 0.25, "sparsity__rate": 0.5},
+            "sparsity.weights.density 0.25 excludes omission rates above 0 (0.5): units are rows of"
+            " dense matrices; accepted: one of the two",
+        ),
+        (
+            {"sparsity__weights__density": 0.25, "sparsity__execution": "mask"},
+            "sparsity.weights.density 0.25 excludes sparsity.execution 'mask', which omits units;"
+            " accepted: 'gather'",
+        ),
+        (
+            {"sparsity__weights__density": 0.25, "sparsity__split": 1.0},
+            "sparsity.split 1.0 leaves the ladder no dense step; accepted: below 1",
+        ),
+        (
+            {"sparsity__weights__density": 0.0},
+            "sparsity.weights.density is 0.0; accepted: float > 0, <= 1",
+        ),
+        (
+            {"model__path": "somewhere", "model__d_ff": 64},
+            "model.d_ff changes the shape of a preset, and model.path 'somewhere' has its own;"
+            " accepted: one of the two",
+        ),
         ({"sparsity": 3}, "sparsity is 3; accepted: a group of settings"),
     ],
 )
@@ -169,5 +193,6 @@ def test_settings_that_fit_together() -> None:
     late = {"sparsity__dense_start": 0.6, "sparsity__schedule": "constant"}
     assert built(sparsity__rate=0.5, **late)
     assert built(mesh__tensor=2, sparsity__balance=4)
+    assert built(sparsity__weights__density=0.5, model__kernels="xla").stores_blocks
     assert built(model__preset=None, model__path="somewhere")
     assert built(optimizer__moments="decay", sparsity__execution="mask")

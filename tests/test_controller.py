@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sat_jax.config import SparsityConfig
+from sat_jax.config import SparsityConfig, WeightSparsityConfig
 from sat_jax.errors import UserError
 from sat_jax.nn.layout import Unit
 from sat_jax.sparsity.controller import Controller, make_controller
@@ -98,6 +98,30 @@ def test_auto_begins_no_rung_later_than_a_ladder() -> None:
     made = auto()
     assert evaluated(made, {2: 5.0, 8: 5.0, 12: 4.9}) == []
     assert borders(made) == [(0, 8), (8, 12), (12, 16)]
+
+
+def test_densities_of_block_sparse_matrices_follow_the_schedule() -> None:
+    def made(**weights: Any) -> Controller:
+        changes = {"weights": WeightSparsityConfig(density=0.25, block=8, **weights)}
+        config = SparsityConfig(rungs=2, **changes)
+        return make_controller(config, NEURONS, 16, (0.0, 0.0), 1, grids={"up": (8, 16)})
+
+    def described(made: Controller) -> list[Any]:
+        counts = [dict(rung.plan.stored).get("up") for rung in made.rungs]
+        return [
+            (r.start, r.rate, c and (c.per_row, c.longest))
+            for r, c in zip(made.rungs, counts, strict=True)
+        ]
+
+    # The first pattern has equal block columns, what grows later has not.
+    assert described(made()) == [(0, 0.75, (4, 2)), (8, 0.375, (10, 8)), (12, 0.0, None)]
+    assert described(made(pattern="magnitude"))[0] == (0, 0.75, (4, 3))
+    assert not made().sparse and not any(made().refreshes(step) for step in range(16))
+    assert made().neurons.is_dense(made().rungs[-1].plan)
+    assert not made().neurons.is_dense(made().rungs[0].plan)
+    assert not any(made(update_every=2).exchanges(step) for step in range(16))
+    exchanged = made(update="rigl", update_every=3)
+    assert [step for step in range(16) if exchanged.exchanges(step)] == [3, 6, 11]
 
 
 def test_a_ladder_ignores_evaluations() -> None:

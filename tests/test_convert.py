@@ -24,6 +24,7 @@ from sat_jax.train.checkpoint import Checkpoints
 from sat_jax.train.files import write_json
 from sat_jax.train.inputs import write_model
 from sat_jax.train.run_weights import generation_settings
+from sat_jax.train.setup import set_up
 from sat_jax.train.workdir import WorkDir
 from scripts.convert import main
 from tests.test_gguf import METADATA, golden_tensors, write
@@ -154,6 +155,22 @@ def test_a_damaged_tokenizer_is_an_error(convert: Convert, tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer\.json"):
         convert(tmp_path / "model", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_rope_that_transformers_does_not_have(convert: Convert, tmp_path: Path) -> None:
+    """It is refused, also before a run that would export it, unless longrope may replace it."""
+    shutil.copytree(GOLDEN / "llama_gqa", tmp_path / "model")
+    raw = json.loads((GOLDEN / "llama_gqa" / "config_legacy.json").read_text())
+    raw |= {"rope_scaling": {"rope_type": "ntk", "factor": 2.0}}
+    write_json(tmp_path / "model" / "config.json", raw)
+    with pytest.raises(UserError, match=r"no rope type 'ntk' \(its frequencies can be .*longrope"):
+        convert(tmp_path / "model", "--out", tmp_path / "out")
+    settings = {"model": {"path": str(tmp_path / "model")}, "export": {"huggingface": True}}
+    with pytest.raises(UserError, match="transformers has no rope type 'ntk'"):
+        set_up(from_config_dict(settings | {"data": {"row_length": 64}}), print)
+    convert(tmp_path / "model", "--out", tmp_path / "out", "--longrope")
+    config = open_weights(tmp_path / "out").config
+    assert config.rope is not None and config.rope.type == "longrope"
 
 
 def test_misuse_is_a_user_error(finished_run: Path, convert: Convert, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from sat_jax.errors import UserError
 from sat_jax.interop import load_model, open_weights, save_model
 from sat_jax.interop.huggingface import Dtype, write_directory
 from sat_jax.interop.huggingface_config import config_to_json
+from sat_jax.models.build import build
 from sat_jax.nn.rope import RopeConfig
 from sat_jax.tokenizer_files import read_tokenizer_files
 from tests.small_models import CONFIGS
@@ -155,6 +156,24 @@ def test_a_model_that_no_architecture_has_is_not_written(tmp_path: Path) -> None
         write_directory(tmp_path / "out", config, open_weights(GOLDEN / "qwen3").read)
     with pytest.raises(UserError, match="dynamic RoPE with original_max_positions 16"):
         config_to_json(replace(CONFIGS["gqa"], rope=RopeConfig(1e4, "dynamic", 2.0, 16)), "float32")
+
+
+def test_rope_that_transformers_does_not_have(tmp_path: Path) -> None:
+    """It is refused by name, or written as longrope with the same logits."""
+    weights = open_weights(GOLDEN / "llama_gqa")
+    for rope, offer in (
+        (RopeConfig(1e4, "dynamic_yarn", 1.0, 32), "; accepted: default, linear, yarn, dynamic"),
+        (RopeConfig(1e4, "yarn_paper", 4.0, 32), " .its frequencies can be written as longrope"),
+    ):
+        config = replace(weights.config, rope=rope)  # type: ignore[call-arg]
+        with pytest.raises(UserError, match=f"no rope type '{rope.type}'{offer}"):
+            write_directory(tmp_path / "out", config, weights.read)
+    write_directory(tmp_path / "out", config, weights.read, longrope=True)
+    written = load_model(tmp_path / "out")
+    assert written.config.rope.type == "longrope"
+    tokens = jnp.arange(60)[None]
+    expected = build(config, weights.read)(tokens)
+    assert_close(written(tokens), expected, "float32", "forward")
 
 
 def test_tokenizer_and_generation_files(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Generation: agreement of cached decoding with full forward passes; stops and sampling."""
 
-import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,35 +20,20 @@ from sat_jax.evaluate import eval_model
 from sat_jax.evaluate import generate as module
 from sat_jax.evaluate.generate import GREEDY, Sampling, generate, stream
 from sat_jax.evaluate.text_stream import TextStream
-from sat_jax.interop import load_model, open_weights
+from sat_jax.interop import open_weights
 from sat_jax.models.build import layout_of
-from sat_jax.nn.decoder import Decoder, for_decoding
+from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.layout import flat_values
 from sat_jax.nn.rope import RopeConfig
 from sat_jax.train.inputs import write_model
 from sat_jax.train.workdir import WorkDir
 from scripts import generate as script
+from tests.cached_decoding import cached_logits, changed, golden, left_padded, prompts_of
 from tests.golden_model import GOLDEN, logits_of, tokenizer_with
 from tests.tolerances import assert_close
 
 YARN = RopeConfig(type="yarn", factor=4.0, original_max_positions=8)
 DYNAMIC = RopeConfig(type="dynamic", factor=2.0, original_max_positions=8)
-
-
-@functools.cache
-def golden(name: str, dtype: str = "float32") -> Decoder:
-    return load_model(GOLDEN / name, dtype)
-
-
-def changed(model: Decoder, **fields: object) -> Decoder:
-    model = nnx.merge(*nnx.split(model))
-    model.config = dataclasses.replace(model.config, **fields)
-    return model
-
-
-def prompts_of(model: Decoder, *lengths: int) -> list[list[int]]:
-    rng = np.random.default_rng(0)
-    return [rng.integers(model.config.vocab_size, size=length).tolist() for length in lengths]
 
 
 def greedy_without_cache(
@@ -61,38 +44,6 @@ def greedy_without_cache(
     for _ in range(count):
         tokens.append(int(logits_of(tokens, length, model)[-1].argmax()))
     return tokens[len(prompt) :]
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "length"))
-def _extend(graph, params, cache, tokens, segment_ids, positions, length):
-    model = nnx.merge(graph, params)
-    x_BTD, cache = model.extend(cache, tokens, segment_ids, positions, length)
-    return jnp.einsum("BTD,VD->BTV", x_BTD, model.head()).astype(jnp.float32), cache
-
-
-def left_padded(prompts: list[list[int]], fill: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return tokens `[B, T]`, and the number of `fill` tokens before the prompt of each row."""
-    width = max(map(len, prompts))
-    padding = np.array([width - len(prompt) for prompt in prompts])
-    rows = [[fill] * n + prompt for n, prompt in zip(padding, prompts, strict=True)]
-    return np.array(rows), padding
-
-
-def cached_logits(model: Decoder, tokens: np.ndarray, padding: np.ndarray) -> np.ndarray:
-    """Return logits `[B, T, V]` computed with the cache, two slots at a time."""
-    graph, params = nnx.split(for_decoding(model))
-    batch, slots = tokens.shape
-    all_positions = np.arange(slots)[None] - padding[:, None]
-    cache = model.empty_cache(batch, slots)
-    parts = []
-    for start in range(0, slots, 2):
-        stop = start + 2
-        positions = all_positions[:, start:stop]
-        ids = (positions >= 0).astype(np.int32)
-        positions = np.maximum(positions, 0)
-        logits, cache = _extend(graph, params, cache, tokens[:, start:stop], ids, positions, slots)
-        parts.append(np.asarray(logits))
-    return np.concatenate(parts, axis=1)
 
 
 @pytest.mark.parametrize("name", ["llama_mha", "llama_gqa", "llama_tied"])
@@ -135,7 +86,7 @@ def test_padding_is_never_attended_to() -> None:
 
 
 def test_prompts_of_several_lengths_and_chunks() -> None:
-    # Beyond the trained length: `dynamic` uses the longest prompt plus the new tokens.
+    # Beyond the trained length, each row has angles for its own length.
     model = changed(golden("llama_gqa"), rope=DYNAMIC, max_positions=8)
     prompts = prompts_of(model, 700, 3)
     expected = [greedy_without_cache(model, prompt, 2, 702) for prompt in prompts]
@@ -232,7 +183,7 @@ def test_sampling_distribution(sampling: Sampling, expected: list[float]) -> Non
         (lambda m: generate(m, [[1]], 0), "0 new tokens"),
         (
             lambda m: generate(m, [[1] * 100], 29),
-            "100 tokens and 29 new tokens exceed .* 128 positions",
+            "100 tokens and 29 new tokens: the length 129 exceeds the model's 128 positions",
         ),
         (lambda m: generate(m, [[1]], 1, seed=-1), "seed -1"),
         (lambda _: Sampling(-1.0), "temperature -1"),

@@ -1,5 +1,6 @@
 """config.json of Hugging Face directories: both forms, defaults, and what is refused."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 from sat_jax.errors import UserError
 from sat_jax.interop.huggingface_config import config_from_json, config_to_json
 from sat_jax.models import registry
+from sat_jax.models.formats import HUGGINGFACE_FILES
 from sat_jax.models.llama import LlamaConfig
 from sat_jax.models.presets import preset
-from sat_jax.nn.rope import RopeConfig
+from sat_jax.nn.rope import RopeConfig, attention_scaling
 from tests.tolerances import assert_close
 
 SMALL: dict[str, Any] = {"vocab_size": 32, "d_model": 16, "n_layers": 2, "n_heads": 4, "d_ff": 48}
@@ -22,6 +24,16 @@ ROPES = [
     RopeConfig(1e6, "yarn", 4.0, 1024, attention_factor=1.5, truncate=False),
     RopeConfig(1e6, "yarn", 4.0, 1024, beta_fast=16.0, beta_slow=2.0),
     RopeConfig(5e5, "llama3", 8.0, 1024, low_freq_factor=1.5, high_freq_factor=3.0),
+    RopeConfig(1e4, "longrope", 4.0, 1024, short_factor=(1.0, 2.0), long_factor=(3.0, 4.0)),
+    # Types that transformers does not have: the work directory of a run has them.
+    RopeConfig(1e4, "ntk", 4.0),
+    RopeConfig(1e4, "ntk_by_parts_paper", 4.0, 1024, beta_fast=16.0),
+    RopeConfig(1e4, "ntk_by_parts_code", 4.0, 1024, truncate=False),
+    RopeConfig(1e4, "yarn_paper", 4.0, 1024, attention_factor=1.5),
+    RopeConfig(1e4, "dynamic_yarn", 1.0, 1024),
+]
+OF_TRANSFORMERS = [
+    name for name, form in registry.MODEL_TYPES.items() if form.files == HUGGINGFACE_FILES
 ]
 
 
@@ -35,6 +47,7 @@ def test_either_form_of_config_is_complete(rope: RopeConfig, form: str) -> None:
     new = {"rope_parameters": {"rope_theta": raw["rope_theta"], **scaling}, "dtype": "float32"}
     if form == "new":
         del raw["rope_theta"], raw["rope_scaling"], raw["torch_dtype"]
+        raw.pop("original_max_position_embeddings", None)  # within rope_parameters
     assert config_from_json(raw if form == "old" else raw | new, "config.json") == config
 
 
@@ -69,6 +82,15 @@ WINDOW = {"sliding_window": 64, "use_sliding_window": True}
 NESTED = {"full_attention": {"rope_theta": 1e4}}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 9}
 PARTIAL = {"partial_rotary_factor": 0.5}
+LENGTH = {"original_max_position_embeddings": 8192}
+
+
+def scaled(kind: str, **fields: Any) -> dict[str, Any]:
+    return {"rope_scaling": {"rope_type": kind, **fields}}
+
+
+FACTORS: dict[str, Any] = {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
+LONG = scaled("longrope", **LENGTH, **FACTORS)
 OLD: dict[str, Any] = {}
 NEW = {"rope_scaling": None}
 
@@ -98,8 +120,34 @@ NEW = {"rope_scaling": None}
         (LLAMA, {"rms_norm_eps": float("nan")}, "rms_norm_eps = NaN"),
         (LLAMA, {"tie_word_embeddings": "no"}, 'tie_word_embeddings = "no"'),
         (LLAMA, {"eos_token_id": "</s>"}, "eos_token_id"),
-        (LLAMA, OLD | {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "longrope"),
-        (LLAMA, OLD | {"rope_scaling": {"type": "su", "factor": 4.0}}, '"su"'),
+        (
+            LLAMA,
+            OLD | {"rope_scaling": {"type": "su", "factor": 4.0}},
+            '"su".*accepted: default, l',
+        ),
+        (LLAMA, scaled("linear", factor=0.5), "factor 0.5; accepted: a number of at least 1"),
+        (LLAMA, scaled("linear", factor=2.0, beta_fast=16.0), "beta_fast is no field.*accepted: f"),
+        (
+            LLAMA,
+            scaled("linear", factor=2.0, mscale=0.7),
+            "mscale is no field of rope type 'linear",
+        ),
+        (LLAMA, scaled("yarn", factor=None), "original_max_position_embeddings = null"),
+        (LLAMA, scaled("yarn", factor="4"), 'factor = "4"'),
+        (LLAMA, scaled("yarn", factor=4.0, beta_fast=1.0), "beta_fast 1.0; accepted: a number abo"),
+        (LLAMA, scaled("llama3", factor=8.0), "low_freq_factor = null"),
+        (LLAMA, scaled("longrope", long_factor=[1.0]), "original_max_position_embeddings = null"),
+        (
+            LLAMA,
+            LONG | {"original_max_position_embeddings": 9},
+            r"= 8192 is not .* accepted: 9, as in",
+        ),
+        (LLAMA, scaled("longrope", **LENGTH, short_factor=1.0), "short_factor = 1.0"),
+        (LLAMA, scaled("longrope", **LENGTH, short_factor=[1.0, -1.0]), "a list of positive numb"),
+        (LLAMA, scaled("longrope", **LENGTH, short_factor=[1.0]), r"long_factor \(\); accepted"),
+        (LLAMA, scaled("longrope", **FACTORS, factor=4.0) | LENGTH, "factor = 4.0.*: 16.0, as in"),
+        (LLAMA, OLD | {"rope_scaling": {"rope_type": ["yarn"]}}, r'rope type \["yarn"\] is not'),
+        (LLAMA, LONG | {"head_dim": 64}, "short_factor has 64 numbers; accepted: 32, one for"),
         (LLAMA, OLD | {"rope_scaling": {"rope_type": "linear"}}, "factor = null"),
         (LLAMA, OLD | {"rope_scaling": "linear"}, "rope_scaling"),
         (LLAMA, NEW | {"rope_parameters": NESTED}, "between layers"),
@@ -143,7 +191,7 @@ def test_what_changes_nothing_is_accepted(raw: dict[str, Any], change: dict[str,
     assert config_from_json(raw | change, "x") == config_from_json(raw, "x")
 
 
-@pytest.mark.parametrize("model_type", registry.MODEL_TYPES)
+@pytest.mark.parametrize("model_type", OF_TRANSFORMERS)
 def test_missing_fields_have_the_defaults_of_transformers(model_type: str) -> None:
     transformers = pytest.importorskip("transformers", reason="the extra `bench` is not installed")
     reference = transformers.CONFIG_MAPPING[model_type]().to_dict()
@@ -184,3 +232,42 @@ def test_yarn_with_mscale() -> None:
     assert rope.attention_factor is not None
     assert_close(rope.attention_factor, expected, "float32", "forward")
     assert rope.original_max_positions == 4096
+
+
+def rope_of(change: dict[str, Any]) -> RopeConfig:
+    rope = config_from_json(LLAMA | change, "x").rope
+    assert rope is not None
+    return rope
+
+
+def test_a_missing_factor_is_the_quotient_of_the_lengths() -> None:
+    """As in transformers 5; the model has 131,072 positions."""
+    yarn = RopeConfig(500_000.0, "yarn", 16.0, 8192)
+    assert rope_of(scaled("yarn", factor=None, **LENGTH)) == yarn
+    assert rope_of(scaled("yarn", factor=None) | LENGTH) == yarn
+    rope = rope_of(LONG)
+    assert (rope.factor, rope.original_max_positions) == (16.0, 8192)
+
+
+def test_the_original_length_of_yarn_is_by_default_the_longest_row() -> None:
+    assert rope_of(scaled("yarn", factor=4.0)).original_max_positions == 131_072
+
+
+def test_mscale_alone_changes_nothing() -> None:
+    """The golden `yarn_mscale_only_1.5` has the attention factor 0.1 ln 16 + 1."""
+    rope = rope_of(scaled("yarn", factor=16.0, mscale=1.5, **LENGTH))
+    assert rope.attention_factor is None
+    assert_close(attention_scaling(rope, 1), 1.2772588722239782, "float64", "forward")
+
+
+def test_longrope_is_written_so_that_both_versions_scale_attention_alike() -> None:
+    """transformers 4 replaces the factor by the quotient of the lengths, transformers 5 does not:
+    the attention factor is written where the two differ."""
+    factors = {"short_factor": (1.0, 2.0), "long_factor": (3.0, 4.0)}
+    for factor, attention in ((4.0, None), (2.0, math.sqrt(1.1))):  # ln 2 / ln 1024 = 0.1
+        rope = RopeConfig(1e4, "longrope", factor, 1024, **factors)  # type: ignore[arg-type]
+        config = LlamaConfig(**SMALL | {"max_positions": 4096, "rope": rope})
+        raw = config_to_json(config, "float32")
+        assert raw["original_max_position_embeddings"] == 1024
+        assert raw["rope_scaling"]["original_max_position_embeddings"] == 1024
+        assert raw["rope_scaling"]["attention_factor"] == attention

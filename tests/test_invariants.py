@@ -17,7 +17,6 @@ from sat_jax.nn.decoder import Compute, Remat
 from sat_jax.nn.param import Mask as UnitMask
 from sat_jax.ops import KernelConfig
 from sat_jax.sparsity.execution.base import Execution, join_segments
-from sat_jax.sparsity.execution.blocks import Blocks
 from sat_jax.sparsity.execution.dynamic import Dynamic
 from sat_jax.sparsity.execution.gather import Gather
 from sat_jax.sparsity.execution.kernel import Kernel
@@ -114,7 +113,7 @@ def test_masks_of_ones_equal_the_plain_model_bit_for_bit(name: str, unit: Any) -
     equal(result(Mask, config, plan, (kept,)), plain_of(name))
 
 
-@pytest.mark.parametrize("kind", [Gather, Mask, Kernel, Blocks, Execution])
+@pytest.mark.parametrize("kind", [Gather, Mask, Kernel, Execution])
 def test_a_plan_that_omits_nothing_is_the_plain_program(kind: Kind) -> None:
     config = CONFIGS["gqa"]
     layout, plan = layout_of(config), make_plan(neurons(config), 0.0, 0.0)

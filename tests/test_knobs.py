@@ -23,6 +23,7 @@ from sat_jax.sparsity.controller import Controller
 from sat_jax.train import setup
 from sat_jax.train.programs import Programs, compiler_options
 from tests.conftest import ROOT
+from tests.test_config import nested
 
 MODEL = LlamaConfig(
     vocab_size=32, d_model=8, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=8,
@@ -40,11 +41,7 @@ BASE: dict[str, Any] = {
 
 
 def config_with(changes: dict[str, Any]) -> Config:
-    nested: dict[str, Any] = {}
-    for path, value in (BASE | changes).items():
-        group, _, name = path.rpartition(".")
-        (nested.setdefault(group, {}) if group else nested)[name] = value
-    return from_config_dict(nested)
+    return from_config_dict(nested(BASE | changes))
 
 
 def controller_of(config: Config, model: LlamaConfig = MODEL) -> Controller:
@@ -57,6 +54,11 @@ def programs_of(config: Config, model: LlamaConfig = MODEL) -> Programs:
 
 def rungs(config: Config) -> Any:
     return controller_of(config).rungs
+
+
+def stages(config: Config) -> Any:
+    """Of a model with four layers."""
+    return controller_of(config, dataclasses.replace(MODEL, n_layers=4)).rungs
 
 
 def refreshes(config: Config) -> list[bool]:
@@ -79,10 +81,27 @@ def kernel_step(config: Config) -> str:
     return step(config, dataclasses.replace(MODEL, d_ff=256))
 
 
+BLOCKS = {
+    "sparsity.rate": 0.0,
+    "sparsity.weights.density": 0.5,
+    "sparsity.weights.block": 8,
+}
+WIDE = dataclasses.replace(MODEL, d_model=64, d_ff=64, head_dim=16)
+
+
+def block_rungs(config: Config) -> Any:
+    return controller_of(config, WIDE).rungs
+
+
+def exchanges(config: Config) -> list[bool]:
+    controller = controller_of(config, WIDE)
+    return [controller.exchanges(step) for step in range(config.train.steps)]
+
+
 def selection(config: Config) -> str:
     programs = programs_of(config)
     select = programs._select(controller_of(config).rungs[0].plan)
-    text = str(jax.make_jaxpr(select)(programs.state, programs.stats))
+    text = str(jax.make_jaxpr(select)(programs.form(()).state, programs.stats))
     programs.close()
     return re.sub(r"0x[0-9a-f]+", "", text)
 
@@ -153,17 +172,29 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "sparsity.dense_forward": (True, step, {}),
     "sparsity.least_squares_correction": (True, step, {}),
     "sparsity.execution": ("mask", step, {}),
+    "sparsity.weights.density": (0.25, block_rungs, BLOCKS),
+    "sparsity.weights.block": (16, block_rungs, BLOCKS),
+    "sparsity.weights.matrices": ("mlp", block_rungs, BLOCKS),
+    "sparsity.weights.pattern": ("magnitude", block_rungs, BLOCKS),
+    "sparsity.weights.update": ("rigl", exchanges, BLOCKS | {"sparsity.weights.update_every": 3}),
+    "sparsity.weights.update_every": (2, exchanges, BLOCKS | {"sparsity.weights.update": "rigl"}),
     "model.kernels": ("pallas_tpu", kernel_step, KERNELS),
     "mesh.data": (3, refused, {}),
     "mesh.fsdp": (2, refused, {}),
     "mesh.tensor": (2, refused, {}),
     "mesh.pipeline": (2, refused, {"sparsity.rate": 0.0, "train.accumulate": 2}),
+    "mesh.rounds": (2, stages, {"mesh.pipeline": 2, "train.accumulate": 2}),
 }
 
 # Asserted by these tests, which mention the key.
 ELSEWHERE = {
     "model.preset": "test_config.py",
     "model.path": "test_config.py",
+    "model.d_model": "test_presets.py",
+    "model.n_layers": "test_presets.py",
+    "model.n_heads": "test_presets.py",
+    "model.d_ff": "test_presets.py",
+    "model.vocab_size": "test_presets.py",
     "model.attention": "test_attention.py",
     "data.sources": "test_data_sources.py",
     "data.tokenizer": "test_data_tokenizer.py",
@@ -183,6 +214,7 @@ ELSEWHERE = {
     "train.measure_speed": "test_speed.py",
     "sparsity.max_segments": "test_plan.py",
     "sparsity.min_gain": "test_controller.py",
+    "sparsity.weights.drop_fraction": "test_block_runs.py",
     "checkpoint.every": "test_run.py",
     "checkpoint.keep": "test_run.py",
     "checkpoint.keep_every": "test_run.py",

@@ -11,7 +11,7 @@ from tests.conftest import RunPython
 from tests.tolerances import assert_close
 
 STEPS = """
-import json, re, sys
+import json, math, re, sys
 import jax
 import numpy as np
 from sat_jax.config_values import from_config_dict
@@ -27,7 +27,9 @@ from sat_jax.train.programs import Programs, compact_state
 mesh_sizes = json.loads(sys.argv[1])
 steps, rows, length = 4, 8, 16
 config = from_config_dict({
-    "train": {"steps": steps, "rows_per_step": rows},
+    "train": {
+        "steps": steps, "rows_per_step": rows, "accumulate": mesh_sizes.get("pipeline", 1),
+    },
     "data": {"row_length": length},
     "optimizer": {"learning_rate": 1e-2},
     "sparsity": {"rate": 0.5, "rungs": 1, "refresh_every": 1, "balance": 2, "split": 0.75,
@@ -38,22 +40,22 @@ model = LlamaConfig(
     vocab_size=64, d_model=16, n_layers=2, n_heads=8, n_kv_heads=4, head_dim=4, d_ff=32,
     max_positions=64,
 )
-devices = jax.devices()[: mesh_sizes["data"] * mesh_sizes["fsdp"] * mesh_sizes["tensor"]]
+devices = jax.devices()[: math.prod(mesh_sizes.values())]
 mesh = make_mesh(config.mesh, devices)
 neurons = neurons_of(layout_of(model))
 controller = make_controller(config.sparsity, neurons, steps, config.layer_rates, 2)
 programs = Programs(config, model, mesh, controller)
 place = lambda tree: jax.tree.map(lambda leaf: leaf.sharding, tree)
 # The same values on every mesh: computed on one device, then split.
-full = jax.jit(lambda: new_state(initial_values(model, 0), programs.optimizer))()
-state = jax.device_put(full, place(programs.state))
+full = jax.jit(lambda: new_state(initial_values(model, 0), programs.form(()).optimizer))()
+state = jax.device_put(full, place(programs.form(()).state))
 stats = jax.device_put(jax.jit(programs.no_statistics)(), place(programs.stats))
 probe = programs.probe().result()
 draw = np.random.default_rng(0)
 sparse = controller.rung_at(0).plan
 execution = programs.execution(sparse)
 compact = lambda full, kept: compact_state(execution, full, kept)
-compiled = programs._compile(compact, programs.state, programs.kept(sparse))
+compiled = programs.compile(compact, programs.form(()).state, programs.kept(sparse))
 COLLECTIVE = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 collectives = re.findall(COLLECTIVE, compiled.as_text())
 losses, history = [], []
@@ -69,7 +71,7 @@ for step in range(steps):
     kept = rung.select(state, stats).kept
     corrections = rung.correct(state, stats, kept)
     for path, (correction,) in corrections.items():
-        assert correction.sharding == programs.state.params[path].sharding, path
+        assert correction.sharding == programs.form(()).state.params[path].sharding, path
     trained, omitted = rung.compact(state, kept)
     for path, moment in trained.optimizer[0].mu.items():
         pairs = zip(jax.tree.leaves(moment), jax.tree.leaves(trained.params[path]), strict=True)
@@ -88,9 +90,13 @@ programs.close()
 @pytest.mark.slow
 def test_every_mesh_trains_the_same(run_python: RunPython) -> None:
     results = []
-    for data, fsdp, tensor in ((1, 1, 1), (2, 2, 2), (8, 1, 1)):
-        sizes = json.dumps({"data": data, "fsdp": fsdp, "tensor": tensor})
-        done = run_python("-c", STEPS, sizes, devices=8)
+    for sizes in (
+        {"data": 1},
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"data": 8},
+        {"pipeline": 2, "data": 2, "tensor": 2},
+    ):
+        done = run_python("-c", STEPS, json.dumps(sizes), devices=8)
         assert done.returncode == 0, done.stderr
         results.append(json.loads(done.stdout))
     one, *others = results

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from sat_jax.interop import load_model, open_weights
 from sat_jax.interop.huggingface_config import config_from_json
 from sat_jax.models import registry
-from sat_jax.models.build import layout_of, shapes
+from sat_jax.models.build import build, layout_of, shapes
 from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.layout import flat_values
 from sat_jax.nn.loss import next_token_loss
@@ -155,6 +155,18 @@ def test_scaled_rope(kind: str, tmp_path: Path) -> None:
     assert model.config == config_from_json(scaled_config(kind, "old"), "config_legacy.json")
     logits = model(jnp.asarray(golden["input_ids"]))
     assert_close(logits, golden[f"logits_{kind}"], "float32", "forward")
+
+
+@pytest.mark.parametrize("length", [20, 96])
+def test_longrope(length: int) -> None:
+    """Short factors up to the original length of 32, long factors above it."""
+    golden = np.load(GOLDEN / "llama_gqa" / "rope_longrope.npz")
+    settings = json.loads((GOLDEN / "llama_gqa" / "rope_longrope.json").read_text())
+    raw = json.loads((GOLDEN / "llama_gqa" / "config.json").read_text()) | settings
+    config, weights = config_from_json(raw, "x"), open_weights(GOLDEN / "llama_gqa")
+    ids = np.load(GOLDEN / "llama_gqa" / "rope_scaled.npz")["input_ids"][:, :length]
+    logits = build(config, weights.read)(jnp.asarray(ids))
+    assert_close(logits, golden[f"logits_{length}"], "float32", "forward")
 
 
 @pytest.mark.parametrize("name", LLAMAS)

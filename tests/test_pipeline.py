@@ -29,8 +29,8 @@ from sat_jax.parallel.rules import BATCH, tree_shardings
 from tests.small_models import CONFIGS, random_params
 from tests.tolerances import assert_close
 
-sizes, remat, microbatches = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-model = dataclasses.replace(CONFIGS[sys.argv[4]], n_layers=4)
+sizes, remat, microbatches, family, rounds = json.loads(sys.argv[1])
+model = dataclasses.replace(CONFIGS[family], n_layers=4)
 params, draw = random_params(model), np.random.default_rng(0)
 rows, length = 16, 12
 tokens = draw.integers(0, 32, (rows, length + 1), np.int32)
@@ -53,15 +53,23 @@ parts = [reference(params, jax.tree.map(lambda a: a[row, None], batch)) for row 
 loss, gradients = jax.tree.map(lambda *sums: np.sum(sums, axis=0, dtype=np.float64), *parts)
 mesh = make_mesh(MeshConfig(**sizes))
 pipelined = value_and_grad(Compute(remat=remat, loss_chunk=8, microbatches=microbatches))
-shardings = tree_shardings(mesh, layout_of(model), params)
+layout = layout_of(model)
+segments = {
+    path: tuple(np.split(value, rounds)) if layout.leaves[path].in_layers else value
+    for path, value in params.items()
+}
+shardings = tree_shardings(mesh, layout, segments)
 with jax.set_mesh(mesh):
-    placed = jax.device_put((params, batch), (shardings, NamedSharding(mesh, BATCH)))
-    step = jax.jit(pipelined, out_shardings=(None, shardings))
-    compiled = step.lower(*placed).compile()
+    placed = jax.device_put((segments, batch), (shardings, NamedSharding(mesh, BATCH)))
+    traced = jax.jit(pipelined, out_shardings=(None, shardings)).trace(*placed)
+    compiled = traced.lower().compile()
     actual, split = compiled(*placed)
 assert_close(actual, loss, "float32", "forward")
 for path, gradient in gradients.items():
-    assert_close(split[path], gradient, "float32", "backward")
+    parts = split[path] if layout.leaves[path].in_layers else (split[path],)
+    assert_close(np.concatenate(parts), gradient, "float32", "backward")
+lengths = re.findall(r"length=(\d+)", str(traced.jaxpr))
+assert str(rounds * microbatches + sizes["pipeline"] - 1) in lengths, lengths
 
 def groups(line):
     # Devices that communicate with each other, a row for each group.
@@ -86,18 +94,23 @@ print(json.dumps([sorted(inside), sorted(outside)]))
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sizes", "remat", "microbatches", "model"),
+    ("sizes", "remat", "microbatches", "model", "rounds"),
     [
-        ({"pipeline": 2, "data": 2, "tensor": 2}, "none", 4, "gqa"),
-        ({"pipeline": 4, "data": 2}, "full", 8, "bias"),
-        ({"pipeline": 2, "data": 2, "fsdp": 2}, "dots", 2, "norm"),
+        ({"pipeline": 2, "data": 2, "tensor": 2}, "none", 4, "gqa", 2),
+        ({"pipeline": 4, "data": 2}, "full", 8, "bias", 1),
+        ({"pipeline": 2, "data": 2, "fsdp": 2}, "dots", 2, "norm", 1),
     ],
 )
 def test_a_pipeline_has_the_loss_and_gradients_of_one_device(
-    run_python: RunPython, sizes: dict[str, int], remat: str, microbatches: int, model: str
+    run_python: RunPython,
+    sizes: dict[str, int],
+    remat: str,
+    microbatches: int,
+    model: str,
+    rounds: int,
 ) -> None:
-    options = (json.dumps(sizes), remat, str(microbatches), model)
-    done = run_python("-c", ON_EIGHT_DEVICES, *options, devices=8)
+    options = json.dumps([sizes, remat, microbatches, model, rounds])
+    done = run_python("-c", ON_EIGHT_DEVICES, options, devices=8)
     assert done.returncode == 0, done.stderr
     inside, outside = json.loads(done.stdout)
     assert inside == ["collective-permute"]
@@ -125,6 +138,9 @@ def test_stages_that_do_not_divide_the_layers_are_refused() -> None:
     assert message.startswith("mesh.pipeline = 2 does not divide the 3 of axis layer of layers/")
 
 
+FOUR = {"train": {"accumulate": 4, "rows_per_step": 4}}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -134,12 +150,23 @@ def test_stages_that_do_not_divide_the_layers_are_refused() -> None:
             " multiples of 4",
         ),
         (
-            {"train": {"accumulate": 4, "rows_per_step": 4}, "sparsity": {"rate_mlp": 0.5}},
-            "sparsity with mesh.pipeline 4: stages have equal layers, in which nothing is omitted;"
-            " accepted: omission rates of 0, or mesh.pipeline 1",
+            FOUR | {"sparsity": {"rate_mlp": 0.5, "metric": "wanda"}},
+            "sparsity.metric 'wanda' excludes mesh.pipeline 4: stages do not observe the inputs of"
+            " training steps; accepted: uniform, magnitude, output, svd, taylor",
+        ),
+        (
+            FOUR | {"mesh": {"pipeline": 4, "rounds": 2}, "sparsity": {"execution": "mask"}},
+            "sparsity.execution 'mask' excludes mesh.rounds 2: masked layers are not split into"
+            " rounds; accepted: gather, or mesh.rounds 1",
+        ),
+        ({"mesh": {"rounds": 2}}, "mesh.rounds 2 needs mesh.pipeline 2 or more, not 1"),
+        (
+            FOUR | {"sparsity": {"rate": 0.5, "refresh_every": 0}},
+            "sparsity.refresh_every 0 excludes mesh.pipeline 4: all microbatches share one"
+            " selection; accepted: refresh_every 1 or more",
         ),
     ],
 )
 def test_settings_without_a_pipeline_are_refused(settings: dict, message: str) -> None:
-    settings = settings | {"mesh": {"pipeline": 4}}
+    settings = {"mesh": {"pipeline": 4}} | settings
     assert user_error(lambda: from_config_dict(settings)) == message

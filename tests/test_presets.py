@@ -5,7 +5,8 @@ import pytest
 from sat_jax.errors import UserError
 from sat_jax.interop.huggingface_config import config_from_json, config_to_json
 from sat_jax.models.build import layout_of
-from sat_jax.models.presets import PRESETS, preset
+from sat_jax.models.presets import PRESETS, preset, resized
+from tests.user_errors import user_error
 
 # Parameters in the published checkpoints, tied embeddings counted once.
 PUBLISHED = {
@@ -105,3 +106,24 @@ def test_a_miss_names_the_near_ones() -> None:
         preset("llama-2-7B-hf")
     with pytest.raises(UserError, match=r"'zzz'; accepted: tiny, llama-2-7b"):
         preset("zzz")
+
+
+def test_sizes_of_a_preset_are_replaced() -> None:
+    sizes = {"d_model": 256, "n_layers": 2, "n_heads": 8, "d_ff": 512, "vocab_size": 300}
+    config = resized(preset("llama-3.2-1b"), sizes)
+    assert {name: getattr(config, name) for name in sizes} == sizes
+    assert (config.n_kv_heads, config.head_dim) == (2, 32)  # four query heads for each KV head
+    assert (config.bos_token_id, config.eos_token_ids) == (None, ())
+    assert layout_of(config).shapes["layers/mlp/up"].shape == (2, 512, 256)
+    assert resized(preset("gpt2"), {"n_heads": 6}).head_dim == 128
+    assert resized(preset("gpt2"), {}) is preset("gpt2")
+    assert resized(preset("llama-3.2-1b"), {"d_ff": 64}).n_kv_heads == 8
+
+
+def test_heads_that_do_not_fit_are_refused() -> None:
+    assert user_error(lambda: resized(preset("gpt2"), {"n_heads": 7})) == (
+        "model.n_heads 7 does not divide model.d_model 768"
+    )
+    assert user_error(lambda: resized(preset("llama-3.2-1b"), {"n_heads": 2})) == (
+        "model.n_heads 2 with 4 query heads for each KV head; accepted: multiples of 4"
+    )

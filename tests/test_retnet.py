@@ -129,7 +129,7 @@ def extend(graph: Any, state: Any, cache: Any, part: jax.Array, start: int) -> A
     """Return the logits of more tokens, and the cache with them."""
     model = nnx.merge(graph, state)
     positions = jnp.broadcast_to(start + jnp.arange(part.shape[1])[None], part.shape)
-    x, cache = model.extend(cache, part, jnp.ones_like(part), positions, 40)
+    x, cache = model.extend(cache, part, jnp.ones_like(part), positions)
     return jnp.einsum("BTD,VD->BTV", x, model.head()), cache
 
 
@@ -161,7 +161,7 @@ def test_memory_of_decoding_does_not_depend_on_the_length() -> None:
 
     def bytes_of_a_step(slots: int) -> tuple[int, ...]:
         def step(cache: Any, token: jax.Array) -> Any:
-            return model.extend(cache, token, jnp.ones_like(token), token * 0 + 7, slots)
+            return model.extend(cache, token, jnp.ones_like(token), token * 0 + 7)
 
         cache = jax.eval_shape(lambda: model.empty_cache(2, slots))
         token = jax.ShapeDtypeStruct((2, 1), jnp.int32)

@@ -64,6 +64,9 @@ class FakeState:
     def expand(self) -> None:
         self.plan = None
 
+    def change_blocks(self, plan: str) -> None:
+        assert self.plan is None and plan in self.seconds
+
     def choose(self, program: str) -> None:
         assert self.plan is None and program in self.seconds
 
@@ -83,7 +86,15 @@ class FakeState:
 def measured(machine: Machine, seconds: dict[str, float], limit: float) -> tuple[FakeState, Any]:
     state = FakeState(machine, seconds)
     programs = {plan: plan for plan in seconds}
-    known: Any = measure_speed(state, programs, "dense", "batch", seconds, limit)  # type: ignore[arg-type]
+    known: Any = measure_speed(
+        state,  # type: ignore[arg-type]
+        programs,  # type: ignore[arg-type]
+        "dense",  # type: ignore[arg-type]
+        "batch",  # type: ignore[arg-type]
+        seconds,  # type: ignore[arg-type]
+        limit,
+        state.change_blocks,  # type: ignore[arg-type]
+    )
     return state, known
 
 

@@ -1,4 +1,4 @@
-"""Block-sparse matrix products; `api` describes the functions."""
+"""Block-sparse matrix products; `api` and `gelu_mlp` describe the functions."""
 
 from kernels.block_sparse_matmul.api import (
     column_matmul,
@@ -7,10 +7,14 @@ from kernels.block_sparse_matmul.api import (
     swiglu_mlp,
 )
 from kernels.block_sparse_matmul.backends import choose, explain
+from kernels.block_sparse_matmul.gelu_mlp import gelu_mlp
 from kernels.block_sparse_matmul.patterns import BlockMask, KeptRows, Pattern, kept_rows
+from kernels.block_sparse_matmul.reference import ACTIVATIONS, Activation
 from kernels.block_sparse_matmul.tuned import Matrix
 
 __all__ = [
+    "ACTIVATIONS",
+    "Activation",
     "BlockMask",
     "KeptRows",
     "Matrix",
@@ -18,6 +22,7 @@ __all__ = [
     "choose",
     "column_matmul",
     "explain",
+    "gelu_mlp",
     "kept_rows",
     "row_matmul",
     "sampled_matmul",

@@ -8,6 +8,8 @@
     pattern = BlockMask.of(kept, block=128)     # any blocks of a matrix [N, D]
     y = column_matmul(x, blocks, pattern)       # [T, D] → [T, N], blocks [nonzero, 128, 128]
 
+`gelu_mlp` has the MLP of two block masks.
+
 Activations may have any leading axes. Sums are float32, and results have the dtype of the operands.
 Float32 products have jax's default precision in `xla` and the highest in the other implementations.
 
@@ -51,13 +53,13 @@ def column_matmul(
     which gets the gradient in place of `w`; its values are not read.
     """
     x, w = as_array("x", x), as_array("w", w)
-    height, columns = _sizes("w", w, pattern)
-    _check("x", x, columns, w.dtype)
+    height, columns = matrix_sizes("w", w, pattern)
+    check_operand("x", x, columns, w.dtype)
     copies = _check_rows((w,), None if rows is None else (rows,), pattern)
     backend = _choose(implementation, x, columns, pattern)
     if _is_empty(x, pattern):
         return jnp.zeros((*x.shape[:-1], height), x.dtype)
-    return _unflatten(vjp.column(backend, _flatten(x), w, pattern, copies), x)
+    return unflatten(vjp.column(backend, flatten(x), w, pattern, copies), x)
 
 
 def row_matmul(
@@ -70,13 +72,13 @@ def row_matmul(
 ) -> Float[Array, "*B D"]:
     """Return x · W, summed over the rows of W; `w`, N and `rows` are those of `column_matmul`."""
     x, w = as_array("x", x), as_array("w", w)
-    height, columns = _sizes("w", w, pattern)
-    _check("x", x, height, w.dtype)
+    height, columns = matrix_sizes("w", w, pattern)
+    check_operand("x", x, height, w.dtype)
     copies = _check_rows((w,), None if rows is None else (rows,), pattern)
     backend = _choose(implementation, x, columns, pattern)
     if _is_empty(x, pattern):
         return jnp.zeros((*x.shape[:-1], columns), x.dtype)
-    return _unflatten(vjp.row(backend, (_flatten(x),), (w,), pattern, copies), x)
+    return unflatten(vjp.row(backend, (flatten(x),), (w,), pattern, copies), x)
 
 
 def sampled_matmul(
@@ -99,12 +101,12 @@ def sampled_matmul(
         shape = pattern.nonzero, pattern.block, pattern.block
     else:
         rows, columns = shape = pattern.kept, c.shape[-1]
-    _check("a", a, rows, c.dtype)
-    _check("c", c, columns, a.dtype)
+    check_operand("a", a, rows, c.dtype)
+    check_operand("c", c, columns, a.dtype)
     backend = _choose(implementation, a, columns, pattern)
     if _is_empty(a, pattern):
         return jnp.zeros(shape, a.dtype)
-    return vjp.sampled(backend, _flatten(a), _flatten(c), pattern)
+    return vjp.sampled(backend, flatten(a), flatten(c), pattern)
 
 
 def swiglu_mlp(
@@ -125,23 +127,23 @@ def swiglu_mlp(
     """
     arguments = {"x": x, "gate": gate, "up": up, "down": down}
     x, gate, up, down = (as_array(name, value) for name, value in arguments.items())
-    _, columns = _sizes("gate", gate, pattern)
+    _, columns = matrix_sizes("gate", gate, pattern)
     for name, w in (("up", up), ("down", down)):
         if w.shape != gate.shape or w.dtype != gate.dtype:
             raise ValueError(
                 f"{name}: {w.dtype}{list(w.shape)}, expected that of gate,"
                 f" {gate.dtype}{list(gate.shape)}"
             )
-    _check("x", x, columns, gate.dtype)
+    check_operand("x", x, columns, gate.dtype)
     ws = gate, up, down
     copies = _check_rows(ws, rows, pattern)
     backend = _choose(implementation, x, columns, pattern)
     if _is_empty(x, pattern):
         return jnp.zeros_like(x)
-    return _unflatten(vjp.swiglu_mlp(backend, _flatten(x), ws, pattern, copies), x)
+    return unflatten(vjp.swiglu_mlp(backend, flatten(x), ws, pattern, copies), x)
 
 
-def _sizes(name: str, w: Array, pattern: Pattern) -> tuple[int, int]:
+def matrix_sizes(name: str, w: Array, pattern: Pattern) -> tuple[int, int]:
     """Return the kept rows and the columns of a matrix; raises if it does not fit the pattern."""
     if not isinstance(pattern, KeptRows | BlockMask):
         raise TypeError(f"pattern: {type(pattern).__name__}, expected KeptRows or a BlockMask")
@@ -184,7 +186,8 @@ def _check_rows(
     return rows
 
 
-def _check(name: str, x: Array, width: int, dtype: jnp.dtype) -> None:
+def check_operand(name: str, x: Array, width: int, dtype: jnp.dtype) -> None:
+    """Raise if an operand does not have `width` columns, or not the float dtype of the other."""
     if x.ndim < 1 or x.shape[-1] != width:
         raise ValueError(f"{name}: shape {list(x.shape)}, expected [..., {width}]")
     if x.dtype != dtype or not jnp.issubdtype(dtype, jnp.floating):
@@ -202,9 +205,11 @@ def _is_empty(x: Array, pattern: Pattern) -> bool:
     return not blocks or not math.prod(x.shape)
 
 
-def _flatten(x: Float[Array, "*B N"]) -> Float[Array, "T N"]:
+def flatten(x: Float[Array, "*B N"]) -> Float[Array, "T N"]:
+    """Return an array with one leading axis."""
     return x.reshape(-1, x.shape[-1])
 
 
-def _unflatten(y: Float[Array, "T N"], x: Float[Array, "*B M"]) -> Float[Array, "*B N"]:
+def unflatten(y: Float[Array, "T N"], x: Float[Array, "*B M"]) -> Float[Array, "*B N"]:
+    """Return an array with the leading axes of x."""
     return y.reshape(*x.shape[:-1], y.shape[-1])

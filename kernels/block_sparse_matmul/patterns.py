@@ -125,6 +125,42 @@ class BlockMask:
             lambda array: array.reshape(*layers, *array.shape[1:]).astype(jnp.int32), mask
         )
 
+    @classmethod
+    def balanced(
+        cls, columns: Int[Array, "R k"], width: int, block: int, longest: int | None = None
+    ) -> Self:
+        """Return the mask whose block row r has its k blocks at the sorted `columns[r]`, which may
+        be traced, of C = `width` block columns.
+
+        `longest`: the most blocks in one block column, a static limit that the columns must obey;
+        None: R. Entries for empty block columns are part of every such mask, so that all masks of
+        the same k and `longest` have the same shapes.
+        """
+        _check_block(block)
+        height, per_row = columns.shape
+        nonzero = height * per_row
+        rows = jnp.repeat(jnp.arange(height, dtype=jnp.int32), per_row, total_repeat_length=nonzero)
+        flat = columns.reshape(-1).astype(jnp.int32)
+        slots = jnp.arange(nonzero, dtype=jnp.int32)
+        order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+        sorted_columns = flat[order]
+        starts = jnp.searchsorted(sorted_columns, jnp.arange(width, dtype=jnp.int32))
+        place = (sorted_columns, slots - starts[sorted_columns])
+        lists = jnp.zeros((width, height if longest is None else longest), jnp.int32)
+        return cls(
+            rows=rows,
+            columns=flat,
+            by_row=BlockOrder(rows, flat, slots, jnp.ones_like(slots)),
+            by_column=_with_padding(sorted_columns, rows[order], order, width),
+            row_lists=BlockLists(columns.astype(jnp.int32), slots.reshape(columns.shape)),
+            column_lists=BlockLists(
+                lists.at[place].set(rows[order], mode="drop"),
+                (lists + nonzero).at[place].set(order, mode="drop"),
+            ),
+            shape=(height, width),
+            block=block,
+        )
+
     @property
     def nonzero(self) -> int:
         """Number of stored blocks."""
@@ -192,6 +228,22 @@ def _block_order(
     ]
     order = np.argsort(fields[0], axis=1, kind="stable")
     return BlockOrder(*(jnp.asarray(np.take_along_axis(f, order, axis=1)) for f in fields))
+
+
+def _with_padding(result: Array, reduction: Array, slot: Array, results: int) -> BlockOrder:
+    """Return entries that are sorted by result, with a padding entry for each result."""
+    every, zeros = jnp.arange(results, dtype=jnp.int32), jnp.zeros(results, jnp.int32)
+    fields = [
+        jnp.concatenate(parts)
+        for parts in (
+            (result, every),
+            (reduction, zeros),
+            (slot, zeros),
+            (jnp.ones_like(result), zeros),
+        )
+    ]
+    order = jnp.argsort(fields[0], stable=True)
+    return BlockOrder(*(field[order] for field in fields))
 
 
 def _block_lists(

@@ -4,11 +4,21 @@ Every backend is tested against these functions. Sums and activations are comput
 rounded once, to the dtype of the first operand.
 """
 
+import functools
+from collections.abc import Callable, Mapping
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels.block_sparse_matmul.patterns import BlockMask, KeptRows, Pattern
+
+Activation = Literal["gelu", "gelu_new"]
+ACTIVATIONS: Mapping[Activation, Callable[[Array], Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),  # x Φ(x)
+    "gelu_new": jax.nn.gelu,  # its tanh approximation (Hendrycks and Gimpel, arXiv:1606.08415)
+}
 
 
 def column(x: Float[Array, "T D"], w: Array, pattern: Pattern) -> Float[Array, "T N"]:
@@ -42,6 +52,21 @@ def swiglu_mlp(
 ) -> Float[Array, "T D"]:
     """(silu(x · Gᵀ) · (x · Uᵀ)) · W."""
     return row(swiglu(x, gate, up, pattern), down, pattern)
+
+
+def gelu_mlp(
+    x: Float[Array, "T D"],
+    up: Array,
+    bias: Float[Array, " F"],
+    down: Array,
+    up_mask: BlockMask,
+    down_mask: BlockMask,
+    *,
+    activation: Activation,
+) -> Float[Array, "T D"]:
+    """activation(x · Uᵀ + bias) · W."""
+    h = ACTIVATIONS[activation](_product(x, dense(up, up_mask).T) + bias[None])
+    return row(h.astype(x.dtype), down, down_mask)
 
 
 def dense(w: Array, pattern: Pattern) -> Float[Array, "N D"]:

@@ -41,7 +41,7 @@ def row(xs: Sequence[Array], ws: Sequence[Array], pattern: Pattern) -> Array:
 def sampled(a: Array, c: Array, mask: BlockMask) -> Array:
     """aᵀ · c at the blocks of the mask."""
     if is_listed(mask.row_lists, mask.shape[1]):
-        return _on_cpu(_sampled_by_lists, _sampled_dense, a, c, mask)
+        return on_cpu(_sampled_by_lists, _sampled_dense, a, c, mask)
     return _sampled_dense(a, c, mask)
 
 
@@ -85,7 +85,7 @@ def _column(x: Array, w: Array, pattern: Pattern, dtype: DTypeLike) -> Array:
         return _product_by_lists(x, w, mask.row_lists, dtype)
 
     if isinstance(pattern, BlockMask) and is_listed(pattern.row_lists, pattern.shape[1]):
-        return _on_cpu(listed, dense, x, w, pattern)
+        return on_cpu(listed, dense, x, w, pattern)
     return dense(x, w, pattern)
 
 
@@ -99,11 +99,11 @@ def _row(x: Array, w: Array, pattern: Pattern) -> Array:
         return _product_by_lists(x, w.swapaxes(1, 2), mask.column_lists, jnp.float32)
 
     if isinstance(pattern, BlockMask) and is_listed(pattern.column_lists, pattern.shape[0]):
-        return _on_cpu(listed, dense, x, w, pattern)
+        return on_cpu(listed, dense, x, w, pattern)
     return dense(x, w, pattern)
 
 
-def _on_cpu(listed: Callable[..., Array], dense: Callable[..., Array], *operands: Any) -> Array:
+def on_cpu(listed: Callable[..., Array], dense: Callable[..., Array], *operands: Any) -> Array:
     """Return `listed(*operands)` on a CPU, and `dense(*operands)` on other platforms."""
     return jax.lax.platform_dependent(*operands, cpu=listed, default=dense)
 
@@ -112,35 +112,27 @@ def _product_by_lists(
     x: Float[Array, "T D"], w: Float[Array, "nonzero b b"], lists: BlockLists, dtype: DTypeLike
 ) -> Float[Array, "T N"]:
     """Return x times the transposed stored blocks; block i of the result sums over list i."""
-    results, length, block = *lists.slot.shape, w.shape[-1]
-    stored = w.at[lists.slot].get(mode="fill", fill_value=0)
-    stored = stored.swapaxes(1, 2).reshape(results, block, length * block)
-    tiles = _tiles(x, block)
+    tiles = _tiles(x, w.shape[-1])
 
     def product(operands: tuple[Array, Array]) -> Array:
         blocks, reduction = operands
-        return jnp.matmul(blocks, _gather(tiles, reduction), preferred_element_type=dtype)
+        return jnp.matmul(blocks, gather(tiles, reduction), preferred_element_type=dtype)
 
-    y = jax.lax.map(product, (stored, lists.reduction)).reshape(results * block, -1).T
-    return with_layout_constraint(y, _COLUMN_MAJOR)
+    y = jax.lax.map(product, (stored_rows(w, lists), lists.reduction))
+    return with_layout_constraint(y.reshape(-1, x.shape[0]).T, _COLUMN_MAJOR)
 
 
 def _sampled_by_lists(
     a: Float[Array, "T N"], c: Float[Array, "T D"], mask: BlockMask
 ) -> Float[Array, "nonzero b b"]:
-    block, lists = mask.block, mask.row_lists
-    results, length = lists.slot.shape
-    tiles = _tiles(c, block)
+    tiles = _tiles(c, mask.block)
 
     def product(operands: tuple[Array, Array]) -> Array:
         tile, reduction = operands
-        return jnp.matmul(tile, _gather(tiles, reduction).T)
+        return jnp.matmul(tile, gather(tiles, reduction).T)
 
-    products = jax.lax.map(product, (_tiles(a, block), lists.reduction))
-    blocks = products.reshape(results, block, length, block).swapaxes(1, 2)
-    # The stored blocks of a row are adjacent in row-major order.
-    position = jnp.arange(mask.nonzero) - lists.slot[mask.rows, 0]
-    return blocks[mask.rows, position]
+    products = jax.lax.map(product, (_tiles(a, mask.block), mask.row_lists.reduction))
+    return blocks_of_rows(products, mask)
 
 
 def _sampled_dense(a: Array, c: Array, mask: BlockMask) -> Array:
@@ -149,12 +141,29 @@ def _sampled_dense(a: Array, c: Array, mask: BlockMask) -> Array:
     return blocks[mask.rows, mask.columns]
 
 
+def stored_rows(w: Float[Array, "nonzero b b"], lists: BlockLists) -> Float[Array, "R b kb"]:
+    """Return the stored blocks of each list side by side, with zeros in padding."""
+    results, length, block = *lists.slot.shape, w.shape[-1]
+    blocks = w.at[lists.slot].get(mode="fill", fill_value=0)
+    return blocks.swapaxes(1, 2).reshape(results, block, length * block)
+
+
+def blocks_of_rows(rows: Float[Array, "R b kb"], mask: BlockMask) -> Float[Array, "nonzero b b"]:
+    """Return the stored blocks from the rows that `stored_rows` returns."""
+    block, slot = mask.block, mask.row_lists.slot
+    blocks = rows.reshape(*slot.shape[:1], block, slot.shape[1], block).swapaxes(1, 2)
+    # The stored blocks of a row are adjacent in row-major order.
+    position = jnp.arange(mask.nonzero) - slot[mask.rows, 0]
+    return blocks[mask.rows, position]
+
+
 def _tiles(x: Float[Array, "T N"], block: int) -> Float[Array, "n b T"]:
     features = with_layout_constraint(with_layout_constraint(x, _COLUMN_MAJOR).T, _ROW_MAJOR)
     return features.reshape(-1, block, x.shape[0])
 
 
-def _gather(tiles: Float[Array, "n b T"], index: Int[Array, " k"]) -> Float[Array, "kb T"]:
+def gather(tiles: Float[Array, "n b T"], index: Int[Array, " k"]) -> Float[Array, "kb T"]:
+    """Return the tiles of a list, one below the other."""
     gathered = tiles.at[index].get(mode="promise_in_bounds")
     return gathered.reshape(-1, tiles.shape[-1])
 

@@ -69,9 +69,10 @@ def generate(
     """Return the tokens after each prompt: at most `max_new_tokens`, and none from a stop token on.
 
     `stop_ids` defaults to the model's end-of-text tokens. A row's tokens do not depend on the other
-    rows (except for rounding), unless RoPE is `dynamic`: its angles are computed for one length in
-    all rows, that of the longest prompt plus `max_new_tokens`. Raises `UserError` for prompts that
-    the model does not accept.
+    rows (except for rounding). Each token is that of a forward pass over all tokens before it, also
+    where RoPE depends on the length: with `dynamic` and `dynamic_yarn` each token beyond the
+    original length then costs a pass over the row. Raises `UserError` for prompts that the model
+    does not accept.
     """
     parts = stream(
         model,
@@ -106,9 +107,6 @@ def stream(
     longest = max(map(len, prompts))
     width = _rounded(longest - 1)
     slots = width + -(-max_new_tokens // _ROUND) * _ROUND
-    # A static argument: it varies, and causes compilations, only if RoPE depends on it.
-    dynamic = model.config.has_dynamic_rope
-    length = longest + max_new_tokens if dynamic else slots
 
     padding = np.array([width + 1 - len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), width + 1), np.int32)
@@ -116,7 +114,7 @@ def stream(
         row[start:] = prompt
     graph, params = nnx.split(for_decoding(model))
     state = _State(
-        cache=_prefill(graph, params, tokens[:, :-1], padding, slots, length),
+        cache=_prefill(graph, params, tokens[:, :-1], padding, slots),
         padding=jnp.asarray(padding),
         newest=jnp.asarray(tokens[:, -1]),
         ended=jnp.zeros(len(prompts), jnp.bool_),
@@ -126,7 +124,7 @@ def stream(
     running, remaining = [True] * len(prompts), max_new_tokens
     while remaining and any(running):
         steps = min(every, _ROUND, remaining)
-        state, out, count = _decode(graph, params, state, key, stop, steps, sampling, length)
+        state, out, count = _decode(graph, params, state, key, stop, steps, sampling)
         part = []
         for index, new in enumerate(np.asarray(out)[:, : int(count)].tolist()):
             end = next((i for i, token in enumerate(new) if token in stop_tokens), len(new))
@@ -144,34 +142,32 @@ class _State(NamedTuple):
     step: Int[Array, ""]  # number of generated tokens
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "slots", "length"))
+@functools.partial(jax.jit, static_argnames=("graph", "slots"))
 def _prefill(
     graph: nnx.GraphDef[Decoder],
     params: nnx.State,
     tokens: Int[Array, "B T"],
     padding: Int[Array, " B"],
     slots: int,
-    length: int,
 ) -> Cache:
     """Return a cache of `slots` with the prompts, computed in chunks of all rows."""
     model: Decoder = nnx.merge(graph, params)
     batch, width = tokens.shape
     chunk = min(width, _CHUNK)
 
-    def body(cache: Cache, tokens: Int[Array, "B C"]) -> tuple[Cache, None]:
-        positions = cache.used + jnp.arange(chunk)[None] - padding[:, None]
-        segment_ids = (positions >= 0).astype(jnp.int32)
-        _, cache = model.extend(cache, tokens, segment_ids, jnp.maximum(positions, 0), length)
-        return cache, None
+    positions = jnp.arange(width)[None] - padding[:, None]
+    prompts = tokens, (positions >= 0).astype(jnp.int32), jnp.maximum(positions, 0)
+    # All are written first: RoPE may depend on the length of a prompt.
+    cache = model.empty_cache(batch, slots).write(*prompts)
 
-    chunks = jnp.moveaxis(tokens.reshape(batch, -1, chunk), 1, 0)
-    cache = model.empty_cache(batch, slots)
-    return jax.lax.scan(body, cache, chunks)[0]
+    def body(cache: Cache, part: tuple[Array, ...]) -> tuple[Cache, None]:
+        return model.advance(cache, *part)[1], None
+
+    parts = tuple(x.reshape(batch, -1, chunk).swapaxes(0, 1) for x in prompts)
+    return jax.lax.scan(body, cache, parts)[0]
 
 
-@functools.partial(
-    jax.jit, static_argnames=("graph", "sampling", "length"), donate_argnames=("state",)
-)
+@functools.partial(jax.jit, static_argnames=("graph", "sampling"), donate_argnames=("state",))
 def _decode(
     graph: nnx.GraphDef[Decoder],
     params: nnx.State,
@@ -180,7 +176,6 @@ def _decode(
     stop: Int[Array, " stop"],
     steps: int,
     sampling: Sampling,
-    length: int,
 ) -> tuple[_State, Int[Array, "B _ROUND"], Int[Array, ""]]:
     """Generate up to `steps` tokens of every row; return also the tokens and their number.
 
@@ -192,7 +187,7 @@ def _decode(
     def body(carry: tuple[_State, Array, Array]) -> tuple[_State, Array, Array]:
         state, out, count = carry
         positions = (state.cache.used - state.padding)[:, None]
-        x_B1D, cache = model.extend(state.cache, state.newest[:, None], ones, positions, length)
+        x_B1D, cache = model.extend(state.cache, state.newest[:, None], ones, positions)
         logits_BV = jnp.einsum(
             "BD,VD->BV", x_B1D[:, 0], model.head(), preferred_element_type=jnp.float32
         )
@@ -252,11 +247,6 @@ def check_prompts(
             invalid = next(token for token in prompt if not 0 <= token < config.vocab_size)
             last = config.vocab_size - 1
             raise UserError(f"prompt {index} has the id {invalid}; accepted: 0 to {last}")
-    # `dynamic` scales its angles to any length; the other types are limited to this one.
     longest = max(map(len, prompts))
-    limit = config.max_positions
-    if longest + max_new_tokens > limit and not config.has_dynamic_rope:
-        raise UserError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new tokens exceed the model's"
-            f" {limit} positions"
-        )
+    name = f"a prompt of {longest} tokens and {max_new_tokens} new tokens: the length"
+    config.check_length(name, longest + max_new_tokens)

@@ -72,12 +72,14 @@ def save_model(
     *,
     dtype: Dtype = "float32",
     tokenizer_files_from: str | Path | None = None,
+    longrope: bool = False,
 ) -> None:
     """Write a Hugging Face directory (new or empty) that transformers 4 and 5 load.
 
     The tokenizer is no part of a model: its files, and the settings of generation_config.json, are
     copied from the Hugging Face directory `tokenizer_files_from`. None writes none, and text needs
-    a tokenizer. `scripts.convert` makes such a directory of a GGUF file.
+    a tokenizer. `scripts.convert` makes such a directory of a GGUF file. `longrope` writes a RoPE
+    type that transformers does not have as `longrope` factors with the same frequencies.
     """
     files, generation = {}, {}
     if tokenizer_files_from is not None:
@@ -96,4 +98,5 @@ def save_model(
         dtype=dtype,
         files=files,
         generation=generation,
+        longrope=longrope,
     )

@@ -28,6 +28,8 @@ from sat_jax.models.build import shapes
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.format_fields import Json, JsonFields
 from sat_jax.models.formats import HUGGINGFACE_FILES, ModelFormat, StoredTensor
+from sat_jax.models.rope_formats import not_exportable
+from sat_jax.nn.rope import as_longrope
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -167,6 +169,12 @@ def _tie(tensors: _Tensors, config: DecoderConfig, directory: Path) -> None:
     del tensors.shapes[head]
 
 
+def check_exportable(config: DecoderConfig) -> None:
+    """Raise `UserError` for a model that transformers does not have."""
+    if config.rope is not None and not config.rope.scaling.in_transformers:
+        raise not_exportable(config.rope)
+
+
 def write_directory(
     directory: Path,
     config: DecoderConfig,
@@ -175,14 +183,20 @@ def write_directory(
     dtype: Dtype = "float32",
     files: Mapping[str, bytes] | None = None,
     generation: Json | None = None,
+    longrope: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a model so that transformers 4 and 5 load it. If it fails, nothing is left behind.
 
     `read(path)` returns one stacked parameter and is called once for each. The directory must be
     new or empty. `files` are the contents of other files by name, such as those of a tokenizer, and
-    `generation` the settings for generation_config.json.
+    `generation` the settings for generation_config.json. `longrope` writes a RoPE type that
+    transformers does not have as `longrope` factors with the same frequencies.
     """
+    if longrope and config.rope is not None and not config.rope.scaling.in_transformers:
+        rope = as_longrope(config.rope, config.rotary_dim, config.max_positions)
+        config = dataclasses.replace(config, rope=rope)  # type: ignore[call-arg]  # a field there
+    check_exportable(config)
     if dtype not in get_args(Dtype):
         raise UserError(
             f"dtype {dtype!r} cannot be written; accepted: {', '.join(get_args(Dtype))}"

@@ -1,6 +1,7 @@
 """The configuration fields that all decoder families share."""
 
 import dataclasses
+import warnings
 
 from sat_jax.errors import UserError
 from sat_jax.nn.rope import RopeConfig
@@ -37,10 +38,20 @@ class DecoderConfig:
 
     @property
     def has_dynamic_rope(self) -> bool:
-        """Whether angles depend on the length of a row, which may then exceed `max_positions`."""
-        return self.rope is not None and self.rope.type == "dynamic"
+        """Whether angles depend on the length of a document."""
+        return self.rope is not None and self.rope.scaling.by_length
 
     def check_length(self, name: str, length: int) -> None:
-        """Raise `UserError` if a row of `length` tokens, which is called `name`, is too long."""
-        if length > self.max_positions:
+        """Raise `UserError` if a row of `length` tokens, which is called `name`, is too long, and
+        warn if RoPE is not defined for it."""
+        rope = self.rope
+        unlimited = rope is not None and rope.scaling.unlimited
+        if length > self.max_positions and not unlimited:
             raise UserError(f"{name} {length} exceeds the model's {self.max_positions} positions")
+        if rope is not None and rope.defined_length is not None and length > rope.defined_length:
+            warnings.warn(
+                f"{name} {length}: rope type {rope.type!r} with factor {rope.factor:g} and "
+                f"original_max_positions {rope.original_max_positions} is defined to "
+                f"{rope.defined_length} tokens",
+                stacklevel=2,
+            )

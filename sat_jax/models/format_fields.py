@@ -108,6 +108,15 @@ class JsonFields:
             raise self.refuse(field, f"a number above {above:g}")
         return float(value)
 
+    def numbers(self, field: str) -> tuple[float, ...]:
+        """Return a list of positive numbers."""
+        value = self.raw.get(field)
+        if not isinstance(value, list) or not all(
+            type(v) in (int, float) and 0 < v < math.inf for v in value
+        ):
+            raise self.refuse(field, "a list of positive numbers")
+        return tuple(map(float, value))
+
     def flag(self, field: str, default: bool) -> bool:
         """Return a truth value."""
         value = self.raw.get(field)

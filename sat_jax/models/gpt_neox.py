@@ -208,7 +208,9 @@ def _read_rope(fields: JsonFields, max_positions: int, head_dim: int) -> tuple[R
     rotary_dim = int(head_dim * fraction)
     if fraction > 1 or rotary_dim % 2 or not rotary_dim:
         raise fields.refuse("rotary_pct", f"an even part of the head size {head_dim}")
-    rope = rope_from_json(fields, max_positions, "rotary_emb_base", fraction)
+    rope = rope_from_json(
+        fields, max_positions, rotary_dim, base="rotary_emb_base", rotary_fraction=fraction
+    )
     fields.check_equal({"rotary_pct": fraction, "partial_rotary_factor": fraction})
     return rope, fraction
 

@@ -200,7 +200,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1.0, None),
     "rope_interleaved": (False, None),
     "use_mrope": (False, None),
-    "original_max_position_embeddings": (None,),
     "no_rope_layers": (None,),
     "use_parallel_residual": (False, None),
 }
@@ -244,7 +243,7 @@ def _read_config(fields: JsonFields) -> LlamaConfig:
         head_dim=head_dim,
         d_ff=fields.count("intermediate_size"),
         max_positions=max_positions,
-        rope=rope_from_json(fields, max_positions),
+        rope=rope_from_json(fields, max_positions, head_dim),
         norm_eps=fields.number("rms_norm_eps"),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         qkv_bias=qkv_bias,

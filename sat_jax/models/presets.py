@@ -1,6 +1,8 @@
 """Published model configurations by name, from their `config.json` files."""
 
+import dataclasses
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 from sat_jax.errors import UserError
@@ -207,3 +209,28 @@ def preset(name: str) -> DecoderConfig:
     near = difflib.get_close_matches(name.lower(), PRESETS, n=4, cutoff=0.5)
     names = f"near: {', '.join(near)}" if near else f"accepted: {', '.join(PRESETS)}"
     raise UserError(f"no preset {name!r}; {names}")
+
+
+def resized(config: DecoderConfig, sizes: Mapping[str, int]) -> DecoderConfig:
+    """Return the configuration with other sizes, by the names of its fields.
+
+    KV heads keep their ratio to query heads. With another vocabulary, special tokens are none.
+    Raises `UserError` for heads that do not divide the width, or are no multiple of the ratio.
+    """
+    if not sizes:
+        return config
+    changes: dict[str, Any] = dict(sizes)
+    width, heads = sizes.get("d_model", config.d_model), sizes.get("n_heads", config.n_heads)
+    if width % heads:
+        raise UserError(f"model.n_heads {heads} does not divide model.d_model {width}")
+    if {"d_model", "n_heads"} & sizes.keys() and hasattr(config, "n_kv_heads"):
+        ratio = config.n_heads // config.n_kv_heads
+        if heads % ratio:
+            raise UserError(
+                f"model.n_heads {heads} with {ratio} query heads for each KV head; accepted:"
+                f" multiples of {ratio}"
+            )
+        changes |= {"n_kv_heads": heads // ratio, "head_dim": width // heads}
+    if "vocab_size" in sizes:
+        changes |= {"bos_token_id": None, "eos_token_ids": ()}
+    return dataclasses.replace(config, **changes)

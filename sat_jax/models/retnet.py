@@ -19,11 +19,10 @@ from sat_jax.models.formats import Files, Layout, ModelFormat, Stored, Tensor, l
 from sat_jax.nn.context import Context
 from sat_jax.nn.decoder import Compute, Decoder
 from sat_jax.nn.linear import dense
-from sat_jax.nn.mlp import Activation, GatedMLP
+from sat_jax.nn.mlp import GatedActivation, GatedMLP
 from sat_jax.nn.norms import rms_norm
 from sat_jax.nn.param import constant, normal, param
 from sat_jax.nn.retention import Normalization, Retention
-from sat_jax.nn.rope import rotations
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +35,7 @@ class RetNetConfig(DecoderConfig):
 
     d_value: int
     norm_eps: float = 1e-6
-    activation: Activation = "silu"
+    activation: GatedActivation = "silu"
     normalization: Normalization = "decay"
     chunk: int = 512
     family: Literal["retnet"] = "retnet"
@@ -110,11 +109,12 @@ class RetNet(Decoder):
         return rms_norm(x, self.final_norm, self.config.norm_eps)
 
     def rotary(
-        self, positions: Int[Array, "B T"], length: int | None = None
+        self, positions: Int[Array, "B T"], lengths: Int[Array, "B T"] | None
     ) -> tuple[Array, Array]:
         """Return cosines and sines `[B, T, E / 2]`."""
-        del length
-        return rotations(dense(self.angle)[::2], positions)
+        del lengths
+        angles_BTR = positions[..., None] * dense(self.angle)[None, None, ::2]
+        return jnp.cos(angles_BTR), jnp.sin(angles_BTR)
 
 
 def angles(rotary_dim: int) -> Float[np.ndarray, " half"]:
@@ -148,7 +148,7 @@ _TENSORS = (
     _layer("mlp/up", "ffn.gate"),
     _layer("mlp/down", "ffn.fc2", "columns"),
 )
-_ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "swish": "silu"}
+_ACTIVATIONS: dict[str, GatedActivation] = {"gelu": "gelu", "swish": "silu"}
 _NORMALIZATIONS: dict[str, Normalization] = {
     "decay": "decay",
     "sum": "sum",

@@ -4,15 +4,31 @@ transformers 4 has a field for the base and `rope_scaling`, transformers 5 has `
 reads the others too. Written files have the fields of transformers 4.
 """
 
+import contextlib
 import json
 import math
-from typing import Any, get_args
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from sat_jax.errors import UserError
 from sat_jax.models.format_fields import GgufFields, Json, JsonFields
-from sat_jax.nn.rope import RopeConfig, RopeType, inverse_frequencies
+from sat_jax.nn.rope import (
+    SCALINGS,
+    RopeConfig,
+    attention_scaling,
+    check_rotary_dim,
+    inverse_frequencies,
+)
+
+_ORIGINAL = "original_max_position_embeddings"
+_JSON_NAMES = {"original_max_positions": _ORIGINAL}
+_NUMBERS = (
+    *("factor", "attention_factor", "beta_fast", "beta_slow"),
+    *("low_freq_factor", "high_freq_factor"),
+)
+_LISTS = ("short_factor", "long_factor")
 
 # A GGUF tensor: the divisor of each rotary frequency.
 ROPE_FREQS = "rope_freqs.weight"
@@ -36,19 +52,29 @@ ROPE_NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def rope_from_json(
-    fields: JsonFields, max_positions: int, base: str = "rope_theta", rotary_fraction: float = 1.0
+    fields: JsonFields,
+    max_positions: int,
+    rotary_dim: int,
+    *,
+    base: str = "rope_theta",
+    rotary_fraction: float = 1.0,
 ) -> RopeConfig:
     """Return the RoPE of a config.json. If a file has several forms, they must agree.
 
-    `base` is the field of the base beside `rope_scaling`. Raises `UserError` if a form rotates
-    another fraction of a head than `rotary_fraction`.
+    `rotary_dim` dimensions of a head are rotated. `base` is the field of the base beside
+    `rope_scaling`. Raises `UserError` if a form rotates another fraction of a head than
+    `rotary_fraction`.
     """
     theta = fields.number(base, 10_000.0)
-    forms = {
-        _rope_from(nested, theta, max_positions, rotary_fraction)
-        for field in ("rope_parameters", "rope_scaling")
-        if (nested := nested_fields(fields, field)) is not None
-    }
+    forms = set()
+    for field in ("rope_parameters", "rope_scaling"):
+        if (nested := nested_fields(fields, field)) is not None:
+            if nested.raw.get("partial_rotary_factor") not in (rotary_fraction, None):
+                raise nested.refuse("partial_rotary_factor", str(rotary_fraction))
+            rope = _rope_config(nested.where, **_settings(nested, fields, theta, max_positions))
+            with _located(nested.where):
+                check_rotary_dim(rope, rotary_dim)
+            forms.add(rope)
     if len(forms) > 1:
         raise UserError(
             f"{fields.where}: rope_parameters and rope_scaling differ; keep one of them"
@@ -70,83 +96,117 @@ def nested_fields(fields: JsonFields, field: str) -> JsonFields | None:
     return JsonFields(raw, where)
 
 
-def _rope_from(
-    fields: JsonFields, theta: float, max_positions: int, rotary_fraction: float
-) -> RopeConfig:
-    if fields.raw.get("partial_rotary_factor") not in (rotary_fraction, None):
-        raise fields.refuse("partial_rotary_factor", str(rotary_fraction))
+def _settings(
+    fields: JsonFields, outer: JsonFields, theta: float, max_positions: int
+) -> dict[str, Any]:
+    """Return the arguments of `RopeConfig` from `rope_scaling` or `rope_parameters`, which is in
+    the file `outer`."""
     kind: Any = fields.raw.get("rope_type", fields.raw.get("type", "default"))
     fields.check_equal({"type": kind})
-    if kind not in get_args(RopeType):
+    if not isinstance(kind, str) or kind not in SCALINGS:
         raise UserError(
-            f"{fields.where}: rope type {json.dumps(kind)} is not supported; accepted: "
-            + ", ".join(get_args(RopeType))
+            f"{fields.where}: rope type {json.dumps(kind)} is not supported; "
+            f"accepted: {', '.join(SCALINGS)}"
         )
-    theta = fields.number("rope_theta", theta)
-    if kind == "default":
-        return RopeConfig(theta)
-    factor = fields.number("factor")
-    match kind:
-        case "linear":
-            return RopeConfig(theta, kind, factor)
-        case "dynamic":
-            # transformers uses max_position_embeddings only.
-            if fields.count("original_max_position_embeddings", max_positions) != max_positions:
-                raise fields.refuse("original_max_position_embeddings", "max_position_embeddings")
-            return RopeConfig(theta, kind, factor, max_positions)
-        case "yarn":
-            return RopeConfig(
-                theta,
-                kind,
-                factor,
-                fields.count("original_max_position_embeddings", max_positions),
-                beta_fast=fields.number("beta_fast", 32.0),
-                beta_slow=fields.number("beta_slow", 1.0),
-                truncate=fields.flag("truncate", True),
-                attention_factor=_yarn_attention_factor(fields, factor),
-            )
-        case _:
-            low = fields.number("low_freq_factor")
-            return RopeConfig(
-                theta,
-                kind,
-                factor,
-                fields.count("original_max_position_embeddings"),
-                low_freq_factor=low,
-                high_freq_factor=fields.number("high_freq_factor", above=low),
-            )
+    settings: dict[str, Any] = {"type": kind, "theta": fields.number("rope_theta", theta)}
+    present = {name for name, value in fields.raw.items() if value is not None}
+    settings |= {name: fields.number(name) for name in _NUMBERS if name in present}
+    settings |= {name: fields.numbers(name) for name in _LISTS if name in present}
+    settings["truncate"] = fields.flag("truncate", True)
+    if kind == "llama3":
+        for name in ("low_freq_factor", "high_freq_factor"):
+            settings[name] = fields.number(name)
+    accepted = SCALINGS[kind].fields
+    if "original_max_positions" in accepted:
+        original = _original_length(fields, outer, kind, max_positions)
+        settings["original_max_positions"] = original
+        quotient = max_positions / original
+        if kind in ("yarn", "longrope"):
+            settings.setdefault("factor", quotient)
+        if kind == "longrope" and _ORIGINAL in outer.raw and "attention_factor" not in settings:
+            # transformers 4 then replaces the factor by the quotient, transformers 5 does not.
+            fields.check_equal({"factor": quotient})
+    if "factor" in accepted and "factor" not in settings:
+        settings["factor"] = fields.number("factor")
+    if {"mscale", "mscale_all_dim"} & present:
+        if kind != "yarn":
+            raise UserError(f"{fields.where}: mscale is no field of rope type {kind!r}")
+        if settings.get("attention_factor") is None:
+            settings["attention_factor"] = _quotient_of_mscale(fields, settings["factor"])
+    return settings
 
 
-def _yarn_attention_factor(fields: JsonFields, factor: float) -> float | None:
-    """Return the explicit factor, or the quotient of the two `mscale` fields, or None."""
-    if fields.raw.get("attention_factor") is not None:
-        return fields.number("attention_factor")
-    if not (fields.raw.get("mscale") and fields.raw.get("mscale_all_dim")) or factor <= 1:
+def _original_length(fields: JsonFields, outer: JsonFields, kind: str, max_positions: int) -> int:
+    """Return the trained length, from beside or within `rope_scaling`."""
+    default = None
+    if outer.raw.get(_ORIGINAL) is not None:
+        default = outer.count(_ORIGINAL)
+        fields.check_equal({_ORIGINAL: default})
+    if kind == "dynamic":
+        # transformers uses max_position_embeddings only.
+        if fields.count(_ORIGINAL, default or max_positions) != max_positions:
+            raise fields.refuse(_ORIGINAL, "max_position_embeddings")
+        return max_positions
+    if kind == "yarn" and fields.raw.get("factor") is not None:
+        default = default or max_positions
+    return fields.count(_ORIGINAL, default)
+
+
+def _quotient_of_mscale(fields: JsonFields, factor: float) -> float | None:
+    """Return the attention factor from the two `mscale` fields (in DeepSeek's files), or None if
+    one is missing."""
+    if not (fields.raw.get("mscale") and fields.raw.get("mscale_all_dim")):
         return None
     mscale, all_dim = fields.number("mscale"), fields.number("mscale_all_dim")
     return (0.1 * mscale * math.log(factor) + 1) / (0.1 * all_dim * math.log(factor) + 1)
 
 
+def _rope_config(where: str, **settings: Any) -> RopeConfig:
+    """Return the configuration; errors name the file."""
+    with _located(where):
+        return RopeConfig(**settings)
+
+
+@contextlib.contextmanager
+def _located(where: str) -> Iterator[None]:
+    """Put the name of the file before an error."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
 def rope_to_json(rope: RopeConfig, max_positions: int) -> Json:
-    """Return `rope_scaling` of a config.json, which does not have the base."""
-    raw: Json = {"rope_type": rope.type}
-    if rope.type != "default":
-        raw["factor"] = rope.factor
+    """Return the fields of a config.json without the base: `rope_scaling` and, with `longrope`, the
+    original length.
+
+    transformers 4 reads the original length of `longrope` only there, and then replaces the factor
+    by the quotient of the lengths.
+    """
     if rope.type == "dynamic" and rope.original_max_positions != max_positions:
         raise UserError(
             f"a Hugging Face directory cannot hold dynamic RoPE with original_max_positions "
             f"{rope.original_max_positions} other than max_positions {max_positions}"
         )
-    if rope.type in ("yarn", "llama3"):
-        raw["original_max_position_embeddings"] = rope.original_max_positions
-    if rope.type == "llama3":
-        raw |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
-    if rope.type == "yarn":
-        raw |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
-        raw["truncate"] = rope.truncate
-        if rope.attention_factor is not None:
-            raw["attention_factor"] = rope.attention_factor
-    return {"rope_scaling": None if rope.type == "default" else raw}
+    if rope.type == "default":
+        return {"rope_scaling": None}
+    raw: Json = {"rope_type": rope.type}
+    raw |= {_JSON_NAMES.get(name, name): getattr(rope, name) for name in rope.scaling.fields}
+    if rope.type == "dynamic":
+        del raw[_ORIGINAL]
+    if rope.type != "longrope":
+        return {"rope_scaling": {name: value for name, value in raw.items() if value is not None}}
+    raw |= {name: list(raw[name]) for name in _LISTS}
+    if raw["factor"] * raw[_ORIGINAL] != max_positions:
+        raw["attention_factor"] = attention_scaling(rope, 1)
+    return {"rope_scaling": raw, _ORIGINAL: rope.original_max_positions}
+
+
+def not_exportable(rope: RopeConfig) -> UserError:
+    """Return the error that refuses a type that transformers does not have."""
+    offer = "" if rope.scaling.by_length else " (its frequencies can be written as longrope)"
+    accepted = ", ".join(name for name, scaling in SCALINGS.items() if scaling.in_transformers)
+    return UserError(f"transformers has no rope type {rope.type!r}{offer}; accepted: {accepted}")
 
 
 def rope_from_gguf(fields: GgufFields, rotary_dim: int, max_positions: int) -> RopeConfig:
@@ -164,16 +224,20 @@ def rope_from_gguf(fields: GgufFields, rotary_dim: int, max_positions: int) -> R
         case "none":
             return RopeConfig(theta)
         case "linear":
-            return RopeConfig(theta, "linear", fields.number("rope.scaling.factor"))
+            factor = fields.number("rope.scaling.factor")
+            return _rope_config(fields.where, theta=theta, type="linear", factor=factor)
         case "yarn":
             factor = fields.number("rope.scaling.factor")
             # GGUF has a multiple of the scaling of YaRN.
             multiple = fields.number("rope.scaling.attn_factor", 1.0)
-            return RopeConfig(
-                theta,
-                "yarn",
-                factor,
-                fields.count("rope.scaling.original_context_length", max_positions),
+            return _rope_config(
+                fields.where,
+                theta=theta,
+                type="yarn",
+                factor=factor,
+                original_max_positions=fields.count(
+                    "rope.scaling.original_context_length", max_positions
+                ),
                 beta_fast=fields.number("rope.scaling.yarn_beta_fast", 32.0),
                 beta_slow=fields.number("rope.scaling.yarn_beta_slow", 1.0),
                 attention_factor=None

@@ -1,125 +1,198 @@
 """Block-sparse weights: the stored blocks of a matrix, and where they are.
 
-The values, their gradients and their moments have an entry for each stored block alone.
+The values, their gradients and their moments have an entry for each stored block alone. Every block
+row stores equally many blocks, so that the work is balanced, also over a mesh that splits rows.
 """
 
 import dataclasses
 import functools
+import math
+from collections.abc import Callable
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
 
 from sat_jax.nn.linear import PRODUCT, Axes, Weight
-from sat_jax.nn.param import BLOCK, INDEX
-from sat_jax.ops import BlockMask, Implementation, column_matmul, row_matmul
+from sat_jax.nn.mesh_axes import TENSOR
+from sat_jax.nn.param import BLOCK, BLOCK_ROW, INDEX
+from sat_jax.ops import ACTIVATIONS as ACTIVATIONS
+from sat_jax.ops import Activation as Activation
+from sat_jax.ops import (
+    BlockMask,
+    Implementation,
+    column_matmul,
+    gelu_mlp,
+    row_matmul,
+)
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("blocks", "mask"),
-    meta_fields=("units", "implementation"),
+    data_fields=("blocks", "columns"),
+    meta_fields=("units", "width", "longest", "implementation"),
 )
 @dataclasses.dataclass(frozen=True)
 class BlockSparse(Weight):
     """A weight `[*L, *units, D]` that is zero outside the stored blocks of its matrix `[N, D]`.
 
-    N is the product of `units`, the sizes of all axes but layer and last. `mask` has the layers in
-    front of its arrays, as `blocks` has. `implementation`: that of the kernels by name; None
+    N is the product of `units`, the sizes of all axes but layer and last, and D is `width` blocks.
+    Block row r stores its blocks at the block columns `columns[r]`, sorted; `longest` is the most
+    blocks that a block column may store. `implementation`: that of the kernels by name; None
     chooses.
     """
 
-    blocks: Float[Array, "*L nonzero b b"]
-    mask: BlockMask
+    blocks: Float[Array, "*L R k b b"]
+    columns: Int[Array, "*L R k"]
     units: tuple[int, ...]
+    width: int
+    longest: int
     implementation: Implementation | None = None
 
     @classmethod
     def of(
-        cls,
-        array: Float[Array, "*axes D"],
-        mask: BlockMask,
-        implementation: Implementation | None = None,
+        cls, array: Float[Array, "*axes D"], columns: Int[Array, "*L R k"], longest: int
     ) -> Self:
-        """Return the blocks of an array at the places of a mask."""
-        units = array.shape[mask.rows.ndim - 1 : -1]
-        return cls(take_blocks(array, mask), mask, units, implementation)
+        """Return the blocks of an array at these block columns."""
+        units = array.shape[columns.ndim - 2 : -1]
+        width = array.shape[-1] * columns.shape[-2] // math.prod(units)
+        return cls(take_blocks(array, columns), columns, units, width, longest)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the array that the weight stands for."""
-        return *self.blocks.shape[:-3], *self.units, self.mask.shape[1] * self.mask.block
+        """Shape of the array that the weight stands for, of one layer or of all."""
+        return *self.blocks.shape[:-4], *self.units, self.width * self.blocks.shape[-1]
 
     def dense(self) -> Array:
         """Return the array, with zeros outside the blocks, of one layer or of all."""
-        return scatter_blocks(self.blocks, self.mask).reshape(self.shape)
+        return scatter_blocks(self.blocks, self.columns, self.width).reshape(self.shape)
 
     def describe(self, axes: Axes) -> dict[str, tuple[Axes, bool]]:
-        """Return axes of the blocks, which are trained, and of the mask's arrays."""
+        """Return axes of the blocks, which are trained, and of their columns."""
         layer = axes[: -len(self.units) - 1]
-        inside: dict[str, tuple[Axes, bool]] = {
-            "blocks": ((*layer, BLOCK, "block_row", "block_column"), True)
+        return {
+            "blocks": ((*layer, BLOCK_ROW, BLOCK, "row_of_block", "column_of_block"), True),
+            "columns": ((*layer, BLOCK_ROW, INDEX), False),
         }
-        for keys, array in jax.tree_util.tree_leaves_with_path(self.mask):
-            name = jax.tree_util.keystr(keys, simple=True, separator="/")
-            inside[f"mask/{name}"] = (*layer, *(INDEX,) * (array.ndim - len(layer))), False
-        return inside
 
     def project(self, x: Float[Array, "B T D"]) -> Array:
         """Return `x · Wᵀ`, `[B, T, *units]`."""
-        y = column_matmul(x, self.blocks, self.mask, implementation=self.implementation)
+
+        def product(x: Array, w: BlockSparse) -> Array:
+            return column_matmul(x, w.values, w.mask, implementation=w.implementation)
+
+        y = _over_rows(product, x, self, specs=(P(), P(TENSOR)), result=P(None, None, TENSOR))
         return checkpoint_name(y, PRODUCT).reshape(*y.shape[:-1], *self.units)
 
     def combine(self, a: Array) -> Float[Array, "B T D"]:
         """Return `a · W` for activations `[B, T, *units]`."""
+
+        def product(a: Array, w: BlockSparse) -> Array:
+            return row_matmul(a, w.values, w.mask, implementation=w.implementation)
+
         flat = a.reshape(*a.shape[:2], -1)
-        return row_matmul(flat, self.blocks, self.mask, implementation=self.implementation)
+        specs = (P(None, None, TENSOR), P(TENSOR))
+        return _over_rows(product, flat, self, specs=specs, result=P())
+
+    @property
+    def mask(self) -> BlockMask:
+        """The pattern of one layer as kernels take it."""
+        block = self.blocks.shape[-1]
+        return BlockMask.balanced(self.columns, self.width, block, self.longest)
+
+    @property
+    def values(self) -> Float[Array, "nonzero b b"]:
+        """The blocks of one layer as kernels take them."""
+        return self.blocks.reshape(-1, *self.blocks.shape[-2:])
 
 
-def take_blocks(array: Float[Array, "*axes D"], mask: BlockMask) -> Float[Array, "*L nonzero b b"]:
-    """Return the blocks of an array at the places of a mask."""
-    (rows, columns), block = mask.shape, mask.block
-    lead = mask.rows.shape[:-1]
-    grid = array.reshape(*lead, rows, block, columns, block).swapaxes(-3, -2)
+def block_sparse_mlp(
+    up: BlockSparse,
+    bias: Float[Array, "*units"],
+    down: BlockSparse,
+    x: Float[Array, "B T D"],
+    activation: Activation,
+) -> Float[Array, "B T D"]:
+    """Return activation(x · upᵀ + bias) · down, by the implementation of `up`, which is that of
+    `down`."""
 
-    def take(grid: Array, row: Array, column: Array) -> Array:
-        return grid[row, column]
+    def mlp(x: Array, up: BlockSparse, bias: Array, down: BlockSparse) -> Array:
+        options: Any = {"activation": activation, "implementation": up.implementation}
+        return gelu_mlp(x, up.values, bias, down.values, up.mask, down.mask, **options)
 
-    return _over(lead, take)(grid, mask.rows, mask.columns)
+    specs = (P(), P(TENSOR), P(TENSOR), P(TENSOR))
+    return _over_rows(mlp, x, up, bias.ravel(), down, specs=specs, result=P())
+
+
+def take_blocks(
+    array: Float[Array, "*axes D"], columns: Int[Array, "*L R k"]
+) -> Float[Array, "*L R k b b"]:
+    """Return the blocks of an array at these block columns."""
+    *layers, rows, _ = columns.shape
+    block = math.prod(array.shape[len(layers) : -1]) // rows
+    grid = array.reshape(*layers, rows, block, -1, block).swapaxes(-3, -2)
+    return grid[_places(columns)]
 
 
 def scatter_blocks(
-    blocks: Float[Array, "*L nonzero b b"], mask: BlockMask
+    blocks: Float[Array, "*axes"], columns: Int[Array, "*L R k"], width: int
 ) -> Float[Array, "*L N D"]:
-    """Return matrices with these blocks at the places of a mask, and zeros elsewhere."""
-    (rows, columns), block = mask.shape, mask.block
-    lead = mask.rows.shape[:-1]
-
-    def scatter(blocks: Array, row: Array, column: Array) -> Array:
-        zeros = jnp.zeros((rows, columns, block, block), blocks.dtype)
-        return zeros.at[row, column].set(blocks)
-
-    grid = _over(lead, scatter)(blocks, mask.rows, mask.columns)
-    return grid.swapaxes(-3, -2).reshape(*lead, rows * block, columns * block)
-
-
-def exchange_blocks(values: Array, old: BlockMask, new: BlockMask) -> Array:
-    """Return values `[*L, nonzero, ...]` for the blocks of the mask `new`: those of `old` where it
-    has the block, 0 elsewhere."""
-    lead = old.rows.shape[:-1]
-
-    def exchange(values: Array, old_places: tuple[Array, ...], new_places: Any) -> Array:
-        slots = jnp.full(old.shape, old.nonzero, jnp.int32)
-        slots = slots.at[old_places].set(jnp.arange(old.nonzero, dtype=jnp.int32))
-        return values.at[slots[new_places]].get(mode="fill", fill_value=0)
-
-    return _over(lead, exchange)(values, (old.rows, old.columns), (new.rows, new.columns))
+    """Return matrices with these blocks at these block columns, and zeros elsewhere. Blocks without
+    axes of their own are entries: a matrix `[*L, R, width]`."""
+    inside = blocks.shape[columns.ndim :]
+    zeros = jnp.zeros((*columns.shape[:-1], width, *inside), blocks.dtype)
+    grid = zeros.at[_places(columns)].set(blocks, unique_indices=True)
+    if not inside:
+        return grid
+    *layers, rows, _ = columns.shape
+    return grid.swapaxes(-3, -2).reshape(*layers, rows * inside[0], width * inside[1])
 
 
-def _over(lead: tuple[int, ...], function: Any) -> Any:
-    """Return the function for arguments with the axes `lead` in front."""
-    for _ in lead:
-        function = jax.vmap(function)
-    return function
+def exchange_blocks(
+    values: Float[Array, "*axes"],
+    old: Int[Array, "*L R k"],
+    new: Int[Array, "*L R n"],
+) -> Float[Array, "*axes"]:
+    """Return values for the blocks at the columns `new`: those of `old` where they were stored, 0
+    elsewhere."""
+    same = new[..., :, None] == old[..., None, :]
+    slot = jnp.argmax(same, axis=-1)
+    stored = jnp.any(same, axis=-1)
+    stored = stored.reshape(*stored.shape, *(1,) * (values.ndim - old.ndim))
+    return jnp.where(stored, values[_places(slot)], jnp.zeros((), values.dtype))
+
+
+def _places(columns: Int[Array, "*L R k"]) -> tuple[Array, ...]:
+    """Return an index for each axis, that together are the places of the blocks."""
+    return *jnp.ogrid[tuple(slice(size) for size in columns.shape)][:-1], columns
+
+
+def _over_rows(
+    function: Callable[..., Array], *arguments: Any, specs: tuple[P, ...], result: P
+) -> Array:
+    """Return the result of a function of weights whose block rows are split over the mesh axis
+    `tensor`: each device computes with its own rows, and a result without that axis is the sum over
+    devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True)).get(TENSOR, 1) == 1:
+        return function(*arguments)
+
+    def local(*arguments: Any) -> Array:
+        y = function(*map(_of_own_rows, arguments))
+        return y if TENSOR in result else jax.lax.psum(y, TENSOR)
+
+    mapped: Any = jax.shard_map(
+        local, in_specs=specs, out_specs=result, axis_names={TENSOR}, check_vma=False
+    )
+    return mapped(*arguments)
+
+
+def _of_own_rows(argument: Any) -> Any:
+    """Return an argument on one device; its block columns have no more blocks than it has rows."""
+    if not isinstance(argument, BlockSparse):
+        return argument
+    longest = min(argument.longest, argument.columns.shape[-2])
+    return dataclasses.replace(argument, longest=longest)

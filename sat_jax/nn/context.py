@@ -17,16 +17,50 @@ a dynamic selection kept, by unit."""
 
 
 class Cache(NamedTuple):
-    """The state of decoding after the tokens so far: arrays of all layers, by name.
+    """The state of decoding after the tokens so far: arrays of all layers by name, and the tokens.
 
-    Slots 0, 1, …, `used` - 1 of S are filled. `segment_ids`: 1 for a row's tokens, 0 for padding; a
-    slot is seen by later slots with the same number, so padding may stand anywhere. S is 0 where no
-    branch has an entry for each token.
+    Slots 0, 1, …, `used` - 1 of S are filled in `arrays`; `tokens`, `segment_ids` and `positions`
+    may be ahead. `segment_ids`: 1 for a row's tokens, 0 for padding; a slot is seen by later slots
+    with the same number, so padding may stand anywhere. S is 0 where no branch reads past tokens.
     """
 
     arrays: dict[str, Shaped[Array, "L B ..."]]
+    tokens: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"]
+    positions: Int[Array, "B S"]
     used: Int[Array, ""]
+
+    def write(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+    ) -> "Cache":
+        """Return the cache with T tokens in the slots after the used ones, not yet computed; a
+        cache without slots as it is."""
+        if not self.tokens.shape[1]:
+            return self
+
+        def updated(array: Array, new: Array) -> Array:
+            return jax.lax.dynamic_update_slice(array, new, (0, self.used))
+
+        return self._replace(
+            tokens=updated(self.tokens, tokens),
+            segment_ids=updated(self.segment_ids, segment_ids),
+            positions=updated(self.positions, positions),
+        )
+
+    def newest(self, count: int) -> tuple[Int[Array, "B T"], ...]:
+        """Return the tokens, segments and positions of the next `count` slots to compute."""
+        return tuple(
+            jax.lax.dynamic_slice_in_dim(array, self.used, count, axis=1)
+            for array in (self.tokens, self.segment_ids, self.positions)
+        )
+
+    def row_lengths(self, slots: int | Int[Array, ""]) -> Int[Array, " B"]:
+        """Return the number of tokens of each row in the first `slots` slots, without padding."""
+        counted = (jnp.arange(self.tokens.shape[1])[None] < slots) & (self.segment_ids > 0)
+        return jnp.max(jnp.where(counted, self.positions + 1, 0), axis=-1)
 
 
 @dataclasses.dataclass

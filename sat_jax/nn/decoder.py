@@ -1,6 +1,7 @@
 """The base class of all decoder families: hidden states, logits and decoding."""
 
 import dataclasses
+import math
 from collections.abc import Collection
 from typing import Any, Literal
 
@@ -15,8 +16,11 @@ from sat_jax.nn.context import Cache, Context, Observable, Observed, Selection
 from sat_jax.nn.linear import dense
 from sat_jax.nn.param import Mask
 from sat_jax.nn.pipeline import number_of_stages, pipeline_layers
-from sat_jax.nn.rope import rotary_tables
+from sat_jax.nn.rope import document_lengths, rotary_tables, scaled_by_length
 from sat_jax.nn.stack import Remat, cast, scan_layers
+
+# Tokens per forward pass where the slots of a cache are computed again.
+_CHUNK = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +30,8 @@ class Compute:
     `remat`: what the backward pass finds saved: `none` everything, `dots` matmul outputs, `full`
     each layer's input only. `loss_chunk`: positions of each row whose logits exist at once.
     `attention`: a backend by name; None chooses by platform. `microbatches`: parts of the rows that
-    pass through a pipeline, on a mesh with one.
+    pass through a pipeline, on a mesh with one; 1: all rows pass through the layers one by one, and
+    each layer's weights are sent to all stages.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -45,6 +50,11 @@ class Decoder(nnx.Module):
     embed: nnx.Param
     layers: nnx.Module
     lm_head: nnx.Param | None
+
+    @property
+    def pipelined(self) -> bool:
+        """Whether the layers are computed in the stages of a pipeline."""
+        return number_of_stages() > 1 and self.compute.microbatches > 1
 
     def embed_tokens(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
@@ -88,9 +98,11 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], tuple[Observed, ...]]:
         """Return the normed residual stream after the last layer, and what each segment's layers
         observed. `selection` chooses units in each layer; it needs a `key`."""
+        dynamic = self.config.has_dynamic_rope
+        lengths = document_lengths(segment_ids, positions) if dynamic else None
         context = Context(
             segment_ids,
-            self.rotary(positions),
+            self.rotary(positions, lengths),
             self.compute.attention,
             observe,
             selection,
@@ -99,7 +111,7 @@ class Decoder(nnx.Module):
         x_BTD = self.embed_tokens(tokens, positions).astype(self.compute.dtype)
         compute = self.compute
         options: Any = {"dtype": compute.dtype, "remat": compute.remat}
-        if number_of_stages() > 1:
+        if self.pipelined:
             options["microbatches"] = compute.microbatches
             return self.normalize(pipeline_layers(self.layers, x_BTD, context, **options)), ({},)
         x_BTD, observed, _ = scan_layers(self.layers, x_BTD, context, **options)
@@ -113,8 +125,8 @@ class Decoder(nnx.Module):
             arrays |= branch.empty_cache(batch, slots, self.compute.dtype)
         if not any(branch.caches_tokens for branch in parts):
             slots = 0
-        segment_ids = jnp.zeros((batch, slots), jnp.int32)
-        return Cache(arrays, segment_ids, jnp.zeros((), jnp.int32))
+        zeros = jnp.zeros((batch, slots), jnp.int32)
+        return Cache(arrays, zeros, zeros, zeros, jnp.zeros((), jnp.int32))
 
     def extend(
         self,
@@ -122,36 +134,76 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
         positions: Int[Array, "B T"],
-        length: int,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Return the normed residual stream of T more tokens, and the cache with them.
 
-        `length`: the whole planned length in tokens, from which `dynamic` RoPE derives its angles;
-        the keys of one cache must agree on it.
+        It equals one pass over all tokens so far. Where the angles of RoPE depend on the length,
+        and are now other than those in the cache, every slot is computed again: not the keys alone
+        change, but with them the inputs of all layers after the first.
         """
-        seen = cache.segment_ids
-        if seen.size:
-            seen = jax.lax.dynamic_update_slice(seen, segment_ids, (0, cache.used))
-        context = Context(segment_ids, self.rotary(positions, length), self.compute.attention)
+        cache, count = cache.write(tokens, segment_ids, positions), tokens.shape[1]
+        if not self.config.has_dynamic_rope:
+            return self.advance(cache, tokens, segment_ids, positions)
+        ends = (cache.used, cache.used + count)
+        lengths = jnp.stack([cache.row_lengths(end) for end in ends])
+        frequencies, scale = scaled_by_length(self.config.rope, self.config.rotary_dim, lengths)
+        changed = jnp.any(frequencies[0] != frequencies[1]) | jnp.any(scale[0] != scale[1])
+        return jax.lax.cond(
+            changed & (cache.used > 0),
+            lambda cache: self._compute_again(cache, count),
+            lambda cache: self.advance(cache, tokens, segment_ids, positions),
+            cache,
+        )
+
+    def advance(
+        self,
+        cache: Cache,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Return the normed residual stream of the next T tokens, which are written in the cache,
+        and the cache with their keys or states. Angles are for all written tokens of a row."""
+        lengths = None
+        if self.config.has_dynamic_rope:
+            written = cache.row_lengths(cache.tokens.shape[1])[:, None]
+            lengths = jnp.broadcast_to(written, positions.shape)
+        context = Context(segment_ids, self.rotary(positions, lengths), self.compute.attention)
         x_BTD = self.embed_tokens(tokens, positions).astype(self.compute.dtype)
         x_BTD, _, extended = scan_layers(
-            self.layers,
-            x_BTD,
-            context,
-            dtype=self.compute.dtype,
-            cache=cache._replace(segment_ids=seen),
+            self.layers, x_BTD, context, dtype=self.compute.dtype, cache=cache
         )
         assert extended is not None
         return self.normalize(x_BTD), extended
 
+    def _compute_again(self, cache: Cache, count: int) -> tuple[Float[Array, "B T D"], Cache]:
+        """Return `extend`'s result after all slots before have been computed again."""
+        slots = cache.tokens.shape[1]
+        # Chunks of one size that fill the slots exactly; those after the last token are not run.
+        chunk, end = math.gcd(slots, _CHUNK), cache.used + count
+
+        def body(index: Array, carry: tuple[Cache, Array]) -> tuple[Cache, Array]:
+            cache, x_BSD = carry
+            x_BTD, cache = self.advance(cache, *cache.newest(chunk))
+            return cache, jax.lax.dynamic_update_slice(x_BSD, x_BTD, (0, index * chunk, 0))
+
+        shape = (len(cache.tokens), slots, self.config.d_model)
+        start = (
+            cache._replace(used=jnp.zeros_like(cache.used)),
+            jnp.zeros(shape, self.compute.dtype),
+        )
+        computed, x_BSD = jax.lax.fori_loop(0, -(-end // chunk), body, start)
+        newest = jax.lax.dynamic_slice_in_dim(x_BSD, cache.used, count, axis=1)
+        return newest, computed._replace(used=end)
+
     def rotary(
-        self, positions: Int[Array, "B T"], length: int | None = None
+        self, positions: Int[Array, "B T"], lengths: Int[Array, "B T"] | None
     ) -> tuple[Array, Array] | None:
         """Return cosines and sines `[B, T, rotated / 2]`; None: positions are not rotated."""
         rope = self.config.rope
         if rope is None:
             return None
-        return rotary_tables(rope, self.config.rotary_dim, positions, length)
+        return rotary_tables(rope, self.config.rotary_dim, positions, lengths)
 
 
 def for_decoding(model: Decoder) -> Decoder:

@@ -171,8 +171,8 @@ def next_token_loss(
     """Return the sum of the cross-entropy over the loss mask (natural logarithm), and the
     observations; `options` are those of `Decoder.hidden`."""
     x_BTD, observed = model.hidden(tokens, segment_ids, positions, **options)
-    chunk, stages = model.compute.loss_chunk, number_of_stages()
-    if stages > 1:  # A device has the rows of several microbatches: as many logits as of one.
-        chunk = max(1, chunk * stages // model.compute.microbatches)
+    chunk = model.compute.loss_chunk
+    if model.pipelined:  # A device has the rows of several microbatches: as many logits as of one.
+        chunk = max(1, chunk * number_of_stages() // model.compute.microbatches)
     loss = chunked_cross_entropy(x_BTD, model.head(), targets, loss_mask, chunk)
     return loss, observed

@@ -1,4 +1,4 @@
 """Mesh axes over which arrays are split by hand, where the compiler cannot split an operation."""
 
-PIPELINE = "pipeline"
-ROW_AXES, GROUP_AXES = (PIPELINE, "data", "fsdp"), ("tensor",)
+PIPELINE, TENSOR = "pipeline", "tensor"
+ROW_AXES, GROUP_AXES = (PIPELINE, "data", "fsdp"), (TENSOR,)

@@ -1,7 +1,5 @@
 """MLPs, channel-major: a channel is a row of each matrix."""
 
-import functools
-from collections.abc import Callable, Mapping
 from typing import Literal
 
 import jax
@@ -9,18 +7,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from sat_jax.nn.block_sparse import ACTIVATIONS, BlockSparse, block_sparse_mlp
+from sat_jax.nn.block_sparse import Activation as Activation
 from sat_jax.nn.branch import Branch
 from sat_jax.nn.context import Context
-from sat_jax.nn.linear import dense, gated_mlp, project, swiglu
+from sat_jax.nn.linear import dense, gated_mlp, project, swiglu, value
 from sat_jax.nn.low_rank import predicted
 from sat_jax.nn.param import CHANNEL, normal, param
 
-Activation = Literal["gelu", "gelu_new", "silu"]
-_ACTIVATIONS: Mapping[Activation, Callable[[Array], Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),  # x Φ(x)
-    "gelu_new": jax.nn.gelu,  # its tanh approximation (Hendrycks and Gimpel, arXiv:1606.08415)
-    "silu": jax.nn.silu,
-}
+GatedActivation = Literal[Activation, "silu"]
 
 
 class GatedMLP(Branch):
@@ -38,7 +33,7 @@ class GatedMLP(Branch):
         layers: int,
         channels: int,
         embed: int,
-        activation: Activation = "silu",
+        activation: GatedActivation = "silu",
         out_scale: float,
         rngs: nnx.Rngs,
     ):
@@ -54,7 +49,7 @@ class GatedMLP(Branch):
         del context
         if self.activation == "silu":
             return swiglu(self.gate, self.up, x)
-        return _ACTIVATIONS[self.activation](project(self.gate, x)) * project(self.up, x)
+        return ACTIVATIONS[self.activation](project(self.gate, x)) * project(self.up, x)
 
     def apply(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
         """Return the sum over channels, by one fused operation where the weights allow it."""
@@ -64,8 +59,8 @@ class GatedMLP(Branch):
 
     def predicted_activations(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         """Return the activations with gate and up projection at low rank."""
-        gate_x = _ACTIVATIONS[self.activation](predicted(x, dense(self.gate)))
-        return gate_x * predicted(x, dense(self.up))
+        activation = jax.nn.silu if self.activation == "silu" else ACTIVATIONS[self.activation]
+        return activation(predicted(x, dense(self.gate))) * predicted(x, dense(self.up))
 
 
 class MLP(Branch):
@@ -97,9 +92,17 @@ class MLP(Branch):
     def activations(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T F"]:
         """Return activation(x · up + bias)."""
         del context
-        return _ACTIVATIONS[self.activation](project(self.up, x, self.up_bias))
+        return ACTIVATIONS[self.activation](project(self.up, x, self.up_bias))
+
+    def apply(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
+        """Return the sum over channels, by one fused operation if both weights are blocks."""
+        up, down = value(self.up), value(self.down)
+        blocks = isinstance(up, BlockSparse) and isinstance(down, BlockSparse)
+        if blocks and up.implementation == down.implementation:
+            return block_sparse_mlp(up, dense(self.up_bias), down, x, self.activation)
+        return super().apply(x, context)
 
     def predicted_activations(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         """Return the activations with the up projection at low rank."""
         up_x = predicted(x, dense(self.up)) + dense(self.up_bias)[None, None]
-        return _ACTIVATIONS[self.activation](up_x)
+        return ACTIVATIONS[self.activation](up_x)

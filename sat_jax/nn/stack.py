@@ -21,9 +21,15 @@ SELECTED = "selected units"
 """The name under which `jax.checkpoint` saves what a dynamic selection kept: the backward pass must
 not select again, from inputs that it computes again and may round otherwise."""
 
+
+def _all_but_slices(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Save everything but slices of arrays that are saved anyway, such as stacked weights."""
+    return primitive is not jax.lax.dynamic_slice_p
+
+
 _policies = jax.checkpoint_policies
-_POLICIES: dict[Remat, Callable[..., Any]] = {
-    "none": _policies.everything_saveable,
+POLICIES: dict[Remat, Callable[..., Any]] = {
+    "none": _all_but_slices,
     "dots": _policies.save_from_both_policies(
         _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(PRODUCT)
     ),
@@ -48,7 +54,7 @@ def scan_layers(
     assert cache is None or len(parts) == 1, "decoding is of a model in one segment"
     keys = None if context.key is None else jax.random.split(context.key, sum(lengths))
     policy = _policies.save_from_both_policies(
-        _POLICIES[remat], _policies.save_only_these_names(SELECTED)
+        POLICIES[remat], _policies.save_only_these_names(SELECTED)
     )
     arrays = None if cache is None else cache.arrays
     observed, start = [], 0

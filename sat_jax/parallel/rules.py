@@ -8,17 +8,19 @@ from jax.sharding import PartitionSpec as P
 
 from sat_jax.errors import UserError
 from sat_jax.nn.layout import Layout
-from sat_jax.nn.mesh_axes import PIPELINE, ROW_AXES
-from sat_jax.nn.param import LAYER
+from sat_jax.nn.mesh_axes import PIPELINE, ROW_AXES, TENSOR
+from sat_jax.nn.param import BLOCK_ROW, LAYER
 
 # Mesh axes of the split parameter axes; all other axes are replicated.
 MESH_AXES = {
     LAYER: PIPELINE,
-    "vocab": "tensor",
-    "kv_group": "tensor",
-    "head": "tensor",
-    "channel": "tensor",
+    "vocab": TENSOR,
+    "kv_group": TENSOR,
+    "head": TENSOR,
+    "channel": TENSOR,
     "embed": "fsdp",
+    BLOCK_ROW: TENSOR,
+    "column_of_block": "fsdp",
 }
 BATCH = P(ROW_AXES)
 

@@ -15,7 +15,7 @@ Kind = Literal["forward", "backward", "input", "weight"]
 """`backward` computes the gradients of a stage's inputs and weights in one task; `input` and
 `weight` are its two parts as separate tasks."""
 
-EXECUTED = frozenset({"gpipe"})
+EXECUTED = frozenset({"gpipe", "circular"})
 """Names of the schedules that training runs (`nn.pipeline`). All others are simulated only."""
 
 
@@ -171,10 +171,10 @@ def make_schedule(
         raise UserError(f"schedule {name} does not use chunks; accepted: {', '.join(CHUNKED)}")
     if name in CHUNKED and chunks is not None and chunks < 2:
         raise UserError(f"schedule {name} with chunks {chunks}; accepted: 2 or more")
-    if name == "interleaved" and microbatches % devices:
+    if name in CHUNKED and microbatches % devices:
         raise UserError(
-            f"schedule interleaved with microbatches {microbatches}; accepted: multiples of the"
-            f" stages {devices}"
+            f"schedule {name} with microbatches {microbatches}; accepted: multiples of the stages"
+            f" {devices}"
         )
     number = (chunks or 2) if name in CHUNKED else 1
     orders = tuple(
@@ -207,13 +207,12 @@ def _peak(order: Order, costs: Costs) -> tuple[int, float]:
 
 def _forward_then_backward(device: int, devices: int, microbatches: int, chunks: int) -> Order:
     """GPipe (Huang et al., arXiv:1811.06965): all forward passes, then all backward passes in
-    reverse. With several chunks the circular schedule: all microbatches pass through the first
-    chunk of every device, then through the second."""
-    forward = [
-        Task("forward", chunk * devices + device, microbatch)
-        for chunk in range(chunks)
-        for microbatch in range(microbatches)
-    ]
+    reverse. With several chunks the circular schedule, whose groups of as many microbatches as
+    devices pass through one chunk after the other."""
+    if chunks == 1:
+        forward = [Task("forward", device, microbatch) for microbatch in range(microbatches)]
+    else:
+        forward = _in_groups("forward", device, devices, microbatches, range(chunks))
     return (*forward, *(task._replace(kind="backward") for task in reversed(forward)))
 
 
@@ -229,18 +228,22 @@ def _one_forward_one_backward(device: int, devices: int, microbatches: int, chun
 def _interleaved(device: int, devices: int, microbatches: int, chunks: int) -> Order:
     """Interleaved 1F1B (arXiv:2104.04473, section 2.2): groups of as many microbatches as devices
     pass through one chunk after the other."""
-
-    def passes(kind: Kind, order: Sequence[int]) -> list[Task]:
-        return [
-            Task(kind, chunk * devices + device, microbatch)
-            for first in range(0, microbatches, devices)
-            for chunk in order
-            for microbatch in range(first, first + devices)
-        ]
-
-    forward = passes("forward", range(chunks))
-    backward = passes("backward", range(chunks)[::-1])
+    forward = _in_groups("forward", device, devices, microbatches, range(chunks))
+    backward = _in_groups("backward", device, devices, microbatches, range(chunks)[::-1])
     return _alternate(forward, backward, 2 * (devices - device - 1) + (chunks - 1) * devices)
+
+
+def _in_groups(
+    kind: Kind, device: int, devices: int, microbatches: int, chunks: Sequence[int]
+) -> list[Task]:
+    """Return one device's tasks of one kind: groups of as many microbatches as devices pass through
+    the chunks in this order."""
+    return [
+        Task(kind, chunk * devices + device, microbatch)
+        for first in range(0, microbatches, devices)
+        for chunk in chunks
+        for microbatch in range(first, first + devices)
+    ]
 
 
 def _zero_bubble_h1(device: int, devices: int, microbatches: int, chunks: int) -> Order:

@@ -7,8 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from sat_jax.config import SparsityConfig
-from sat_jax.config_values import find, name_of
+from sat_jax.config_values import find, keys, name_of
 from sat_jax.errors import UserError
 from sat_jax.results.record import SPARSE_ONLY, finished_row
 from sat_jax.results.rows import Row, device_name, read
@@ -29,9 +28,10 @@ _RECORDED = {
     "dense_tokens": False, "forward": "kept", "execution": "gather",
 }  # fmt: skip
 DEFAULTS: Settings = {
-    f"sparsity.{name}": value
-    for name, value in {**_RECORDED, **dataclasses.asdict(SparsityConfig())}.items()
-} | {path: find(path).default for path in SPARSE_ONLY}
+    **{f"sparsity.{name}": value for name, value in _RECORDED.items()},
+    **{key.path: key.default for key in keys() if key.path.startswith("sparsity.")},
+    **{path: find(path).default for path in SPARSE_ONLY},
+}
 """The settings of sparsity, by dotted path, at their defaults."""
 
 

@@ -86,12 +86,12 @@ def _plan_run(
             f"{path} changes no result, so runs that differ in it are equal; give it as"
             f" --config.{path}"
         )
-    if max(config.rates) == 0:
+    if config.omitted_share == 0:
         config = dense_version(config)
         sparse = {path for path in settings if path.startswith("sparsity.") or path in SPARSE_ONLY}
         outside = {path: value for path, value in settings.items() if path not in sparse}
         settings = {"sparsity.rate": 0.0, **outside} if sparse else outside
-    source = (config.model.path, config.model.preset)
+    source = (config.model.path, config.model.preset, *config.model.sizes.items())
     if source not in models:
         models[source] = starting_point(config)[0]
     models[source].check_length("data.row_length", config.data.row_length)
@@ -106,7 +106,7 @@ def prepare_all(runs: Iterable[PlannedRun], log: Callable[[str], None]) -> dict[
     prepared: dict[Any, str] = {}
     by_name = {}
     for run in runs:
-        source = (run.config.data, run.config.model.path, run.config.model.preset)
+        source = (run.config.data, run.config.model.path, run.model.vocab_size)
         if source not in prepared:
             try:
                 data = prepared_data(run.config, run.model, log)[1]

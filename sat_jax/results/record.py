@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import json
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from sat_jax.config import Config, SparsityConfig
-from sat_jax.config_values import changed, find, from_config_dict, name_of, without_free
+from sat_jax.config_values import changed, find, from_config_dict, keys, name_of, without_free
 from sat_jax.results.rows import ORIGIN, Row, append, latest, read
 from sat_jax.train.files import read_json
 from sat_jax.train.metrics import read_metrics
@@ -68,13 +69,17 @@ def row_of(
     `summary` is its `summary.json`, `records` its `metrics.jsonl`.
     """
     row = {name: summary[name] for name in _COPIED}
-    row |= {"experiment": experiment, "twin": dense_baseline(config), "rate": max(config.rates)}
+    row |= {"experiment": experiment, "twin": dense_baseline(config), "rate": config.omitted_share}
     every = changed(config)
     settings = changed(without_free(dense_version(config)))
     settings |= {path: every[path] for path in SPARSE_ONLY if path in every}
     row["settings"] = {key: without_place(value, key) for key, value in settings.items()}
-    sparsity = dataclasses.asdict(config.sparsity)
-    row["sparsity"] = {key: without_place(value, key) for key, value in sparsity.items()}
+    prefix = "sparsity."
+    paths = [key.path for key in keys() if key.path.startswith(prefix)]
+    row["sparsity"] = {
+        path.removeprefix(prefix): without_place(operator.attrgetter(path)(config), path)
+        for path in paths
+    }
     row["curve"] = curve_of(records)
     row |= {name: summary[name] for name in ORIGIN}
     plain: Row = json.loads(json.dumps(row))  # tuples become lists
@@ -119,7 +124,7 @@ def dense_reference(file: Path, config: Config, data: str) -> float | None:
 
     Searches the rows of `file`; None if it is not there, and for a dense run.
     """
-    if not file.exists() or max(config.rates) == 0:
+    if not file.exists() or config.omitted_share == 0:
         return None
     row = latest(read(file), twin=dense_baseline(config), data=data, rate=0.0)
     return None if row is None else row["perplexity_after"]

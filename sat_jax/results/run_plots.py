@@ -101,6 +101,21 @@ def loss_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def exchange_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Return a figure of the share of stored blocks that each exchange replaced, over steps.
+
+    `rows` are the records of `metrics.jsonl` with `step` and optionally `blocks_exchanged`.
+    """
+    points = [(row["step"], row["blocks_exchanged"]) for row in rows if "blocks_exchanged" in row]
+    figure = new_figure()
+    axes = figure.add_subplot()
+    tidy(axes, title="Exchange of stored blocks", x="step", y="new blocks, share of stored ones")
+    axes.plot(*zip(*points, strict=True), color=BLUE, marker="o", markersize=4, clip_on=False)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+    return figure
+
+
 class Kept(NamedTuple):
     """How often each neuron was kept, and how many selections omitted any neuron of its layer."""
 

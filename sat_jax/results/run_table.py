@@ -10,6 +10,7 @@ from sat_jax.results.speed import (
     is_dense,
     measured_speed,
     speedup_text,
+    stored_share,
     whole_run_speedup,
 )
 from sat_jax.results.text import fixed_width, percent, quantity
@@ -71,14 +72,20 @@ def _quality(summary: Mapping[str, Any]) -> list[str]:
 
 def _speed(rungs: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = []
+    in_blocks = any(stored_share(rung) < 1 for rung in rungs)
+
+    def kept(rung: Mapping[str, Any]) -> list[str]:
+        if in_blocks:
+            return [percent(stored_share(rung))]
+        return [percent(rung["kept_heads"]), percent(rung["kept_channels"])]
+
     for rung in rungs:
         speed, speedup, cpu = measured_speed(rung), rung.get("speedup"), rung.get("cpu_speedup")
         spread = None if is_dense(rung) else rung.get("speedup_spread")
         rows.append(
             [
                 "dense" if is_dense(rung) else f"{rung['omission_rate']:.2f}",
-                percent(rung["kept_heads"]),
-                percent(rung["kept_channels"]),
+                *kept(rung),
                 str(rung["steps"]),
                 f"{speed:,.0f}" if speed else "-",
                 speedup_text(speedup, rung["bound"], spread) if speedup else "-",
@@ -86,7 +93,8 @@ def _speed(rungs: Sequence[Mapping[str, Any]]) -> list[str]:
                 f"{rung['bound']:.2f}×",
             ]
         )
-    header = ("rate", "heads", "channels", "steps", "tokens/s", "speed-up", "CPU time", "bound")
+    shares = ("blocks",) if in_blocks else ("heads", "channels")
+    header = ("rate", *shares, "steps", "tokens/s", "speed-up", "CPU time", "bound")
     lines = fixed_width(header, rows).splitlines()
     if not any(map(is_dense, rungs)):
         lines.append("No rung is dense, so there is no speed-up.")

@@ -25,7 +25,13 @@ def speedup_text(speedup: float, bound: float | None, error: float | None = None
 
 def is_dense(rung: Rung) -> bool:
     """Whether a rung omits nothing, whatever rate was configured."""
-    return bool(rung["kept_heads"] == rung["kept_channels"] == 1)
+    return bool(rung["kept_heads"] == rung["kept_channels"] == stored_share(rung) == 1)
+
+
+def stored_share(rung: Rung) -> float:
+    """Share of the blocks of block-sparse matrices that are stored; 1 without these."""
+    share: float = rung.get("stored_blocks", 1.0)  # rows from before there were any have none
+    return share
 
 
 def measured_speed(rung: Rung) -> float | None:

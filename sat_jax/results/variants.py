@@ -223,10 +223,13 @@ def _differing(sparsity: Settings, reference: Settings) -> list[str]:
 
 
 def variant_name(sparsity: Settings, reference: Settings) -> str:
-    """Name a method by its rate and the settings that differ from `reference`."""
-    paths = [path for path in _differing(sparsity, reference) if path != "sparsity.rate"]
-    rate = f"r = {setting_text(sparsity['sparsity.rate'])}"
-    return ", ".join([rate, *settings_in_words({path: sparsity[path] for path in paths})])
+    """Name a method by its rate or density and the settings that differ from `reference`."""
+    rate, density = "sparsity.rate", "sparsity.weights.density"
+    first = f"r = {setting_text(sparsity[rate])}"
+    if sparsity[density] < 1:
+        first = f"{100 * sparsity[density]:g} % of blocks"
+    paths = [p for p in _differing(sparsity, reference) if p not in (rate, density)]
+    return ", ".join([first, *settings_in_words({path: sparsity[path] for path in paths})])
 
 
 def settings_in_words(settings: Mapping[str, Any]) -> list[str]:

@@ -1,23 +1,53 @@
 """Patterns of kept blocks: bool arrays `[R, C]` for a matrix `[R · block, C · block]`.
 
-Every block row keeps the same number of blocks, so that the work is balanced.
+Every block row keeps the same number of blocks, and no block column more than a limit, so that the
+work is balanced and all patterns of a matrix have arrays of the same shapes.
 """
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from sat_jax.errors import UserError
 
-PATTERNS = ("random", "magnitude", "erk", "butterfly")
+Pattern = Literal["random", "magnitude", "erk", "butterfly"]
 Grid = tuple[int, int]
 """Numbers of block rows R and of block columns C."""
 Kept = Bool[np.ndarray, "R C"]
-Magnitudes = Float[np.ndarray, "R C"]
-"""Mean absolute value of each block."""
+Norms = Float[np.ndarray, "R C"]
+
+_UNEVEN = 1.5  # the most blocks in a block column over their mean, of patterns that follow norms
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockCounts:
+    """How many blocks a matrix stores in each layer: `per_row` in each block row of `grid`, and at
+    most `longest` in a block column. Hashable; static under jit."""
+
+    grid: Grid
+    block: int
+    per_row: int
+    longest: int
+
+    @property
+    def nonzero(self) -> int:
+        """Number of stored blocks."""
+        return self.grid[0] * self.per_row
+
+    @property
+    def density(self) -> float:
+        """Share of the blocks that are stored."""
+        return self.per_row / self.grid[1]
+
+    @property
+    def uneven(self) -> bool:
+        """Whether block columns may store unequal numbers of blocks."""
+        return self.longest * self.grid[1] > self.nonzero
 
 
 def block_grid(name: str, rows: int, columns: int, block: int) -> Grid:
@@ -33,13 +63,30 @@ def block_grid(name: str, rows: int, columns: int, block: int) -> Grid:
     return rows // block, columns // block
 
 
-def block_magnitudes(
-    name: str, array: Float[np.ndarray, "L *units D"], block: int
-) -> Float[np.ndarray, "L R C"]:
-    """Return the mean absolute value of each block; raises as `block_grid` does."""
-    layers, *units, width = array.shape
-    rows, columns = block_grid(name, math.prod(units), width, block)
-    return np.abs(array.reshape(layers, rows, block, columns, block)).mean(axis=(2, 4))
+def block_counts(
+    pattern: Pattern, grids: Mapping[str, Grid], block: int, density: float, uneven: bool
+) -> dict[str, BlockCounts]:
+    """Return how many blocks each matrix stores, nearest to one density of all.
+
+    `uneven`: the pattern follows norms, now or later, which gives unequal block columns; otherwise
+    the counts have equal ones. Raises `UserError` for counts that the pattern does not accept.
+    """
+    densities = erk(grids, density) if pattern == "erk" else dict.fromkeys(grids, density)
+    counts = {}
+    for path, (rows, columns) in grids.items():
+        multiple = 1 if uneven or pattern != "erk" else column_multiple((rows, columns))
+        count = blocks_per_row(path, densities[path], columns, multiple)
+        if not uneven and pattern == "butterfly":
+            butterfly((rows, columns), count)  # raises for other counts
+        elif not uneven:
+            check_equal_columns((rows, columns), count)
+        longest = rows * count // columns
+        if uneven:
+            # In a dense third or more of a matrix no limit can be guaranteed.
+            few = 3 * count <= columns
+            longest = min(rows, math.ceil(_UNEVEN * rows * count / columns)) if few else rows
+        counts[path] = BlockCounts((rows, columns), block, count, longest)
+    return counts
 
 
 def blocks_per_row(name: str, density: float, columns: int, multiple: int = 1) -> int:
@@ -54,12 +101,47 @@ def blocks_per_row(name: str, density: float, columns: int, multiple: int = 1) -
     return count
 
 
-def random(grid: Grid, count: int, rng: np.random.Generator) -> Kept:
-    """Return `count` random blocks in each block row, and equally many in each block column.
+def initial_blocks(
+    pattern: Pattern, path: str, counts: BlockCounts, norms: Float[np.ndarray, "L R C"], seed: int
+) -> Bool[np.ndarray, "L R C"]:
+    """Return the kept blocks of the matrix at `path` in each layer.
 
-    Each row draws among the columns with the fewest blocks so far. Raises `UserError` where C does
-    not divide R · count.
+    `random` and `erk` draw blocks from seed, path and layer; `magnitude` follows the norms.
     """
+    purpose = zlib.crc32(path.encode())
+    layers = []
+    for number, layer in enumerate(norms):
+        if pattern == "butterfly":
+            layers.append(butterfly(counts.grid, counts.per_row))
+        elif pattern == "magnitude":
+            layers.append(fill(np.zeros(counts.grid, bool), layer, counts))
+        else:
+            rng = np.random.default_rng((seed, purpose, number))
+            draw = uneven_random if counts.uneven else random
+            layers.append(draw(counts, rng))
+    return np.stack(layers)
+
+
+def random(counts: BlockCounts, rng: np.random.Generator) -> Kept:
+    """Return random blocks, equally many in each block row and in each block column.
+
+    Each row draws among the columns with the fewest blocks so far.
+    """
+    rows, columns = counts.grid
+    kept = np.zeros(counts.grid, bool)
+    for row in rng.permutation(rows):
+        fewest = np.lexsort((rng.random(columns), kept.sum(axis=0)))
+        kept[row, fewest[: counts.per_row]] = True
+    return kept
+
+
+def uneven_random(counts: BlockCounts, rng: np.random.Generator) -> Kept:
+    """Return random blocks within the counts."""
+    return fill(np.zeros(counts.grid, bool), rng.random(counts.grid), counts)
+
+
+def check_equal_columns(grid: Grid, count: int) -> None:
+    """Raise `UserError` where C does not divide R · count."""
     rows, columns = grid
     step = column_multiple(grid)
     if count % step:
@@ -67,11 +149,6 @@ def random(grid: Grid, count: int, rng: np.random.Generator) -> Kept:
             f"pattern 'random' with {count} of {columns} blocks in each of {rows} block rows has"
             f" unequal block columns; accepted: multiples of {step}"
         )
-    kept = np.zeros(grid, bool)
-    for row in rng.permutation(rows):
-        fewest = np.lexsort((rng.random(columns), kept.sum(axis=0)))
-        kept[row, fewest[:count]] = True
-    return kept
 
 
 def column_multiple(grid: Grid) -> int:
@@ -79,10 +156,20 @@ def column_multiple(grid: Grid) -> int:
     return grid[1] // math.gcd(*grid)
 
 
-def magnitude(magnitudes: Float[np.ndarray, "*L R C"], count: int) -> Bool[np.ndarray, "*L R C"]:
-    """Return the `count` blocks of each block row with the largest magnitudes, the first of
-    equals."""
-    return ranks(-magnitudes) < count
+def fill(kept: Kept, scores: Norms, counts: BlockCounts) -> Kept:
+    """Return the kept blocks and those with the highest scores, the first of equals first, up to
+    the counts: `per_row` in each block row, and `longest` in each block column."""
+    kept = kept.copy()
+    in_row, in_column = kept.sum(axis=1), kept.sum(axis=0)
+    order = np.argsort(-scores, axis=None, kind="stable")
+    for row, column in zip(*np.unravel_index(order, kept.shape), strict=True):
+        free = in_row[row] < counts.per_row and in_column[column] < counts.longest
+        if free and not kept[row, column]:
+            kept[row, column] = True
+            in_row[row] += 1
+            in_column[column] += 1
+    assert (in_row == counts.per_row).all(), "the limit of block columns leaves a row short"
+    return kept
 
 
 def butterfly(grid: Grid, count: int) -> Kept:
@@ -130,49 +217,3 @@ def erk(grids: Mapping[str, Grid], density: float) -> dict[str, float]:
         if not above:
             return densities
         dense |= above
-
-
-def static_blocks(
-    pattern: str, magnitudes: Mapping[str, Float[np.ndarray, "L R C"]], density: float, seed: int
-) -> dict[str, Bool[np.ndarray, "L R C"]]:
-    """Return the kept blocks of each matrix by path, equally many in all its layers.
-
-    `pattern`: `random`, `magnitude`, `butterfly`, or `erk`, random blocks with the densities of
-    `erk` and counts rounded to what `random` accepts. What is drawn depends on seed, path and
-    layer. Raises `UserError` for an unknown pattern, and counts that the pattern does not accept.
-    """
-    if pattern not in PATTERNS:
-        raise UserError(f"pattern {pattern!r}; accepted: {', '.join(PATTERNS)}")
-    grids = {path: _grid(layers[0]) for path, layers in magnitudes.items()}
-    densities = erk(grids, density) if pattern == "erk" else dict.fromkeys(grids, density)
-    kept = {}
-    for path, layers in magnitudes.items():
-        multiple = column_multiple(grids[path]) if pattern == "erk" else 1
-        count = blocks_per_row(path, densities[path], grids[path][1], multiple)
-        purpose = zlib.crc32(path.encode())
-        kept[path] = np.stack(
-            [
-                _blocks(pattern, layer, count, np.random.default_rng((seed, purpose, number)))
-                for number, layer in enumerate(layers)
-            ]
-        )
-    return kept
-
-
-def ranks(values: Float[np.ndarray, "*L C"]) -> np.ndarray:
-    """Return the rank of each value along the last axis, 0 for the smallest, the first of equals
-    first."""
-    return values.argsort(axis=-1, kind="stable").argsort(axis=-1)
-
-
-def _blocks(pattern: str, magnitudes: Magnitudes, count: int, rng: np.random.Generator) -> Kept:
-    if pattern == "magnitude":
-        return magnitude(magnitudes, count)
-    if pattern == "butterfly":
-        return butterfly(_grid(magnitudes), count)
-    return random(_grid(magnitudes), count, rng)
-
-
-def _grid(magnitudes: Magnitudes) -> Grid:
-    rows, columns = magnitudes.shape
-    return rows, columns

@@ -4,15 +4,16 @@ import dataclasses
 import hashlib
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sat_jax.errors import UserError
-from sat_jax.sparsity.plan import LayerRates, Neurons, Plan, make_plan
+from sat_jax.sparsity.block_patterns import Grid, block_counts
+from sat_jax.sparsity.plan import LayerRates, Neurons, Plan, Stored, make_plan
 from sat_jax.sparsity.schedule import stairs
 
 if TYPE_CHECKING:
-    from sat_jax.config import SparsityConfig
+    from sat_jax.config import SparsityConfig, WeightSparsityConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +32,9 @@ class Rung:
 
     @property
     def rate(self) -> float:
-        """The higher of the two requested rates, logged as `omission_rate`; 0: dense."""
-        return max(self.rate_attention, self.rate_mlp)
+        """The higher of the two requested rates, or the share of the blocks that matrices do not
+        store; logged as `omission_rate`; 0: dense."""
+        return max(self.rate_attention, self.rate_mlp, 1 - self.plan.stored_share)
 
 
 class Controller:
@@ -41,6 +43,7 @@ class Controller:
     With the schedule `auto` a rung ends at the first evaluation whose loss is not lower than the
     best one in the rung by the relative decrease `min_gain`; other schedules have None.
     `refresh_every` 0: neurons are selected inside each layer from each batch, not between steps.
+    `exchange_every`: steps between exchanges of stored blocks; 0: these stay.
     """
 
     def __init__(
@@ -49,15 +52,16 @@ class Controller:
         neurons: Neurons,
         refresh_every: int,
         min_gain: float | None = None,
+        exchange_every: int = 0,
     ):
         self.rungs, self.neurons = tuple(rungs), neurons
-        self.refresh_every = refresh_every
+        self.refresh_every, self.exchange_every = refresh_every, exchange_every
         self._min_gain, self._best_loss = min_gain, math.inf
 
     @property
     def sparse(self) -> bool:
         """Whether any rung omits neurons."""
-        return not all(self.neurons.is_dense(rung.plan) for rung in self.rungs)
+        return not all(self.neurons.keeps_all(rung.plan) for rung in self.rungs)
 
     def number_at(self, step: int) -> int:
         """Return the number of the rung that contains step `step`; both count from 0."""
@@ -71,9 +75,16 @@ class Controller:
         """Return whether neurons are selected before step `step`: at the start of a sparse rung and
         every `refresh_every` steps in it."""
         rung = self.rung_at(step)
-        if self.refresh_every == 0 or self.neurons.is_dense(rung.plan):
+        if self.refresh_every == 0 or self.neurons.keeps_all(rung.plan):
             return False
         return (step - rung.start) % self.refresh_every == 0
+
+    def exchanges(self, step: int) -> bool:
+        """Return whether stored blocks are exchanged before step `step`, inside a rung."""
+        rung = self.rung_at(step)
+        if self.exchange_every == 0 or not rung.plan.stored or step == rung.start:
+            return False
+        return (step - rung.start) % self.exchange_every == 0
 
     def evaluated(self, step: int, loss: float) -> bool:
         """Record the held-out loss after `step` steps and return whether the next rung now starts
@@ -125,9 +136,12 @@ def make_controller(
     steps: int,
     rates: tuple[LayerRates, LayerRates],
     balance: int,
+    rounds: int = 1,
+    grids: Mapping[str, Grid] = {},
 ) -> Controller:
     """Return the controller of a run at r0 `rates` (attention, MLP). Adjacent stairs with equal
-    plans form one rung."""
+    plans form one rung. `balance` and `rounds` are those of `make_plan`; `grids` of the
+    block-sparse matrices, by path."""
     rungs: list[Rung] = []
     for stair in stairs(config.schedule, steps, config.rungs, config.split, config.dense_start):
         attention, mlp = (_scaled(rate, stair.scale) for rate in rates)
@@ -141,7 +155,12 @@ def make_controller(
             max_segments=config.max_segments,
             block=config.block,
             balance=balance,
+            rounds=rounds,
         )
+        if grids and stair.scale > 0:
+            grown = any(rung.plan.stored for rung in rungs)
+            stored = _stored(config.weights, grids, stair.scale, grown)
+            plan = dataclasses.replace(plan, stored=stored)
         if rungs and rungs[-1].plan == plan:
             rungs[-1] = dataclasses.replace(rungs[-1], stop=stair.stop)
         else:
@@ -149,7 +168,19 @@ def make_controller(
                 requested = [0.0, 0.0]
             rungs.append(Rung(stair.start, stair.stop, plan, *requested))
     min_gain = config.min_gain if config.schedule == "auto" else None
-    return Controller(rungs, neurons, config.refresh_every, min_gain)
+    exchange_every = 0 if config.weights.update == "none" else config.weights.update_every
+    return Controller(rungs, neurons, config.refresh_every, min_gain, exchange_every)
+
+
+def _stored(
+    config: "WeightSparsityConfig", grids: Mapping[str, Grid], scale: float, grown: bool
+) -> Stored:
+    """Return the stored blocks where the omitted share is `scale` times that of the settings.
+    `grown`: blocks have been added to the first pattern."""
+    density = 1 - (1 - config.density) * scale
+    uneven = grown or config.pattern == "magnitude" or config.update == "rigl"
+    counts = block_counts(config.pattern, grids, config.block, density, uneven)
+    return tuple(counts.items())
 
 
 def overall(rates: LayerRates) -> float:

@@ -8,14 +8,18 @@ from typing import Any, Literal
 from sat_jax.errors import UserError
 from sat_jax.nn.layout import Layout, Unit
 from sat_jax.nn.param import CHANNEL
+from sat_jax.sparsity.block_patterns import BlockCounts
 
+Stored = tuple[tuple[str, BlockCounts], ...]
+"""Matrices of which blocks alone are stored, by path."""
 AttentionUnit = Literal["kv_group", "query_head"]
 LayerRates = float | Sequence[float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Contiguous layers `[start, stop)` that keep the same numbers of units.
+    """Contiguous layers `[start, stop)` that keep the same numbers of units, and in a pipeline with
+    several stages on each device are one round.
 
     `counts`: (unit, kept) for every unit of the model, within one unit of those around it. The
     counts are what is computed, not what was asked for.
@@ -40,12 +44,20 @@ class Plan:
     """The segments of all layers, first to last, and how units are chosen inside a layer.
 
     The same number is kept in each of `balance` contiguous parts of the units, and channels are
-    kept in aligned runs of `block`. Hashable; static under jit.
+    kept in aligned runs of `block`. `stored`: block-sparse matrices, the same in all layers.
+    Hashable; static under jit.
     """
 
     segments: tuple[Segment, ...]
     balance: int = 1
     block: int = 1
+    stored: Stored = ()
+
+    @property
+    def stored_share(self) -> float:
+        """Share of the blocks of block-sparse matrices that are stored; 1 without these."""
+        blocks = sum(math.prod(counts.grid) for _, counts in self.stored)
+        return sum(counts.nonzero for _, counts in self.stored) / blocks if blocks else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +82,11 @@ class Neurons:
         return tuple(u for u in self.units if segment.kept(u.name) < u.size)
 
     def is_dense(self, plan: Plan) -> bool:
-        """Whether the plan keeps everything."""
+        """Whether the plan keeps all units, in matrices that store all of their blocks."""
+        return not plan.stored and self.keeps_all(plan)
+
+    def keeps_all(self, plan: Plan) -> bool:
+        """Whether the plan keeps all units."""
         return not any(self.omitted(segment) for segment in plan.segments)
 
     def dense_segment(self) -> Segment:
@@ -113,15 +129,17 @@ def make_plan(
     max_segments: int = 4,
     block: int = 1,
     balance: int = 1,
+    rounds: int = 1,
 ) -> Plan:
     """Return the counts nearest to the asked rates, one for all layers or one for each.
 
     `rate_attention` is of the units of every branch but MLPs: `attention_unit` where a branch has
     nested ones. Where each group has one query head (multi-head attention) the two attention units
     are the same, and chosen as groups are. `dense_layers` keep everything (negative numbers count
-    from the end). Raises `UserError` for an `attention_unit` other than the default in a model
-    without it, chosen units that `block` and `balance` do not divide, a layer that does not exist,
-    and more than `max_segments` runs of layers.
+    from the end). If all layers keep the same numbers, they are split into `rounds` equal segments.
+    Raises `UserError` for an `attention_unit` other than the default in a model without it, chosen
+    units that `block` and `balance` do not divide, a layer that does not exist, and more than
+    `max_segments` runs of layers.
     """
     names = [unit.name for unit in neurons.units]
     if attention_unit not in ("kv_group", *names):
@@ -157,6 +175,9 @@ def make_plan(
             f"sparsity: dense_layers and the rates of the layers make {len(segments)} segments;"
             f" accepted: up to sparsity.max_segments = {max_segments}"
         )
+    if len(segments) == 1:
+        size = neurons.layers // rounds
+        segments = tuple(Segment(r * size, (r + 1) * size, ordered[0]) for r in range(rounds))
     return Plan(segments, balance, block)
 
 

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 Kept = tuple[dict[str, Any], ...]
-"""Kept indices by segment and unit; a unit that is kept whole is not in the mapping. For the blocks
-execution: masks of kept blocks by segment and path."""
+"""Kept indices by segment and unit; a unit that is kept whole is not in the mapping."""
 
 _PROMISES: dict[str, Any] = {
     "unique_indices": True,

@@ -12,17 +12,20 @@ from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.sparsity.controller import Rung
 from sat_jax.sparsity.flops import correction_flops, probe_flops, traced_flops, training_flops
 from sat_jax.sparsity.statistics import Observable
+from sat_jax.sparsity.stored_blocks import block_layout
 from sat_jax.train.probe import observe_batch, observed_by_probes, probe_shape
 
 
 def step_flops(config: Config, model: DecoderConfig, rung: Rung | None = None) -> float:
     """Return the training FLOPs a token on a rung, recomputation included; None: densely. Mask
     execution computes everything on every rung."""
-    segments, sparse = None, config.sparsity
+    layout, segments, sparse = layout_of(model), None, config.sparsity
+    if rung is not None:
+        layout = block_layout(layout, rung.plan.stored)
     if rung is not None and sparse.execution != "mask":
         segments = rung.plan.segments
     flops = training_flops(
-        *(layout_of(model), config.data.row_length, segments, config.model.remat),
+        *(layout, config.data.row_length, segments, config.model.remat),
         kernels=sparse.execution == "kernel",
         dense_forward=sparse.dense_forward,
     )

@@ -11,7 +11,7 @@ import numpy as np
 from sat_jax.data.data_format import DataFormat
 from sat_jax.interop.huggingface import write_directory
 from sat_jax.nn.loss import perplexity_of
-from sat_jax.results.run_plots import Kept, kept_figure, loss_figure, save
+from sat_jax.results.run_plots import Kept, exchange_figure, kept_figure, loss_figure, save
 from sat_jax.sparsity.plan import Plan, has_channels, kept_shares
 from sat_jax.train.costs import flops_of_probe, flops_of_selection, step_flops
 from sat_jax.train.counters import RunCounters
@@ -87,6 +87,7 @@ def rung_summaries(
                 "omission_rate": rung.rate,
                 "kept_heads": heads,
                 "kept_channels": channels,
+                "stored_blocks": rung.plan.stored_share,
                 "steps": rung.stop - rung.start,
                 "tokens": counters.rung_tokens[number],
                 "steps_timed": len(speeds),
@@ -103,7 +104,7 @@ def rung_summaries(
 def flops_of_run(task: Task, counters: RunCounters) -> tuple[float, float]:
     """Return the training FLOPs, with probes and selections, and those of the dense baseline."""
     config = task.config
-    spent = counters.probes * flops_of_probe(config, task.model)
+    spent = counters.probes * flops_of_probe(config, task.model) + counters.block_gradient_flops
     done = zip(counters.rung_tokens, counters.rung_selections, strict=True)
     for rung, (tokens, selections) in zip(task.controller.rungs, done, strict=True):
         spent += tokens * step_flops(config, task.model, rung)
@@ -120,6 +121,8 @@ def _draw(
     folder = workdir.path / "figures"
     folder.mkdir(exist_ok=True)
     figures = [save(loss_figure(records), folder / "loss.png")]
+    if any("blocks_exchanged" in record for record in records):
+        figures.append(save(exchange_figure(records), folder / "exchanged.png"))
     if counters.selections:
         branches = task.controller.neurons.branches
         heads, channels = (

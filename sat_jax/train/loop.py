@@ -1,6 +1,7 @@
 """The training loop around compiled steps."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -22,6 +23,8 @@ from sat_jax.sparsity.controller import Rung
 from sat_jax.sparsity.execution.state import new_state
 from sat_jax.sparsity.importance import METRICS
 from sat_jax.sparsity.plan import Plan
+from sat_jax.sparsity.stored_blocks import dense_reader
+from sat_jax.train.block_changes import BlockChanges
 from sat_jax.train.checkpoint import Checkpoints
 from sat_jax.train.counters import RunCounters
 from sat_jax.train.finish import export_model, finish
@@ -115,6 +118,7 @@ class Run:
 
         self._stack = ExitStack()
         self._programs = Programs(config, task.model, task.mesh, task.controller)
+        self._blocks = BlockChanges(config, self._programs, self._counters)
         self._stack.callback(self._programs.close)
         self._checkpoints = self._stack.enter_context(
             Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every)
@@ -129,7 +133,7 @@ class Run:
     def run(self) -> None:
         """Train all remaining steps, evaluate, and write the outputs."""
         config, stack = self._config, self._stack
-        self._evaluation = self._programs.evaluation(self._eval_rows)
+        self._programs.evaluation(self._task.controller.rungs[0].plan.stored)
         self._probing = self._programs.probe() if self._programs.observe else None
         start = self._restore_or_begin()
         # In order: later rungs are compiled while the first one trains.
@@ -157,9 +161,10 @@ class Run:
         with self._clock("checkpoint"):
             self._checkpoints.wait()
         if config.export.huggingface:
-            read = on_host(self._state.full.params)
+            params, shapes = self._state.full.params, self._programs.layout.shapes
+            read = dense_reader(on_host(params), params.keys(), shapes)
             on_primary(lambda: self._export(read))
-            del read
+            del params, read
         # The state is saved and exported: from here on it may change.
         speedups = self._measure_speed(batch) if config.train.measure_speed else None
         on_primary(lambda: self._finish(speedups))
@@ -178,7 +183,11 @@ class Run:
                 return {}
             programs = {plan: self._programs.rung(plan) for plan in seconds}
             limit = SHARE * self._clock.seconds()["total"]
-            speedups = measure_speed(self._state, programs, dense, batch, seconds, limit)
+            change = functools.partial(self._blocks.enter_anew, self._state, batch=batch)
+            speedups = measure_speed(
+                *(self._state, programs, dense, batch, seconds, limit),
+                lambda plan: change(plan.stored),
+            )
         if missing := len(seconds) - len(speedups):
             why = f"it would take more than {SHARE:.0%} of the run's time"
             self._log(f"speed-up of {missing} of {len(seconds)} rungs not measured: {why}")
@@ -218,9 +227,10 @@ class Run:
         )
 
     def _train(self, step: int, batch: Batch) -> None:
-        rung = self._task.controller.rung_at(step)
-        refresh = self._task.controller.refreshes(step)
-        if rung is not self._rung or refresh:
+        controller = self._task.controller
+        rung = controller.rung_at(step)
+        refresh = controller.refreshes(step)
+        if rung is not self._rung or refresh or controller.exchanges(step):
             self._settle()
             self._change(step, rung, refresh, batch)
         steady = not self._programs.compiling
@@ -238,13 +248,17 @@ class Run:
             probe = self._probe_for(step) if refresh else None
         with self._clock("refresh"):
             state.expand()
+            self._blocks.enter(state, rung.plan.stored, batch)
+            if controller.exchanges(step):
+                share = self._blocks.exchange(state, rung, step, batch)
+                self._record(step + 1, {"blocks_exchanged": share})
             if refresh:
                 unranked = state.choose(programs, probe, batch)
                 for text in describe_unranked(unranked, self._config.sparsity.metric):
                     self._log(f"refresh before step {step + 1}: {text}")
                 assert state.kept is not None
                 self._counters.count_selection(rung, state.kept, probed=probe is not None)
-            elif controller.refresh_every == 0 or controller.neurons.is_dense(rung.plan):
+            elif controller.refresh_every == 0 or controller.neurons.keeps_all(rung.plan):
                 state.choose(programs)
             state.compact(programs)
             state.wait()
@@ -295,21 +309,13 @@ class Run:
             self._log(f"after step {done}: held-out loss plateau; omission rate {rate:.3g}")
         if save:
             if not evaluate:  # all checkpoints can be continued
-                check_finite(self._workdir, done, self._held_out_loss(self._eval_rows))
+                check_finite(self._workdir, done, self._held_out_loss(self._programs.eval_rows))
             self._save(done)
         if stop and not last:
             with self._clock("checkpoint"):
                 self._checkpoints.wait()
             self._log(f"stopped and saved after step {done}; the same command continues")
             raise KeyboardInterrupt
-
-    @property
-    def _eval_rows(self) -> int:
-        """Rows per evaluation batch: those of a microbatch, which fit in memory, or of all
-        microbatches of a pipeline."""
-        train = self._config.train
-        parts = 1 if self._config.mesh.pipeline > 1 else train.accumulate
-        return train.rows_per_step // parts
 
     def _evaluate(self, done: int) -> float:
         """Record and return the held-out loss. Raises `UserError` if it is not finite."""
@@ -322,9 +328,9 @@ class Run:
         """Return the mean loss of the dense model over the loss tokens of `limit` held-out rows."""
         total = tokens = 0.0
         with self._clock("compile"):
-            evaluate = self._evaluation.result()
+            evaluate = self._programs.evaluation(self._state.stored).result()
         with self._clock("evaluate"):
-            rows = self._eval_rows
+            rows = self._programs.eval_rows
             for share in in_order(self._held_out, rows, limit, *self._share):
                 loss, count = evaluate(self._state.full.params, self._place(share, rows))
                 total += float(loss)
@@ -364,8 +370,9 @@ class Run:
             if newest is not None:
                 controller.restore(newest.meta["controller"])
                 plan = self._plan_after(newest.step)
+                full = programs.form(plan.stored).state
                 target = {
-                    **programs.state._asdict(),
+                    **full._asdict(),
                     "kept": programs.kept(plan),
                     "corrections": programs.corrections(plan),
                     "stats": programs.stats,
@@ -380,22 +387,25 @@ class Run:
                 self._counters.restore(counts, restored.meta["counters"])
                 self._compiled_before = self._counters.compile_seconds
                 self._clock.add(restored.meta["seconds"])
-                self._state = RunState(programs.state._replace(**values), stats, kept, corrections)
+                full = full._replace(**values)
+                self._state = RunState(full, stats, kept, corrections, plan.stored)
                 self._log(f"continuing after step {newest.step}")
                 return newest.step
         with self._clock("setup"):
-            params = initial_params(self._task)
+            stored = controller.rungs[0].plan.stored
+            params = self._blocks.initial(initial_params(self._task), stored)
         with self._clock("compile"):
+            form = programs.form(stored)
             begin = jax.jit(
-                lambda p: new_state(p, programs.optimizer),
+                lambda p: new_state(p, form.optimizer),
                 donate_argnums=0,
-                out_shardings=jax.tree.map(lambda leaf: leaf.sharding, programs.state),
+                out_shardings=jax.tree.map(lambda leaf: leaf.sharding, form.state),
             )
             stats = jax.jit(
                 programs.no_statistics,
                 out_shardings=jax.tree.map(lambda leaf: leaf.sharding, programs.stats),
             )()
-            self._state = RunState(begin(params), stats, None)
+            self._state = RunState(begin(params), stats, None, stored=stored)
         return 0
 
 

@@ -4,7 +4,7 @@ Between refreshes only kept neurons are updated, and Adam's step count is kept p
 global count, a neuron that is first selected late would move by several learning rates at once.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,13 +32,19 @@ class NeuronAdamState(NamedTuple):
 
 
 def scale_by_neuron_adam(
-    beta1: float, beta2: float, layout: Layout[Any], momentum_dtype: str = "float32"
+    beta1: float,
+    beta2: float,
+    layout: Layout[Any],
+    momentum_dtype: str = "float32",
+    by_entry: Collection[str] = (),
 ) -> optax.GradientTransformation:
-    """Return Adam (arXiv:1412.6980) with bias correction by the update count of each neuron."""
+    """Return Adam (arXiv:1412.6980) with bias correction by the update count of each neuron, or of
+    each entry in the parameters `by_entry`."""
 
     def init(params: Mapping[str, Any]) -> NeuronAdamState:
         def zeros(path: str, array: Array) -> Array:
-            return jnp.zeros(array.shape[: layout.count_axes(path)], jnp.int32)
+            axes = array.ndim if path in by_entry else layout.count_axes(path)
+            return jnp.zeros(array.shape[:axes], jnp.int32)
 
         mu = jax.tree.map(lambda x: jnp.zeros_like(x, momentum_dtype), dict(params))
         nu = jax.tree.map(jnp.zeros_like, dict(params))
@@ -89,10 +95,10 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Schedule:
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, layout: Layout[Any]
+    config: OptimizerConfig, steps: int, layout: Layout[Any], by_entry: Collection[str] = ()
 ) -> optax.GradientTransformation:
     """Return the update rule with weight decay of matrices and the learning rate, without clipping.
-    Constants have no moments.
+    Constants have no moments. `by_entry`: parameters whose entries have update counts of their own.
 
     All operations are elementwise: a compact model gets the same updates of the kept neurons as the
     full model, and parameters can be updated chunk by chunk.
@@ -100,7 +106,9 @@ def make_optimizer(
     if config.name == "lion":
         rule = optax.scale_by_lion(config.beta1, config.beta2, config.momentum_dtype)
     else:
-        rule = scale_by_neuron_adam(config.beta1, config.beta2, layout, config.momentum_dtype)
+        rule = scale_by_neuron_adam(
+            config.beta1, config.beta2, layout, config.momentum_dtype, by_entry
+        )
     chain = optax.chain(
         rule,
         optax.add_decayed_weights(config.weight_decay, mask=partial(_matrices, layout)),

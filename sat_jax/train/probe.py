@@ -41,11 +41,10 @@ def make_probe(layout: Layout[Decoder], settings: ProbeSettings) -> Probe:
     observe, decay, tokens = settings
 
     def probe(params: dict[str, Array], stats: Statistics, batch: Batch) -> Statistics:
-        rows, length = probe_shape(batch.tokens.shape[0], batch.tokens.shape[1], tokens)
         if "gradients" in observe:
-            part = _with_most_loss(batch, rows, length)
+            part = _with_most_loss(batch, *probe_shape(*_shape(batch), tokens))
         else:
-            part = jax.tree.map(lambda x: x[:rows, :length], batch)
+            part = first_tokens(batch, tokens)
         return accumulate(stats, observe_batch(layout, params, part, observe), decay)
 
     return probe
@@ -56,6 +55,17 @@ def probe_shape(rows: int, length: int, tokens: int) -> tuple[int, int]:
     rows, or a part of one."""
     length = min(length, tokens)
     return min(rows, tokens // length), length
+
+
+def first_tokens(batch: Batch, tokens: int) -> Batch:
+    """Return the part of a batch that a probe of at most `tokens` tokens sees: its first ones."""
+    rows, length = probe_shape(*_shape(batch), tokens)
+    return jax.tree.map(lambda x: x[:rows, :length], batch)
+
+
+def _shape(batch: Batch) -> tuple[int, int]:
+    rows, length = batch.tokens.shape
+    return rows, length
 
 
 def _with_most_loss(batch: Batch, rows: int, length: int) -> Batch:

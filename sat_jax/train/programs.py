@@ -4,6 +4,8 @@ A rung's programs are compiled from shapes alone, one rung after the other on a 
 while the first one trains: no step of a later rung waits for the compiler.
 """
 
+import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,13 +14,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding
 
 from sat_jax.config import Config
 from sat_jax.data.batch import Batch
 from sat_jax.models.build import layout_of
 from sat_jax.models.decoder_config import DecoderConfig
-from sat_jax.nn.decoder import Compute
+from sat_jax.nn.decoder import Compute, Decoder
+from sat_jax.nn.layout import Layout
 from sat_jax.parallel.rules import BATCH, tree_shardings
 from sat_jax.sparsity.choose import Choice, Criteria, choose, selection_key
 from sat_jax.sparsity.controller import Controller
@@ -26,15 +30,25 @@ from sat_jax.sparsity.correction import Corrections, least_squares_correction
 from sat_jax.sparsity.execution.base import Execution
 from sat_jax.sparsity.execution.make import make_execution
 from sat_jax.sparsity.execution.state import PARAMS, TrainState, map_trees, new_state, path_trees
-from sat_jax.sparsity.plan import Plan
+from sat_jax.sparsity.plan import Plan, Stored
 from sat_jax.sparsity.rows import Kept
 from sat_jax.sparsity.statistics import Statistics
+from sat_jax.sparsity.stored_blocks import block_layout
 from sat_jax.train.moves import compile_moves
 from sat_jax.train.optimizer import clipping, learning_rate, make_optimizer
 from sat_jax.train.probe import ProbeSettings, make_probe, observe_batch, observed_by_probes
 from sat_jax.train.step import StepSettings, make_evaluation, make_step
 
 Compiled = Callable[..., Any]
+
+
+class Form(NamedTuple):
+    """The full form of a run's state where certain matrices store blocks alone: the layout, its
+    optimizer, and the shapes of the state with their shardings."""
+
+    layout: Layout[Decoder]
+    optimizer: optax.GradientTransformation
+    state: TrainState
 
 
 class RungPrograms(NamedTuple):
@@ -63,7 +77,6 @@ class Programs:
 
     def __init__(self, config: Config, model: DecoderConfig, mesh: Mesh, controller: Controller):
         self._config, self._mesh = config, mesh
-        self._neurons = controller.neurons
         settings = config.model
         compute = Compute(
             settings.dtype,
@@ -73,18 +86,21 @@ class Programs:
             config.train.accumulate,
         )
         self.layout = layout_of(model, compute)
+        # Probes have few rows, and observe what stages do not return: without a pipeline.
+        self.probed = layout_of(model, dataclasses.replace(compute, microbatches=1))
         sparse = config.sparsity
         probes = controller.sparse and sparse.refresh_every > 0
         # Where layers choose for themselves, their inputs are observed inside them.
         self.observe = observed_by_probes(sparse) if probes else ()
-        self.optimizer = make_optimizer(config.optimizer, config.train.steps, self.layout)
-        self.state = self._placed(
-            jax.eval_shape(lambda p: new_state(p, self.optimizer), dict(self.layout.shapes))
-        )
+        # In a dense matrix whose blocks were stored at different times, entries have their own
+        # update counts.
+        self._by_entry = {path for rung in controller.rungs for path, _ in rung.plan.stored}
+        self._forms: dict[Stored, Form] = {}
         self.stats = self._placed(jax.eval_shape(self.no_statistics))
         self._options = compiler_options(mesh.devices.flat[0].platform, config)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compile")
         self._rungs: dict[Plan, Future[RungPrograms]] = {}
+        self._evaluations: dict[Stored, Future[Compiled]] = {}
         if not controller.neurons.is_dense(controller.rungs[0].plan):
             self.execution(controller.rungs[0].plan)  # what cannot be is refused at once
 
@@ -96,6 +112,7 @@ class Programs:
         """Start compiling the plan's programs in the background, unless that has been done."""
         if plan not in self._rungs:
             self._rungs[plan] = self._thread.submit(self._compile_rung, plan)
+        self.evaluation(plan.stored)
 
     def check(self) -> None:
         """Raises the error of a failed compilation, long before its rung begins."""
@@ -121,24 +138,50 @@ class Programs:
 
     def submit(self, function: Callable[..., Any], *args: Any, **jit: Any) -> "Future[Compiled]":
         """Compile `function` for the (abstract) arguments in the background."""
-        return self._thread.submit(self._compile, function, *args, **jit)
+        return self._thread.submit(self.compile, function, *args, **jit)
+
+    def form(self, stored: Stored) -> Form:
+        """Return the full form of the state where these matrices store blocks."""
+        if stored not in self._forms:
+            config = self._config
+            layout = block_layout(self.layout, stored, config.model.kernels)
+            optimizer = make_optimizer(
+                config.optimizer, config.train.steps, layout, self._by_entry - dict(stored).keys()
+            )
+            state = jax.eval_shape(lambda p: new_state(p, optimizer), dict(layout.shapes))
+            self._forms[stored] = Form(layout, optimizer, self._placed(state, layout))
+        return self._forms[stored]
 
     def execution(self, plan: Plan) -> Execution:
         """Return how the plan is trained."""
-        return make_execution(self._config, self.layout, plan, self._mesh, self._criteria)
+        layout = self.form(plan.stored).layout
+        return make_execution(self._config, layout, plan, self._mesh, self._criteria)
 
-    def evaluation(self, rows: int) -> "Future[Compiled]":
-        """Compile `evaluate(params, batch)` of the full model."""
-        return self.submit(make_evaluation(self.layout), self.state.params, self.batch(rows))
+    @property
+    def eval_rows(self) -> int:
+        """Rows per evaluation batch: those of a microbatch, which fit in memory, or of all
+        microbatches of a pipeline."""
+        train = self._config.train
+        parts = 1 if self._config.mesh.pipeline > 1 else train.accumulate
+        return train.rows_per_step // parts
+
+    def evaluation(self, stored: Stored) -> "Future[Compiled]":
+        """Compile `evaluate(params, batch)` of the model whose matrices store these blocks."""
+        if stored not in self._evaluations:
+            form = self.form(stored)
+            self._evaluations[stored] = self.submit(
+                make_evaluation(form.layout), form.state.params, self.batch(self.eval_rows)
+            )
+        return self._evaluations[stored]
 
     def probe(self) -> "Future[Compiled]":
         """Compile `probe(params, stats, batch)`: the full model on some of a step's
         tokens."""
         config, sparse = self._config, self._config.sparsity
         settings = ProbeSettings(self.observe, sparse.stats_decay, sparse.probe_tokens)
-        batch, state = self.batch(config.train.rows_per_step), self.state
-        shapes = (state.params, self.stats, batch)
-        return self.submit(make_probe(self.layout, settings), *shapes, donate_argnums=1)
+        batch = self.batch(config.train.rows_per_step)
+        shapes = (self.form(()).state.params, self.stats, batch)
+        return self.submit(make_probe(self.probed, settings), *shapes, donate_argnums=1)
 
     def batch(self, rows: int) -> Batch:
         """Return the shapes of a batch of `rows` rows, split over the mesh."""
@@ -150,13 +193,14 @@ class Programs:
 
     def kept(self, plan: Plan) -> Kept:
         """Return the shapes of a plan's kept indices."""
-        choice = jax.eval_shape(self._select(plan), self.state, self.stats)
+        choice = jax.eval_shape(self._select(plan), self.form(plan.stored).state, self.stats)
         kept: Kept = self._placed(choice.kept)
         return kept
 
     def corrections(self, plan: Plan) -> Corrections:
         """Return the shapes of a plan's corrections of kept rows."""
-        shapes = jax.eval_shape(self._correct(plan), self.state, self.stats, self.kept(plan))
+        state = self.form(plan.stored).state
+        shapes = jax.eval_shape(self._correct(plan), state, self.stats, self.kept(plan))
         placed: Corrections = self._placed(shapes)
         return placed
 
@@ -164,7 +208,7 @@ class Programs:
         """Return statistics of no token, for what the metric needs."""
         batch = self.batch(1)
         shapes = jax.eval_shape(
-            lambda params, batch: observe_batch(self.layout, params, batch, self.observe),
+            lambda params, batch: observe_batch(self.probed, params, batch, self.observe),
             dict(self.layout.shapes),
             batch,
         )
@@ -172,42 +216,55 @@ class Programs:
 
     def lower_step(self, plan: Plan) -> jax.stages.Lowered:
         """Return the plan's training step, lowered and not compiled."""
-        execution, kept = self.execution(plan), self.kept(plan)
-        step = make_step(execution, self._step_settings())
-        state, omitted = self._placed(
-            jax.eval_shape(lambda s, k: compact_state(execution, s, k), self.state, kept)
-        )
+        form, execution, kept = self.form(plan.stored), self.execution(plan), self.kept(plan)
+        step = make_step(execution, self._step_settings(form))
+        shapes = jax.eval_shape(lambda s, k: compact_state(execution, s, k), form.state, kept)
+        state, omitted = self._placed(shapes, form.layout)
         batch = self.batch(self._config.train.rows_per_step)
         rest = (kept, batch, omitted, self.corrections(plan))
-        return self._lower(step, state, self.stats, *rest, donate_argnums=(0, 1))
+        options: Any = {"donate_argnums": (0, 1), "layout": form.layout}
+        return self._lower(step, state, self.stats, *rest, **options)
 
     def _compile_rung(self, plan: Plan) -> RungPrograms:
         started = time.perf_counter()
-        kept = self.kept(plan)
-        moves = compile_moves(self.state, kept, self.execution(plan), self._placed, self._compile)
+        kept, form = self.kept(plan), self.form(plan.stored)
+        placed, compile_ = (
+            functools.partial(f, layout=form.layout) for f in (self._placed, self.compile)
+        )
+        moves = compile_moves(form.state, kept, self.execution(plan), placed, compile_)
         return RungPrograms(
-            select=self._compile(self._select(plan), self.state, self.stats),
-            correct=self._compile(self._correct(plan), self.state, self.stats, kept),
+            select=self.compile(self._select(plan), form.state, self.stats),
+            correct=self.compile(self._correct(plan), form.state, self.stats, kept),
             compact=moves.compact,
             step=self.lower_step(plan).compile(self._options),
             expand=moves.expand,
             seconds=time.perf_counter() - started,
         )
 
-    def _placed(self, tree: Any) -> Any:
-        """Return abstract values with their shardings on the mesh."""
+    def _placed(self, tree: Any, layout: Layout[Decoder] | None = None) -> Any:
+        """Return abstract values with their shardings on the mesh; of the model without blocks by
+        default."""
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             tree,
-            tree_shardings(self._mesh, self.layout, tree),
+            tree_shardings(self._mesh, layout or self.layout, tree),
         )
 
-    def _lower(self, function: Callable[..., Any], *args: Any, **jit: Any) -> jax.stages.Lowered:
+    def _lower(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        layout: Layout[Decoder] | None = None,
+        **jit: Any,
+    ) -> jax.stages.Lowered:
         with jax.set_mesh(self._mesh):
-            out = tree_shardings(self._mesh, self.layout, jax.eval_shape(function, *args))
+            results = jax.eval_shape(function, *args)
+            out = tree_shardings(self._mesh, layout or self.layout, results)
             return jax.jit(function, out_shardings=out, **jit).lower(*args)
 
-    def _compile(self, function: Callable[..., Any], *args: Any, **jit: Any) -> Compiled:
+    def compile(self, function: Callable[..., Any], *args: Any, **jit: Any) -> Compiled:
+        """Compile `function` for the (abstract) arguments; `layout` as in `Form`, and options of
+        `jax.jit`."""
         return self._lower(function, *args, **jit).compile(self._options)
 
     @property
@@ -232,10 +289,10 @@ class Programs:
 
         return correct
 
-    def _step_settings(self) -> StepSettings:
+    def _step_settings(self, form: Form) -> StepSettings:
         config = self._config
         return StepSettings(
-            optimizer=self.optimizer,
+            optimizer=form.optimizer,
             clip=clipping(config.optimizer),
             schedule=learning_rate(config.optimizer, config.train.steps),
             # A pipeline takes all rows, and splits them itself.

@@ -81,13 +81,15 @@ class Progress:
 
 
 def describe(record: Mapping[str, Any]) -> str:
-    """Return the values of `record` as text, with kept shares of heads and channels:
+    """Return the values of `record` as text, with kept shares of heads and channels, or of blocks:
     "loss 3.2145  eval 3.4567  heads 69 % channels 63 %  1.23k tok/s"."""
     parts: list[str] = []
     for name, key in (("loss", "loss"), ("eval", "eval_loss")):
         if record.get(key) is not None:
             parts.append(f"{name} {record[key]:.4f}")
-    if record.get("kept_heads") is not None:
+    if record.get("stored_blocks", 1) < 1:
+        parts.append(f"blocks {percent(record['stored_blocks'])}")
+    elif record.get("kept_heads") is not None:
         heads, channels = percent(record["kept_heads"]), percent(record["kept_channels"])
         parts.append(f"heads {heads} channels {channels}")
     if record.get("tokens_per_second") is not None:

@@ -6,6 +6,7 @@ from jaxtyping import Array
 from sat_jax.data.batch import Batch
 from sat_jax.sparsity.correction import Corrections
 from sat_jax.sparsity.execution.state import PARAMS, OmittedState, TrainState
+from sat_jax.sparsity.plan import Stored
 from sat_jax.sparsity.rows import Kept
 from sat_jax.sparsity.selection import Unranked
 from sat_jax.sparsity.statistics import Statistics
@@ -17,7 +18,8 @@ class RunState:
     """Full, or in the form that a rung trains (compact, in gather execution).
 
     Checkpoints, evaluations, probes and exports use the full form: `expand` first, and `compact`
-    with the same kept units to go on. Both are exact, so that the pair changes no bit.
+    with the same kept units to go on. Both are exact, so that the pair changes no bit. In the full
+    form matrices in `stored` have their stored blocks alone.
     """
 
     def __init__(
@@ -26,7 +28,9 @@ class RunState:
         stats: Statistics,
         kept: Kept | None,
         corrections: Corrections | None = None,
+        stored: Stored = (),
     ):
+        self.stored = stored
         self.stats, self.kept, self.corrections = stats, kept, corrections or {}
         self._state = full
         self._omitted: OmittedState = []
@@ -37,6 +41,11 @@ class RunState:
         """The full state; a compact one has to be expanded first."""
         assert self._rung is None, "expand the state first"
         return self._state
+
+    def replace(self, full: TrainState, stored: Stored) -> None:
+        """Set the full state, whose matrices `stored` have these blocks."""
+        assert self._rung is None, "expand the state first"
+        self._state, self.stored = full, stored
 
     def expand(self) -> None:
         """Convert the state to its full form, if it is not."""

@@ -19,10 +19,11 @@ from sat_jax.interop.huggingface_config import config_from_json
 from sat_jax.models.build import layout_of, shapes
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.format_fields import Json
-from sat_jax.models.presets import preset
+from sat_jax.models.presets import preset, resized
 from sat_jax.nn.decoder import Compute, Decoder
 from sat_jax.sparsity.execution.mask import as_floats, unit_masks
 from sat_jax.sparsity.rows import Kept
+from sat_jax.sparsity.stored_blocks import dense_reader
 from sat_jax.train.checkpoint import find
 from sat_jax.train.files import read_json
 from sat_jax.train.workdir import WorkDir
@@ -44,8 +45,12 @@ def open_run(path: Path, step: int | None = None) -> tuple[Weights, Config]:
     config = from_config_dict(read_json(workdir.config))
     model = config_from_json(read_json(workdir.model), str(workdir.model))
     checkpoint = find(workdir.checkpoints, step)
-    for name, expected in shapes(model).items():
-        leaf = checkpoint.leaves.get(f"params/{name}")
+    prefix, expected_shapes = "params/", shapes(model)
+    names = {n.removeprefix(prefix) for n in checkpoint.leaves if n.startswith(prefix)}
+    for name, expected in expected_shapes.items():
+        leaf = checkpoint.leaves.get(f"{prefix}{name}")
+        if leaf is None and f"{name}/blocks" in names:
+            continue
         if leaf is None or leaf.shape != expected.shape:
             raise UserError(
                 f"checkpoint {checkpoint.path} is not of the model in {workdir.config}: {name} is"
@@ -53,10 +58,10 @@ def open_run(path: Path, step: int | None = None) -> tuple[Weights, Config]:
             )
 
     def read(name: str) -> np.ndarray:
-        return np.asarray(checkpoint.read([f"params/{name}"])[f"params/{name}"], np.float32)
+        return np.asarray(checkpoint.read([f"{prefix}{name}"])[f"{prefix}{name}"], np.float32)
 
     generation = read_json(workdir.generation) if workdir.generation.exists() else {}
-    return Weights(model, read, generation), config
+    return Weights(model, dense_reader(read, names, expected_shapes), generation), config
 
 
 def load_model(
@@ -95,7 +100,7 @@ def starting_point(config: Config) -> tuple[DecoderConfig, Weights | None]:
         weights = open_weights(config.model.path)
         return weights.config, weights
     assert config.model.preset is not None
-    return preset(config.model.preset), None
+    return resized(preset(config.model.preset), config.model.sizes), None
 
 
 def generation_settings(config: Config, pretrained: Weights | None) -> Json:

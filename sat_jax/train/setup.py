@@ -8,13 +8,14 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 
 from sat_jax.cache import cache_dir
-from sat_jax.config import Config
+from sat_jax.config import Config, MeshConfig
 from sat_jax.data.conversations import training_tokenizer
 from sat_jax.data.data_format import DataFormat
 from sat_jax.data.prepare import Prepared, prepare
 from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sat_jax.errors import UserError
 from sat_jax.interop import Weights, locate
+from sat_jax.interop.huggingface import check_exportable
 from sat_jax.models.build import initial_values, layout_of
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.attention.dot_product import refusals
@@ -24,6 +25,7 @@ from sat_jax.parallel.processes import check_processes
 from sat_jax.parallel.rules import check_divisible, tree_shardings
 from sat_jax.sparsity.controller import Controller, make_controller
 from sat_jax.sparsity.plan import neurons_of
+from sat_jax.sparsity.stored_blocks import block_grids, block_layout
 from sat_jax.train.run_weights import starting_point
 
 
@@ -50,11 +52,14 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
     check_processes()
     mesh = make_mesh(config.mesh)
     model, weights = starting_point(config)
-    check_divisible(mesh, layout_of(model))
     _check_rows(config, mesh)
     _check_attention(config, model)
+    if config.export.huggingface:
+        check_exportable(model)
     model.check_length("data.row_length", config.data.row_length)
     controller = controller_of(config, model)
+    for rung in controller.rungs:
+        check_divisible(mesh, block_layout(layout_of(model), rung.plan.stored))
     if max(config.rates) > 0 and not controller.sparse:
         log("sparsity: these rates omit nothing in this model; the run is dense")
     tokenizer, data = prepared_data(config, model, log)
@@ -62,14 +67,22 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
 
 
 def controller_of(config: Config, model: DecoderConfig) -> Controller:
-    """Return the controller of a run."""
-    return make_controller(
+    """Return the controller of a run. Raises `UserError` for rungs that its mesh cannot train."""
+    layout, weights, grids = layout_of(model), config.sparsity.weights, {}
+    _check_stages(config.mesh, layout.layers)
+    if config.stores_blocks:
+        grids = block_grids(layout, weights.matrices, weights.block)
+    controller = make_controller(
         config.sparsity,
-        neurons_of(layout_of(model)),
+        neurons_of(layout),
         config.train.steps,
         config.layer_rates,
         config.sparsity.balance or config.mesh.tensor,
+        config.mesh.rounds,
+        grids,
     )
+    _check_counts(config, controller)
+    return controller
 
 
 def prepared_data(
@@ -130,6 +143,32 @@ def _check_attention(config: Config, model: DecoderConfig) -> None:
     if reason := reasons[config.model.attention]:
         accepted = ", ".join(name for name, reason in reasons.items() if reason is None)
         raise UserError(f"model.attention={config.model.attention}: {reason}; accepted: {accepted}")
+
+
+def _check_stages(mesh: MeshConfig, layers: int) -> None:
+    """Require that stages, of which each device has equally many, have equally many layers."""
+    stages = mesh.pipeline * mesh.rounds
+    if layers % stages:
+        raise UserError(
+            f"mesh.pipeline {mesh.pipeline} × mesh.rounds {mesh.rounds} = {stages} stages do not"
+            f" divide the {layers} layers of the model; accepted: divisors of {layers}"
+        )
+
+
+def _check_counts(config: Config, controller: Controller) -> None:
+    """Require that gathered layers, of which stages have equally many, have equal counts."""
+    stages = config.mesh.pipeline
+    if stages == 1 or config.sparsity.execution == "mask":
+        return
+    for rung in controller.rungs:
+        segments = rung.plan.segments
+        if len({segment.counts for segment in segments}) > 1:
+            runs = ", ".join(f"{segment.start} to {segment.stop - 1}" for segment in segments)
+            raise UserError(
+                f"mesh.pipeline {stages}: layers {runs} keep different numbers of neurons;"
+                " accepted: one rate for all layers and no sparsity.dense_layers, or"
+                " sparsity.execution mask"
+            )
 
 
 def _check_rows(config: Config, mesh: Mesh) -> None:

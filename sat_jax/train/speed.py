@@ -51,10 +51,12 @@ def measure_speed(
     batch: Batch,
     step_seconds: Mapping[Plan, float],
     limit: float,
+    change_blocks: Callable[[Plan], None],
 ) -> dict[Plan, Speedup]:
     """Return the speed-up of each plan that `limit` seconds allow to measure.
 
-    `programs` begins with the first rung. `step_seconds` are estimates. The steps change `state`
+    `programs` begins with the first rung. `step_seconds` are estimates.
+    `change_blocks` gives the full state the stored blocks of a plan. The steps change `state`
     (a copy would not fit every device); save it before. All processes call this; process 0 chooses
     the number of rounds.
     """
@@ -64,6 +66,7 @@ def measure_speed(
 
     def turn(plan: Plan) -> Turn:
         state.expand()
+        change_blocks(plan)
         state.choose(programs[plan])
         state.compact(programs[plan])
         state.wait()

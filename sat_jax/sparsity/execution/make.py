@@ -25,7 +25,7 @@ def make_execution(
 ) -> Execution:
     """Return how the plan is trained. Raises `UserError` for kernels that cannot run here."""
     sparse, freeze = config.sparsity, config.optimizer.moments == "freeze"
-    if neurons_of(layout).is_dense(plan) and sparse.execution != "mask":
+    if neurons_of(layout).keeps_all(plan) and sparse.execution != "mask":
         return Gather(layout, plan)
     if sparse.refresh_every == 0:
         masked = sparse.execution == "mask"

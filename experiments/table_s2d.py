@@ -1,0 +1,91 @@
+"""Block-sparse pre-training from scratch, against dense training: densities, share of dense steps
+at the end, patterns, and the baselines that a user would pick: a smaller model, and fewer steps.
+
+    python -m scripts.train_tokenizer TEXT --vocab-size 2048 --out runs/tokenizer
+    python -m scripts.sweep --config=experiments/table_s2d.py:smoke --config.data.sources=TEXT \
+        --config.data.tokenizer=runs/tokenizer --workdir=runs/s2d
+    python -m scripts.sweep --config=experiments/table_s2d.py:paper-13b \
+        --config.data.sources=TEXT --config.data.tokenizer=TOKENIZER --workdir=runs/s2d-13b
+
+Scales: `smoke`, 1.1M parameters, 400 steps of 2,048 tokens; `small`, the 4.3M of s2d_small.py,
+4,000 steps of 16,384 tokens; `paper`, GPT-2, 20,000 steps of 131,072 tokens; `paper-13b`, see
+s2d_gpt13b.py. The source names neither its matrices, blocks and switch nor its batch and learning
+rate: these are choices of this file.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments import s2d_gpt13b, s2d_small
+from sat_jax.results.sweep import Comparison, Sweep
+
+DENSITIES = (0.25, 0.125)
+PATTERNS = ("magnitude", "erk", "butterfly")
+SHORTER = (0.75, 0.6, 0.5)  # of the steps, in dense runs with fewer FLOPs
+SEEDS = {"smoke": 3, "small": 3, "paper": 1, "paper-13b": 1}
+_DENSITY, _SPLIT, _PATTERN = (
+    "sparsity.weights.density", "sparsity.split", "sparsity.weights.pattern",
+)  # fmt: skip
+_DENSE: dict[str, Any] = {_DENSITY: 1.0}
+
+
+def get_config(scale: str = "smoke") -> ConfigDict:
+    """Scales: smoke, small, paper, paper-13b."""
+    if scale == "paper-13b":
+        return s2d_gpt13b.get_config()
+    config = s2d_small.get_config()
+    config.train.measure_speed = False
+    if scale == "smoke":
+        config.model.d_model = 128
+        config.model.d_ff = 512
+        config.model.vocab_size = 2048
+        config.train.eval_every = 0
+        config.sparsity.weights.block = 16
+    if scale == "small":
+        config.train.steps = 4000
+        config.train.rows_per_step = 64
+        config.data.max_tokens = None
+    if scale == "paper":
+        for size in ("d_model", "n_layers", "n_heads", "d_ff", "vocab_size"):
+            config.model[size] = None
+        config.data.row_length = 1024
+        config.data.max_tokens = None
+        config.train.steps = 20_000
+        config.train.rows_per_step = 128
+        config.optimizer.learning_rate = 6e-4
+        config.optimizer.warmup_steps = 500
+        config.sparsity.weights.block = 64
+        config.sparsity.weights.update_every = 100
+    return config
+
+
+def smaller(config: ConfigDict) -> list[dict[str, Any]]:
+    """Return dense models with about the FLOPs of sparse-to-dense training at 25 % of the blocks,
+    with a quarter and half of the steps dense: fewer MLP channels and layers."""
+    layers, channels = config.model.n_layers, config.model.d_ff
+    if channels is None or layers is None:
+        return []
+    return [
+        {**_DENSE, "model.n_layers": layers - 1, "model.d_ff": channels},
+        {**_DENSE, "model.n_layers": layers // 2, "model.d_ff": channels},
+    ]
+
+
+def get_sweep(scale: str = "smoke") -> Sweep:
+    """Return the runs with each seed, the first seed of all before the second."""
+    config = get_config(scale)
+    sparse = [{_DENSITY: density, "sparsity.schedule": "constant"} for density in DENSITIES]
+    switched = [{_DENSITY: d, _SPLIT: split} for d in DENSITIES for split in (0.75, 0.5)]
+    patterns: list[dict[str, Any]] = [{_PATTERN: pattern} for pattern in PATTERNS]
+    dynamic = [{"sparsity.weights.update": "rigl"}, {"sparsity.schedule": "ladder"}]
+    shorter = [{**_DENSE, "train.steps": round(s * config.train.steps)} for s in SHORTER]
+    runs = [_DENSE, *sparse, *switched, *patterns, *dynamic, *shorter, *smaller(config)]
+    seeds = range(SEEDS[scale])
+    return Sweep(
+        [{**run, "seed": seed} for seed in seeds for run in runs],
+        (
+            Comparison("density", "Stored blocks and the switch to dense", (_DENSITY, _SPLIT)),
+            Comparison("patterns", "Pattern of stored blocks", (_PATTERN,)),
+        ),
+    )

@@ -1,0 +1,34 @@
+"""Learning rates of dense, block-sparse and sparse-to-dense training from scratch, and of a smaller
+dense model, each to be compared at its best.
+
+    python -m scripts.sweep --config=experiments/table_s2d_learning_rates.py:smoke \
+        --config.data.sources=TEXT --config.data.tokenizer=runs/tokenizer --workdir=runs/s2d-rates
+
+Scales and tokenizer: table_s2d.py.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments import table_s2d
+from sat_jax.results.sweep import Comparison, Sweep
+
+FACTORS = (2.0, 1.0, 4.0, 0.5)  # times the learning rate of the scale
+
+
+def get_config(scale: str = "smoke") -> ConfigDict:
+    """Scales: smoke, small, paper, paper-13b."""
+    return table_s2d.get_config(scale)
+
+
+def get_sweep(scale: str = "smoke") -> Sweep:
+    """Return the runs of one seed."""
+    config = get_config(scale)
+    dense: dict[str, Any] = {"sparsity.weights.density": 1.0}
+    runs = [dense, {}, {"sparsity.schedule": "constant"}, *table_s2d.smaller(config)[-1:]]
+    rates = [float(f"{factor * config.optimizer.learning_rate:.2g}") for factor in FACTORS]
+    return Sweep(
+        [{**run, "optimizer.learning_rate": rate} for rate in rates for run in runs],
+        (Comparison("learning_rates", "Learning rate", ("optimizer.learning_rate",)),),
+    )
