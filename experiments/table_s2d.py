@@ -21,7 +21,8 @@ from experiments import s2d_gpt13b, s2d_small
 from sat_jax.results.sweep import Comparison, Sweep
 
 DENSITIES = (0.25, 0.125)
-PATTERNS = ("magnitude", "erk", "butterfly")
+PATTERNS = ("magnitude", "erk")
+POWERS_OF_TWO = ("smoke", "small")  # scales whose widths allow a butterfly
 SHORTER = (0.75, 0.6, 0.5)  # of the steps, in dense runs with fewer FLOPs
 SEEDS = {"smoke": 3, "small": 3, "paper": 1, "paper-13b": 1}
 _DENSITY, _SPLIT, _PATTERN = (
@@ -77,7 +78,8 @@ def get_sweep(scale: str = "smoke") -> Sweep:
     config = get_config(scale)
     sparse = [{_DENSITY: density, "sparsity.schedule": "constant"} for density in DENSITIES]
     switched = [{_DENSITY: d, _SPLIT: split} for d in DENSITIES for split in (0.75, 0.5)]
-    patterns: list[dict[str, Any]] = [{_PATTERN: pattern} for pattern in PATTERNS]
+    names = (*PATTERNS, "butterfly") if scale in POWERS_OF_TWO else PATTERNS
+    patterns: list[dict[str, Any]] = [{_PATTERN: name} for name in names]
     dynamic = [{"sparsity.weights.update": "rigl"}, {"sparsity.schedule": "ladder"}]
     shorter = [{**_DENSE, "train.steps": round(s * config.train.steps)} for s in SHORTER]
     runs = [_DENSE, *sparse, *switched, *patterns, *dynamic, *shorter, *smaller(config)]

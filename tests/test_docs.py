@@ -9,13 +9,22 @@ from sat_jax.sparsity.schedule import Schedule
 from tests.conftest import ROOT
 
 TEXT = (ROOT / "docs/sparsity.md").read_text()
-ROWS = [line.split("|")[1] for line in TEXT.splitlines() if line.startswith("| `")]
-NAMED = {name for row in ROWS for name in re.findall(r"`(\w+)`", row)}
+SETTINGS = {key.path.partition(".")[2] for key in keys() if key.path.startswith("sparsity.")}
+OF_WEIGHTS = {name for name in SETTINGS if name.startswith("weights.")}
+
+
+def named(text: str) -> set[str]:
+    """Return the names in the first column of the tables of a document."""
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    return {name for row in rows for name in re.findall(r"`([\w.]+)`", row)}
 
 
 def test_every_setting_and_every_metric_has_a_line() -> None:
-    settings = {key.path.partition(".")[2] for key in keys() if key.path.startswith("sparsity.")}
-    assert settings | METRICS.keys() == NAMED
+    assert (SETTINGS - OF_WEIGHTS) | METRICS.keys() == named(TEXT)
+
+
+def test_every_setting_of_block_sparse_matrices_has_a_line() -> None:
+    assert named((ROOT / "docs/s2d.md").read_text()) == OF_WEIGHTS
 
 
 def test_every_schedule_is_named() -> None:

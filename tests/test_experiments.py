@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,9 @@ from tests.conftest import ROOT, RunPython
 
 TABLES = sorted((ROOT / "experiments").glob("table_*.py"))
 OTHERS = (ROOT / "experiments" / "__init__.py", ROOT / "experiments" / "scales.py")
-FILES = sorted({*(ROOT / "experiments").glob("*.py")} - {*TABLES, *OTHERS})
+FROM_SCRATCH = sorted((ROOT / "experiments").glob("*s2d*.py"))
+TABLES = [file for file in TABLES if file not in FROM_SCRATCH]
+FILES = sorted({*(ROOT / "experiments").glob("*.py")} - {*TABLES, *OTHERS, *FROM_SCRATCH})
 SCALES = {
     "smoke": "smollm2-135m",
     "small": "smollm2-135m",
@@ -62,19 +65,78 @@ def test_settings_are_valid(file: Path, variant: str) -> None:
 @pytest.mark.parametrize("file", TABLES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("scale", SCALES)
 def test_sweeps_of_the_tables_are_valid(file: Path, scale: str) -> None:
+    check_sweep(
+        file, scale, {"model.path": None, "model.preset": SCALES[scale], "data.tokenizer": "bytes"}
+    )
+
+
+@pytest.mark.parametrize("name", ["table_s2d", "table_s2d_learning_rates"])
+@pytest.mark.parametrize("scale", ["smoke", "small", "paper", "paper-13b"])
+def test_sweeps_from_scratch_are_valid(name: str, scale: str) -> None:
+    check_sweep(ROOT / "experiments" / f"{name}.py", scale, {})
+
+
+def check_sweep(file: Path, scale: str, shape: dict[str, Any]) -> None:
     """Every run of every scale is valid and different, and each has its dense baseline."""
     spec = f"{file}:{scale}"
     sweep = sweep_of(spec)
     assert sweep is not None and sweep.comparisons
     fixed, settings = combine([], {}, sweep.runs, None)
-    shape = {"model.path": None, "model.preset": SCALES[scale], "data.tokenizer": "bytes"}
     runs = plan_runs(experiment(spec), {**fixed, **shape}, settings)
     assert len(runs) == len(settings) > 4
-    baselines = {dense_baseline(run.config) for run in runs if max(run.config.rates) == 0}
+    baselines = {dense_baseline(run.config) for run in runs if run.config.omitted_share == 0}
     assert {dense_baseline(run.config) for run in runs} == baselines
     for comparison in sweep.comparisons:
         assert all(path in DEFAULTS or find(path) for path in comparison.settings)
     assert f"--config=experiments/{file.name}" in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("spec", "density"),
+    [("s2d_small:s2d", 0.25), ("s2d_small:sparse", 0.25), ("s2d_small:dense", 1.0),
+     ("s2d_gpt13b", 0.125)],
+)  # fmt: skip
+def test_settings_from_scratch_are_valid(spec: str, density: float) -> None:
+    name, _, variant = spec.partition(":")
+    file = ROOT / "experiments" / f"{name}.py"
+    config = load(f"{file}:{variant}" if variant else str(file), [])
+    assert config.sparsity.weights.density == density
+    assert FROM_SCRATCH and file in FROM_SCRATCH
+
+
+BLOCKS = """
+import json, sys
+import jax
+from sat_jax.config_values import load
+from sat_jax.models.presets import preset
+from sat_jax.parallel.mesh import make_mesh
+from sat_jax.train.programs import Programs
+from sat_jax.train.setup import controller_of
+
+config = load("experiments/s2d_gpt13b.py", [])
+model = preset(config.model.preset)
+controller = controller_of(config, model)
+programs = Programs(config, model, make_mesh(config.mesh), controller)
+first, last = controller.rungs[0].plan, controller.rungs[-1].plan
+texts = [programs.lower_step(plan).as_text() for plan in (first, last)]
+print(json.dumps({
+    "devices": jax.device_count(),
+    "blocks": ["40x160x5x128x128xf32" in text for text in texts],
+    "dense": ["40x20480x5120xf32" in text for text in texts],
+}))
+programs.close()
+"""
+
+
+@pytest.mark.slow
+def test_the_gpt_of_13b_lowers_on_virtual_devices(run_python: RunPython) -> None:
+    done = run_python("-c", BLOCKS, devices=8)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "devices": 8,
+        "blocks": [True, False],
+        "dense": [False, True],
+    }
 
 
 @pytest.mark.slow
