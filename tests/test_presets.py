@@ -127,3 +127,14 @@ def test_heads_that_do_not_fit_are_refused() -> None:
     assert user_error(lambda: resized(preset("llama-3.2-1b"), {"n_heads": 2})) == (
         "model.n_heads 2 with 4 query heads for each KV head; accepted: multiples of 4"
     )
+
+
+def test_heads_of_retention_divide_its_widths() -> None:
+    assert resized(preset("retnet-tiny"), {"n_heads": 8}).head_dim == 8
+    narrow, three = {"d_model": 60}, {"d_model": 96, "n_heads": 3}
+    assert user_error(lambda: resized(preset("retnet-tiny"), narrow)) == (
+        "retnet with d_model 60, d_value 128 and 4 heads; accepted: multiples of 8 and of 4"
+    )
+    assert user_error(lambda: resized(preset("retnet-tiny"), three)) == (
+        "retnet with d_model 96, d_value 128 and 3 heads; accepted: multiples of 6 and of 3"
+    )

@@ -29,6 +29,7 @@ from sat_jax.nn.loss import next_token_loss
 from sat_jax.sparsity.flops import forward_flops, traced_flops
 from sat_jax.sparsity.plan import make_plan, neurons_of
 from sat_jax.train.setup import set_up
+from tests.small_models import random_params
 from tests.test_gpt_models import rows
 from tests.tolerances import assert_close
 
@@ -199,6 +200,19 @@ def test_a_saved_directory_has_the_same_tensors(tmp_path: Path) -> None:
     for name, array in golden.items():
         np.testing.assert_array_equal(written[name], array, err_msg=name, strict=True)
     assert open_weights(out).config == open_weights(GOLDEN).config
+
+
+def test_a_tied_head_is_written_for_a_strict_load(tmp_path: Path) -> None:
+    """torchscale has the tied matrix under both names."""
+    config = preset("retnet-tiny")
+    values = random_params(config)
+    save_model(build(config, values.__getitem__), tmp_path / "out")
+    written = load_file(tmp_path / "out/decoder.safetensors")
+    np.testing.assert_array_equal(written["embed_tokens.weight"], values["embed"])
+    np.testing.assert_array_equal(written["output_projection.weight"], values["embed"])
+    reread = open_weights(tmp_path / "out")
+    assert reread.config == config
+    np.testing.assert_array_equal(reread.read("embed"), values["embed"])
 
 
 def test_a_normalization_is_kept_in_files(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -274,8 +274,7 @@ def _plan_shards(config: DecoderConfig, itemsize: int, limit: int) -> list[list[
     """Return which tensors each file holds, before any is read. One parameter stays together."""
     shards: list[list[StoredTensor]] = [[]]
     used = 0
-    declared = registry.format_of(config)
-    for stored in declared.stored_tensors(shapes(config), "huggingface"):
+    for stored in _written_tensors(config):
         size = _count(stored.shape) * itemsize
         if used and used + size > limit:
             shards.append([])
@@ -283,6 +282,15 @@ def _plan_shards(config: DecoderConfig, itemsize: int, limit: int) -> list[list[
         shards[-1].append(stored)
         used += size
     return shards
+
+
+def _written_tensors(config: DecoderConfig) -> Iterator[StoredTensor]:
+    declared = registry.format_of(config)
+    for stored in declared.stored_tensors(shapes(config), "huggingface"):
+        yield stored
+        is_head = declared.files.tied_head and config.tie_embeddings
+        if is_head and stored.tensor.paths == ("embed",):
+            yield dataclasses.replace(stored, name=_name_of(config, "lm_head"))
 
 
 def _count(shape: tuple[int, ...]) -> int:

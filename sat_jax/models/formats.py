@@ -160,10 +160,14 @@ class GgufFormat:
 
 
 class Files(NamedTuple):
-    """Names of the files of a directory: that of the config, and the start of those of weights."""
+    """Names of the files of a directory: that of the config, and the start of those of weights.
+
+    `tied_head`: a tied embedding is also stored under the name of the head.
+    """
 
     config: str
     weights: str
+    tied_head: bool = False
 
 
 HUGGINGFACE_FILES = Files("config.json", "model")

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from sat_jax.errors import UserError
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.format_fields import Json, JsonFields
 from sat_jax.models.formats import Files, Layout, ModelFormat, Stored, Tensor, layer_paths
@@ -27,7 +28,8 @@ from sat_jax.nn.retention import Normalization, Retention
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RetNetConfig(DecoderConfig):
-    """Shape and function of a model. `d_model` and `d_value` are multiples of `n_heads`.
+    """Shape and function of a model. `d_model` is a multiple of `2 n_heads` and `d_value` of
+    `n_heads`, else `UserError`.
 
     `d_value` is the width of all heads' values together. `normalization`: see `nn.retention`.
     `chunk`: tokens that are computed at once; changes no value beyond rounding.
@@ -39,6 +41,13 @@ class RetNetConfig(DecoderConfig):
     normalization: Normalization = "decay"
     chunk: int = 512
     family: Literal["retnet"] = "retnet"
+
+    def __post_init__(self) -> None:
+        if self.d_model % (2 * self.n_heads) or self.d_value % self.n_heads:
+            raise UserError(
+                f"retnet with d_model {self.d_model}, d_value {self.d_value} and {self.n_heads}"
+                f" heads; accepted: multiples of {2 * self.n_heads} and of {self.n_heads}"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -246,6 +255,6 @@ FORMATS = (
         neutral=_NEUTRAL,
         read_config=_read_config,
         write_config=_write_config,
-        files=Files("decoder_config.json", "decoder"),
+        files=Files("decoder_config.json", "decoder", tied_head=True),
     ),
 )
