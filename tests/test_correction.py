@@ -71,7 +71,7 @@ def test_a_probe_of_retention_sums_the_products_of_all_columns() -> None:
     heads, columns = RETNET.n_heads, RETNET.d_value // RETNET.n_heads
     shape, output = (RETNET.n_layers, heads, columns, heads, columns), params[RETENTION_OUTPUT]
     products = stats.products["head"].reshape(shape)
-    energy = jnp.einsum("LHEHF,LHED,LHFD->LH", products, output, output)
+    energy = jnp.einsum("LHEGF,LHED,LGFD->LHG", products, output, output)
     assert_close(stats.outputs["head"], energy, "float32", "backward")
 
 
