@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sat_jax.models.build import layout_of
+from sat_jax.models.build import initial_values, layout_of
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.llama import LlamaConfig
 from sat_jax.nn.param import CHANNEL
@@ -38,12 +38,23 @@ def neurons(config: DecoderConfig) -> Neurons:
     return neurons_of(layout_of(config))
 
 
+def initial_constants(config: DecoderConfig) -> dict[str, np.ndarray]:
+    """A model's arrays that are not trained, by path."""
+    paths = [path for path, leaf in layout_of(config).leaves.items() if not leaf.trained]
+    if not paths:
+        return {}
+    values = jax.jit(lambda: initial_values(config, 0))()
+    return {path: np.asarray(values[path]) for path in paths}
+
+
 @functools.cache
 def random_params(config: DecoderConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """A full model's parameters by path."""
     rng, layout = np.random.default_rng(seed), layout_of(config)
-    params = {}
+    params = initial_constants(config)
     for path, leaf in layout.leaves.items():
+        if not leaf.trained:
+            continue
         shape = layout.shapes[path].shape
         noise = rng.normal(size=shape)
         if path.endswith("norm"):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sat_jax.models.build import layout_of
+from sat_jax.models.retnet import RetNetConfig
 from sat_jax.nn.observe import column_products
 from sat_jax.sparsity.correction import least_squares_correction
 from sat_jax.sparsity.execution.gather import Gather
@@ -18,9 +19,14 @@ from tests.small_models import CONFIGS, batch, neurons, random_kept, random_para
 from tests.tolerances import assert_close
 
 CONFIG = CONFIGS["gqa"]
+# With as many columns of channels, and of heads together, as `CONFIG`.
+RETNET = RetNetConfig(
+    vocab_size=32, d_model=16, n_layers=3, n_heads=4, d_value=48, d_ff=24, max_positions=32
+)
 LAYOUT = layout_of(CONFIG)
 UNITS: list[AttentionUnit] = ["kv_group", "query_head"]
 OUTPUT, DOWN = "layers/attention/output", "layers/mlp/down"
+RETENTION_OUTPUT = "layers/retention/output"
 
 
 def plan_of(unit: AttentionUnit, **rest: Any) -> Plan:
@@ -59,6 +65,16 @@ def test_a_probe_sums_the_products_of_all_columns() -> None:
     assert_close(products, flat.T @ flat, "float32", "forward")
 
 
+def test_a_probe_of_retention_sums_the_products_of_all_columns() -> None:
+    params = {path: jnp.asarray(value) for path, value in random_params(RETNET).items()}
+    stats = observe_batch(layout_of(RETNET), params, batch(RETNET), ("outputs", "products"))
+    heads, columns = RETNET.n_heads, RETNET.d_value // RETNET.n_heads
+    shape, output = (RETNET.n_layers, heads, columns, heads, columns), params[RETENTION_OUTPUT]
+    products = stats.products["head"].reshape(shape)
+    energy = jnp.einsum("LHEGF,LHED,LGFD->LHG", products, output, output)
+    assert_close(stats.outputs["head"], energy, "float32", "backward")
+
+
 def test_one_channel_is_corrected_for_another_by_hand() -> None:
     """The second of three channels is kept. The first was three times as large on every token, the
     third was orthogonal to it: the correction is 3/2 of the first row, since the penalty equals the
@@ -75,26 +91,41 @@ def test_one_channel_is_corrected_for_another_by_hand() -> None:
     assert_close(correction, [[[1.5, 3.0]], [[0.0, 0.0]]], "float32", "forward")
 
 
-@pytest.mark.parametrize("unit", UNITS)
-def test_corrections_solve_the_penalised_least_squares_problem(unit: AttentionUnit) -> None:
+def head_columns_kept(unit: str, indices: np.ndarray) -> np.ndarray:
+    """Which columns of the activations of heads in one layer are kept."""
+    if unit == "head":
+        is_kept = np.zeros((RETNET.n_heads, RETNET.d_value // RETNET.n_heads), bool)
+        is_kept[indices] = True
+        return is_kept.reshape(-1)
+    is_kept = np.zeros((CONFIG.n_kv_heads, CONFIG.query_heads, CONFIG.head_dim), bool)
+    groups = np.arange(CONFIG.n_kv_heads)[:, None]
+    is_kept[indices if unit == "kv_group" else (groups, indices)] = True
+    return is_kept.reshape(-1)
+
+
+@pytest.mark.parametrize("unit", [*UNITS, "head"])
+def test_corrections_solve_the_penalised_least_squares_problem(unit: Any) -> None:
     """Over the observed tokens, and one more token for each kept column, on which that column alone
     has the norm that it has over all of them."""
-    plan = plan_of(unit)
-    kept = random_kept(CONFIG, plan)
-    corrections = least_squares_correction(LAYOUT, PARAMS, PRODUCTS, kept, plan)
-    assert sorted(corrections) == [OUTPUT, DOWN]
+    if unit == "head":
+        config, output, products = RETNET, RETENTION_OUTPUT, {**PRODUCTS}
+        products["head"] = products.pop("query_head")
+        plan = make_plan(neurons(config), 0.5, 0.5, dense_layers=(0,))
+    else:
+        config, output, products, plan = CONFIG, OUTPUT, PRODUCTS, plan_of(unit)
+    params = {path: jnp.asarray(value) for path, value in random_params(config).items()}
+    kept = random_kept(config, plan)
+    corrections = least_squares_correction(layout_of(config), params, products, kept, plan)
+    assert sorted(corrections) == sorted([output, DOWN])
     assert all(parts[0] is None for parts in corrections.values())  # the first layer is dense
     heads, channels = np.asarray(kept[1][unit]), np.asarray(kept[1]["channel"])
     for place, layer in enumerate((1, 2)):
-        is_kept = np.zeros((CONFIG.n_kv_heads, CONFIG.query_heads, CONFIG.head_dim), bool)
-        groups = np.arange(CONFIG.n_kv_heads)[:, None]
-        is_kept[heads[place] if unit == "kv_group" else (groups, heads[place])] = True
         channel_is_kept = np.isin(np.arange(CONFIG.d_ff), channels[place])
         for path, outputs, mask in (
-            (OUTPUT, MIXES[layer], is_kept.reshape(-1)),
+            (output, MIXES[layer], head_columns_kept(unit, heads[place])),
             (DOWN, ACTIVATIONS[layer], channel_is_kept),
         ):
-            weights = np.asarray(PARAMS[path][layer]).reshape(-1, CONFIG.d_model)
+            weights = np.asarray(params[path][layer]).reshape(-1, CONFIG.d_model)
             inputs, targets = outputs[:, mask], outputs[:, ~mask]
             penalty = np.diag(np.linalg.norm(inputs, axis=0))
             zeros = np.zeros((len(penalty), targets.shape[1]))

@@ -18,13 +18,14 @@ from sat_jax.config_values import from_config_dict
 from sat_jax.data.batch import Batch
 from sat_jax.models.build import initial_values, layout_of
 from sat_jax.models.llama import LlamaConfig
+from sat_jax.models.retnet import RetNetConfig
 from sat_jax.parallel.mesh import make_mesh
 from sat_jax.sparsity.controller import make_controller
 from sat_jax.sparsity.execution.state import PARAMS, new_state
 from sat_jax.sparsity.plan import neurons_of
 from sat_jax.train.programs import Programs, compact_state
 
-mesh_sizes = json.loads(sys.argv[1])
+mesh_sizes, family = json.loads(sys.argv[1])
 steps, rows, length = 4, 8, 16
 config = from_config_dict({
     "train": {
@@ -36,10 +37,11 @@ config = from_config_dict({
                  "least_squares_correction": True},
     "mesh": mesh_sizes,
 })
-model = LlamaConfig(
-    vocab_size=64, d_model=16, n_layers=2, n_heads=8, n_kv_heads=4, head_dim=4, d_ff=32,
-    max_positions=64,
-)
+sizes = {"vocab_size": 64, "d_model": 16, "n_layers": 2, "d_ff": 32, "max_positions": 64}
+model = {
+    "llama": LlamaConfig(**sizes, n_heads=8, n_kv_heads=4, head_dim=4),
+    "retnet": RetNetConfig(**sizes, n_heads=4, d_value=32, chunk=8),
+}[family]
 devices = jax.devices()[: math.prod(mesh_sizes.values())]
 mesh = make_mesh(config.mesh, devices)
 neurons = neurons_of(layout_of(model))
@@ -88,7 +90,8 @@ programs.close()
 
 
 @pytest.mark.slow
-def test_every_mesh_trains_the_same(run_python: RunPython) -> None:
+@pytest.mark.parametrize("family", ["llama", "retnet"])
+def test_every_mesh_trains_the_same(family: str, run_python: RunPython) -> None:
     results = []
     for sizes in (
         {"data": 1},
@@ -96,7 +99,7 @@ def test_every_mesh_trains_the_same(run_python: RunPython) -> None:
         {"data": 8},
         {"pipeline": 2, "data": 2, "tensor": 2},
     ):
-        done = run_python("-c", STEPS, json.dumps(sizes), devices=8)
+        done = run_python("-c", STEPS, json.dumps([sizes, family]), devices=8)
         assert done.returncode == 0, done.stderr
         results.append(json.loads(done.stdout))
     one, *others = results

@@ -4,7 +4,7 @@ import pytest
 
 from sat_jax.errors import UserError
 from sat_jax.interop.huggingface_config import config_from_json, config_to_json
-from sat_jax.models.build import shapes
+from sat_jax.models.build import layout_of
 from sat_jax.models.presets import PRESETS, preset, resized
 from tests.user_errors import user_error
 
@@ -51,16 +51,22 @@ PUBLISHED = {
     "pythia-2.8b": 2_775_208_960,
     "pythia-6.9b": 6_857_302_016,
     "pythia-12b": 11_846_072_320,
+    # No checkpoints: L · (2 d² + 6 d f + 2 d) + 50,257 d + d; f is the width of values and MLP.
+    "retnet-1.3b": 1_323_569_152,
+    "retnet-2.7b": 2_651_960_320,
+    "retnet-6.7b": 6_715_678_720,
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_number_of_parameters(name: str) -> None:
-    assert sum(leaf.size for leaf in shapes(preset(name)).values()) == PUBLISHED[name]
+    layout = layout_of(preset(name))
+    trained = [layout.shapes[path].size for path, leaf in layout.leaves.items() if leaf.trained]
+    assert sum(trained) == PUBLISHED[name]
 
 
 def test_every_preset_is_checked() -> None:
-    assert set(PRESETS) == {"tiny", *PUBLISHED}
+    assert set(PRESETS) == {"tiny", "retnet-tiny", *PUBLISHED}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -108,7 +114,7 @@ def test_sizes_of_a_preset_are_replaced() -> None:
     assert {name: getattr(config, name) for name in sizes} == sizes
     assert (config.n_kv_heads, config.head_dim) == (2, 32)  # four query heads for each KV head
     assert (config.bos_token_id, config.eos_token_ids) == (None, ())
-    assert shapes(config)["layers/mlp/up"].shape == (2, 512, 256)
+    assert layout_of(config).shapes["layers/mlp/up"].shape == (2, 512, 256)
     assert resized(preset("gpt2"), {"n_heads": 6}).head_dim == 128
     assert resized(preset("gpt2"), {}) is preset("gpt2")
     assert resized(preset("llama-3.2-1b"), {"d_ff": 64}).n_kv_heads == 8
@@ -120,4 +126,15 @@ def test_heads_that_do_not_fit_are_refused() -> None:
     )
     assert user_error(lambda: resized(preset("llama-3.2-1b"), {"n_heads": 2})) == (
         "model.n_heads 2 with 4 query heads for each KV head; accepted: multiples of 4"
+    )
+
+
+def test_heads_of_retention_divide_its_widths() -> None:
+    assert resized(preset("retnet-tiny"), {"n_heads": 8}).head_dim == 8
+    narrow, three = {"d_model": 60}, {"d_model": 96, "n_heads": 3}
+    assert user_error(lambda: resized(preset("retnet-tiny"), narrow)) == (
+        "retnet with d_model 60, d_value 128 and 4 heads; accepted: multiples of 8 and of 4"
+    )
+    assert user_error(lambda: resized(preset("retnet-tiny"), three)) == (
+        "retnet with d_model 96, d_value 128 and 3 heads; accepted: multiples of 6 and of 3"
     )

@@ -9,6 +9,7 @@ summands: entry by entry, a relative bound means nothing for a result that is ne
   backward       gradients, entry by entry
   gradient_norm  L2 norms of whole gradients, one at a time: the rounding errors average out
   product        a sum of products rounded once to its dtype, and gradients through two of them
+  retention      one form of retention against another, after the norm of its heads, and gradients
   exact          the same shape, dtype and values (NaN equals NaN)
 
 float64 is for formulas in Python and NumPy, whose order of operations may differ. The other values
@@ -30,7 +31,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-Direction = Literal["forward", "backward", "gradient_norm", "product", "exact"]
+Direction = Literal["forward", "backward", "gradient_norm", "product", "retention", "exact"]
 
 
 class Tolerance(NamedTuple):
@@ -46,6 +47,8 @@ TOLERANCES: dict[tuple[str, Direction], Tolerance] = {
     ("bfloat16", "forward"): Tolerance(0.0, 6e-2),
     ("bfloat16", "backward"): Tolerance(0.0, 1.2e-1),
     ("bfloat16", "gradient_norm"): Tolerance(0.0, 4e-2),
+    ("float64", "retention"): Tolerance(0.0, 1e-10),
+    ("float32", "retention"): Tolerance(0.0, 5e-5),
     ("float32", "product"): Tolerance(0.0, 5e-6),
     ("bfloat16", "product"): Tolerance(0.0, 1.2e-2),
     ("float16", "product"): Tolerance(0.0, 1.5e-3),

@@ -156,14 +156,15 @@ def _prefill(
     chunk = min(width, _CHUNK)
 
     positions = jnp.arange(width)[None] - padding[:, None]
-    segment_ids = (positions >= 0).astype(jnp.int32)
+    prompts = tokens, (positions >= 0).astype(jnp.int32), jnp.maximum(positions, 0)
     # All are written first: RoPE may depend on the length of a prompt.
-    cache = model.empty_cache(batch, slots).write(tokens, segment_ids, jnp.maximum(positions, 0))
+    cache = model.empty_cache(batch, slots).write(*prompts)
 
-    def body(cache: Cache, _: None) -> tuple[Cache, None]:
-        return model.advance(cache, chunk)[1], None
+    def body(cache: Cache, part: tuple[Array, ...]) -> tuple[Cache, None]:
+        return model.advance(cache, *part)[1], None
 
-    return jax.lax.scan(body, cache, length=width // chunk)[0]
+    parts = tuple(x.reshape(batch, -1, chunk).swapaxes(0, 1) for x in prompts)
+    return jax.lax.scan(body, cache, parts)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "sampling"), donate_argnames=("state",))

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -27,24 +27,21 @@ from sat_jax.models import registry
 from sat_jax.models.build import shapes
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.format_fields import Json, JsonFields
-from sat_jax.models.formats import ModelFormat, StoredTensor
+from sat_jax.models.formats import HUGGINGFACE_FILES, ModelFormat, StoredTensor
 from sat_jax.models.rope_formats import not_exportable
 from sat_jax.nn.rope import as_longrope
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 SHARD_BYTES = 5_000_000_000
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _GENERATION = "generation_config.json"
 
 
 def open_directory(directory: Path) -> Weights:
     """Return the model in a Hugging Face directory. Only headers are read before a value is."""
-    config_path = directory / "config.json"
-    if not config_path.is_file():
-        raise UserError(f"{directory}: no config.json; expected a Hugging Face directory")
-    config = config_from_json(read_json(config_path), str(config_path))
+    config_path, model_type = _config_file(directory)
+    config = config_from_json(read_json(config_path), str(config_path), model_type)
     tensors = _Tensors(directory, registry.format_of(config))
     if config.tie_embeddings:
         _tie(tensors, config, directory)
@@ -55,6 +52,22 @@ def open_directory(directory: Path) -> Weights:
     if ends := JsonFields(generation, where).token_ids("eos_token_id"):
         config = dataclasses.replace(config, eos_token_ids=ends)
     return Weights(config, stacked_reader(config, "huggingface", tensors.fetch), generation)
+
+
+def _config_file(directory: Path) -> tuple[Path, str | None]:
+    """Return the file of the config, and the model type that its name says."""
+    own_names = {
+        form.files.config: name
+        for name, form in registry.MODEL_TYPES.items()
+        if form.files != HUGGINGFACE_FILES
+    }
+    for file, model_type in {HUGGINGFACE_FILES.config: None, **own_names}.items():
+        if (directory / file).is_file():
+            return directory / file, model_type
+    raise UserError(
+        f"{directory}: no {HUGGINGFACE_FILES.config}; expected a Hugging Face directory, or one"
+        f" with {' or '.join(own_names)}"
+    )
 
 
 def read_generation(directory: Path) -> Json:
@@ -69,7 +82,7 @@ class _Tensors:
     def __init__(self, directory: Path, declared: ModelFormat):
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._stored: dict[str, tuple[Path, Any, str]] = {}
-        for path in _safetensors_files(directory):
+        for path in _safetensors_files(directory, declared.files.weights):
             try:
                 handle = safe_open(path, framework="np").__enter__()
                 for name in handle.keys():
@@ -110,13 +123,15 @@ class _Tensors:
         return cast(tensor, np.float32, stored_name) if tensor.dtype == np.float64 else tensor
 
 
-def _safetensors_files(directory: Path) -> list[Path]:
-    if (directory / _SINGLE).is_file():
-        return [directory / _SINGLE]
-    index_path = directory / _INDEX
+def _safetensors_files(directory: Path, stem: str) -> list[Path]:
+    single, index_path = directory / f"{stem}.safetensors", directory / _index_name(stem)
+    if single.is_file():
+        return [single]
     if not index_path.is_file():
         found = sorted(p.name for p in directory.glob("*.bin")) or ["no weights"]
-        raise UserError(f"{directory}: needs {_SINGLE} or {_INDEX}, found {', '.join(found[:3])}")
+        raise UserError(
+            f"{directory}: needs {single.name} or {index_path.name}, found {', '.join(found[:3])}"
+        )
     names = read_json(index_path).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise UserError(f"{index_path}: no weight_map from tensor to file")
@@ -126,6 +141,10 @@ def _safetensors_files(directory: Path) -> list[Path]:
         if path.parent != directory or not path.is_file():
             raise UserError(f"{index_path}: {path.name} is listed and is not in the directory")
     return files
+
+
+def _index_name(stem: str) -> str:
+    return f"{stem}.safetensors.index.json"
 
 
 def _name_of(config: DecoderConfig, path: str) -> str:
@@ -188,7 +207,7 @@ def write_directory(
     partial = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
         partial.mkdir(parents=True)
-        _write_json(partial / "config.json", raw)
+        _write_json(partial / registry.format_of(config).files.config, raw)
         _write_json(partial / _GENERATION, _generation_json(raw, generation or {}))
         _write_tensors(partial, config, read, dtype, shard_bytes)
         for name, content in (files or {}).items():
@@ -216,10 +235,13 @@ def _write_tensors(
 ) -> None:
     number = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     shards = _plan_shards(config, number.itemsize, shard_bytes)
+    form = registry.format_of(config).files
+    stem, mode = form.weights, (directory / form.config).stat().st_mode
     weight_map: dict[str, str] = {}
     held: dict[str, np.ndarray] = {}
     for i, shard in enumerate(shards):
-        file = _SINGLE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        part = "" if len(shards) == 1 else f"-{i + 1:05}-of-{len(shards):05}"
+        file = f"{stem}{part}.safetensors"
         tensors = {}
         for stored in shard:
             if held.keys() != set(stored.tensor.paths):
@@ -234,11 +256,11 @@ def _write_tensors(
             weight_map[stored.name] = file
         save_file(tensors, directory / file, metadata={"format": "pt"})
         # safetensors makes its files private; give them the mode that any new file has here.
-        (directory / file).chmod((directory / "config.json").stat().st_mode)
+        (directory / file).chmod(mode)
     if len(shards) > 1:
         size = sum(_count(stored.shape) for shard in shards for stored in shard)
         metadata = {"total_size": size * number.itemsize}
-        _write_json(directory / _INDEX, {"metadata": metadata, "weight_map": weight_map})
+        _write_json(directory / _index_name(stem), {"metadata": metadata, "weight_map": weight_map})
 
 
 def _read(config: DecoderConfig, read: Callable[[str], Any], path: str) -> np.ndarray:
@@ -252,8 +274,7 @@ def _plan_shards(config: DecoderConfig, itemsize: int, limit: int) -> list[list[
     """Return which tensors each file holds, before any is read. One parameter stays together."""
     shards: list[list[StoredTensor]] = [[]]
     used = 0
-    declared = registry.format_of(config)
-    for stored in declared.stored_tensors(shapes(config), "huggingface"):
+    for stored in _written_tensors(config):
         size = _count(stored.shape) * itemsize
         if used and used + size > limit:
             shards.append([])
@@ -261,6 +282,15 @@ def _plan_shards(config: DecoderConfig, itemsize: int, limit: int) -> list[list[
         shards[-1].append(stored)
         used += size
     return shards
+
+
+def _written_tensors(config: DecoderConfig) -> Iterator[StoredTensor]:
+    declared = registry.format_of(config)
+    for stored in declared.stored_tensors(shapes(config), "huggingface"):
+        yield stored
+        is_head = declared.files.tied_head and config.tie_embeddings
+        if is_head and stored.tensor.paths == ("embed",):
+            yield dataclasses.replace(stored, name=_name_of(config, "lm_head"))
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -28,10 +28,13 @@ def read_json(path: Path) -> Json:
     return value
 
 
-def config_from_json(raw: Json, where: str) -> DecoderConfig:
-    """Return the model that a config.json describes; `where` names the file in errors."""
+def config_from_json(raw: Json, where: str, default_type: str | None = None) -> DecoderConfig:
+    """Return the model that a config.json describes; `where` names the file in errors.
+
+    `default_type`: the model type of a file without one.
+    """
     fields = JsonFields(raw, where)
-    model_type: Any = raw.get("model_type")
+    model_type: Any = raw.get("model_type", default_type)
     if not isinstance(model_type, str) or model_type not in registry.MODEL_TYPES:
         raise fields.refuse("model_type", ", ".join(registry.MODEL_TYPES))
     declared = registry.MODEL_TYPES[model_type]

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -32,7 +32,8 @@ _WRAPPERS = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Name and layout of a tensor in one format. `{layer}` in the name is the layer's number.
+    """Name and layout of a tensor in one format. `{layer}` in the name is the layer's number; a
+    name without it is of one tensor, which all layers share.
 
     `rows` is `[out, in]`: all axes of a parameter but the last are flattened into `out`. `columns`
     is the transpose of `rows`. `vector` has one axis: all axes of a parameter flattened.
@@ -158,6 +159,20 @@ class GgufFormat:
     ignored: frozenset[str] = frozenset()
 
 
+class Files(NamedTuple):
+    """Names of the files of a directory: that of the config, and the start of those of weights.
+
+    `tied_head`: a tied embedding is also stored under the name of the head.
+    """
+
+    config: str
+    weights: str
+    tied_head: bool = False
+
+
+HUGGINGFACE_FILES = Files("config.json", "model")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelFormat:
     """Declaration of a model type.
@@ -167,7 +182,8 @@ class ModelFormat:
     the function, with the values that do not; any other value is refused. `write_config(config)`
     returns the fields of config.json that the model type adds to those common to all. `ignored` is
     a regular expression for the names of Hugging Face tensors that are not parameters. Names on
-    disk may lack `optional_prefix`; written names have it.
+    disk may lack `optional_prefix`; written names have it. `files`: names other than those of
+    Hugging Face; the config in such a file may lack `model_type`.
     """
 
     model_type: str
@@ -181,6 +197,7 @@ class ModelFormat:
     ignored: str = r"(?!)"
     optional_prefix: str = ""
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    files: Files = HUGGINGFACE_FILES
 
     def is_ignored(self, name: str) -> bool:
         """Return whether a Hugging Face tensor is not a parameter."""

@@ -10,6 +10,7 @@ from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.gpt2 import GPT2Config
 from sat_jax.models.gpt_neox import GPTNeoXConfig
 from sat_jax.models.llama import LlamaConfig
+from sat_jax.models.retnet import RetNetConfig
 from sat_jax.nn.rope import RopeConfig
 
 
@@ -107,6 +108,25 @@ def _pythia(d_model: int, n_layers: int, n_heads: int, vocab_size: int = 50_304)
     )
 
 
+def _retnet(d_model: int, n_layers: int, d_hidden: int) -> RetNetConfig:
+    """Layers, width and heads of 256 are those of the paper (arXiv:2307.08621, table 2). The widths
+    of values and MLP are those of torchscale's recipes of these sizes, whose MLP is gated as here:
+    5/3 of the width in place of the paper's 2, for as many parameters. The vocabulary is GPT-2's.
+    """
+    return RetNetConfig(
+        vocab_size=50_257,
+        d_model=d_model,
+        n_layers=n_layers,
+        n_heads=d_model // 256,
+        d_value=d_hidden,
+        d_ff=d_hidden,
+        max_positions=2048,
+        tie_embeddings=True,
+        bos_token_id=50_256,
+        eos_token_ids=(50_256,),
+    )
+
+
 PRESETS: dict[str, DecoderConfig] = {
     # For tests: two layers, two KV groups of two query heads each, and a vocabulary of bytes and
     # control tokens.
@@ -164,6 +184,21 @@ PRESETS: dict[str, DecoderConfig] = {
     "pythia-2.8b": _pythia(2560, 32, 32),
     "pythia-6.9b": _pythia(4096, 32, 32, vocab_size=50_432),
     "pythia-12b": _pythia(5120, 36, 40, vocab_size=50_688),
+    # For tests, as `tiny` above.
+    "retnet-tiny": RetNetConfig(
+        vocab_size=260,
+        d_model=64,
+        n_layers=2,
+        n_heads=4,
+        d_value=128,
+        d_ff=128,
+        max_positions=512,
+        chunk=32,
+        tie_embeddings=True,
+    ),
+    "retnet-1.3b": _retnet(2048, 24, 3456),
+    "retnet-2.7b": _retnet(2560, 32, 4280),
+    "retnet-6.7b": _retnet(4096, 32, 6912),
 }
 
 

@@ -2,7 +2,7 @@
 
 from typing import TypeVar
 
-from sat_jax.models import gpt2, gpt_neox, llama
+from sat_jax.models import gpt2, gpt_neox, llama, retnet
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.formats import Family, ModelFormat
 
@@ -36,3 +36,4 @@ def format_of(config: DecoderConfig) -> ModelFormat:
 register(Family(llama.Llama, llama.FORMATS))
 register(Family(gpt2.GPT2, gpt2.FORMATS))
 register(Family(gpt_neox.GPTNeoX, gpt_neox.FORMATS))
+register(Family(retnet.RetNet, retnet.FORMATS))

@@ -27,6 +27,8 @@ class Branch(nnx.Module):
     """
 
     units: ClassVar[tuple[str, ...]]
+    caches_tokens: ClassVar[bool] = False
+    """Whether the cache of decoding has an entry for each token."""
 
     def __init__(self) -> None:
         self.masks = nnx.Dict({unit: Mask(None) for unit in self.units})
@@ -45,7 +47,8 @@ class Branch(nnx.Module):
         return combine(self.output_weight, self.activations(x, context))
 
     def empty_cache(self, batch: int, slots: int, dtype: str) -> dict[str, Array]:
-        """Return empty cache arrays `[L, B, ...]` of this branch, for decoding."""
+        """Return empty cache arrays `[L, B, ...]` of this branch, for decoding; by tokens `slots`
+        of them."""
         del batch, slots, dtype
         return {}
 

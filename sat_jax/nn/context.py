@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from sat_jax.nn.attention.dot_product import Implementation
 
@@ -21,10 +21,10 @@ class Cache(NamedTuple):
 
     Slots 0, 1, …, `used` - 1 of S are filled in `arrays`; `tokens`, `segment_ids` and `positions`
     may be ahead. `segment_ids`: 1 for a row's tokens, 0 for padding; a slot is seen by later slots
-    with the same number, so padding may stand anywhere.
+    with the same number, so padding may stand anywhere. S is 0 where no branch reads past tokens.
     """
 
-    arrays: dict[str, Float[Array, "L B ..."]]
+    arrays: dict[str, Shaped[Array, "L B ..."]]
     tokens: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"]
     positions: Int[Array, "B S"]
@@ -36,7 +36,10 @@ class Cache(NamedTuple):
         segment_ids: Int[Array, "B T"],
         positions: Int[Array, "B T"],
     ) -> "Cache":
-        """Return the cache with T tokens in the slots after the used ones, not yet computed."""
+        """Return the cache with T tokens in the slots after the used ones, not yet computed; a
+        cache without slots as it is."""
+        if not self.tokens.shape[1]:
+            return self
 
         def updated(array: Array, new: Array) -> Array:
             return jax.lax.dynamic_update_slice(array, new, (0, self.used))
@@ -65,7 +68,7 @@ class LayerCache:
     """The cache inside layer `layer`: a branch writes to `arrays`. `segment_ids` of all slots have
     the new tokens already, `used` does not count them."""
 
-    arrays: dict[str, Float[Array, "L B ..."]]
+    arrays: dict[str, Shaped[Array, "L B ..."]]
     segment_ids: Int[Array, "B S"]
     used: Int[Array, ""]
     layer: Int[Array, ""]
@@ -74,7 +77,15 @@ class LayerCache:
         """Write the new tokens' values to their slots; return all slots of this layer."""
         start = (self.layer, 0, self.used) + (0,) * (new.ndim - 2)
         self.arrays[name] = jax.lax.dynamic_update_slice(self.arrays[name], new[None], start)
+        return self.read(name)
+
+    def read(self, name: str) -> Array:
+        """Return the array of this layer, without the layers' axis."""
         return self.arrays[name][self.layer]
+
+    def write(self, name: str, value: Array) -> None:
+        """Replace the array of this layer."""
+        self.arrays[name] = self.arrays[name].at[self.layer].set(value)
 
 
 class Selection(Protocol):

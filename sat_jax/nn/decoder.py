@@ -102,7 +102,7 @@ class Decoder(nnx.Module):
         lengths = document_lengths(segment_ids, positions) if dynamic else None
         context = Context(
             segment_ids,
-            self._rotary(positions, lengths),
+            self.rotary(positions, lengths),
             self.compute.attention,
             observe,
             selection,
@@ -120,8 +120,11 @@ class Decoder(nnx.Module):
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """Return a cache for `batch` rows of `slots` tokens, of which none is used."""
         arrays: dict[str, Array] = {}
-        for branch in branches(self.layers).values():
+        parts = branches(self.layers).values()
+        for branch in parts:
             arrays |= branch.empty_cache(batch, slots, self.compute.dtype)
+        if not any(branch.caches_tokens for branch in parts):
+            slots = 0
         zeros = jnp.zeros((batch, slots), jnp.int32)
         return Cache(arrays, zeros, zeros, zeros, jnp.zeros((), jnp.int32))
 
@@ -138,28 +141,34 @@ class Decoder(nnx.Module):
         and are now other than those in the cache, every slot is computed again: not the keys alone
         change, but with them the inputs of all layers after the first.
         """
-        before = cache.row_lengths(cache.used)
-        cache = cache.write(tokens, segment_ids, positions)
-        count = tokens.shape[1]
+        cache, count = cache.write(tokens, segment_ids, positions), tokens.shape[1]
         if not self.config.has_dynamic_rope:
-            return self.advance(cache, count)
-        lengths = jnp.stack([before, cache.row_lengths(cache.used + count)])
+            return self.advance(cache, tokens, segment_ids, positions)
+        ends = (cache.used, cache.used + count)
+        lengths = jnp.stack([cache.row_lengths(end) for end in ends])
         frequencies, scale = scaled_by_length(self.config.rope, self.config.rotary_dim, lengths)
         changed = jnp.any(frequencies[0] != frequencies[1]) | jnp.any(scale[0] != scale[1])
         return jax.lax.cond(
             changed & (cache.used > 0),
             lambda cache: self._compute_again(cache, count),
-            lambda cache: self.advance(cache, count),
+            lambda cache: self.advance(cache, tokens, segment_ids, positions),
             cache,
         )
 
-    def advance(self, cache: Cache, count: int) -> tuple[Float[Array, "B T D"], Cache]:
-        """Return the normed residual stream of the next `count` tokens that are written in the
-        cache, and the cache with their keys. Angles are for all written tokens of a row."""
-        tokens, segment_ids, positions = cache.newest(count)
-        written = cache.row_lengths(cache.tokens.shape[1])[:, None]
-        lengths = jnp.broadcast_to(written, positions.shape)
-        context = Context(segment_ids, self._rotary(positions, lengths), self.compute.attention)
+    def advance(
+        self,
+        cache: Cache,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Return the normed residual stream of the next T tokens, which are written in the cache,
+        and the cache with their keys or states. Angles are for all written tokens of a row."""
+        lengths = None
+        if self.config.has_dynamic_rope:
+            written = cache.row_lengths(cache.tokens.shape[1])[:, None]
+            lengths = jnp.broadcast_to(written, positions.shape)
+        context = Context(segment_ids, self.rotary(positions, lengths), self.compute.attention)
         x_BTD = self.embed_tokens(tokens, positions).astype(self.compute.dtype)
         x_BTD, _, extended = scan_layers(
             self.layers, x_BTD, context, dtype=self.compute.dtype, cache=cache
@@ -168,14 +177,14 @@ class Decoder(nnx.Module):
         return self.normalize(x_BTD), extended
 
     def _compute_again(self, cache: Cache, count: int) -> tuple[Float[Array, "B T D"], Cache]:
-        """Return `advance(cache, count)` after all slots before have been computed again."""
+        """Return `extend`'s result after all slots before have been computed again."""
         slots = cache.tokens.shape[1]
         # Chunks of one size that fill the slots exactly; those after the last token are not run.
         chunk, end = math.gcd(slots, _CHUNK), cache.used + count
 
         def body(index: Array, carry: tuple[Cache, Array]) -> tuple[Cache, Array]:
             cache, x_BSD = carry
-            x_BTD, cache = self.advance(cache, chunk)
+            x_BTD, cache = self.advance(cache, *cache.newest(chunk))
             return cache, jax.lax.dynamic_update_slice(x_BSD, x_BTD, (0, index * chunk, 0))
 
         shape = (len(cache.tokens), slots, self.config.d_model)
@@ -187,9 +196,10 @@ class Decoder(nnx.Module):
         newest = jax.lax.dynamic_slice_in_dim(x_BSD, cache.used, count, axis=1)
         return newest, computed._replace(used=end)
 
-    def _rotary(
+    def rotary(
         self, positions: Int[Array, "B T"], lengths: Int[Array, "B T"] | None
     ) -> tuple[Array, Array] | None:
+        """Return cosines and sines `[B, T, rotated / 2]`; None: positions are not rotated."""
         rope = self.config.rope
         if rope is None:
             return None

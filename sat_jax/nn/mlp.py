@@ -1,5 +1,7 @@
 """MLPs, channel-major: a channel is a row of each matrix."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,35 +15,52 @@ from sat_jax.nn.linear import dense, gated_mlp, project, swiglu, value
 from sat_jax.nn.low_rank import predicted
 from sat_jax.nn.param import CHANNEL, normal, param
 
+GatedActivation = Literal[Activation, "silu"]
+
 
 class GatedMLP(Branch):
-    """SwiGLU (Shazeer, arXiv:2002.05202): silu(x · gate) · (x · up) of each channel.
+    """A gated MLP (Shazeer, arXiv:2002.05202): activation(x · gate) · (x · up) of each channel;
+    with `silu`, SwiGLU, products and activation are fused.
 
     `gate`, `up` and `down` are `[L, F, D]`.
     """
 
     units = (CHANNEL,)
 
-    def __init__(self, *, layers: int, channels: int, embed: int, out_scale: float, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        *,
+        layers: int,
+        channels: int,
+        embed: int,
+        activation: GatedActivation = "silu",
+        out_scale: float,
+        rngs: nnx.Rngs,
+    ):
         super().__init__()
         axes = {"layer": layers, "channel": channels, "embed": embed}
         self.gate = param(normal(rngs, 0.02), axes)
         self.up = param(normal(rngs, 0.02), axes)
         self.down = param(normal(rngs, out_scale), axes, "write")
+        self.activation = activation
 
     def activations(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T F"]:
-        """Return silu(x · gate) · (x · up)."""
+        """Return activation(x · gate) · (x · up)."""
         del context
-        return swiglu(self.gate, self.up, x)
+        if self.activation == "silu":
+            return swiglu(self.gate, self.up, x)
+        return ACTIVATIONS[self.activation](project(self.gate, x)) * project(self.up, x)
 
     def apply(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
         """Return the sum over channels, by one fused operation where the weights allow it."""
-        del context
+        if self.activation != "silu":
+            return super().apply(x, context)
         return gated_mlp(self.gate, self.up, self.down, x)
 
     def predicted_activations(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         """Return the activations with gate and up projection at low rank."""
-        return jax.nn.silu(predicted(x, dense(self.gate))) * predicted(x, dense(self.up))
+        activation = jax.nn.silu if self.activation == "silu" else ACTIVATIONS[self.activation]
+        return activation(predicted(x, dense(self.gate))) * predicted(x, dense(self.up))
 
 
 class MLP(Branch):

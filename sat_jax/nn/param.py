@@ -13,7 +13,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
 
 Role = Literal["read", "write", "embedding", "vector", "index"]
 """`read`: rows that read the residual stream; `write`: rows that write to it; `embedding`: a table
@@ -28,11 +28,20 @@ class Mask(nnx.Variable):
     """1 where a unit is kept and 0 where it is omitted, `[L, *within, unit]`; None: keep all."""
 
 
+class Constant(nnx.Variable):
+    """Numbers that are gathered with the units they belong to, and never trained."""
+
+
 def param(
     values: Callable[[tuple[int, ...]], Array], axes: Mapping[str, int], role: Role = "read"
 ) -> nnx.Param:
     """Return a parameter whose axes have these names and sizes; `values` maps a shape to values."""
     return nnx.Param(values(tuple(axes.values())), axes=tuple(axes), role=role)
+
+
+def constant(value: ArrayLike, axes: tuple[str, ...]) -> Constant:
+    """Return a float32 constant whose axes have these names; like vectors, it is not cast."""
+    return Constant(jnp.asarray(value, jnp.float32), axes=axes, role="vector")
 
 
 def normal(rngs: nnx.Rngs, scale: float) -> Callable[[tuple[int, ...]], Array]:

@@ -385,13 +385,14 @@ def scaled_by_length(
 def rotate(
     x: Float[Array, "B T *heads E"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
 ) -> Float[Array, "B T *heads E"]:
-    """Return queries or keys `[B, T, ..., E]` rotated in float32, in the dtype of `x`.
+    """Return queries or keys `[B, T, ..., E]` rotated in float32 or wider, in the dtype of `x`.
 
     The first `2 · half` dimensions of a head are rotated (partial rotary)."""
     lead = cos.shape[:2] + (1,) * (x.ndim - 3) + cos.shape[2:]
     cos, sin = cos.reshape(lead), sin.reshape(lead)
     rotated_dims = 2 * cos.shape[-1]
-    first, second = jnp.split(x[..., :rotated_dims].astype(jnp.float32), 2, axis=-1)
+    wide = x[..., :rotated_dims].astype(jnp.promote_types(x.dtype, jnp.float32))
+    first, second = jnp.split(wide, 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     rotated = rotated.astype(x.dtype)
     if rotated_dims == x.shape[-1]:

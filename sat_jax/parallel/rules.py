@@ -16,6 +16,7 @@ MESH_AXES = {
     LAYER: PIPELINE,
     "vocab": TENSOR,
     "kv_group": TENSOR,
+    "head": TENSOR,
     "channel": TENSOR,
     "embed": "fsdp",
     BLOCK_ROW: TENSOR,

@@ -137,9 +137,16 @@ def make_plan(
     nested ones. Where each group has one query head (multi-head attention) the two attention units
     are the same, and chosen as groups are. `dense_layers` keep everything (negative numbers count
     from the end). If all layers keep the same numbers, they are split into `rounds` equal segments.
-    Raises `UserError` for chosen units that `block` and `balance` do not divide, a layer that does
-    not exist, and more than `max_segments` runs of layers.
+    Raises `UserError` for an `attention_unit` other than the default in a model without it, chosen
+    units that `block` and `balance` do not divide, a layer that does not exist, and more than
+    `max_segments` runs of layers.
     """
+    names = [unit.name for unit in neurons.units]
+    if attention_unit not in ("kv_group", *names):
+        raise UserError(
+            f"sparsity.attention_unit {attention_unit!r}: the units of this model are"
+            f" {', '.join(names)}; accepted: the default 'kv_group', which changes nothing here"
+        )
     dense = _layer_numbers(dense_layers, neurons.layers)
     attention_rates, mlp_rates = (
         [0.0 if layer in dense else rate for layer, rate in enumerate(rates)]

@@ -124,18 +124,20 @@ def _draw(
     if any("blocks_exchanged" in record for record in records):
         figures.append(save(exchange_figure(records), folder / "exchanged.png"))
     if counters.selections:
-        by_group = task.config.sparsity.attention_unit == "kv_group"
         branches = task.controller.neurons.branches
         heads, channels = (
             next(counters.kept[n] for n, units in branches.items() if has_channels(units) == mlp)
             for mlp in (False, True)
         )
-        times = heads["times"]
-        times = times.max(axis=2) if by_group else times.reshape(len(times), -1)
+        times, head_unit = heads["times"], "head"
+        if times.ndim == 3:  # in groups
+            by_group = task.config.sparsity.attention_unit == "kv_group"
+            times = times.max(axis=2) if by_group else times.reshape(len(times), -1)
+            head_unit = "KV group" if by_group else "query head"
         figure = kept_figure(
             Kept(times, heads["of"]),
             Kept(channels["times"], channels["of"]),
-            head_unit="KV group" if by_group else "query head",
+            head_unit=head_unit,
         )
         figures.append(save(figure, folder / "kept.png"))
     return [str(path) for path in figures]

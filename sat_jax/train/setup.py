@@ -19,6 +19,7 @@ from sat_jax.interop.huggingface import check_exportable
 from sat_jax.models.build import initial_values, layout_of
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.attention.dot_product import refusals
+from sat_jax.nn.attention.grouped_query import Attention
 from sat_jax.parallel.mesh import make_mesh
 from sat_jax.parallel.processes import check_processes
 from sat_jax.parallel.rules import check_divisible, tree_shardings
@@ -124,8 +125,19 @@ def _placed(value: np.ndarray, sharding: Sharding) -> jax.Array:
 def _check_attention(config: Config, model: DecoderConfig) -> None:
     if config.model.attention is None:
         return
+    layout = layout_of(model)
+    queries = [
+        layout.shapes[f"layers/{name}/query"]
+        for name, branch in layout.branches.items()
+        if isinstance(branch, Attention)
+    ]
+    if not queries:
+        raise UserError(
+            f"model.attention={config.model.attention}: a {model.family} model has no attention;"
+            " accepted: None"
+        )
     rows = config.train.rows_per_step // config.train.accumulate
-    heads = layout_of(model).shapes["layers/attention/query"].shape[1:-1]
+    heads = queries[0].shape[1:-1]
     q = jax.ShapeDtypeStruct((rows, config.data.row_length, *heads), config.model.dtype)
     reasons = refusals(q)
     if reason := reasons[config.model.attention]:

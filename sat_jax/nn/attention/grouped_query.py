@@ -27,6 +27,7 @@ class Attention(Branch):
     """
 
     units = ("kv_group", "query_head")
+    caches_tokens = True
 
     def __init__(
         self,
