@@ -38,9 +38,9 @@ def get_config(variant: str = "s2d") -> ConfigDict:
     config.optimizer.warmup_steps = 20
     config.optimizer.final_scale = 0.0
     config.optimizer.weight_decay = 0.1
-    config.sparsity.schedule = "constant" if variant == "sparse" else "s2d"
+    schedules = {"s2d": "s2d", "sparse": "constant", "dense": "s2d"}
+    config.sparsity.schedule = schedules[variant]
     config.sparsity.split = 0.75
     config.sparsity.weights.density = 1.0 if variant == "dense" else 0.25
     config.sparsity.weights.block = 32
-    config.sparsity.weights.update_every = 20
     return config

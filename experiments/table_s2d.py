@@ -23,7 +23,7 @@ from sat_jax.results.sweep import Comparison, Sweep
 DENSITIES = (0.25, 0.125)
 PATTERNS = ("magnitude", "erk")
 POWERS_OF_TWO = ("smoke", "small")  # scales whose widths allow a butterfly
-SHORTER = (0.75, 0.6, 0.5)  # of the steps, in dense runs with fewer FLOPs
+SHORTER = (0.75, 0.6, 0.5, 0.4)  # of the steps, in dense runs with fewer FLOPs
 SEEDS = {"smoke": 3, "small": 3, "paper": 1, "paper-13b": 1}
 _DENSITY, _SPLIT, _PATTERN = (
     "sparsity.weights.density", "sparsity.split", "sparsity.weights.pattern",
@@ -37,6 +37,8 @@ def get_config(scale: str = "smoke") -> ConfigDict:
     """Scales: smoke, small, paper, paper-13b."""
     if scale == "paper-13b":
         return s2d_gpt13b.get_config()
+    if scale not in SEEDS:
+        raise KeyError(scale)
     config = s2d_small.get_config()
     config.train.measure_speed = False
     if scale == "smoke":
@@ -60,7 +62,6 @@ def get_config(scale: str = "smoke") -> ConfigDict:
         config.optimizer.learning_rate = 6e-4
         config.optimizer.warmup_steps = 500
         config.sparsity.weights.block = 64
-        config.sparsity.weights.update_every = 100
     return config
 
 
@@ -71,8 +72,8 @@ def dense(scale: str) -> dict[str, Any]:
 
 
 def smaller(config: ConfigDict) -> list[dict[str, Any]]:
-    """Return smaller models, whose dense training has about the FLOPs of sparse-to-dense training
-    at 25 % of the blocks with half and with a quarter of the steps dense."""
+    """Return a smaller model with more FLOPs, trained densely, than sparse-to-dense training at
+    25 % of the blocks, and one with fewer."""
     layers = config.model.n_layers
     if layers is None:
         return []
@@ -89,7 +90,10 @@ def get_sweep(scale: str = "smoke") -> Sweep:
     switched = [{_DENSITY: d, _SPLIT: split} for d in DENSITIES for split in (0.75, 0.5)]
     names = (*PATTERNS, "butterfly") if scale in POWERS_OF_TWO else PATTERNS
     patterns: list[dict[str, Any]] = [{_PATTERN: name} for name in names]
-    dynamic = [{"sparsity.weights.update": "rigl"}, {"sparsity.schedule": "ladder"}]
+    # 15 exchanges before the switch, on the tokens of one batch of each.
+    every = config.train.steps // 20
+    rigl = {"sparsity.weights.update": "rigl", "sparsity.weights.update_every": every}
+    dynamic = [rigl, {"sparsity.schedule": "ladder"}]
     shorter = [{"train.steps": round(share * config.train.steps)} for share in SHORTER]
     baselines = [{**dense(scale), **more} for more in ({}, *shorter, *smaller(config))]
     runs = [*sparse, *switched, *baselines, *patterns, *dynamic]
@@ -97,7 +101,11 @@ def get_sweep(scale: str = "smoke") -> Sweep:
     return Sweep(
         [{**run, "seed": seed} for seed in seeds for run in runs],
         (
-            Comparison("density", "Stored blocks and the switch to dense", (_DENSITY, _SPLIT)),
+            Comparison(
+                "density",
+                "Stored blocks and the switch to dense",
+                (_DENSITY, _SPLIT, "sparsity.schedule"),
+            ),
             Comparison("patterns", "Pattern of stored blocks", (_PATTERN,)),
         ),
     )

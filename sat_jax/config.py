@@ -79,7 +79,8 @@ class ModelConfig:
         None, "attention backend; None selects one by platform and dtype"
     )
     kernels: Kernels | None = key(
-        None, "block-sparse kernels of sparsity.execution kernel; None selects by platform"
+        None,
+        "kernels of sparsity.execution kernel and of sparsity.weights; None selects by platform",
     )
 
     @property
@@ -194,10 +195,12 @@ class WeightSparsityConfig:
         high=1.0,
     )
     block: int = key(64, "rows and columns of a block", low=8)
-    matrices: Literal["all", "attention", "mlp"] = key("all", "matrices of blocks")
+    matrices: Literal["all", "attention", "mlp"] = key(
+        "all", "block-sparse matrices: those of all branches, of attention, or of MLPs"
+    )
     pattern: Pattern = key(
         "random",
-        "first blocks: equally many random ones in each row and column of blocks (random), with"
+        "first blocks: random ones (random), with"
         " densities by the shapes of the matrices (erk), the largest (magnitude), or a flat block"
         " butterfly; blocks that a schedule adds later are those with the largest gradients",
     )
@@ -207,8 +210,8 @@ class WeightSparsityConfig:
     update_every: int = key(100, "steps between exchanges of blocks", low=1)
     drop_fraction: float = key(
         0.3,
-        "share of the blocks in a row that an exchange drops: a cosine from this value to 0 at the"
-        " end of the rung",
+        "share of the blocks of a layer's matrix that an exchange drops: a cosine from this value"
+        " to 0 at the end of the rung",
         low=0.0,
         high=1.0,
     )

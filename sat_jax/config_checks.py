@@ -14,6 +14,8 @@ _NEEDS = (
     ("optimizer.decay_share", "optimizer.schedule", "wsd"),
     ("optimizer.moments", "sparsity.execution", "mask"),
     ("sparsity.min_gain", "sparsity.schedule", "auto"),
+    ("sparsity.weights.update_every", "sparsity.weights.update", "rigl"),
+    ("sparsity.weights.drop_fraction", "sparsity.weights.update", "rigl"),
 )
 # (setting of sparsity, its value, excluded setting, excluded value, reason)
 _EXCLUDES: tuple[tuple[str, Any, str, Any, str], ...] = (
@@ -21,6 +23,11 @@ _EXCLUDES: tuple[tuple[str, Any, str, Any, str], ...] = (
     ("least_squares_correction", True, "execution", "kernel", "kernels use the full weights"),
     ("least_squares_correction", True, "refresh_every", 0, "refreshes compute corrections"),
     ("refresh_every", 0, "execution", "kernel", "kernels need kept units before the step"),
+)
+# Settings of sparsity that have a meaning for omitted units alone.
+_OF_UNITS = (
+    *("execution", "attention_unit", "dense_layers", "block", "dense_forward"),
+    "least_squares_correction",
 )
 
 
@@ -39,8 +46,8 @@ def check_together(config: "Config") -> None:
     _check_pipeline(config)
     _check_weights(config)
     for path, needed, wanted in _NEEDS:
-        group, name = path.split(".")
-        settings, current = getattr(config, group), operator.attrgetter(needed)(config)
+        group, _, name = path.rpartition(".")
+        settings, current = (operator.attrgetter(p)(config) for p in (group, needed))
         value = getattr(settings, name)
         if value != getattr(type(settings), name) and current != wanted:
             raise UserError(f"{path} {value!r} needs {needed} {wanted!r}, not {current!r}")
@@ -76,11 +83,13 @@ def _check_weights(config: "Config") -> None:
             f"sparsity.weights.density {sparse.weights.density:g} excludes omission rates above 0"
             f" ({max(config.rates):g}): units are rows of dense matrices; accepted: one of the two"
         )
-    if sparse.execution != "gather":
-        raise UserError(
-            f"sparsity.weights.density {sparse.weights.density:g} excludes sparsity.execution"
-            f" {sparse.execution!r}, which omits units; accepted: 'gather'"
-        )
+    for name in _OF_UNITS:
+        value, default = getattr(sparse, name), getattr(type(sparse), name)
+        if value != default:
+            raise UserError(
+                f"sparsity.weights.density {sparse.weights.density:g} excludes sparsity.{name}"
+                f" {value!r}, a setting of omitted units; accepted: {default!r}"
+            )
 
 
 def _check_steps(config: "Config") -> None:

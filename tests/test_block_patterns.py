@@ -47,23 +47,27 @@ def test_random_has_equal_rows_and_columns(
     assert (patterns[0] != patterns[2]).any() == (count < grid[1])
 
 
-def test_random_refuses_unequal_columns() -> None:
-    assert user_error(lambda: block_counts("random", {"up": (8, 12)}, 8, 1 / 3, False)) == (
-        "pattern 'random' with 4 of 12 blocks in each of 8 block rows has unequal block columns;"
-        " accepted: multiples of 3"
-    )
+@pytest.mark.parametrize("grid", [(8, 12), (7, 5), (3, 16)])
+def test_random_columns_differ_by_at_most_one(grid: tuple[int, int]) -> None:
+    counts = block_counts("random", {"up": grid}, 8, 0.35)["up"]
+    columns = random(counts, np.random.default_rng(0)).sum(axis=0)
+    assert columns.max() - columns.min() <= 1
+    assert columns.max() == counts.longest
 
 
 def test_counts_of_uneven_patterns_limit_block_columns() -> None:
-    def counts(density: float, uneven: bool) -> BlockCounts:
-        return block_counts("random", {"up": (32, 8)}, 16, density, uneven)["up"]
+    def counts(density: float, pattern: Pattern = "random", **follows: bool) -> BlockCounts:
+        return block_counts(pattern, {"up": (32, 8)}, 16, density, **follows)["up"]
 
-    assert counts(0.25, False) == BlockCounts((32, 8), 16, 2, 8)
-    assert not counts(0.25, False).uneven
-    assert counts(0.25, True) == BlockCounts((32, 8), 16, 2, 12)
-    assert counts(0.25, True).uneven
-    assert counts(0.5, True).longest == 32, "no limit can be guaranteed"
-    assert (counts(0.25, True).nonzero, counts(0.25, True).density) == (64, 0.25)
+    assert counts(0.25) == BlockCounts((32, 8), 16, 2, 8)
+    uneven = BlockCounts((32, 8), 16, 2, 12)
+    assert counts(0.25, grown=True) == counts(0.25, exchanged=True) == uneven
+    assert counts(0.25, "magnitude") == uneven
+    assert counts(0.5, grown=True).longest == 32, "no limit can be guaranteed"
+    assert (uneven.nonzero, uneven.density) == (64, 0.25)
+    with pytest.raises(UserError, match="pattern 'butterfly' with 1 blocks"):
+        counts(0.125, "butterfly", exchanged=True)
+    assert counts(0.125, "butterfly", grown=True).per_row == 1
 
 
 def test_fill_takes_the_highest_scores_within_rows_and_columns() -> None:
@@ -71,8 +75,10 @@ def test_fill_takes_the_highest_scores_within_rows_and_columns() -> None:
     empty = np.zeros(scores.shape, bool)
     expected = drawn(".xx.", "xx..", "..xx")
     np.testing.assert_array_equal(fill(empty, scores, counts_of((3, 4), 2)), expected)
-    # At most two blocks in a column: row 0 takes columns 1 and 2, row 2 takes 3 and 2.
-    expected = drawn(".xx.", "xx..", "..xx")
+    # At most two blocks in a column: row 1 would take columns 0 and 1, of which 1 is full.
+    scores[1] = [5, 4, 1, 0]
+    scores[2] = [0, 9, 1, 8]
+    expected = drawn(".xx.", "x.x.", ".x.x")
     np.testing.assert_array_equal(fill(empty, scores, counts_of((3, 4), 2, 2)), expected)
     one = counts_of((4, 4), 1, 1)
     scores = np.array([[4.0, 3, 2, 1]] * 4)
@@ -85,7 +91,7 @@ def test_fill_takes_the_highest_scores_within_rows_and_columns() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_every_row_is_filled_within_the_limit(seed: int) -> None:
-    counts = block_counts("magnitude", {"up": (12, 9)}, 8, 1 / 3, uneven=True)["up"]
+    counts = block_counts("magnitude", {"up": (12, 9)}, 8, 1 / 3)["up"]
     # All rows prefer the same columns.
     scores = np.arange(9.0) + 0.1 * np.random.default_rng(seed).random((12, 9))
     kept = fill(np.zeros((12, 9), bool), scores, counts)
@@ -138,8 +144,8 @@ def test_erk_makes_dense_what_would_be_denser() -> None:
 def test_first_blocks_of_all_patterns() -> None:
     grids, norms = {"up": (16, 8), "query": (8, 8)}, np.random.default_rng(0).random((2, 8, 8))
 
-    def blocks(pattern: Pattern, path: str = "query", uneven: bool = False) -> np.ndarray:
-        counts = block_counts(pattern, grids, 8, 0.25, uneven)[path]
+    def blocks(pattern: Pattern, path: str = "query") -> np.ndarray:
+        counts = block_counts(pattern, grids, 8, 0.25)[path]
         values = norms if path == "query" else np.ones((2, 16, 8))
         return initial_blocks(pattern, path, counts, values, seed=0)
 
@@ -148,20 +154,16 @@ def test_first_blocks_of_all_patterns() -> None:
     assert (blocks("random") == blocks("random")).all()
     assert (blocks("random")[0] != blocks("random")[1]).any(), "layers draw for themselves"
     assert (blocks("random") != blocks("erk")).sum() == 0, "the same density here"
-    assert (blocks("random", uneven=True).sum(axis=-1) == 2).all()
     # A quarter of 128 + 64 blocks is 48, in the ratio 24 to 16: 28.8 and 19.2, rounded by row.
     assert (blocks("erk", "up")[0].sum(), blocks("erk")[0].sum()) == (16 * 2, 8 * 2)
-    with pytest.raises(UserError, match="pattern 'butterfly' with 1 blocks"):
-        block_counts("butterfly", grids, 8, 0.125, uneven=False)
     assert (blocks("butterfly")[0] == butterfly((8, 8), 2)).all()
-    counts = block_counts("magnitude", grids, 8, 0.25, uneven=True)["query"]
+    counts = block_counts("magnitude", grids, 8, 0.25)["query"]
     expected = fill(np.zeros((8, 8), bool), norms[1], counts)
-    np.testing.assert_array_equal(blocks("magnitude", uneven=True)[1], expected)
+    np.testing.assert_array_equal(blocks("magnitude")[1], expected)
 
 
 def test_blocks_per_row() -> None:
     assert [blocks_per_row("up", d, 8) for d in (0.125, 0.19, 0.2, 1.0)] == [1, 2, 2, 8]
-    assert blocks_per_row("up", 0.25, 8, multiple=4) == 4
     assert user_error(lambda: blocks_per_row("layers/mlp/up", 0.05, 8)) == (
         "density 0.05 keeps 0 of the 8 blocks in a block row of layers/mlp/up;"
         " accepted: 0.0625 to 1"
@@ -172,7 +174,8 @@ def test_blocks_per_row() -> None:
 def test_a_block_divides_a_matrix() -> None:
     assert block_grid("up", 96, 48, 16) == (6, 3)
     assert user_error(lambda: block_grid("layers/mlp/up", 96, 48, 32)) == (
-        "block 32 of layers/mlp/up [96, 48]; accepted: 8, 16, 24, 48"
+        "sparsity.weights.block 32 does not divide layers/mlp/up [96, 48], or is no multiple of 8;"
+        " accepted: 8, 16, 24, 48"
     )
     for sizes in ((48, 32, 48), (32, 48, 48), (48, 48, 12), (48, 48, 0)):
         assert "accepted: 8, 16" in user_error(lambda sizes=sizes: block_grid("up", *sizes))

@@ -135,6 +135,7 @@ DEPENDENT = {
     "sparsity.min_gain",
     *("sparsity.refresh_every", "sparsity.least_squares_correction"),
     *("sparsity.dense_layers", "sparsity.weights.density"),
+    *("sparsity.weights.update_every", "sparsity.weights.drop_fraction"),
     *("mesh.data", "mesh.tensor", "mesh.pipeline", "mesh.rounds"),
     *("sparsity.execution", "model.kernels"),
     *(f"data.{field.name}" for field in dataclasses.fields(DataFormat)),
@@ -186,6 +187,10 @@ NEEDS = {
     "optimizer.decay_share": {"optimizer.schedule": "wsd"},
     "sparsity.min_gain": {"sparsity.schedule": "auto"},
     "sparsity.weights.density": {"sparsity.execution": "gather"},
+    **{
+        f"sparsity.weights.{name}": {"sparsity.weights.update": "rigl"}
+        for name in ("update_every", "drop_fraction")
+    },
     **{
         f"data.{name}_field": {"data.format": "prompt_completion"}
         for name in ("prompt", "completion")

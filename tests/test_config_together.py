@@ -163,8 +163,17 @@ from tests.test_config import built, refusal
         ),
         (
             {"sparsity__weights__density": 0.25, "sparsity__execution": "mask"},
-            "sparsity.weights.density 0.25 excludes sparsity.execution 'mask', which omits units;"
-            " accepted: 'gather'",
+            "sparsity.weights.density 0.25 excludes sparsity.execution 'mask', a setting of omitted"
+            " units; accepted: 'gather'",
+        ),
+        (
+            {"sparsity__weights__density": 0.25, "sparsity__dense_layers": (0,)},
+            "sparsity.weights.density 0.25 excludes sparsity.dense_layers (0,), a setting of"
+            " omitted units; accepted: ()",
+        ),
+        (
+            {"sparsity__weights__drop_fraction": 0.5},
+            "sparsity.weights.drop_fraction 0.5 needs sparsity.weights.update 'rigl', not 'none'",
         ),
         (
             {"sparsity__weights__density": 0.25, "sparsity__split": 1.0},

@@ -115,13 +115,21 @@ def test_densities_of_block_sparse_matrices_follow_the_schedule() -> None:
 
     # The first pattern has equal block columns, what grows later has not.
     assert described(made()) == [(0, 0.75, (4, 2)), (8, 0.375, (10, 8)), (12, 0.0, None)]
+    assert [made().block_gradients(number) for number in range(3)] == [1, 0, 0]
     assert described(made(pattern="magnitude"))[0] == (0, 0.75, (4, 3))
     assert not made().sparse and not any(made().refreshes(step) for step in range(16))
     assert made().neurons.is_dense(made().rungs[-1].plan)
     assert not made().neurons.is_dense(made().rungs[0].plan)
-    assert not any(made(update_every=2).exchanges(step) for step in range(16))
     exchanged = made(update="rigl", update_every=3)
     assert [step for step in range(16) if exchanged.exchanges(step)] == [3, 6, 11]
+    assert [exchanged.block_gradients(number) for number in range(3)] == [3, 1, 0]
+
+
+def test_matrices_that_store_all_blocks_are_dense() -> None:
+    config = SparsityConfig(rungs=4, weights=WeightSparsityConfig(density=0.25, block=8))
+    made = make_controller(config, NEURONS, 16, (0.0, 0.0), 1, grids={"up": (8, 2)})
+    # 0.5 of two blocks, then 0.875, 1.25, 1.625 and 2 of two: one, and from a half more two.
+    assert [(r.start, bool(r.plan.stored)) for r in made.rungs] == [(0, True), (12, False)]
 
 
 def test_a_ladder_ignores_evaluations() -> None:

@@ -73,11 +73,14 @@ def test_sweeps_of_the_tables_are_valid(file: Path, scale: str) -> None:
 @pytest.mark.parametrize("name", ["table_s2d", "table_s2d_learning_rates"])
 @pytest.mark.parametrize("scale", ["smoke", "small", "paper", "paper-13b"])
 def test_sweeps_from_scratch_are_valid(name: str, scale: str) -> None:
-    check_sweep(ROOT / "experiments" / f"{name}.py", scale, {})
+    # Dense and block-sparse training have learning rates of their own in one of the tables.
+    paired = name != "table_s2d"
+    check_sweep(ROOT / "experiments" / f"{name}.py", scale, {}, paired=paired)
 
 
-def check_sweep(file: Path, scale: str, shape: dict[str, Any]) -> None:
-    """Every run of every scale is valid and different, and each has its dense baseline."""
+def check_sweep(file: Path, scale: str, shape: dict[str, Any], *, paired: bool = True) -> None:
+    """Every run of every scale is valid and different, and each has its dense baseline, if
+    `paired`."""
     spec = f"{file}:{scale}"
     sweep = sweep_of(spec)
     assert sweep is not None and sweep.comparisons
@@ -85,7 +88,7 @@ def check_sweep(file: Path, scale: str, shape: dict[str, Any]) -> None:
     runs = plan_runs(experiment(spec), {**fixed, **shape}, settings)
     assert len(runs) == len(settings) > 4
     baselines = {dense_baseline(run.config) for run in runs if run.config.omitted_share == 0}
-    assert {dense_baseline(run.config) for run in runs} == baselines
+    assert baselines and (not paired or {dense_baseline(r.config) for r in runs} == baselines)
     for comparison in sweep.comparisons:
         assert all(path in DEFAULTS or find(path) for path in comparison.settings)
     assert f"--config=experiments/{file.name}" in file.read_text()

@@ -86,6 +86,7 @@ BLOCKS = {
     "sparsity.weights.density": 0.5,
     "sparsity.weights.block": 8,
 }
+RIGL = BLOCKS | {"sparsity.weights.update": "rigl", "sparsity.weights.update_every": 2}
 WIDE = dataclasses.replace(MODEL, d_model=64, d_ff=64, head_dim=16)
 
 
@@ -176,8 +177,8 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "sparsity.weights.block": (16, block_rungs, BLOCKS),
     "sparsity.weights.matrices": ("mlp", block_rungs, BLOCKS),
     "sparsity.weights.pattern": ("magnitude", block_rungs, BLOCKS),
-    "sparsity.weights.update": ("rigl", exchanges, BLOCKS | {"sparsity.weights.update_every": 3}),
-    "sparsity.weights.update_every": (2, exchanges, BLOCKS | {"sparsity.weights.update": "rigl"}),
+    "sparsity.weights.update": ("rigl", block_rungs, BLOCKS | {"train.steps": 400}),
+    "sparsity.weights.update_every": (3, exchanges, RIGL),
     "model.kernels": ("pallas_tpu", kernel_step, KERNELS),
     "mesh.data": (3, refused, {}),
     "mesh.fsdp": (2, refused, {}),

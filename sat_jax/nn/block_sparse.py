@@ -95,7 +95,8 @@ class BlockSparse(Weight):
 
         flat = a.reshape(*a.shape[:2], -1)
         specs = (P(None, None, TENSOR), P(TENSOR))
-        return _over_rows(product, flat, self, specs=specs, result=P())
+        y = _over_rows(product, flat, self, specs=specs, result=P())
+        return checkpoint_name(y, PRODUCT)
 
     @property
     def mask(self) -> BlockMask:

@@ -95,7 +95,7 @@ def loss_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.legend(
         [*trained, *held_out, shading],
-        ["training loss, under masks", "held-out loss, dense model", "omission rate (right)"],
+        ["training loss, under masks", "held-out loss, nothing omitted", "omission rate (right)"],
         loc="upper right", fontsize=_FONT - 1, framealpha=0.9, edgecolor="none",
     )  # fmt: skip
     return figure

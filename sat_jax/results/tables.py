@@ -26,6 +26,7 @@ from sat_jax.results.variants import (
 
 _Cell: TypeAlias = Callable[[Variant], str]
 
+_COSTS = {"sparsity.rate", "sparsity.weights.density"}  # what a method costs
 _PARTS = 8  # of a run, in which losses are compared
 _ACROSS = "each beside the dense baseline of its own setting"
 _BEST = "best dense: lowest mean perplexity over the seeds that all have"
@@ -72,7 +73,7 @@ def group_tables(group: Group, comparisons: Iterable[Comparison]) -> list[Table]
         settings = set(comparison.settings)
         variants = [variant for variant in group.sparse if group.differing(variant) <= settings]
         if len(variants) > 1 and not _outside(comparison):
-            lines = [*(group.dense if "sparsity.rate" in settings else baseline), *variants]
+            lines = [*(group.dense if settings & _COSTS else baseline), *variants]
             tables.append(_table(comparison.name, comparison.title, caption, lines, _QUALITY))
             tables += _paired(group, comparison, variants)
             shown |= {variant.name for variant in variants}
@@ -88,24 +89,27 @@ def group_tables(group: Group, comparisons: Iterable[Comparison]) -> list[Table]
 def _paired(group: Group, comparison: Comparison, variants: Sequence[Variant]) -> list[Table]:
     """Return a table of variants minus the plain variant of the same rate, in percentage points, if
     there are any: means over common seeds."""
-    rate = "sparsity.rate"
+
+    def key(run: PairedRun) -> tuple[Any, ...]:
+        return *(run.sparsity[path] for path in sorted(_COSTS)), run.seed
+
     plain = {
-        (run.sparsity[rate], run.seed): run
+        key(run): run
         for variant in group.sparse
-        if group.differing(variant) <= {rate}
+        if group.differing(variant) <= _COSTS
         for run in variant.runs
     }
 
     def minus_plain(measure: Callable[[PairedRun], float | None]) -> _Cell:
         def change(run: PairedRun) -> float | None:
-            other = plain.get((run.sparsity[rate], run.seed))
+            other = plain.get(key(run))
             value, reference = (measure(some) if some else None for some in (run, other))
             return None if value is None or reference is None else value - reference
 
         return _mean(change, "{:+.1f}".format)
 
     columns = {head: minus_plain(measure) for head, measure in _DIFFERENCES.items()}
-    changed = [variant for variant in variants if not group.differing(variant) <= {rate}]
+    changed = [variant for variant in variants if not group.differing(variant) <= _COSTS]
     paired = [variant for variant in changed if any(c(variant) != "-" for c in columns.values())]
     caption = _caption(group, _learning_rate(group), f"percentage points {_PAIRED}")
     title = f"{comparison.title}: paired differences"

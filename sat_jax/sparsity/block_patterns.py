@@ -44,11 +44,6 @@ class BlockCounts:
         """Share of the blocks that are stored."""
         return self.per_row / self.grid[1]
 
-    @property
-    def uneven(self) -> bool:
-        """Whether block columns may store unequal numbers of blocks."""
-        return self.longest * self.grid[1] > self.nonzero
-
 
 def block_grid(name: str, rows: int, columns: int, block: int) -> Grid:
     """Return the grid of square blocks of a matrix `[rows, columns]`. Raises `UserError` for a
@@ -57,31 +52,35 @@ def block_grid(name: str, rows: int, columns: int, block: int) -> Grid:
         common = math.gcd(rows, columns)
         accepted = [str(b) for b in range(8, common + 1, 8) if common % b == 0]
         raise UserError(
-            f"block {block} of {name} [{rows}, {columns}];"
-            f" accepted: {', '.join(accepted) or 'none: no multiple of 8 divides both'}"
+            f"sparsity.weights.block {block} does not divide {name} [{rows}, {columns}], or is no"
+            f" multiple of 8; accepted: {', '.join(accepted) or 'none'}"
         )
     return rows // block, columns // block
 
 
 def block_counts(
-    pattern: Pattern, grids: Mapping[str, Grid], block: int, density: float, uneven: bool
+    pattern: Pattern,
+    grids: Mapping[str, Grid],
+    block: int,
+    density: float,
+    *,
+    grown: bool = False,
+    exchanged: bool = False,
 ) -> dict[str, BlockCounts]:
     """Return how many blocks each matrix stores, nearest to one density of all.
 
-    `uneven`: the pattern follows norms, now or later, which gives unequal block columns; otherwise
-    the counts have equal ones. Raises `UserError` for counts that the pattern does not accept.
+    `grown`: blocks were added to the first pattern; `exchanged`: blocks will be exchanged. Both
+    follow norms, as `magnitude` does, and then block columns are limited less strictly. Raises
+    `UserError` for counts that the pattern does not accept.
     """
     densities = erk(grids, density) if pattern == "erk" else dict.fromkeys(grids, density)
     counts = {}
     for path, (rows, columns) in grids.items():
-        multiple = 1 if uneven or pattern != "erk" else column_multiple((rows, columns))
-        count = blocks_per_row(path, densities[path], columns, multiple)
-        if not uneven and pattern == "butterfly":
+        count = blocks_per_row(path, densities[path], columns)
+        if pattern == "butterfly" and not grown:
             butterfly((rows, columns), count)  # raises for other counts
-        elif not uneven:
-            check_equal_columns((rows, columns), count)
-        longest = rows * count // columns
-        if uneven:
+        longest = math.ceil(rows * count / columns)
+        if grown or exchanged or pattern == "magnitude":
             # In a dense third or more of a matrix no limit can be guaranteed.
             few = 3 * count <= columns
             longest = min(rows, math.ceil(_UNEVEN * rows * count / columns)) if few else rows
@@ -89,14 +88,14 @@ def block_counts(
     return counts
 
 
-def blocks_per_row(name: str, density: float, columns: int, multiple: int = 1) -> int:
-    """Return the multiple of `multiple` nearest to `density · columns`, halves round up. Raises
-    `UserError` for a density above 1 or one that leaves a block row without a block."""
-    count = multiple * math.floor(round(density * columns / multiple, 9) + 0.5)
+def blocks_per_row(name: str, density: float, columns: int) -> int:
+    """Return the number nearest to `density · columns`, halves round up. Raises `UserError` for a
+    density above 1 or one that leaves a block row without a block."""
+    count = math.floor(round(density * columns, 9) + 0.5)
     if not 0 < count <= columns:
         raise UserError(
             f"density {density:g} keeps {count} of the {columns} blocks in a block row of {name};"
-            f" accepted: {multiple / (2 * columns):g} to 1"
+            f" accepted: {1 / (2 * columns):g} to 1"
         )
     return count
 
@@ -116,14 +115,13 @@ def initial_blocks(
         elif pattern == "magnitude":
             layers.append(fill(np.zeros(counts.grid, bool), layer, counts))
         else:
-            rng = np.random.default_rng((seed, purpose, number))
-            draw = uneven_random if counts.uneven else random
-            layers.append(draw(counts, rng))
+            layers.append(random(counts, np.random.default_rng((seed, purpose, number))))
     return np.stack(layers)
 
 
 def random(counts: BlockCounts, rng: np.random.Generator) -> Kept:
-    """Return random blocks, equally many in each block row and in each block column.
+    """Return random blocks, equally many in each block row; numbers in block columns differ by at
+    most one.
 
     Each row draws among the columns with the fewest blocks so far.
     """
@@ -133,27 +131,6 @@ def random(counts: BlockCounts, rng: np.random.Generator) -> Kept:
         fewest = np.lexsort((rng.random(columns), kept.sum(axis=0)))
         kept[row, fewest[: counts.per_row]] = True
     return kept
-
-
-def uneven_random(counts: BlockCounts, rng: np.random.Generator) -> Kept:
-    """Return random blocks within the counts."""
-    return fill(np.zeros(counts.grid, bool), rng.random(counts.grid), counts)
-
-
-def check_equal_columns(grid: Grid, count: int) -> None:
-    """Raise `UserError` where C does not divide R · count."""
-    rows, columns = grid
-    step = column_multiple(grid)
-    if count % step:
-        raise UserError(
-            f"pattern 'random' with {count} of {columns} blocks in each of {rows} block rows has"
-            f" unequal block columns; accepted: multiples of {step}"
-        )
-
-
-def column_multiple(grid: Grid) -> int:
-    """Return the number whose multiples, as blocks per row, can be equally many per column."""
-    return grid[1] // math.gcd(*grid)
 
 
 def fill(kept: Kept, scores: Norms, counts: BlockCounts) -> Kept:

@@ -86,17 +86,27 @@ class Controller:
             return False
         return (step - rung.start) % self.exchange_every == 0
 
+    def block_gradients(self, number: int) -> int:
+        """Return how often the gradients of all blocks are measured while rung `number` is trained:
+        at its exchanges, and before the next rung if that stores more blocks."""
+        rung, following = self.rungs[number], self.rungs[number + 1 : number + 2]
+        grows = bool(rung.plan.stored) and any(after.plan.stored for after in following)
+        return grows + sum(map(self.exchanges, range(rung.start, rung.stop)))
+
     def evaluated(self, step: int, loss: float) -> bool:
         """Record the held-out loss after `step` steps and return whether the next rung now starts
         earlier than scheduled."""
         if self._min_gain is None or step in (0, self.rungs[-1].stop):
             return False
+        number = self.number_at(step - 1)
+        current = self.rungs[number]
+        if current.stop == step:  # losses of other rungs are not compared
+            self._best_loss = math.inf
+            return False
         if loss < self._best_loss * (1 - self._min_gain):
             self._best_loss = loss
             return False
-        number = self.number_at(step - 1)
-        current = self.rungs[number]
-        if self.neurons.is_dense(current.plan) or current.stop == step:
+        if self.neurons.is_dense(current.plan):
             return False
         self._start(number + 1, step)
         self._best_loss = math.inf
@@ -158,8 +168,8 @@ def make_controller(
             rounds=rounds,
         )
         if grids and stair.scale > 0:
-            grown = any(rung.plan.stored for rung in rungs)
-            stored = _stored(config.weights, grids, stair.scale, grown)
+            before = next((r.plan.stored for r in reversed(rungs) if r.plan.stored), ())
+            stored = _stored(config.weights, grids, stair.scale, before)
             plan = dataclasses.replace(plan, stored=stored)
         if rungs and rungs[-1].plan == plan:
             rungs[-1] = dataclasses.replace(rungs[-1], stop=stair.stop)
@@ -173,14 +183,17 @@ def make_controller(
 
 
 def _stored(
-    config: "WeightSparsityConfig", grids: Mapping[str, Grid], scale: float, grown: bool
+    config: "WeightSparsityConfig", grids: Mapping[str, Grid], scale: float, before: Stored
 ) -> Stored:
-    """Return the stored blocks where the omitted share is `scale` times that of the settings.
-    `grown`: blocks have been added to the first pattern."""
+    """Return the stored blocks where the omitted share is `scale` times that of the settings; none
+    where all would be stored. `before`: those of the rung to which blocks are added."""
     density = 1 - (1 - config.density) * scale
-    uneven = grown or config.pattern == "magnitude" or config.update == "rigl"
-    counts = block_counts(config.pattern, grids, config.block, density, uneven)
-    return tuple(counts.items())
+    options = {"grown": bool(before), "exchanged": config.update == "rigl"}
+    counts = block_counts(config.pattern, grids, config.block, density, **options)
+    if all(count.per_row == count.grid[1] for count in counts.values()):
+        return ()
+    same = before and all(known.per_row == counts[path].per_row for path, known in before)
+    return before if same else tuple(counts.items())
 
 
 def overall(rates: LayerRates) -> float:

@@ -88,6 +88,7 @@ def training_flops(
     remat: Remat = "none",
     *,
     kernels: bool = False,
+    fused_mlp: bool = False,
     dense_forward: bool = False,
 ) -> TrainingFlops:
     """Return the operations a token of a training step; `segments` as in `forward_flops`.
@@ -98,7 +99,7 @@ def training_flops(
     runs the layer again, all but its last product, whose value no gradient needs. The logits are
     never computed again: the loss forms its gradient in the forward pass. `kernels`: segments that
     omit channels save nothing of the MLP, and what its channels read runs again whatever `remat`
-    is. `dense_forward`: the forward pass has the omitted units too.
+    is. `fused_mlp`: so do all MLPs. `dense_forward`: the forward pass has the omitted units too.
     """
     forward = forward_flops(layout, row_length, segments)
     backward = 2 * forward.total
@@ -112,6 +113,8 @@ def training_flops(
     if kernels and remat != "full":
         sparse = [s for s in omitting if s.kept(CHANNEL) < neurons.size(CHANNEL)]
         again += forward_flops(layout, row_length, sparse).mlp_read if sparse else 0.0
+    if fused_mlp and remat != "full":
+        again += forward.mlp_read
     total = forward.total
     if dense_forward:
         for segment in omitting:
@@ -136,7 +139,8 @@ def probe_flops(layout: Layout[Any], row_length: int, gradients: bool = False) -
 
 def traced_flops(function: Callable[..., Any], *arguments: Any) -> float:
     """Return the operations of all matrix products of a function: every iteration of a scan, but
-    one of a loop whose length is not known. Inner products of vectors are sums, and not counted."""
+    one of a loop whose length is not known. Of a conditional the branch with the fewest counts: the
+    one that multiplies stored blocks alone. Inner products of vectors are sums, and not counted."""
     return _products_of(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
@@ -149,8 +153,11 @@ def _products_of(jaxpr: Any) -> float:
             depth = math.prod(shape[axis] for axis in contracted)
             if equation.outvars[0].aval.ndim > len(batch):
                 total += 2.0 * depth * math.prod(equation.outvars[0].aval.shape)
-        iterations = equation.params["length"] if equation.primitive.name == "scan" else 1
-        total += iterations * sum(map(_products_of, _inner_jaxprs(equation.params)))
+        inner = [*map(_products_of, _inner_jaxprs(equation.params))]
+        if equation.primitive.name == "cond":
+            total += min(inner)
+        else:
+            total += sum(inner) * equation.params.get("length", 1)
     return total
 
 

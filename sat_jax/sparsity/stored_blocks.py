@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from sat_jax.nn.block_sparse import BlockSparse, exchange_blocks, scatter_blocks, take_blocks
 from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.layout import Layout, make_layout
+from sat_jax.nn.mlp import MLP
 from sat_jax.nn.param import CHANNEL
 from sat_jax.ops import Implementation
 from sat_jax.sparsity.block_patterns import Grid, block_grid
@@ -62,6 +63,14 @@ def block_layout(
             implementation=implementation,
         )
     return make_layout(layout.bind(values))
+
+
+def has_fused_mlp(layout: Layout[Any], stored: Stored) -> bool:
+    """Whether MLPs with GELU are one operation on stored blocks, which saves nothing of them."""
+    return any(
+        isinstance(branch, MLP) and {f"layers/{name}/up", f"layers/{name}/down"} <= {*dict(stored)}
+        for name, branch in layout.branches.items()
+    )
 
 
 def change_blocks(

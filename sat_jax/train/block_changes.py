@@ -17,12 +17,10 @@ from sat_jax.sparsity.block_patterns import fill, initial_blocks
 from sat_jax.sparsity.block_updates import drop_fraction, prune_grow
 from sat_jax.sparsity.controller import Rung
 from sat_jax.sparsity.execution.state import TrainState
-from sat_jax.sparsity.flops import traced_flops
 from sat_jax.sparsity.plan import Stored
 from sat_jax.sparsity.stored_blocks import Columns, block_norms, change_blocks, columns_of
 from sat_jax.train.block_gradients import block_gradients
-from sat_jax.train.counters import RunCounters
-from sat_jax.train.probe import first_tokens
+from sat_jax.train.probe import with_most_loss
 from sat_jax.train.programs import Compiled, Programs
 from sat_jax.train.run_state import RunState
 
@@ -36,8 +34,8 @@ class BlockChanges:
     All processes call the same methods and choose the same blocks, since norms are replicated.
     """
 
-    def __init__(self, config: Config, programs: Programs, counters: RunCounters):
-        self._config, self._programs, self._counters = config, programs, counters
+    def __init__(self, config: Config, programs: Programs):
+        self._config, self._programs = config, programs
         self._gradients = functools.cache(self._compile_gradients)
         self._norms = functools.cache(self._compile_norms)
         self._change = functools.cache(self._compile_change)
@@ -57,6 +55,19 @@ class BlockChanges:
         placed = jax.tree.map(lambda leaf: leaf.sharding, after)
         blocks: dict[str, Array] = jax.jit(take, out_shardings=placed)(params, columns)
         return blocks
+
+    def prepare(self, old: Stored, new: Stored, exchange: bool = False) -> None:
+        """Compile what `enter` and `exchange` need, where that is missing."""
+        if old != new:
+            self._change(old, new)
+            if old and new:
+                self._gradients(old)
+            elif new:
+                self._norms((), new)
+        if exchange:
+            self._change(new, new)
+            self._gradients(new)
+            self._norms(new, new)
 
     def enter(self, state: RunState, stored: Stored, batch: Batch) -> None:
         """Convert the full state to the blocks of a rung. Blocks that are new in a sparse matrix
@@ -119,9 +130,7 @@ class BlockChanges:
         }
 
     def _measure_gradients(self, state: RunState, batch: Batch) -> dict[str, Norms]:
-        program, flops = self._gradients(state.stored)
-        self._counters.block_gradient_flops += flops
-        return _by_path(state.stored, program(state.full.params, batch))
+        return _by_path(state.stored, self._gradients(state.stored)(state.full.params, batch))
 
     def _kept(self, state: RunState) -> dict[str, Kept]:
         """Return the stored blocks as bool arrays `[L, R, C]`."""
@@ -163,17 +172,16 @@ class BlockChanges:
 
         return programs.compile(norms, programs.form(old).state.params)
 
-    def _compile_gradients(self, stored: Stored) -> tuple[Compiled, float]:
-        """Return the program for the norms of all blocks' gradients, and its FLOPs."""
+    def _compile_gradients(self, stored: Stored) -> Compiled:
         programs, config = self._programs, self._config
 
         def gradients(params: dict[str, Array], batch: Batch) -> list[Array]:
-            part = first_tokens(batch, config.sparsity.probe_tokens)
-            values = block_gradients(programs.probed, stored, params, part)
+            part = with_most_loss(batch, config.sparsity.probe_tokens)
+            values = block_gradients(programs.probed, stored, params, part, programs.kernels)
             return [values[path] for path, _ in stored]
 
         shapes = programs.form(stored).state.params, programs.batch(config.train.rows_per_step)
-        return programs.compile(gradients, *shapes), traced_flops(gradients, *shapes)
+        return programs.compile(gradients, *shapes)
 
 
 def _by_path(stored: Stored, values: Sequence[Array]) -> dict[str, Norms]:

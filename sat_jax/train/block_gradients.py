@@ -19,15 +19,21 @@ from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.layout import Layout
 from sat_jax.nn.linear import Weight
 from sat_jax.nn.loss import next_token_loss
+from sat_jax.ops import Implementation
 from sat_jax.sparsity.execution.state import Tree
 from sat_jax.sparsity.plan import Stored
 
 
 def block_gradients(
-    layout: Layout[Decoder], stored: Stored, params: Tree, batch: Batch
+    layout: Layout[Decoder],
+    stored: Stored,
+    params: Tree,
+    batch: Batch,
+    implementation: Implementation | None = None,
 ) -> dict[str, Float[Array, "L R C"]]:
     """Return the norm of the gradient of every block by path of the matrix, of the loss summed over
-    a batch. `layout` is that of the model without block-sparse weights."""
+    a batch. `layout` is that of the model without block-sparse weights; `implementation` that of
+    the kernels."""
 
     def loss(probes: dict[str, Array]) -> Array:
         values = dict(params)
@@ -38,6 +44,7 @@ def block_gradients(
                 layout.shapes[path].shape[1:-1],
                 counts.grid[1],
                 counts.longest,
+                implementation,
             )
             values[path] = ProbedBlocks(weight, probes[path])
         total, _ = next_token_loss(layout.bind(values), *batch)

@@ -1,6 +1,7 @@
 """Floating-point operations of the parts of a run, from its settings."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.sparsity.controller import Rung
 from sat_jax.sparsity.flops import correction_flops, probe_flops, traced_flops, training_flops
 from sat_jax.sparsity.statistics import Observable
-from sat_jax.sparsity.stored_blocks import block_layout
+from sat_jax.sparsity.stored_blocks import block_layout, has_fused_mlp
 from sat_jax.train.probe import observe_batch, observed_by_probes, probe_shape
 
 
@@ -27,6 +28,7 @@ def step_flops(config: Config, model: DecoderConfig, rung: Rung | None = None) -
     flops = training_flops(
         *(layout, config.data.row_length, segments, config.model.remat),
         kernels=sparse.execution == "kernel",
+        fused_mlp=rung is not None and has_fused_mlp(layout_of(model), rung.plan.stored),
         dense_forward=sparse.dense_forward,
     )
     return flops.total
@@ -57,6 +59,18 @@ def observation_flops(
         for kinds in ((), observe - {"gradients"})
     )
     return observed - without
+
+
+def flops_of_block_gradients(config: Config, model: DecoderConfig, rung: Rung) -> float:
+    """Return the FLOPs of one measurement of the gradients of all blocks: a pass over some tokens
+    with the stored blocks, backward to activations, and the dense gradients of their matrices."""
+    rows, length = probe_shape(
+        config.train.rows_per_step, config.data.row_length, config.sparsity.probe_tokens
+    )
+    layout = layout_of(model)
+    dense = sum(2.0 * math.prod(layout.shapes[path].shape) for path, _ in rung.plan.stored)
+    passes = probe_flops(block_layout(layout, rung.plan.stored), length, gradients=True)
+    return rows * length * (passes + dense)
 
 
 def flops_of_selection(config: Config, model: DecoderConfig, rung: Rung) -> float:

@@ -40,7 +40,6 @@ class RunCounters:
         }
         self.rung_selections = [0] * len(controller.rungs)
         self.probes = 0
-        self.block_gradient_flops = 0.0  # of choices of blocks by their gradients
         # Of every start; most of it in the background.
         self.compile_seconds = 0.0
         self.rung_tokens = [0] * len(controller.rungs)
@@ -71,7 +70,6 @@ class RunCounters:
         return {
             "rung_selections": self.rung_selections,
             "probes": self.probes,
-            "block_gradient_flops": self.block_gradient_flops,
             "rung_tokens": self.rung_tokens,
             "loss_tokens": self.loss_tokens,
             "first_step_seconds": self.first_step_seconds,
@@ -82,7 +80,6 @@ class RunCounters:
         """Set `kept`, and what `to_json` returned."""
         self.kept = jax.tree.map(np.array, kept)
         self.rung_selections, self.probes = list(values["rung_selections"]), values["probes"]
-        self.block_gradient_flops = values["block_gradient_flops"]
         self.rung_tokens = list(values["rung_tokens"])
         self.loss_tokens = values["loss_tokens"]
         self.first_step_seconds = values["first_step_seconds"]

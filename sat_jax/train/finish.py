@@ -13,7 +13,12 @@ from sat_jax.interop.huggingface import write_directory
 from sat_jax.nn.loss import perplexity_of
 from sat_jax.results.run_plots import Kept, exchange_figure, kept_figure, loss_figure, save
 from sat_jax.sparsity.plan import Plan, has_channels, kept_shares
-from sat_jax.train.costs import flops_of_probe, flops_of_selection, step_flops
+from sat_jax.train.costs import (
+    flops_of_block_gradients,
+    flops_of_probe,
+    flops_of_selection,
+    step_flops,
+)
 from sat_jax.train.counters import RunCounters
 from sat_jax.train.metrics import MetricsLog, read_metrics
 from sat_jax.train.run_weights import exported, generation_settings
@@ -104,11 +109,14 @@ def rung_summaries(
 def flops_of_run(task: Task, counters: RunCounters) -> tuple[float, float]:
     """Return the training FLOPs, with probes and selections, and those of the dense baseline."""
     config = task.config
-    spent = counters.probes * flops_of_probe(config, task.model) + counters.block_gradient_flops
+    spent = counters.probes * flops_of_probe(config, task.model)
     done = zip(counters.rung_tokens, counters.rung_selections, strict=True)
     for rung, (tokens, selections) in zip(task.controller.rungs, done, strict=True):
         spent += tokens * step_flops(config, task.model, rung)
         spent += selections * flops_of_selection(config, task.model, rung)
+    for number, rung in enumerate(task.controller.rungs):
+        times = task.controller.block_gradients(number)
+        spent += times * flops_of_block_gradients(config, task.model, rung) if times else 0.0
     return spent, counters.tokens * step_flops(config, task.model)
 
 

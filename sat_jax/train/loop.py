@@ -118,7 +118,7 @@ class Run:
 
         self._stack = ExitStack()
         self._programs = Programs(config, task.model, task.mesh, task.controller)
-        self._blocks = BlockChanges(config, self._programs, self._counters)
+        self._blocks = BlockChanges(config, self._programs)
         self._stack.callback(self._programs.close)
         self._checkpoints = self._stack.enter_context(
             Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every)
@@ -182,6 +182,9 @@ class Run:
             if batch is None or dense is None or len(seconds) == 1:
                 return {}
             programs = {plan: self._programs.rung(plan) for plan in seconds}
+            for plan in seconds:
+                self._blocks.prepare((), plan.stored)
+                self._blocks.prepare(plan.stored, ())
             limit = SHARE * self._clock.seconds()["total"]
             change = functools.partial(self._blocks.enter_anew, self._state, batch=batch)
             speedups = measure_speed(
@@ -246,10 +249,12 @@ class Run:
         with self._clock("compile"):
             programs = self._programs.rung(rung.plan)
             probe = self._probe_for(step) if refresh else None
+            exchange = controller.exchanges(step)
+            self._blocks.prepare(state.stored, rung.plan.stored, exchange)
         with self._clock("refresh"):
             state.expand()
             self._blocks.enter(state, rung.plan.stored, batch)
-            if controller.exchanges(step):
+            if exchange:
                 share = self._blocks.exchange(state, rung, step, batch)
                 self._record(step + 1, {"blocks_exchanged": share})
             if refresh:
@@ -325,7 +330,8 @@ class Run:
         return loss
 
     def _held_out_loss(self, limit: int) -> float:
-        """Return the mean loss of the dense model over the loss tokens of `limit` held-out rows."""
+        """Return the mean loss, with nothing omitted but blocks that are not stored, over the loss
+        tokens of `limit` held-out rows."""
         total = tokens = 0.0
         with self._clock("compile"):
             evaluate = self._programs.evaluation(self._state.stored).result()

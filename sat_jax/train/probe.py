@@ -42,7 +42,7 @@ def make_probe(layout: Layout[Decoder], settings: ProbeSettings) -> Probe:
 
     def probe(params: dict[str, Array], stats: Statistics, batch: Batch) -> Statistics:
         if "gradients" in observe:
-            part = _with_most_loss(batch, *probe_shape(*_shape(batch), tokens))
+            part = with_most_loss(batch, tokens)
         else:
             part = first_tokens(batch, tokens)
         return accumulate(stats, observe_batch(layout, params, part, observe), decay)
@@ -68,9 +68,10 @@ def _shape(batch: Batch) -> tuple[int, int]:
     return rows, length
 
 
-def _with_most_loss(batch: Batch, rows: int, length: int) -> Batch:
-    """Return the rows, and `length` contiguous positions of them, with the most tokens that bear
-    loss."""
+def with_most_loss(batch: Batch, tokens: int) -> Batch:
+    """Return the part of a batch that a probe of gradients of at most `tokens` tokens sees: the
+    rows, and contiguous positions of them, with the most tokens that bear loss."""
+    rows, length = probe_shape(*_shape(batch), tokens)
     _, best = jax.lax.top_k(jnp.sum(batch.loss_mask, axis=1), rows)
     part = jax.tree.map(lambda x: x[jnp.sort(best)], batch)
     sums = jnp.cumsum(jnp.pad(jnp.sum(part.loss_mask, axis=0), (1, 0)))

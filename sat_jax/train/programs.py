@@ -28,7 +28,7 @@ from sat_jax.sparsity.choose import Choice, Criteria, choose, selection_key
 from sat_jax.sparsity.controller import Controller
 from sat_jax.sparsity.correction import Corrections, least_squares_correction
 from sat_jax.sparsity.execution.base import Execution
-from sat_jax.sparsity.execution.make import make_execution
+from sat_jax.sparsity.execution.make import kernels_of, make_execution
 from sat_jax.sparsity.execution.state import PARAMS, TrainState, map_trees, new_state, path_trees
 from sat_jax.sparsity.plan import Plan, Stored
 from sat_jax.sparsity.rows import Kept
@@ -77,6 +77,7 @@ class Programs:
 
     def __init__(self, config: Config, model: DecoderConfig, mesh: Mesh, controller: Controller):
         self._config, self._mesh = config, mesh
+        self.kernels = kernels_of(config, mesh)
         settings = config.model
         compute = Compute(
             settings.dtype,
@@ -123,7 +124,10 @@ class Programs:
     @property
     def compiling(self) -> bool:
         """Whether the background thread has work."""
-        return any(not future.done() for future in self._rungs.values())
+        rungs, evaluations = self._rungs.values(), self._evaluations.values()
+        return not all(future.done() for future in rungs) or not all(
+            future.done() for future in evaluations
+        )
 
     @property
     def seconds(self) -> float:
@@ -144,7 +148,7 @@ class Programs:
         """Return the full form of the state where these matrices store blocks."""
         if stored not in self._forms:
             config = self._config
-            layout = block_layout(self.layout, stored, config.model.kernels)
+            layout = block_layout(self.layout, stored, self.kernels)
             optimizer = make_optimizer(
                 config.optimizer, config.train.steps, layout, self._by_entry - dict(stored).keys()
             )

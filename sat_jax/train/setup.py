@@ -82,6 +82,12 @@ def controller_of(config: Config, model: DecoderConfig) -> Controller:
         grids,
     )
     _check_counts(config, controller)
+    exchanges = map(controller.exchanges, range(config.train.steps))
+    if config.stores_blocks and weights.update == "rigl" and not any(exchanges):
+        raise UserError(
+            f"sparsity.weights.update_every {weights.update_every} leaves no exchange of blocks;"
+            " accepted: fewer steps than a rung with block-sparse matrices has"
+        )
     return controller
 
 
