@@ -28,7 +28,9 @@ SEEDS = {"smoke": 3, "small": 3, "paper": 1, "paper-13b": 1}
 _DENSITY, _SPLIT, _PATTERN = (
     "sparsity.weights.density", "sparsity.split", "sparsity.weights.pattern",
 )  # fmt: skip
-_DENSE: dict[str, Any] = {_DENSITY: 1.0}
+# The best of table_s2d_learning_rates.py at the scale smoke. Rows of a matrix with fewer entries
+# need a higher one.
+RATES = {"sparse": 4e-3, "dense": 1e-3}
 
 
 def get_config(scale: str = "smoke") -> ConfigDict:
@@ -42,6 +44,7 @@ def get_config(scale: str = "smoke") -> ConfigDict:
         config.model.d_ff = 512
         config.model.vocab_size = 2048
         config.train.eval_every = 0
+        config.optimizer.learning_rate = RATES["sparse"]
         config.sparsity.weights.block = 16
     if scale == "small":
         config.train.steps = 4000
@@ -61,15 +64,21 @@ def get_config(scale: str = "smoke") -> ConfigDict:
     return config
 
 
+def dense(scale: str) -> dict[str, Any]:
+    """Return the settings of dense training."""
+    rate = {"optimizer.learning_rate": RATES["dense"]} if scale == "smoke" else {}
+    return {_DENSITY: 1.0, **rate}
+
+
 def smaller(config: ConfigDict) -> list[dict[str, Any]]:
-    """Return dense models with about the FLOPs of sparse-to-dense training at 25 % of the blocks,
-    with a quarter and half of the steps dense: fewer MLP channels and layers."""
-    layers, channels = config.model.n_layers, config.model.d_ff
-    if channels is None or layers is None:
+    """Return smaller models, whose dense training has about the FLOPs of sparse-to-dense training
+    at 25 % of the blocks with half and with a quarter of the steps dense."""
+    layers = config.model.n_layers
+    if layers is None:
         return []
     return [
-        {**_DENSE, "model.n_layers": layers - 1, "model.d_ff": channels},
-        {**_DENSE, "model.n_layers": layers // 2, "model.d_ff": channels},
+        {"model.n_layers": layers - 1},
+        {"model.n_layers": layers // 2},
     ]
 
 
@@ -81,8 +90,9 @@ def get_sweep(scale: str = "smoke") -> Sweep:
     names = (*PATTERNS, "butterfly") if scale in POWERS_OF_TWO else PATTERNS
     patterns: list[dict[str, Any]] = [{_PATTERN: name} for name in names]
     dynamic = [{"sparsity.weights.update": "rigl"}, {"sparsity.schedule": "ladder"}]
-    shorter = [{**_DENSE, "train.steps": round(s * config.train.steps)} for s in SHORTER]
-    runs = [_DENSE, *sparse, *switched, *patterns, *dynamic, *shorter, *smaller(config)]
+    shorter = [{"train.steps": round(share * config.train.steps)} for share in SHORTER]
+    baselines = [{**dense(scale), **more} for more in ({}, *shorter, *smaller(config))]
+    runs = [*sparse, *switched, *baselines, *patterns, *dynamic]
     seeds = range(SEEDS[scale])
     return Sweep(
         [{**run, "seed": seed} for seed in seeds for run in runs],

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from experiments import table_s2d
 from sat_jax.results.sweep import Comparison, Sweep
 
-FACTORS = (1.0, 0.5, 2.0)  # times the learning rate of the scale
+FACTORS = (1.0, 0.5, 0.25, 0.125, 2.0)  # times the learning rate of the scale
 
 
 def get_config(scale: str = "smoke") -> ConfigDict:
@@ -26,7 +26,8 @@ def get_sweep(scale: str = "smoke") -> Sweep:
     """Return the runs of one seed."""
     config = get_config(scale)
     dense: dict[str, Any] = {"sparsity.weights.density": 1.0}
-    runs = [dense, {}, {"sparsity.schedule": "constant"}, *table_s2d.smaller(config)[-1:]]
+    smaller = [{**dense, **sizes} for sizes in table_s2d.smaller(config)[-1:]]
+    runs = [dense, {}, {"sparsity.schedule": "constant"}, *smaller]
     rates = [float(f"{factor * config.optimizer.learning_rate:.2g}") for factor in FACTORS]
     return Sweep(
         [{**run, "optimizer.learning_rate": rate} for rate in rates for run in runs],

@@ -51,7 +51,15 @@ from sat_jax.train.step_program import (
     random_state,
     step_program,
 )
-from scripts.benchmark_blocks import CASES, NEURONS, WIDTH, mlp_calls, product_calls
+from scripts.benchmark_blocks import (
+    CASES,
+    COPIED_BYTES,
+    NEURONS,
+    WIDTH,
+    copy_call,
+    mlp_calls,
+    product_calls,
+)
 from scripts.efficiency import add_size_options, check_sizes
 
 Row = dict[str, Any]
@@ -306,8 +314,10 @@ def moves(_: DecoderConfig, layout: Layout[Decoder], args: Namespace) -> list[Ro
 
 
 def blocks(_: DecoderConfig, __: Layout[Decoder], args: Namespace) -> list[Row]:
-    """Return rows of a GELU MLP with gradients and of one product, dense and with block masks."""
-    rows = []
+    """Return rows of a GELU MLP with gradients and of one product, dense and with block masks, and
+    of a copy in memory."""
+    copied = _take_turns({"copy": _timed(copy_call())}, args.turns)["copy"]
+    rows: list[Row] = [{"work": "copy", "bytes": COPIED_BYTES, **_medians(copied)}]
     for case in CASES:
         for work, calls in (("mlp", mlp_calls), ("product", product_calls)):
             variants = calls(args.rows * args.row_length, case)

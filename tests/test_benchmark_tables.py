@@ -109,9 +109,28 @@ def test_block_sparse_products_beside_dense_ones() -> None:
         row("dense", 0.0, **case | {"work": "mlp"} | sparse | {"date": "earlier"}),
     ]
     (table,) = blocks_table(rows)
-    cells_of_both = ("64", "12.5 %", "sat_jax", "125 ms", "4.00×", "3.50×", "8×")
+    cells_of_both = ("64", "12.5 %", "sat_jax", "125 ms", "4.00×", "3.50×", "-", "8×")
     assert table.rows == (("MLP with gradients", *cells_of_both), ("product", *cells_of_both))
     assert blocks_table(rows[1:]) == []
+
+
+def test_measured_mlps_beside_the_roofline() -> None:
+    case = {"benchmark": "blocks", "date": "d", "device": DEVICE, "block": 64, "density": 0.25}
+    case |= {"speedup_wall": 3.0, "speedup_cpu": 3.0, "wall_seconds": 1.0, "work": "mlp"}
+    case |= {"model": "4096x1024", "rows": 2, "row_length": 1024}
+    dense = row("dense", 0.0, **case | {"library": "dense"})
+    sparse = row("dense", 0.0, **case | {"library": "sat_jax"})
+
+    def predicted(seconds: float) -> str:
+        """With a copy of 256 MiB in so many seconds."""
+        copy = {"work": "copy", "bytes": 2**28, "wall_seconds": seconds}
+        (table,) = blocks_table([dense, sparse, row("dense", 0.0, **case | copy)])
+        return table.rows[0][7]
+
+    assert predicted(1e-6) == "4.0×, 4.0×", "FLOPs limit both"
+    # 12 · 2048 · 4096 · 1024 FLOP take 1 s: 103 GFLOP/s. Bytes limit nothing when fused.
+    kernel_by_kernel, fused = predicted(0.5).split(", ")
+    assert fused == "4.0×" and 1 < float(kernel_by_kernel[:-1]) < 3
 
 
 def test_memory_is_compared_with_a_dense_step() -> None:

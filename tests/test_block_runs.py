@@ -147,11 +147,17 @@ def test_the_model_of_a_checkpoint_and_the_exported_one_are_dense(
     assert_close(held_out_loss(exported, config), summary["eval_loss"], "float32", "forward")
 
 
-@pytest.mark.parametrize("mesh", ["data=2 fsdp=2 tensor=2", "tensor=2 data=4"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        "mesh.data=2 mesh.fsdp=2 mesh.tensor=2",
+        "mesh.pipeline=2 mesh.tensor=2 mesh.data=2 train.accumulate=2",
+    ],
+)
 def test_every_mesh_trains_the_same(
     unbroken: Path, mesh: str, tmp_path: Path, run_python: RunPython
 ) -> None:
-    arguments = [f"--config.mesh.{part}" for part in mesh.split()]
+    arguments = [f"--config.{part}" for part in mesh.split()]
     arguments += [f"--config.{override}" for override in overrides({"checkpoint.every": 0})]
     done = run_python(
         *("-m", "scripts.train", "--config=experiments/tiny.py", f"--workdir={tmp_path / 'run'}"),
@@ -166,3 +172,40 @@ def test_every_mesh_trains_the_same(
     assert [exchanged for _, exchanged in actual] == [exchanged for _, exchanged in expected]
     losses = [[loss for loss, _ in run] for run in (actual, expected)]
     assert_close(losses[0], losses[1], "float32", "forward")
+
+
+COLLECTIVES = """
+import json, re
+import jax
+from sat_jax.config_values import from_config_dict
+from sat_jax.models.gpt2 import GPT2Config
+from sat_jax.parallel.mesh import make_mesh
+from sat_jax.train.programs import Programs
+from sat_jax.train.setup import controller_of
+
+config = from_config_dict({
+    "train": {"steps": 4, "rows_per_step": 2},
+    "data": {"row_length": 16},
+    "sparsity": {"schedule": "constant", "weights": {"density": 0.25, "block": 8}},
+    "mesh": {"tensor": 2, "data": 1},
+})
+model = GPT2Config(
+    vocab_size=64, d_model=64, n_layers=2, n_heads=4, d_ff=128, max_positions=64
+)
+controller = controller_of(config, model)
+programs = Programs(config, model, make_mesh(config.mesh, jax.devices()[:2]), controller)
+text = programs.lower_step(controller.rungs[0].plan).compile().as_text()
+names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+print(json.dumps(re.findall(rf"= (\\S+?)(?:{{\\S*}})? ({names})\\(", text)))
+programs.close()
+"""
+
+
+def test_no_weight_moves_where_block_rows_are_split(run_python: RunPython) -> None:
+    """A step adds activations of two devices, 2 rows of 16 tokens, and moves nothing else."""
+    done = run_python("-c", COLLECTIVES, devices=8)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) > 4
+    assert {name for _, name in found} == {"all-reduce"}
+    assert {shape for shape, _ in found} <= {"f32[2,16,64]", "f32[2,16]"}

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sat_jax.config_values import name_of
 from sat_jax.errors import UserError
+from sat_jax.results.context_figures import context_figures
 from sat_jax.results.documents import fill
 from sat_jax.results.evaluations import evaluation_tables
 from sat_jax.results.finished import collect
@@ -96,3 +98,45 @@ def test_a_report_has_them_beside_runs_and_alone(tmp_path: Path) -> None:
         text = page.read_text()
         assert f"Sparsity-Accelerated Training: {count} results</h1>" in text
         assert "0.500 ± 0.125" in text and "cccccccccc" in text
+
+
+def test_contexts_and_passkeys_have_tables_and_figures(tmp_path: Path) -> None:
+    base = {"model": "m", "run": None, "device": DEVICE, "options": {"context": [8, 32]}}
+    base |= {"date": "2026-01-02T00:00:00+00:00", "commit": "c" * 40, "versions": {"jax": "0.1"}}
+    text = base | {"measure": "context", "data": ["a.txt"], "documents": 2, "tokens": 1200}
+    text |= {"stride": 8, "context": 32, "perplexity": 4.0, "window_perplexity": 4.5}
+    text |= {"position_perplexity": [6.0, None, 3.0, 2.0]}
+    short = text | {"context": 8, "perplexity": None, "options": {"context": [8]}}
+    newer = text | {"perplexity": 3.0, "date": "2026-01-03T00:00:00+00:00"}
+    passkey = base | {"measure": "passkey", "data": "passkey retrieval", "context": 64}
+    passkey |= {"options": {"keys": 2}, "prompts": 20, "accuracy": 0.25, "stderr": 0.1}
+    rows = [text, short, newer, short | {"model": "n", "perplexity": 8.0}, passkey]
+    rows.append(passkey | {"context": 128, "accuracy": 1.0, "stderr": 0.0})
+    perplexities, retrieval = evaluation_tables(rows)
+    assert perplexities.header == (
+        *("model", "context", "documents", "tokens", "per token", "mean over windows"),
+    )
+    assert perplexities.rows == (
+        ("m", "32", "2", "1,200", "3.000", "4.500"),
+        ("m", "8", "2", "1,200", "not finite", "4.500"),
+        ("n", "8", "2", "1,200", "8.000", "4.500"),
+    )
+    assert perplexities.caption == "a.txt, windows that advance by 8 tokens; a CPU, 2 cores"
+    assert retrieval.rows == (
+        ("m", "64", "20", "25.0 % ± 10.0 %"),
+        ("m", "128", "20", "100.0 % ± 0.0 %"),
+    )
+    assert retrieval.caption.startswith("passkey retrieval; keys 2; a CPU")
+
+    (caption, contexts), (_, passkeys) = context_figures(rows)
+    assert caption.startswith("a.txt, windows that advance by 8 tokens. Left: mean over tokens")
+    left, right = contexts.axes
+    points = [line[0].get_xydata().tolist() for line in left.containers]
+    assert points[0][1] == [32, 3] and np.isnan(points[0][0][1]) and points[1] == [[8, 8]]
+    (line,) = right.lines  # only m was evaluated at the longest context
+    assert line.get_xdata().tolist() == [4, 12, 20, 28]
+    assert line.get_ydata()[[0, 2, 3]].tolist() == [6, 3, 2]
+    (bars,) = passkeys.axes[0].containers
+    assert bars[0].get_xydata().tolist() == [[64, 0.25], [128, 1]]
+    page, _ = write_report(rows, [], tmp_path)
+    assert page.read_text().count("<img ") == 2

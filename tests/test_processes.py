@@ -146,3 +146,33 @@ def test_a_sigterm_to_one_process_stops_and_saves_all(tmp_path: Path) -> None:
     steps = find(tmp_path / "checkpoints").step
     assert f"stopped and saved after step {steps};" in output[0]
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == steps
+
+
+@pytest.mark.slow
+def test_two_processes_store_the_same_blocks(tmp_path: Path) -> None:
+    """Blocks are exchanged, and become dense, as in a run of one process."""
+    blocks = [
+        "--config.sparsity.rate=0.0",
+        "--config.sparsity.schedule=s2d",
+        "--config.sparsity.weights.density=0.25",
+        "--config.sparsity.weights.block=8",
+        "--config.sparsity.weights.update=rigl",
+        "--config.sparsity.weights.update_every=2",
+        "--config.export.huggingface=False",
+    ]
+    one, two = tmp_path / "one", tmp_path / "two"
+    done = subprocess.run(
+        [sys.executable, *command(one, *SETTINGS, *blocks)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    split = ["--config.mesh.tensor=2", "--distributed"]
+    for process in run_two(*command(two, *SETTINGS, *blocks, *split)):
+        assert process.returncode == 0, process.stderr
+    expected, actual = (read_metrics(path / "metrics.jsonl") for path in (one, two))
+    for name in ("stored_blocks", "blocks_exchanged"):
+        assert [r.get(name) for r in actual] == [r.get(name) for r in expected]
+    losses = [[r["loss"] for r in records if "loss" in r] for records in (actual, expected)]
+    assert_close(losses[0], losses[1], "float32", "forward")

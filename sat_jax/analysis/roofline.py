@@ -20,6 +20,8 @@ from sat_jax.analysis.operators import (
     stored_share,
     stored_values,
 )
+from sat_jax.models.build import layout_of
+from sat_jax.models.presets import preset, resized
 from sat_jax.nn.layout import Layout
 
 _FLOAT32 = 4
@@ -82,6 +84,20 @@ def roofline(layout: Layout[Any], setting: Setting) -> Roofline:
 def step_seconds(kernels: Iterable[Kernel], device: Device) -> float:
     """Return the least time of kernels that run one after the other."""
     return sum(kernel.seconds(device) for kernel in kernels)
+
+
+def mlp_seconds(width: int, channels: int, setting: Setting, device: Device) -> tuple[float, float]:
+    """Return the least time of a GELU MLP with its gradients: kernel by kernel, without norm and
+    residual, and fused with them."""
+    sizes = {"d_model": width, "d_ff": channels, "n_layers": 1, "n_heads": 1}
+    result = roofline(layout_of(resized(preset("gpt-13b"), sizes)), setting)
+    alone = [k for k in result.kernels if k.name.startswith("mlp") and not _is_of_stream(k.name)]
+    groups = [group for group in result.groups if group.name.startswith("mlp")]
+    return step_seconds(alone, device), step_seconds(groups, device)
+
+
+def _is_of_stream(name: str) -> bool:
+    return "norm" in name or "residual" in name
 
 
 def overlapped_seconds(kernels: Sequence[Kernel], device: Device) -> float:

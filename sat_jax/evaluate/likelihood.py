@@ -103,7 +103,7 @@ def likelihoods(
     log_p, greedy = np.zeros(len(pairs)), np.ones(len(pairs), np.bool_)
     context = [len(pair.context) - 1 for pair in pairs]
     for batch, members in pack(sequences, context, width, rows):
-        scores, best = map(np.asarray, _scores(graph, params, batch))
+        scores, best = map(np.asarray, slot_scores(graph, params, batch))
         for row, numbers in enumerate(members):
             slots = batch.loss_mask[row]
             pair_of_slot = numbers[batch.segment_ids[row, slots] - 1]
@@ -114,9 +114,10 @@ def likelihoods(
 
 
 @functools.partial(jax.jit, static_argnames=("graph",))
-def _scores(
+def slot_scores(
     graph: nnx.GraphDef[Decoder], params: nnx.State, batch: Any
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """Return log p(target) of every slot, and whether the target is the most likely token."""
     model: Decoder = nnx.merge(graph, params)
     x_BTD, _ = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
     return token_scores(x_BTD, model.head(), batch.targets, model.compute.loss_chunk)

@@ -1,8 +1,12 @@
 """Tables of benchmarks, which time or compile single steps."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+from sat_jax.analysis.devices import Device
+from sat_jax.analysis.operators import Setting
+from sat_jax.analysis.roofline import mlp_seconds
 from sat_jax.errors import UserError
 from sat_jax.results.rows import STEP_SETTING, Row, device_name, latest
 from sat_jax.results.speed import speedup_text
@@ -70,6 +74,8 @@ def blocks_table(rows: Sequence[Row]) -> list[Table]:
     if dense is None:
         return []
     names = {"mlp": "MLP with gradients", "product": "product"}
+    some = [r for r in rows if r.get("benchmark") == "blocks" and r["date"] == dense["date"]]
+    predicted = _predicted_speedups(some)
     body = [
         (
             names[row["work"]],
@@ -79,17 +85,40 @@ def blocks_table(rows: Sequence[Row]) -> list[Table]:
             f"{row['wall_seconds'] * 1000:.0f} ms",
             f"{row['speedup_wall']:.2f}×",
             f"{row['speedup_cpu']:.2f}×",
+            predicted.get((row["work"], row["block"], row["density"]), "-"),
             f"{1 / row['density']:.0f}×",
         )
-        for row in rows
-        if row.get("benchmark") == "blocks"
-        and row["date"] == dense["date"]
-        and row["library"] != "dense"
+        for row in some
+        if row.get("library", "dense") != "dense"
     ]
     body.sort(key=lambda cells: cells[0])
-    header = ("work", "block", "stored", "library", "time", "speed-up", "by CPU time", "FLOP bound")
+    header = ("work", "block", "stored", "library", "time", "speed-up", "by CPU time",
+              "roofline, fused", "FLOP bound")  # fmt: skip
     caption = f"Matrices {_setting(dense)}"
     return [Table("blocks", "Block-sparse products", caption, header, tuple(body))]
+
+
+def _predicted_speedups(rows: Sequence[Row]) -> dict[tuple[str, int, float], str]:
+    """Return the speed-ups of MLPs that the roofline gives, kernel by kernel and fused, by work,
+    block and density. The peak is the FLOP/s of the dense MLP, the bandwidth that of a copy."""
+    copy = next((row for row in rows if row["work"] == "copy"), None)
+    if copy is None:
+        return {}
+    bandwidth = 2 * copy["bytes"] / copy["wall_seconds"]
+    result = {}
+    for row in rows:
+        if row["work"] == "mlp" and row["library"] == "dense":
+            channels, width = map(int, row["model"].split("x"))
+            tokens, length = row["rows"] * row["row_length"], row["row_length"]
+            peak = 12 * tokens * channels * width / row["wall_seconds"]
+            device = Device("this machine", peak, bandwidth, math.inf, math.inf, {})
+            seconds = []
+            for sparsity in (0.0, 1 - row["density"]):
+                setting = Setting(tokens, length, sparsity, row["block"], 4)
+                seconds.append(mlp_seconds(width, channels, setting, device))
+            speedups = [dense / sparse for dense, sparse in zip(*seconds, strict=True)]
+            result["mlp", row["block"], row["density"]] = "{:.1f}×, {:.1f}×".format(*speedups)
+    return result
 
 
 def moves_table(rows: Sequence[Row]) -> list[Table]:

@@ -24,6 +24,7 @@ from sat_jax.results.benchmarks import (
 )
 from sat_jax.results.evaluations import evaluation_tables
 from sat_jax.results.figures import quality_figure
+from sat_jax.results.from_scratch import from_scratch_tables
 from sat_jax.results.rows import read
 from sat_jax.results.sweep import Comparison
 from sat_jax.results.tables import across_tables, group_tables, quality_table
@@ -97,7 +98,10 @@ def _table(
     ]
     groups = make_groups(rows)
     tables = across_tables(groups, comparisons) + evaluation_tables(rows)
-    for made in (steps_table, peer_tables, blocks_table, moves_table, memory_tables):
+    for made in (
+        *(steps_table, peer_tables, blocks_table, moves_table, memory_tables),
+        from_scratch_tables,
+    ):
         tables += made(rows)
     for group in groups:
         tables += [quality_table([group]), *group_tables(group, comparisons)]

@@ -1,7 +1,7 @@
 """Tables of evaluations: rows of `scripts.evaluate --record`."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from sat_jax.config_values import name_of
@@ -12,7 +12,13 @@ from sat_jax.results.variants import variant_name
 
 _Column: TypeAlias = tuple[str, ...]
 
-_NOT_SHOWN = ("generations", "rows", "length", "stride")  # options without effect, or shown anyway
+_NOT_SHOWN = (
+    "generations",
+    "rows",
+    "length",
+    "context",
+    "stride",
+)  # options without effect, or shown anyway
 # Name and title of each table, the measures of its rows, and its columns: heading, format, and the
 # field of a number, followed by that of its standard error if it has one.
 _TABLES: tuple[tuple[str, str, tuple[str, ...], tuple[_Column, ...]], ...] = (
@@ -21,6 +27,18 @@ _TABLES: tuple[tuple[str, str, tuple[str, ...], tuple[_Column, ...]], ...] = (
         ("per token", "{:.3f}", "perplexity"),
         ("per byte", "{:.3f}", "byte_perplexity"),
         ("bits per byte", "{:.3f}", "bits_per_byte"),
+    )),
+    ("context", "Perplexity against context length", ("context",), (
+        ("context", "{:,}", "context"),
+        ("documents", "{:,}", "documents"),
+        ("tokens", "{:,}", "tokens"),
+        ("per token", "{:.3f}", "perplexity"),
+        ("mean over windows", "{:.3f}", "window_perplexity"),
+    )),
+    ("passkey", "Passkey retrieval", ("passkey",), (
+        ("tokens", "{:,}", "context"),
+        ("prompts", "{:,}", "prompts"),
+        ("exact match", "{:.1%}", "accuracy", "stderr"),
     )),
     ("choices", "Multiple choice", ("choices",), (
         ("accuracy", "{:.1%}", "accuracy", "stderr"),
@@ -47,25 +65,34 @@ def evaluation_tables(rows: Sequence[Row]) -> list[Table]:
     """
     tables = []
     for name, title, measures, columns in _TABLES:
-        settings = defaultdict[str, dict[Any, Row]](dict)
-        for row in rows:
-            if row.get("measure") in measures:
-                newest = settings[_setting(row)]
-                key = (_model(row), row.get("task"), row.get("metric"))
-                newest[key] = max(row, newest.get(key, row), key=lambda other: other["date"])
-        for setting, newest in settings.items():
-            devices = dict.fromkeys(device_name(row["device"]) for row in newest.values())
+        for setting, lines in newest_rows(rows, measures):
+            devices = dict.fromkeys(device_name(row["device"]) for _, row in lines)
             caption = f"{setting}; {' and '.join(devices)}"
             if any(len(column) > 3 for column in columns):
                 caption += "; ± is the standard error over questions"
-            models = _names({model: row for (model, *_), row in newest.items()})
-            lines = [
-                (models[model], *(_cell(row, column) for column in columns))
-                for (model, *_), row in newest.items()
-            ]
+            cells = [(name, *(_cell(row, column) for column in columns)) for name, row in lines]
             header = ("model", *(column[0] for column in columns))
-            tables.append(Table(name, title, caption, header, tuple(lines)))
+            tables.append(Table(name, title, caption, header, tuple(cells)))
     return tables
+
+
+def newest_rows(
+    rows: Sequence[Row], measures: Sequence[str]
+) -> Iterator[tuple[str, list[tuple[str, Row]]]]:
+    """Yield each question set with its options, as text, and its rows with the names of the models.
+
+    Models are in order of their first rows. Of a model's rows of one task or context length, the
+    newest counts.
+    """
+    settings = defaultdict[str, dict[Any, Row]](dict)
+    for row in rows:
+        if row.get("measure") in measures:
+            newest = settings[_setting(row)]
+            key = (_model(row), row.get("task"), row.get("metric"), row.get("context"))
+            newest[key] = max(row, newest.get(key, row), key=lambda other: other["date"])
+    for setting, newest in settings.items():
+        names = _names({model: row for (model, *_), row in newest.items()})
+        yield setting, [(names[model], row) for (model, *_), row in newest.items()]
 
 
 def _cell(row: Row, column: _Column) -> str:
@@ -107,6 +134,8 @@ def _setting(row: Row) -> str:
     parts = [row["data"] if isinstance(row["data"], str) else ", ".join(row["data"])]
     if "questions" in row:
         parts.append(f"{row['questions']:,} questions")
+    if row["measure"] == "context":
+        parts.append(f"windows that advance by {row['stride']:,} tokens")
     if "length" in row:
         parts.append(f"windows of {row['length']:,} with a stride of {row['stride']:,}")
     shown = {k: v for k, v in row["options"].items() if k not in _NOT_SHOWN and v is not None}

@@ -11,7 +11,7 @@ from sat_jax.results.run_plots import GREY, INK, new_figure, tidy
 from sat_jax.results.variants import Group, Mean, mean_of
 
 # Okabe and Ito's, which colour-blind readers can tell apart; dense runs are black.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A7A00")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A7A00")
 _LINE = 0.17  # inches between two names
 _FAR = 10  # percent from dense, from which on the axis may be logarithmic
 _TICKS = (-10, -5, 0, 2, 4, 6, 8, 10, 20, 50, 100, 200, 500, 1000)
@@ -42,7 +42,7 @@ def quality_figure(group: Group) -> Figure | None:
     axes.plot(*zip(*dense, strict=True), color=INK, linewidth=1, alpha=0.5, zorder=1)
     points.sort(key=lambda point: point[2].value)
     for number, (variant, flops, difference) in enumerate(points):
-        colour = "black" if variant.dense else _COLOURS[number % len(_COLOURS)]
+        colour = "black" if variant.dense else COLOURS[number % len(COLOURS)]
         axes.errorbar(
             flops.value, difference.value, xerr=flops.error, yerr=difference.error, color=colour,
             fmt="s" if variant.dense else "o", markersize=5, elinewidth=1, capsize=2, zorder=3,

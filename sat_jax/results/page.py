@@ -8,8 +8,10 @@ from pathlib import Path
 import jinja2
 
 from sat_jax.errors import UserError, folder_error
+from sat_jax.results.context_figures import context_figures
 from sat_jax.results.evaluations import evaluation_tables
 from sat_jax.results.figures import quality_figure, svg
+from sat_jax.results.from_scratch import from_scratch_tables
 from sat_jax.results.rows import Row, device_name
 from sat_jax.results.sweep import Comparison
 from sat_jax.results.tables import (
@@ -25,19 +27,33 @@ from sat_jax.results.variants import Group, make_groups
 from sat_jax.train.files import write_atomically
 
 _TEMPLATE = Path(__file__).parent / "page.html"
+_QUALITY = (
+    "Perplexity from dense training against FLOPs, of every variant",
+    "Down and left is better. The line joins dense training and dense training of fewer steps:"
+    " below it is better than dense training at equal FLOPs. Bars are standard errors over seeds.",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A figure as a data URI, with its description and its caption."""
+
+    source: str
+    description: str
+    caption: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A part of the page: the figure that answers, a sentence per variant, tables."""
+    """A part of the page: figures, a sentence per variant, tables."""
 
     title: str
     tables: Sequence[Table]
-    figure: str | None = None
+    pictures: Sequence[Picture] = ()
     sentences: Sequence[str] = ()
 
     def markdown(self) -> str:
-        """Return the section without its figure."""
+        """Return the section without its figures."""
         sentences = "\n".join(f"- {text}" for text in self.sentences)
         tables = [f"### {table.title}\n\n{table.markdown()}" for table in self.tables]
         return "\n\n".join(filter(None, [f"## {self.title}", sentences, *tables]))
@@ -51,8 +67,14 @@ def write_report(rows: Sequence[Row], comparisons: Sequence[Comparison], out: Pa
     """
     # Sweeps of one experiment declare the same comparisons.
     sections = list(_sections(make_groups(rows), list(dict.fromkeys(comparisons))))
+    if tables := from_scratch_tables(rows):
+        sections.insert(0, Section("Pre-training from scratch", tables))
     if tables := evaluation_tables(rows):
-        sections.append(Section("Evaluations", tables))
+        pictures = [
+            Picture(svg(figure), "Measurements against context length", caption)
+            for caption, figure in context_figures(rows)
+        ]
+        sections.append(Section("Evaluations", tables, pictures))
     if not sections:
         raise UserError("no finished run and no evaluation to report on")
     try:
@@ -79,7 +101,7 @@ def _sections(groups: Sequence[Group], comparisons: Sequence[Comparison]) -> Ite
         yield Section(
             ": ".join(filter(None, [model_of(group.runs[0]), labels[id(group)]])),
             group_tables(group, comparisons),
-            svg(figure) if figure else None,
+            [Picture(svg(figure), *_QUALITY)] if figure else [],
             [sentence(variant) for variant in group.variants if not variant.is_baseline],
         )
     tables = across_tables(groups, comparisons)

@@ -46,7 +46,7 @@ class BlockChanges:
         """Return dense parameters with the first blocks of a run alone."""
         if not stored:
             return params
-        columns = self._first_columns(params, stored)
+        columns = self._placed(self._first_columns(params, stored), stored)
         shapes = self._programs.layout.shapes
         zero = jnp.zeros((), jnp.int32)
         after = self._programs.form(stored).state.params
@@ -63,7 +63,7 @@ class BlockChanges:
         are those with the largest gradients on the batch."""
         if state.stored == stored:
             return
-        columns: dict[str, Any] = {}
+        columns: dict[str, np.ndarray] = {}
         if stored and not state.stored:
             columns = self._first_columns(state.full.params, stored)
         elif stored:
@@ -104,19 +104,19 @@ class BlockChanges:
         self._convert(state, stored, columns)
         return new / total
 
-    def _convert(self, state: RunState, stored: Stored, columns: Mapping[str, Any]) -> None:
+    def _convert(self, state: RunState, stored: Stored, columns: Mapping[str, np.ndarray]) -> None:
         change = self._change(state.stored, stored)
         state.replace(change(state.full, self._placed(columns, stored)), stored)
 
-    def _first_columns(self, params: dict[str, Array], stored: Stored) -> dict[str, Any]:
+    def _first_columns(self, params: dict[str, Array], stored: Stored) -> dict[str, np.ndarray]:
+        """Return the first block columns of each matrix, on the host."""
         norms = _by_path(stored, self._norms((), stored)(params))
         config = self._config
         pattern, seed = config.sparsity.weights.pattern, config.seed
-        columns = {
+        return {
             path: _columns_of_layers([*initial_blocks(pattern, path, counts, norms[path], seed)])
             for path, counts in stored
         }
-        return self._placed(columns, stored)
 
     def _measure_gradients(self, state: RunState, batch: Batch) -> dict[str, Norms]:
         program, flops = self._gradients(state.stored)
@@ -133,7 +133,7 @@ class BlockChanges:
             np.put_along_axis(kept[path], columns, True, axis=-1)
         return kept
 
-    def _placed(self, columns: Mapping[str, Any], stored: Stored) -> dict[str, Array]:
+    def _placed(self, columns: Mapping[str, np.ndarray], stored: Stored) -> dict[str, Array]:
         """Return the columns on the devices."""
         shapes = columns_of(self._programs.form(stored).state.params)
 
