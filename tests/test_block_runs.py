@@ -141,7 +141,7 @@ def test_the_model_of_a_checkpoint_and_the_exported_one_are_dense(
     model = sat_jax.load_model(unbroken, step=5)
     assert_close(held_out_loss(model, settings({})), losses[5], "float32", "forward")
     always = {"sparsity.schedule": "constant", "sparsity.weights.update": "none"}
-    config = settings(always)
+    config = settings(always | {"sparsity.weights.update_every": 100})
     summary = train(config, tmp_path / "sparse", lambda _: None)
     exported = sat_jax.load_model(tmp_path / "sparse" / "huggingface")
     assert_close(held_out_loss(exported, config), summary["eval_loss"], "float32", "forward")
