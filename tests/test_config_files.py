@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from sat_jax.config import Config
+from sat_jax.config_values import experiment as get_experiment
 from sat_jax.config_values import from_config_dict, load, to_dict
 from tests.conftest import ROOT
 from tests.test_config import (
@@ -192,6 +193,8 @@ def test_variants(experiment: Any) -> None:
 def test_committed_experiments_load() -> None:
     shared = {ROOT / "experiments" / "scales.py"}
     for path in sorted({*(ROOT / "experiments").glob("[a-z]*.py")} - shared):
-        config = load(str(path), ["model.path=where the weights are"])
+        from_scratch = get_experiment(str(path))["model"]["preset"]
+        weights = [] if from_scratch else ["model.path=where the weights are"]
+        config = load(str(path), weights)
         assert config != Config()
         assert from_config_dict(to_dict(config)) == config
