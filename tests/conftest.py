@@ -1,5 +1,6 @@
 """Strict runtime for every test, here and in the processes that tests start."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -27,10 +28,16 @@ hypothesis.settings.load_profile("repeatable")
 
 def pytest_configure(config: pytest.Config) -> None:
     """XLA optimizes little, here and in child processes: small models compile for longer than they
-    run. Real weights are what users run, as users run them."""
+    run, most of all with the emitters of fusions. Real weights are what users run, as users run
+    them."""
     if config.option.markexpr != "real":
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
         jax.config.update("jax_disable_most_optimizations", True)
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+        os.environ["XLA_FLAGS"] = flags.strip()
+    # Tracing allocates many objects that live: collections at the default rate take a tenth of the
+    # time.
+    gc.set_threshold(100_000, 50, 100)
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,6 +62,11 @@ def compiled() -> Iterator[None]:
     jax.clear_caches()
 
 
+def xla_flags(devices: int) -> str:
+    """Return the XLA_FLAGS of a process with so many virtual CPU devices."""
+    return f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+
+
 @pytest.fixture
 def run_python() -> RunPython:
     """Runs `python ARGS` in the root, in its own process, on `devices` virtual CPU devices."""
@@ -62,13 +74,10 @@ def run_python() -> RunPython:
     def run(
         *arguments: str, devices: int = 1, timeout: float = 300
     ) -> subprocess.CompletedProcess[str]:
-        flags = (
-            f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-        )
         return subprocess.run(
             [sys.executable, *arguments],
             cwd=ROOT,
-            env={**os.environ, "XLA_FLAGS": flags.strip()},
+            env={**os.environ, "XLA_FLAGS": xla_flags(devices)},
             capture_output=True,
             text=True,
             timeout=timeout,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sat_jax.train.checkpoint import find
-from tests.conftest import ROOT, RunPython
+from tests.conftest import ROOT, RunPython, xla_flags
 
 pytestmark = pytest.mark.slow  # each test starts interpreters
 
@@ -193,7 +193,7 @@ def test_two_processes_save_and_agree_on_the_step(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    env = {**os.environ, "XLA_FLAGS": xla_flags(2)}
     children = [
         subprocess.Popen(
             [sys.executable, "-c", TWO, str(index), str(port), str(tmp_path)],

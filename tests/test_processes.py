@@ -14,7 +14,7 @@ from sat_jax import load_model
 from sat_jax.nn.layout import flat_values
 from sat_jax.train.checkpoint import find
 from sat_jax.train.metrics import read_metrics
-from tests.conftest import ROOT, RunPython
+from tests.conftest import ROOT, RunPython, xla_flags
 from tests.tolerances import assert_close
 
 SETTINGS = [
@@ -42,7 +42,7 @@ def start_two(*arguments: str, devices: int = 1) -> list[subprocess.Popen[str]]:
     cluster = {
         "OMPI_MCA_orte_hnp_uri": f"{job}.0;tcp://127.0.0.1:1",
         "OMPI_COMM_WORLD_SIZE": "2",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
     }
     return [
         subprocess.Popen(
