@@ -14,6 +14,7 @@ from sat_jax.data.chat_templates import TEMPLATES
 from sat_jax.data.data_format import DataFormat, Format, LossOn, TooLong
 from sat_jax.models.presets import PRESETS
 from sat_jax.nn.attention.dot_product import Implementation
+from sat_jax.nn.rope import SCALINGS
 from sat_jax.nn.stack import Remat
 from sat_jax.ops import Implementation as Kernels
 from sat_jax.sparsity.block_patterns import Pattern
@@ -66,6 +67,14 @@ class ModelConfig:
         "pretrained weights, used instead of preset: a Hugging Face directory, a .gguf file, or"
         " package:NAME for the .gguf file of an installed Python package",
     )
+    rope_type: str | None = key(
+        None,
+        "scaling of rotary positions for a longer context; None: that of the model",
+        choices=tuple(name for name in SCALINGS if name != "longrope"),
+    )
+    rope_factor: float = key(
+        1.0, "with rope_type: new context length relative to that of the first training", low=1.0
+    )
     dtype: Literal["float32", "bfloat16"] = key(
         "float32", "compute dtype; parameters are stored in float32"
     )
@@ -101,6 +110,12 @@ class DataConfig:
         "model", "'model' (that of the pretrained model), a path to a tokenizer.json, or 'bytes'"
     )
     row_length: int = key(1024, "tokens per row", low=2)
+    pose_length: int | None = key(
+        None,
+        "context length that rows of fewer tokens are trained for: the positions of each document"
+        " skip some at a random place (PoSE); None: consecutive positions",
+        low=2,
+    )
     held_out: float = key(
         0.05,
         "documents held out for evaluation: a fraction if below 1, otherwise a number; a single"

@@ -42,6 +42,11 @@ def check_together(config: "Config") -> None:
         )
     if config.mesh.data == 0:
         raise UserError("mesh.data is 0; accepted: 1 or more, or -1 for all remaining devices")
+    if config.model.rope_factor > 1 and config.model.rope_type is None:
+        raise UserError(f"model.rope_factor {config.model.rope_factor:g} needs model.rope_type")
+    length, row = config.data.pose_length, config.data.row_length
+    if length is not None and length < row:
+        raise UserError(f"data.pose_length {length} is below data.row_length {row}")
     _check_steps(config)
     _check_pipeline(config)
     _check_weights(config)

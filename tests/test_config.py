@@ -126,6 +126,8 @@ DEPENDENT = {
     *(
         "model.preset",
         "model.path",
+        "model.rope_factor",
+        "data.pose_length",
         "train.accumulate",
         "optimizer.warmup_steps",
         "optimizer.moments",
@@ -163,7 +165,7 @@ def other(key: Key) -> Any:
     if literals(key):
         return next(name for name in literals(key) if name != key.default)
     if kind(key) is float:
-        return (key.default or 0.25) / 2
+        return (key.default or 0.25) * (2 if key.default == key.low else 0.5)
     if kind(key) is int:
         return max(key.default or 0, int(key.low or 0)) + 2
     if kind(key) is tuple:
@@ -183,6 +185,8 @@ BASE = {
 NEEDS = {
     "mesh.pipeline": {"train.accumulate": 3},
     "mesh.rounds": {"mesh.pipeline": 2, "train.accumulate": 2, "sparsity.execution": "gather"},
+    "model.rope_factor": {"model.rope_type": "yarn"},
+    "data.pose_length": {"data.row_length": 3},
     "model.kernels": {"sparsity.execution": "kernel", "sparsity.block": 64},
     "optimizer.decay_share": {"optimizer.schedule": "wsd"},
     "sparsity.min_gain": {"sparsity.schedule": "auto"},

@@ -20,6 +20,8 @@ from tests.test_config import built, refusal
             {"train__steps": 5, "optimizer__warmup_steps": 6},
             "optimizer.warmup_steps 6 is more than train.steps 5",
         ),
+        ({"model__rope_factor": 2.0}, "model.rope_factor 2 needs model.rope_type"),
+        ({"data__pose_length": 512}, "data.pose_length 512 is below data.row_length 1024"),
         (
             {"optimizer__decay_share": 0.5},
             "optimizer.decay_share 0.5 needs optimizer.schedule 'wsd', not 'cosine'",

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sat_jax.data.batch import Batch
-from sat_jax.data.batches import Prefetcher, TokenRows, batches, in_order, open_split
+from sat_jax.data.batches import (
+    Prefetcher,
+    TokenRows,
+    batches,
+    in_order,
+    open_split,
+    skip_positions,
+)
 from sat_jax.data.prepare import prepare
 from sat_jax.data.tokenizer import load_tokenizer
 from sat_jax.errors import UserError
@@ -73,6 +80,32 @@ def test_rows_of_a_step_do_not_depend_on_the_number_of_processes(process_count: 
     for step in range(10):
         together = joined([part(step) for part in parts])
         assert all(map(np.array_equal, together, single(step)))
+
+
+def test_positions_of_a_document_skip_once_up_to_the_length() -> None:
+    """Rows of a document of 2 tokens and one of 5, 1 of padding: extended to 20 positions."""
+    segments = np.tile(np.array([1, 1, 2, 2, 2, 2, 2, 0], np.int32), (400, 1))
+    plain = np.tile(np.array([0, 1, 0, 1, 2, 3, 4, 0], np.int32), (400, 1))
+    blank = np.zeros_like(plain)
+    batch = Batch(blank, blank, segments, plain.copy(), blank.astype(bool))
+    skip_positions(batch, 20, [(0, number) for number in range(400)])
+    np.testing.assert_array_equal(batch.positions[:, [0, 2, 7]], 0)
+    short, long = batch.positions[:, 1] - 1, np.diff(batch.positions[:, 2:7]) - 1
+    assert {*short.tolist()} == {*range(19)}, "2 tokens: 0 to 18 positions are left out"
+    assert (np.count_nonzero(long, axis=1) <= 1).all(), "one gap"
+    assert {*long.sum(axis=1).tolist()} == {*range(16)}
+    for cut in range(4):
+        assert 60 < np.count_nonzero(long[:, cut]) < 130, "a quarter of the rows at each token"
+
+
+def test_skipped_positions_depend_on_the_seed_and_the_row_alone() -> None:
+    single = batches(numbered(23), 8, seed=3, pose_length=9)
+    parts = [batches(numbered(23), 8, 3, index, 2, pose_length=9) for index in range(2)]
+    for step in range(5):
+        assert all(map(np.array_equal, joined([part(step) for part in parts]), single(step)))
+    assert (single(0).positions.max(axis=1) < 9).all() and single(0).positions.max() > LENGTH
+    other = batches(numbered(23), 8, seed=4, pose_length=9)
+    assert not np.array_equal(single(0).positions, other(0).positions)
 
 
 def test_rows_per_step_must_be_divisible_by_processes() -> None:

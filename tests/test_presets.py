@@ -5,7 +5,8 @@ import pytest
 from sat_jax.errors import UserError
 from sat_jax.interop.huggingface_config import config_from_json, config_to_json
 from sat_jax.models.build import layout_of
-from sat_jax.models.presets import PRESETS, preset, resized
+from sat_jax.models.presets import PRESETS, extended, preset, resized
+from sat_jax.nn.rope import RopeConfig
 from tests.user_errors import user_error
 
 # Parameters in the published checkpoints, tied embeddings counted once.
@@ -137,4 +138,31 @@ def test_heads_of_retention_divide_its_widths() -> None:
     )
     assert user_error(lambda: resized(preset("retnet-tiny"), three)) == (
         "retnet with d_model 96, d_value 128 and 3 heads; accepted: multiples of 6 and of 3"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rope_type", "factor", "first", "positions"),
+    [("yarn", 4.0, 2048, 8192), ("linear", 2.0, None, 4096), ("dynamic", 4.0, 2048, 2048)],
+)
+def test_a_model_is_extended(
+    rope_type: str, factor: float, first: int | None, positions: int
+) -> None:
+    """TinyLlama has 2,048 positions; the reach of `dynamic` does not depend on its factor."""
+    model = extended(preset("tinyllama-1.1b"), rope_type, factor)
+    assert model.rope == RopeConfig(10_000.0, rope_type, factor, original_max_positions=first)
+    assert model.max_positions == positions
+
+
+def test_factors_are_relative_to_the_first_training() -> None:
+    once = extended(preset("tinyllama-1.1b"), "yarn", 2.0)
+    assert extended(once, "yarn", 4.0) == extended(preset("tinyllama-1.1b"), "yarn", 4.0)
+    once = extended(preset("tinyllama-1.1b"), "linear", 2.0)
+    assert extended(once, "default", 1.0) == preset("tinyllama-1.1b")
+
+
+def test_a_model_without_rotary_positions_is_not_extended() -> None:
+    message = user_error(lambda: extended(preset("gpt2"), "yarn", 2.0))
+    assert message == (
+        "model.rope_type 'yarn': a gpt2 model has no rotary positions; accepted: None"
     )

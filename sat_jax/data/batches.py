@@ -80,19 +80,29 @@ def _damaged(path: Path, why: object) -> UserError:
 
 
 def batches(
-    rows: TokenRows, rows_per_step: int, seed: int, process_index: int = 0, process_count: int = 1
+    rows: TokenRows,
+    rows_per_step: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    pose_length: int | None = None,
 ) -> Callable[[int], Batch]:
     """Return a function from the step to this process's rows of that step; steps have no end.
 
     Every epoch reads every row once, in a new shuffled order. A process reads the consecutive rows
-    `[process_index, process_index + 1) * rows_per_step / process_count` of each step.
+    `[process_index, process_index + 1) * rows_per_step / process_count` of each step. Positions
+    skip some up to `pose_length`, where one is given (`skip_positions`).
     """
     local = _local_rows(rows_per_step, process_count)
     order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
 
     def get(step: int) -> Batch:
         first = step * rows_per_step + process_index * local
-        return rows.batch([order[index] for index in range(first, first + local)])
+        numbers = range(first, first + local)
+        batch = rows.batch([order[number] for number in numbers])
+        if pose_length is not None:
+            skip_positions(batch, pose_length, [(seed, number) for number in numbers])
+        return batch
 
     return get
 
@@ -142,6 +152,19 @@ def unpack(rows: Sequence[Row], row_length: int) -> Batch:
         for first, end in spans:
             batch.loss_mask[index, first:end] = True
     return batch
+
+
+def skip_positions(batch: Batch, length: int, seeds: Sequence[tuple[int, int]]) -> None:
+    """Change the positions of each document of n tokens, in place: those after a random token are
+    moved by 0 to `length` - n, both uniformly (PoSE, arXiv:2309.10400, section 3.2, with two
+    chunks). `seeds`: one for each row."""
+    for segments, positions, seed in zip(batch.segment_ids, batch.positions, seeds, strict=True):
+        random = np.random.default_rng(seed)
+        for document in range(1, segments.max() + 1):
+            slots = np.flatnonzero(segments == document)
+            if len(slots) > 1:
+                cut = random.integers(1, len(slots))
+                positions[slots[cut:]] += random.integers(0, length - len(slots) + 1)
 
 
 class Prefetcher(Generic[T]):

@@ -11,7 +11,7 @@ from sat_jax.models.gpt2 import GPT2Config
 from sat_jax.models.gpt_neox import GPTNeoXConfig
 from sat_jax.models.llama import LlamaConfig
 from sat_jax.models.retnet import RetNetConfig
-from sat_jax.nn.rope import RopeConfig
+from sat_jax.nn.rope import SCALINGS, RopeConfig
 
 
 def _llama(
@@ -233,4 +233,26 @@ def resized(config: DecoderConfig, sizes: Mapping[str, int]) -> DecoderConfig:
         changes |= {"n_kv_heads": heads // ratio, "head_dim": width // heads}
     if "vocab_size" in sizes:
         changes |= {"bos_token_id": None, "eos_token_ids": ()}
+    return dataclasses.replace(config, **changes)
+
+
+def extended(config: DecoderConfig, rope_type: str, factor: float) -> DecoderConfig:
+    """Return the configuration for `factor` times the length of its first training, with a scaling
+    of rotary positions (a name in `SCALINGS`) in place of its own.
+
+    Raises `UserError` for a model without rotary positions.
+    """
+    rope = config.rope
+    if rope is None:
+        raise UserError(
+            f"model.rope_type {rope_type!r}: a {config.family} model has no rotary positions;"
+            " accepted: None"
+        )
+    first = rope.original_max_positions or round(config.max_positions / rope.factor)
+    known = {"factor": factor, "original_max_positions": first}
+    scaling = SCALINGS[rope_type]
+    fields: Any = {name: value for name, value in known.items() if name in scaling.fields}
+    length = first if scaling.unlimited else int(factor * first)
+    rope = RopeConfig(rope.theta, rope_type, **fields)
+    changes: dict[str, Any] = {"rope": rope, "max_positions": length}
     return dataclasses.replace(config, **changes)

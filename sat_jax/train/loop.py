@@ -211,12 +211,13 @@ class Run:
         """Yield each remaining step and its batch on the devices."""
         config = self._config
         rows = open_split(self._task.data, "train")
-        get = batches(rows, config.train.rows_per_step, config.seed, *self._share)
+        rows_per_step, pose_length = config.train.rows_per_step, config.data.pose_length
+        get = batches(rows, rows_per_step, config.seed, *self._share, pose_length=pose_length)
         steps = range(start, config.train.steps)
         with Prefetcher(get, steps) as ahead:
             for step in steps:
                 with self._clock("data"):
-                    batch = self._place(next(ahead), config.train.rows_per_step)
+                    batch = self._place(next(ahead), rows_per_step)
                 yield step, batch
 
     def _place(self, share: Batch, rows: int) -> Batch:

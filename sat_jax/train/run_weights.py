@@ -19,7 +19,7 @@ from sat_jax.interop.huggingface_config import config_from_json
 from sat_jax.models.build import layout_of, shapes
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.format_fields import Json
-from sat_jax.models.presets import preset, resized
+from sat_jax.models.presets import extended, preset, resized
 from sat_jax.nn.decoder import Compute, Decoder
 from sat_jax.sparsity.execution.mask import as_floats, unit_masks
 from sat_jax.sparsity.rows import Kept
@@ -96,11 +96,16 @@ def load_model(
 
 def starting_point(config: Config) -> tuple[DecoderConfig, Weights | None]:
     """Return the model that is trained, and its pretrained weights if it has any."""
+    weights = None
     if config.model.path is not None:
         weights = open_weights(config.model.path)
-        return weights.config, weights
-    assert config.model.preset is not None
-    return resized(preset(config.model.preset), config.model.sizes), None
+        model = weights.config
+    else:
+        assert config.model.preset is not None
+        model = resized(preset(config.model.preset), config.model.sizes)
+    if config.model.rope_type is not None:
+        model = extended(model, config.model.rope_type, config.model.rope_factor)
+    return model, weights
 
 
 def generation_settings(config: Config, pretrained: Weights | None) -> Json:

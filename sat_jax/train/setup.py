@@ -57,6 +57,13 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
     if config.export.huggingface:
         check_exportable(model)
     model.check_length("data.row_length", config.data.row_length)
+    if config.data.pose_length is not None:
+        if model.rope is None:
+            raise UserError(
+                f"data.pose_length {config.data.pose_length}: a {model.family} model has no rotary"
+                " positions; accepted: None"
+            )
+        model.check_length("data.pose_length", config.data.pose_length)
     controller = controller_of(config, model)
     for rung in controller.rungs:
         check_divisible(mesh, block_layout(layout_of(model), rung.plan.stored))

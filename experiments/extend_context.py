@@ -1,0 +1,49 @@
+"""Longer context by continued pre-training, with the recipe of YaRN (arXiv:2309.00071, section 4.1):
+400 steps at a learning rate of 2e-5 after 20 steps of warm-up, then half as many at twice the factor.
+
+    python -m scripts.train --config=experiments/extend_context.py --workdir=runs/extended
+    python -m scripts.train --config=experiments/extend_context.py:llama-2-7b-64k \
+        --config.model.path=DIR --config.data.sources=TEXT --workdir=runs/64k
+    python -m scripts.train --config=experiments/extend_context.py:llama-2-7b-128k \
+        --config.model.path=runs/64k/huggingface --config.data.sources=TEXT --workdir=runs/128k
+
+Any scaling of rotary positions: --config.model.rope_type=linear|ntk|yarn|… (docs/long-context.md);
+`default` trains without one. Scales:
+
+    smoke            SmolLM2-135M-Instruct, from 8,192 to 16,384 positions with rows of 512 tokens
+                     (PoSE); two CPU cores, about an hour
+    llama-2-7b-64k   from 4,096 to 65,536 positions, 64 rows of 65,536 tokens a step; eight
+                     accelerators. A device has 9.4 GiB of weights and moments, and the residual
+                     stream at each layer of its row takes 17.2 GB in bfloat16. Not run.
+    llama-2-7b-128k  the second stage, to 131,072 positions; the residual stream takes 34.4 GB. Not
+                     run.
+
+TEXT: long documents, such as books. A row of the Llama scales is one piece of a document if documents
+are that long; shorter ones share a row and do not attend to each other.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments import llama2_7b_cpt, quickstart
+
+
+def get_config(scale: str = "smoke") -> ConfigDict:
+    """Scales: smoke, llama-2-7b-64k, llama-2-7b-128k."""
+    if scale == "smoke":
+        config = quickstart.get_config("dense")
+        config.model.rope_factor = 2.0
+        config.data.pose_length = 16_384
+        config.data.max_tokens = 250_000
+    else:
+        config = llama2_7b_cpt.get_config("dense")
+        config.model.rope_factor = {"llama-2-7b-64k": 16.0, "llama-2-7b-128k": 32.0}[scale]
+        config.data.row_length = round(4096 * config.model.rope_factor)
+        config.train.accumulate = 8
+        config.optimizer.weight_decay = 0.0
+    config.model.rope_type = "yarn"
+    config.train.steps = 200 if scale == "llama-2-7b-128k" else 400
+    config.optimizer.learning_rate = 2e-5
+    config.optimizer.warmup_steps = 20
+    config.optimizer.schedule = "constant"
+    config.export.huggingface = True
+    return config
