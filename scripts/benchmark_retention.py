@@ -202,7 +202,7 @@ def _rows(programs: Mapping[str, Measured], args: Namespace) -> Iterator[Row]:
     the others have the reason in place of times."""
     limit = args.memory_limit * 2**30
     running = {name: p.variant() for name, p in programs.items() if p.needed_bytes <= limit}
-    costs = take_turns(running, args.turns)
+    costs = take_turns(running, args.turns) if running else {}
     for name, program in programs.items():
         row = {
             "variant": name,
