@@ -1,5 +1,5 @@
-"""RetNet against a transformer of equal parameters and tokens, both from scratch. Each also with SAT,
-heads and channels on the ladder, beside a dense run and a dense run of fewer steps.
+"""RetNet against a transformer of equal parameters and tokens, both from scratch. Each is trained
+densely, densely with fewer steps, and with SAT: heads and channels on the ladder.
 
     python -m scripts.train_tokenizer TEXT --vocab-size 2048 --out runs/tokenizer
     python -m scripts.sweep --config=experiments/table_retnet.py:smoke --config.data.sources=TEXT \

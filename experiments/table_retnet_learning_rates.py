@@ -1,5 +1,5 @@
-"""Learning rates of RetNet, of a transformer of equal parameters, and of RetNet with SAT: each is to
-be compared at its best.
+"""Learning rates of RetNet, of a transformer of equal parameters, and of RetNet with SAT, so that
+each is compared at its best.
 
     python -m scripts.sweep --config=experiments/table_retnet_learning_rates.py:smoke \
         --config.data.sources=TEXT --config.data.tokenizer=runs/tokenizer \
