@@ -28,7 +28,7 @@ _LENGTHS = [512, 1024, 2048, 4096, 8192, 16_384]
 _BATCHES = (1, 8)
 _VOCABULARY = 4096
 DECODED = 16  # tokens of a call, so that launching it counts little
-CHUNKWISE, PARALLEL, TRANSFORMER = "retnet, chunkwise", "retnet, parallel", "transformer"
+CHUNKWISE, PARALLEL, ATTENTION = "chunkwise retention", "parallel retention", "attention"
 
 
 class Models(NamedTuple):
@@ -122,8 +122,8 @@ def retention(args: Namespace) -> Iterator[Row]:
     for length in args.lengths[::-2][::-1]:
         for batch in _BATCHES:
             programs = {
-                "retnet": _decoding(models.retnet, _compute(models.retnet, args), batch, length),
-                TRANSFORMER: _decoding(
+                "retention": _decoding(models.retnet, _compute(models.retnet, args), batch, length),
+                ATTENTION: _decoding(
                     models.transformer, _compute(models.transformer, args), batch, length
                 ),
             }
@@ -140,7 +140,7 @@ def _forms(
     forms = {
         CHUNKWISE: models.retnet,
         PARALLEL: dataclasses.replace(models.retnet, chunk=length),
-        TRANSFORMER: models.transformer,
+        ATTENTION: models.transformer,
     }
     return {name: (model, _compute(model, args)) for name, model in forms.items()}
 
@@ -212,8 +212,8 @@ def _rows(programs: Mapping[str, Measured], args: Namespace) -> Iterator[Row]:
         }
         if name in costs:
             row |= medians(costs[name])
-            if TRANSFORMER in costs:
-                row["speedup_wall"] = ratio(costs[TRANSFORMER], costs[name], "wall")
+            if ATTENTION in costs:
+                row["speedup_wall"] = ratio(costs[ATTENTION], costs[name], "wall")
         else:
             row["not_run"] = f"needs more than {args.memory_limit:g} GiB"
         yield row

@@ -84,7 +84,7 @@ def test_programs_that_do_not_fit_have_the_reason_in_place_of_times() -> None:
         )  # fmt: skip
         return Measured(3, memory, lambda: lambda: Cost(wall, wall))
 
-    programs = {"a": measured(1.0, 2.0), "b": measured(1.01, 5.0), "transformer": measured(1, 8.0)}
+    programs = {"a": measured(1.0, 2.0), "b": measured(1.01, 5.0), "attention": measured(1, 8.0)}
     a, b, other = benchmark_retention._rows(programs, options("--memory-limit", 1, "--turns", 1))
     assert (a["wall_seconds"], a["speedup_wall"], a["temporary_bytes"]) == (2.0, 4.0, 2**28)
     assert b["not_run"] == "needs more than 1 GiB" and not {"wall_seconds", "speedup_wall"} & {*b}
@@ -100,12 +100,12 @@ def row(work: str, variant: str, rows: int, length: int, **more: Any) -> dict[st
 
 
 ROWS = [
-    row("training", "retnet, chunkwise", 2, 512, wall_seconds=0.5, date="earlier"),
-    row("training", "retnet, chunkwise", 2, 512, wall_seconds=0.25),
-    row("training", "retnet, parallel", 2, 512, not_run="needs more than 8 GiB"),
-    row("training", "transformer", 2, 512, wall_seconds=0.5),
-    row("decoding", "retnet", 8, 1024, wall_seconds=0.16, decoded=DECODED),
-    row("decoding", "transformer", 8, 1024, wall_seconds=0.32, decoded=DECODED),
+    row("training", "chunkwise retention", 1, 512, wall_seconds=0.5, date="earlier"),
+    row("training", "chunkwise retention", 2, 512, wall_seconds=0.25),
+    row("training", "parallel retention", 2, 512, not_run="needs more than 8 GiB"),
+    row("training", "attention", 2, 512, wall_seconds=0.5),
+    row("decoding", "retention", 8, 1024, wall_seconds=0.16, decoded=DECODED),
+    row("decoding", "attention", 8, 1024, wall_seconds=0.32, decoded=DECODED),
 ]
 
 

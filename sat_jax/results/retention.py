@@ -13,7 +13,7 @@ from sat_jax.results.run_plots import new_figure, tidy
 from sat_jax.results.tables import Table
 from sat_jax.results.text import quantity
 
-_VARIANTS = ("retnet, chunkwise", "retnet, parallel", "transformer")
+_VARIANTS = ("chunkwise retention", "parallel retention", "attention")
 _Points = dict[tuple[int, int], dict[str, Row]]  # by rows and length, then by variant
 
 
@@ -35,7 +35,7 @@ def retention_tables(rows: Sequence[Row]) -> list[Table]:
         caption = f"Tokens/s of a training step, and its temporaries; {_setting(training)}"
         tables.append(Table("retention_training", "Training by row length", caption, header, body))
     if decoding := _last(rows, "decoding"):
-        names = ("retnet", "transformer")
+        names = ("retention", "attention")
         body = tuple(
             (
                 str(count),
@@ -46,9 +46,8 @@ def retention_tables(rows: Sequence[Row]) -> list[Table]:
             )
             for (count, length), some in decoding.items()
         )
-        header = ("rows", "tokens so far", "a token, retnet", "a token, transformer",
-                  "tokens/s, retnet", "tokens/s, transformer", "state, retnet",
-                  "KV cache, transformer")  # fmt: skip
+        header = ("rows", "tokens so far", "a token, retention", "a token, attention",
+                  "tokens/s, retention", "tokens/s, attention", "state", "KV cache")  # fmt: skip
         caption = f"Decoding, greedy; {_setting(decoding)}"
         tables.append(Table("retention_decoding", "Decoding by length", caption, header, body))
     return tables
@@ -72,7 +71,7 @@ def retention_figure(rows: Sequence[Row]) -> Figure | None:
     decoded = [
         (f"{name}, {count} row{'s' * (count > 1)}", name, points)
         for count, points in batches.items()
-        for name in ("retnet", "transformer")
+        for name in ("retention", "attention")
     ]
     _draw(latency, decoded, _milliseconds, "decoding: tokens so far", "time of a token [ms]")
     return figure
