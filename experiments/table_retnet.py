@@ -11,7 +11,8 @@ Scales: `smoke`, 2.2M parameters, 400 steps of 2,048 tokens; `small`, the 8.7M o
 4,000 steps of 16,384 tokens, with a vocabulary of 4,096; `paper`, see retnet_1b.py. Perplexity on
 another text, and by position in the row, of the run runs/retnet/NAME:
 
-    python -m scripts.evaluate --model runs/retnet/NAME --text OTHER --context 512 --stride 256
+    python -m scripts.evaluate --model runs/retnet/NAME --text OTHER --context 512 --stride 256 \
+        --json FILE
 """
 
 from typing import Any

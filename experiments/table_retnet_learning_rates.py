@@ -2,8 +2,7 @@
 each is compared at its best.
 
     python -m scripts.sweep --config=experiments/table_retnet_learning_rates.py:smoke \
-        --config.data.sources=TEXT --config.data.tokenizer=runs/tokenizer \
-        --workdir=runs/retnet-rates
+        --config.data.sources=TEXT --config.data.tokenizer=runs/tokenizer --workdir=runs/retnet
 
 Scales and tokenizer: table_retnet.py.
 """
