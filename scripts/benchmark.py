@@ -5,24 +5,23 @@
   python -m scripts.benchmark --only peer         the dense step against transformers
   python -m scripts.benchmark --only moves        the parts of a refresh against a SAT step
   python -m scripts.benchmark --only blocks       block-sparse products against dense ones and peers
+  python -m scripts.benchmark --only retention    RetNet against a transformer, by row length
 
 Every turn calls each variant once, so that other work on the machine affects all of them alike. A
 speed-up is the median over turns of the ratio of two times in the same turn. Weights and tokens are
 random. `peer` and `blocks` need torch and transformers (the extra `bench`). `blocks` measures
 matrices of one size in float32; --rows and --row-length are the only sizes that it takes.
+`retention` has sizes of its own; of the others it takes --dtype, --remat and --attention.
 """
 
 import importlib.util
 import math
 import os
-import statistics
-import sys
-import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,11 +45,10 @@ from sat_jax.train.probe import ProbeSettings, make_probe, observe_batch
 from sat_jax.train.step_program import (
     full_state,
     make_case,
-    random_arguments,
     random_batch,
     random_state,
-    step_program,
 )
+from scripts import benchmark_retention
 from scripts.benchmark_blocks import (
     CASES,
     COPIED_BYTES,
@@ -60,6 +58,7 @@ from scripts.benchmark_blocks import (
     mlp_calls,
     product_calls,
 )
+from scripts.benchmark_turns import Variant, compile_step, medians, ratio, take_turns, timed
 from scripts.efficiency import add_size_options, check_sizes
 
 Row = dict[str, Any]
@@ -75,16 +74,6 @@ _PROBE_TOKENS = 1024
 _REFRESH_RATE = 0.4
 
 
-class Cost(NamedTuple):
-    """Seconds of one call: wall clock, and CPU time of the process."""
-
-    wall: float
-    cpu: float
-
-
-Variant = Callable[[], Cost]
-
-
 def parser() -> Parser:
     """Return the parser of the command line."""
     result = Parser("benchmark", __doc__)
@@ -92,6 +81,7 @@ def parser() -> Parser:
     add("--only", choices=_PARTS, help="the part to measure; default: all")
     small = {"rows": 2, "row_length": 1024, "dtype": "float32", "remat": "none"}
     add_size_options(result, model="smollm2-135m", **small)
+    benchmark_retention.add_options(result)
     add("--turns", type=int, default=7, help="turns after a warm-up turn; default 7")
     out = Path("experiments/results/benchmark.jsonl")
     add("--results", type=Path, default=out, metavar="FILE", help="JSON lines, appended to")
@@ -101,7 +91,9 @@ def parser() -> Parser:
 def main() -> None:
     """Run the parts; print a table of each and append its rows."""
     args = parser().parse_args()
-    model = check_sizes(args, "rows", "row_length", "turns")
+    sizes = ("rows", "row_length", "turns", "width", "layers", "heads", "step_tokens")
+    model = check_sizes(args, *sizes)
+    benchmark_retention.check_options(args)
     parts = [args.only] if args.only else list(_PARTS)
     if "peer" in parts or "blocks" in parts:
         _prepare_torch()
@@ -116,12 +108,12 @@ def main() -> None:
 def steps(_: DecoderConfig, layout: Layout[Decoder], args: Namespace) -> list[Row]:
     """Return rows of SAT steps of all executions, against the dense step and their FLOP bounds."""
     cases = {case: make_case(layout, *case) for case in _STEPS}
-    costs = _take_turns({case: _step(e, args) for case, e in cases.items()}, args.turns)
+    costs = take_turns({case: _step(e, args) for case, e in cases.items()}, args.turns)
     rows = []
     for (name, rate), execution in cases.items():
         heads, channels = kept_shares(execution.plan, neurons_of(layout))
         cost, dense = costs[name, rate], costs[_STEPS[0]]
-        wall, cpu = (_ratio(dense, cost, field) for field in Cost._fields)
+        wall, cpu = (ratio(dense, cost, field) for field in ("wall", "cpu"))
         bound = speedup_bound(layout, args.row_length, execution.plan.segments, args.remat)
         rows.append(
             {
@@ -129,7 +121,7 @@ def steps(_: DecoderConfig, layout: Layout[Decoder], args: Namespace) -> list[Ro
                 "rate": rate,
                 "kept_heads": heads,
                 "kept_channels": channels,
-                **_medians(cost),
+                **medians(cost),
                 "speedup_wall": wall,
                 "speedup_cpu": cpu,
                 "bound": bound,
@@ -152,16 +144,16 @@ def peer(model: DecoderConfig, layout: Layout[Decoder], args: Namespace) -> list
     }
     rows = []
     for work, variants in (("step", steps), ("products", products)):
-        costs = _take_turns(variants, args.turns)
+        costs = take_turns(variants, args.turns)
         rows += [
             {
                 "work": work,
                 "library": name,
                 "torch": version("torch"),
                 "transformers": version("transformers"),
-                **_medians(cost),
-                "speed_against_transformers_wall": _ratio(costs["transformers"], cost, "wall"),
-                "speed_against_transformers_cpu": _ratio(costs["transformers"], cost, "cpu"),
+                **medians(cost),
+                "speed_against_transformers_wall": ratio(costs["transformers"], cost, "wall"),
+                "speed_against_transformers_cpu": ratio(costs["transformers"], cost, "cpu"),
             }
             for name, cost in costs.items()
         ]
@@ -215,7 +207,7 @@ def _transformers_step(model: DecoderConfig, args: Namespace) -> Variant:
         if on_gpu:
             torch.cuda.synchronize()
 
-    return _timed(step)
+    return timed(step)
 
 
 def _product_shapes(layout: Layout[Decoder]) -> list[tuple[int, int]]:
@@ -240,7 +232,7 @@ def _xla_products(layout: Layout[Decoder], args: Namespace) -> Variant:
     def products(arrays: Any) -> Any:
         return [(x @ w.T, dy @ w, (x.T @ dy).T) for x, w, dy in arrays]
 
-    return _timed(lambda: products(arrays))
+    return timed(lambda: products(arrays))
 
 
 def _torch_products(layout: Layout[Decoder], args: Namespace) -> Variant:
@@ -260,7 +252,7 @@ def _torch_products(layout: Layout[Decoder], args: Namespace) -> Variant:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
-    return _timed(products)
+    return timed(products)
 
 
 def moves(_: DecoderConfig, layout: Layout[Decoder], args: Namespace) -> list[Row]:
@@ -300,15 +292,15 @@ def moves(_: DecoderConfig, layout: Layout[Decoder], args: Namespace) -> list[Ro
     # In this order: compact frees the full state, and expand restores it for the next turn.
     variants = {
         "step": _step(execution, args),
-        "probe": _timed(lambda: probe(state.params, zeros, batch)),
-        "select": _timed(lambda: select(state.params, stats)),
-        "compact": _timed(compact),
-        "expand": _timed(expand),
+        "probe": timed(lambda: probe(state.params, zeros, batch)),
+        "select": timed(lambda: select(state.params, stats)),
+        "compact": timed(compact),
+        "expand": timed(expand),
     }
-    costs = _take_turns(variants, args.turns)
+    costs = take_turns(variants, args.turns)
     return [
-        {"move": name, "rate": _REFRESH_RATE, **_medians(cost)}
-        | {"share_of_a_step": 1 / _ratio(costs["step"], cost, "wall")}
+        {"move": name, "rate": _REFRESH_RATE, **medians(cost)}
+        | {"share_of_a_step": 1 / ratio(costs["step"], cost, "wall")}
         for name, cost in costs.items()
     ]
 
@@ -316,12 +308,12 @@ def moves(_: DecoderConfig, layout: Layout[Decoder], args: Namespace) -> list[Ro
 def blocks(_: DecoderConfig, __: Layout[Decoder], args: Namespace) -> list[Row]:
     """Return rows of a GELU MLP with gradients and of one product, dense and with block masks, and
     of a copy in memory."""
-    copied = _take_turns({"copy": _timed(copy_call())}, args.turns)["copy"]
-    rows: list[Row] = [{"work": "copy", "bytes": COPIED_BYTES, **_medians(copied)}]
+    copied = take_turns({"copy": timed(copy_call())}, args.turns)["copy"]
+    rows: list[Row] = [{"work": "copy", "bytes": COPIED_BYTES, **medians(copied)}]
     for case in CASES:
         for work, calls in (("mlp", mlp_calls), ("product", product_calls)):
             variants = calls(args.rows * args.row_length, case)
-            costs = _take_turns({name: _timed(c) for name, c in variants.items()}, args.turns)
+            costs = take_turns({name: timed(c) for name, c in variants.items()}, args.turns)
             rows += [
                 {
                     "model": f"{NEURONS}x{WIDTH}",
@@ -329,72 +321,33 @@ def blocks(_: DecoderConfig, __: Layout[Decoder], args: Namespace) -> list[Row]:
                     "work": work,
                     **case._asdict(),
                     "library": name,
-                    **_medians(cost),
-                    "speedup_wall": _ratio(costs["dense"], cost, "wall"),
-                    "speedup_cpu": _ratio(costs["dense"], cost, "cpu"),
+                    **medians(cost),
+                    "speedup_wall": ratio(costs["dense"], cost, "wall"),
+                    "speedup_cpu": ratio(costs["dense"], cost, "cpu"),
                 }
                 for name, cost in costs.items()
             ]
     return rows
 
 
-_PARTS = {"steps": steps, "peer": peer, "moves": moves, "blocks": blocks}
+def retention(_: DecoderConfig, __: Layout[Decoder], args: Namespace) -> list[Row]:
+    """Return rows of training steps and of decoding, of RetNet and of a transformer."""
+    return list(benchmark_retention.retention(args))
+
+
+_PARTS = {"steps": steps, "peer": peer, "moves": moves, "blocks": blocks, "retention": retention}
 
 
 def _step(execution: Execution, args: Namespace) -> Variant:
     """Return one optimizer step on random arrays, compiled."""
-    program = step_program(execution, OptimizerConfig(), (args.rows, args.row_length))
-    state, kept, batch = random_arguments(program, execution)
-    compiled = jax.jit(program.function, donate_argnums=0).lower(state, kept, batch).compile()
-
-    def step() -> Any:
-        nonlocal state
-        state, loss = compiled(state, kept, batch)
-        return state, loss
-
-    return _timed(step)
-
-
-def _timed(work: Callable[[], Any]) -> Variant:
-    def timed() -> Cost:
-        wall, cpu = time.perf_counter(), time.process_time()
-        jax.block_until_ready(work())
-        return Cost(time.perf_counter() - wall, time.process_time() - cpu)
-
-    return timed
-
-
-def _take_turns(variants: Mapping[Any, Variant], turns: int) -> dict[Any, list[Cost]]:
-    """Return the costs of calling each variant in turn, after one turn that is not counted."""
-    costs: dict[Any, list[Cost]] = {name: [] for name in variants}
-    for turn in range(turns + 1):
-        for name, variant in variants.items():
-            cost = variant()
-            if turn:
-                costs[name].append(cost)
-        print(f"turn {turn}/{turns}", file=sys.stderr, flush=True)
-    return costs
-
-
-def _ratio(numerators: Sequence[Cost], denominators: Sequence[Cost], field: str) -> float:
-    """Return the median over the turns of one variant's seconds divided by the other's."""
-    pairs = zip(numerators, denominators, strict=True)
-    return statistics.median(getattr(a, field) / getattr(b, field) for a, b in pairs)
-
-
-def _medians(costs: Sequence[Cost]) -> dict[str, float]:
-    return {
-        "wall_seconds": statistics.median(cost.wall for cost in costs),
-        "cpu_seconds": statistics.median(cost.cpu for cost in costs),
-    }
+    return compile_step(execution, (args.rows, args.row_length)).variant()
 
 
 def _table(rows: Sequence[Row]) -> str:
-    cells = [
-        [f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()]
-        for row in rows
-    ]
-    return fixed_width(list(rows[0]), cells)
+    header = list(dict.fromkeys(name for row in rows for name in row))
+    values = [[row.get(name, "-") for name in header] for row in rows]
+    cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in some] for some in values]
+    return fixed_width(header, cells)
 
 
 if __name__ == "__main__":

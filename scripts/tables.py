@@ -1,7 +1,8 @@
-"""Update the tables and the picture of the documents from the rows in experiments/results.
+"""Update the tables and the pictures of the documents from the rows in experiments/results.
 
-  python -m scripts.tables           # writes README.md, experiments/README.md, docs/*.md, and
-                                     # docs/pictures/study.png
+  python -m scripts.tables           # writes README.md, experiments/README.md, docs/*.md,
+                                     # docs/pictures/study.png and, from the rows of `benchmark
+                                     # --only retention`, docs/pictures/retention.png
   python -m scripts.tables --check   # writes nothing; exit code 2 if anything would change
 
 Both end with exit code 2 if a number in a sentence of README.md or docs/study.md is in no table of
@@ -12,9 +13,10 @@ The text between `<!-- table: FILE.KIND -->` and `<!-- /table -->` is replaced b
 rows in experiments/results/FILE.jsonl. KIND is a comparison that an experiment file declares
 (rates, metrics, schedules, ...), the same with _paired (differences from the variant of the same
 rate, seed by seed), quality (all variants), other (variants of no comparison), cost, losses or
-held_out. For rows of benchmarks it is steps, peer, blocks, moves or memory, and for those of
-evaluations perplexity, choices, answers or harness. Filters may follow: prefixes of a text field,
-or values of a number field, of which a row must match one for each field or setting:
+held_out. For rows of benchmarks it is steps, peer, blocks, moves, retention_training,
+retention_decoding or memory, and for those of evaluations perplexity, choices, answers or harness.
+Filters may follow: prefixes of a text field, or values of a number field, of which a row must match
+one for each field or setting:
 `<!-- table: runs.rates twin=1c393d steps=48,40 optimizer.learning_rate=3e-4 -->`.
 """
 
@@ -31,7 +33,10 @@ CLAIMS: dict[Path, tuple[Path, ...]] = {  # and the documents whose tables they 
     DOCS / "study.md": (),
     DOCS / "sparsity.md": (DOCS / "study.md",),
 }
-STUDY = RESULTS / "study.jsonl", DOCS / "pictures" / "study.png"
+PICTURES = (
+    (RESULTS / "study.jsonl", DOCS / "pictures" / "study.png"),
+    (RESULTS / "benchmark.jsonl", DOCS / "pictures" / "retention.png"),
+)
 
 
 def parser() -> Parser:
@@ -44,21 +49,21 @@ def parser() -> Parser:
 
 
 def main() -> None:
-    """Write the documents and the picture, or check them."""
+    """Write the documents and the pictures, or check them."""
     options = parser().parse_args()
     from sat_jax.results.claims import unsupported
     from sat_jax.results.documents import draw, is_outdated, outdated
     from sat_jax.results.sweep import declared_comparisons
 
     changed = outdated(ROOT, RESULTS, declared_comparisons(ROOT / "experiments"))
-    old = [*changed, *([STUDY[1]] if is_outdated(*STUDY) else [])]
-    names = [str(path.relative_to(ROOT)) for path in old]
-    if options.check and old:
+    drawn = [pair for pair in PICTURES if is_outdated(*pair)]
+    names = [str(path.relative_to(ROOT)) for path in (*changed, *(picture for _, picture in drawn))]
+    if options.check and names:
         raise UserError(f"outdated: {', '.join(names)}; run: make tables")
     for path, text in changed.items():
         path.write_text(text, encoding="utf-8")
-    if STUDY[1] in old:
-        draw(*STUDY)
+    for pair in drawn:
+        draw(*pair)
     for name in names:
         print(name)
     findings = [

@@ -196,6 +196,11 @@ def test_memory_refuses_an_absent_compiler(run_python: RunPython) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_rows_with_other_fields_are_printed_together() -> None:
+    table = benchmark._table([{"a": 1}, {"a": 0.5, "b": "x"}])
+    assert [line.split() for line in table.splitlines()[2:]] == [["1", "-"], ["0.500", "x"]]
+
+
 @pytest.mark.slow
 def test_the_parts_of_a_refresh_are_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"

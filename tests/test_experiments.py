@@ -6,16 +6,21 @@ from typing import Any
 
 import pytest
 
+from experiments import table_retnet
 from sat_jax.config_values import experiment, find, load
+from sat_jax.models.build import layout_of
 from sat_jax.results.finished import DEFAULTS
 from sat_jax.results.planned import plan_runs
-from sat_jax.results.record import dense_baseline
+from sat_jax.results.record import dense_baseline, dense_version
 from sat_jax.results.sweep import combine, sweep_of
+from sat_jax.train.run_weights import starting_point
 from tests.conftest import ROOT, RunPython
 
 TABLES = sorted((ROOT / "experiments").glob("table_*.py"))
 OTHERS = (ROOT / "experiments" / "__init__.py", ROOT / "experiments" / "scales.py")
-FROM_SCRATCH = sorted((ROOT / "experiments").glob("*s2d*.py"))
+FROM_SCRATCH = sorted(
+    file for name in ("s2d", "retnet") for file in (ROOT / "experiments").glob(f"*{name}*.py")
+)
 TABLES = [file for file in TABLES if file not in FROM_SCRATCH]
 FILES = sorted({*(ROOT / "experiments").glob("*.py")} - {*TABLES, *OTHERS, *FROM_SCRATCH})
 SCALES = {
@@ -68,6 +73,37 @@ def test_sweeps_of_the_tables_are_valid(file: Path, scale: str) -> None:
     check_sweep(
         file, scale, {"model.path": None, "model.preset": SCALES[scale], "data.tokenizer": "bytes"}
     )
+
+
+@pytest.mark.parametrize("name", ["table_retnet", "table_retnet_learning_rates"])
+@pytest.mark.parametrize("scale", ["smoke", "small", "paper"])
+def test_sweeps_of_retnet_are_valid(name: str, scale: str) -> None:
+    check_sweep(ROOT / "experiments" / f"{name}.py", scale, {})
+
+
+@pytest.mark.parametrize("scale", table_retnet.SEEDS)
+def test_retnet_and_the_transformer_have_equal_parameters(scale: str) -> None:
+    spec = f"{ROOT}/experiments/table_retnet.py:{scale}"
+    counts = []
+    for settings in table_retnet.models(scale):
+        overrides = [f"{path}={value}" for path, value in settings.items()]
+        model, _ = starting_point(load(spec, overrides))
+        layout = layout_of(model)
+        sizes = [layout.shapes[path].size for path, leaf in layout.leaves.items() if leaf.trained]
+        counts.append(sum(sizes))
+    retnet, transformer = counts
+    assert abs(transformer / retnet - 1) <= (0.0025 if scale == "paper" else 0)
+
+
+@pytest.mark.parametrize("file", ["retnet_small", "retnet_1b"])
+def test_variants_of_retnet(file: str) -> None:
+    path = ROOT / "experiments" / f"{file}.py"
+    configs = {v: load(f"{path}:{v}", []) for v in ("retnet", "transformer", "sat")}
+    families = {v: starting_point(config)[0].family for v, config in configs.items()}
+    assert families == {"retnet": "retnet", "transformer": "llama", "sat": "retnet"}
+    rates = {v: config.sparsity.rate for v, config in configs.items()}
+    assert rates == {"retnet": 0, "transformer": 0, "sat": 0.4}
+    assert dense_version(configs["sat"]) == dense_version(configs["retnet"])
 
 
 @pytest.mark.parametrize("name", ["table_s2d", "table_s2d_learning_rates"])
@@ -143,10 +179,13 @@ def test_the_gpt_of_13b_lowers_on_virtual_devices(run_python: RunPython) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(OWN_MODEL))
-def test_paper_models_lower_on_virtual_devices(name: str, run_python: RunPython) -> None:
-    file = f"experiments/{name}.py"
-    done = run_python("-c", LOWER, file, OWN_MODEL[name], devices=8)
+@pytest.mark.parametrize(
+    ("name", "preset"), [*sorted(OWN_MODEL.items()), ("retnet_1b", "retnet-1.3b")]
+)
+def test_paper_models_lower_on_virtual_devices(
+    name: str, preset: str, run_python: RunPython
+) -> None:
+    done = run_python("-c", LOWER, f"experiments/{name}.py:sat", preset, devices=8)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {
         "devices": 8,

@@ -131,13 +131,22 @@ def test_heads_that_do_not_fit_are_refused() -> None:
 
 
 def test_heads_of_retention_divide_its_widths() -> None:
-    assert resized(preset("retnet-tiny"), {"n_heads": 8}).head_dim == 8
-    narrow, three = {"d_model": 60}, {"d_model": 96, "n_heads": 3}
-    assert user_error(lambda: resized(preset("retnet-tiny"), narrow)) == (
-        "retnet with d_model 60, d_value 128 and 4 heads; accepted: multiples of 8 and of 4"
+    tiny = preset("retnet-tiny")  # values of twice the width
+    assert resized(tiny, {"n_heads": 8}).head_dim == 8
+    assert user_error(lambda: resized(tiny, {"d_model": 60})) == (
+        "retnet with d_model 60, d_value 120 and 4 heads; accepted: multiples of 8 and of 4"
     )
-    assert user_error(lambda: resized(preset("retnet-tiny"), three)) == (
-        "retnet with d_model 96, d_value 128 and 3 heads; accepted: multiples of 6 and of 3"
+    assert user_error(lambda: resized(tiny, {"d_model": 66, "n_heads": 6})) == (
+        "retnet with d_model 66, d_value 132 and 6 heads; accepted: multiples of 12 and of 6"
+    )
+
+
+def test_values_of_retention_keep_their_ratio_to_the_width() -> None:
+    config = resized(preset("retnet-1.3b"), {"d_model": 384, "n_heads": 6, "d_ff": 648})
+    assert (config.d_value, config.head_dim, config.d_ff) == (648, 64, 648)
+    assert resized(preset("retnet-1.3b"), {"d_ff": 64}).d_value == 3456
+    assert user_error(lambda: resized(preset("retnet-1.3b"), {"d_model": 200})) == (
+        "model.d_model 200 with values of 3456 / 2048 of it; accepted: multiples of 16"
     )
 
 

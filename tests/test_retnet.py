@@ -227,6 +227,7 @@ def test_a_normalization_is_kept_in_files(tmp_path: Path) -> None:
     [
         ("num_key_value_heads", 2, "num_key_value_heads = 2 is not supported; accepted: null"),
         ("rope_scaling", {"factor": 2}, "rope_scaling = .* is not supported; accepted: null"),
+        ("rope_parameters", {"factor": 2}, "rope_parameters = .* is not supported; accepted: null"),
         ("deepnorm", True, "deepnorm = true is not supported; accepted: false"),
         ("activation_fn", "relu", 'activation_fn = "relu" is not supported; accepted: gelu, swish'),
         ("decoder_retention_heads", 3, "decoder_embed_dim = 64 .*a multiple of 6"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -214,8 +215,9 @@ def preset(name: str) -> DecoderConfig:
 def resized(config: DecoderConfig, sizes: Mapping[str, int]) -> DecoderConfig:
     """Return the configuration with other sizes, by the names of its fields.
 
-    KV heads keep their ratio to query heads. With another vocabulary, special tokens are none.
-    Raises `UserError` for heads that do not divide the width, or are no multiple of the ratio.
+    KV heads keep their ratio to query heads, and values of retention theirs to the width. With
+    another vocabulary, special tokens are none. Raises `UserError` for heads that do not divide the
+    width, and for heads or a width that are no multiple of the ratio.
     """
     if not sizes:
         return config
@@ -231,6 +233,14 @@ def resized(config: DecoderConfig, sizes: Mapping[str, int]) -> DecoderConfig:
                 f" multiples of {ratio}"
             )
         changes |= {"n_kv_heads": heads // ratio, "head_dim": width // heads}
+    if "d_model" in sizes and hasattr(config, "d_value"):
+        changes["d_value"], remainder = divmod(config.d_value * width, config.d_model)
+        if remainder:
+            multiple = config.d_model // math.gcd(config.d_model, config.d_value)
+            raise UserError(
+                f"model.d_model {width} with values of {config.d_value} / {config.d_model} of it;"
+                f" accepted: multiples of {multiple}"
+            )
     if "vocab_size" in sizes:
         changes |= {"bos_token_id": None, "eos_token_ids": ()}
     return dataclasses.replace(config, **changes)

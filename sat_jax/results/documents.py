@@ -1,4 +1,4 @@
-"""Tables and a picture in documents, made from committed rows.
+"""Tables and pictures in documents, made from committed rows.
 
     <!-- table: FILE.KIND [FIELD=START[,START...] ...] -->
     this text is replaced
@@ -8,10 +8,13 @@
 """
 
 import hashlib
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
 
 from sat_jax.config_values import find
 from sat_jax.errors import UserError
@@ -25,7 +28,8 @@ from sat_jax.results.benchmarks import (
 from sat_jax.results.evaluations import evaluation_tables
 from sat_jax.results.figures import quality_figure
 from sat_jax.results.from_scratch import from_scratch_tables
-from sat_jax.results.rows import read
+from sat_jax.results.retention import retention_figure, retention_tables
+from sat_jax.results.rows import Row, read
 from sat_jax.results.sweep import Comparison
 from sat_jax.results.tables import across_tables, group_tables, quality_table
 from sat_jax.results.variants import make_groups
@@ -100,7 +104,7 @@ def _table(
     tables = across_tables(groups, comparisons) + evaluation_tables(rows)
     for made in (
         *(steps_table, peer_tables, blocks_table, moves_table, memory_tables),
-        from_scratch_tables,
+        *(from_scratch_tables, retention_tables),
     ):
         tables += made(rows)
     for group in groups:
@@ -113,27 +117,50 @@ def _table(
 
 
 def draw(rows: Path, picture: Path) -> None:
-    """Draw the group of runs with the most variants as a PNG.
+    """Draw the figure that `picture` is named after as a PNG.
 
-    Raises `UserError` if it has no sparse run with a dense baseline.
+    Raises `UserError` if there is nothing to draw.
     """
-    groups = make_groups(read(rows))
-    figure = quality_figure(max(groups, key=lambda group: len(group.runs))) if groups else None
+    figure = _FIGURES[picture.stem](read(rows))
     if figure is None:
-        raise UserError(f"{rows}: no sparse run with a dense baseline")
+        raise UserError(f"{rows}: no rows for {picture.name}")
     picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, format="png", metadata={"Software": None, _DIGEST: _digest(rows)})
+    digest = _digest(rows, picture)
+    figure.savefig(picture, format="png", metadata={"Software": None, _DIGEST: digest})
 
 
 def is_outdated(rows: Path, picture: Path) -> bool:
-    """Return whether a picture is missing or of other rows.
+    """Return whether a picture is missing or of other rows; one without rows may be missing.
 
     Rows are compared and not pixels, which depend on the versions of matplotlib and its fonts.
     """
+    if not picture.exists():
+        return bool(_lines(rows, picture))
     # A PNG's tEXt chunk: keyword, a zero byte, the text.
-    text = f"{_DIGEST}\0{_digest(rows)}".encode()
-    return not picture.exists() or text not in picture.read_bytes()
+    text = f"{_DIGEST}\0{_digest(rows, picture)}".encode()
+    return text not in picture.read_bytes()
 
 
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+def _study_figure(rows: Sequence[Row]) -> Figure | None:
+    """Return the quality of the group of runs with the most variants; None if it has no sparse run
+    with a dense baseline."""
+    groups = make_groups(rows)
+    return quality_figure(max(groups, key=lambda group: len(group.runs))) if groups else None
+
+
+_FIGURES: dict[str, Callable[[Sequence[Row]], Figure | None]] = {
+    "study": _study_figure,
+    "retention": retention_figure,
+}
+# What the rows of a picture have in common; the others of its file do not change it.
+_FIELDS: dict[str, Mapping[str, Any]] = {"retention": {"benchmark": "retention"}}
+
+
+def _lines(file: Path, picture: Path) -> list[bytes]:
+    """Return the lines of a file that a picture shows."""
+    lines, fields = file.read_bytes().splitlines(keepends=True), _FIELDS.get(picture.stem)
+    return [line for line in lines if not fields or fields.items() <= json.loads(line).items()]
+
+
+def _digest(file: Path, picture: Path) -> str:
+    return hashlib.sha256(b"".join(_lines(file, picture))).hexdigest()[:16]
