@@ -1,5 +1,6 @@
-"""Longer context by continued pre-training, with the recipe of YaRN (arXiv:2309.00071, section 4.1):
-400 steps at a learning rate of 2e-5 after 20 steps of warm-up, then half as many at twice the factor.
+"""Longer context by continued pre-training, with the recipe of YaRN (arXiv:2309.00071, section
+4.1): 400 steps at a learning rate of 2e-5 after 20 steps of warm-up, then half as many at twice the
+factor.
 
     python -m scripts.train --config=experiments/extend_context.py --workdir=runs/extended
     python -m scripts.train --config=experiments/extend_context.py:llama-2-7b-64k \
@@ -18,8 +19,8 @@ Any scaling of rotary positions: --config.model.rope_type=linear|ntk|yarn|… (d
     llama-2-7b-128k  the second stage, to 131,072 positions; the residual stream takes 34.4 GB. Not
                      run.
 
-TEXT: long documents, such as books. A row of the Llama scales is one piece of a document if documents
-are that long; shorter ones share a row and do not attend to each other.
+TEXT: long documents, such as books. A row of the Llama scales is one piece of a document if
+documents are that long; shorter ones share a row and do not attend to each other.
 """
 
 from ml_collections import ConfigDict

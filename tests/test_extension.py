@@ -14,7 +14,12 @@ from tests.conftest import ROOT
 from tests.user_errors import user_error
 
 OVERRIDES = [
-    *("data.sources=README.md,CHANGELOG.md", "data.row_length=32", "train.steps=2", "train.rows_per_step=4"),
+    *(
+        "data.sources=README.md,CHANGELOG.md",
+        "data.row_length=32",
+        "train.steps=2",
+        "train.rows_per_step=4",
+    ),
     *("train.eval_rows=4", "train.measure_speed=False", "sparsity.rate=0.0"),
 ]
 
