@@ -28,9 +28,6 @@ SEEDS = {"smoke": 3, "small": 3, "paper": 1, "paper-13b": 1}
 _DENSITY, _SPLIT, _PATTERN = (
     "sparsity.weights.density", "sparsity.split", "sparsity.weights.pattern",
 )  # fmt: skip
-# The best of table_s2d_learning_rates.py at the scale smoke. Rows of a matrix with fewer entries
-# need a higher one.
-RATES = {"sparse": 4e-3, "dense": 1e-3}
 
 
 def get_config(scale: str = "smoke") -> ConfigDict:
@@ -46,7 +43,8 @@ def get_config(scale: str = "smoke") -> ConfigDict:
         config.model.d_ff = 512
         config.model.vocab_size = 2048
         config.train.eval_every = 0
-        config.optimizer.learning_rate = RATES["sparse"]
+        # The best of table_s2d_learning_rates.py, dense and sparse.
+        config.optimizer.learning_rate = 4e-3
         config.sparsity.weights.block = 16
     if scale == "small":
         config.train.steps = 4000
@@ -60,15 +58,10 @@ def get_config(scale: str = "smoke") -> ConfigDict:
         config.train.steps = 20_000
         config.train.rows_per_step = 128
         config.optimizer.learning_rate = 6e-4
+        config.optimizer.matrix_scale = 1.0
         config.optimizer.warmup_steps = 500
         config.sparsity.weights.block = 64
     return config
-
-
-def dense(scale: str) -> dict[str, Any]:
-    """Return the settings of dense training."""
-    rate = {"optimizer.learning_rate": RATES["dense"]} if scale == "smoke" else {}
-    return {_DENSITY: 1.0, **rate}
 
 
 def smaller(config: ConfigDict) -> list[dict[str, Any]]:
@@ -95,7 +88,7 @@ def get_sweep(scale: str = "smoke") -> Sweep:
     rigl = {"sparsity.weights.update": "rigl", "sparsity.weights.update_every": every}
     dynamic = [rigl, {"sparsity.schedule": "ladder"}]
     shorter = [{"train.steps": round(share * config.train.steps)} for share in SHORTER]
-    baselines = [{**dense(scale), **more} for more in ({}, *shorter, *smaller(config))]
+    baselines = [{_DENSITY: 1.0, **more} for more in ({}, *shorter, *smaller(config))]
     runs = [*sparse, *switched, *baselines, *patterns, *dynamic]
     seeds = range(SEEDS[scale])
     return Sweep(

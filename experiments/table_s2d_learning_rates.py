@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from experiments import table_s2d
 from sat_jax.results.sweep import Comparison, Sweep
 
-FACTORS = (1.0, 0.5, 0.25, 0.125, 2.0)  # times the learning rate of the scale
+FACTORS = (1.0, 0.5, 2.0)  # times the learning rate of the scale
 
 
 def get_config(scale: str = "smoke") -> ConfigDict:

@@ -170,6 +170,12 @@ class TrainConfig:
 class OptimizerConfig:
     name: Literal["adamw", "lion"] = key("adamw", "update rule")
     learning_rate: float = key(1e-4, "peak learning rate", low=0.0)
+    matrix_scale: float = key(
+        1.0,
+        "learning rate of the matrices of layers relative to that of embeddings, norms and biases;"
+        " block-sparse ones have it divided by their density",
+        above=0.0,
+    )
     warmup_steps: int = key(
         0, "steps of linear warm-up; the last one has the peak learning rate", low=0
     )

@@ -248,6 +248,24 @@ def test_the_layout_of_a_model_with_blocks() -> None:
     assert (half.read, half.write, half.mixing) == (full.read / 2, full.write / 2, full.mixing)
 
 
+def test_the_learning_rate_of_a_matrix_is_divided_by_its_density() -> None:
+    """Weight decay scales with the learning rate."""
+    stored = stored_blocks("llama")
+    assert {counts.density for _, counts in stored} == {0.5}
+    config = OptimizerConfig(
+        learning_rate=0.1, schedule="constant", matrix_scale=0.25, weight_decay=1.0
+    )
+    optimizer = make_optimizer(
+        config, 9, block_layout(layout_of(MODELS["llama"]), stored), (), stored
+    )
+    ones = {"layers/mlp/up/blocks": jnp.ones((2, 8, 2, 8, 8)), "embed": jnp.ones((7, 5))}
+    added, _ = optimizer.update(ones, optimizer.init(ones), ones)
+    assert_close(
+        added["layers/mlp/up/blocks"], np.full((2, 8, 2, 8, 8), -0.1), "float32", "backward"
+    )
+    assert_close(added["embed"], np.full((7, 5), -0.2), "float32", "backward")
+
+
 def test_blocks_are_cast_and_products_saved_as_those_of_other_weights() -> None:
     layout, values = layout_of(MODELS["gpt2"], Compute("bfloat16")), block_sparse("gpt2")
 

@@ -144,6 +144,7 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "train.deterministic": (True, compiler, {}),
     "optimizer.name": ("lion", step, {}),
     "optimizer.learning_rate": (3e-4, step, {}),
+    "optimizer.matrix_scale": (0.5, step, {}),
     "optimizer.warmup_steps": (3, step, {}),
     "optimizer.schedule": ("linear", step, {}),
     "optimizer.decay_share": (0.5, step, {"optimizer.schedule": "wsd"}),

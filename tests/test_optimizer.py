@@ -217,3 +217,11 @@ def test_each_step_moves_by_its_learning_rate() -> None:
     for added, factor in zip(results, [0.5, 1.0, 0.75, 0.5, 0.25, 0.0], strict=True):
         for path in SHAPES:
             assert_close(added[path], np.full(SHAPES[path], -0.1 * factor), "float32", "backward")
+
+
+def test_matrices_of_layers_have_a_learning_rate_of_their_own() -> None:
+    params = random_tree(0)
+    (added,) = updates(adamw(matrix_scale=0.25), [jax.tree.map(jnp.ones_like, params)], params)
+    for path in SHAPES:
+        rate = 0.025 if path == "layers/attention/key" else 0.1
+        assert_close(added[path], np.full(SHAPES[path], -rate), "float32", "backward")

@@ -15,7 +15,9 @@ from jaxtyping import Array
 
 from sat_jax.config import OptimizerConfig
 from sat_jax.nn.layout import Layout
+from sat_jax.sparsity.block_patterns import BlockCounts
 from sat_jax.sparsity.execution.state import map_arrays
+from sat_jax.sparsity.plan import Stored
 
 Schedule = Callable[[Any], Any]
 Clip = Callable[[Array], Array]
@@ -95,10 +97,17 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Schedule:
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, layout: Layout[Any], by_entry: Collection[str] = ()
+    config: OptimizerConfig,
+    steps: int,
+    layout: Layout[Any],
+    by_entry: Collection[str] = (),
+    stored: Stored = (),
 ) -> optax.GradientTransformation:
     """Return the update rule with weight decay of matrices and the learning rate, without clipping.
     Constants have no moments. `by_entry`: parameters whose entries have update counts of their own.
+
+    The learning rate of a matrix in `stored` is divided by its density: an output is a sum over
+    fewer inputs, each of which then moves further (arXiv:2405.15743, table 1).
 
     All operations are elementwise: a compact model gets the same updates of the kept neurons as the
     full model, and parameters can be updated chunk by chunk.
@@ -113,12 +122,32 @@ def make_optimizer(
         rule,
         optax.add_decayed_weights(config.weight_decay, mask=partial(_matrices, layout)),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
+        optax.stateless(partial(_scale, _scales(layout, config.matrix_scale, dict(stored)))),
     )
 
     def init(params: Mapping[str, Any]) -> Any:
         return chain.init({p: x for p, x in params.items() if layout.leaves[p].trained})
 
     return optax.GradientTransformation(init, chain.update)
+
+
+def _scales(
+    layout: Layout[Any], matrix_scale: float, stored: Mapping[str, BlockCounts]
+) -> dict[str, float]:
+    """Return the learning rate of each matrix of layers relative to that of other parameters."""
+    scales = {}
+    for path, leaf in layout.leaves.items():
+        if leaf.role in ("read", "write"):
+            counts = stored.get(path.removesuffix("/blocks"))
+            scales[path] = matrix_scale / (counts.density if counts else 1.0)
+    return scales
+
+
+def _scale(scales: Mapping[str, float], updates: Mapping[str, Any], _: Any) -> dict[str, Any]:
+    return {
+        path: jax.tree.map(lambda x, scale=scales.get(path, 1.0): scale * x, update)
+        for path, update in updates.items()
+    }
 
 
 def clipping(config: OptimizerConfig) -> Clip:

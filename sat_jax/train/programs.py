@@ -149,8 +149,9 @@ class Programs:
         if stored not in self._forms:
             config = self._config
             layout = block_layout(self.layout, stored, self.kernels)
+            by_entry = self._by_entry - dict(stored).keys()
             optimizer = make_optimizer(
-                config.optimizer, config.train.steps, layout, self._by_entry - dict(stored).keys()
+                config.optimizer, config.train.steps, layout, by_entry, stored
             )
             state = jax.eval_shape(lambda p: new_state(p, optimizer), dict(layout.shapes))
             self._forms[stored] = Form(layout, optimizer, self._placed(state, layout))
