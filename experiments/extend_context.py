@@ -9,10 +9,11 @@ factor.
         --config.model.path=runs/64k/huggingface --config.data.sources=TEXT --workdir=runs/128k
 
 Any scaling of rotary positions: --config.model.rope_type=linear|ntk|yarn|… (docs/long-context.md);
-`default` trains without one. Scales:
+`default` trains without one. Variants:
 
-    smoke            SmolLM2-135M-Instruct, from 8,192 to 16,384 positions with rows of 512 tokens
+    dense            SmolLM2-135M-Instruct, from 8,192 to 16,384 positions with rows of 512 tokens
                      (PoSE); two CPU cores, about an hour
+    sat              the same with SAT
     llama-2-7b-64k   from 4,096 to 65,536 positions, 64 rows of 65,536 tokens a step; eight
                      accelerators. A device has 9.4 GiB of weights and moments, and the residual
                      stream at each layer of its row takes 17.2 GB in bfloat16. Not run.
@@ -28,21 +29,22 @@ from ml_collections import ConfigDict
 from experiments import llama2_7b_cpt, quickstart
 
 
-def get_config(scale: str = "smoke") -> ConfigDict:
-    """Scales: smoke, llama-2-7b-64k, llama-2-7b-128k."""
-    if scale == "smoke":
-        config = quickstart.get_config("dense")
+def get_config(variant: str = "dense") -> ConfigDict:
+    """Variants: dense, sat, llama-2-7b-64k, llama-2-7b-128k."""
+    factors = {"llama-2-7b-64k": 16.0, "llama-2-7b-128k": 32.0}
+    if variant in factors:
+        config = llama2_7b_cpt.get_config("dense")
+        config.model.rope_factor = factors[variant]
+        config.data.row_length = round(4096 * factors[variant])
+        config.train.accumulate = 8
+        config.optimizer.weight_decay = 0.0
+    else:
+        config = quickstart.get_config(variant)
         config.model.rope_factor = 2.0
         config.data.pose_length = 16_384
         config.data.max_tokens = 250_000
-    else:
-        config = llama2_7b_cpt.get_config("dense")
-        config.model.rope_factor = {"llama-2-7b-64k": 16.0, "llama-2-7b-128k": 32.0}[scale]
-        config.data.row_length = round(4096 * config.model.rope_factor)
-        config.train.accumulate = 8
-        config.optimizer.weight_decay = 0.0
     config.model.rope_type = "yarn"
-    config.train.steps = 200 if scale == "llama-2-7b-128k" else 400
+    config.train.steps = 200 if variant == "llama-2-7b-128k" else 400
     config.optimizer.learning_rate = 2e-5
     config.optimizer.warmup_steps = 20
     config.optimizer.schedule = "constant"

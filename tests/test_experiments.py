@@ -36,13 +36,13 @@ LOWER = """
 import json, sys
 import jax
 from sat_jax.config_values import load
-from sat_jax.models.presets import preset
 from sat_jax.parallel.mesh import make_mesh
 from sat_jax.train.programs import Programs
+from sat_jax.train.run_weights import starting_point
 from sat_jax.train.setup import controller_of
 
 config = load(sys.argv[1], [f"model.preset={sys.argv[2]}"])
-model = preset(sys.argv[2])
+model, _ = starting_point(config)
 controller = controller_of(config, model)
 programs = Programs(config, model, make_mesh(config.mesh), controller)
 first, last = controller.rungs[0].plan, controller.rungs[-1].plan
@@ -194,3 +194,12 @@ def test_paper_models_lower_on_virtual_devices(
         "kept_in_first": True,
         "kept_in_last": False,
     }
+
+
+@pytest.mark.slow
+def test_rows_of_131072_tokens_lower_on_virtual_devices(run_python: RunPython) -> None:
+    file = "experiments/extend_context.py:llama-2-7b-128k"
+    done = run_python("-c", LOWER, file, "llama-2-7b", devices=8)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["devices"] == 8 and result["rungs"] == 1 and result["dense_last"]
