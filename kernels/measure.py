@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.block_sparse_matmul.workloads import MODELS, Program
+from kernels.block_sparse_matmul.workloads import MODELS
+from kernels.program import Program
 
 # Shorter calls are queued several times per timing, so that launching them is not measured.
 _SHORT_CALL = 5e-3
@@ -127,6 +128,7 @@ def _random(program: Program) -> list[jax.Array]:
     arrays: list[jax.Array] = []
     for seed, shape in enumerate(program.arguments):
         if jnp.issubdtype(shape.dtype, jnp.integer):
+            assert program.block
             blocks = arrays[-1].shape[0] // program.block
             arrays.append(jnp.arange(shape.size, dtype=jnp.int32) * blocks // shape.size)
         else:

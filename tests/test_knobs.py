@@ -197,6 +197,7 @@ ELSEWHERE = {
     "model.d_ff": "test_presets.py",
     "model.vocab_size": "test_presets.py",
     "model.attention": "test_attention.py",
+    "model.retention": "test_retention_kernel.py",
     "data.sources": "test_data_sources.py",
     "data.tokenizer": "test_data_tokenizer.py",
     "data.held_out": "test_data_prepare.py",
