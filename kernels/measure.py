@@ -95,13 +95,14 @@ def parser(
     add_list("--model", models, "sizes of the MLP", choices=MODELS)
     add_list("--density", densities, "kept fractions, 0.125 to 1", type=_density)
     add_list("--block", blocks, "block sizes", type=int, choices=(64, 128, 256))
-    add_list("--tokens", tokens, "numbers of tokens", type=_count)
-    result.add_argument("--repeat", type=_count, default=20, help="timings of each (default: 20)")
+    add_list("--tokens", tokens, "numbers of tokens", type=count)
+    result.add_argument("--repeat", type=count, default=20, help="timings of each (default: 20)")
     result.add_argument("--minutes", type=float, help="start no measurement after this time")
     return result
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """Return a positive number of the command line."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text}, accepted 1 and more")

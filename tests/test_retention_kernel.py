@@ -1,8 +1,11 @@
 """The retention kernel for TPU: interpreted on this machine, and lowered for a TPU."""
 
 import functools
+import json
 import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.retention import Times, parallel_retention, retention
+from kernels.program import Program
+from kernels.retention import Times, benchmark, parallel_retention, retention
 from kernels.retention.workloads import RETNET_1_3B, programs
 from sat_jax.errors import UserError
 from sat_jax.models.presets import preset
@@ -30,7 +34,11 @@ HEADS, KEY, VALUE = 2, 8, 12
 # The first row continues the document of the memory, the second begins another.
 BEFORE = State(jnp.zeros(0), jnp.asarray([1, 2], jnp.int32), jnp.asarray([5, 3], jnp.int32))
 TIMES: Times = timeline(SEGMENT_IDS, BEFORE).times
-kernel = functools.partial(retention, implementation="pallas_tpu")
+# By chunk. Each is one object, so that tests share compiled programs.
+KERNELS = {
+    chunk: functools.partial(retention, implementation="pallas_tpu", chunk=chunk)
+    for chunk in (16, 64)
+}
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -60,8 +68,7 @@ def random_cotangents() -> tuple[jax.Array, jax.Array]:
     [("float32", 16), ("bfloat16", 16), ("float32", 64)],
 )
 def test_values_and_gradients(dtype: str, chunk: int) -> None:
-    call = functools.partial(kernel, chunk=chunk)
-    actual = jax.tree.leaves(with_gradients(call, dtype, random_cotangents()))
+    actual = jax.tree.leaves(with_gradients(KERNELS[chunk], dtype, random_cotangents()))
     desired = jax.tree.leaves(with_gradients(parallel_retention, dtype, random_cotangents()))
     direction: Any = "retention" if dtype == "float32" else "product"
     for a, b in zip(actual, desired, strict=True):
@@ -69,35 +76,16 @@ def test_values_and_gradients(dtype: str, chunk: int) -> None:
         assert_close(a.astype(jnp.float32), b.astype(jnp.float32), dtype, direction)
 
 
-CALL = functools.partial(kernel, chunk=16)
-
-
 def test_no_gradient_between_documents() -> None:
     inside = np.zeros((*SEGMENT_IDS.shape, 1, 1), bool)
     inside[0, 20:33] = inside[1, 5:] = True
     sums, memory = random_cotangents()
     cotangents = jnp.where(inside, sums, 0), jnp.zeros_like(memory)
-    _, (*gradients, of_memory) = with_gradients(CALL, "float32", cotangents)
+    _, (*gradients, of_memory) = with_gradients(KERNELS[16], "float32", cotangents)
     assert not np.any(of_memory)
     for gradient in gradients:
         assert not np.any(np.where(inside, 0, gradient))
         assert np.abs(gradient[0, 20]).max() > 0
-
-
-def test_decays_are_masked_before_exponentiation() -> None:
-    """Powers of pairs in the wrong order exceed float32 at this decay: they would be NaN."""
-    *_, gradient = jax.jit(
-        lambda q: jax.value_and_grad(lambda q: jnp.sum(one_head(q, -20.0)[0]))(q)
-    )(jnp.ones((1, 16, 1, KEY)))
-    assert_close(gradient, jnp.ones_like(gradient), "float32", "forward")  # of itself alone
-
-
-def one_head(q: jax.Array, log_decay: float) -> tuple[jax.Array, jax.Array]:
-    """One document whose keys and values are 1."""
-    ones = jnp.ones((1, q.shape[1]), jnp.int32)
-    memory, value = jnp.zeros((1, 1, KEY, 1)), jnp.ones((1, q.shape[1], 1, 1))
-    log_decay_H = jnp.full(1, log_decay)
-    return CALL(q, jnp.ones_like(q), value, log_decay_H, memory, timeline(ones).times)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -111,11 +99,14 @@ def test_kernels_lower_at_the_size_of_a_published_model(dtype: str) -> None:
 
 
 def test_second_derivatives_are_refused() -> None:
+    times, memory = timeline(jnp.ones((1, 16), jnp.int32)).times, jnp.zeros((1, 1, KEY, KEY))
+
     def loss(q: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.sin(one_head(q, -1.0)[0]))
+        sums, _ = KERNELS[16](q, q, q, jnp.zeros(1), memory, times)
+        return jnp.sum(jnp.sin(sums))
 
     with pytest.raises(TypeError, match="gradients of pallas_tpu cannot be differentiated"):
-        jax.grad(lambda q: jnp.sum(jax.grad(loss)(q)))(jnp.ones((1, 16, 1, KEY)))
+        jax.eval_shape(jax.grad(lambda q: jnp.sum(jax.grad(loss)(q))), jnp.ones((1, 16, 1, KEY)))
 
 
 @pytest.mark.parametrize(
@@ -174,12 +165,51 @@ def test_models_and_devices(name: str, devices: int, platform: str, reason: str 
     assert str(refused.value) == f"model.retention=pallas_tpu: {reason}; accepted: xla"
 
 
-@pytest.mark.parametrize(("implementation", "count"), [("xla", 0), ("pallas_tpu", 2)])
+def test_benchmark(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both implementations are timed where a TPU is the default device, and refusals are rows."""
+    out = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(benchmark, "RETNET_1_3B", RETNET_1_3B._replace(heads=1, value_size=8))
+    monkeypatch.setattr(benchmark.jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(benchmark.measure, "seconds", lambda program, _: seconds(program))
+    sizes = ["--rows", "1", "--length", "16", "--chunk", "16", "40"]
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--out", str(out), *sizes])
+    benchmark.main()
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 16 and {row["device"]["kind"] for row in rows} == {"cpu"}
+    # A token's products: 8.5 pairs of 256 + 8 entries, a memory of 256 · 8 and its use; 1 MAC = 2.
+    assert {row["flops"] for row in rows if row["chunk"] == 16} == {
+        n * 16 * 2 * (8.5 * 264 + 2 * 256 * 8) for n in (1, 3)
+    }
+    failed = {(row["implementation"], row["chunk"]) for row in rows if "error" in row}
+    assert failed == {("pallas_tpu", 40)}
+    lines = capsys.readouterr().out
+    assert "retention_gradients  pallas_tpu  float32  16: 2000.000 ms, 0.00 TFLOP/s" in lines
+    assert (
+        "retention  pallas_tpu  bfloat16  40: ValueError: implementation pallas_tpu: chu" in lines
+    )
+
+
+def seconds(program: Program) -> float:
+    jax.eval_shape(program.function, *program.arguments)
+    return 2.0
+
+
+@pytest.mark.parametrize(
+    ("implementation", "sparsity", "count"),
+    [
+        ("xla", {"sparsity.rate": 0.0}, 0),
+        ("pallas_tpu", {"sparsity.rate": 0.0}, 2),
+        # One more forward pass: of the omitted heads.
+        ("pallas_tpu", {"sparsity.rate": 0.5, "sparsity.dense_forward": True}, 3),
+    ],
+)
 def test_a_step_has_the_kernels_of_both_passes(
-    implementation: str, count: int, monkeypatch: pytest.MonkeyPatch
+    implementation: str, sparsity: Any, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Programs, "_lower", staticmethod(functools.partial(lower, "tpu")))
-    config: Any = config_with({"sparsity.rate": 0.0, "model.retention": implementation})
+    config: Any = config_with({"model.retention": implementation} | sparsity)
     model: Any = preset("retnet-tiny")
     run = programs_of(config, model)
     text = run.lower_step(controller_of(config, model).rungs[0].plan).as_text()
