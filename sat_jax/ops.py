@@ -19,6 +19,7 @@ from kernels.block_sparse_matmul import (
     swiglu_mlp,
 )
 from kernels.block_sparse_matmul import gelu_mlp as gelu_mlp
+from kernels.retention import Operands as Operands
 from kernels.retention import Times as Times
 from kernels.retention import absolute_retention as absolute_retention
 from kernels.retention import parallel_retention as parallel_retention

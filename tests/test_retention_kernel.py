@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from kernels.program import Program
-from kernels.retention import Times, benchmark, parallel_retention, retention
+from kernels.retention import Operands, Times, benchmark, parallel_retention, retention
 from kernels.retention.workloads import RETNET_1_3B, programs
 from sat_jax.errors import UserError
 from sat_jax.models.presets import preset
@@ -52,7 +52,8 @@ def with_gradients(function: Callable[..., Any], dtype: str, cotangents: Any) ->
     qkv = [normal(seed, *shape).astype(dtype) for seed, shape in enumerate(shapes)]
 
     def call(q: Any, k: Any, v: Any, memory: Any) -> Any:
-        return function(q, k, v, jnp.asarray(log_decays(HEADS), jnp.float32), memory, TIMES)
+        log_decay = jnp.asarray(log_decays(HEADS), jnp.float32)
+        return function(Operands(q, k, v, log_decay, memory, TIMES))
 
     results, vjp = jax.vjp(call, *qkv, normal(3, len(SEGMENT_IDS), HEADS, KEY, VALUE))
     return results, vjp(cotangents)
@@ -102,7 +103,7 @@ def test_second_derivatives_are_refused() -> None:
     times, memory = timeline(jnp.ones((1, 16), jnp.int32)).times, jnp.zeros((1, 1, KEY, KEY))
 
     def loss(q: jax.Array) -> jax.Array:
-        sums, _ = KERNELS[16](q, q, q, jnp.zeros(1), memory, times)
+        sums, _ = KERNELS[16](Operands(q, q, q, jnp.zeros(1), memory, times))
         return jnp.sum(jnp.sin(sums))
 
     with pytest.raises(TypeError, match="gradients of pallas_tpu cannot be differentiated"):
@@ -128,7 +129,12 @@ def test_unsupported_arguments_are_refused(arguments: Any, reason: str | None) -
     def call() -> Any:
         options = {"chunk": chunk, "implementation": implementation}
         return jax.eval_shape(
-            lambda *arrays: retention(*arrays, times, **options), q, q, v, jnp.zeros(1), memory
+            lambda *arrays: retention(Operands(*arrays, times), **options),
+            q,
+            q,
+            v,
+            jnp.zeros(1),
+            memory,
         )
 
     if reason is None:

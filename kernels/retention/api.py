@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels.retention import pallas_tpu, xla
-from kernels.retention.reference import Times
+from kernels.retention.reference import Operands
 
 
 class _Backend(NamedTuple):
@@ -29,12 +29,7 @@ IMPLEMENTATIONS: dict[str, _Backend] = {
 
 
 def retention(
-    q_BTHE: Float[Array, "B T H E"],
-    k_BTHE: Float[Array, "B T H E"],
-    v_BTHF: Float[Array, "B T H F"],
-    log_decay_H: Float[Array, " H"],
-    memory_BHEF: Float[Array, "B H E F"],
-    times: Times,
+    operands: Operands,
     *,
     chunk: int,
     implementation: str = "xla",
@@ -45,11 +40,10 @@ def retention(
     memories between chunks are saved. Decays have no gradient. Raises `ValueError` if the
     implementation does not support the arguments.
     """
-    sizes = (q_BTHE.shape[-1], v_BTHF.shape[-1])
-    if reason := refusal(implementation, q_BTHE.dtype, *sizes, chunk):
+    q_BTHE, v_BTHF = operands.q_BTHE, operands.v_BTHF
+    if reason := refusal(implementation, q_BTHE.dtype, q_BTHE.shape[-1], v_BTHF.shape[-1], chunk):
         raise ValueError(reason)
-    function = IMPLEMENTATIONS[implementation].retention
-    return function(q_BTHE, k_BTHE, v_BTHF, log_decay_H, memory_BHEF, times, chunk=chunk)
+    return IMPLEMENTATIONS[implementation].retention(operands, chunk=chunk)
 
 
 def refusal(

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from kernels.derivatives import refuse_derivatives
-from kernels.retention.reference import Times
+from kernels.retention.reference import Operands, Times
 from kernels.retention.xla import pad_times
 from kernels.tpu import VMEM_BYTES, compiled_on_tpu, dot
 
@@ -40,20 +40,16 @@ def refusal(dtype: jnp.dtype, key_size: int, value_size: int, chunk: int) -> str
 
 
 def retention(
-    q_BTHE: Float[Array, "B T H E"],
-    k_BTHE: Float[Array, "B T H E"],
-    v_BTHF: Float[Array, "B T H F"],
-    log_decay_H: Float[Array, " H"],
-    memory_BHEF: Float[Array, "B H E F"],
-    times: Times,
+    operands: Operands,
     *,
     chunk: int,
 ) -> tuple[Float[Array, "B T H F"], Float[Array, "B H E F"]]:
     """See `api.retention`. Operands of matrix products have the dtype of the arguments."""
-    length = q_BTHE.shape[1]
+    *qkv, log_decay_H, memory_BHEF, times = operands
+    length = operands.q_BTHE.shape[1]
     size = min(chunk, -(-length // _SUBLANES) * _SUBLANES)
     padding = ((0, 0), (0, 0), (0, -length % size), (0, 0))
-    q, k, v = (jnp.pad(jnp.swapaxes(x, 1, 2), padding) for x in (q_BTHE, k_BTHE, v_BTHF))
+    q, k, v = (jnp.pad(jnp.swapaxes(x, 1, 2), padding) for x in qkv)
     line = _line(pad_times(times, size), size)
     o_BHTF, memory = _sums(size, q, k, v, log_decay_H.astype(jnp.float32), memory_BHEF, line)
     return jnp.swapaxes(o_BHTF[:, :, :length], 1, 2), memory

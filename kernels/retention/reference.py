@@ -25,6 +25,18 @@ class Times(NamedTuple):
     time: Int[Array, "B T"]
 
 
+class Operands(NamedTuple):
+    """Queries, keys and values of T tokens of every row, the logarithms of the heads' decays, the
+    memory before the row (float32, or wider where the others are), and the tokens' times."""
+
+    q_BTHE: Float[Array, "B T H E"]
+    k_BTHE: Float[Array, "B T H E"]
+    v_BTHF: Float[Array, "B T H F"]
+    log_decay_H: Float[Array, " H"]
+    memory_BHEF: Float[Array, "B H E F"]
+    times: Times
+
+
 class Span(NamedTuple):
     """A run of tokens of every row: its documents and times, and those just before it and at its
     end."""
@@ -38,18 +50,14 @@ class Span(NamedTuple):
 
 
 def retention(
-    q_BTHE: Float[Array, "B T H E"],
-    k_BTHE: Float[Array, "B T H E"],
-    v_BTHF: Float[Array, "B T H F"],
-    log_decay_H: Float[Array, " H"],
-    memory_BHEF: Float[Array, "B H E F"],
-    times: Times,
+    operands: Operands,
 ) -> tuple[Float[Array, "B T H F"], Float[Array, "B H E F"]]:
     """Return the sums and the memory after the row; memory use is quadratic in T."""
+    times = operands.times
     zeros_B = jnp.zeros_like(times.time[:, 0])
     ends = (zeros_B, zeros_B, times.latest[:, -1], times.time[:, -1])
     span = Span(times.document, times.time, *ends)
-    return span_sums(memory_BHEF, q_BTHE, k_BTHE, v_BTHF, log_decay_H, span)
+    return span_sums(operands.memory_BHEF, *operands[:4], span)
 
 
 def span_sums(

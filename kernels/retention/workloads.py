@@ -9,7 +9,7 @@ import numpy as np
 
 from kernels.program import Program, with_gradients
 from kernels.retention.api import retention
-from kernels.retention.reference import Times
+from kernels.retention.reference import Operands, Times
 
 
 class Workload(NamedTuple):
@@ -51,4 +51,4 @@ def _retain(q: Any, k: Any, v: Any, **options: Any) -> jax.Array:
     memory = jnp.zeros((rows, heads, key_size, value_size), jnp.float32)
     time = jnp.broadcast_to(jnp.arange(1, length + 1, dtype=jnp.int32)[None], (rows, length))
     times = Times(jnp.ones_like(time), jnp.ones_like(time), time)
-    return retention(q, k, v, log_decay, memory, times, **options)[0]
+    return retention(Operands(q, k, v, log_decay, memory, times), **options)[0]

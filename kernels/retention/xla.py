@@ -9,23 +9,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels.retention.reference import Span, Times, powers, scores, span_sums
+from kernels.retention.reference import Operands, Span, Times, powers, scores, span_sums
 
 
 def retention(
-    q_BTHE: Float[Array, "B T H E"],
-    k_BTHE: Float[Array, "B T H E"],
-    v_BTHF: Float[Array, "B T H F"],
-    log_decay_H: Float[Array, " H"],
-    memory_BHEF: Float[Array, "B H E F"],
-    times: Times,
+    operands: Operands,
     *,
     chunk: int,
 ) -> tuple[Float[Array, "B T H F"], Float[Array, "B H E F"]]:
     """See `api.retention`."""
-    batch, length, *heads = v_BTHF.shape
+    *qkv, log_decay_H, memory_BHEF, times = operands
+    batch, length, *heads = operands.v_BTHF.shape
     size = min(chunk, length)
-    q, k, v = (_split(x, size) for x in (q_BTHE, k_BTHE, v_BTHF))
+    q, k, v = (_split(x, size) for x in qkv)
     spans = _spans(pad_times(times, size), size)
     o_NBCHF, memory = _chunk_sums(memory_BHEF, q, k, v, log_decay_H, spans)
     return jnp.moveaxis(o_NBCHF, 0, 1).reshape(batch, -1, *heads)[:, :length], memory

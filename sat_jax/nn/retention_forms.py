@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sat_jax.ops import (
+    Operands,
     RetentionKernel,
     Times,
     absolute_retention,
@@ -100,7 +101,7 @@ def parallel(inputs: Inputs, state: State | None = None) -> tuple[Float[Array, "
     """Return the sums, and the state after the row; memory is quadratic in T."""
     state = state or empty_state(inputs)
     line = timeline(inputs.segment_ids, state)
-    o_BTHF, memory = parallel_retention(*inputs[:4], state.memory, line.times)
+    o_BTHF, memory = parallel_retention(Operands(*inputs[:4], state.memory, line.times))
     return o_BTHF, _state_after(memory, line)
 
 
@@ -142,9 +143,8 @@ def chunkwise(
     """
     state = state or empty_state(inputs)
     line = timeline(inputs.segment_ids, state)
-    o_BTHF, memory = retention(
-        *inputs[:4], state.memory, line.times, chunk=chunk, implementation=implementation
-    )
+    operands = Operands(*inputs[:4], state.memory, line.times)
+    o_BTHF, memory = retention(operands, chunk=chunk, implementation=implementation)
     return o_BTHF, _state_after(memory, line)
 
 
