@@ -1,1 +1,1 @@
-"""Block-sparse kernels: a package that does not depend on sat_jax."""
+"""Block-sparse kernels and retention: a package that does not depend on sat_jax."""

@@ -3,8 +3,9 @@
   python -m kernels.aot --target h200 v5e v5p
   python -m kernels.aot --target h200 --candidates
 
-Compiles every program at Llama-2 sizes (4,096 tokens, bfloat16, blocks of 128), and the programs
-with gradients for other numbers of tokens, dtypes and block sizes. Uses XLA's compilers for TPU
+Compiles every program at Llama-2 sizes (4,096 tokens, bfloat16, blocks of 128), the programs with
+gradients for other numbers of tokens, dtypes and block sizes, and retention at the sizes of
+RetNet-1.3B, whose kernel is for TPU. Uses XLA's compilers for TPU
 (libtpu) and for CUDA (the plug-in, and ptxas of the CUDA toolkit on PATH). Fails if a kernel does
 not compile, exceeds the memory of the chip or spills registers. Prints one line per program.
 
@@ -46,7 +47,10 @@ from kernels.block_sparse_matmul import tuned
 from kernels.block_sparse_matmul.backends import KERNELS
 from kernels.block_sparse_matmul.tiled import Tiled
 from kernels.block_sparse_matmul.tiles import UnsupportedTiles
-from kernels.block_sparse_matmul.workloads import LLAMA_2, Program, Workload, operations, programs
+from kernels.block_sparse_matmul.workloads import LLAMA_2, Workload, operations, programs
+from kernels.program import Program
+from kernels.retention import IMPLEMENTATIONS as RETENTION
+from kernels.retention import workloads as retention
 
 _H200 = """
 gpu_device_info {
@@ -183,6 +187,10 @@ def _cases(implementation: str) -> Iterator[tuple[str, Program]]:
         setting = ", ".join(f"{name} {value}" for name, value in changes.items()) or dtype
         for name in _ALL_OPERATIONS:
             yield f"{workload.model}  {setting}  {name}", _cast(available[name], dtype)
+    for dtype in ("bfloat16", "float32") if implementation in RETENTION else ():
+        available = retention.programs(retention.RETNET_1_3B, implementation, dtype)
+        for name, program in available.items():
+            yield f"retnet-1.3b  {dtype}  {name}", program
 
 
 def _cast(program: Program, dtype: str) -> Program:

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.block_sparse_matmul.workloads import MODELS, Program
+from kernels.block_sparse_matmul.workloads import MODELS
+from kernels.program import Program
 
 # Shorter calls are queued several times per timing, so that launching them is not measured.
 _SHORT_CALL = 5e-3
@@ -94,13 +95,14 @@ def parser(
     add_list("--model", models, "sizes of the MLP", choices=MODELS)
     add_list("--density", densities, "kept fractions, 0.125 to 1", type=_density)
     add_list("--block", blocks, "block sizes", type=int, choices=(64, 128, 256))
-    add_list("--tokens", tokens, "numbers of tokens", type=_count)
-    result.add_argument("--repeat", type=_count, default=20, help="timings of each (default: 20)")
+    add_list("--tokens", tokens, "numbers of tokens", type=count)
+    result.add_argument("--repeat", type=count, default=20, help="timings of each (default: 20)")
     result.add_argument("--minutes", type=float, help="start no measurement after this time")
     return result
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """Return a positive number of the command line."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text}, accepted 1 and more")
@@ -127,6 +129,7 @@ def _random(program: Program) -> list[jax.Array]:
     arrays: list[jax.Array] = []
     for seed, shape in enumerate(program.arguments):
         if jnp.issubdtype(shape.dtype, jnp.integer):
+            assert program.block
             blocks = arrays[-1].shape[0] // program.block
             arrays.append(jnp.arange(shape.size, dtype=jnp.int32) * blocks // shape.size)
         else:

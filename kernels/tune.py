@@ -36,7 +36,8 @@ from kernels import measure
 from kernels.block_sparse_matmul import backends, tuned, xla
 from kernels.block_sparse_matmul.tiled import Kernels, Tiled
 from kernels.block_sparse_matmul.tiles import DEFAULTS, Tiles, UnsupportedTiles
-from kernels.block_sparse_matmul.workloads import MODELS, Program, Workload, operations
+from kernels.block_sparse_matmul.workloads import MODELS, Workload, operations
+from kernels.program import Program
 
 Changes = list[dict[str, int]]
 _OPERATIONS = sorted({name for _, name in tuned.OPERATIONS})

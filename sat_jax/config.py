@@ -17,6 +17,7 @@ from sat_jax.nn.attention.dot_product import Implementation
 from sat_jax.nn.rope import SCALINGS
 from sat_jax.nn.stack import Remat
 from sat_jax.ops import Implementation as Kernels
+from sat_jax.ops import RetentionKernel
 from sat_jax.sparsity.block_patterns import Pattern
 from sat_jax.sparsity.controller import overall
 from sat_jax.sparsity.importance import METRICS
@@ -86,6 +87,9 @@ class ModelConfig:
     loss_chunk: int = key(512, "positions of each row whose logits are in memory at a time", low=1)
     attention: Implementation | None = key(
         None, "attention backend; None selects one by platform and dtype"
+    )
+    retention: RetentionKernel = key(
+        "xla", "implementation of retention: XLA, or a kernel for TPU (interpret mode on a CPU)"
     )
     kernels: Kernels | None = key(
         None,

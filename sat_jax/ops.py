@@ -1,5 +1,6 @@
 """Wrapper around `kernels`: products with the kept channels, computed from full matrices. Products
-with stored blocks (`column_matmul`, `row_matmul` and `gelu_mlp` with a `BlockMask`) as they are."""
+with stored blocks (`column_matmul`, `row_matmul` and `gelu_mlp` with a `BlockMask`) and retention
+as they are."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -18,8 +19,17 @@ from kernels.block_sparse_matmul import (
     swiglu_mlp,
 )
 from kernels.block_sparse_matmul import gelu_mlp as gelu_mlp
+from kernels.retention import Operands as Operands
+from kernels.retention import Times as Times
+from kernels.retention import absolute_retention as absolute_retention
+from kernels.retention import parallel_retention as parallel_retention
+from kernels.retention import refusal as _retention_refusal
+from kernels.retention import retention as retention
 
 Implementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
+RetentionKernel = Literal["xla", "pallas_tpu"]
+# The TPU kernels run in interpret mode on a CPU.
+_PLATFORMS = {"pallas_tpu": ("tpu", "cpu"), "pallas_gpu": ("gpu",)}
 
 
 class KernelConfig(NamedTuple):
@@ -33,14 +43,9 @@ class KernelConfig(NamedTuple):
     implementation: Implementation | None = None
 
     def refusal(self, dtype: str, width: int, device: Any) -> str | None:
-        """Return why a jax device does not support matrices `[F, width]`, or None if it does.
-
-        On a CPU, the TPU kernels run in interpret mode.
-        """
-        platforms = {"pallas_tpu": ("tpu", "cpu"), "pallas_gpu": ("gpu",)}
-        accepted = platforms.get(self.implementation or "", (device.platform,))
-        if device.platform not in accepted:
-            return f"{self.implementation} on {device.platform}; accepted: {', '.join(accepted)}"
+        """Return why a jax device does not support matrices `[F, width]`, or None if it does."""
+        if reason := _platform_refusal(self.implementation, device):
+            return reason
         capability = getattr(device, "compute_capability", "9.0")
         if self.implementation == "pallas_gpu" and capability != "9.0":
             return f"pallas_gpu on compute capability {capability}; accepted: 9.0 (Hopper)"
@@ -49,6 +54,28 @@ class KernelConfig(NamedTuple):
         except ValueError as error:
             return str(error)
         return None
+
+
+def retention_refusal(
+    implementation: RetentionKernel,
+    dtype: str,
+    key_size: int,
+    value_size: int,
+    chunk: int,
+    device: Any,
+) -> str | None:
+    """Return why a jax device does not support retention of heads of these sizes, or None if it
+    does."""
+    return _platform_refusal(implementation, device) or _retention_refusal(
+        implementation, jnp.dtype(dtype), key_size, value_size, chunk
+    )
+
+
+def _platform_refusal(implementation: str | None, device: Any) -> str | None:
+    accepted = _PLATFORMS.get(implementation or "", (device.platform,))
+    if device.platform in accepted:
+        return None
+    return f"{implementation} on {device.platform}; accepted: {', '.join(accepted)}"
 
 
 class InPlace(NamedTuple):

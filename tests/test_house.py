@@ -44,8 +44,8 @@ EXCEPTIONS = {
     ("scripts.memory", "kernels.aot"),
     ("scripts.benchmark_blocks", "kernels.block_sparse_matmul"),
 }
-# Settings of kernels are types; the products themselves are for types of weights.
-KERNEL_TYPES = {"KernelConfig", "Implementation"}
+# Settings of kernels are types; the products themselves are for types of weights, and retention.
+KERNEL_TYPES = {"KernelConfig", "Implementation", "RetentionKernel"}
 # What a family's file must not mention: methods, and what they do to a model.
 METHOD_WORDS = re.compile(
     r"omit|kept|sparse|sparsity|kernel|lora|quanti[sz]|prun|dynamic_selection|(?-i:\bMask)", re.I
@@ -158,14 +158,15 @@ def test_kernels_are_imported_by_ops_alone() -> None:
     assert importers == {"sat_jax.ops"}
 
 
-def test_products_of_kernels_are_imported_by_types_of_weights_alone() -> None:
+def test_products_of_kernels_are_imported_by_types_of_weights_and_retention_alone() -> None:
     types = {"sat_jax.ops", *(f"sat_jax.ops.{name}" for name in KERNEL_TYPES)}
     importers = {
         module_name(path)
         for path in sources("sat_jax")
         if any(inside(name, "sat_jax.ops") and name not in types for name in imports(path))
     }
-    assert importers == {"sat_jax.nn.linear", "sat_jax.nn.block_sparse"}
+    modules = ("linear", "block_sparse", "retention", "retention_forms")
+    assert importers == {f"sat_jax.nn.{name}" for name in modules}
 
 
 def family_files() -> set[Path]:

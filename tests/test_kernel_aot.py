@@ -13,7 +13,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels.block_sparse_matmul.tiles import GpuTiles
-from kernels.block_sparse_matmul.workloads import LLAMA_2, Program
+from kernels.block_sparse_matmul.workloads import LLAMA_2
+from kernels.program import Program
 
 SHARDING = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("one",)), PartitionSpec())
 
@@ -68,6 +69,7 @@ def test_a_failing_program_fails_its_target(
     aot: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(aot, "_OTHER_SETTINGS", ())
+    monkeypatch.setattr(aot.retention, "programs", lambda *_: {})
     programs = {"silent": lambda: printing(""), "good": lambda: printing("Used 9 registers")}
     monkeypatch.setattr(aot, "programs", lambda *_: {n: make() for n, make in programs.items()})
     assert aot.check("v5e")
@@ -94,7 +96,13 @@ def test_other_settings_are_compiled_where_a_target_supports_them(
     monkeypatch.setattr(aot, "compile_program", compile_program)
     for target, others in (
         ("h200", [(4096, "bfloat16", 64), (4096, "float16", 128)]),
-        ("v5e", [(4096, "bfloat16", 256), (4096, "float32", 128)]),
+        (
+            "v5e",
+            [
+                *((4096, "bfloat16", 256), (4096, "float32", 128)),
+                *((8, dtype, None) for dtype in ("bfloat16", "float32")),  # rows of retention
+            ],
+        ),
     ):
         seen.clear()
         assert aot.check(target)

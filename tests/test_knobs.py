@@ -201,6 +201,7 @@ ELSEWHERE = {
     "model.rope_type": "test_extension.py",
     "model.rope_factor": "test_extension.py",
     "data.pose_length": "test_extension.py",
+    "model.retention": "test_retention_kernel.py",
     "data.sources": "test_data_sources.py",
     "data.tokenizer": "test_data_tokenizer.py",
     "data.held_out": "test_data_prepare.py",

@@ -15,6 +15,7 @@ from flax import nnx
 from sat_jax.nn.context import Context
 from sat_jax.nn.retention import Normalization, Retention, decay_norms, head_norm, log_decays
 from sat_jax.nn.retention_forms import (
+    Inputs,
     State,
     absolute_sums,
     chunkwise,
@@ -71,7 +72,7 @@ def by_definition(q: Any, k: Any, v: Any, log_decay: Any) -> np.ndarray:
 
 
 def normalised(form: Form, q: Any, k: Any, v: Any, log_decay: Any, eps: float) -> Any:
-    o, state = form(q, k, v, log_decay, SEGMENT_IDS)
+    o, state = form(Inputs(q, k, v, log_decay, SEGMENT_IDS))
     scale = decay_norms(log_decay, timeline(SEGMENT_IDS).age)
     return head_norm(o, scale, eps), state.memory
 
@@ -96,7 +97,7 @@ def outputs_and_gradients(form: Form, arrays: Any, eps: float) -> Any:
 @pytest.mark.parametrize("name", FORMS)
 def test_forms_agree_in_float64(name: str) -> None:
     arrays = inputs(np.float64)
-    o, state = FORMS[name](*arrays, SEGMENT_IDS)
+    o, state = FORMS[name](Inputs(*arrays, SEGMENT_IDS))
     assert_close(o, by_definition(*arrays), "float64", "forward")
     np.testing.assert_array_equal(state.segment_id, [2, 3])
     np.testing.assert_array_equal(state.tokens, [13, 32])
@@ -119,7 +120,7 @@ def test_forms_agree_in_float32(name: str) -> None:
 def test_sums_of_half_precision_are_float32() -> None:
     arrays = inputs(jnp.bfloat16)
     for form in FORMS.values():
-        o, state = form(*arrays[:3], arrays[3].astype(jnp.float32), SEGMENT_IDS)
+        o, state = form(Inputs(*arrays[:3], arrays[3].astype(jnp.float32), SEGMENT_IDS))
         assert (o.dtype, state.memory.dtype) == (jnp.float32, jnp.float32)
 
 
@@ -131,7 +132,7 @@ def sums_in_parts(cuts: tuple[int, ...], qkv: Any, log_decay: jax.Array) -> Any:
     for start, stop in itertools.pairwise((0, *cuts)):
         form = recurrent if stop == start + 1 else FORMS["chunks of 5"]
         q, k, v, segment_ids = (x[:, start:stop] for x in (*qkv, SEGMENT_IDS))
-        o, state = form(q, k, v, log_decay, segment_ids, state)
+        o, state = form(Inputs(q, k, v, log_decay, segment_ids), state)
         parts.append(o)
     return jnp.concatenate(parts, axis=1), state
 
@@ -149,7 +150,7 @@ def test_a_row_in_parts(cuts: tuple[int, ...]) -> None:
         )
         return sums, state, pullback(cotangent)
 
-    desired = parallel(*qkv, log_decay, SEGMENT_IDS)
+    desired = parallel(Inputs(*qkv, log_decay, SEGMENT_IDS))
     actual, state, gradients = both(cuts)
     assert_close(actual, desired[0], "float64", "forward")
     for a, b in zip(state, desired[1], strict=True):
@@ -163,7 +164,7 @@ def test_no_gradient_between_documents(name: str) -> None:
     *qkv, log_decay = inputs(np.float32)
 
     def of_documents(*qkv: jax.Array) -> jax.Array:
-        o, _ = FORMS[name](*qkv, log_decay, SEGMENT_IDS)
+        o, _ = FORMS[name](Inputs(*qkv, log_decay, SEGMENT_IDS))
         return jnp.sum(o[0, 20:33] ** 2) + jnp.sum(o[1, 5:] ** 2)
 
     for gradient in jax.grad(of_documents, argnums=(0, 1, 2))(*qkv):
@@ -176,17 +177,15 @@ def test_no_gradient_between_documents(name: str) -> None:
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("chunk", [8, 64])
 def test_absolute_sums(chunk: int) -> None:
-    q, k, _, log_decay = inputs(np.float64)
+    q, k, v, log_decay = inputs(np.float64)
     # |q · k| is a sum over a document like any other: of one key of size 1 at a time.
     ones = jnp.ones((*SEGMENT_IDS.shape, HEADS, 1))
     scores = jnp.abs(jnp.einsum("BTHE,BSHE->BTSH", q, k))
     desired = [
-        parallel(
-            scores[:, t][..., None] * 0 + 1, scores[:, t][..., None], ones, log_decay, SEGMENT_IDS
-        )[0][:, t, :, 0]
+        parallel(Inputs(ones, scores[:, t][..., None], ones, log_decay, SEGMENT_IDS))[0][:, t, :, 0]
         for t in range(SEGMENT_IDS.shape[1])
     ]
-    actual = absolute_sums(q, k, log_decay, SEGMENT_IDS, chunk=chunk)
+    actual = absolute_sums(Inputs(q, k, v, log_decay, SEGMENT_IDS), chunk=chunk)
     assert_close(actual, jnp.stack(desired, axis=1), "float64", "forward")
 
 
@@ -199,7 +198,7 @@ def test_long_rows_do_not_overflow() -> None:
     assert (length * -log_decay[0]) > np.log(np.finfo(np.float32).max)
 
     def total(q: jax.Array, log_decay: jax.Array) -> jax.Array:
-        return jnp.sum(parallel(q, k, v, log_decay, ones)[0])
+        return jnp.sum(parallel(Inputs(q, k, v, log_decay, ones))[0])
 
     # An overflow would make the gradient of the decay NaN.
     value, (gradient, of_decay) = jax.value_and_grad(total, argnums=(0, 1))(q, log_decay)
@@ -214,7 +213,7 @@ def test_memory_of_a_backward_pass_is_linear_in_length() -> None:
         log_decay, ones = jnp.asarray(log_decays(2)), jnp.ones((1, length), jnp.int32)
 
         def scalar(*qkv: jax.Array) -> jax.Array:
-            o, _ = form(*qkv, log_decay, ones)
+            o, _ = form(Inputs(*qkv, log_decay, ones))
             return jnp.sum(o * o)
 
         compiled = jax.jit(jax.grad(scalar, argnums=(0, 1, 2))).lower(*arrays).compile()

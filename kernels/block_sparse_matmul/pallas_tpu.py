@@ -19,9 +19,9 @@ from jaxtyping import Array, Float
 from kernels.block_sparse_matmul.patterns import BlockMask
 from kernels.block_sparse_matmul.tiled import Product, Steps, largest_tile, split
 from kernels.block_sparse_matmul.tiles import TpuTiles, UnsupportedTiles
+from kernels.tpu import VMEM_BYTES, compiled_on_tpu, dot
 
 NAME = "pallas_tpu"
-_VMEM_BYTES = 64 * 2**20
 _SUBLANES = 16
 
 
@@ -95,7 +95,7 @@ def _contract(*refs: Any, product: Product) -> None:
     def _() -> None:
         for i, w in enumerate(ws):
             x, total = xs[i % len(xs)], sums[i % len(sums)]
-            total[...] += _dot(x[...], w[...], 1, 1 if product.transposed else 0)
+            total[...] += dot(x[...], w[...], 1, 1 if product.transposed else 0)
 
     @pl.when((n == end) | (result[jnp.minimum(n + 1, end)] != result[n]))
     def _() -> None:
@@ -139,7 +139,7 @@ def _sample(*refs: Any, tokens: int) -> None:
     # Rows after the last token are undefined, possibly NaN.
     valid = jax.lax.broadcasted_iota(jnp.int32, a.shape, 0) < tokens - t * tile_m
     valid_a, valid_c = (jnp.where(valid, tile[...], 0) for tile in (a, c))
-    total[...] += _dot(valid_a, valid_c, 0, 0)
+    total[...] += dot(valid_a, valid_c, 0, 0)
 
     @pl.when(t == pl.num_programs(1) - 1)
     def _() -> None:
@@ -148,13 +148,6 @@ def _sample(*refs: Any, tokens: int) -> None:
 
 def _token_tile(tokens: int, dtype: jnp.dtype, max_bytes: int) -> int:
     return min(max_bytes // dtype.itemsize, -(-tokens // _SUBLANES) * _SUBLANES)
-
-
-def _dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
-    """Return the product contracted over one axis of each; float32 uses the highest precision."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    axes = (((a_axis,), (b_axis,)), ((), ()))
-    return jax.lax.dot_general(a, b, axes, precision, jnp.float32)
 
 
 def _spec(tile: tuple[int, int], index: Callable[..., tuple[Any, Any]]) -> pl.BlockSpec:
@@ -188,14 +181,11 @@ def _call(
             interpret=interpret,
             name=name,
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
+                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
             ),
         )(*arguments)
 
-    compiled, interpreted = (functools.partial(call, interpret=i) for i in (False, True))
-    return lambda *arguments: jax.lax.platform_dependent(
-        *arguments, tpu=compiled, default=interpreted
-    )
+    return compiled_on_tpu(call)
 
 
 def _check_memory(
@@ -206,5 +196,5 @@ def _check_memory(
     specs = [*in_specs, *jax.tree.leaves(out_specs)]
     tiles = sum(2 * size * math.prod(spec.block_shape) for spec in specs)
     needed = tiles + sum(4 * math.prod(total.shape) for total in sums)
-    if needed > _VMEM_BYTES:
-        raise UnsupportedTiles(f"tiles of {needed} bytes of VMEM, accepted {_VMEM_BYTES}")
+    if needed > VMEM_BYTES:
+        raise UnsupportedTiles(f"tiles of {needed} bytes of VMEM, accepted {VMEM_BYTES}")

@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from kernels.block_sparse_matmul.backends import BACKENDS
 from kernels.block_sparse_matmul.patterns import BlockMask, KeptRows, Pattern
+from kernels.derivatives import refuse_derivatives
 
 Rows = tuple[Array, ...] | None
 # Whether `rows` are given, as a residual: () or None. A bool would become an array, and the rows
@@ -195,14 +196,5 @@ def _expand(rows: Array, w: Array, pattern: KeptRows) -> Array:
 
 def _guard(values: Any, has_rows: HasRows) -> Any:
     """Return `values`; with `rows`, their differentiation raises, since it would ignore `rows`."""
-    return values if has_rows is None else jax.tree.map(_not_differentiable, values)
-
-
-@jax.custom_jvp
-def _not_differentiable(x: Array) -> Array:
-    return x
-
-
-@_not_differentiable.defjvp
-def _refuse(_primals: Any, _tangents: Any) -> Any:
-    raise TypeError("rows: gradients of kept rows cannot be differentiated again; accepted: None")
+    reason = "rows: gradients of kept rows cannot be differentiated again; accepted: None"
+    return values if has_rows is None else refuse_derivatives(values, reason)

@@ -10,6 +10,7 @@ import numpy as np
 from kernels.block_sparse_matmul.api import column_matmul, row_matmul, swiglu_mlp
 from kernels.block_sparse_matmul.backends import Backend
 from kernels.block_sparse_matmul.patterns import BlockMask, kept_rows
+from kernels.program import Program, with_gradients
 
 
 class Workload(NamedTuple):
@@ -38,18 +39,6 @@ LLAMA_2 = (Workload("llama-2-7b", 4096, 11_008), Workload("llama-2-13b", 5120, 1
 MODELS = {workload.model: workload for workload in (*LLAMA_2, Workload("small", 256, 512))}
 
 
-class Program(NamedTuple):
-    """A function and the shapes of its arguments.
-
-    `flops` counts the matrix products of the kept blocks, without recomputation.
-    """
-
-    function: Callable[..., Any]
-    arguments: tuple[jax.ShapeDtypeStruct, ...]
-    flops: float
-    block: int
-
-
 def programs(workload: Workload, implementation: str | None) -> dict[str, Program]:
     """Return the products, and an MLP and a masked product with all gradients, by name.
 
@@ -71,9 +60,9 @@ def programs(workload: Workload, implementation: str | None) -> dict[str, Progra
         "column": Program(column, (x, w, *ids), flops, block),
         "row": Program(row, (h, w, *ids), flops, block),
         "mlp": Program(mlp, (x, *weights), 3 * flops, block),
-        "mlp_gradients": Program(_with_gradients(mlp, 4), (x, *weights), 9 * flops, block),
+        "mlp_gradients": Program(with_gradients(mlp, 4), (x, *weights), 9 * flops, block),
         "mask": Program(masked, (x, values), masked_flops, block),
-        "mask_gradients": Program(_with_gradients(masked, 2), (x, values), 3 * masked_flops, block),
+        "mask_gradients": Program(with_gradients(masked, 2), (x, values), 3 * masked_flops, block),
     }
 
 
@@ -142,20 +131,6 @@ def _dense_row(h: Any, w: Any) -> Any:
 
 def _dense_mlp(x: Any, gate: Any, up: Any, down: Any) -> Any:
     return (jax.nn.silu(x @ gate.T) * (x @ up.T)) @ down
-
-
-def _with_gradients(function: Callable[..., Any], floats: int) -> Callable[..., Any]:
-    """Return a function of the value and of the gradients of the first `floats` arguments.
-
-    The cotangent depends on the value, so that XLA cannot skip the forward pass.
-    """
-
-    def call(*arguments: Any) -> tuple[Any, ...]:
-        ids = arguments[floats:]
-        value, vjp = jax.vjp(lambda *operands: function(*operands, *ids), *arguments[:floats])
-        return value, *vjp(jnp.sin(value))
-
-    return call
 
 
 def _ids(workload: Workload) -> jax.ShapeDtypeStruct:

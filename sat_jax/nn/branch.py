@@ -112,4 +112,4 @@ def branches(block: Any) -> dict[str, Branch]:
 def _unobserved(context: Context) -> Context:
     if context.cache is not None:
         raise ValueError("a model whose forward pass has omitted units apart cannot decode")
-    return Context(context.segment_ids, context.rotary, context.attention)
+    return Context(context.segment_ids, context.rotary, context.attention, context.retention)

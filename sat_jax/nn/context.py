@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from sat_jax.nn.attention.dot_product import Implementation
+from sat_jax.ops import RetentionKernel
 
 Observable = Literal["inputs", "outputs", "predicted", "products"]
 Observed = dict[str, dict[str, Any]]
@@ -107,6 +108,7 @@ class Context:
     segment_ids: Int[Array, "B T"]
     rotary: tuple[Array, Array] | None = None
     attention: Implementation | None = None
+    retention: RetentionKernel = "xla"
     observe: Collection[Observable] = ()
     selection: Selection | None = None
     key: PRNGKeyArray | None = None

@@ -18,6 +18,7 @@ from sat_jax.nn.param import Mask
 from sat_jax.nn.pipeline import number_of_stages, pipeline_layers
 from sat_jax.nn.rope import document_lengths, rotary_tables, scaled_by_length
 from sat_jax.nn.stack import Remat, cast, scan_layers
+from sat_jax.ops import RetentionKernel
 
 # Tokens per forward pass where the slots of a cache are computed again.
 _CHUNK = 512
@@ -31,7 +32,7 @@ class Compute:
     each layer's input only. `loss_chunk`: positions of each row whose logits exist at once.
     `attention`: a backend by name; None chooses by platform. `microbatches`: parts of the rows that
     pass through a pipeline, on a mesh with one; 1: all rows pass through the layers one by one, and
-    each layer's weights are sent to all stages.
+    each layer's weights are sent to all stages. `retention`: its implementation by name.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -39,6 +40,7 @@ class Compute:
     loss_chunk: int = 512
     attention: Implementation | None = None
     microbatches: int = 1
+    retention: RetentionKernel = "xla"
 
 
 class Decoder(nnx.Module):
@@ -104,6 +106,7 @@ class Decoder(nnx.Module):
             segment_ids,
             self.rotary(positions, lengths),
             self.compute.attention,
+            self.compute.retention,
             observe,
             selection,
             key,
@@ -168,10 +171,12 @@ class Decoder(nnx.Module):
         if self.config.has_dynamic_rope:
             written = cache.row_lengths(cache.tokens.shape[1])[:, None]
             lengths = jnp.broadcast_to(written, positions.shape)
-        context = Context(segment_ids, self.rotary(positions, lengths), self.compute.attention)
+        rotary = self.rotary(positions, lengths)
+        compute = self.compute
+        context = Context(segment_ids, rotary, compute.attention, compute.retention)
         x_BTD = self.embed_tokens(tokens, positions).astype(self.compute.dtype)
         x_BTD, _, extended = scan_layers(
-            self.layers, x_BTD, context, dtype=self.compute.dtype, cache=cache
+            self.layers, x_BTD, context, dtype=compute.dtype, cache=cache
         )
         assert extended is not None
         return self.normalize(x_BTD), extended

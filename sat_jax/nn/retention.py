@@ -5,7 +5,7 @@ is divided by its root mean square, multiplied by a gate silu(x · gate), and pr
 """
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from sat_jax.nn.linear import dense, project
 from sat_jax.nn.low_rank import predicted
 from sat_jax.nn.param import constant, normal, param
 from sat_jax.nn.retention_forms import (
+    Inputs,
     State,
     absolute_sums,
     chunkwise,
@@ -26,6 +27,7 @@ from sat_jax.nn.retention_forms import (
     timeline,
 )
 from sat_jax.nn.rope import rotate
+from sat_jax.ops import RetentionKernel, retention_refusal
 
 Normalization = Literal["decay", "sum", "absolute_sum"]
 """What a sum is divided by before the norm of a head. The norm cancels a factor, apart from its
@@ -98,8 +100,9 @@ class Retention(Branch):
             v_BTHF = jnp.pad(v_BTHF, [(0, 0)] * 3 + [(0, 1)], constant_values=1)
         state = None if cache is None else _read(cache)
         one_token = cache is not None and segment_ids.shape[1] == 1
-        form = recurrent if one_token else functools.partial(chunkwise, chunk=self.chunk)
-        o_BTHF, after = form(q_BTHE, k_BTHE, v_BTHF, log_decay_H, segment_ids, state)
+        in_chunks = functools.partial(chunkwise, chunk=self.chunk, implementation=context.retention)
+        inputs = Inputs(q_BTHE, k_BTHE, v_BTHF, log_decay_H, segment_ids)
+        o_BTHF, after = (recurrent if one_token else in_chunks)(inputs, state)
         if cache is not None:
             _write(cache, after)
         scale_BTH = decay_norms(log_decay_H, timeline(segment_ids, state).age)
@@ -107,9 +110,20 @@ class Retention(Branch):
             o_BTHF, sums_BTH = o_BTHF[..., :-1], o_BTHF[..., -1]
             scale_BTH = jnp.maximum(scale_BTH, jnp.abs(sums_BTH))
         elif self.normalization == "absolute_sum" and cache is None:
-            sums_BTH = absolute_sums(q_BTHE, k_BTHE, log_decay_H, segment_ids, chunk=self.chunk)
+            sums_BTH = absolute_sums(inputs, chunk=self.chunk)
             scale_BTH = scale_BTH * jnp.clip(sums_BTH / scale_BTH, 1, 5e4)
         return head_norm(o_BTHF, scale_BTH, self.norm_eps)
+
+    def refusal(self, implementation: RetentionKernel, dtype: str, device: Any) -> str | None:
+        """Return why a jax device does not support an implementation for these heads, or None if it
+        does."""
+        sizes = self.key.get_value().shape[2], self._columns
+        return retention_refusal(implementation, dtype, *sizes, self.chunk, device)
+
+    @property
+    def _columns(self) -> int:
+        """Columns of a state: the size of values, and with `sum` one more."""
+        return self.value.get_value().shape[2] + (self.normalization == "sum")
 
     def predicted_activations(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H F"]:
         """Return every head's activation at low rank, up to its sign, as if each token saw itself
@@ -128,9 +142,8 @@ class Retention(Branch):
         """Return the states of no token (see `State`), whose size does not depend on `slots`."""
         del slots, dtype
         layers, heads, size, _ = self.key.get_value().shape
-        columns = self.value.get_value().shape[2] + (self.normalization == "sum")
         zeros = jnp.zeros((layers, batch), jnp.int32)
-        memory = jnp.zeros((layers, batch, heads, size, columns), jnp.float32)
+        memory = jnp.zeros((layers, batch, heads, size, self._columns), jnp.float32)
         return {"memory": memory, "segment_id": zeros, "tokens": zeros}
 
     def mixing_flops(self, length: float) -> float:

@@ -85,6 +85,7 @@ class Programs:
             settings.loss_chunk,
             settings.attention,
             config.train.accumulate,
+            settings.retention,
         )
         self.layout = layout_of(model, compute)
         # Probes have few rows, and observe what stages do not return: without a pipeline.

@@ -20,6 +20,7 @@ from sat_jax.models.build import initial_values, layout_of
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.attention.dot_product import refusals
 from sat_jax.nn.attention.grouped_query import Attention
+from sat_jax.nn.retention import Retention
 from sat_jax.parallel.mesh import make_mesh
 from sat_jax.parallel.processes import check_processes
 from sat_jax.parallel.rules import check_divisible, tree_shardings
@@ -54,6 +55,7 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
     model, weights = starting_point(config)
     _check_rows(config, mesh)
     _check_attention(config, model)
+    _check_retention(config, model, mesh)
     if config.export.huggingface:
         check_exportable(model)
     model.check_length("data.row_length", config.data.row_length)
@@ -156,6 +158,21 @@ def _check_attention(config: Config, model: DecoderConfig) -> None:
     if reason := reasons[config.model.attention]:
         accepted = ", ".join(name for name, reason in reasons.items() if reason is None)
         raise UserError(f"model.attention={config.model.attention}: {reason}; accepted: {accepted}")
+
+
+def _check_retention(config: Config, model: DecoderConfig, mesh: Mesh) -> None:
+    name = config.model.retention
+    if name == "xla":
+        return
+    found = [b for b in layout_of(model).branches.values() if isinstance(b, Retention)]
+    if not found:
+        reason: str | None = f"a {model.family} model has no retention"
+    elif mesh.size > 1:
+        reason = f"{mesh.size} devices, and the kernel runs on one"
+    else:
+        reason = found[0].refusal(name, config.model.dtype, mesh.devices.flat[0])
+    if reason:
+        raise UserError(f"model.retention={name}: {reason}; accepted: xla")
 
 
 def _check_stages(mesh: MeshConfig, layers: int) -> None:
