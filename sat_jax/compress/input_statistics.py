@@ -1,0 +1,43 @@
+"""Statistics of the inputs of a matrix, which all methods that calibrate share."""
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+from jaxtyping import ArrayLike, Float
+
+Needs = Literal["nothing", "squares", "gram"]
+"""The statistics that a method reads: none, `InputStatistics.squares`, or also its `gram`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InputStatistics:
+    """Sums over the tokens x of the inputs of a matrix `[out, in]`, in float64.
+
+    `squares` is Σ x², and `gram` is Σ x xᵀ (of inputs `[tokens, in]`: inputsᵀ · inputs), or None if
+    no method needs it. Statistics of several batches are added.
+    """
+
+    tokens: int
+    squares: Float[np.ndarray, " in"]
+    gram: Float[np.ndarray, "in in"] | None = None
+
+    @classmethod
+    def of_inputs(
+        cls, inputs: Float[ArrayLike, "tokens in"], needs: Needs = "gram"
+    ) -> "InputStatistics":
+        """Return the statistics of these inputs."""
+        x = np.asarray(inputs, np.float64)
+        if needs == "gram":
+            return cls.of_gram(len(x), x.T @ x)
+        return cls(len(x), np.einsum("ti,ti->i", x, x))
+
+    @classmethod
+    def of_gram(cls, tokens: int, gram: Float[ArrayLike, "in in"]) -> "InputStatistics":
+        """Return the statistics of inputs with this Gram matrix."""
+        gram = np.asarray(gram, np.float64)
+        return cls(tokens, gram.diagonal().copy(), gram)
+
+    def __add__(self, other: "InputStatistics") -> "InputStatistics":
+        gram = None if self.gram is None or other.gram is None else self.gram + other.gram
+        return InputStatistics(self.tokens + other.tokens, self.squares + other.squares, gram)
