@@ -9,7 +9,7 @@ import pytest
 
 import sat_jax
 from sat_jax.compress import InputStatistics, prune_matrix
-from sat_jax.compress.sparsegpt import DAMPING, inverse_factor
+from sat_jax.compress.input_statistics import DAMPING
 from sat_jax.errors import UserError
 from tests.tolerances import assert_close
 
@@ -120,7 +120,7 @@ def test_statistics_of_batches_are_added() -> None:
 
 def test_factor_of_the_inverse() -> None:
     gram = np.array([[4.0, 1.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 0.0]])
-    factor = inverse_factor(gram)
+    factor = InputStatistics.of_gram(2, gram).inverse_factor
     damped = gram + np.diag([0, 0, 1]) + np.eye(3) * DAMPING * 7 / 3
     assert_close(factor.T @ factor, np.linalg.inv(damped), "float64", "forward")
     assert not np.tril(factor, -1).any()

@@ -1,6 +1,7 @@
 """Statistics of the inputs of a matrix, which all methods that calibrate share."""
 
 import dataclasses
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -8,6 +9,10 @@ from jaxtyping import ArrayLike, Float
 
 Needs = Literal["nothing", "squares", "gram"]
 """The statistics that a method reads: none, `InputStatistics.squares`, or also its `gram`."""
+
+DAMPING = 0.01
+"""Share of the mean diagonal of a Gram matrix that is added to its diagonal before it is inverted,
+as in the published code of SparseGPT and GPTQ."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +42,21 @@ class InputStatistics:
         """Return the statistics of inputs with this Gram matrix."""
         gram = np.asarray(gram, np.float64)
         return cls(tokens, gram.diagonal().copy(), gram)
+
+    @cached_property
+    def inverse_factor(self) -> Float[np.ndarray, "in in"]:
+        """The upper triangular U with Uᵀ · U = (gram + damping)⁻¹, in float64.
+
+        It is U = R⁻¹ with gram + damping = R · Rᵀ, so that the matrix itself is not inverted.
+        Float32 would not be enough for the Gram matrices of large models. The diagonal is 1 where
+        all inputs are 0.
+        """
+        assert self.gram is not None
+        damped = self.gram.copy()
+        diagonal = np.einsum("ii->i", damped)  # a view
+        diagonal[diagonal == 0] = 1
+        diagonal += DAMPING * diagonal.mean()
+        return np.linalg.inv(np.linalg.cholesky(damped[::-1, ::-1]))[::-1, ::-1]
 
     def __add__(self, other: "InputStatistics") -> "InputStatistics":
         gram = None if self.gram is None or other.gram is None else self.gram + other.gram

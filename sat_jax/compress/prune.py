@@ -33,11 +33,6 @@ def _wanda(weight: Array, statistics: InputStatistics, pattern: Pattern, block: 
     return _prune_lowest(weight, jnp.abs(weight) * norms[None], pattern, block)
 
 
-def _sparsegpt(weight: Array, statistics: InputStatistics, pattern: Pattern, block: int) -> Pruned:
-    assert statistics.gram is not None
-    return sparsegpt(weight, statistics.gram, pattern, block)
-
-
 def _prune_lowest(weight: Array, scores: Array, pattern: Pattern, block: int) -> Pruned:
     width = block if pattern.in_blocks else weight.shape[1]
     parts = [
@@ -51,7 +46,7 @@ def _prune_lowest(weight: Array, scores: Array, pattern: Pattern, block: int) ->
 METHODS: dict[str, Method] = {
     "magnitude": Method("nothing", _magnitude),
     "wanda": Method("squares", _wanda),
-    "sparsegpt": Method("gram", _sparsegpt),
+    "sparsegpt": Method("gram", sparsegpt),
 }
 
 

@@ -8,25 +8,23 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from sat_jax.compress.input_statistics import InputStatistics
 from sat_jax.compress.patterns import Pattern
-
-DAMPING = 0.01  # of the mean diagonal of the Gram matrix, as in the published code
 
 
 def sparsegpt(
-    weight: Float[Array, "out in"], gram: Float[np.ndarray, "in in"], pattern: Pattern, block: int
+    weight: Float[Array, "out in"], statistics: InputStatistics, pattern: Pattern, block: int
 ) -> tuple[Float[Array, "out in"], Bool[Array, "out in"]]:
     """Return the pruned and updated weights, and which of them are removed.
 
     Within each `block` of columns, weights are selected by their score w² / U_jj², with the weights
     as they are at the start of the block; those of an N:M pattern at the start of each group.
-    `gram` is Σ x xᵀ of the inputs. A column whose inputs are all 0 is set to 0 before.
+    U is the `inverse_factor` of the statistics. A column whose inputs are all 0 is set to 0 before.
     """
-    factor = jnp.asarray(inverse_factor(gram), jnp.float32)
-    weight = jnp.where(jnp.asarray(gram.diagonal() == 0)[None], 0, weight)
+    factor = jnp.asarray(statistics.inverse_factor, jnp.float32)
+    weight = jnp.where(jnp.asarray(statistics.squares == 0)[None], 0, weight)
     removed = []
     for start in range(0, weight.shape[1], block):
         width = min(block, weight.shape[1] - start)
@@ -34,19 +32,6 @@ def sparsegpt(
         removed.append(chosen)
     mask = jnp.concatenate(removed, axis=1)
     return jnp.where(mask, 0, weight), mask
-
-
-def inverse_factor(gram: Float[np.ndarray, "in in"]) -> Float[np.ndarray, "in in"]:
-    """Return the upper triangular U with Uᵀ · U = (gram + damping)⁻¹, in float64.
-
-    It is U = R⁻¹ with gram + damping = R · Rᵀ, so that the matrix itself is not inverted. Float32
-    would not be enough for the Gram matrices of large models.
-    """
-    damped = gram.copy()
-    diagonal = np.einsum("ii->i", damped)  # a view
-    diagonal[diagonal == 0] = 1
-    diagonal += DAMPING * diagonal.mean()
-    return np.linalg.inv(np.linalg.cholesky(damped[::-1, ::-1]))[::-1, ::-1]
 
 
 @functools.partial(jax.jit, static_argnames=("width", "pattern"))
