@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import sat_jax
-from sat_jax.compress import InputStatistics, prune_matrix
+from sat_jax.compress import InputStatistics, Pruning, prune_matrix
 from sat_jax.compress.input_statistics import DAMPING
 from sat_jax.errors import UserError
 from tests.tolerances import assert_close
@@ -89,6 +89,16 @@ def test_columns_that_the_block_does_not_divide() -> None:
     _, removed = prune_matrix(weight, inputs, "sparsegpt", block=3)
     counts = [np.asarray(removed)[:, part].sum(1) for part in (slice(3), slice(3, 6), slice(6, 7))]
     assert [count.tolist() for count in counts] == [[1] * 4, [1] * 4, [0] * 4]
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize(("pattern", "sparsity"), [(None, 0.3), ("1:4", 0.75), ("block", 0.3)])
+def test_counts(method: str, pattern: str | None, sparsity: float) -> None:
+    rng = np.random.default_rng(1)
+    weight, inputs = rng.normal(size=(4, 12)), rng.normal(size=(20, 12))
+    pruning = Pruning(method, sparsity, pattern, block=8)
+    _, removed = pruning(weight, InputStatistics.of_inputs(inputs))
+    assert pruning.count(4, 12) == int(removed.sum())
 
 
 def test_an_unequal_pattern_keeps_the_first_number() -> None:

@@ -70,17 +70,30 @@ class Pattern:
 
     def removed(self, scores: Float[Array, "out columns"]) -> Bool[Array, "out columns"]:
         """Return which weights are removed, given their scores."""
+        groups = scores.reshape(-1, self._size(*scores.shape))
+        count = self._count(groups.shape[1])
+        if self.name == BLOCK_THRESHOLD:
+            return scores <= jnp.sort(scores, axis=None)[count - 1]
+        return _lowest(groups, count).reshape(scores.shape)
+
+    def count(self, rows: int, columns: int) -> int:
+        """Return how many weights are removed, if no two have the same score."""
+        size = self._size(rows, columns)
+        return rows * columns // size * self._count(size)
+
+    def _size(self, rows: int, columns: int) -> int:
+        """Return the number of weights that are compared."""
         if self.group > 1:
-            groups = scores.reshape(len(scores), -1, self.group)
-            return _lowest(groups, self.group - self._kept).reshape(scores.shape)
-        if not self.in_blocks:
-            return _lowest(scores, int(scores.shape[1] * self.sparsity))
-        count = int(scores.size * self.sparsity)
-        if self.name == BLOCK:
-            return _lowest(scores.reshape(-1), count).reshape(scores.shape)
-        return scores <= jnp.sort(scores, axis=None)[count]
+            return self.group
+        return rows * columns if self.in_blocks else columns
+
+    def _count(self, size: int) -> int:
+        """Return how many weights of `size` that are compared are removed."""
+        if self.group > 1:
+            return self.group - self._kept
+        return int(size * self.sparsity) + (self.name == BLOCK_THRESHOLD)
 
 
-def _lowest(scores: Float[Array, "*lead size"], count: int) -> Bool[Array, "*lead size"]:
+def _lowest(scores: Float[Array, "groups size"], count: int) -> Bool[Array, "groups size"]:
     """Mark the `count` lowest scores on the last axis."""
     return jnp.argsort(jnp.argsort(scores)) < count

@@ -34,11 +34,8 @@ def _wanda(weight: Array, statistics: InputStatistics, pattern: Pattern, block: 
 
 
 def _prune_lowest(weight: Array, scores: Array, pattern: Pattern, block: int) -> Pruned:
-    width = block if pattern.in_blocks else weight.shape[1]
-    parts = [
-        pattern.removed(scores[:, start : start + width])
-        for start in range(0, weight.shape[1], width)
-    ]
+    starts = range(0, weight.shape[1], block)
+    parts = [pattern.removed(scores[:, start : start + block]) for start in starts]
     removed = jnp.concatenate(parts, axis=1)
     return jnp.where(removed, 0, weight), removed
 
@@ -76,6 +73,11 @@ class Pruning:
         return METHODS[self.method].needs
 
     @property
+    def in_blocks(self) -> bool:
+        """Whether `block` has an effect."""
+        return self.method == "sparsegpt" or self._groups.in_blocks
+
+    @property
     def _groups(self) -> Pattern:
         return Pattern(self.pattern, self.sparsity)
 
@@ -83,11 +85,22 @@ class Pruning:
         """Raise `UserError` if a matrix with this many columns cannot be pruned."""
         self._groups.check(columns, what)
 
+    def count(self, rows: int, columns: int) -> int:
+        """Return how many weights of a matrix are removed, if no two scores are equal."""
+        block = self._columns_at_once(columns)
+        starts = range(0, columns, block)
+        return sum(self._groups.count(rows, min(block, columns - start)) for start in starts)
+
+    def _columns_at_once(self, columns: int) -> int:
+        return min(self.block, columns) if self.in_blocks else columns
+
     def __call__(self, weight: Float[ArrayLike, "out in"], statistics: InputStatistics) -> Pruned:
         """Return the pruned weights, in the dtype of `weight`, and which of them are removed."""
         values = jnp.asarray(weight)
-        prune = METHODS[self.method].prune
-        pruned, removed = prune(values.astype(jnp.float32), statistics, self._groups, self.block)
+        block = self._columns_at_once(values.shape[1])
+        pruned, removed = METHODS[self.method].prune(
+            values.astype(jnp.float32), statistics, self._groups, block
+        )
         return pruned.astype(values.dtype), removed
 
 
