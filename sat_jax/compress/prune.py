@@ -65,7 +65,8 @@ class Pruning:
             raise UserError(f"method {self.method!r}; accepted: {', '.join(METHODS)}")
         if self.block < 1:
             raise UserError(f"block {self.block}; accepted: a number of columns, 1 or more")
-        self._groups.check(self.block, "block")
+        if self.in_blocks:
+            self._groups.check(self.block, "block")
 
     @property
     def needs(self) -> Needs:
