@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sat_jax.compress.costs import costs
-from sat_jax.compress.layers import CompressedLayer, compress_layers, matrices
+from sat_jax.compress.layers import CompressedLayer, check_matrices, compress_layers, matrices
 from sat_jax.compress.prune import Pruning
 from sat_jax.data.batch import Batch
 from sat_jax.data.batches import in_order, open_split
@@ -46,10 +46,10 @@ def dry_run(args: Args, pruning: Pruning) -> None:
     is_preset = args.model in PRESETS and not locate(args.model).exists()
     config = PRESETS[args.model] if is_preset else open_eval_model(args.model).weights.config
     layout = layout_of(config)
+    check_matrices(layout, pruning)
     zeros: dict[str, int] = {}
     print(f"{'matrix':<24} {'out × in':>15} {'layers':>6} {'removed':>15} {'share':>7}")
     for matrix in matrices(layout):
-        pruning.check(matrix.columns, matrix.path)
         size = math.prod(matrix.shape)
         count = pruning.count(size // matrix.columns, matrix.columns)
         zeros[matrix.path] = layout.layers * count
@@ -67,8 +67,7 @@ def compress(args: Args, pruning: Pruning) -> None:
     source = open_eval_model(args.model)
     config, layout = source.weights.config, layout_of(source.weights.config)
     check_exportable(config)
-    for matrix in matrices(layout):
-        pruning.check(matrix.columns, matrix.path)
+    check_matrices(layout, pruning)
     tokenizer, context = source.tokenizer(args.tokenizer), _context(args, config)
     prepared = _prepare(args, tokenizer, context)
     seconds: dict[str, float] = {}

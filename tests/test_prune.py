@@ -65,16 +65,18 @@ def test_sparsegpt(name: str, pattern: str | None, block: int) -> None:
 
 
 def test_sparsegpt_with_inputs_that_are_zero() -> None:
-    inputs = golden()["inputs"].copy()
+    """Their weights, however large, are removed first."""
+    inputs, weight = golden()["inputs"].copy(), golden()["weight"].copy()
     inputs[:, golden()["dead_column"]] = 0
-    pruned, removed = prune_matrix(golden()["weight"], inputs, "sparsegpt")
+    weight[:, golden()["dead_column"]] = 1e6
+    pruned, removed = prune_matrix(weight, inputs, "sparsegpt")
     assert_close(removed, golden()["removed_sparsegpt_dead_column"], "bool", "exact")
     assert_close(pruned, golden()["pruned_sparsegpt_dead_column"], "float32", "product")
 
 
 def test_sparsegpt_by_hand() -> None:
-    """Of two columns with correlated inputs, the weight that remains takes over what it can: with
-    no damping w₁ + w₀ · ⟨x₀, x₁⟩ / ⟨x₁, x₁⟩."""
+    """Of two columns with correlated inputs, the weight that remains takes over what it can: w₁
+    becomes w₁ + w₀ · ⟨x₀, x₁⟩ / (⟨x₁, x₁⟩ + damping)."""
     inputs = np.array([[1.0, 2.0], [0.0, 2.0]])
     pruned, removed = prune_matrix(np.array([[0.1, 1.0]], np.float32), inputs, "sparsegpt")
     assert np.asarray(removed).tolist() == [[True, False]]

@@ -101,6 +101,12 @@ def matrices(layout: Layout[Any]) -> list[Matrix]:
     return found
 
 
+def check_matrices(layout: Layout[Any], method: MatrixMethod) -> None:
+    """Raise `UserError` if the method cannot compress some matrix."""
+    for matrix in matrices(layout):
+        method.check(matrix.columns, matrix.path)
+
+
 def compress_layers(
     layout: Layout[Decoder],
     values: MutableMapping[str, np.ndarray],
@@ -113,9 +119,7 @@ def compress_layers(
     when it is compressed. `batches` are calibration rows of equal shape. Raises `UserError`, before
     anything is changed, if the method cannot compress some matrix.
     """
-    parts = matrices(layout)
-    for matrix in parts:
-        method.check(matrix.columns, matrix.path)
+    check_matrices(layout, method)
     streams = _embed(layout, values, batches)
     for layer in range(layout.layers):
         weights = {
@@ -125,7 +129,7 @@ def compress_layers(
         }
         outputs, statistics = _run(layout, values, weights, batches, streams, method.needs)
         zeros = {}
-        for matrix in parts:
+        for matrix in matrices(layout):
             flat = matrix.flatten(weights[matrix.path][0])
             new, *_ = method(flat, statistics.get((matrix.unit, matrix.writes), _NOTHING))
             zeros[matrix.path] = int(jnp.sum(new == 0))

@@ -115,11 +115,11 @@ def prune_matrix(
 ) -> Pruned:
     """Prune one matrix W, whose outputs are inputs · Wᵀ.
 
-    Returns the pruned weights in the dtype of `weight`, and which of them are removed, bool
-    `[out, in]`. `method`: magnitude, wanda or sparsegpt. `sparsity` is the share of each output row
-    that is removed; with a `pattern` ("2:4", "4:8", "block", "block-threshold"; see `Pattern`) that
-    of each group. SparseGPT selects within `block` columns at a time. Raises `UserError` for
-    settings or shapes that are not accepted, and for inputs that are not finite.
+    Returns the pruned weights in the dtype of `weight` (float32 for float64), and which of them are
+    removed, bool `[out, in]`. `method`: magnitude, wanda or sparsegpt. `sparsity` is the share of
+    each output row that is removed; with a `pattern` ("2:4", "4:8", "block", "block-threshold"; see
+    `Pattern`) that of each group. SparseGPT selects within `block` columns at a time. Raises
+    `UserError` for settings or shapes that are not accepted, and for inputs that are not finite.
     """
     pruning = Pruning(method, sparsity, pattern, block)
     shapes = np.shape(weight), np.shape(inputs)
