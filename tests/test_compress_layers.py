@@ -124,6 +124,13 @@ def test_error_of_a_layer() -> None:
     assert_close(result.error, expected, "float32", "forward")
 
 
+def test_activations_that_are_not_finite() -> None:
+    values = copied(LLAMA)
+    values["layers/attention_norm"][0] = np.inf
+    with pytest.raises(UserError, match="layer 0: the inputs of layers/attention/key are not"):
+        next(compress_layers(layout_of(LLAMA), values, [batch(LLAMA)], Pruning("wanda")))
+
+
 def test_a_matrix_that_the_pattern_does_not_divide() -> None:
     values = copied(LLAMA)
     method = Pruning("magnitude", pattern="5:10", block=10)

@@ -4,8 +4,10 @@ import dataclasses
 from functools import cached_property
 from typing import Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float
 
 Needs = Literal["nothing", "squares", "gram"]
 """The statistics that a method reads: none, `InputStatistics.squares`, or also its `gram`."""
@@ -56,8 +58,18 @@ class InputStatistics:
         diagonal = np.einsum("ii->i", damped)  # a view
         diagonal[diagonal == 0] = 1
         diagonal += DAMPING * diagonal.mean()
-        return np.linalg.inv(np.linalg.cholesky(damped[::-1, ::-1]))[::-1, ::-1]
+        with jax.enable_x64(True):
+            return np.asarray(_inverse_factor(jnp.asarray(damped)))
 
     def __add__(self, other: "InputStatistics") -> "InputStatistics":
         gram = None if self.gram is None or other.gram is None else self.gram + other.gram
         return InputStatistics(self.tokens + other.tokens, self.squares + other.squares, gram)
+
+
+@jax.jit
+def _inverse_factor(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """Return R⁻¹ of a positive definite matrix R · Rᵀ, R upper triangular: in reverse order of rows
+    and columns, R is the lower triangular Cholesky factor."""
+    lower = jnp.linalg.cholesky(matrix[::-1, ::-1])
+    identity = jnp.eye(len(matrix), dtype=matrix.dtype)
+    return jax.lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)[::-1, ::-1]

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sat_jax.compress.input_statistics import InputStatistics, Needs
+from sat_jax.errors import UserError
 from sat_jax.nn.context import Observable, Observed
 from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.layout import Layout
@@ -117,7 +118,8 @@ def compress_layers(
 
     `values` are the model's parameters by path, layers stacked; those of a layer are overwritten
     when it is compressed. `batches` are calibration rows of equal shape. Raises `UserError`, before
-    anything is changed, if the method cannot compress some matrix.
+    anything is changed, if the method cannot compress some matrix, and for activations that are not
+    finite.
     """
     check_matrices(layout, method)
     streams = _embed(layout, values, batches)
@@ -130,8 +132,13 @@ def compress_layers(
         outputs, statistics = _run(layout, values, weights, batches, streams, method.needs)
         zeros = {}
         for matrix in matrices(layout):
-            flat = matrix.flatten(weights[matrix.path][0])
-            new, *_ = method(flat, statistics.get((matrix.unit, matrix.writes), _NOTHING))
+            sums = statistics.get((matrix.unit, matrix.writes), _NOTHING)
+            if not np.isfinite(sums.squares).all():
+                raise UserError(
+                    f"layer {layer}: the inputs of {matrix.path} are not finite; accepted: a model"
+                    " whose activations are finite on the calibration text"
+                )
+            new, *_ = method(matrix.flatten(weights[matrix.path][0]), sums)
             zeros[matrix.path] = int(jnp.sum(new == 0))
             weights[matrix.path] = matrix.unflatten(new)[None]
             values[matrix.path][layer] = np.asarray(weights[matrix.path][0])
