@@ -1,8 +1,8 @@
 """Compression of a model layer by layer, with statistics of calibration text.
 
 The statistics of a layer are of the outputs of the layers before it, which are compressed already.
-Beside the weights of the model there are one layer, its statistics, and the residual stream of all
-calibration tokens before and after the layer.
+Beside the weights of the model there are one layer, its statistics, and three residual streams of
+all calibration tokens: before the layer, and after it with and without compression.
 """
 
 import functools
