@@ -72,7 +72,7 @@ class Branch(nnx.Module):
                 context.report("kept", unit, indices)
         self._observe_input(x, context)
         masks = [m for mask in branch.masks.values() if (m := mask.get_value()) is not None]
-        if masks or {"outputs", "products"} & set(context.observe):
+        if masks or {"activations", "outputs", "products"} & set(context.observe):
             a = branch.activations(x, context)
             for mask in masks:
                 shape = (1, 1, *mask.shape, *(1,) * (a.ndim - 2 - mask.ndim))
@@ -91,6 +91,8 @@ class Branch(nnx.Module):
         unit, weight = self.units[-1], context.weight_BT
         if "inputs" in context.observe:
             context.report("inputs", unit, input_sums(x, weight))
+        if "input_products" in context.observe:
+            context.report("input_products", unit, column_products(x, weight))
         if "predicted" in context.observe:
             a, write = self.predicted_activations(x), dense(self.output_weight)
             context.report("outputs", unit, output_energy(a, write, weight, len(self.units)))
@@ -100,6 +102,9 @@ class Branch(nnx.Module):
         if "outputs" in context.observe:
             write = dense(self.output_weight)
             context.report("outputs", unit, output_energy(a, write, weight, len(self.units)))
+        if "activations" in context.observe:
+            columns = a.reshape(*a.shape[:2], -1)
+            context.report("activations", unit, input_sums(columns, weight))
         if "products" in context.observe:
             context.report("products", unit, column_products(a, weight))
 

@@ -100,6 +100,27 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], tuple[Observed, ...]]:
         """Return the normed residual stream after the last layer, and what each segment's layers
         observed. `selection` chooses units in each layer; it needs a `key`."""
+        x_BTD = self.embed_tokens(tokens, positions).astype(self.compute.dtype)
+        x_BTD, observed = self.apply_layers(
+            x_BTD, segment_ids, positions, observe=observe, selection=selection, key=key
+        )
+        return self.normalize(x_BTD), observed
+
+    def apply_layers(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        *,
+        observe: Collection[Observable] = (),
+        selection: Selection | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Observed, ...]]:
+        """Return the residual stream after the layers, and what each segment's layers observed.
+
+        `x_BTD` is the residual stream before them. The model may have any number of layers, also of
+        a part of its layers alone.
+        """
         dynamic = self.config.has_dynamic_rope
         lengths = document_lengths(segment_ids, positions) if dynamic else None
         context = Context(
@@ -111,14 +132,13 @@ class Decoder(nnx.Module):
             selection,
             key,
         )
-        x_BTD = self.embed_tokens(tokens, positions).astype(self.compute.dtype)
         compute = self.compute
         options: Any = {"dtype": compute.dtype, "remat": compute.remat}
         if self.pipelined:
             options["microbatches"] = compute.microbatches
-            return self.normalize(pipeline_layers(self.layers, x_BTD, context, **options)), ({},)
+            return pipeline_layers(self.layers, x_BTD, context, **options), ({},)
         x_BTD, observed, _ = scan_layers(self.layers, x_BTD, context, **options)
-        return self.normalize(x_BTD), observed
+        return x_BTD, observed
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """Return a cache for `batch` rows of `slots` tokens, of which none is used."""

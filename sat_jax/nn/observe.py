@@ -2,12 +2,14 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
 class InputSums(NamedTuple):
-    """Sums over tokens of a branch's normed input x: `square` Σx², `linear` Σx, both `[*L, D]`."""
+    """Sums over tokens of a branch's normed input x, or of the columns of its activations: `square`
+    Σx², `linear` Σx, both `[*L, D]`."""
 
     square: Float[Array, "*L D"]
     linear: Float[Array, "*L D"]
@@ -50,6 +52,9 @@ def output_energy(
 def column_products(
     a: Float[Array, "B T *columns"], weight_BT: Float[Array, "B T"]
 ) -> Float[Array, "C C"]:
-    """Return Σ a_i · a_j for every pair of columns."""
+    """Return Σ a_i · a_j for every pair of columns. In full float32 on all devices, as linear
+    systems are solved with them."""
     a_BTC = a.reshape(*a.shape[:2], -1).astype(jnp.float32)
-    return jnp.einsum("BTC,BTF->CF", a_BTC * weight_BT[..., None], a_BTC)
+    return jnp.einsum(
+        "BTC,BTF->CF", a_BTC * weight_BT[..., None], a_BTC, precision=jax.lax.Precision.HIGHEST
+    )

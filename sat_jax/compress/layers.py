@@ -1,0 +1,225 @@
+"""Compression of a model layer by layer, with statistics of calibration text.
+
+The statistics of a layer are of the outputs of the layers before it, which are compressed already.
+Beside the weights of the model there are one layer, its statistics, and three residual streams of
+all calibration tokens: before the layer, and after it with and without compression.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from sat_jax.compress.input_statistics import InputStatistics, Needs
+from sat_jax.errors import UserError
+from sat_jax.nn.context import Observable, Observed
+from sat_jax.nn.decoder import Decoder
+from sat_jax.nn.layout import Layout
+
+Matrix2D = Float[Array, "out in"]
+# What branches report of the inputs of matrices that read the residual stream, and of those that
+# write to it.
+_OBSERVED: dict[Needs, tuple[Observable, ...]] = {
+    "nothing": (),
+    "squares": ("inputs", "activations"),
+    "gram": ("input_products", "products"),
+}
+_NOTHING = InputStatistics(0, np.zeros(0))
+
+
+class MatrixMethod(Protocol):
+    """A method that compresses one matrix at a time, such as `Pruning`."""
+
+    @property
+    def needs(self) -> Needs:
+        """The statistics of inputs that the method reads."""
+
+    def check(self, columns: int, what: str) -> None:
+        """Raise `UserError` if it cannot compress a matrix `what` with this many columns."""
+
+    def __call__(self, weight: Matrix2D, statistics: InputStatistics) -> tuple[Array, ...]:
+        """Return the new weights, and what else the method returns of a matrix."""
+
+
+class Rows(Protocol):
+    """Rows of calibration tokens, such as `data.batch.Batch`; segment 0 is padding."""
+
+    @property
+    def tokens(self) -> Int[Any, "B T"]: ...
+    @property
+    def segment_ids(self) -> Int[Any, "B T"]: ...
+    @property
+    def positions(self) -> Int[Any, "B T"]: ...
+
+
+class Matrix(NamedTuple):
+    """A matrix that each layer has: `shape` in one layer, the innermost `unit` of its branch, and
+    whether it `writes` to the residual stream or reads it."""
+
+    path: str
+    shape: tuple[int, ...]
+    unit: str
+    writes: bool
+
+    @property
+    def columns(self) -> int:
+        """Number of inputs."""
+        return math.prod(self.shape[:-1]) if self.writes else self.shape[-1]
+
+    def flatten(self, weight: Array) -> Matrix2D:
+        """Return the weights of one layer as `[out, in]`."""
+        rows = weight.reshape(-1, self.shape[-1])
+        return rows.T if self.writes else rows
+
+    def unflatten(self, matrix: Matrix2D) -> Array:
+        """Return the inverse of `flatten`."""
+        return (matrix.T if self.writes else matrix).reshape(self.shape)
+
+
+class CompressedLayer(NamedTuple):
+    """Result of a layer. `zeros`: the number of weights that are 0, by path. `error`: the norm of
+    the change of the layer's output by the compression of the layer, relative to the norm of what
+    the layer adds to the residual stream."""
+
+    layer: int
+    zeros: dict[str, int]
+    error: float
+
+
+def matrices(layout: Layout[Any]) -> list[Matrix]:
+    """Return the matrices of each layer: all products of the branches with weights."""
+    found = []
+    for path, leaf in layout.with_role("read", "write"):
+        branch = layout.branches[path.split("/")[1]]
+        shape = layout.shapes[path].shape[1:]
+        found.append(Matrix(path, shape, branch.units[-1], leaf.role == "write"))
+    return found
+
+
+def check_matrices(layout: Layout[Any], method: MatrixMethod) -> None:
+    """Raise `UserError` if the method cannot compress some matrix."""
+    for matrix in matrices(layout):
+        method.check(matrix.columns, matrix.path)
+
+
+def compress_layers(
+    layout: Layout[Decoder],
+    values: MutableMapping[str, np.ndarray],
+    batches: Sequence[Rows],
+    method: MatrixMethod,
+) -> Iterator[CompressedLayer]:
+    """Compress the matrices of all layers, one layer at each iteration.
+
+    `values` are the model's parameters by path, layers stacked; those of a layer are overwritten
+    when it is compressed. `batches` are calibration rows of equal shape. Raises `UserError`, before
+    anything is changed, if the method cannot compress some matrix, and for activations that are not
+    finite.
+    """
+    check_matrices(layout, method)
+    streams = _embed(layout, values, batches)
+    for layer in range(layout.layers):
+        weights = {
+            path: jnp.array(values[path][layer : layer + 1])  # a copy: `values` will change
+            for path, leaf in layout.leaves.items()
+            if leaf.in_layers
+        }
+        outputs, statistics = _run(layout, values, weights, batches, streams, method.needs)
+        zeros = {}
+        for matrix in matrices(layout):
+            sums = statistics.get((matrix.unit, matrix.writes), _NOTHING)
+            if not np.isfinite(sums.squares).all():
+                raise UserError(
+                    f"layer {layer}: the inputs of {matrix.path} are not finite; accepted: a model"
+                    " whose activations are finite on the calibration text"
+                )
+            new, *_ = method(matrix.flatten(weights[matrix.path][0]), sums)
+            zeros[matrix.path] = int(jnp.sum(new == 0))
+            weights[matrix.path] = matrix.unflatten(new)[None]
+            values[matrix.path][layer] = np.asarray(weights[matrix.path][0])
+        compressed, _ = _run(layout, values, weights, batches, streams, "nothing")
+        changes = [
+            _squares(batch.segment_ids, *residuals)
+            for batch, *residuals in zip(batches, streams, outputs, compressed, strict=True)
+        ]
+        change, added = np.sum(np.asarray(changes, np.float64), axis=0)
+        streams = compressed
+        yield CompressedLayer(layer, zeros, float(np.sqrt(change / added)))
+
+
+def _embed(
+    layout: Layout[Decoder], values: Mapping[str, np.ndarray], batches: Sequence[Rows]
+) -> list[Array]:
+    """Return the residual stream before the first layer, of each batch."""
+    outside = {p: None if leaf.in_layers else values[p] for p, leaf in layout.leaves.items()}
+    model = layout.bind(jax.tree.map(jnp.asarray, outside))
+    return [
+        model.embed_tokens(jnp.asarray(rows.tokens), jnp.asarray(rows.positions)).astype(
+            model.compute.dtype
+        )
+        for rows in batches
+    ]
+
+
+def _run(
+    layout: Layout[Decoder],
+    values: Mapping[str, np.ndarray],
+    weights: Mapping[str, Array],
+    batches: Sequence[Rows],
+    streams: Sequence[Array],
+    needs: Needs,
+) -> tuple[list[Array], dict[tuple[str, bool], InputStatistics]]:
+    """Return the residual stream of each batch after the layer with these `weights`, and the
+    statistics of the inputs of matrices, by the unit of their branch and whether they write."""
+    # Layers read no trained array outside of them.
+    outside = {p: None if leaf.trained else values[p] for p, leaf in layout.leaves.items()}
+    graph, state = nnx.split(layout.bind({**outside, **weights}))
+    outputs: list[Array] = []
+    statistics: dict[tuple[str, bool], InputStatistics] = {}
+    kinds = _OBSERVED[needs]
+    for rows, stream in zip(batches, streams, strict=True):
+        output, observed = _apply(graph, state, stream, rows.segment_ids, rows.positions, kinds)
+        tokens = int(np.sum(np.asarray(rows.segment_ids) > 0))
+        for writes, kind in enumerate(kinds):
+            for unit, sums in observed[kind].items():
+                if needs == "gram":
+                    part = InputStatistics.of_gram(tokens, np.asarray(sums[0]))
+                else:
+                    part = InputStatistics(tokens, np.asarray(sums.square[0], np.float64))
+                key = unit, bool(writes)
+                statistics[key] = statistics[key] + part if key in statistics else part
+        outputs.append(output)
+    return outputs, statistics
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "observe"))
+def _apply(
+    graph: nnx.GraphDef[Decoder],
+    state: nnx.State,
+    stream: Float[Array, "B T D"],
+    segment_ids: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    observe: tuple[Observable, ...],
+) -> tuple[Float[Array, "B T D"], Observed]:
+    model: Decoder = nnx.merge(graph, state)
+    output, (observed,) = model.apply_layers(stream, segment_ids, positions, observe=observe)
+    return output, observed
+
+
+@jax.jit
+def _squares(
+    segment_ids: Int[Array, "B T"],
+    stream: Float[Array, "B T D"],
+    output: Float[Array, "B T D"],
+    compressed: Float[Array, "B T D"],
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Return the sums of squares, over tokens, of the change of the output by the compression, and
+    of what the layer adds to the residual stream."""
+    mask = (segment_ids > 0)[..., None]
+    x, y, z = (a.astype(jnp.float32) for a in (stream, output, compressed))
+    return jnp.sum(jnp.square(z - y) * mask), jnp.sum(jnp.square(y - x) * mask)

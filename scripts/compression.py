@@ -1,0 +1,206 @@
+"""The steps of `compress`: calibration text, perplexity, compression, the written directory."""
+
+import dataclasses
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from sat_jax.compress.costs import costs
+from sat_jax.compress.layers import CompressedLayer, check_matrices, compress_layers, matrices
+from sat_jax.compress.prune import Pruning
+from sat_jax.data.batch import Batch
+from sat_jax.data.batches import in_order, open_split
+from sat_jax.data.data_format import DataFormat
+from sat_jax.data.prepare import Prepared, prepare
+from sat_jax.data.splits import HELD_OUT, TRAIN
+from sat_jax.data.tokenizer import Tokenizer
+from sat_jax.errors import UserError
+from sat_jax.evaluate.eval_model import EvalModel, open_eval_model
+from sat_jax.evaluate.perplexity import perplexity, prepared_data
+from sat_jax.interop import locate
+from sat_jax.interop.huggingface import check_exportable, write_directory
+from sat_jax.models.build import layout_of
+from sat_jax.models.decoder_config import DecoderConfig
+from sat_jax.models.presets import PRESETS
+from sat_jax.nn.decoder import Decoder
+from sat_jax.nn.layout import flat_values
+from sat_jax.nn.loss import perplexity_of
+from sat_jax.provenance import environment
+from sat_jax.train.metrics import to_json
+from sat_jax.train.run_weights import exported
+from scripts.evaluation_meter import Args, Meter
+
+_CONTEXT = 2048  # default, if the model has so many positions
+
+
+def dry_run(args: Args, pruning: Pruning) -> None:
+    """Print how many weights of each matrix would be removed, and what remains."""
+    is_preset = args.model in PRESETS and not locate(args.model).exists()
+    config = PRESETS[args.model] if is_preset else open_eval_model(args.model).weights.config
+    layout = layout_of(config)
+    check_matrices(layout, pruning)
+    zeros: dict[str, int] = {}
+    print(f"{'matrix':<24} {'out × in':>15} {'layers':>6} {'removed':>15} {'share':>7}")
+    for matrix in matrices(layout):
+        size = math.prod(matrix.shape)
+        count = pruning.count(size // matrix.columns, matrix.columns)
+        zeros[matrix.path] = layout.layers * count
+        shape = f"{size // matrix.columns} × {matrix.columns}"
+        name = matrix.path.removeprefix("layers/")
+        print(
+            f"{name:<24} {shape:>15} {layout.layers:>6} {layout.layers * count:>15,}"
+            f" {count / size:>7.2%}"
+        )
+    _print_costs(costs(layout, zeros, _context(args, config), jnp.dtype(args.dtype).itemsize))
+
+
+def compress(args: Args, pruning: Pruning) -> None:
+    """Compress the model, and write it with its report."""
+    source = open_eval_model(args.model)
+    config, layout = source.weights.config, layout_of(source.weights.config)
+    check_exportable(config)
+    check_matrices(layout, pruning)
+    tokenizer, context = source.tokenizer(args.tokenizer), _context(args, config)
+    prepared = _prepare(args, tokenizer, context)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "evaluate_before"):
+        before = _perplexity(source.model("float32"), prepared, args.rows)
+    print(f"perplexity before: {before:.4f}", flush=True)
+    values = {path: source.weights.read(path) for path in layout.leaves}
+    with _timed(seconds, "compress"):
+        rows = in_order(open_split(prepared, TRAIN), args.rows, args.calibration_rows)
+        layers = _compress(layout, values, list(rows), pruning)
+    # One parameter at a time, so that the model is not in memory twice.
+    model = layout.bind({path: jnp.asarray(values.pop(path)) for path in layout.leaves})
+    with _timed(seconds, "evaluate_after"):
+        after = _perplexity(model, prepared, args.rows)
+    print(f"perplexity after:  {after:.4f}")
+    zeros = sum((Counter(layer.zeros) for layer in layers), Counter())
+    cost = costs(layout, zeros, context, jnp.dtype(args.dtype).itemsize)
+    _print_costs(cost)
+    report = {
+        "model": args.model,
+        "method": dataclasses.asdict(pruning),
+        "calibration": _calibration(args, prepared, tokenizer),
+        "perplexity": {
+            "before": before,
+            "after": after,
+            "held_out_tokens": prepared.info.splits[HELD_OUT].targets,
+            "context": context,
+        },
+        "dtype": args.dtype,
+        **cost,
+        "layers": [layer._asdict() for layer in layers],
+        "seconds": seconds,
+        **environment(),
+    }
+    _write(args, source, tokenizer, model, report)
+    print(f"{args.out}: model in {args.dtype}, with its tokenizer and report.json")
+
+
+def _context(args: Args, config: DecoderConfig) -> int:
+    """Return the tokens of a row."""
+    if args.context is None:
+        return min(_CONTEXT, config.max_positions)
+    config.check_length("--context", args.context)
+    return int(args.context)
+
+
+def _prepare(args: Args, tokenizer: Tokenizer, context: int) -> Prepared:
+    """Return the packed calibration and held-out text. Raises `UserError` if it is too short."""
+    needed = args.calibration_rows * context
+    prepared = prepare(
+        sources=args.calibration,
+        tokenizer=tokenizer,
+        row_length=context,
+        held_out=args.held_out,
+        # Of few documents up to half are held out.
+        max_tokens=2 * needed,
+        data_format=DataFormat(text_field=args.text_field),
+        log=print,
+    )
+    split = prepared.info.splits[TRAIN]
+    if split.rows < args.calibration_rows:
+        raise UserError(
+            f"{' '.join(args.calibration)}: too short for calibration: {split.tokens:,} tokens"
+            f" remain beside the held-out text; needed: {needed:,} ({args.calibration_rows} rows of"
+            f" {context}); accepted: more text, or a smaller --calibration-rows or --context"
+        )
+    return prepared
+
+
+def _perplexity(model: Decoder, prepared: Prepared, rows: int) -> float:
+    """Return the perplexity on the held-out text, with a progress bar."""
+    data = prepared_data(prepared.path, HELD_OUT, model.config, rows)
+    meter = Meter(data.tokens)
+    nll, tokens = perplexity(model, data.batches, meter)
+    meter.speed()  # closes the bar
+    return perplexity_of(nll / tokens)
+
+
+def _compress(
+    layout: Any, values: dict[str, np.ndarray], batches: list[Batch], pruning: Pruning
+) -> list[CompressedLayer]:
+    """Compress all layers in place, with a progress bar."""
+    layers = []
+    with tqdm(desc="compressing", unit=" layers", total=layout.layers, leave=False) as bar:
+        for layer in compress_layers(layout, values, batches, pruning):
+            layers.append(layer)
+            bar.set_postfix(error=f"{layer.error:.3f}")
+            bar.update()
+    return layers
+
+
+def _calibration(args: Args, prepared: Prepared, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what identifies the calibration rows, and how documents begin and end."""
+    return {
+        "sources": args.calibration,
+        "fingerprint": prepared.info.fingerprint,
+        "rows": args.calibration_rows,
+        "context": prepared.info.row_length,
+        "held_out": args.held_out,
+        "tokenizer": tokenizer.name,
+        "adds_bos": tokenizer.adds_bos,
+        "adds_eos": tokenizer.eos_id is not None,
+    }
+
+
+def _write(
+    args: Args, source: EvalModel, tokenizer: Tokenizer, model: Decoder, report: dict[str, Any]
+) -> None:
+    text = json.dumps(to_json(report), indent=2, allow_nan=False) + "\n"
+    write_directory(
+        args.out,
+        exported(model.config, tokenizer, source.data_format),
+        flat_values(model).__getitem__,
+        dtype=args.dtype,
+        files={**tokenizer.files(), "report.json": text.encode()},
+        generation=source.weights.generation,
+    )
+
+
+def _print_costs(cost: dict[str, Any]) -> None:
+    weights, flops = cost["weights"], cost["flops_per_token"]
+    print(
+        f"{weights['zero']:,} of {weights['in_matrices']:,} weights in matrices are 0, of"
+        f" {weights['all']:,} in the model ({cost['bytes']['after']:,} bytes, zeros are stored)"
+    )
+    print(
+        f"{flops['after'] / 1e9:,.4g} GFLOP a token;"
+        f" {flops['without_zeros'] / 1e9:,.4g} if products with zeros were left out"
+    )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - start, 3)

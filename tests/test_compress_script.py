@@ -1,0 +1,148 @@
+"""scripts/compress.py: a pruned model directory with its report, dry runs, and misuse."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sat_jax import cli
+from sat_jax.compress.costs import costs
+from sat_jax.data.prepare import load_prepared
+from sat_jax.errors import UserError
+from sat_jax.evaluate.perplexity import perplexity, prepared_data
+from sat_jax.interop import load_model, open_weights
+from sat_jax.models.build import layout_of
+from sat_jax.nn.loss import perplexity_of
+from scripts.compress import main
+from tests.golden_model import GOLDEN
+from tests.tolerances import assert_close
+
+MODEL = GOLDEN / "llama_gqa"
+Compress = Callable[..., str]
+
+
+@pytest.fixture
+def compress(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Compress:
+    """Return a function that runs the script on the golden model and returns its output; options
+    are keyword arguments, and None leaves one out."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{n} bottles of beer on the wall.\n" for n in range(99)))
+    defaults = {
+        "model": MODEL,
+        "method": "magnitude",
+        "tokenizer": "bytes",
+        "calibration": text,
+        "context": 16,
+        "calibration_rows": 8,
+        "rows": 8,
+        "out": tmp_path / "out",
+    }
+
+    def run(**options: Any) -> str:
+        arguments = []
+        for name, value in (defaults | options).items():
+            if value is not None:
+                arguments += [f"--{name.replace('_', '-')}", *([str(value)] * (value is not True))]
+        monkeypatch.setattr(sys, "argv", ["compress", *arguments])
+        main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_model_and_its_report(compress: Compress, tmp_path: Path, cache: Path) -> None:
+    printed = compress(sparsity=0.25)
+    out = tmp_path / "out"
+    report = json.loads((out / "report.json").read_text())
+    assert printed.endswith("model in float32, with its tokenizer and report.json\n")
+    assert not list(tmp_path.glob(".*"))
+    # Of each output row a quarter is 0: here of the rows of q, and of the columns of o.
+    original, written = open_weights(MODEL), open_weights(out)
+    for path, axes in (("query", -1), ("output", (1, 2, 3))):
+        zeros = np.sum(written.read(f"layers/attention/{path}") == 0, axis=axes)
+        assert (zeros == 16).all()
+    for path in ("embed", "lm_head", "layers/mlp_norm"):
+        assert_close(written.read(path), original.read(path), "float32", "exact")
+    count = sum(int((written.read(path) == 0).sum()) for path in written.paths)
+    assert report["weights"] == {"all": 165_312, "in_matrices": 132_096, "zero": count}
+    by_layer = [sum(layer["zeros"].values()) for layer in report["layers"]]
+    assert by_layer == [count / 3] * 3 == [132_096 / 4 / 3] * 3
+    assert all(0 < layer["error"] < 1 for layer in report["layers"])
+    settings = {"method": "magnitude", "sparsity": 0.25, "pattern": None, "block": 128}
+    assert report["method"] == settings
+    calibration = report["calibration"]
+    assert {"rows": 8, "context": 16, "adds_bos": False}.items() <= calibration.items()
+    prepared = load_prepared(cache / "data" / calibration["fingerprint"])
+    for name, directory in (("before", MODEL), ("after", out)):
+        model = load_model(directory)
+        nll, tokens = perplexity(
+            model, prepared_data(prepared.path, "held_out", model.config, 8)[0]
+        )
+        assert report["perplexity"][name] == perplexity_of(nll / tokens)
+        assert report["perplexity"]["held_out_tokens"] == tokens
+    assert report["seconds"].keys() == {"evaluate_before", "compress", "evaluate_after"}
+    with pytest.raises(UserError, match="out: exists already; accepted: a new directory"):
+        compress()
+
+
+def test_a_dry_run(compress: Compress, tmp_path: Path) -> None:
+    printed = compress(dry_run=True, calibration=None, pattern="2:4", method="wanda", out=None)
+    lines = [line.split() for line in printed.splitlines()]
+    assert lines[1] == ["attention/key", "16", "×", "64", "3", "1,536", "50.00%"]
+    assert lines[5] == ["mlp/down", "64", "×", "176", "3", "16,896", "50.00%"]
+    assert printed.count("66,048 of 132,096 weights") == 1
+    preset = compress(model="llama-2-7b", dry_run=True)
+    assert "3,238,002,688 of 6,476,005,376 weights in matrices" in preset
+    assert not (tmp_path / "out").exists()
+
+
+def test_costs_by_hand() -> None:
+    """Of the golden model on rows of one token: 2 operations a weight in matrices and head, and 4 a
+    column of the heads for the scores and the mix of values."""
+    zeros = {"layers/mlp/up": 100, "layers/attention/key": 10}
+    found = costs(layout_of(open_weights(MODEL).config), zeros, 1, 2)
+    dense = 2 * (132_096 + 256 * 64) + 3 * 4 * 64
+    assert found["flops_per_token"] == {
+        "before": dense,
+        "after": dense,
+        "without_zeros": dense - 220,
+    }
+    assert found["weights"] == {"all": 165_312, "in_matrices": 3 * 192 * 64, "zero": 110}
+    assert found["bytes"] == {"before": 330_624, "after": 330_624}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "sparce"}, "method 'sparce'; accepted: magnitude, wanda, sparsegpt"),
+        ({"pattern": "2-4"}, "pattern '2-4'; accepted: no pattern, N:M"),
+        ({"pattern": "3:6", "dry_run": True}, "attention/key has 64 columns; accepted: multiples"),
+        ({"pattern": "16:32"}, "mlp/down has 176 columns; accepted: multiples of 32"),
+        ({"block": 64}, "--block has no effect without --method sparsegpt or a block pattern"),
+        ({"calibration": None}, "--calibration is missing; only --dry-run does without"),
+        ({"out": None}, "--out is missing"),
+        ({"calibration_rows": 0}, "--calibration-rows 0; accepted: 1 or more"),
+        ({"held_out": 0.6}, "--held-out 0.6; accepted: a share above 0, at most 0.5"),
+        ({"context": 256}, "--context 256 exceeds the model's 128 positions"),
+        ({"model": "tiny"}, "tiny: no such path"),
+        ({"calibration_rows": 500}, "too short for calibration: .* needed: 8,000 .500 rows of 16"),
+    ],
+)
+def test_misuse_is_a_user_error(
+    compress: Compress, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        compress(**options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_misuse_is_one_line(compress: Compress, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(lambda: compress(sparsity=2))
+    assert capsys.readouterr().err == "error: sparsity 2; accepted: a share between 0 and 1\n"
