@@ -20,12 +20,13 @@ def run(
     steps: int = 8,
     layers: int = 4,
     rate: float = 2e-3,
+    scale: float = 1.0,
 ) -> Run:
     config = Config(
         seed=seed,
         model=ModelConfig(n_layers=layers),
         train=TrainConfig(steps=steps),
-        optimizer=OptimizerConfig(learning_rate=rate),
+        optimizer=OptimizerConfig(learning_rate=rate, matrix_scale=scale),
         sparsity=SparsityConfig(weights=Weights(density=density)),
     )
     rungs = DENSE if density == 1 else SPARSE
@@ -65,10 +66,13 @@ def test_a_method_has_its_best_learning_rate(tmp_path: Path) -> None:
         run(80.0, 16e9, rate=4e-3),
         run(90.0, 8e9, density=0.25),
         run(95.0, 8e9, density=0.25, rate=4e-3),
+        run(70.0, 4e9, density=0.125, scale=0.25),
+        run(95.0, 4e9, density=0.125, scale=0.5),
     )
     assert {name: cells[:1] for name, cells in table.items()} == {
         "dense": ("0.004",),
         "25 % of blocks": ("0.002",),
+        "12.5 % of blocks": ("0.002 × 0.25",),
     }
     assert table["25 % of blocks"][4] == "+12.5 %"
 

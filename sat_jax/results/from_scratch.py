@@ -1,8 +1,9 @@
 """Block-sparse pre-training against what else the same FLOPs buy: dense runs of fewer steps, and
 smaller dense models.
 
-Each method is shown at the learning rate with the lowest mean perplexity among those that were
-tried. Runs of the same data and all other settings are compared, whatever the size of the model.
+Each method is shown at the learning rates, of matrices and of all other parameters, with the lowest
+perplexity of the first seed among those that were tried. Runs of the same data and all other
+settings are compared, whatever the size of the model.
 """
 
 import collections
@@ -18,16 +19,17 @@ from sat_jax.results.tables import Table
 from sat_jax.results.text import percent
 from sat_jax.results.variants import Mean, mean_of, percent_from, reference_of, variant_name
 
-_RATE = "optimizer.learning_rate"
+_RATES = ("optimizer.learning_rate", "optimizer.matrix_scale")
 _SIZES = tuple(f"model.{name}" for name in ("d_model", "n_layers", "n_heads", "d_ff"))
 
 
 class _Method(NamedTuple):
-    """The runs of a method by seed, at one learning rate. `sizes`: settings of the model."""
+    """The runs of a method by seed, at one learning rate. `sizes`: settings of the model; `rates`:
+    the values of `_RATES`."""
 
     name: str
     sizes: Mapping[str, Any]
-    rate: float
+    rates: tuple[float, ...]
     runs: dict[int, FinishedRun]
 
     @property
@@ -47,7 +49,7 @@ def from_scratch_tables(rows: Sequence[Row]) -> list[Table]:
     """Return a table for each set of runs that have block-sparse ones among them."""
     together = collections.defaultdict(list)
     for run in finished_runs(rows):
-        together[run.shared([_RATE, "train.steps", *_SIZES])].append(run)
+        together[run.shared([*_RATES, "train.steps", *_SIZES])].append(run)
     return [
         _table(runs)
         for runs in together.values()
@@ -82,7 +84,7 @@ def _table(runs: Sequence[FinishedRun]) -> Table:
         body.append(
             (
                 method.name,
-                f"{method.rate:g}",
+                _rates_text(method.rates),
                 str(len(method.runs)),
                 mean.text("{:.1f}".format) if mean else "-",
                 percent(float(np.mean(shares))) if shares else "-",
@@ -101,8 +103,13 @@ def _table(runs: Sequence[FinishedRun]) -> Table:
     return Table("from_scratch", "Block-sparse pre-training", caption, header, tuple(body))
 
 
+def _rates_text(rates: tuple[float, ...]) -> str:
+    rate, scale = rates
+    return f"{rate:g}" if scale == 1 else f"{rate:g} × {scale:g}"
+
+
 def _best_rates(runs: Sequence[FinishedRun]) -> list[_Method]:
-    """Return each method at its learning rate with the lowest mean perplexity of the first seed."""
+    """Return each method at the learning rates with the lowest perplexity of the first seed."""
     sparse = [run.sparsity for run in runs if not run.dense]
     reference, full = reference_of(sparse), max(run.steps for run in runs)
     tried: dict[str, list[_Method]] = {}
@@ -110,11 +117,11 @@ def _best_rates(runs: Sequence[FinishedRun]) -> list[_Method]:
         sizes = {path: run.settings.get(path, find(path).default) for path in _SIZES}
         name = "dense" if run.dense else variant_name(run.sparsity, reference)
         name += "" if run.steps == full else f", {run.steps:,} steps"
-        rate = float(run.settings.get(_RATE, find(_RATE).default))
+        rates = tuple(float(run.settings.get(path, find(path).default)) for path in _RATES)
         known = tried.setdefault(f"{name} {sizes}", [])
-        method = next((m for m in known if m.rate == rate), None)
+        method = next((m for m in known if m.rates == rates), None)
         if method is None:
-            known.append(method := _Method(name, sizes, rate, {}))
+            known.append(method := _Method(name, sizes, rates, {}))
         method.runs[run.seed] = run
     best = [min(some, key=lambda m: m.runs[min(m.runs)].perplexity) for some in tried.values()]
     values = {path: [method.sizes[path] for method in best] for path in _SIZES}
