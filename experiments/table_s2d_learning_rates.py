@@ -1,5 +1,6 @@
-"""Learning rates of dense, block-sparse and sparse-to-dense training from scratch, and of a smaller
-dense model, each to be compared at its best.
+"""Learning rates of matrices, relative to those of embeddings, norms and biases, in dense,
+block-sparse and sparse-to-dense training from scratch and in that of a smaller dense model, each to
+be compared at its best.
 
     python -m scripts.sweep --config=experiments/table_s2d_learning_rates.py:smoke \
         --config.data.sources=TEXT --config.data.tokenizer=runs/tokenizer --workdir=runs/s2d-rates
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 from experiments import table_s2d
 from sat_jax.results.sweep import Comparison, Sweep
 
-FACTORS = (1.0, 0.5, 2.0)  # times the learning rate of the scale
+SCALES = (0.25, 0.125, 0.0625, 0.03125)
 
 
 def get_config(scale: str = "smoke") -> ConfigDict:
@@ -28,8 +29,7 @@ def get_sweep(scale: str = "smoke") -> Sweep:
     dense: dict[str, Any] = {"sparsity.weights.density": 1.0}
     smaller = [{**dense, **sizes} for sizes in table_s2d.smaller(config)[-1:]]
     runs = [dense, {}, {"sparsity.schedule": "constant"}, *smaller]
-    rates = [float(f"{factor * config.optimizer.learning_rate:.2g}") for factor in FACTORS]
     return Sweep(
-        [{**run, "optimizer.learning_rate": rate} for rate in rates for run in runs],
-        (Comparison("learning_rates", "Learning rate", ("optimizer.learning_rate",)),),
+        [{**run, "optimizer.matrix_scale": scale} for scale in SCALES for run in runs],
+        (Comparison("learning_rates", "Learning rate", ("optimizer.matrix_scale",)),),
     )
