@@ -26,14 +26,19 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repeatable")
 
 
+# Before jax 0.11, XLA has other emitters of fusions than those of users, which compile faster and
+# round differently. Comparisons bit by bit are made with those of users.
+_HAS_OTHER_EMITTERS = jax.__version_info__ < (0, 11)
+EMITTERS_OF_USERS = {"xla_cpu_use_fusion_emitters": True} if _HAS_OTHER_EMITTERS else {}
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """XLA optimizes little, here and in child processes: small models compile for longer than they
-    run, most of all with the emitters of fusions. Real weights are what users run, as users run
-    them."""
+    run. Real weights are what users run, as users run them."""
     if config.option.markexpr != "real":
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
         jax.config.update("jax_disable_most_optimizations", True)
-        if jax.__version_info__ < (0, 11):  # later ones have no other emitters
+        if _HAS_OTHER_EMITTERS:
             flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
             os.environ["XLA_FLAGS"] = flags.strip()
     # Tracing allocates many objects that live: collections at the default rate take a tenth of the

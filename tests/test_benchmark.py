@@ -88,6 +88,7 @@ def test_peer_names_the_missing_package(missing: str, monkeypatch: pytest.Monkey
         call(monkeypatch, benchmark, "--only", "peer")
 
 
+@pytest.mark.slow
 def test_efficiency_measures_each_case_once(run_python: RunPython, tmp_path: Path) -> None:
     """On a CPU, and without the packages of the data pipeline."""
     out = tmp_path / "rows.jsonl"
@@ -187,6 +188,7 @@ def test_the_optimizer_alone_updates_the_kept_rows_alone() -> None:
     np.testing.assert_array_equal(moved, expected)
 
 
+@pytest.mark.slow
 def test_memory_refuses_an_absent_compiler(run_python: RunPython) -> None:
     done = run_python("-m", "scripts.memory", *map(str, SMALL), "--target", "v6")
     assert "--target v6; accepted: h200, v5e, v5p" in done.stderr

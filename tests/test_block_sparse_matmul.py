@@ -222,6 +222,7 @@ def test_any_shape(tokens: int, width: int, ids: set[int], name: str) -> None:
     check(name, "pallas_tpu", "float32", pattern, operands(pattern, tokens, width))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", REPRESENTATIVE)
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("backend", ["xla", "pallas_tpu"])

@@ -115,6 +115,7 @@ def test_dense_parameters_are_read_from_blocks() -> None:
     assert "layers/mlp/up" in columns
 
 
+@pytest.mark.slow
 def test_only_stored_blocks_have_state_and_the_rest_starts_at_zero() -> None:
     dense, columns = layout_of(MODELS["gpt2"]), columns_by_path("gpt2")
     layout = block_layout(dense, stored_blocks("gpt2"))

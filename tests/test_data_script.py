@@ -38,6 +38,7 @@ assert "tensorflow" not in sys.modules and "torch" not in sys.modules
     assert (process.returncode, process.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_the_script(tmp_path: Path, run_python: RunPython) -> None:
     folder = texts(tmp_path)
     command = ("-m", "scripts.prepare_data", "--tokenizer", "bytes", "--row-length", "16")

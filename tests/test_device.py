@@ -194,6 +194,7 @@ def test_the_reason_is_the_error_and_not_what_loggers_write_after_it() -> None:
     assert device._reason("Timeout (0:05:00)!\nThread 1:\n  File x\n") == "Timeout (0:05:00)!"
 
 
+@pytest.mark.slow
 def test_an_accelerator_is_needed(run_python: RunPython, tmp_path: Path) -> None:
     done = run_python("-m", "scripts.device", "--out", str(tmp_path))
     assert done.returncode == 2 and not done.stdout

@@ -101,6 +101,7 @@ def test_a_wrong_number_is_named_with_its_line_and_what_is_accepted() -> None:
     assert unsupported("4.2 %") and not unsupported("4.2 %", CLAIM_TABLE)
 
 
+@pytest.mark.slow
 def test_the_documents_are_what_the_rows_make_of_them() -> None:
     comparisons = declared_comparisons(ROOT / "experiments")
     assert list(outdated(ROOT, RESULTS, comparisons)) == [], "run: make tables"

@@ -74,7 +74,7 @@ def test_it_equals_mask_execution_of_the_same_units(
     ("name", "plan", "metric"),
     [
         ("bias", GROUPS, "svd"),
-        ("gqa", QUERY_HEADS, "maxip"),
+        pytest.param("gqa", QUERY_HEADS, "maxip", marks=SLOW),
         pytest.param("bias", GROUPS, "magnitude", marks=SLOW),
         pytest.param("bias", GROUPS, "wanda", marks=SLOW),
     ],

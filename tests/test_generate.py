@@ -85,6 +85,7 @@ def test_padding_is_never_attended_to() -> None:
     assert (zeros[:9] != nonzeros[:9]).any()
 
 
+@pytest.mark.slow
 def test_prompts_of_several_lengths_and_chunks() -> None:
     # Beyond the trained length, each row has angles for its own length.
     model = changed(golden("llama_gqa"), rope=DYNAMIC, max_positions=8)

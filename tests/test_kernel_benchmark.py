@@ -25,6 +25,7 @@ def call(monkeypatch: pytest.MonkeyPatch, out: Path, *more: str) -> None:
     benchmark.main()
 
 
+@pytest.mark.slow
 def test_each_program_has_its_rows(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -224,6 +224,7 @@ print(collectives(2), collectives(4), collectives(2, dense_layers=(1,)),
 """
 
 
+@pytest.mark.slow
 def test_with_balance_no_weight_leaves_its_device(run_python: RunPython) -> None:
     done = run_python("-c", ON_EIGHT_DEVICES, devices=8)
     assert (done.stdout.strip(), done.returncode) == ("0 0 0 0 True", 0), done.stderr

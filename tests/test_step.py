@@ -27,6 +27,7 @@ from sat_jax.sparsity.rows import Kept, complement
 from sat_jax.sparsity.statistics import Statistics, statistics_of
 from sat_jax.train.optimizer import clipping, learning_rate, make_optimizer
 from sat_jax.train.step import StepMetrics, StepSettings, make_evaluation, make_step
+from tests.conftest import EMITTERS_OF_USERS
 from tests.executions import equal
 from tests.small_models import (
     CONFIGS,
@@ -64,7 +65,7 @@ def compiled(execution: Execution, microbatches: int = 1) -> Step:
         stats_decay=STATS_DECAY,
         seed=3,
     )
-    return jax.jit(make_step(execution, settings))
+    return jax.jit(make_step(execution, settings), compiler_options=EMITTERS_OF_USERS)
 
 
 def rows(number: int) -> Rows:

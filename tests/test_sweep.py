@@ -282,6 +282,7 @@ class _Waiting(Job):
         time.sleep(600)
 
 
+@pytest.mark.slow
 def test_signals_for_a_launcher_do_not_end_a_run(tmp_path: Path) -> None:
     """Ctrl-C, and the signal of Slurm before a time limit, reach every process."""
     log = tmp_path / "log"

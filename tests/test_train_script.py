@@ -13,6 +13,7 @@ from scripts.train import _next, parser
 from tests.conftest import ROOT, RunPython
 
 
+@pytest.mark.slow
 def test_the_next_commands_keep_the_settings_and_can_be_typed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_python: RunPython
 ) -> None:
