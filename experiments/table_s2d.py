@@ -23,7 +23,7 @@ from sat_jax.results.sweep import Comparison, Sweep
 DENSITIES = (0.25, 0.125)
 PATTERNS = ("magnitude", "erk")
 POWERS_OF_TWO = ("smoke", "small")  # scales whose widths allow a butterfly
-SHORTER = (0.75, 0.6, 0.45)  # of the steps, in dense runs with fewer FLOPs
+SHORTER = (0.6, 0.45)  # of the steps, in dense runs with fewer FLOPs
 SEEDS = {"smoke": 3, "small": 3, "paper": 1, "paper-13b": 1}
 _DENSITY, _SPLIT, _PATTERN = (
     "sparsity.weights.density", "sparsity.split", "sparsity.weights.pattern",
@@ -75,34 +75,37 @@ def dense(scale: str) -> dict[str, Any]:
 
 
 def smaller(config: ConfigDict) -> list[dict[str, Any]]:
-    """Return a smaller model with more FLOPs, trained densely, than sparse-to-dense training at
-    25 % of the blocks, and one with fewer."""
+    """Return a dense model with half the layers, which has about the FLOPs of block-sparse training
+    with a quarter of the blocks."""
     layers = config.model.n_layers
-    if layers is None:
-        return []
-    return [
-        {"model.n_layers": layers - 1},
-        {"model.n_layers": layers // 2},
-    ]
+    return [{"model.n_layers": layers // 2}] if layers is not None else []
 
 
 def get_sweep(scale: str = "smoke") -> Sweep:
-    """Return the runs with each seed, the first seed of all before the second."""
+    """Return the runs with each seed: first a quarter of the blocks and an eighth beside the dense
+    baselines, then other switches, patterns and updates."""
     config = get_config(scale)
     sparse = [{_DENSITY: density, "sparsity.schedule": "constant"} for density in DENSITIES]
-    switched = [{_DENSITY: d, _SPLIT: split} for d in DENSITIES for split in (0.75, 0.5)]
+    switched = [{_DENSITY: d, _SPLIT: split} for split in (0.75, 0.5) for d in DENSITIES]
+    shorter = [{"train.steps": round(share * config.train.steps)} for share in SHORTER]
+    baselines = [{**dense(scale), **more} for more in ({}, *shorter, *smaller(config))]
     names = (*PATTERNS, "butterfly") if scale in POWERS_OF_TWO else PATTERNS
     patterns: list[dict[str, Any]] = [{_PATTERN: name} for name in names]
     # 15 exchanges before the switch, on the tokens of one batch of each.
     every = config.train.steps // 20
     rigl = {"sparsity.weights.update": "rigl", "sparsity.weights.update_every": every}
     dynamic = [rigl, {"sparsity.schedule": "ladder"}]
-    shorter = [{"train.steps": round(share * config.train.steps)} for share in SHORTER]
-    baselines = [{**dense(scale), **more} for more in ({}, *shorter, *smaller(config))]
-    runs = [*sparse, *switched, *baselines, *patterns, *dynamic]
     seeds = range(SEEDS[scale])
     return Sweep(
-        [{**run, "seed": seed} for seed in seeds for run in runs],
+        [
+            {**run, "seed": seed}
+            for group in (
+                [*baselines, *switched[:2], *sparse],
+                [*switched[2:], *patterns, *dynamic],
+            )
+            for seed in seeds
+            for run in group
+        ],
         (
             Comparison(
                 "density",
