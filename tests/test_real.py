@@ -1,5 +1,6 @@
 """Real weights, against transformers: the quickstart model in, out, and back. `make test-real`."""
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,10 @@ from safetensors.numpy import load_file
 
 from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sat_jax.interop import load_model, locate, open_weights, save_model
-from sat_jax.models.presets import preset
+from sat_jax.models.build import layout_of
+from sat_jax.models.presets import extended, preset
 from sat_jax.nn.decoder import Decoder
+from sat_jax.nn.layout import flat_values
 from sat_jax.nn.loss import next_token_loss
 from tests.golden_model import GOLDEN
 from tests.tolerances import assert_close
@@ -211,3 +214,21 @@ def test_a_family_loads_in_transformers(name: str, tmp_path: Path) -> None:
     reference = np.load(GOLDEN / name / "reference.npz")
     logits = their_logits(theirs, reference["input_ids"])
     assert_close(logits, reference["logits"], "float32", "forward")
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn", "llama3", "ntk"])
+def test_a_written_scaling_loads_in_transformers(rope_type: str, tmp_path: Path) -> None:
+    """Logits are equal within and beyond the length of the first training. `ntk` is written as
+    `longrope`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    first = load_model(GOLDEN / "llama_gqa")
+    config = extended(dataclasses.replace(first.config, max_positions=32), rope_type, 4.0)
+    model = layout_of(config).bind(flat_values(first))
+    save_model(model, tmp_path / "out", longrope=rope_type == "ntk")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 96), np.int32)
+    for length in (24, 96):
+        ours = model(jnp.asarray(tokens[:, :length]))
+        assert_close(their_logits(theirs, tokens[:, :length]), ours, "float32", "forward")
