@@ -31,5 +31,5 @@ def get_sweep(scale: str = "smoke") -> Sweep:
     runs = [dense, {}, {"sparsity.schedule": "constant"}, *smaller]
     return Sweep(
         [{**run, "optimizer.matrix_scale": scale} for scale in SCALES for run in runs],
-        (Comparison("learning_rates", "Learning rate", ("optimizer.matrix_scale",)),),
+        (Comparison("matrix_scales", "Learning rate of matrices", ("optimizer.matrix_scale",)),),
     )
