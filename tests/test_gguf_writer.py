@@ -111,6 +111,9 @@ def test_sizes_by_hand(tensor_type: TensorType, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     reader = written(file, "llama_gqa", tensor_type)
     assert file.stat().st_size - reader.data_offset == BYTES[tensor_type]
+    prefix = "ALL" if tensor_type == "F32" else "MOSTLY"
+    file_type = reader.fields["general.file_type"].contents()
+    assert gguf.LlamaFileType(file_type).name == f"{prefix}_{tensor_type}"
 
 
 def test_f16_rounds_matrices_only(tmp_path: Path) -> None:

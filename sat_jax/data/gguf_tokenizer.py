@@ -127,7 +127,8 @@ def from_gguf(path: Path) -> Tokenizer:
 def _byte_level_of(metadata: _Metadata, pre: str) -> tokenizers.Tokenizer:
     """Return the byte-level BPE of a file."""
     vocab = {token: index for index, token in enumerate(metadata.tokens)}
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata("ggml.merges", [])]
+    pairs = (merge.partition(" ") for merge in metadata("ggml.merges", []))
+    merges = [(left, right) for left, _, right in pairs]
     try:
         return _byte_level(vocab, merges, _PRE_TOKENIZERS[pre])
     except Exception as error:  # tokenizers raises no narrower type
@@ -137,7 +138,7 @@ def _byte_level_of(metadata: _Metadata, pre: str) -> tokenizers.Tokenizer:
 
 
 def _byte_level(
-    vocab: Mapping[str, int], merges: Sequence[tuple[str, ...]], pre: _PreTokenizer
+    vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], pre: _PreTokenizer
 ) -> tokenizers.Tokenizer:
     bpe = models.BPE(vocab=dict(vocab), merges=merges, ignore_merges=pre.whole_words)
     backend = tokenizers.Tokenizer(bpe)
@@ -254,8 +255,8 @@ def to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
 def _check_expressible(tokenizer: Tokenizer) -> None:
     if tokenizer.prefix not in ((), (tokenizer.bos_id,)):
         raise UserError(
-            f"tokenizer {tokenizer.name}: texts begin with {len(tokenizer.prefix)} tokens, which a"
-            " GGUF file cannot express; accepted: the bos, or nothing"
+            f"tokenizer {tokenizer.name}: texts begin with the tokens {list(tokenizer.prefix)},"
+            " which a GGUF file cannot express; accepted: the bos, or nothing"
         )
     for token in tokenizer.backend.get_added_tokens_decoder().values():
         if token.lstrip or token.rstrip or token.single_word:

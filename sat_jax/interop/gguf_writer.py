@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGUFWriter, LlamaFileType
+from gguf import GGML_QUANT_SIZES, GGUFWriter
 from gguf import GGMLQuantizationType as Quant
 from gguf.quants import quant_shape_to_byte_shape, quantize
 
@@ -27,6 +27,7 @@ from sat_jax.nn.rope import RopeConfig
 TensorType = Literal["F32", "F16", "Q8_0", "Q4_0", "Q4_1"]
 TENSOR_TYPES: tuple[TensorType, ...] = get_args(TensorType)
 _FLOATS = ("F32", "F16")
+_FILE_TYPES: dict[TensorType, int] = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7}
 # Values to which all types but F32 extend: weights, or scales of blocks, in float16.
 _LIMIT = float(np.finfo(np.float16).max)
 
@@ -178,11 +179,10 @@ def _is_same(value: Any, other: Any, rotary_dim: int) -> bool:
 
 
 def _general(name: str, tensor_type: TensorType) -> Json:
-    prefix = "ALL" if tensor_type == "F32" else "MOSTLY"
     return {
         "general.type": "model",
         "general.name": name,
-        "general.file_type": int(LlamaFileType[f"{prefix}_{tensor_type}"]),
+        "general.file_type": _FILE_TYPES[tensor_type],
         "general.quantization_version": QUANTIZATION_VERSION,
     }
 

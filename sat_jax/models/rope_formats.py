@@ -308,10 +308,10 @@ def rope_divisors(rope: RopeConfig, rotary_dim: int) -> np.ndarray | None:
 
 def same_in_gguf(rope: RopeConfig, other: RopeConfig, rotary_dim: int) -> bool:
     """Return whether two RoPEs that GGUF can store are equal up to the rounding of a file."""
-    frequencies = [inverse_frequencies(r, rotary_dim, 1) for r in (rope, other)]
-    scales = [attention_scaling(r, 1) for r in (rope, other)]
+    frequencies, others = (inverse_frequencies(r, rotary_dim, 1) for r in (rope, other))
+    scale, other_scale = (attention_scaling(r, 1) for r in (rope, other))
     return (
         rope.type == other.type
-        and np.allclose(*frequencies, rtol=1e-4, atol=0)
-        and math.isclose(*scales, rel_tol=1e-6)
+        and np.allclose(frequencies, others, rtol=1e-4, atol=0)
+        and math.isclose(scale, other_scale, rel_tol=1e-6)
     )
