@@ -244,8 +244,9 @@ def test_retnet_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_file_is_never_overwritten(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_text("mine")
+    unread = Weights(SMALL, pytest.fail)
     with pytest.raises(UserError, match=r"model\.gguf: exists already; accepted: a new file"):
-        write_file(file, small_weights(), "F32")
+        write_file(file, unread, "F32")
     assert file.read_text() == "mine"
     with pytest.raises(UserError, match=r"accepted: the name of a file that ends in \.gguf"):
         write_file(tmp_path / "model.bin", small_weights(), "F32")
