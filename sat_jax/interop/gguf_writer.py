@@ -206,7 +206,7 @@ def _quantized(tensor: np.ndarray, kind: Quant, name: str) -> np.ndarray:
         largest = float(np.abs(tensor).max())
         if not largest <= _LIMIT:
             raise UserError(
-                f"tensor {name} has the value {largest:g} (sign omitted), which {kind.name} cannot"
+                f"tensor {name} has a value of magnitude {largest:g}, which {kind.name} cannot"
                 f" represent; accepted: up to {_LIMIT:g}, or F32"
             )
     # A block of values near 0 has the scale 0 in float16, whatever its inverse is.
