@@ -173,6 +173,27 @@ def test_rope_that_transformers_does_not_have(convert: Convert, tmp_path: Path) 
     assert config.rope is not None and config.rope.type == "longrope"
 
 
+def test_gguf_files_out(finished_run: Path, convert: Convert, tmp_path: Path) -> None:
+    """Of a directory without a tokenizer, a run, and a quantized file."""
+    printed = convert(GOLDEN / "gpt2", "--gguf", "Q4_0", "--out", tmp_path / "q4.gguf")
+    size = (tmp_path / "q4.gguf").stat().st_size
+    summary = f"27 F32 and 12 Q4_0 and 1 Q8_0 tensors, {size:,} bytes, without a tokenizer\n"
+    assert printed.endswith(f" parameters in {summary}")
+    assert open_weights(tmp_path / "q4.gguf").config == open_weights(GOLDEN / "gpt2").config
+    printed = convert(finished_run, "--gguf", "F16", "--out", tmp_path / "run.gguf")
+    assert printed.endswith("with its tokenizer\n")
+    assert load_tokenizer("model", tmp_path / "run.gguf").encode_batch(["né"]) == [[110, 195, 169]]
+    written, trained = open_weights(tmp_path / "run.gguf"), initial_values(preset("tiny"), 2)
+    half = np.asarray(trained["embed"], np.float16).astype(np.float32)
+    assert_close(written.read("embed"), half, "float32", "exact")
+    with pytest.raises(UserError, match=r"quantized already \(Q4_0, Q8_0\) cannot be quantized to"):
+        convert(tmp_path / "q4.gguf", "--gguf", "Q8_0", "--out", tmp_path / "q8.gguf")
+    with pytest.raises(UserError, match="--dtype has no effect with --gguf"):
+        convert(GOLDEN / "gpt2", "--gguf", "F16", "--dtype", "float16", "--out", tmp_path / "a")
+    with pytest.raises(UserError, match="exists already; accepted: a new file"):
+        convert(GOLDEN / "gpt2", "--gguf", "F16", "--out", tmp_path / "q4.gguf")
+
+
 def test_misuse_is_a_user_error(finished_run: Path, convert: Convert, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--step needs the work directory of a run"):
         convert(GOLDEN / "qwen3", "--out", tmp_path / "out", "--step", 1)

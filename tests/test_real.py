@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from sat_jax.data.gguf_tokenizer import to_gguf
 from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sat_jax.interop import load_model, locate, open_weights, save_model
+from sat_jax.interop.gguf import open_gguf
+from sat_jax.interop.gguf_writer import write_file
 from sat_jax.models.build import layout_of
 from sat_jax.models.presets import extended, preset
 from sat_jax.nn.decoder import Decoder
@@ -133,6 +136,29 @@ def test_written_tensors_are_those_of_transformers(
     assert set(written) == set(state)
     for name, tensor in written.items():
         assert_close(tensor, state[name], "float32", "exact")
+
+
+def test_a_written_gguf_file_is_that_of_llama_cpp(
+    file: Path,
+    tokenizer: Tokenizer,
+    ids: np.ndarray,
+    exact: tuple[np.ndarray, float],
+    tmp_path: Path,
+) -> None:
+    """The same values of keys as in the published file, and the same logits in transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    keys = to_gguf(tokenizer, 49_152)
+    write_file(tmp_path / "model.gguf", open_weights(file), "F32", keys)
+    own, theirs = open_gguf(tmp_path / "model.gguf"), open_gguf(file)
+    for key in own.reader.fields:
+        if not key.startswith(("GGUF.", "general.")):
+            assert own.value(key) == theirs.value(key), key
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", dtype=torch.float32
+    )
+    assert_same_logits(their_logits(loaded.eval(), ids), exact)
 
 
 def test_reading_what_transformers_writes(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, ReaderTensor
+from gguf import GGML_QUANT_SIZES, GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 
 from sat_jax.errors import UserError
@@ -22,7 +22,7 @@ from sat_jax.models.format_fields import GgufFields
 from sat_jax.models.formats import GgufFormat
 
 # Other versions have other layouts of quantized blocks.
-_QUANTIZATION_VERSION = 2
+QUANTIZATION_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +75,13 @@ def open_file(path: Path) -> Weights:
 
     shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}
     prefix = f"{declared.architecture}."
-    bos, eos = (file.value(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
+    bos, *ends = (file.value(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot"))
     keys = [key for key in file.reader.fields if key.startswith(prefix)]
     fields = GgufFields(
         declared.architecture,
         {key.removeprefix(prefix): file.value(key) for key in keys},
         bos_token_id=None if bos is None else int(bos),
-        eos_token_ids=() if eos is None else (int(eos),),
+        eos_token_ids=tuple(dict.fromkeys(int(end) for end in ends if end is not None)),
         shapes=shapes,
         fetch=fetch,
         where=str(path),
@@ -90,18 +90,20 @@ def open_file(path: Path) -> Weights:
     config = declared.read_config(fields)
     parameters = {name: shape for name, shape in shapes.items() if name not in declared.ignored}
     check_tensors(config, "gguf", parameters, path)
-    return Weights(config, stacked_reader(config, "gguf", fetch))
+    # A type with a block of several values is quantized.
+    types = {tensor.tensor_type for tensor in tensors.values()}
+    quantized = tuple(sorted(kind.name for kind in types if GGML_QUANT_SIZES[kind][0] > 1))
+    return Weights(config, stacked_reader(config, "gguf", fetch), quantized=quantized)
 
 
 def _declaration(file: GgufFile) -> GgufFormat:
     kind = file.value("general.type", "model")
     if kind != "model":
         raise UserError(f"{file.path}: general.type {kind!r}; accepted: model")
-    version = file.value("general.quantization_version", _QUANTIZATION_VERSION)
-    if version != _QUANTIZATION_VERSION:
+    version = file.value("general.quantization_version", QUANTIZATION_VERSION)
+    if version != QUANTIZATION_VERSION:
         raise UserError(
-            f"{file.path}: general.quantization_version {version}; accepted:"
-            f" {_QUANTIZATION_VERSION}"
+            f"{file.path}: general.quantization_version {version}; accepted: {QUANTIZATION_VERSION}"
         )
     architecture = str(file.value("general.architecture"))
     declared = registry.GGUF_ARCHITECTURES.get(architecture)

@@ -1,6 +1,7 @@
 """Hugging Face directories: safetensors weights, sharded or not, in and out."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 import uuid
@@ -21,6 +22,7 @@ from sat_jax.interop.weights import (
     cast,
     check_tensors,
     is_lfs_pointer,
+    joined_tensors,
     stacked_reader,
 )
 from sat_jax.models import registry
@@ -238,22 +240,17 @@ def _write_tensors(
     form = registry.format_of(config).files
     stem, mode = form.weights, (directory / form.config).stat().st_mode
     weight_map: dict[str, str] = {}
-    held: dict[str, np.ndarray] = {}
+    planned = itertools.chain.from_iterable(shards)
+    joined = joined_tensors(config, planned, "huggingface", read)
     for i, shard in enumerate(shards):
         part = "" if len(shards) == 1 else f"-{i + 1:05}-of-{len(shards):05}"
         file = f"{stem}{part}.safetensors"
-        tensors = {}
-        for stored in shard:
-            if held.keys() != set(stored.tensor.paths):
-                held.clear()
-                held |= {path: _read(config, read, path) for path in stored.tensor.paths}
-            layer = ... if stored.layer is None else stored.layer
-            joined = stored.tensor.huggingface.join(
-                [held[path][layer] for path in stored.tensor.paths]
-            )
-            # safetensors writes the memory as it is, so it has to be in row-major order.
-            tensors[stored.name] = np.ascontiguousarray(cast(joined, number, stored.name))
-            weight_map[stored.name] = file
+        # safetensors writes the memory as it is, so it has to be in row-major order.
+        tensors = {
+            stored.name: np.ascontiguousarray(cast(tensor, number, stored.name))
+            for stored, tensor in itertools.islice(joined, len(shard))
+        }
+        weight_map |= dict.fromkeys(tensors, file)
         save_file(tensors, directory / file, metadata={"format": "pt"})
         # safetensors makes its files private; give them the mode that any new file has here.
         (directory / file).chmod(mode)
@@ -261,13 +258,6 @@ def _write_tensors(
         size = sum(_count(stored.shape) for shard in shards for stored in shard)
         metadata = {"total_size": size * number.itemsize}
         _write_json(directory / _index_name(stem), {"metadata": metadata, "weight_map": weight_map})
-
-
-def _read(config: DecoderConfig, read: Callable[[str], Any], path: str) -> np.ndarray:
-    parameter, shape = np.asarray(read(path)), shapes(config)[path].shape
-    if parameter.shape != shape:
-        raise ValueError(f"{path} is {parameter.shape}, not {shape}")
-    return parameter
 
 
 def _plan_shards(config: DecoderConfig, itemsize: int, limit: int) -> list[list[StoredTensor]]:

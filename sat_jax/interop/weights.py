@@ -1,8 +1,9 @@
 """Weights of a model, read from Hugging Face or GGUF files as its family declares them."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +14,7 @@ from sat_jax.models import registry
 from sat_jax.models.build import shapes
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.format_fields import Json
-from sat_jax.models.formats import Format, Shape
+from sat_jax.models.formats import Format, Shape, StoredTensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +22,13 @@ class Weights:
     """Weights in files: `read(path)` returns one parameter in float32, with layers stacked.
 
     `generation` has the settings of generation_config.json, if the weights come with them.
+    `quantized` names the quantized types of the tensors in the files.
     """
 
     config: DecoderConfig
     read: Callable[[str], np.ndarray]
     generation: Json = dataclasses.field(default_factory=dict)
+    quantized: tuple[str, ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -97,3 +100,28 @@ def stacked_reader(
         return out
 
     return read
+
+
+def joined_tensors(
+    config: DecoderConfig,
+    tensors: Iterable[StoredTensor],
+    form: Format,
+    read: Callable[[str], Any],
+) -> Iterator[tuple[StoredTensor, np.ndarray]]:
+    """Yield tensors of a file with their values: the inverse of `stacked_reader`.
+
+    `read(path)` returns one stacked parameter. It is called once for each, as long as the tensors
+    of a parameter follow one another.
+    """
+    expected = shapes(config)
+    held: dict[str, np.ndarray] = {}
+    for stored in tensors:
+        paths = stored.tensor.paths
+        if held.keys() != set(paths):
+            held.clear()
+            held |= {path: np.asarray(read(path)) for path in paths}
+            for path, parameter in held.items():
+                if parameter.shape != expected[path].shape:
+                    raise ValueError(f"{path} is {parameter.shape}, not {expected[path].shape}")
+        layer = ... if stored.layer is None else stored.layer
+        yield stored, stored.tensor.stored(form).join([held[path][layer] for path in paths])

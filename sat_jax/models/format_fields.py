@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from sat_jax.errors import UserError
+from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.mlp import Activation
 
 Json = dict[str, Any]
@@ -223,3 +224,15 @@ class GgufFields:
         if self.count("attention.head_count_kv", n_heads) != n_heads:
             raise self.refuse("attention.head_count_kv", f"{n_heads}, one for each head")
         return decoder
+
+
+def decoder_keys(config: DecoderConfig) -> Json:
+    """Return the metadata that all GGUF architectures have: the inverse of `GgufFields.decoder`."""
+    return {
+        "block_count": config.n_layers,
+        "context_length": config.max_positions,
+        "embedding_length": config.d_model,
+        "feed_forward_length": config.d_ff,
+        "attention.head_count": config.n_heads,
+        "vocab_size": config.vocab_size,
+    }

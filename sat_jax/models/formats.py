@@ -149,14 +149,17 @@ class GgufFormat:
 
     `keys` are the metadata keys, without the architecture's prefix, that `read_config` uses or that
     change nothing. `neutral` lists for other keys the values that change nothing; a key in neither
-    is refused. `ignored` are tensors that are not parameters.
+    is refused. `write_config(config)` returns the metadata that `read_config` reads. `ignored` are
+    tensors that are not parameters, and `float32` matrices that llama.cpp always has in float32.
     """
 
     architecture: str
     keys: frozenset[str]
     neutral: Mapping[str, tuple[Any, ...]]
     read_config: Callable[[GgufFields], DecoderConfig]
+    write_config: Callable[[Any], Json]
     ignored: frozenset[str] = frozenset()
+    float32: frozenset[str] = frozenset()
 
 
 class Files(NamedTuple):
@@ -183,7 +186,8 @@ class ModelFormat:
     returns the fields of config.json that the model type adds to those common to all. `ignored` is
     a regular expression for the names of Hugging Face tensors that are not parameters. Names on
     disk may lack `optional_prefix`; written names have it. `files`: names other than those of
-    Hugging Face; the config in such a file may lack `model_type`.
+    Hugging Face; the config in such a file may lack `model_type`. Without `gguf`, GGUF files store
+    the model as one of the model type `gguf_model_type`, if that is not None.
     """
 
     model_type: str
@@ -194,6 +198,7 @@ class ModelFormat:
     read_config: Callable[[JsonFields], DecoderConfig]
     write_config: Callable[[Any], Json]
     gguf: GgufFormat | None = None
+    gguf_model_type: str | None = None
     ignored: str = r"(?!)"
     optional_prefix: str = ""
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)

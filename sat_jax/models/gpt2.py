@@ -19,6 +19,7 @@ from sat_jax.models.format_fields import (
     GgufFields,
     Json,
     JsonFields,
+    decoder_keys,
 )
 from sat_jax.models.formats import (
     GgufFormat,
@@ -197,6 +198,10 @@ def _read_gguf(fields: GgufFields) -> GPT2Config:
     return GPT2Config(**fields.multi_head_decoder(), norm_eps=norm_eps)
 
 
+def _write_gguf(config: GPT2Config) -> Json:
+    return decoder_keys(config) | {"attention.layer_norm_epsilon": config.norm_eps}
+
+
 FORMATS = (
     ModelFormat(
         model_type="gpt2",
@@ -234,6 +239,8 @@ FORMATS = (
             keys=GGUF_KEYS | {"attention.layer_norm_epsilon"},
             neutral=GGUF_NEUTRAL,
             read_config=_read_gguf,
+            write_config=_write_gguf,
+            float32=frozenset({"position_embd.weight"}),
         ),
         # Causal masks.
         ignored=r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",

@@ -19,6 +19,7 @@ from sat_jax.models.format_fields import (
     GgufFields,
     Json,
     JsonFields,
+    decoder_keys,
 )
 from sat_jax.models.formats import (
     GgufFormat,
@@ -36,6 +37,7 @@ from sat_jax.models.rope_formats import (
     nested_fields,
     rope_from_gguf,
     rope_from_json,
+    rope_to_gguf,
     rope_to_json,
 )
 from sat_jax.nn.attention.grouped_query import Attention
@@ -250,6 +252,15 @@ def _read_gguf(fields: GgufFields) -> GPTNeoXConfig:
     )
 
 
+def _write_gguf(config: GPTNeoXConfig) -> Json:
+    return {
+        **decoder_keys(config),
+        **rope_to_gguf(config.rope, config.rotary_dim),
+        "use_parallel_residual": config.parallel_residual,
+        "attention.layer_norm_epsilon": config.norm_eps,
+    }
+
+
 FORMATS = (
     ModelFormat(
         model_type="gpt_neox",
@@ -278,6 +289,7 @@ FORMATS = (
             keys=GGUF_KEYS | ROPE_KEYS | {"attention.layer_norm_epsilon", "use_parallel_residual"},
             neutral=GGUF_NEUTRAL | ROPE_NEUTRAL,
             read_config=_read_gguf,
+            write_config=_write_gguf,
         ),
         # Causal masks and rotary frequencies.
         ignored=r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias)"

@@ -20,6 +20,7 @@ from sat_jax.models.format_fields import (
     GgufFields,
     Json,
     JsonFields,
+    decoder_keys,
 )
 from sat_jax.models.formats import (
     GgufFormat,
@@ -36,6 +37,7 @@ from sat_jax.models.rope_formats import (
     ROPE_NEUTRAL,
     rope_from_gguf,
     rope_from_json,
+    rope_to_gguf,
     rope_to_json,
 )
 from sat_jax.nn.attention.grouped_query import Attention
@@ -331,7 +333,19 @@ def _read_gguf(fields: GgufFields) -> LlamaConfig:
     )
 
 
-def _format(family: Family, gguf: bool = True) -> ModelFormat:
+def _write_gguf(config: LlamaConfig) -> Json:
+    keys = {
+        **decoder_keys(config),
+        **rope_to_gguf(config.rope, config.rotary_dim),
+        "attention.head_count_kv": config.n_kv_heads,
+        "attention.layer_norm_rms_epsilon": config.norm_eps,
+    }
+    if config.head_dim * config.n_heads != config.d_model:
+        keys |= dict.fromkeys(["attention.key_length", "attention.value_length"], config.head_dim)
+    return keys
+
+
+def _format(family: Family, gguf_model_type: Family | None = None) -> ModelFormat:
     return ModelFormat(
         model_type=family,
         architecture=_MODEL_TYPES[family][0],
@@ -345,12 +359,14 @@ def _format(family: Family, gguf: bool = True) -> ModelFormat:
             keys=GGUF_KEYS | ROPE_KEYS | _GGUF_KEYS,
             neutral=_GGUF_NEUTRAL,
             read_config=_read_gguf,
+            write_config=_write_gguf,
             ignored=frozenset({ROPE_FREQS}),
         )
-        if gguf
+        if gguf_model_type is None
         else None,
+        gguf_model_type=gguf_model_type,
         ignored=r"(model\.layers\.\d+\.self_attn|model)\.rotary_emb\.inv_freq",
     )
 
 
-FORMATS = (_format("llama"), _format("mistral", gguf=False), _format("qwen2"), _format("qwen3"))
+FORMATS = (_format("llama"), _format("mistral", "llama"), _format("qwen2"), _format("qwen3"))

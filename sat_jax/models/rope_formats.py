@@ -266,3 +266,52 @@ def _rope_from_divisors(theta: float, rotary_dim: int, fields: GgufFields) -> Ro
     raise UserError(
         f"{fields.where}: {ROPE_FREQS} does not follow the llama3 rule; no other is supported"
     )
+
+
+def rope_to_gguf(rope: RopeConfig, rotary_dim: int) -> Json:
+    """Return the metadata of a RoPE, without the architecture's prefix.
+
+    `llama3` also needs the tensor of `rope_divisors`. Raises `UserError` for a type that GGUF does
+    not have.
+    """
+    keys: Json = {"rope.dimension_count": rotary_dim, "rope.freq_base": rope.theta}
+    match rope.type:
+        case "default" | "llama3":
+            return keys
+        case "linear":
+            return keys | {"rope.scaling.type": "linear", "rope.scaling.factor": rope.factor}
+        case "yarn":
+            keys |= {
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": rope.factor,
+                "rope.scaling.original_context_length": rope.original_max_positions,
+                "rope.scaling.yarn_beta_fast": rope.beta_fast,
+                "rope.scaling.yarn_beta_slow": rope.beta_slow,
+            }
+            if rope.attention_factor is not None:
+                multiple = rope.attention_factor / (0.1 * math.log(rope.factor) + 1.0)
+                keys["rope.scaling.attn_factor"] = multiple
+            return keys
+        case _:
+            raise UserError(
+                f"GGUF has no rope type {rope.type!r}; accepted: default, linear, yarn, llama3"
+            )
+
+
+def rope_divisors(rope: RopeConfig, rotary_dim: int) -> np.ndarray | None:
+    """Return the tensor `ROPE_FREQS` `[rotary_dim / 2]` of `llama3`, None for another type."""
+    if rope.type != "llama3":
+        return None
+    plain = inverse_frequencies(RopeConfig(rope.theta), rotary_dim, 1)
+    return np.asarray(plain / inverse_frequencies(rope, rotary_dim, 1), np.float32)
+
+
+def same_in_gguf(rope: RopeConfig, other: RopeConfig, rotary_dim: int) -> bool:
+    """Return whether two RoPEs that GGUF can store are equal up to the rounding of a file."""
+    frequencies, others = (inverse_frequencies(r, rotary_dim, 1) for r in (rope, other))
+    scale, other_scale = (attention_scaling(r, 1) for r in (rope, other))
+    return (
+        rope.type == other.type
+        and np.allclose(frequencies, others, rtol=1e-4, atol=0)
+        and math.isclose(scale, other_scale, rel_tol=1e-6)
+    )
