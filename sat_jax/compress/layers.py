@@ -145,7 +145,7 @@ def compress_layers(
         for matrix in matrices(layout):
             sums = statistics.get((matrix.unit, matrix.writes), _NOTHING)
             weight = matrix.flatten(weights[matrix.path][0])
-            _check_finite(f"layer {layer}: ", matrix.path, weight, sums)
+            _check_finite(layer, matrix.path, weight, sums)
             new = method(weight, sums)
             removed[matrix.path] = new.removed
             if new.factors is not None:
@@ -162,14 +162,16 @@ def compress_layers(
         yield CompressedLayer(layer, removed, float(np.sqrt(change / added)), factors)
 
 
-def _check_finite(where: str, path: str, weight: Matrix2D, statistics: InputStatistics) -> None:
+def _check_finite(layer: int, path: str, weight: Matrix2D, statistics: InputStatistics) -> None:
     if not np.isfinite(statistics.squares).all():
         raise UserError(
-            f"{where}the inputs of {path} are not finite; accepted: a model whose activations are"
-            " finite on the calibration text"
+            f"layer {layer}: the inputs of {path} are not finite; accepted: a model whose"
+            " activations are finite on the calibration text"
         )
     if not jnp.isfinite(weight).all():
-        raise UserError(f"{where}{path} has weights that are not finite; accepted: finite numbers")
+        raise UserError(
+            f"layer {layer}: {path} has weights that are not finite; accepted: finite numbers"
+        )
 
 
 def _embed(
