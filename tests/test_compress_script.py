@@ -12,12 +12,12 @@ import pytest
 from safetensors.numpy import save
 
 from sat_jax import cli
-from sat_jax.compress import load_factored
+from sat_jax.compress import load_factored, merge_factors
 from sat_jax.compress.costs import costs
 from sat_jax.data.prepare import load_prepared
 from sat_jax.errors import UserError
 from sat_jax.evaluate.perplexity import perplexity, prepared_data
-from sat_jax.interop import load_model, open_weights
+from sat_jax.interop import load_model, open_weights, save_model
 from sat_jax.models.build import layout_of
 from sat_jax.nn.layout import make_layout
 from sat_jax.nn.loss import perplexity_of
@@ -120,6 +120,9 @@ def test_a_model_of_low_rank(compress: Compress, tmp_path: Path) -> None:
     assert flops < report["flops_per_token"]["after"]
     tokens = np.arange(12)[None]
     assert_close(factored(tokens), merged(tokens), "float32", "forward")
+    save_model(merge_factors(factored), tmp_path / "merged")
+    again = load_model(tmp_path / "merged")
+    assert_close(again(tokens), merged(tokens), "float32", "forward")
 
 
 @pytest.mark.parametrize(

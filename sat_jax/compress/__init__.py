@@ -1,6 +1,6 @@
 """Compression of trained models. Each method is one file, and transforms one matrix at a time."""
 
-from sat_jax.compress.factors import load_factored
+from sat_jax.compress.factors import load_factored, merge_factors
 from sat_jax.compress.input_statistics import InputStatistics
 from sat_jax.compress.layers import compress_layers
 from sat_jax.compress.low_rank import Factorization, factorize_matrix
@@ -16,5 +16,6 @@ __all__ = [
     "factorize_matrix",
     "load_factored",
     "make_method",
+    "merge_factors",
     "prune_matrix",
 ]

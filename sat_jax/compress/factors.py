@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
@@ -18,7 +19,9 @@ from sat_jax.interop.huggingface import Dtype
 from sat_jax.interop.weights import cast
 from sat_jax.models.build import layout_of
 from sat_jax.nn.decoder import Compute, Decoder
+from sat_jax.nn.linear import dense
 from sat_jax.nn.low_rank import LowRank
+from sat_jax.nn.param import Mask
 
 FACTORS_FILE = "factors.safetensors"
 _NAMES = ("left", "right")
@@ -68,6 +71,15 @@ def load_factored(
     return layout.bind(
         {path: factors.get(path) or jnp.asarray(weights.read(path)) for path in layout.leaves}
     )
+
+
+def merge_factors(model: Decoder) -> Decoder:
+    """Return the model with the products of its factors as plain matrices, for `save_model`."""
+    _, _, state = nnx.split(model, Mask, ...)  # type: ignore[misc]
+    values = {
+        "/".join(map(str, path)): dense(variable) for path, variable in nnx.to_flat_state(state)
+    }
+    return layout_of(model.config, model.compute).bind(values)
 
 
 def _read_factors(file: Path) -> dict[str, LowRank]:

@@ -42,7 +42,9 @@ class LowRank(Weight):
     def dense(self) -> Array:
         """Return the product of the factors, of one layer or of all."""
         left, right = dense(self.left), dense(self.right)
-        return (left.reshape(*right.shape[:-2], -1, self.rank) @ right).reshape(self.shape)
+        flat = left.reshape(*right.shape[:-2], -1, self.rank)
+        product = jnp.matmul(flat, right, precision=jax.lax.Precision.HIGHEST)
+        return product.reshape(self.shape)
 
     def describe(self, axes: Axes) -> dict[str, tuple[Axes, bool]]:
         """Return the axes of both factors, which are trained."""
