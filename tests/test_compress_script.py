@@ -135,6 +135,11 @@ def test_a_model_of_low_rank(compress: Compress, tmp_path: Path) -> None:
             {"layers/mlp/up/left": (3, 170, 2), "layers/mlp/up/right": (3, 2, 64)},
             "factors.safetensors: layers/mlp/up is no matrix of the model",
         ),
+        (
+            {"layers/mlp/up/left": (3, 176, 2), "layers/mlp/up/right": (3, 4, 64)},
+            "factors.safetensors: layers/mlp/up is no matrix of the model",
+        ),
+        ({"up/left": (2,), "up/right": (2,)}, "factors.safetensors: up is no matrix of the model"),
     ],
 )
 def test_factors_that_cannot_be_loaded(tmp_path: Path, content: Any, message: str) -> None:

@@ -12,7 +12,7 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from sat_jax.compress.layers import CompressedLayer
+from sat_jax.compress.layers import CompressedLayer, matrices
 from sat_jax.errors import UserError
 from sat_jax.interop import locate, open_weights
 from sat_jax.interop.huggingface import Dtype
@@ -65,8 +65,9 @@ def load_factored(
     weights = open_weights(directory)
     layout = layout_of(weights.config, Compute(dtype=dtype))
     factors = _read_factors(file)
+    shapes = {matrix.path: layout.shapes[matrix.path].shape for matrix in matrices(layout)}
     for path, weight in factors.items():
-        if path not in layout.shapes or weight.shape != layout.shapes[path].shape:
+        if path not in shapes or not _have_product(weight, shapes[path]):
             raise UserError(f"{file}: {path} is no matrix of the model in {directory}")
     return layout.bind(
         {path: factors.get(path) or jnp.asarray(weights.read(path)) for path in layout.leaves}
@@ -80,6 +81,12 @@ def merge_factors(model: Decoder) -> Decoder:
         "/".join(map(str, path)): dense(variable) for path, variable in nnx.to_flat_state(state)
     }
     return layout_of(model.config, model.compute).bind(values)
+
+
+def _have_product(weight: LowRank, shape: tuple[int, ...]) -> bool:
+    """Return whether the factors are those of matrices of this shape, `[L, *units, D]`."""
+    left, right = weight.left.shape, weight.right.shape
+    return left[:-1] == shape[:-1] and right == (shape[0], left[-1], shape[-1])
 
 
 def _read_factors(file: Path) -> dict[str, LowRank]:
