@@ -15,7 +15,6 @@ from sat_jax.errors import UserError
 from sat_jax.models.build import layout_of
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.gpt2 import GPT2Config
-from sat_jax.models.retnet import RetNetConfig
 from sat_jax.nn.layout import make_layout
 from sat_jax.nn.low_rank import LowRank
 from tests.executions import plain
@@ -125,12 +124,9 @@ def test_misuse_is_a_user_error(options: dict[str, Any], message: str) -> None:
         factorize_matrix(**{"weight": weight, "inputs": inputs} | options)
 
 
-_SIZES = {"vocab_size": 32, "d_model": 16, "n_layers": 2, "n_heads": 4, "d_ff": 24}
-GQA = dataclasses.replace(CONFIGS["gqa"], n_layers=2)
 FAMILIES: dict[str, DecoderConfig] = {
-    "llama": GQA,
-    "gpt2": GPT2Config(**_SIZES, max_positions=32),
-    "retnet": RetNetConfig(**_SIZES, d_value=32, max_positions=32, chunk=8),
+    "gqa": dataclasses.replace(CONFIGS["gqa"], n_layers=2),
+    "gpt2": GPT2Config(vocab_size=32, d_model=16, n_layers=2, n_heads=4, d_ff=24, max_positions=32),
 }
 
 

@@ -83,8 +83,8 @@ class Matrix(NamedTuple):
         return (matrix.T if self.writes else matrix).reshape(self.shape)
 
     def low_rank(self, factors: Factors) -> LowRank:
-        """Return the weight of one layer with these factors, on the host."""
-        left, right = map(np.asarray, factors)
+        """Return the weight of one layer with these factors."""
+        left, right = factors
         if self.writes:
             left, right = right.T, left.T
         return LowRank(left.reshape(*self.shape[:-1], -1), right)
@@ -93,8 +93,8 @@ class Matrix(NamedTuple):
 class CompressedLayer(NamedTuple):
     """Result of a layer. `removed`: the number of weights that are removed, by path. `error`: the
     norm of the change of the layer's output by the compression of the layer, relative to the norm
-    of what the layer adds to the residual stream. `factors` of the matrices of low rank, by
-    path."""
+    of what the layer adds to the residual stream. `factors` of the matrices of low rank by path,
+    on the host."""
 
     layer: int
     removed: dict[str, int]
@@ -149,7 +149,7 @@ def compress_layers(
             new = method(weight, sums)
             removed[matrix.path] = new.removed
             if new.factors is not None:
-                factors[matrix.path] = matrix.low_rank(new.factors)
+                factors[matrix.path] = jax.tree.map(np.asarray, matrix.low_rank(new.factors))
             weights[matrix.path] = matrix.unflatten(new.weight)[None]
             values[matrix.path][layer] = np.asarray(weights[matrix.path][0])
         compressed, _ = _run(layout, values, weights, batches, streams, "nothing")

@@ -26,7 +26,7 @@ class LowRank(Weight):
     O(r · (D + N)) operations per token.
     """
 
-    left: Float[Array, "*L *units r"]
+    left: Float[Array, "*axes r"]
     right: Float[Array, "*L r D"]
 
     @property
