@@ -55,6 +55,13 @@ def test_svd_keeps_the_largest_singular_values() -> None:
     assert_close(np.linalg.norm(weight - approximation), np.sqrt(2**2 + 1**2), "float64", "forward")
 
 
+def test_a_matrix_of_lower_rank_is_exact() -> None:
+    inputs = np.ones((1, 6))
+    weight = np.outer([1.0, 2.0, 0.0, -1.0], [3.0, 0.0, 1.0, 0.0, 1.0, 2.0])
+    assert_close(product("svd", weight, inputs), weight, "float64", "forward")
+    assert_close(product("svd", 0 * weight, inputs), 0 * weight, "float64", "forward")
+
+
 @pytest.mark.parametrize("damping", [0.0, 0.01])
 def test_whitened_singular_values_are_the_error(
     monkeypatch: pytest.MonkeyPatch, damping: float

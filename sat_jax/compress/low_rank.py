@@ -51,10 +51,20 @@ def _svd_llm(weight: np.ndarray, statistics: InputStatistics, rank: int) -> _Pai
 
 def _truncated_svd(matrix: np.ndarray, rank: int) -> _Pair:
     """Return factors of the nearest matrix of this rank; both have the roots of the singular
-    values."""
-    left, values, right = np.linalg.svd(matrix, full_matrices=False)
-    roots = np.sqrt(values[:rank])
-    return left[:, :rank] * roots, roots[:, None] * right[:rank]
+    values.
+
+    The left singular vectors are eigenvectors of matrix · matrixᵀ, for which LAPACK is several
+    times faster than for an SVD. In float64, they are exact for singular values above about 1e-8 of
+    the largest, which float32 does not resolve.
+    """
+    if len(matrix) > matrix.shape[1]:
+        left, right = _truncated_svd(matrix.T, rank)
+        return right.T, left.T
+    left = np.linalg.eigh(matrix @ matrix.T).eigenvectors[:, : -rank - 1 : -1]
+    right = left.T @ matrix
+    values = np.linalg.norm(right, axis=1)
+    roots = np.sqrt(np.where(values > 0, values, 1))
+    return left * roots, right / roots[:, None]
 
 
 LOW_RANK: dict[str, Method] = {
