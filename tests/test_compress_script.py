@@ -1,6 +1,7 @@
 """scripts/compress.py: a pruned model directory with its report, dry runs, and misuse."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,20 +9,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from sat_jax import cli
+from sat_jax.compress import load_factored, merge_factors
 from sat_jax.compress.costs import costs
 from sat_jax.data.prepare import load_prepared
 from sat_jax.errors import UserError
 from sat_jax.evaluate.perplexity import perplexity, prepared_data
-from sat_jax.interop import load_model, open_weights
+from sat_jax.interop import load_model, open_weights, save_model
 from sat_jax.models.build import layout_of
+from sat_jax.nn.layout import make_layout
 from sat_jax.nn.loss import perplexity_of
+from sat_jax.sparsity.flops import forward_flops
 from scripts.compress import main
 from tests.golden_model import GOLDEN
 from tests.tolerances import assert_close
 
 MODEL = GOLDEN / "llama_gqa"
+_READ = ("attention/key", "attention/query", "mlp/up")
 Compress = Callable[..., str]
 
 
@@ -70,8 +76,8 @@ def test_a_model_and_its_report(compress: Compress, tmp_path: Path, cache: Path)
     for path in ("embed", "lm_head", "layers/mlp_norm"):
         assert_close(written.read(path), original.read(path), "float32", "exact")
     count = sum(int((written.read(path) == 0).sum()) for path in written.paths)
-    assert report["weights"] == {"all": 165_312, "in_matrices": 132_096, "zero": count}
-    by_layer = [sum(layer["zeros"].values()) for layer in report["layers"]]
+    assert report["weights"] == {"all": 165_312, "in_matrices": 132_096, "removed": count}
+    by_layer = [sum(layer["removed"].values()) for layer in report["layers"]]
     assert by_layer == [count / 3] * 3 == [132_096 / 4 / 3] * 3
     assert all(0 < layer["error"] < 1 for layer in report["layers"])
     settings = {"method": "magnitude", "sparsity": 0.25, "pattern": None, "block": 128}
@@ -91,6 +97,62 @@ def test_a_model_and_its_report(compress: Compress, tmp_path: Path, cache: Path)
         compress()
 
 
+def test_a_model_of_low_rank(compress: Compress, tmp_path: Path) -> None:
+    """The written model has the products of the factors, which a file beside it has."""
+    printed = compress(method="svd-llm", ratio=0.5)
+    out = tmp_path / "out"
+    report = json.loads((out / "report.json").read_text())
+    assert printed.endswith("with its tokenizer, factors.safetensors and report.json\n")
+    assert report["method"] == {"method": "svd-llm", "ratio": 0.5}
+    # ⌊n · m / 2 / (n + m)⌋ for key (16 × 64), query (64 × 64) and up (176 × 64)
+    ranks = [report["ranks"][f"layers/{name}"] for name in _READ]
+    assert ranks == [6, 16, 23]
+    removed = [report["layers"][0]["removed"][f"layers/{name}"] for name in _READ]
+    assert removed == [1024 - 6 * 80, 4096 - 16 * 128, 11264 - 23 * 240]
+    assert report["bytes"]["after"] == report["bytes"]["before"] == 4 * 165_312
+    merged, factored = load_model(out), load_factored(out)
+    layout = make_layout(factored)
+    assert report["bytes"]["with_factors"] == 4 * sum(
+        int(np.prod(shape.shape)) for shape in layout.shapes.values()
+    )
+    flops = forward_flops(layout, 16).total
+    assert report["flops_per_token"]["with_factors"] == flops
+    assert flops < report["flops_per_token"]["after"]
+    tokens = np.arange(12)[None]
+    assert_close(factored(tokens), merged(tokens), "float32", "forward")
+    save_model(merge_factors(factored), tmp_path / "merged")
+    again = load_model(tmp_path / "merged")
+    assert_close(again(tokens), merged(tokens), "float32", "forward")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "factors.safetensors: no such file; accepted: a directory that scripts.compress"),
+        (b"no", "factors.safetensors: cannot be read as safetensors"),
+        ({"layers/mlp/up/left": (3, 176, 2)}, "factors.safetensors: no tensor 'layers/mlp/up/ri"),
+        (
+            {"layers/mlp/up/left": (3, 170, 2), "layers/mlp/up/right": (3, 2, 64)},
+            "factors.safetensors: layers/mlp/up is no matrix of the model",
+        ),
+        (
+            {"layers/mlp/up/left": (3, 176, 2), "layers/mlp/up/right": (3, 4, 64)},
+            "factors.safetensors: layers/mlp/up is no matrix of the model",
+        ),
+        ({"up/left": (2,), "up/right": (2,)}, "factors.safetensors: up is no matrix of the model"),
+    ],
+)
+def test_factors_that_cannot_be_loaded(tmp_path: Path, content: Any, message: str) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(MODEL, directory)
+    if isinstance(content, dict):
+        content = save({name: np.ones(shape, np.float32) for name, shape in content.items()})
+    if content is not None:
+        (directory / "factors.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_factored(directory)
+
+
 def test_a_dry_run(compress: Compress, tmp_path: Path) -> None:
     printed = compress(dry_run=True, calibration=None, pattern="2:4", method="wanda", out=None)
     lines = [line.split() for line in printed.splitlines()]
@@ -106,24 +168,29 @@ def test_costs_by_hand() -> None:
     """Of the golden model on rows of one token: 2 operations a weight in matrices and head, and 4 a
     column of the heads for the scores and the mix of values."""
     zeros = {"layers/mlp/up": 100, "layers/attention/key": 10}
-    found = costs(layout_of(open_weights(MODEL).config), zeros, 1, 2)
+    layout = layout_of(open_weights(MODEL).config)
+    found = costs(layout, zeros, 1, 2, "without_zeros")
     dense = 2 * (132_096 + 256 * 64) + 3 * 4 * 64
     assert found["flops_per_token"] == {
         "before": dense,
         "after": dense,
         "without_zeros": dense - 220,
     }
-    assert found["weights"] == {"all": 165_312, "in_matrices": 3 * 192 * 64, "zero": 110}
-    assert found["bytes"] == {"before": 330_624, "after": 330_624}
+    assert found["weights"] == {"all": 165_312, "in_matrices": 3 * 192 * 64, "removed": 110}
+    sizes = {"before": 330_624, "after": 330_624, "without_zeros": 330_404}
+    assert found["bytes"] == sizes
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "sparce"}, "method 'sparce'; accepted: magnitude, wanda, sparsegpt"),
+        ({"method": "sparce"}, "method 'sparce'; accepted: magnitude, .*, svd, asvd, svd-llm"),
         ({"pattern": "2-4"}, "pattern '2-4'; accepted: no pattern, N:M"),
         ({"pattern": "3:6", "dry_run": True}, "attention/key has 64 columns; accepted: multiples"),
         ({"pattern": "16:32"}, "mlp/down has 176 columns; accepted: multiples of 32"),
+        ({"ratio": 0.5}, "ratio has no effect with method magnitude; accepted: sparsity, pattern"),
+        ({"method": "svd", "sparsity": 0.5}, "sparsity has no effect with method svd; accepted: r"),
+        ({"method": "asvd", "ratio": 1}, "ratio 1; accepted: a share between 0 and 1"),
         ({"block": 64}, "--block has no effect without --method sparsegpt or a block pattern"),
         ({"calibration": None}, "--calibration is missing; only --dry-run does without"),
         ({"out": None}, "--out is missing"),

@@ -3,6 +3,7 @@
 import re
 from typing import get_args
 
+from sat_jax.compress.methods import METHODS
 from sat_jax.config_values import keys
 from sat_jax.sparsity.importance import METRICS
 from sat_jax.sparsity.schedule import Schedule
@@ -25,6 +26,11 @@ def test_every_setting_and_every_metric_has_a_line() -> None:
 
 def test_every_setting_of_block_sparse_matrices_has_a_line() -> None:
     assert named((ROOT / "docs/s2d.md").read_text()) == OF_WEIGHTS
+
+
+def test_every_compression_method_has_a_line() -> None:
+    text = (ROOT / "docs/compression.md").read_text()
+    assert [name for name in METHODS if f"\n| `{name}` |" not in text] == []
 
 
 def test_every_schedule_is_named() -> None:

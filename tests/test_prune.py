@@ -99,7 +99,7 @@ def test_counts(method: str, pattern: str | None, sparsity: float) -> None:
     rng = np.random.default_rng(1)
     weight, inputs = rng.normal(size=(4, 12)), rng.normal(size=(20, 12))
     pruning = Pruning(method, sparsity, pattern, block=8)
-    _, removed = pruning(weight, InputStatistics.of_inputs(inputs))
+    _, removed = pruning.prune(weight, InputStatistics.of_inputs(inputs))
     assert pruning.count(4, 12) == int(removed.sum())
 
 

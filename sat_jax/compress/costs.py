@@ -1,33 +1,38 @@
-"""Size and FLOPs of a model with weights that are 0."""
+"""Size and FLOPs of a model with fewer weights."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from sat_jax.compress.method import Saving
 from sat_jax.nn.layout import Layout
 from sat_jax.sparsity.flops import forward_flops
 
 
 def costs(
-    layout: Layout[Any], zeros: Mapping[str, int], row_length: int, itemsize: int
+    layout: Layout[Any],
+    removed: Mapping[str, int],
+    row_length: int,
+    itemsize: int,
+    saving: Saving,
 ) -> dict[str, Any]:
     """Return the numbers of weights, bytes and FLOPs a token, before and after.
 
-    `zeros` is the number of weights that are 0 of each matrix, in all layers. FLOPs are those of a
-    forward pass with logits on rows of `row_length` tokens. Zeros are stored and multiplied like
-    other weights, so that bytes and FLOPs stay the same; `without_zeros` is what would remain if
-    products with them were left out.
+    `removed` is the number of weights of each matrix, in all layers, that are 0 or that its factors
+    save. FLOPs are those of a forward pass with logits on rows of `row_length` tokens. The written
+    model has matrices of the same size, so that its bytes and FLOPs stay the same. `saving` names
+    what they are without the removed weights; the places of zeros are not counted.
     """
     total = sum(math.prod(shape.shape) for shape in layout.shapes.values())
-    count = sum(zeros.values())
-    matrices = sum(math.prod(layout.shapes[path].shape) for path in zeros)
+    count = sum(removed.values())
+    matrices = sum(math.prod(layout.shapes[path].shape) for path in removed)
     flops = forward_flops(layout, row_length).total
     return {
-        "weights": {"all": total, "in_matrices": matrices, "zero": count},
-        "bytes": {"before": total * itemsize, "after": total * itemsize},
-        "flops_per_token": {
-            "before": flops,
-            "after": flops,
-            "without_zeros": flops - 2 * count,
+        "weights": {"all": total, "in_matrices": matrices, "removed": count},
+        "bytes": {
+            "before": total * itemsize,
+            "after": total * itemsize,
+            saving: (total - count) * itemsize,
         },
+        "flops_per_token": {"before": flops, "after": flops, saving: flops - 2 * count},
     }

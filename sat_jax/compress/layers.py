@@ -7,7 +7,7 @@ all calibration tokens: before the layer, and after it with and without compress
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -17,10 +17,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sat_jax.compress.input_statistics import InputStatistics, Needs
+from sat_jax.compress.method import Factors, MatrixMethod
 from sat_jax.errors import UserError
 from sat_jax.nn.context import Observable, Observed
 from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.layout import Layout
+from sat_jax.nn.low_rank import LowRank
 
 Matrix2D = Float[Array, "out in"]
 # What branches report of the inputs of matrices that read the residual stream, and of those that
@@ -28,23 +30,17 @@ Matrix2D = Float[Array, "out in"]
 _OBSERVED: dict[Needs, tuple[Observable, ...]] = {
     "nothing": (),
     "squares": ("inputs", "activations"),
+    "magnitudes": ("input_magnitudes", "magnitudes"),
     "gram": ("input_products", "products"),
 }
+_STATISTICS: dict[Needs, Callable[[int, Any], InputStatistics]] = {
+    "squares": lambda tokens, sums: InputStatistics(tokens, sums.square),
+    "magnitudes": lambda tokens, sums: InputStatistics(
+        tokens, sums.square, magnitudes=sums.absolute
+    ),
+    "gram": InputStatistics.of_gram,
+}
 _NOTHING = InputStatistics(0, np.zeros(0))
-
-
-class MatrixMethod(Protocol):
-    """A method that compresses one matrix at a time, such as `Pruning`."""
-
-    @property
-    def needs(self) -> Needs:
-        """The statistics of inputs that the method reads."""
-
-    def check(self, columns: int, what: str) -> None:
-        """Raise `UserError` if it cannot compress a matrix `what` with this many columns."""
-
-    def __call__(self, weight: Matrix2D, statistics: InputStatistics) -> tuple[Array, ...]:
-        """Return the new weights, and what else the method returns of a matrix."""
 
 
 class Rows(Protocol):
@@ -72,6 +68,11 @@ class Matrix(NamedTuple):
         """Number of inputs."""
         return math.prod(self.shape[:-1]) if self.writes else self.shape[-1]
 
+    @property
+    def rows(self) -> int:
+        """Number of outputs."""
+        return math.prod(self.shape) // self.columns
+
     def flatten(self, weight: Array) -> Matrix2D:
         """Return the weights of one layer as `[out, in]`."""
         rows = weight.reshape(-1, self.shape[-1])
@@ -81,15 +82,24 @@ class Matrix(NamedTuple):
         """Return the inverse of `flatten`."""
         return (matrix.T if self.writes else matrix).reshape(self.shape)
 
+    def low_rank(self, factors: Factors) -> LowRank:
+        """Return the weight of one layer with these factors."""
+        left, right = factors
+        if self.writes:
+            left, right = right.T, left.T
+        return LowRank(left.reshape(*self.shape[:-1], -1), right)
+
 
 class CompressedLayer(NamedTuple):
-    """Result of a layer. `zeros`: the number of weights that are 0, by path. `error`: the norm of
-    the change of the layer's output by the compression of the layer, relative to the norm of what
-    the layer adds to the residual stream."""
+    """Result of a layer. `removed`: the number of weights that are removed, by path. `error`: the
+    norm of the change of the layer's output by the compression of the layer, relative to the norm
+    of what the layer adds to the residual stream. `factors` of the matrices of low rank by path,
+    on the host."""
 
     layer: int
-    zeros: dict[str, int]
+    removed: dict[str, int]
     error: float
+    factors: dict[str, LowRank]
 
 
 def matrices(layout: Layout[Any]) -> list[Matrix]:
@@ -105,7 +115,7 @@ def matrices(layout: Layout[Any]) -> list[Matrix]:
 def check_matrices(layout: Layout[Any], method: MatrixMethod) -> None:
     """Raise `UserError` if the method cannot compress some matrix."""
     for matrix in matrices(layout):
-        method.check(matrix.columns, matrix.path)
+        method.check(matrix.rows, matrix.columns, matrix.path)
 
 
 def compress_layers(
@@ -130,17 +140,17 @@ def compress_layers(
             if leaf.in_layers
         }
         outputs, statistics = _run(layout, values, weights, batches, streams, method.needs)
-        zeros = {}
+        removed: dict[str, int] = {}
+        factors: dict[str, LowRank] = {}
         for matrix in matrices(layout):
             sums = statistics.get((matrix.unit, matrix.writes), _NOTHING)
-            if not np.isfinite(sums.squares).all():
-                raise UserError(
-                    f"layer {layer}: the inputs of {matrix.path} are not finite; accepted: a model"
-                    " whose activations are finite on the calibration text"
-                )
-            new, *_ = method(matrix.flatten(weights[matrix.path][0]), sums)
-            zeros[matrix.path] = int(jnp.sum(new == 0))
-            weights[matrix.path] = matrix.unflatten(new)[None]
+            weight = matrix.flatten(weights[matrix.path][0])
+            _check_finite(layer, matrix.path, weight, sums)
+            new = method(weight, sums)
+            removed[matrix.path] = new.removed
+            if new.factors is not None:
+                factors[matrix.path] = jax.tree.map(np.asarray, matrix.low_rank(new.factors))
+            weights[matrix.path] = matrix.unflatten(new.weight)[None]
             values[matrix.path][layer] = np.asarray(weights[matrix.path][0])
         compressed, _ = _run(layout, values, weights, batches, streams, "nothing")
         changes = [
@@ -149,7 +159,19 @@ def compress_layers(
         ]
         change, added = np.sum(np.asarray(changes, np.float64), axis=0)
         streams = compressed
-        yield CompressedLayer(layer, zeros, float(np.sqrt(change / added)))
+        yield CompressedLayer(layer, removed, float(np.sqrt(change / added)), factors)
+
+
+def _check_finite(layer: int, path: str, weight: Matrix2D, statistics: InputStatistics) -> None:
+    if not np.isfinite(statistics.squares).all():
+        raise UserError(
+            f"layer {layer}: the inputs of {path} are not finite; accepted: a model whose"
+            " activations are finite on the calibration text"
+        )
+    if not jnp.isfinite(weight).all():
+        raise UserError(
+            f"layer {layer}: {path} has weights that are not finite; accepted: finite numbers"
+        )
 
 
 def _embed(
@@ -187,10 +209,8 @@ def _run(
         tokens = int(np.sum(np.asarray(rows.segment_ids) > 0))
         for writes, kind in enumerate(kinds):
             for unit, sums in observed[kind].items():
-                if needs == "gram":
-                    part = InputStatistics.of_gram(tokens, np.asarray(sums[0]))
-                else:
-                    part = InputStatistics(tokens, np.asarray(sums.square[0], np.float64))
+                of_layer = jax.tree.map(lambda array: np.asarray(array[0], np.float64), sums)
+                part = _STATISTICS[needs](tokens, of_layer)
                 key = unit, bool(writes)
                 statistics[key] = statistics[key] + part if key in statistics else part
         outputs.append(output)

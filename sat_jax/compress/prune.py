@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from sat_jax.compress.input_statistics import InputStatistics, Needs
+from sat_jax.compress.input_statistics import InputStatistics, Needs, statistics_of
+from sat_jax.compress.method import Compressed, Saving
 from sat_jax.compress.patterns import Pattern
 from sat_jax.compress.sparsegpt import sparsegpt
 from sat_jax.errors import UserError
@@ -40,7 +41,7 @@ def _prune_lowest(weight: Array, scores: Array, pattern: Pattern, block: int) ->
     return jnp.where(removed, 0, weight), removed
 
 
-METHODS: dict[str, Method] = {
+PRUNING: dict[str, Method] = {
     "magnitude": Method("nothing", _magnitude),
     "wanda": Method("squares", _wanda),
     "sparsegpt": Method("gram", sparsegpt),
@@ -59,10 +60,11 @@ class Pruning:
     sparsity: float = 0.5
     pattern: str | None = None
     block: int = 128
+    saving: ClassVar[Saving] = "without_zeros"
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UserError(f"method {self.method!r}; accepted: {', '.join(METHODS)}")
+        if self.method not in PRUNING:
+            raise UserError(f"method {self.method!r}; accepted: {', '.join(PRUNING)}")
         if self.block < 1:
             raise UserError(f"block {self.block}; accepted: a number of columns, 1 or more")
         if self.in_blocks:
@@ -71,7 +73,7 @@ class Pruning:
     @property
     def needs(self) -> Needs:
         """The statistics of inputs that the method reads."""
-        return METHODS[self.method].needs
+        return PRUNING[self.method].needs
 
     @property
     def in_blocks(self) -> bool:
@@ -82,8 +84,9 @@ class Pruning:
     def _groups(self) -> Pattern:
         return Pattern(self.pattern, self.sparsity)
 
-    def check(self, columns: int, what: str) -> None:
+    def check(self, rows: int, columns: int, what: str) -> None:
         """Raise `UserError` if a matrix with this many columns cannot be pruned."""
+        del rows
         self._groups.check(columns, what)
 
     def count(self, rows: int, columns: int) -> int:
@@ -95,11 +98,18 @@ class Pruning:
     def _columns_at_once(self, columns: int) -> int:
         return min(self.block, columns) if self.in_blocks else columns
 
-    def __call__(self, weight: Float[ArrayLike, "out in"], statistics: InputStatistics) -> Pruned:
+    def __call__(
+        self, weight: Float[ArrayLike, "out in"], statistics: InputStatistics
+    ) -> Compressed:
+        """Return the pruned weights, in the dtype of `weight`, and how many weights are 0."""
+        pruned, _ = self.prune(weight, statistics)
+        return Compressed(pruned, int(jnp.sum(pruned == 0)))
+
+    def prune(self, weight: Float[ArrayLike, "out in"], statistics: InputStatistics) -> Pruned:
         """Return the pruned weights, in the dtype of `weight`, and which of them are removed."""
         values = jnp.asarray(weight)
         block = self._columns_at_once(values.shape[1])
-        pruned, removed = METHODS[self.method].prune(
+        pruned, removed = PRUNING[self.method].prune(
             values.astype(jnp.float32), statistics, self._groups, block
         )
         return pruned.astype(values.dtype), removed
@@ -122,13 +132,7 @@ def prune_matrix(
     `UserError` for settings or shapes that are not accepted, and for inputs that are not finite.
     """
     pruning = Pruning(method, sparsity, pattern, block)
-    shapes = np.shape(weight), np.shape(inputs)
-    if [len(shape) for shape in shapes] != [2, 2] or shapes[0][1] != shapes[1][1]:
-        raise UserError(
-            f"weight {list(shapes[0])} and inputs {list(shapes[1])}; accepted: [out, in] and"
-            " [tokens, in]"
-        )
-    pruning.check(shapes[0][1], "weight")
-    if not np.isfinite(np.asarray(inputs, np.float32)).all():
-        raise UserError("inputs have values that are not finite; accepted: finite numbers")
-    return pruning(weight, InputStatistics.of_inputs(inputs, pruning.needs))
+    statistics = statistics_of(weight, inputs, pruning.needs)
+    rows, columns = np.shape(weight)
+    pruning.check(rows, columns, "weight")
+    return pruning.prune(weight, statistics)

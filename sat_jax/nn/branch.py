@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sat_jax.nn.context import Context
+from sat_jax.nn.context import Context, Observable
 from sat_jax.nn.linear import combine, dense, value
-from sat_jax.nn.observe import column_products, input_sums, output_energy
+from sat_jax.nn.observe import column_products, input_sums, magnitude_sums, output_energy
 from sat_jax.nn.param import Mask
+
+_OF_ACTIVATIONS: set[Observable] = {"activations", "outputs", "magnitudes", "products"}
 
 
 class Branch(nnx.Module):
@@ -72,7 +74,7 @@ class Branch(nnx.Module):
                 context.report("kept", unit, indices)
         self._observe_input(x, context)
         masks = [m for mask in branch.masks.values() if (m := mask.get_value()) is not None]
-        if masks or {"activations", "outputs", "products"} & set(context.observe):
+        if masks or _OF_ACTIVATIONS & set(context.observe):
             a = branch.activations(x, context)
             for mask in masks:
                 shape = (1, 1, *mask.shape, *(1,) * (a.ndim - 2 - mask.ndim))
@@ -91,6 +93,8 @@ class Branch(nnx.Module):
         unit, weight = self.units[-1], context.weight_BT
         if "inputs" in context.observe:
             context.report("inputs", unit, input_sums(x, weight))
+        if "input_magnitudes" in context.observe:
+            context.report("input_magnitudes", unit, magnitude_sums(x, weight))
         if "input_products" in context.observe:
             context.report("input_products", unit, column_products(x, weight))
         if "predicted" in context.observe:
@@ -105,6 +109,8 @@ class Branch(nnx.Module):
         if "activations" in context.observe:
             columns = a.reshape(*a.shape[:2], -1)
             context.report("activations", unit, input_sums(columns, weight))
+        if "magnitudes" in context.observe:
+            context.report("magnitudes", unit, magnitude_sums(a, weight))
         if "products" in context.observe:
             context.report("products", unit, column_products(a, weight))
 

@@ -11,10 +11,20 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 from sat_jax.nn.attention.dot_product import Implementation
 from sat_jax.ops import RetentionKernel
 
-Observable = Literal["inputs", "activations", "outputs", "predicted", "input_products", "products"]
+Observable = Literal[
+    "inputs",
+    "activations",
+    "outputs",
+    "predicted",
+    "input_magnitudes",
+    "magnitudes",
+    "input_products",
+    "products",
+]
 """What a branch can report: `inputs` and `activations` are sums of its input and of its activations
-by column (`InputSums`), `input_products` and `products` those of all pairs of columns. The others
-are energies of outputs, as they are or as low-rank weights predict them."""
+by column (`InputSums`), `input_magnitudes` and `magnitudes` the same with absolute values
+(`MagnitudeSums`), `input_products` and `products` those of all pairs of columns. The others are
+energies of outputs, as they are or as low-rank weights predict them."""
 Observed = dict[str, dict[str, Any]]
 """Observations by kind and by the innermost unit of the branch; the kind `kept` has the units that
 a dynamic selection kept, by unit."""

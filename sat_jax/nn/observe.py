@@ -23,6 +23,25 @@ def input_sums(x_BTD: Float[Array, "B T D"], weight_BT: Float[Array, "B T"]) -> 
     )
 
 
+class MagnitudeSums(NamedTuple):
+    """Sums over tokens of the columns of an input or of activations: `square` Σx², `absolute` Σ|x|,
+    both `[C]`."""
+
+    square: Float[Array, " C"]
+    absolute: Float[Array, " C"]
+
+
+def magnitude_sums(
+    x: Float[Array, "B T *columns"], weight_BT: Float[Array, "B T"]
+) -> MagnitudeSums:
+    """Return the sums over the tokens whose weight is 1."""
+    x_BTC = x.reshape(*x.shape[:2], -1).astype(jnp.float32)
+    return MagnitudeSums(
+        jnp.einsum("BTC,BT->C", x_BTC * x_BTC, weight_BT),
+        jnp.einsum("BTC,BT->C", jnp.abs(x_BTC), weight_BT),
+    )
+
+
 def output_energy(
     a: Float[Array, "B T *units"],
     write: Float[Array, "*units D"],

@@ -1,0 +1,30 @@
+"""All compression methods by name."""
+
+import dataclasses
+from typing import Any
+
+from sat_jax.compress.low_rank import LOW_RANK, Factorization
+from sat_jax.compress.method import MatrixMethod
+from sat_jax.compress.prune import PRUNING, Pruning
+from sat_jax.errors import UserError
+
+METHODS: dict[str, type[Pruning] | type[Factorization]] = {
+    **dict.fromkeys(PRUNING, Pruning),
+    **dict.fromkeys(LOW_RANK, Factorization),
+}
+
+
+def make_method(name: str, settings: dict[str, Any]) -> MatrixMethod:
+    """Return the method with this name and these settings, of which those left out have defaults.
+
+    Raises `UserError` for a name, a setting or a value that is not accepted.
+    """
+    if name not in METHODS:
+        raise UserError(f"method {name!r}; accepted: {', '.join(METHODS)}")
+    accepted = [f.name for f in dataclasses.fields(METHODS[name]) if f.name != "method"]
+    for setting in settings:
+        if setting not in accepted:
+            raise UserError(
+                f"{setting} has no effect with method {name}; accepted: {', '.join(accepted)}"
+            )
+    return METHODS[name](name, **settings)
