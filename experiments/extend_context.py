@@ -12,7 +12,7 @@ Any scaling of rotary positions: --config.model.rope_type=linear|ntk|yarn|… (d
 `default` trains without one. Variants:
 
     dense            SmolLM2-135M-Instruct, from 8,192 to 16,384 positions with rows of 512 tokens
-                     (PoSE); two CPU cores, about an hour
+                     (PoSE); two CPU cores; time not measured
     sat              the same with SAT
     llama-2-7b-64k   from 4,096 to 65,536 positions, 64 rows of 65,536 tokens a step; eight
                      accelerators. A device has 9.4 GiB of weights and moments, and the residual

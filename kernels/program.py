@@ -27,8 +27,8 @@ def with_gradients(function: Callable[..., Any], floats: int) -> Callable[..., A
     """
 
     def call(*arguments: Any) -> tuple[Any, ...]:
-        others = arguments[floats:]
-        value, vjp = jax.vjp(lambda *operands: function(*operands, *others), *arguments[:floats])
+        constants = arguments[floats:]
+        value, vjp = jax.vjp(lambda *operands: function(*operands, *constants), *arguments[:floats])
         return value, *vjp(jnp.sin(value))
 
     return call

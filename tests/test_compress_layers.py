@@ -122,8 +122,8 @@ def test_error_of_a_layer() -> None:
     result = next(compress_layers(layout, values, [rows], Pruning("magnitude")))
 
     def output(params: dict[str, np.ndarray]) -> np.ndarray:
-        one = {p: v[:1] if p.startswith("layers/") else v for p, v in params.items()}
-        y, _ = layout.bind(one).apply_layers(stream, rows.segment_ids, rows.positions)
+        first_layer = {p: v[:1] if p.startswith("layers/") else v for p, v in params.items()}
+        y, _ = layout.bind(first_layer).apply_layers(stream, rows.segment_ids, rows.positions)
         return np.asarray(y)[np.asarray(rows.segment_ids) > 0]
 
     stream = jnp.take(jnp.asarray(original["embed"]), rows.tokens, axis=0)

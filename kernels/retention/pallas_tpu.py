@@ -149,7 +149,7 @@ def _forward_kernel(*refs: Any) -> None:
     past = dot(q[...], memory[...].astype(dtype), 1, 0)
     o[...] = dot(weights.astype(dtype), v[...], 1, 0) + decays.since_before * past
     keys = (k[...] * decays.until_after).astype(dtype)
-    memory[...] = decays.whole * memory[...] + dot(keys, v[...], 0, 0)
+    memory[...] = decays.before_to_after * memory[...] + dot(keys, v[...], 0, 0)
 
     @pl.when(n == last)
     def _() -> None:
@@ -199,7 +199,7 @@ def _backward_kernel(*refs: Any) -> None:
     for gradient, value in ((dq, d_query), (dk, d_key), (dv, d_value)):
         gradient[...] = value.astype(gradient.dtype)
     queries = (q[...] * decays.since_before).astype(dtype)
-    d_memory[...] = decays.whole * d_memory[...] + dot(queries, d_sums, 0, 0)
+    d_memory[...] = decays.before_to_after * d_memory[...] + dot(queries, d_sums, 0, 0)
 
     @pl.when(step == last)
     def _() -> None:
@@ -213,7 +213,7 @@ class _Decays(NamedTuple):
     within: Float[Array, "C C"]
     since_before: Float[Array, "C 1"]
     until_after: Float[Array, "C 1"]
-    whole: Float[Array, "1 1"]
+    before_to_after: Float[Array, "1 1"]
 
 
 def _decays(log_decay: Any, ends: Any, document: Any, time: Any, n: Array) -> _Decays:
@@ -247,20 +247,20 @@ class _Specs(NamedTuple):
     reverse: bool = False
 
     def tokens(self, x: Any) -> pl.BlockSpec:
-        """Of `[B, H, T, ·]`: a chunk."""
+        """Return the spec of a chunk of `[B, H, T, ·]`."""
         return self._spec((None, None, self.size, x.shape[3]), lambda b, h, n: (b, h, n, 0))
 
     def line(self, line: _Line) -> list[pl.BlockSpec]:
-        """Of `document` and `time`: a chunk."""
+        """Return the specs of a chunk of `document` and of `time`."""
         spec = self._spec((None, None, 1, self.size), lambda b, _, n: (b, n, 0, 0))
         return [spec] * len((line.document, line.time))
 
     def head(self, x: Any) -> pl.BlockSpec:
-        """Of `[B, H, E, F]`: one head."""
+        """Return the spec of a head of `[B, H, E, F]`."""
         return self._spec((None, None, *x.shape[2:]), lambda b, h, _: (b, h, 0, 0))
 
     def chunk(self, x: Any) -> pl.BlockSpec:
-        """Of `[B, H, N, E, F]`: a chunk of a head."""
+        """Return the spec of a chunk of a head of `[B, H, N, E, F]`."""
         return self._spec((None, None, None, *x.shape[3:]), lambda b, h, n: (b, h, n, 0, 0))
 
     def _spec(self, block: tuple[int | None, ...], index: Callable[..., Any]) -> pl.BlockSpec:

@@ -81,7 +81,7 @@ def span_sums(
     until_after = powers(
         log_decay_H, span.time_after[:, None] - time, document == span.document_after[:, None]
     )
-    whole = powers(
+    kept = powers(
         log_decay_H,
         span.time_after - span.time_before,
         span.document_after == span.document_before,
@@ -90,7 +90,7 @@ def span_sums(
     o = jnp.einsum("BHTS,BSHF->BTHF", scores(q, k) * within, v)
     o += jnp.einsum("BTHE,BHEF->BTHF", q * since_before.swapaxes(1, 2)[..., None], memory)
     new = jnp.einsum("BSHE,BSHF->BHEF", k * until_after.swapaxes(1, 2)[..., None], v)
-    return o, whole[..., None, None] * memory + new
+    return o, kept[..., None, None] * memory + new
 
 
 def powers(

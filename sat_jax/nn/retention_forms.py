@@ -72,7 +72,7 @@ class Timeline(NamedTuple):
 
     @property
     def times(self) -> Times:
-        """What retention reads of it."""
+        """Return the documents and times that `kernels.retention` reads."""
         return Times(self.document, self.latest, self.time)
 
 

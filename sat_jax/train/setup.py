@@ -164,13 +164,13 @@ def _check_retention(config: Config, model: DecoderConfig, mesh: Mesh) -> None:
     name = config.model.retention
     if name == "xla":
         return
-    found = [b for b in layout_of(model).branches.values() if isinstance(b, Retention)]
-    if not found:
+    branches = [b for b in layout_of(model).branches.values() if isinstance(b, Retention)]
+    if not branches:
         reason: str | None = f"a {model.family} model has no retention"
     elif mesh.size > 1:
         reason = f"{mesh.size} devices, and the kernel runs on one"
     else:
-        reason = found[0].refusal(name, config.model.dtype, mesh.devices.flat[0])
+        reason = branches[0].refusal(name, config.model.dtype, mesh.devices.flat[0])
     if reason:
         raise UserError(f"model.retention={name}: {reason}; accepted: xla")
 
