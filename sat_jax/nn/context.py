@@ -21,10 +21,10 @@ Observable = Literal[
     "input_products",
     "products",
 ]
-"""The names of observations: `inputs` and `activations` are sums of its input and of its activations
-by column (`InputSums`), `input_magnitudes` and `magnitudes` the same with absolute values
-(`MagnitudeSums`), `input_products` and `products` those of all pairs of columns. The others are
-energies of outputs, of the weights themselves or of low-rank ones."""
+"""The names of observations of a branch: `inputs` and `activations` are sums of its inputs and of
+its activations by column (`InputSums`), `input_magnitudes` and `magnitudes` the same with absolute
+values (`MagnitudeSums`), `input_products` and `products` those of all pairs of columns. The others
+are energies of outputs, of the weights themselves or of low-rank ones."""
 Observed = dict[str, dict[str, Any]]
 """Observations by kind and by the innermost unit of the branch; the kind `kept` has the units that
 a dynamic selection kept, by unit."""
