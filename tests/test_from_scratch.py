@@ -75,6 +75,7 @@ def test_a_method_has_its_best_learning_rate(tmp_path: Path) -> None:
         "12.5 % of blocks": ("0.002 × 0.25",),
     }
     assert table["25 % of blocks"][4] == "+12.5 %"
+    assert table["12.5 % of blocks"][2] == "70.0", "not that of the other scale"
 
 
 def test_there_is_no_table_without_block_sparse_runs(tmp_path: Path) -> None:
