@@ -146,7 +146,7 @@ def expand_state(
     """The inverse of `compact_state`."""
     trees, structure = path_trees(compact)
     full = [
-        execution.expand(tree, others, kept) if isinstance(tree, dict) else tree
-        for tree, others in zip(trees, omitted, strict=True)
+        execution.expand(tree, rest, kept) if isinstance(tree, dict) else tree
+        for tree, rest in zip(trees, omitted, strict=True)
     ]
     return jax.tree.unflatten(structure, full)

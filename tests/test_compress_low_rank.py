@@ -165,10 +165,10 @@ def test_a_model_of_low_rank_equals_the_merged_one(family: str) -> None:
         for path, weight in weights.items()
         for name in ("left", "right")
     }
-    others = {path: value for path, value in params.items() if path not in weights}
-    assert layout.leaves.keys() == parts.keys() | others.keys()
+    unchanged = {path: value for path, value in params.items() if path not in weights}
+    assert layout.leaves.keys() == parts.keys() | unchanged.keys()
     assert all(layout.leaves[path].trained for path in parts)
-    low, dense = plain(layout, parts | others), plain(dense_layout, others | merged)
+    low, dense = plain(layout, parts | unchanged), plain(dense_layout, unchanged | merged)
     assert_close(low.logits, dense.logits, "float32", "forward")
     for path, weight in weights.items():
         left, right = (np.asarray(part, np.float64) for part in (weight.left, weight.right))

@@ -104,12 +104,12 @@ class CompressedLayer(NamedTuple):
 
 def matrices(layout: Layout[Any]) -> list[Matrix]:
     """Return the matrices of each layer: all products of the branches with weights."""
-    found = []
+    result = []
     for path, leaf in layout.with_role("read", "write"):
         branch = layout.branches[path.split("/")[1]]
         shape = layout.shapes[path].shape[1:]
-        found.append(Matrix(path, shape, branch.units[-1], leaf.role == "write"))
-    return found
+        result.append(Matrix(path, shape, branch.units[-1], leaf.role == "write"))
+    return result
 
 
 def check_matrices(layout: Layout[Any], method: MatrixMethod) -> None:

@@ -65,8 +65,8 @@ class PasskeyPrompt(NamedTuple):
 def passkey_prompts(task: PasskeyTask, tokenizer: Tokenizer) -> list[PasskeyPrompt]:
     """Return the prompts of all depths, in order; equal tasks give equal prompts.
 
-    The irrelevant text is repeated, and cut at a token. Raises `UserError` if the length has no
-    room for the task, the keys and the question.
+    The irrelevant text is repeated, and cut at a token. Raises `UserError` if the instructions,
+    the keys and the question are longer than the length.
     """
     rng = np.random.default_rng((task.seed, task.length))
     depths = np.linspace(0, 1, task.depths).repeat(task.trials).tolist()

@@ -30,8 +30,8 @@ from sat_jax.nn.rope import rotate
 from sat_jax.ops import RetentionKernel, retention_refusal
 
 Normalization = Literal["decay", "sum", "absolute_sum"]
-"""What a sum is divided by before the norm of a head. The norm cancels a factor, apart from its
-eps. With W_t = √(Σ_s γ^(t - s)):
+"""The divisor of each sum over tokens, before the norm of its head. The norm cancels a factor, apart
+from its eps. With W_t = √(Σ_s γ^(t - s)):
 
 `decay`         W_t
 `sum`           W_t · max(1, |Σ_s γ^(t - s) q_t · k_s| / W_t): torchscale 0.3.0

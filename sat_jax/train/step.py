@@ -25,7 +25,8 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class StepMetrics(NamedTuple):
-    """Of one step: mean loss (under masks) a token that bears loss, gradient norm before clipping.
+    """Metrics of one step: mean loss (under masks) per token that bears loss, gradient norm before
+    clipping.
 
     `tokens` are all that are no padding: what is computed. Of text all of them bear loss. `kept` is
     what a dynamic selection kept.
