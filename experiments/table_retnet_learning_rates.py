@@ -1,5 +1,5 @@
-"""Learning rates of matrices, relative to those of embeddings and norms, of RetNet, of a transformer of
-equal parameters, and of RetNet with SAT, so that each is compared at its best.
+"""Learning rates of matrices, relative to those of embeddings and norms: RetNet, a transformer of
+equal parameters, and RetNet with SAT, each to be compared at its best.
 
     python -m scripts.sweep --config=experiments/table_retnet_learning_rates.py:smoke \
         --config.data.sources=TEXT --config.data.tokenizer=runs/tokenizer --workdir=runs/retnet

@@ -26,6 +26,7 @@ from sat_jax.models.presets import preset
 from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.layout import flat_values
 from sat_jax.nn.loss import next_token_loss
+from sat_jax.nn.retention import chunk_of
 from sat_jax.sparsity.flops import forward_flops, traced_flops
 from sat_jax.sparsity.plan import make_plan, neurons_of
 from sat_jax.train.setup import set_up
@@ -110,6 +111,15 @@ def test_operations_by_hand() -> None:
     traced = traced_flops(lambda values, ids: layout.bind(values)(ids), layout.shapes, tokens)
     pairs = 2 * 4 * (16 + 32) * 2 * 32
     assert traced == length * (matrices + state + pairs + counted.head)
+
+
+@pytest.mark.parametrize(
+    ("head", "tokens"),
+    [((16, 32), 32), ((32, 54), 64), ((256, 432), 512), ((320, 540), 512), ((2, 2), 16)],
+)
+def test_chunks_cost_no_more_than_the_state(head: tuple[int, int], tokens: int) -> None:
+    """(16 + 32) · 32 pairs are 1,536 operations, 4 · 16 · 32 of the state 2,048."""
+    assert chunk_of(*head) == tokens
 
 
 def test_attention_backends_are_refused(tmp_path: Path) -> None:

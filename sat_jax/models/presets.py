@@ -194,7 +194,6 @@ PRESETS: dict[str, DecoderConfig] = {
         d_value=128,
         d_ff=128,
         max_positions=512,
-        chunk=32,
         tie_embeddings=True,
     ),
     "retnet-1.3b": _retnet(2048, 24, 3456),

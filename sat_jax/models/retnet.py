@@ -23,7 +23,7 @@ from sat_jax.nn.linear import dense
 from sat_jax.nn.mlp import GatedActivation, GatedMLP
 from sat_jax.nn.norms import rms_norm
 from sat_jax.nn.param import constant, normal, param
-from sat_jax.nn.retention import Normalization, Retention
+from sat_jax.nn.retention import Normalization, Retention, chunk_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,14 +32,15 @@ class RetNetConfig(DecoderConfig):
     `n_heads`, else `UserError`.
 
     `d_value` is the width of all heads' values together. `normalization`: see `nn.retention`.
-    `chunk`: tokens that are computed at once; changes no value beyond rounding.
+    `chunk`: tokens whose pairs are computed at once; changes no value beyond rounding. None: as
+    the size of a head asks for, `chunk_of`.
     """
 
     d_value: int
     norm_eps: float = 1e-6
     activation: GatedActivation = "silu"
     normalization: Normalization = "decay"
-    chunk: int = 512
+    chunk: int | None = None
     family: Literal["retnet"] = "retnet"
 
     def __post_init__(self) -> None:
@@ -59,6 +60,11 @@ class RetNetConfig(DecoderConfig):
         """Rotated dimensions of a head: all."""
         return self.head_dim
 
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of a chunk."""
+        return self.chunk or chunk_of(self.head_dim, self.d_value // self.n_heads)
+
 
 class Block(nnx.Module):
     """All layers; every parameter has the layers in front, `[L, ...]`."""
@@ -76,7 +82,7 @@ class Block(nnx.Module):
             out_scale=out_scale,
             norm_eps=config.norm_eps,
             normalization=config.normalization,
-            chunk=config.chunk,
+            chunk=config.chunk_tokens,
             rngs=rngs,
         )
         self.mlp_norm = param(jnp.ones, {"layer": layers, "norm": embed}, "vector")
@@ -163,6 +169,7 @@ _NORMALIZATIONS: dict[str, Normalization] = {
     "sum": "sum",
     "absolute_sum": "absolute_sum",
 }
+_CHUNK = "recurrent_chunk_size"
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "decoder_normalize_before": (True,),
     "deepnorm": (False,),
@@ -202,7 +209,7 @@ def _read_config(fields: JsonFields) -> RetNetConfig:
         norm_eps=fields.number("layernorm_eps"),
         activation=fields.choice("activation_fn", _ACTIVATIONS, "gelu"),
         normalization=fields.choice("retention_normalization", _NORMALIZATIONS, "absolute_sum"),
-        chunk=fields.count("recurrent_chunk_size"),
+        chunk=fields.count(_CHUNK) if fields.raw.get(_CHUNK) is not None else None,
         tie_embeddings=tied,
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=fields.token_ids("eos_token_id"),
@@ -228,7 +235,7 @@ def _write_config(config: RetNetConfig) -> Json:
         "max_target_positions": config.max_positions,
         "layernorm_eps": config.norm_eps,
         "chunkwise_recurrent": False,
-        "recurrent_chunk_size": config.chunk,
+        **({_CHUNK: config.chunk} if config.chunk else {}),
         "retention_normalization": config.normalization,
     }
 
@@ -250,7 +257,6 @@ FORMATS = (
             "share_decoder_input_output_embed": False,
             "max_target_positions": 1024,
             "layernorm_eps": 1e-6,
-            "recurrent_chunk_size": 512,
         },
         neutral=_NEUTRAL,
         read_config=_read_config,

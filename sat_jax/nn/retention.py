@@ -5,6 +5,7 @@ is divided by its root mean square, multiplied by a gate silu(x · gate), and pr
 """
 
 import functools
+import math
 from typing import Any, Literal
 
 import jax
@@ -30,8 +31,8 @@ from sat_jax.nn.rope import rotate
 from sat_jax.ops import RetentionKernel, retention_refusal
 
 Normalization = Literal["decay", "sum", "absolute_sum"]
-"""The divisor of each sum over tokens, before the norm of its head. The norm cancels a factor, apart
-from its eps. With W_t = √(Σ_s γ^(t - s)):
+"""The divisor of each sum over tokens, before the norm of its head. The norm cancels a factor,
+apart from its eps. With W_t = √(Σ_s γ^(t - s)):
 
 `decay`         W_t
 `sum`           W_t · max(1, |Σ_s γ^(t - s) q_t · k_s| / W_t): torchscale 0.3.0
@@ -153,6 +154,14 @@ class Retention(Branch):
         size, columns = self.key.get_value().shape[-2], self.value.get_value().shape[-2]
         pairs = 2 * (size + columns) * (min(length, self.chunk) + 1) / 2
         return pairs + 2 * 2 * size * columns
+
+
+def chunk_of(size: int, columns: int) -> int:
+    """Return the number of tokens of a chunk for heads with keys of `size` and values of `columns`:
+    the largest power of two, from 16, with which the pairs within chunks take no more operations
+    than the state (`Retention.mixing_flops`)."""
+    balanced = 4 * size * columns / (size + columns)
+    return max(16, 2 ** int(math.log2(balanced)))
 
 
 def log_decays(heads: int) -> Float[np.ndarray, " H"]:

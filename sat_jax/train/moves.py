@@ -22,7 +22,7 @@ _CHUNK = 2**30  # bytes; an array that is larger is a chunk alone
 
 
 class _Programs(NamedTuple):
-    """The programs that move a chunk there and back, and the paths of what is trained and omitted."""
+    """The programs that move a chunk there and back, and the paths of what they move."""
 
     trained: tuple[str, ...]
     omitted: tuple[str, ...]
