@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sat_jax.cli import Parser, run
 
 if TYPE_CHECKING:
-    from sat_jax.config import DataConfig
+    from sat_jax.config import Config
 
 _PREFIX = "--config."
 _RESULTS = Path(__file__).resolve().parents[1] / "experiments" / "results" / "runs.jsonl"
@@ -63,31 +63,34 @@ def main() -> None:
     reference = dense_reference(_RESULTS, config, summary["data"])
     shown = {
         "perplexity_dense": reference,
-        "next_commands": _next(options, overrides, config.data, summary["export"]),
+        "next_commands": _next(options, overrides, config, summary["export"]),
     }
     print(end_of_run(summary | shown))
 
 
-def _next(options: Any, overrides: list[str], data: "DataConfig", export: str | None) -> list[str]:
+def _next(options: Any, overrides: list[str], config: "Config", export: str | None) -> list[str]:
     """Return commands to try after this run."""
     from sat_jax.config_values import experiment_sweep
 
     commands = []
     if export is not None:
         prompt = ["The "]
-        if data.format != "text":
+        if config.data.format != "text":
             prompt = ["What is 6 times 7?", "--chat"]
-        elif any(source.endswith(".py") for source in data.sources):
+        elif any(source.endswith(".py") for source in config.data.sources):
             prompt = ["def "]
         commands.append(_command("generate", "--model", export, "--prompt", *prompt))
     inputs = ["--config.model.path=DIR", "--config.data.sources=TEXT", "--workdir=runs/mine"]
     commands.append(_command("train", "--config=experiments/tinyllama_cpt.py", *inputs))
-    settings = [f"{_PREFIX}{o}" for o in overrides if not o.startswith("sparsity.rate=")]
-    rates = ["--axis", "sparsity.rate=0,0.2,0.4,0.6"]
+    varied, values = "sparsity.rate", "0,0.2,0.4,0.6"
+    if config.sparsity.weights.density < 1:
+        varied, values = "sparsity.weights.density", "1,0.5,0.25"
+    settings = [f"{_PREFIX}{o}" for o in overrides if not o.startswith(f"{varied}=")]
+    axis = ["--axis", f"{varied}={values}"]
     if experiment_sweep(options.config) is not None:
-        rates = []  # the experiment declares its runs
+        axis = []  # the experiment declares its runs
     workdir = f"--workdir={options.workdir}-rates"
-    commands.append(_command("sweep", f"--config={options.config}", *settings, *rates, workdir))
+    commands.append(_command("sweep", f"--config={options.config}", *settings, *axis, workdir))
     return commands
 
 

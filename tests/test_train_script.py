@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sat_jax.config import DataConfig
+from sat_jax.config import Config, DataConfig, SparsityConfig, WeightSparsityConfig
 from scripts.train import _next, parser
 from tests.conftest import ROOT, RunPython
 
@@ -21,18 +21,22 @@ def test_the_next_commands_keep_the_settings_and_can_be_typed(
     workdir = tmp_path / "my run"
     given = parser().parse_args(["--config=experiments/tiny.py", f"--workdir={workdir}"])
     overrides = ["data.sources=a b.txt", "sparsity.rate=0.3"]
-    data = DataConfig(sources=("a b.txt",))
-    generate, own, sweep = _next(given, overrides, data, str(workdir / "huggingface"))
+    config = Config(data=DataConfig(sources=("a b.txt",)))
+    generate, own, sweep = _next(given, overrides, config, str(workdir / "huggingface"))
     python, *words = shlex.split(generate)
     assert Path(shutil.which(python) or "").samefile(sys.executable)
     assert words[:4] == ["-m", "scripts.generate", "--model", str(workdir / "huggingface")]
     assert "--chat" not in words
-    chat, *_ = _next(given, overrides, DataConfig(format="messages"), "x")
+    chat, *_ = _next(given, overrides, Config(data=DataConfig(format="messages")), "x")
     assert chat.endswith(" --chat")
     assert "--config.model.path=DIR" in own
     words = shlex.split(sweep)
     assert "--config.data.sources=a b.txt" in words
     assert "--config.sparsity.rate=0.3" not in words and f"--workdir={workdir}-rates" in words
+    # Of block-sparse runs, which have no rate, it varies the density.
+    blocks = Config(sparsity=SparsityConfig(weights=WeightSparsityConfig(density=0.5)))
+    *_, varied = _next(given, ["sparsity.weights.density=0.5"], blocks, None)
+    assert " --axis sparsity.weights.density=1,0.5,0.25 " in varied
     done = run_python(*words[1:], "--dry-run")
     assert done.returncode == 0 and "4 runs, 4 to do" in done.stdout, done.stderr
 
