@@ -139,7 +139,7 @@ class DataConfig:
     )
     min_document_tokens: int | None = key(
         None,
-        "format text: documents of fewer tokens are left out, so that long ones fill the rows; None:"
+        "format text: documents of fewer tokens are left out, so that long ones fill rows; None:"
         " none is left out",
         low=2,
     )

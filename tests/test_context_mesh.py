@@ -90,9 +90,8 @@ print(json.dumps(found))
 """
 
 MESHES = [
-    ({"context": 4, "data": 2}, "none", 1),
-    ({"context": 2, "fsdp": 2, "tensor": 2}, "full", 1),
-    ({"context": 2, "pipeline": 2, "data": 2}, "full", 2),
+    ({"context": 4, "fsdp": 2}, "none", 1),
+    ({"context": 2, "pipeline": 2, "tensor": 2}, "full", 2),
 ]
 
 

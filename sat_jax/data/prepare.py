@@ -113,8 +113,8 @@ def prepare(
         )
     files = resolve_sources(sources, log and (lambda line: log(f"data: {line}")))
     if data_format.is_text:
-        minimum = data_format.min_document_tokens
-        reader = text_reader(data_format.text_field, tokenizer, minimum)
+        fields = data_format.text_field, tokenizer, data_format.min_document_tokens
+        reader = text_reader(*fields)
     else:
         reader = conversation_reader(data_format, tokenizer, row_length)
     root = root or cache_dir("data")

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sat_jax.nn.context import Observed
 from sat_jax.nn.decoder import Decoder
-from sat_jax.nn.mesh_axes import CONTEXT, ROW_AXES, parts
+from sat_jax.nn.mesh_axes import CONTEXT, ROW_AXES, full_rows, parts
 from sat_jax.nn.pipeline import number_of_stages
 
 _PART_AXES = (CONTEXT, *ROW_AXES)  # which split the rows of `_rows_of_devices`, in this order
@@ -186,4 +186,5 @@ def next_token_loss(
     if model.pipelined:  # A device has the rows of several microbatches: as many logits as of one.
         chunk = max(1, chunk * number_of_stages() // model.compute.microbatches)
     x, targets, loss_mask = map(_rows_of_devices, (x_BTD, targets, loss_mask))
-    return chunked_cross_entropy(x, model.head(), targets, loss_mask, chunk), observed
+    head = full_rows(model.head())
+    return chunked_cross_entropy(x, head, targets, loss_mask, chunk), observed

@@ -3,6 +3,8 @@
 import math
 
 import jax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 PIPELINE, TENSOR, CONTEXT = "pipeline", "tensor", "context"
 ROW_AXES, GROUP_AXES = (PIPELINE, "data", "fsdp"), (TENSOR,)
@@ -13,3 +15,11 @@ def parts(*axes: str) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
     return math.prod(sizes.get(axis, 1) for axis in axes)
+
+
+def full_rows(table: Float[Array, "N D"]) -> Float[Array, "N D"]:
+    """Return a table whose rows are not split, for tokens that are split over the same devices:
+    otherwise the compiler gathers vectors of all tokens, of which there may be many more."""
+    if parts("fsdp", CONTEXT) == 1:
+        return table
+    return jax.lax.with_sharding_constraint(table, P(P.UNCONSTRAINED, None))

@@ -88,7 +88,7 @@ def row_of(
 
 def curve_of(records: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
     """Return at most 16 points of a run: the tokens up to each, and the mean training loss (under
-    masks, five digits) since the previous one, None if it is not finite. Of a run that was evaluated
+    masks, five digits) since the previous one, None if it is not finite. Of a run with evaluations
     between start and end also the tokens before each evaluation and its loss."""
     steps = [record for record in records if record.get("loss") is not None]
     blocks = [block for block in np.array_split(np.arange(len(steps)), _POINTS) if len(block)]
