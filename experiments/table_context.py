@@ -5,21 +5,21 @@ TEXT and EVALUATION have documents above 2,048 tokens, such as those of Debian's
 (experiments/README.md), and no document in common:
 
     LINUX=text/usr/share/doc/linux-doc-6.1/html/_sources
-    TEXT=$(ls -d $LINUX/*/ | grep -v -e networking -e translations | paste -sd,)
-    EVALUATION="$LINUX/networking/packet_mmap.rst.txt $LINUX/networking/timestamping.rst.txt"
+    TEXT="$LINUX/[!nt]*/**/*.txt"  # without networking and translations
+    EVALUATION="$LINUX/networking/pktgen.rst.txt $LINUX/networking/openvswitch.rst.txt"
     ROWS=experiments/results/context.jsonl
-    python -m scripts.train_tokenizer ${TEXT//,/ } --vocab-size 2048 --out runs/tokenizer
+    python -m scripts.train_tokenizer "$TEXT" --vocab-size 2048 --out runs/tokenizer
 
 For each SEED (0, 1, 2), the base model and its extensions:
 
     BASE=runs/context/base-$SEED
     python -m scripts.train --config=experiments/table_context.py:base --config.seed=$SEED \
-        --config.data.sources=$TEXT --config.data.tokenizer=runs/tokenizer --workdir=$BASE \
+        "--config.data.sources=$TEXT" --config.data.tokenizer=runs/tokenizer --workdir=$BASE \
         --record $ROWS
     for CONTEXT in 1k 2k; do
         python -m scripts.sweep --config=experiments/table_context.py:$CONTEXT \
             --config.seed=$SEED --config.model.path=$BASE/huggingface \
-            --config.data.sources=$TEXT --workdir=runs/context/$CONTEXT-$SEED --record $ROWS
+            "--config.data.sources=$TEXT" --workdir=runs/context/$CONTEXT-$SEED --record $ROWS
     done
 
 Then perplexity and passkey retrieval, of all of them and of the base model without training:
@@ -49,7 +49,7 @@ from sat_jax.results.sweep import Comparison, Sweep
 LENGTH = 256  # of the base model's rows
 FACTORS = {"1k": 4, "2k": 8}
 SCALINGS = ("default", "linear", "ntk", "ntk_by_parts_code", "yarn", "dynamic")
-TOKENS_PER_STEP, EVAL_TOKENS = 2048, 16_384
+TOKENS_PER_STEP, EVAL_TOKENS = 2048, 8192
 
 
 def get_config(variant: str = "2k") -> ConfigDict:
@@ -65,10 +65,10 @@ def get_config(variant: str = "2k") -> ConfigDict:
     if variant == "base":
         _set_length(config, LENGTH)
         config.model.preset = "llama-2-7b"  # one head of keys for each head of queries
-        config.model.d_model = 192
+        config.model.d_model = 128
         config.model.n_layers = 4
-        config.model.n_heads = 6
-        config.model.d_ff = 512
+        config.model.n_heads = 4
+        config.model.d_ff = 352
         config.model.vocab_size = 2048
         config.model.max_positions = LENGTH
         config.train.steps = 400
