@@ -59,7 +59,7 @@ def get_config(variant: str = "2k") -> ConfigDict:
     config.data.max_tokens = 2_000_000
     config.data.min_document_tokens = LENGTH * FACTORS["2k"] + 1  # the same documents for all runs
     config.train.measure_speed = False
-    config.train.log_every = 10
+    config.train.log_every = 8
     config.optimizer.weight_decay = 0.1
     config.model.loss_chunk = LENGTH
     if variant == "base":
@@ -71,16 +71,16 @@ def get_config(variant: str = "2k") -> ConfigDict:
         config.model.d_ff = 352
         config.model.vocab_size = 2048
         config.model.max_positions = LENGTH
-        config.train.steps = 400
+        config.train.steps = 320
         config.optimizer.learning_rate = 2e-3
-        config.optimizer.warmup_steps = 20
+        config.optimizer.warmup_steps = 16
         config.export.huggingface = True
         return config
     _set_length(config, LENGTH * FACTORS[variant])
     config.model.rope_type = "yarn"
     config.model.rope_factor = float(FACTORS[variant])
-    config.train.steps = 40
-    config.train.eval_every = 10
+    config.train.steps = 32
+    config.train.eval_every = 8
     config.optimizer.learning_rate = 5e-4  # a quarter of the base model's, not tuned
     config.optimizer.warmup_steps = 2  # 20 of 400 in the recipe of YaRN
     config.optimizer.schedule = "constant"
