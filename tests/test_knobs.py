@@ -210,7 +210,7 @@ ELSEWHERE = {
     "data.max_tokens": "test_data_prepare.py",
     "data.format": "test_conversations.py",
     "data.text_field": "test_data_sources.py",
-    "data.min_document_tokens": "test_data_prepare.py",
+    "data.min_document_tokens": "test_data_long_documents.py",
     "data.prompt_field": "test_conversations.py",
     "data.completion_field": "test_conversations.py",
     "data.chat_template": "test_conversations.py",
