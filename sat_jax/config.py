@@ -14,7 +14,7 @@ from sat_jax.data.chat_templates import TEMPLATES
 from sat_jax.data.data_format import DataFormat, Format, LossOn, TooLong
 from sat_jax.models.presets import PRESETS
 from sat_jax.nn.attention.dot_product import Implementation
-from sat_jax.nn.rope import SCALINGS
+from sat_jax.nn.rope import EXTENSIONS
 from sat_jax.nn.stack import Remat
 from sat_jax.ops import Implementation as Kernels
 from sat_jax.ops import RetentionKernel
@@ -63,6 +63,7 @@ class ModelConfig:
     n_heads: int | None = key(None, "query heads of a layer; None: those of the preset", low=1)
     d_ff: int | None = key(None, "MLP channels of a layer; None: those of the preset", low=1)
     vocab_size: int | None = key(None, "tokens; None: those of the preset", low=1)
+    max_positions: int | None = key(None, "longest row in tokens; None: that of the preset", low=2)
     path: str | None = key(
         None,
         "pretrained weights, used instead of preset: a Hugging Face directory, a .gguf file, or"
@@ -71,7 +72,7 @@ class ModelConfig:
     rope_type: str | None = key(
         None,
         "scaling of rotary positions for a longer context; None: that of the model",
-        choices=tuple(name for name in SCALINGS if name != "longrope"),
+        choices=EXTENSIONS,
     )
     rope_factor: float = key(
         1.0, "with rope_type: new context length relative to that of the first training", low=1.0
@@ -99,7 +100,7 @@ class ModelConfig:
     @property
     def sizes(self) -> dict[str, int]:
         """The sizes that replace those of the preset."""
-        names = ("d_model", "n_layers", "n_heads", "d_ff", "vocab_size")
+        names = ("d_model", "n_layers", "n_heads", "d_ff", "vocab_size", "max_positions")
         return {name: size for name in names if (size := getattr(self, name)) is not None}
 
 
@@ -135,6 +136,12 @@ class DataConfig:
     )
     text_field: str = key(
         "text", "field of JSON lines, CSV or a TFDS dataset that contains the text"
+    )
+    min_document_tokens: int | None = key(
+        None,
+        "format text: documents of fewer tokens are left out, so that long ones fill rows; None:"
+        " none is left out",
+        low=2,
     )
     prompt_field: str = key("prompt", "format prompt_completion: field of the prompt")
     completion_field: str = key("completion", "format prompt_completion: field of the completion")
@@ -321,6 +328,9 @@ class SparsityConfig:
 class MeshConfig:
     data: int = key(-1, "devices that split the rows; -1: all remaining devices", low=-1)
     fsdp: int = key(1, "devices that split the rows and the embedding axis of the weights", low=1)
+    context: int = key(
+        1, "devices that split the tokens of each row and the embedding axis of the weights", low=1
+    )
     tensor: int = key(1, "devices that split heads, channels and vocabulary", low=1)
     pipeline: int = key(
         1,

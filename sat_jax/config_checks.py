@@ -40,11 +40,15 @@ def check_together(config: "Config") -> None:
             f"model.{next(iter(sizes))} changes the shape of a preset, and model.path"
             f" {config.model.path!r} has its own; accepted: one of the two"
         )
+    length, row = config.data.pose_length, config.data.row_length
     if config.mesh.data == 0:
         raise UserError("mesh.data is 0; accepted: 1 or more, or -1 for all remaining devices")
+    if row % config.mesh.context:
+        raise UserError(
+            f"data.row_length {row} is not a multiple of mesh.context {config.mesh.context}"
+        )
     if config.model.rope_factor > 1 and config.model.rope_type is None:
         raise UserError(f"model.rope_factor {config.model.rope_factor:g} needs model.rope_type")
-    length, row = config.data.pose_length, config.data.row_length
     if length is not None and length < row:
         raise UserError(f"data.pose_length {length} is below data.row_length {row}")
     _check_steps(config)

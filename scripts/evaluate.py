@@ -4,6 +4,7 @@
   python -m scripts.evaluate --model DIR --text novel.txt --length 1024 --stride 512
   python -m scripts.evaluate --model DIR --text novel.txt --context 2048,4096,8192 --stride 256
   python -m scripts.evaluate --model DIR --passkey 2048,4096,8192
+  python -m scripts.evaluate --model DIR --passkey 16384 --rope-type yarn --rope-factor 2
   python -m scripts.evaluate --model DIR --prepared FOLDER --split held_out
   python -m scripts.evaluate --model DIR --choices bigbench-task.json
   python -m scripts.evaluate --model DIR --answers gsm8k.jsonl --chat --generations out.jsonl
@@ -90,6 +91,7 @@ def _lengths(text: str) -> list[int]:
 _QUESTIONS = ("choices", "answers")
 _GENERAL = (*_QUESTIONS, "lm_eval")
 _TEXTS = ("text", "context")
+_EXTENDED = (*_TEXTS, "passkey")
 _NUMBER: Mapping[str, Any] = {"type": int, "metavar": "N"}
 _LENGTHS: Mapping[str, Any] = {"type": _lengths, "metavar": "N,N"}
 _FILE: Mapping[str, Any] = {"type": Path, "metavar": "FILE"}
@@ -97,7 +99,7 @@ _NAME: Mapping[str, Any] = {"metavar": "NAME"}
 # Options that only some modes use: the modes, the default, the help text and the type.
 _OPTIONS: Mapping[str, tuple[tuple[str, ...], Any, str, Mapping[str, Any]]] = {
     "tokenizer": (
-        (*_TEXTS, "passkey", *_GENERAL),
+        (*_EXTENDED, *_GENERAL),
         None,
         f"not for --prepared: {TOKENIZER_HELP}",
         {},
@@ -121,6 +123,18 @@ _OPTIONS: Mapping[str, tuple[tuple[str, ...], Any, str, Mapping[str, Any]]] = {
     "trials": (("passkey",), 4, "for --passkey: prompts at each depth; default 4", _NUMBER),
     "keys": (("passkey",), 1, "for --passkey: numbers hidden in a prompt; default 1", _NUMBER),
     "seed": (("passkey",), 0, "for --passkey: seed of numbers and depths; default 0", _NUMBER),
+    "rope_type": (
+        _EXTENDED,
+        None,
+        "another scaling of rotary positions than that of the model (docs/long-context.md)",
+        {"metavar": "TYPE"},
+    ),
+    "rope_factor": (
+        _EXTENDED,
+        None,
+        "with --rope-type: context length relative to that of the first training; default 1",
+        {"type": float, "metavar": "F"},
+    ),
     "split": (
         ("prepared",),
         "held_out",
@@ -217,6 +231,8 @@ def main() -> None:
         rows.check(args.record)
     # All models are opened before the first is evaluated, so that bad input is reported early.
     models = [open_eval_model(name) for name in args.model]
+    if args.rope_type is not None:
+        models = [model.extended(args.rope_type, args.rope_factor or 1.0) for model in models]
     evaluate_model = evaluations(mode, args, models)
     width = max(map(len, ["model", *args.model]))
     records: list[dict[str, Any]] = []
@@ -269,6 +285,8 @@ def _check(args: argparse.Namespace) -> str:
             setattr(args, name, default)
     if args.system is not None and not args.chat:
         raise UserError("--system has no effect without --chat")
+    if args.rope_factor is not None and args.rope_type is None:
+        raise UserError("--rope-factor has no effect without --rope-type")
     for name, minimum in (("rows", 1), ("limit", 1), ("shots", 0)):
         value = getattr(args, name)
         if value is not None and value < minimum:

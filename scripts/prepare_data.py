@@ -17,7 +17,12 @@ from sat_jax.cli import Parser, run
 from sat_jax.config import DataConfig
 from sat_jax.errors import UserError
 
-_TYPES = {"row_length": int, "held_out": float, "max_tokens": int}  # of options that are no text
+_TYPES = {  # of options that are no text
+    "row_length": int,
+    "held_out": float,
+    "max_tokens": int,
+    "min_document_tokens": int,
+}
 
 
 def parser() -> Parser:
@@ -79,6 +84,12 @@ def main() -> None:
     for name, split in info.splits.items():
         counts = "".join(f"{getattr(split, column):>16,}" for column in columns)
         print(f"{name:>16}{counts}{split.useful_share:>16.1%}")
+    shares = [
+        f"{split.longest_share:.1%} ({name})"
+        for name, split in info.splits.items()
+        if split.longest_share is not None
+    ]
+    print(f"share of a row's tokens in its longest document: {', '.join(shares) or 'not counted'}")
     print(f"{info.files} files, {info.documents} documents; skipped: {counted(info.left_out)}")
     if info.form["format"] == "text":
         eos = "no eos" if tokenizer.eos_id is None else f"eos {tokenizer.eos_id}"

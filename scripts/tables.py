@@ -2,7 +2,8 @@
 
   python -m scripts.tables           # writes README.md, experiments/README.md, docs/*.md,
                                      # docs/pictures/study.png and, from the rows of `benchmark
-                                     # --only retention`, docs/pictures/retention.png
+                                     # --only retention` and of experiments/table_context.py,
+                                     # docs/pictures/retention.png and context.png
   python -m scripts.tables --check   # writes nothing; exit code 2 if anything would change
 
 Both end with exit code 2 if a number in a sentence of README.md or docs/study.md is in no table of
@@ -14,7 +15,8 @@ rows in experiments/results/FILE.jsonl. KIND is a comparison that an experiment 
 (rates, metrics, schedules, ...), the same with _paired (differences from the variant of the same
 rate, seed by seed), quality (all variants), other (variants of no comparison), cost, losses or
 held_out. For rows of benchmarks it is steps, peer, blocks, moves, retention_training,
-retention_decoding or memory, and for those of evaluations perplexity, choices, answers or harness.
+retention_decoding or memory, and for those of evaluations perplexity, context, passkey, extension
+(of contexts, by scaling of rotary positions), choices, answers or harness.
 Filters may follow: prefixes of a text field, or values of a number field, of which a row must match
 one for each field or setting:
 `<!-- table: runs.rates twin=1c393d steps=48,40 optimizer.learning_rate=3e-4 -->`.
@@ -36,6 +38,7 @@ CLAIMS: dict[Path, tuple[Path, ...]] = {  # and the documents whose tables they 
 PICTURES = (
     (RESULTS / "study.jsonl", DOCS / "pictures" / "study.png"),
     (RESULTS / "benchmark.jsonl", DOCS / "pictures" / "retention.png"),
+    (RESULTS / "context.jsonl", DOCS / "pictures" / "context.png"),
 )
 
 

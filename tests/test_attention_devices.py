@@ -29,7 +29,7 @@ def lowered(platform: str, mesh: Mesh | None = None) -> str:
         return o, *pull(do)
 
     def shape(*sizes: int, dtype: str = "bfloat16") -> jax.ShapeDtypeStruct:
-        axes = (*BATCH, None, "tensor")[: len(sizes) - 1]
+        axes = (*BATCH, "tensor")[: len(sizes) - 1]
         sharding = None if mesh is None else NamedSharding(mesh, P(*axes))
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
 

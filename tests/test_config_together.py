@@ -21,6 +21,15 @@ from tests.test_config import built, refusal
             "optimizer.warmup_steps 6 is more than train.steps 5",
         ),
         ({"model__rope_factor": 2.0}, "model.rope_factor 2 needs model.rope_type"),
+        (
+            {"mesh__context": 3},
+            "data.row_length 1024 is not a multiple of mesh.context 3",
+        ),
+        (
+            {"data__format": "messages", "data__min_document_tokens": 9},
+            "data.min_document_tokens 9 has no effect with data.format 'messages'; it is used by"
+            " text",
+        ),
         ({"data__pose_length": 512}, "data.pose_length 512 is below data.row_length 1024"),
         (
             {"optimizer__decay_share": 0.5},

@@ -3,12 +3,13 @@
 from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sat_jax.data.batch import Batch
 from sat_jax.data.batches import EMPTY_ROW, Row, unpack
-from sat_jax.data.packing import assign_rows, split_into_pieces
+from sat_jax.data.packing import assign_rows, longest_share, split_into_pieces
 
 documents_strategy = st.lists(st.integers(0, 30), min_size=1, max_size=40)
 length_strategy = st.integers(1, 12)
@@ -92,6 +93,13 @@ def test_best_fit_chooses_the_tightest_row() -> None:
         ([5, 5, 10, 5], [[2], [0, 1], [3]]),
     ):
         assert [row.tolist() for row in assign_rows(np.array(lengths), 10)] == expected
+
+
+def test_share_of_the_longest_document_by_hand() -> None:
+    # Rows with documents of 6 and 3 tokens, of 10, and of 4.
+    rows = [np.array([0, 2]), np.array([1]), np.array([3])]
+    share = longest_share(np.array([6, 10, 3, 4]), rows)
+    assert share == pytest.approx((6 / 9 + 1 + 1) / 3)
 
 
 def test_rows_by_hand() -> None:

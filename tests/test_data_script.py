@@ -44,9 +44,11 @@ def test_the_script(tmp_path: Path, run_python: RunPython) -> None:
     command = ("-m", "scripts.prepare_data", "--tokenizer", "bytes", "--row-length", "16")
     out = run_python(*command, "--sources", str(folder), "--out", str(tmp_path / "out"))
     assert (out.returncode, out.stderr) == (0, "")
-    first, table, train, held_out, counts, last = out.stdout.splitlines()
+    first, table, train, held_out, share, counts, last = out.stdout.splitlines()
     assert first.startswith("data: prepared, ")
     assert len(table.split()) == len(train.split()) == len(held_out.split())
+    expected = "share of a row's tokens in its longest document: 100.0% (train), 100.0% (held_out)"
+    assert share == expected  # no two documents fit into a row
     assert counts == "1 files, 30 documents; skipped: none"
     assert last.startswith("tokenizer with 257 ids")
     out = run_python(*command, "--sources", str(tmp_path / "none"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from experiments import table_retnet
+from experiments import table_context, table_retnet
 from sat_jax.config_values import experiment, find, load
 from sat_jax.models.build import layout_of
 from sat_jax.results.finished import DEFAULTS
@@ -19,7 +19,9 @@ from tests.conftest import ROOT, RunPython
 TABLES = sorted((ROOT / "experiments").glob("table_*.py"))
 OTHERS = (ROOT / "experiments" / "__init__.py", ROOT / "experiments" / "scales.py")
 FROM_SCRATCH = sorted(
-    file for name in ("s2d", "retnet") for file in (ROOT / "experiments").glob(f"*{name}*.py")
+    file
+    for name in ("s2d", "retnet", "table_context")
+    for file in (ROOT / "experiments").glob(f"*{name}*.py")
 )
 TABLES = [file for file in TABLES if file not in FROM_SCRATCH]
 FILES = sorted({*(ROOT / "experiments").glob("*.py")} - {*TABLES, *OTHERS, *FROM_SCRATCH})
@@ -79,6 +81,22 @@ def test_sweeps_of_the_tables_are_valid(file: Path, scale: str) -> None:
 @pytest.mark.parametrize("scale", ["smoke", "small", "paper"])
 def test_sweeps_of_retnet_are_valid(name: str, scale: str) -> None:
     check_sweep(ROOT / "experiments" / f"{name}.py", scale, {})
+
+
+@pytest.mark.parametrize("variant", table_context.FACTORS)
+def test_sweeps_of_contexts_are_valid(variant: str) -> None:
+    check_sweep(ROOT / "experiments" / "table_context.py", variant, {})
+
+
+def test_contexts_are_extended_from_the_length_of_the_base() -> None:
+    spec = f"{ROOT}/experiments/table_context.py"
+    base, _ = starting_point(load(f"{spec}:base", []))
+    assert base.max_positions == load(f"{spec}:base", []).data.row_length == table_context.LENGTH
+    for variant, factor in table_context.FACTORS.items():
+        config = load(f"{spec}:{variant}", [])
+        assert config.model.rope_factor == factor
+        tokens = config.train.rows_per_step * config.data.row_length
+        assert tokens == table_context.TOKENS_PER_STEP
 
 
 @pytest.mark.parametrize("scale", table_retnet.SEEDS)

@@ -20,7 +20,10 @@ from sat_jax.evaluate.passkey import (
     passkey_prompts,
 )
 from sat_jax.evaluate.perplexity import perplexity, windows
-from tests.golden_model import golden, run_evaluate
+from sat_jax.interop import load_model
+from sat_jax.models.presets import extended
+from sat_jax.results.evaluations import newest_rows
+from tests.golden_model import GOLDEN, golden, run_evaluate
 from tests.test_perplexity import log_probabilities
 from tests.tolerances import assert_close
 
@@ -96,9 +99,32 @@ def test_script_has_a_line_for_each_context(
     ]
 
 
+def test_script_has_another_scaling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text(TEXTS[0])
+    file = tmp_path / "rows.jsonl"
+    arguments = ("--text", tmp_path / "x.txt", "--tokenizer", "bytes", "--context", "32")
+    for scaling in ((), ("--rope-type", "linear", "--rope-factor", "4")):
+        run_evaluate(monkeypatch, *arguments, "--stride", "8", *scaling, "--record", file)
+    own, interpolated = [json.loads(line) for line in file.read_text().splitlines()]
+    model = load_model(GOLDEN / "llama_gqa")  # not the shared one
+    model.config = extended(model.config, "linear", 4.0)
+    score = score_context(model, DOCUMENTS[:1], 32, 8, 4)
+    assert_close(math.log(interpolated["perplexity"]), score.nll / 38, "float32", "forward")
+    assert abs(own["nll"] - interpolated["nll"]) > 1
+    names = [
+        name for _, lines in newest_rows([own, interpolated], ["context"]) for name, _ in lines
+    ]
+    assert names[1] == f"{names[0]}, linear × 4"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["--context", "8", "--rope-factor", "2"],
+            "--rope-factor has no effect without --rope-typ",
+        ),
+        (["--context", "8", "--rope-type", "x"], "rope type 'x'; accepted: default, linear"),
         (["--context", "129"], "--context 129 exceeds the model's 128 positions"),
         (["--context", "16,8", "--stride", "9"], "--context 8 and --stride 9; accepted: 1 to 8"),
         (["--context", "8", "--stride", "0"], "--context 8 and --stride 0; accepted: 1 to 8"),

@@ -1,4 +1,5 @@
-"""Runs with a pipeline: the losses of one device, resume, and checkpoints on another mesh."""
+"""Runs with a pipeline: the losses of one device, resume, and checkpoints on another mesh, also one
+that splits the tokens of a row."""
 
 import shutil
 from pathlib import Path
@@ -85,7 +86,7 @@ class OnMesh:
             "sparsity": {"rate": 0.5, "schedule": "constant", "metric": "magnitude"},
             "mesh": mesh,
         })
-        devices = jax.devices()[: self.config.mesh.pipeline]
+        devices = jax.devices()[: self.config.mesh.pipeline * self.config.mesh.context]
         controller = controller_of(self.config, model)
         mesh = make_mesh(self.config.mesh, devices)
         self.programs = Programs(self.config, model, mesh, controller)
@@ -124,17 +125,17 @@ class OnMesh:
             state = checkpoints.restore(self.programs.form(()).state._asdict()).state
         return self.programs.form(()).state._replace(**state)
 
-one, two, four = OnMesh(pipeline=1), OnMesh(pipeline=2), OnMesh(pipeline=2, rounds=2)
+meshes = OnMesh(), OnMesh(context=2), OnMesh(pipeline=2), OnMesh(pipeline=2, rounds=2)
 expected = None
-for mesh in (one, two, four):
+for mesh in meshes:
     path = Path(sys.argv[1]) / str(len(list(Path(sys.argv[1]).iterdir())))
     full, before = mesh.train(mesh.begin(), range(2))
     mesh.save(full, path)
-    for other in (one, two, four):
+    for other in meshes:
         _, after = other.train(other.restore(path), range(2, 4))
         expected = expected or before + after
         assert_close(before + after, expected, "float32", "forward")
-for mesh in (one, two, four):
+for mesh in meshes:
     mesh.programs.close()
 """
 

@@ -111,6 +111,7 @@ def test_a_miss_names_the_near_ones() -> None:
 
 def test_sizes_of_a_preset_are_replaced() -> None:
     sizes = {"d_model": 256, "n_layers": 2, "n_heads": 8, "d_ff": 512, "vocab_size": 300}
+    sizes["max_positions"] = 64
     config = resized(preset("llama-3.2-1b"), sizes)
     assert {name: getattr(config, name) for name in sizes} == sizes
     assert (config.n_kv_heads, config.head_dim) == (2, 32)  # four query heads for each KV head
@@ -161,6 +162,14 @@ def test_a_model_is_extended(
     model = extended(preset("tinyllama-1.1b"), rope_type, factor)
     assert model.rope == RopeConfig(10_000.0, rope_type, factor, original_max_positions=first)
     assert model.max_positions == positions
+
+
+def test_extensions_that_are_refused() -> None:
+    tiny = preset("tinyllama-1.1b")
+    message = user_error(lambda: extended(tiny, "longrope", 2.0))
+    assert message.startswith("rope type 'longrope'; accepted: default, linear, ntk, ")
+    message = user_error(lambda: extended(tiny, "default", 0.5))
+    assert message == "rope factor 0.5; accepted: 1 or more"
 
 
 def test_factors_are_relative_to_the_first_training() -> None:

@@ -1,5 +1,6 @@
 """One run in two processes, started as Open MPI would start them."""
 
+import math
 import os
 import secrets
 import signal
@@ -87,11 +88,17 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# A tensor group within each process, and one across both, which then read the same rows.
+# A tensor group within each process, and one across both, which then read the same rows; and rows
+# of which each process has a half.
 @pytest.mark.slow
-@pytest.mark.parametrize(("devices", "fsdp"), [(2, 2), (1, 1)])
-def test_two_processes_train_as_one(alone: Path, tmp_path: Path, devices: int, fsdp: int) -> None:
-    sizes = [f"--config.mesh.fsdp={fsdp}", "--config.mesh.tensor=2"]
+@pytest.mark.parametrize(
+    "mesh",
+    [{"fsdp": 2, "tensor": 2}, {"tensor": 2}, {"context": 2}],
+    ids=lambda mesh: " ".join(mesh),
+)
+def test_two_processes_train_as_one(alone: Path, tmp_path: Path, mesh: dict[str, int]) -> None:
+    sizes = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
+    devices = math.prod(mesh.values()) // 2
     first, second = run_two(*command(tmp_path, *SETTINGS, *sizes, "--distributed"), devices=devices)
     assert first.returncode == 0, first.stderr
     assert second.returncode == 0, second.stderr

@@ -36,7 +36,8 @@ def conversation_reader(data_format: DataFormat, tokenizer: Tokenizer, row_lengt
     `UserError` if the template fails otherwise.
     """
     template = chat_template(data_format.chat_template, tokenizer)
-    settings = {name: v for name, v in vars(data_format).items() if name != "chat_template"}
+    apart = ("chat_template", "min_document_tokens")  # a file's content matters; of texts alone
+    settings = {name: v for name, v in vars(data_format).items() if name not in apart}
     settings |= {"template": template, "special": tokenizer.special_tokens}
     settings |= {"reader": READER_VERSION}
 

@@ -44,18 +44,24 @@ class Reader:
     keeps_whole: bool  # never truncates a document for a token budget or the held-out share
 
 
-def text_reader(text_field: str, tokenizer: Tokenizer) -> Reader:
-    """Return the reader of plain text: every token has a loss."""
+def text_reader(text_field: str, tokenizer: Tokenizer, min_tokens: int | None = None) -> Reader:
+    """Return the reader of plain text: every token has a loss. Documents of fewer than `min_tokens`
+    are left out."""
 
     def encode(documents: Sequence[Document]) -> list[Encoded]:
         texts = [document.text for document in documents]
         return [
-            Encoded(ids, None, len(text.encode()), len(ids))
+            Encoded([], None, 0, len(ids), f"fewer than {min_tokens} tokens")
+            if min_tokens is not None and len(ids) < min_tokens
+            else Encoded(ids, None, len(text.encode()), len(ids))
             for text, ids in zip(texts, tokenizer.encode_documents(texts), strict=True)
         ]
 
     read = partial(read_documents, text_field=text_field)
-    return Reader({"text_field": text_field}, read, encode, keeps_whole=False)
+    settings: dict[str, Any] = {"text_field": text_field}
+    if min_tokens is not None:  # data without it keep their fingerprint
+        settings["min_document_tokens"] = min_tokens
+    return Reader(settings, read, encode, keeps_whole=False)
 
 
 class Index(NamedTuple):
@@ -146,7 +152,7 @@ def tokenize(
     answer_spans = array("q")
     left_out: Counter[str] = Counter()
     done = dict.fromkeys(orders, 0)  # documents of each order that are tokenized
-    end, bytes_per_token = 0, _BYTES_PER_TOKEN
+    end, read, bytes_per_token = 0, 0, _BYTES_PER_TOKEN
     with file.open("wb") as stream:
         while True:
             selected = []
@@ -163,6 +169,7 @@ def tokenize(
             if not len(numbers):
                 break
             total = int(index.sizes[numbers].sum())
+            read += total
             with progress_bar("tokenizing", "B", progress, total) as bar:
                 for batch in _batches(_read_selected(sources, reader, index, numbers)):
                     encodings = reader.encode([document for _, document in batch])
@@ -176,13 +183,15 @@ def tokenize(
                         left_out.update(filter(None, [encoded.skip_reason]))
                         end += len(encoded.ids)
                         bar.update(int(index.sizes[number]))
-            bytes_per_token = 1.1 * float(index.sizes[sizes > 0].sum()) / max(end, 1)
+            bytes_per_token = 1.1 * read / max(end, 1)  # with the bytes of what is left out
     if not end:
-        longer = "longer than a row (use a larger data.row_length, or data.too_long 'cut_end')"
-        reasons = {**left_out, longer: len(index.sizes) - sum(left_out.values())}
+        reasons = dict(left_out)
+        if reader.keeps_whole:
+            longer = "longer than a row (use a larger data.row_length, or data.too_long 'cut_end')"
+            reasons[longer] = len(index.sizes) - sum(left_out.values())
         raise UserError(
             f"no example can be used: {counted(reasons)}"
-            if reader.keeps_whole
+            if reasons
             else "the tokenizer returns no tokens for these documents"
         )
     ids = np.memmap(file, np.int32, mode="r")

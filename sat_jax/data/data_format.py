@@ -13,6 +13,7 @@ TooLong: TypeAlias = Literal["drop", "cut_end", "refuse"]
 _CONVERSATIONS = tuple(name for name in get_args(Format) if name != "text")
 _FORMATS_OF = {  # the formats that use a setting; all formats use a setting that is not listed
     "text_field": ("text",),
+    "min_document_tokens": ("text",),
     "prompt_field": ("prompt_completion",),
     "completion_field": ("prompt_completion",),
     "chat_template": _CONVERSATIONS,
@@ -40,6 +41,7 @@ class DataFormat:
 
     format: Format = "text"
     text_field: str = "text"
+    min_document_tokens: int | None = None
     prompt_field: str = "prompt"
     completion_field: str = "completion"
     chat_template: str = "model"

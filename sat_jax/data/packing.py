@@ -8,6 +8,7 @@ its rows. The lengths of a whole corpus fit in memory, so that exact best-fit de
 them is possible. It is less code and leaves less padding.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +35,14 @@ def split_into_pieces(
     offsets = (np.arange(pieces.sum()) - np.repeat(first, pieces)) * row_length
     lengths = np.minimum(np.repeat(pairs, pieces) - offsets, row_length)
     return Pieces(np.repeat(starts, pieces) + offsets, lengths)
+
+
+def longest_share(
+    lengths: Int[np.ndarray, " pieces"], rows: Sequence[Int[np.ndarray, " pieces"]]
+) -> float:
+    """Return the share of a row's tokens that belong to its longest document, the mean over rows.
+    No row has two pieces of one document."""
+    return float(np.mean([lengths[row].max() / lengths[row].sum() for row in rows]))
 
 
 def assign_rows(

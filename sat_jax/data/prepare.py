@@ -24,7 +24,7 @@ from sat_jax.data.conversations import conversation_reader
 from sat_jax.data.corpus import Reader, read_index, split_at_end, text_reader, tokenize
 from sat_jax.data.data_format import TOO_LONG_ACTIONS, DataFormat
 from sat_jax.data.packed_rows import stored_rows, targets_with_loss, write_tfds
-from sat_jax.data.packing import assign_rows, split_into_pieces
+from sat_jax.data.packing import assign_rows, longest_share, split_into_pieces
 from sat_jax.data.sources import Source, counted, resolve_sources
 from sat_jax.data.splits import HELD_OUT, TRAIN, split_budget, split_documents
 from sat_jax.data.token_budget import select
@@ -48,6 +48,9 @@ class SplitInfo:
     rows: int
     long_documents: int  # longer than a row: texts are split, conversations dropped or truncated
     useful_share: float  # share of the rows' slots that are not padding
+    # Share of a row's tokens in its longest document, mean over rows; None: not counted, in folders
+    # that were made up to commit 0d2427c.
+    longest_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,11 @@ def prepare(
     receives lines about the result; if it is None, no progress bars are shown either. Raises
     `UserError` for bad input.
     """
-    for name, value, minimum in (("row length", row_length, 2), ("max tokens", max_tokens, 4)):
+    for name, value, minimum in (
+        ("row length", row_length, 2),
+        ("max tokens", max_tokens, 4),
+        ("min document tokens", data_format.min_document_tokens, 2),
+    ):
         if value is not None and value < minimum:
             raise UserError(f"{name} {value}; accepted: a whole number, {minimum} or more")
     if not held_out > 0 or (held_out >= 1 and held_out % 1 != 0):
@@ -106,7 +113,8 @@ def prepare(
         )
     files = resolve_sources(sources, log and (lambda line: log(f"data: {line}")))
     if data_format.is_text:
-        reader = text_reader(data_format.text_field, tokenizer)
+        fields = data_format.text_field, tokenizer, data_format.min_document_tokens
+        reader = text_reader(*fields)
     else:
         reader = conversation_reader(data_format, tokenizer, row_length)
     root = root or cache_dir("data")
@@ -298,7 +306,8 @@ def _write(
                 f"no example of the {split} split has tokens of an answer within"
                 f" data.row_length {row_length} and data.max_tokens {max_tokens}"
                 if reader.keeps_whole
-                else f"no document of the {split} split has two tokens"
+                else f"no document of the {split} split has two tokens; left out:"
+                f" {counted(documents.left_out)}"
             )
         members = assign_rows(pieces.lengths, row_length)
         splits[split] = SplitInfo(
@@ -309,6 +318,7 @@ def _write(
             rows=len(members),
             long_documents=selected.long_documents,
             useful_share=int(pieces.lengths.sum()) / (len(members) * row_length),
+            longest_share=longest_share(pieces.lengths, members),
         )
         rows[split] = stored_rows(documents, pieces, members, progress)
     write_tfds(folder, rows, answers=reader.keeps_whole)

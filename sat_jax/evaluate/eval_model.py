@@ -11,6 +11,7 @@ from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sat_jax.errors import UserError
 from sat_jax.interop import Weights, locate, open_weights
 from sat_jax.models.build import build
+from sat_jax.models.presets import extended
 from sat_jax.nn.decoder import Compute, Decoder
 from sat_jax.train.run_weights import is_run, open_run
 from sat_jax.train.workdir import WorkDir
@@ -28,6 +29,12 @@ class EvalModel:
     def data_format(self) -> DataFormat:
         """The format of the training data of a run; plain text for other models."""
         return DataFormat() if self.config is None else DataFormat.from_settings(self.config.data)
+
+    def extended(self, rope_type: str, factor: float) -> "EvalModel":
+        """Return the model with another scaling of rotary positions (`models.presets.extended`)."""
+        config = extended(self.weights.config, rope_type, factor)
+        weights = dataclasses.replace(self.weights, config=config)
+        return dataclasses.replace(self, weights=weights)
 
     def model(self, dtype: Literal["float32", "bfloat16"]) -> Decoder:
         """Return the model with float32 parameters and computation in `dtype`."""

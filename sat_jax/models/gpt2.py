@@ -33,8 +33,8 @@ from sat_jax.models.formats import (
 )
 from sat_jax.nn.attention.grouped_query import Attention
 from sat_jax.nn.context import Context
-from sat_jax.nn.decoder import Compute, Decoder
-from sat_jax.nn.linear import add_bias, dense
+from sat_jax.nn.decoder import Compute, Decoder, lookup
+from sat_jax.nn.linear import add_bias
 from sat_jax.nn.mlp import MLP, Activation
 from sat_jax.nn.norms import layer_norm
 from sat_jax.nn.param import normal, param
@@ -115,8 +115,7 @@ class GPT2(Decoder):
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
     ) -> Float[Array, "B T D"]:
         """Return the sum of the rows of both embeddings."""
-        rows = jnp.take(dense(self.embed), tokens, axis=0)
-        return rows + jnp.take(dense(self.positions), positions, axis=0)
+        return lookup(self.embed, tokens) + lookup(self.positions, positions)
 
     def normalize(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Return the normed residual stream after the last layer."""

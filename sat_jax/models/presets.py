@@ -12,7 +12,7 @@ from sat_jax.models.gpt2 import GPT2Config
 from sat_jax.models.gpt_neox import GPTNeoXConfig
 from sat_jax.models.llama import LlamaConfig
 from sat_jax.models.retnet import RetNetConfig
-from sat_jax.nn.rope import SCALINGS, RopeConfig
+from sat_jax.nn.rope import EXTENSIONS, SCALINGS, RopeConfig
 
 
 def _llama(
@@ -247,10 +247,14 @@ def resized(config: DecoderConfig, sizes: Mapping[str, int]) -> DecoderConfig:
 
 def extended(config: DecoderConfig, rope_type: str, factor: float) -> DecoderConfig:
     """Return the configuration for `factor` times the length of its first training, with a scaling
-    of rotary positions (a name in `SCALINGS`) in place of its own.
+    of rotary positions (a name in `EXTENSIONS`) in place of its own.
 
-    Raises `UserError` for a model without rotary positions.
+    Raises `UserError` for a model without rotary positions, another name, and a factor below 1.
     """
+    if rope_type not in EXTENSIONS:
+        raise UserError(f"rope type {rope_type!r}; accepted: {', '.join(EXTENSIONS)}")
+    if not factor >= 1:
+        raise UserError(f"rope factor {factor:g}; accepted: 1 or more")
     rope = config.rope
     if rope is None:
         raise UserError(

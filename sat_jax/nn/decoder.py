@@ -14,6 +14,7 @@ from sat_jax.nn.attention.dot_product import Implementation
 from sat_jax.nn.branch import branches
 from sat_jax.nn.context import Cache, Context, Observable, Observed, Selection
 from sat_jax.nn.linear import dense
+from sat_jax.nn.mesh_axes import full_rows
 from sat_jax.nn.param import Mask
 from sat_jax.nn.pipeline import number_of_stages, pipeline_layers
 from sat_jax.nn.rope import document_lengths, rotary_tables, scaled_by_length
@@ -63,7 +64,7 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Return the residual stream before the first layer, float32: rows of the embedding."""
         del positions
-        return jnp.take(dense(self.embed), tokens, axis=0)
+        return lookup(self.embed, tokens)
 
     def normalize(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Return the normed residual stream after the last layer."""
@@ -229,6 +230,11 @@ class Decoder(nnx.Module):
         if rope is None:
             return None
         return rotary_tables(rope, self.config.rotary_dim, positions, lengths)
+
+
+def lookup(table: Any, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Return rows of a parameter `[N, D]`."""
+    return jnp.take(full_rows(dense(table)), ids, axis=0)
 
 
 def for_decoding(model: Decoder) -> Decoder:

@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sat_jax.nn.context import Observed
 from sat_jax.nn.decoder import Decoder
-from sat_jax.nn.mesh_axes import ROW_AXES
+from sat_jax.nn.mesh_axes import CONTEXT, ROW_AXES, full_rows, parts
 from sat_jax.nn.pipeline import number_of_stages
+
+_PART_AXES = (CONTEXT, *ROW_AXES)  # which split the rows of `_rows_of_devices`, in this order
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -103,7 +105,7 @@ def _forward(
     hidden_BTD: Array, head_VD: Array, targets_BT: Array, loss_mask_BT: Array, chunk: int
 ) -> tuple[Float[Array, ""], tuple[Array, Array]]:
     batch, length, width = hidden_BTD.shape
-    parts = _row_parts(batch)
+    number = _row_parts(batch)
 
     def body(d_head_PVD: Array, xs: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
         h_BCD, targets_BC, mask_BC = xs
@@ -112,15 +114,15 @@ def _forward(
         d_logits = jnp.where(mask_BC[..., None], scores.exp / scores.total - one_hot, 0.0)
         d_logits = d_logits.astype(head_VD.dtype)
         d_hidden = jnp.einsum("BCV,VD->BCD", d_logits, head_VD)
-        rows = [x.reshape(parts, -1, *x.shape[1:]) for x in (d_logits, h_BCD)]
+        rows = [x.reshape(number, -1, *x.shape[1:]) for x in (d_logits, h_BCD)]
         # The product is transposed, not an operand: on XLA:CPU [V, C] would be computed again.
         d_head_PDV = jnp.einsum("PBCV,PBCD->PDV", *rows, preferred_element_type=jnp.float32)
         return d_head_PVD + d_head_PDV.swapaxes(1, 2), (_summed_loss(scores, mask_BC), d_hidden)
 
     chunks = _split(chunk, hidden_BTD, targets_BT, loss_mask_BT)
-    zeros_PVD = jnp.zeros((parts, *head_VD.shape), jnp.float32)
-    if parts > 1:
-        spec = P(ROW_AXES, P.UNCONSTRAINED, P.UNCONSTRAINED)
+    zeros_PVD = jnp.zeros((number, *head_VD.shape), jnp.float32)
+    if number > 1:
+        spec = P(_PART_AXES, P.UNCONSTRAINED, P.UNCONSTRAINED)
         zeros_PVD = jax.lax.with_sharding_constraint(zeros_PVD, spec)
     d_head_PVD, (losses, d_hidden) = jax.lax.scan(body, zeros_PVD, chunks)
     d_hidden_BTD = jnp.moveaxis(d_hidden, 0, 1).reshape(batch, -1, width)[:, :length]
@@ -130,10 +132,19 @@ def _forward(
 def _row_parts(batch: int) -> int:
     """Return the number of parts in which the mesh splits the rows. Each part sums its gradient of
     the head, so that devices communicate once and not at every chunk."""
-    mesh = jax.sharding.get_abstract_mesh()
-    sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
-    parts = math.prod(sizes.get(axis, 1) for axis in ROW_AXES)
-    return 1 if batch % parts else parts
+    number = parts(*_PART_AXES)
+    return 1 if batch % number else number
+
+
+def _rows_of_devices(x: Shaped[Array, "B T ..."]) -> Shaped[Array, "cB T/c ..."]:
+    """Return each row as c rows, one for each device that has a part of its tokens, those of the
+    first device first: chunks of positions are then local to a device."""
+    batch, length, *rest = x.shape
+    devices = parts(CONTEXT)
+    if devices == 1 or length % devices:
+        return x
+    by_device = x.reshape(batch, devices, -1, *rest).swapaxes(0, 1)
+    return by_device.reshape(devices * batch, -1, *rest)
 
 
 def _backward(
@@ -174,5 +185,6 @@ def next_token_loss(
     chunk = model.compute.loss_chunk
     if model.pipelined:  # A device has the rows of several microbatches: as many logits as of one.
         chunk = max(1, chunk * number_of_stages() // model.compute.microbatches)
-    loss = chunked_cross_entropy(x_BTD, model.head(), targets, loss_mask, chunk)
-    return loss, observed
+    x, targets, loss_mask = map(_rows_of_devices, (x_BTD, targets, loss_mask))
+    head = full_rows(model.head())
+    return chunked_cross_entropy(x, head, targets, loss_mask, chunk), observed

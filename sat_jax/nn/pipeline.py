@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from sat_jax.nn.context import Context
-from sat_jax.nn.mesh_axes import PIPELINE, ROW_AXES
+from sat_jax.nn.mesh_axes import CONTEXT, PIPELINE, ROW_AXES
 from sat_jax.nn.stack import POLICIES, Remat, scan_layers, segments_of
 
 _OTHER_ROW_AXES = tuple(axis for axis in ROW_AXES if axis != PIPELINE)
@@ -139,14 +139,14 @@ def _to_microbatches(rows: Array, stages: int, microbatches: int) -> Array:
     parts = _row_parts()
     split = rows.reshape(stages, parts, microbatches // stages, -1, *rows.shape[1:])
     merged = split.swapaxes(1, 2).reshape(stages, microbatches // stages, -1, *rows.shape[1:])
-    return jax.lax.with_sharding_constraint(merged, P(PIPELINE, None, _OTHER_ROW_AXES))
+    return jax.lax.with_sharding_constraint(merged, P(PIPELINE, None, _OTHER_ROW_AXES, CONTEXT))
 
 
 def _to_rows(microbatches: Array) -> Array:
     """Return the rows in the order that they had before `_to_microbatches`."""
     stages, count, _, *rest = microbatches.shape
     split = microbatches.reshape(stages, count, _row_parts(), -1, *rest).swapaxes(1, 2)
-    return jax.lax.with_sharding_constraint(split.reshape(-1, *rest), P(ROW_AXES))
+    return jax.lax.with_sharding_constraint(split.reshape(-1, *rest), P(ROW_AXES, CONTEXT))
 
 
 def _row_parts() -> int:

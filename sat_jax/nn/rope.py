@@ -296,6 +296,9 @@ SCALINGS: dict[str, Scaling] = {
     ),
 }
 
+EXTENSIONS = tuple(name for name in SCALINGS if name != "longrope")
+"""Scalings that a factor and the first length determine."""
+
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, length: Length) -> Any:
     """Return radians per position `[head_dim / 2]` in a document of `length` tokens.

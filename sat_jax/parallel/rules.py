@@ -1,5 +1,6 @@
 """Sharding of the arrays of a run over the mesh, by the named axes of the parameters."""
 
+import math
 from typing import Any
 
 import jax
@@ -8,21 +9,22 @@ from jax.sharding import PartitionSpec as P
 
 from sat_jax.errors import UserError
 from sat_jax.nn.layout import Layout
-from sat_jax.nn.mesh_axes import PIPELINE, ROW_AXES, TENSOR
-from sat_jax.nn.param import BLOCK_ROW, LAYER
+from sat_jax.nn.mesh_axes import CONTEXT, PIPELINE, ROW_AXES, TENSOR
+from sat_jax.nn.param import BLOCK_ROW, EMBED, LAYER
 
-# Mesh axes of the split parameter axes; all other axes are replicated.
-MESH_AXES = {
-    LAYER: PIPELINE,
-    "vocab": TENSOR,
-    "kv_group": TENSOR,
-    "head": TENSOR,
-    "channel": TENSOR,
-    "embed": "fsdp",
-    BLOCK_ROW: TENSOR,
-    "column_of_block": "fsdp",
+# Mesh axes of the split parameter axes; all other axes are replicated. Devices that share a row
+# split the weights as those of `fsdp` do, or each would hold all of them.
+MESH_AXES: dict[str, tuple[str, ...]] = {
+    LAYER: (PIPELINE,),
+    "vocab": (TENSOR,),
+    "kv_group": (TENSOR,),
+    "head": (TENSOR,),
+    "channel": (TENSOR,),
+    EMBED: ("fsdp", CONTEXT),
+    BLOCK_ROW: (TENSOR,),
+    "column_of_block": ("fsdp", CONTEXT),
 }
-BATCH = P(ROW_AXES)
+BATCH = P(ROW_AXES, CONTEXT)
 
 
 def parameter_spec(layout: Layout[Any], path: str, ndim: int) -> P:
@@ -48,10 +50,12 @@ def tree_shardings(mesh: Mesh, layout: Layout[Any], tree: Any) -> Any:
 def check_divisible(mesh: Mesh, layout: Layout[Any]) -> None:
     """Raise `UserError` for the first parameter that the mesh does not split evenly."""
     for path, shape in layout.shapes.items():
-        spec = parameter_spec(layout, path, len(shape.shape))
-        for name, size, axis in zip(layout.leaves[path].axes, shape.shape, spec, strict=True):
-            if axis is not None and size % mesh.shape[axis]:
+        for name, size in zip(layout.leaves[path].axes, shape.shape, strict=True):
+            split = MESH_AXES.get(name, ())
+            parts = math.prod(mesh.shape[axis] for axis in split)
+            if size % parts:
+                settings = " × ".join(f"mesh.{axis}" for axis in split if mesh.shape[axis] > 1)
                 raise UserError(
-                    f"mesh.{axis} = {mesh.shape[axis]} does not divide the {size} of axis"
-                    f" {name} of {path} {shape.shape}"
+                    f"{settings} = {parts} does not divide the {size} of axis {name} of {path}"
+                    f" {shape.shape}"
                 )

@@ -26,6 +26,7 @@ from sat_jax.results.benchmarks import (
     steps_table,
 )
 from sat_jax.results.evaluations import evaluation_tables
+from sat_jax.results.extension import extension_figure, extension_tables
 from sat_jax.results.figures import quality_figure
 from sat_jax.results.from_scratch import from_scratch_tables
 from sat_jax.results.retention import retention_figure, retention_tables
@@ -104,7 +105,7 @@ def _table(
     tables = across_tables(groups, comparisons) + evaluation_tables(rows)
     for made in (
         *(steps_table, peer_tables, blocks_table, moves_table, memory_tables),
-        *(from_scratch_tables, retention_tables),
+        *(from_scratch_tables, retention_tables, extension_tables),
     ):
         tables += made(rows)
     for group in groups:
@@ -151,6 +152,7 @@ def _study_figure(rows: Sequence[Row]) -> Figure | None:
 _FIGURES: dict[str, Callable[[Sequence[Row]], Figure | None]] = {
     "study": _study_figure,
     "retention": retention_figure,
+    "context": extension_figure,
 }
 # What the rows of a picture have in common; the others of its file do not change it.
 _FIELDS: dict[str, Mapping[str, Any]] = {"retention": {"benchmark": "retention"}}
@@ -158,6 +160,8 @@ _FIELDS: dict[str, Mapping[str, Any]] = {"retention": {"benchmark": "retention"}
 
 def _lines(file: Path, picture: Path) -> list[bytes]:
     """Return the lines of a file that a picture shows."""
+    if not file.exists():  # nothing is measured yet
+        return []
     lines, fields = file.read_bytes().splitlines(keepends=True), _FIELDS.get(picture.stem)
     return [line for line in lines if not fields or fields.items() <= json.loads(line).items()]
 

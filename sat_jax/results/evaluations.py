@@ -18,6 +18,8 @@ _NOT_SHOWN = (
     "length",
     "context",
     "stride",
+    "rope_type",
+    "rope_factor",
 )  # options without effect, or shown anyway
 # Name and title of each table, the measures of its rows, and its columns: heading, format, and the
 # field of a number, followed by that of its standard error if it has one.
@@ -104,7 +106,20 @@ def _cell(row: Row, column: _Column) -> str:
 
 
 def _model(row: Row) -> str:
-    return name_of(row["run"] or {"model": row["model"]})
+    model = row["run"] or {"model": row["model"]}
+    extension = extension_of(row)
+    return name_of(model if extension is None else {**model, "extension": extension})
+
+
+def extension_of(row: Row) -> tuple[str, float] | None:
+    """Return the scaling of rotary positions for a longer context and its factor, that of the
+    evaluation or else of the run; None without one."""
+    options, settings = row["options"], row["run"]["settings"] if row["run"] else {}
+    if options.get("rope_type") is not None:
+        return options["rope_type"], options.get("rope_factor") or 1.0
+    if "model.rope_type" in settings:
+        return settings["model.rope_type"], settings.get("model.rope_factor", 1.0)
+    return None
 
 
 def _names(rows: Mapping[str, Row]) -> dict[str, str]:
@@ -115,9 +130,10 @@ def _names(rows: Mapping[str, Row]) -> dict[str, str]:
 
 
 def _model_name(row: Row) -> str:
-    """Return the model; of a trained one its data, its sparsity and its seed."""
+    """Return the model and its extension; of a trained one its data, its sparsity and its seed."""
+    scaling = "" if (extension := extension_of(row)) is None else ", {} × {:g}".format(*extension)
     if row["run"] is None:
-        return str(row["model"])
+        return f"{row['model']}{scaling}"
     settings = row["run"]["settings"]
     sparsity = {
         path: tuple(v) if isinstance(v, list) else v
@@ -126,7 +142,8 @@ def _model_name(row: Row) -> str:
     }
     dense = not any(value for path, value in sparsity.items() if "rate" in path)
     method = "dense" if dense else variant_name({**DEFAULTS, **sparsity}, DEFAULTS)
-    return f"{', '.join(settings['data.sources'])}: {method}, seed {row['run']['seed']}"
+    data = ", ".join(settings["data.sources"])
+    return f"{data}: {method}{scaling}, seed {row['run']['seed']}"
 
 
 def _setting(row: Row) -> str:

@@ -10,6 +10,7 @@ import jinja2
 from sat_jax.errors import UserError, folder_error
 from sat_jax.results.context_figures import context_figures
 from sat_jax.results.evaluations import evaluation_tables
+from sat_jax.results.extension import extension_figure, extension_tables
 from sat_jax.results.figures import quality_figure, svg
 from sat_jax.results.from_scratch import from_scratch_tables
 from sat_jax.results.rows import Row, device_name
@@ -31,6 +32,11 @@ _QUALITY = (
     "Perplexity from dense training against FLOPs, of every variant",
     "Down and left is better. The line joins dense training and dense training of fewer steps:"
     " below it is better than dense training at equal FLOPs. Bars are standard errors over seeds.",
+)
+
+_EXTENSION = (
+    "Perplexity against context length, by scaling of rotary positions",
+    "Means over seeds. Left without training, right after training with the scaling.",
 )
 
 
@@ -69,6 +75,9 @@ def write_report(rows: Sequence[Row], comparisons: Sequence[Comparison], out: Pa
     sections = list(_sections(make_groups(rows), list(dict.fromkeys(comparisons))))
     if tables := from_scratch_tables(rows):
         sections.insert(0, Section("Pre-training from scratch", tables))
+    if tables := extension_tables(rows):
+        pictures = [Picture(svg(figure), *_EXTENSION)] if (figure := extension_figure(rows)) else []
+        sections.append(Section("Extended contexts", tables, pictures))
     if tables := evaluation_tables(rows):
         pictures = [
             Picture(svg(figure), "Measurements against context length", caption)

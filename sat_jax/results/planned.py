@@ -91,7 +91,8 @@ def _plan_run(
         sparse = {path for path in settings if path.startswith("sparsity.") or path in SPARSE_ONLY}
         outside = {path: value for path, value in settings.items() if path not in sparse}
         settings = {"sparsity.rate": 0.0, **outside} if sparse else outside
-    source = (config.model.path, config.model.preset, *config.model.sizes.items())
+    shape = config.model
+    source = (shape.path, shape.preset, shape.rope_type, shape.rope_factor, *shape.sizes.items())
     if source not in models:
         models[source] = starting_point(config)[0]
     models[source].check_length("data.row_length", config.data.row_length)

@@ -88,14 +88,24 @@ def row_of(
 
 def curve_of(records: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
     """Return at most 16 points of a run: the tokens up to each, and the mean training loss (under
-    masks, five digits) since the previous one, None if it is not finite."""
+    masks, five digits) since the previous one, None if it is not finite. Of a run with evaluations
+    between start and end also the tokens before each evaluation and its loss."""
     steps = [record for record in records if record.get("loss") is not None]
     blocks = [block for block in np.array_split(np.arange(len(steps)), _POINTS) if len(block)]
     losses = [np.mean([steps[index]["loss"] for index in block]) for block in blocks]
-    return {
+    curve = {
         "tokens": [steps[block[-1]]["tokens"] for block in blocks],
-        "loss": [float(f"{loss:.5g}") if math.isfinite(loss) else None for loss in losses],
+        "loss": list(map(_five_digits, losses)),
     }
+    evaluated = [r for r in records if r.get("eval_loss") is not None and "tokens" in r]
+    if len(evaluated) > 2:
+        curve["eval_tokens"] = [record["tokens"] for record in evaluated]
+        curve["eval_loss"] = [_five_digits(record["eval_loss"]) for record in evaluated]
+    return curve
+
+
+def _five_digits(loss: float) -> float | None:
+    return float(f"{loss:.5g}") if math.isfinite(loss) else None
 
 
 def record_run(file: Path, row: Row) -> None:

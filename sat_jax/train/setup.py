@@ -154,17 +154,22 @@ def _check_attention(config: Config, model: DecoderConfig) -> None:
     rows = config.train.rows_per_step // config.train.accumulate
     heads = queries[0].shape[1:-1]
     q = jax.ShapeDtypeStruct((rows, config.data.row_length, *heads), config.model.dtype)
-    reasons = refusals(q)
+    reasons = refusals(q, config.mesh.context)
     if reason := reasons[config.model.attention]:
         accepted = ", ".join(name for name, reason in reasons.items() if reason is None)
         raise UserError(f"model.attention={config.model.attention}: {reason}; accepted: {accepted}")
 
 
 def _check_retention(config: Config, model: DecoderConfig, mesh: Mesh) -> None:
-    name = config.model.retention
+    name, context = config.model.retention, config.mesh.context
+    branches = [b for b in layout_of(model).branches.values() if isinstance(b, Retention)]
+    if branches and context > 1:
+        raise UserError(
+            f"mesh.context {context}: the state of retention passes from token to token of a row;"
+            " accepted: 1"
+        )
     if name == "xla":
         return
-    branches = [b for b in layout_of(model).branches.values() if isinstance(b, Retention)]
     if not branches:
         reason: str | None = f"a {model.family} model has no retention"
     elif mesh.size > 1:

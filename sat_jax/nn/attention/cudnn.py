@@ -70,7 +70,7 @@ def attend(
     """Return causal attention within documents, as numbered by `number_documents`."""
     length = documents.shape[1]
     # The backward pass with a bias needs an even number of tokens.
-    q, k, v, documents = pad_rows(2, q_BTKGE, k_BTKE, v_BTKE, documents)
+    documents, q, k, v = pad_rows(2, documents, q_BTKGE, k_BTKE, v_BTKE)
     # Query head h uses KV head h // G: heads are group-major.
     operands = q.reshape(*q.shape[:2], -1, q.shape[-1]), k, v, documents
     gpu = device()

@@ -15,22 +15,13 @@ def number_documents(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
 
 
 def pad_rows(
-    multiple: int,
-    q_BTKGE: Float[Array, "B T K G E"],
-    k_BTKE: Float[Array, "B T K E"],
-    v_BTKE: Float[Array, "B T K E"],
-    documents: Int[Array, "B T"],
-) -> tuple[
-    Float[Array, "B T2 K G E"],
-    Float[Array, "B T2 K E"],
-    Float[Array, "B T2 K E"],
-    Int[Array, "B T2"],
-]:
-    """Return the arrays with rows padded to a multiple of `multiple`, by zeros at the end that
-    belong to the last document and are visible to no token before them."""
+    multiple: int, documents: Int[Array, "B T"], *arrays: Float[Array, "B T ..."]
+) -> tuple[Array, ...]:
+    """Return documents and arrays with rows padded to a multiple of `multiple`, by zeros at the end
+    that belong to the last document and are visible to no token before them."""
     padding = -documents.shape[1] % multiple
 
     def pad(x: Array, mode: str = "constant") -> Array:
         return jnp.pad(x, ((0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)), mode=mode)
 
-    return pad(q_BTKGE), pad(k_BTKE), pad(v_BTKE), pad(documents, "edge")
+    return pad(documents, "edge"), *map(pad, arrays)

@@ -1,5 +1,6 @@
 """Causal attention within documents, with one backend per platform."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -13,25 +14,27 @@ from jaxtyping import Array, Float, Int
 from sat_jax.errors import UserError
 from sat_jax.nn.attention import cudnn, splash, xla
 from sat_jax.nn.attention.documents import number_documents
-from sat_jax.nn.mesh_axes import GROUP_AXES, ROW_AXES
+from sat_jax.nn.mesh_axes import CONTEXT, GROUP_AXES, ROW_AXES, parts
 
 Implementation = Literal["xla", "splash", "cudnn"]
-Attend = Callable[[Array, Array, Array, Array], Array]
+Attend = Callable[..., Array]
 
 
 class _Backend(NamedTuple):
     """`attend(q, k, v, documents)`, and `refusal(q, platform)`: why the backend does not support
-    queries of this shape and dtype, or None. Without `refusal` it supports all."""
+    queries of this shape and dtype, or None. Without `refusal` it supports all. `takes_start`:
+    `attend` has an argument `start`, for queries that are a part of the row of their keys."""
 
     attend: Attend
     refusal: Callable[[jax.ShapeDtypeStruct, str], str | None] | None = None
+    takes_start: bool = False
 
 
 # In order of preference.
 _BACKENDS: dict[Implementation, _Backend] = {
     "splash": _Backend(splash.attend, splash.refusal),
     "cudnn": _Backend(cudnn.attend, cudnn.refusal),
-    "xla": _Backend(xla.attend),
+    "xla": _Backend(xla.attend, takes_start=True),
 }
 
 
@@ -51,9 +54,10 @@ def dot_product_attention(
 
     `implementation` None selects the fastest backend of the platform that supports the arrays; a
     named one that does not raises `UserError`. Under a mesh (`jax.set_mesh`) every device computes
-    its rows and KV groups without communication.
+    its rows and KV groups without communication. Where the axis `context` splits the tokens of a
+    row, every device computes its own queries, and gathers the keys and values of the row.
     """
-    reasons = refusals(q_BTKGE)
+    reasons = refusals(q_BTKGE, parts(CONTEXT))
     name = implementation or next(name for name, reason in reasons.items() if reason is None)
     if name not in reasons:
         raise UserError(f"attention implementation {name!r}; accepted: {', '.join(reasons)}")
@@ -63,13 +67,21 @@ def dot_product_attention(
     return _on_each_device(_BACKENDS[name].attend, q_BTKGE, k_BTKE, v_BTKE, documents)
 
 
-def refusals(q_BTKGE: Float[Any, "B T K G E"]) -> dict[Implementation, str | None]:
-    """Return for each backend why it does not support these queries (arrays or shapes), or None."""
+def refusals(
+    q_BTKGE: Float[Any, "B T K G E"], context: int = 1
+) -> dict[Implementation, str | None]:
+    """Return for each backend why it does not support these queries (arrays or shapes), or None.
+    `context`: number of devices that split the tokens of a row."""
     q, platform = jax.ShapeDtypeStruct(q_BTKGE.shape, q_BTKGE.dtype), _platform()
-    return {
-        name: backend.refusal(q, platform) if backend.refusal else None
-        for name, backend in _BACKENDS.items()
-    }
+
+    def refusal(backend: _Backend) -> str | None:
+        if reason := backend.refusal and backend.refusal(q, platform):
+            return reason
+        if context > 1 and not backend.takes_start:
+            return f"it needs all queries of a row on one device, and mesh.context is {context}"
+        return None
+
+    return {name: refusal(backend) for name, backend in _BACKENDS.items()}
 
 
 def _platform() -> str:
@@ -88,9 +100,10 @@ def _on_each_device(
     v_BTKE: Float[Array, "B T K E"],
     documents: Int[Array, "B T"],
 ) -> Float[Array, "B T K G E"]:
-    """Return `attend` of each device's rows and groups, as the compiler cannot partition kernels.
+    """Return `attend` of each device's rows, groups and queries, as the compiler cannot partition
+    kernels.
 
-    Rows or groups that the mesh does not split evenly are replicated.
+    Rows, groups or queries that the mesh does not split evenly are replicated.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
@@ -102,16 +115,34 @@ def _on_each_device(
         names = tuple(name for name in names if name in sizes)
         return None if count % math.prod(sizes[name] for name in names) else names
 
-    rows = split(q_BTKGE.shape[0], ROW_AXES)
-    heads = P(rows, None, split(q_BTKGE.shape[2], GROUP_AXES))
+    rows, tokens = split(q_BTKGE.shape[0], ROW_AXES), None
+    if sizes.get(CONTEXT, 1) > 1:
+        tokens = split(q_BTKGE.shape[1], (CONTEXT,))
+    heads = P(rows, tokens, split(q_BTKGE.shape[2], GROUP_AXES))
     return jax.shard_map(
-        attend,
+        functools.partial(_attend_to_row, attend) if tokens else attend,
         in_specs=(heads, heads, heads, P(rows)),
         out_specs=heads,
         axis_names=set(sizes),
         # Loop carries of the backends start replicated and end varying over devices.
         check_vma=False,
     )(q_BTKGE, k_BTKE, v_BTKE, documents)
+
+
+def _attend_to_row(
+    attend: Attend,
+    q_BTKGE: Float[Array, "B T K G E"],
+    k_BTKE: Float[Array, "B T K E"],
+    v_BTKE: Float[Array, "B T K E"],
+    documents: Int[Array, "B S"],
+) -> Float[Array, "B T K G E"]:
+    """Return `attend` of a device's queries to the keys of all devices.
+
+    Gradients of keys and values are summed over devices, and each receives those of its own part.
+    """
+    k_BSKE, v_BSKE = (jax.lax.all_gather(x, CONTEXT, axis=1, tiled=True) for x in (k_BTKE, v_BTKE))
+    start = jax.lax.axis_index(CONTEXT) * q_BTKGE.shape[1]
+    return attend(q_BTKGE, k_BSKE, v_BSKE, documents, start)
 
 
 def attend_chunk(

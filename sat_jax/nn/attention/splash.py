@@ -42,7 +42,7 @@ def attend(
     batch, length, groups, heads, size = q_BTKGE.shape
     # The kernel does not scale q·k.
     q_BTKGE = (q_BTKGE.astype(jnp.float32) * size**-0.5).astype(q_BTKGE.dtype)
-    q, k, v, documents = pad_rows(_LANES, q_BTKGE, k_BTKE, v_BTKE, documents)
+    documents, q, k, v = pad_rows(_LANES, documents, q_BTKGE, k_BTKE, v_BTKE)
     padded = documents.shape[1]
     kernel = splash_kernel.make_splash_mha_single_device(
         splash_mask.MultiHeadMask([splash_mask.CausalMask((padded, padded))] * (groups * heads)),

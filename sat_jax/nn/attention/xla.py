@@ -4,7 +4,7 @@ The forward pass uses an online softmax over blocks of keys (Milakov and Gimelsh
 arXiv:1805.02867). The backward pass recomputes the weights from the log-sum-exp of each query (Dao
 et al., arXiv:2205.14135). Only the scores of one pair of blocks are in memory at a time. Both
 passes loop over the pairs with visible keys: those of the lower triangle that share a document. On
-a CPU the scores of a block stay in the cache.
+a CPU the scores of a block stay in the cache. Queries may be a part of the row of their keys.
 """
 
 import functools
@@ -31,49 +31,61 @@ _NT = (((3,), (3,)), ((0, 1), (0, 1)))
 
 
 class Blocks(NamedTuple):
-    """N blocks of C tokens. R = G·C: the queries of all heads of a group."""
+    """N blocks of C queries, and M blocks of C keys. R = G·C: the queries of all heads of a
+    group."""
 
     q: Float[Array, "N B K R E"]
-    k: Float[Array, "N B K C E"]
-    v: Float[Array, "N B K C E"]
+    k: Float[Array, "M B K C E"]
+    v: Float[Array, "M B K C E"]
+
+
+class Places(NamedTuple):
+    """The documents of queries and keys, and the position of the first query in the row of keys."""
+
+    queries: Int[Array, "N B C"]
+    keys: Int[Array, "M B C"]
+    start: Int[Array, ""]
 
 
 def attend(
     q_BTKGE: Float[Array, "B T K G E"],
-    k_BTKE: Float[Array, "B T K E"],
-    v_BTKE: Float[Array, "B T K E"],
-    documents: Int[Array, "B T"],
+    k_BSKE: Float[Array, "B S K E"],
+    v_BSKE: Float[Array, "B S K E"],
+    documents: Int[Array, "B S"],
+    start: int | Int[Array, ""] = 0,
 ) -> Float[Array, "B T K G E"]:
-    """Return causal attention within documents, as numbered by `number_documents`."""
+    """Return causal attention within documents, as numbered by `number_documents`, of queries at
+    positions `start, start + 1, …` to keys at `0, 1, …, S - 1`."""
     batch, length, groups, heads, size = q_BTKGE.shape
     count = -(-length // BLOCK)
     block = -(-length // count)
-    q, k, v, documents = pad_rows(block, q_BTKGE, k_BTKE, v_BTKE, documents)
+    own = jax.lax.dynamic_slice_in_dim(documents, start, length, axis=1)
+    own, q = pad_rows(block, own, q_BTKGE)
+    documents, *kv = pad_rows(block, documents, k_BSKE, v_BSKE)
     q = q.reshape(batch, count, block, groups, heads, size).transpose(1, 0, 3, 4, 2, 5)
-    k, v = (x.reshape(batch, count, block, groups, size).transpose(1, 0, 3, 2, 4) for x in (k, v))
+    k, v = (x.reshape(batch, -1, block, groups, size).transpose(1, 0, 3, 2, 4) for x in kv)
+    own, documents = (x.reshape(batch, -1, block).swapaxes(0, 1) for x in (own, documents))
     o = _attend_blocks(
         Blocks(q.reshape(count, batch, groups, heads * block, size), k, v),
-        documents.reshape(batch, count, block).swapaxes(0, 1),
+        Places(own, documents, jnp.asarray(start, jnp.int32)),
     )
     o = o.reshape(count, batch, groups, heads, block, size).transpose(1, 0, 4, 2, 3, 5)
     return o.reshape(batch, count * block, groups, heads, size)[:, :length]
 
 
 @jax.custom_vjp
-def _attend_blocks(blocks: Blocks, documents: Int[Array, "N B C"]) -> Float[Array, "N B K R E"]:
-    return _forward(blocks, documents)[0]
+def _attend_blocks(blocks: Blocks, places: Places) -> Float[Array, "N B K R E"]:
+    return _forward(blocks, places)[0]
 
 
-def _forward(
-    blocks: Blocks, documents: Int[Array, "N B C"]
-) -> tuple[Float[Array, "N B K R E"], Any]:
+def _forward(blocks: Blocks, places: Places) -> tuple[Float[Array, "N B K R E"], Any]:
     def query_block(i: Int[Array, ""]) -> tuple[Array, Array]:
         q = _take(blocks.q, i)
 
         def add_key_block(j: Int[Array, ""], sums: tuple[Array, ...]) -> tuple[Array, ...]:
             mix, highest, total = sums
             v = _take(blocks.v, j)
-            scores = _scores(q, _take(blocks.k, j), _visible(documents, i, j))
+            scores = _scores(q, _take(blocks.k, j), _visible(places, i, j))
             new_highest = jnp.maximum(highest, scores.max(axis=-1, keepdims=True))
             weights = jnp.exp(scores - new_highest)
             shrink = jnp.exp(highest - new_highest)
@@ -84,16 +96,16 @@ def _forward(
         # Finite, so that scores of -inf have weight 0 and not NaN.
         lowest = jnp.full_like(zeros[..., :1], _LOWEST)
         sums = (zeros, lowest, jnp.zeros_like(lowest))
-        mix, highest, total = jax.lax.fori_loop(first[i], i + 1, add_key_block, sums)
+        mix, highest, total = jax.lax.fori_loop(first[i], end[i], add_key_block, sums)
         return (mix / total).astype(q.dtype), highest + jnp.log(total)
 
-    first = _first_visible(documents)
+    first, end = _visible_blocks(places)
     o, log_total = jax.lax.map(query_block, jnp.arange(len(first)))
-    return o, (blocks, documents, o, log_total)
+    return o, (blocks, places, o, log_total)
 
 
 def _backward(saved: Any, do: Float[Array, "N B K R E"]) -> tuple[Blocks, None]:
-    blocks, documents, o, log_total = saved
+    blocks, places, o, log_total = saved
     mean = inner(o, do)[..., None]
     scale = o.shape[-1] ** -0.5
     # Transposed once, not in each product: on XLA:CPU products with a transposed left operand are
@@ -109,7 +121,7 @@ def _backward(saved: Any, do: Float[Array, "N B K R E"]) -> tuple[Blocks, None]:
         def add_key_block(j: Int[Array, ""], sums: tuple[Array, ...]) -> tuple[Array, ...]:
             dq, dk, dv = sums
             k, v = _take(blocks.k, j), _take(blocks.v, j)
-            weights = jnp.exp(_scores(q, k, _visible(documents, i, j)) - log_total_i)
+            weights = jnp.exp(_scores(q, k, _visible(places, i, j)) - log_total_i)
             dweights = _dot(do_i, v, _NT)
             dscores = (weights * (dweights - mean_i) * scale).astype(q.dtype)
             dq += _dot(dscores, k, _NN)
@@ -118,10 +130,10 @@ def _backward(saved: Any, do: Float[Array, "N B K R E"]) -> tuple[Blocks, None]:
             return dq, dk, dv
 
         zeros = jnp.zeros(q.shape, jnp.float32)
-        dq, dk, dv = jax.lax.fori_loop(first[i], i + 1, add_key_block, (zeros, *dk_dv))
+        dq, dk, dv = jax.lax.fori_loop(first[i], end[i], add_key_block, (zeros, *dk_dv))
         return (dk, dv), dq.astype(q.dtype)
 
-    first = _first_visible(documents)
+    first, end = _visible_blocks(places)
     # Gradients of keys and values are transposed, [N, B, K, E, C].
     zeros = jnp.zeros(blocks.k.swapaxes(-1, -2).shape, jnp.float32)
     (dk, dv), dq = jax.lax.scan(query_block, (zeros, zeros), jnp.arange(len(first)))
@@ -141,22 +153,24 @@ def _scores(
     return jnp.where(visible[:, None, None], by_head, -jnp.inf).reshape(scores.shape)
 
 
-def _visible(
-    documents: Int[Array, "N B C"], i: Int[Array, ""], j: Int[Array, ""]
-) -> Bool[Array, "B C C"]:
+def _visible(places: Places, i: Int[Array, ""], j: Int[Array, ""]) -> Bool[Array, "B C C"]:
     """Return which keys of block j are visible to the queries of block i."""
-    block = documents.shape[-1]
+    block = places.keys.shape[-1]
     offsets = jnp.arange(block)
-    earlier = (i * block + offsets)[:, None] >= (j * block + offsets)[None, :]
-    same = _take(documents, i)[:, :, None] == _take(documents, j)[:, None, :]
+    queries = places.start + i * block + offsets
+    earlier = queries[:, None] >= (j * block + offsets)[None, :]
+    same = _take(places.queries, i)[:, :, None] == _take(places.keys, j)[:, None, :]
     return earlier[None] & same
 
 
-def _first_visible(documents: Int[Array, "N B C"]) -> Int[Array, " N"]:
-    """Return for each block of queries the first block with a visible key, in any row."""
-    begins, ends = documents[:, :, 0], documents[:, :, -1]
+def _visible_blocks(places: Places) -> tuple[Int[Array, " N"], Int[Array, " N"]]:
+    """Return for each block of queries the first block with a visible key, in any row, and the
+    block after the last one."""
+    begins, ends = places.queries[:, :, 0], places.keys[:, :, -1]
     earlier = jnp.all(ends[None, :, :] < begins[:, None, :], axis=-1)
-    return jnp.sum(earlier, axis=1, dtype=jnp.int32)
+    number, _, block = places.queries.shape
+    last = (places.start + jnp.arange(1, number + 1) * block - 1) // block
+    return jnp.sum(earlier, axis=1, dtype=jnp.int32), jnp.minimum(last + 1, len(places.keys))
 
 
 def _take(x: Array, index: Int[Array, ""]) -> Array:
