@@ -1,0 +1,308 @@
+"""Adapter directories in the format of PEFT: `adapter_config.json` and `adapter_model.safetensors`.
+
+PEFT names tensors by the modules of transformers. A module whose tensor holds several parameters,
+such as query, key and value, has one pair of matrices. It is written with their A one below the
+other, and a B that has 0 where an output does not read an A: the same function, of a higher rank.
+Read from a file, each parameter gets its rows of B, and the whole A.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save
+
+from sat_jax.compress.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, AdapterFiles
+from sat_jax.compress.lora import adapters_of, check_plain, target_paths, without_adapters
+from sat_jax.compress.lora_tensors import Adapter, PeftTensors, from_peft, sizes, to_peft
+from sat_jax.errors import UserError
+from sat_jax.interop import locate
+from sat_jax.interop.huggingface import new_directory
+from sat_jax.interop.weights import joined_tensors, stacked_reader
+from sat_jax.models import registry
+from sat_jax.models.build import layout_of, shapes
+from sat_jax.models.decoder_config import DecoderConfig
+from sat_jax.models.format_fields import Json
+from sat_jax.models.formats import StoredTensor, Tensor
+from sat_jax.nn.decoder import Decoder
+from sat_jax.nn.layout import flat_values
+from sat_jax.nn.lora import Lora, LoraSettings
+from sat_jax.nn.low_rank import LowRank
+
+Read = Callable[[str], Any]
+
+
+def save_adapter(model: Decoder, directory: str | Path, base: str | None = None) -> None:
+    """Write the adapters of a model to a directory (new or empty) that PEFT loads. `base`: name or
+    path of the base model, for the reader of the config.
+
+    Parameters that were trained in full are not part of it. Raises `UserError` for a model without
+    adapters.
+    """
+    loras = adapters_of(model)
+    if not loras:
+        raise UserError("the model has no adapters; accepted: one that with_new_adapters returned")
+    bases = flat_values(without_adapters(model))
+    write_adapter(Path(directory).expanduser(), model.config, loras, bases.__getitem__, base=base)
+
+
+def load_adapter(model: Decoder, directory: str | Path) -> Decoder:
+    """Return the model with the adapters of a directory that PEFT or this package wrote.
+
+    Raises `UserError` if they are of another base model: names or shapes differ or, of a directory
+    that this package wrote, the adapted matrices themselves.
+    """
+    check_plain(model)
+    values = flat_values(model)
+    read = read_adapter(locate(directory), model.config, lambda path: np.asarray(values[path]))
+    return layout_of(model.config, model.compute).bind(values | jax.tree.map(jnp.asarray, read))
+
+
+def write_adapter(
+    directory: Path,
+    config: DecoderConfig,
+    loras: Mapping[str, Lora],
+    read: Read,
+    full: Collection[str] = (),
+    base: str | None = None,
+) -> None:
+    """Write adapted weights, whose own bases are not read, and the parameters `full`.
+
+    `read(path)` returns a parameter: one that was trained in full, or is frozen and has an adapter
+    or is part of a module that has one. The directory must be new or empty.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    modules: dict[str, tuple[int, float]] = {}
+    paths: set[str] = set()
+    transposed = False
+    for stored in _stored(config):
+        declared = stored.tensor
+        adapted = [loras.get(path) for path in declared.paths]
+        used = [lora for lora in adapted if lora is not None]
+        if not used:
+            continue
+        layer = [_of_layer(lora, stored.layer) for lora in adapted]
+        paths |= set(declared.paths)
+        place = declared.huggingface
+        converted = to_peft(place, _layer_shapes(config, declared), layer, used[0].writes)
+        name = f"{PREFIX}{_module(stored.name)}"
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = converted[:2]
+        if converted.magnitude is not None:
+            tensors[f"{name}.lora_magnitude_vector"] = converted.magnitude.ravel()
+        transposed |= (place.layout == "columns") != used[0].writes
+        rank = len(converted.a)
+        # The scale stays that of the parameter's own rank.
+        grown = rank / used[0].update.rank
+        alpha = used[0].alpha * (grown**0.5 if used[0].rslora else grown)
+        modules[_target(declared)] = rank, alpha
+    kept, tied = _full_tensors(config, full)
+    for stored, tensor in joined_tensors(config, kept, "huggingface", read):
+        tensors[f"{PREFIX}{stored.name}"] = tensor
+    if tied is not None:
+        tensors[f"{PREFIX}{tied}"] = np.asarray(read("embed"))
+    saved = dict.fromkeys(_target(stored.tensor) for stored in kept)
+    saved |= {} if tied is None else {_module(tied): None}
+    lora = next(iter(loras.values()))
+    settings = _config_json(modules, list(saved), lora, transposed, base)
+    metadata = {"format": "pt", "base_sha256": fingerprint(paths, read)}
+    arrays = {
+        name: np.ascontiguousarray(tensor, np.float32) for name, tensor in sorted(tensors.items())
+    }
+    with new_directory(directory) as folder:
+        (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (folder / WEIGHTS_FILE).write_bytes(save(arrays, metadata))
+
+
+def read_adapter(directory: Path, config: DecoderConfig, read: Read) -> dict[str, Any]:
+    """Return what the files of an adapter replace in a model, by path: adapted weights, with the
+    parameters that `read(path)` returns as their bases, and parameters that were trained in full.
+    All arrays are on the host."""
+    files = AdapterFiles(directory)
+    stored = list(_stored(config))
+    full_name = registry.format_of(config).full_name
+    files.rename(lambda module: _module(full_name(f"{module}.weight")), full_name)
+    if config.tie_embeddings:
+        files.tie(*(_huggingface_name(config, path) for path in ("embed", "lm_head")))
+    matrices = [s for s in stored if _is_matrix(config, s.tensor)]
+    files.check_names({_module(s.name) for s in matrices}, {s.name for s in stored})
+    replaced: dict[str, Any] = {}
+    for declared in registry.format_of(config).tensors:
+        layers = [s for s in stored if s.tensor is declared]
+        if layers and _is_matrix(config, declared):
+            replaced |= _adapted(files, config, declared, layers, read)
+        names = [s.name for s in layers]
+        if any(name in files.full for name in names):
+            files.check_complete(names)
+            whole = stacked_reader(config, "huggingface", files.full.__getitem__)
+            replaced |= {path: whole(path) for path in declared.paths}
+    loras = [path for path, weight in replaced.items() if isinstance(weight, Lora)]
+    if files.base_sha256 not in (None, fingerprint(loras, read)):
+        raise UserError(
+            f"{directory}: the adapter is of another base model, with other weights in the adapted"
+            " matrices; accepted: the model that it was trained on"
+        )
+    return replaced
+
+
+def fingerprint(paths: Collection[str], read: Read) -> str:
+    """Return a hash of the parameters at these paths, as float32."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(path.encode())
+        digest.update(np.ascontiguousarray(read(path), np.float32).tobytes())
+    return digest.hexdigest()
+
+
+def check_expressible(config: DecoderConfig, settings: LoraSettings) -> None:
+    """Raise `UserError` for adapters that PEFT's format cannot express: DoRA of a part of the
+    parameters that one module holds."""
+    targets = set(target_paths(layout_of(config), settings.targets))
+    for declared in registry.format_of(config).tensors:
+        adapted = targets & set(declared.paths)
+        if settings.dora and adapted and adapted < set(declared.paths):
+            names = ", ".join(path.removeprefix("layers/") for path in declared.paths)
+            raise UserError(
+                f"lora.dora with {', '.join(settings.targets)}: the module {_target(declared)}"
+                f" holds {names}; accepted: all of them in lora.targets, or none"
+            )
+
+
+def _adapted(
+    files: AdapterFiles,
+    config: DecoderConfig,
+    declared: Tensor,
+    stored: Sequence[StoredTensor],
+    read: Read,
+) -> dict[str, Lora]:
+    """Return the adapted weights of the parameters that a declared tensor holds, if they have
+    adapters. A layer without one gets factors that are 0; a smaller rank is filled up with 0."""
+    place, one_layer = declared.huggingface, _layer_shapes(config, declared)
+    writes = layout_of(config).leaves[declared.paths[0]].role == "write"
+    inner, out = sizes(place, one_layer, writes)
+    names = {s.layer: _module(s.name) for s in stored}
+    found = {n: files.module(m, inner, out) for n, m in names.items() if m in files.modules}
+    if not found:
+        return {}
+    if files.dora and len(found) < len(stored):
+        raise UserError(
+            f"{files.directory}: DoRA in {len(found)} of {len(stored)} layers of"
+            f" {_target(declared)}; accepted: in all layers"
+        )
+    rank = max(len(tensors.a) for tensors, _ in found.values())
+    scale = next(iter(found.values()))[1]
+    alpha, rslora = files.alpha(rank, scale), files.rslora
+    layers: list[list[Adapter]] = []
+    for number in names:
+        tensors, own_scale = found.get(number, (_zeros(rank, inner, out), scale))
+        filled = _filled(tensors, rank, own_scale / scale)
+        layers.append(from_peft(place, one_layer, filled, writes))
+    loras = {}
+    for path, parts in zip(declared.paths, zip(*layers, strict=True), strict=True):
+        left, right, magnitude = (
+            None if part[0] is None else np.stack(part)
+            for part in zip(*(adapter[:3] for adapter in parts), strict=True)
+        )
+        loras[path] = _lora(read(path), left, right, magnitude, alpha, rslora, writes)
+    return loras
+
+
+def _lora(base: Any, left: Any, right: Any, magnitude: Any, *settings: Any) -> Lora:
+    """Return an adapted weight whose arrays are on the host."""
+    return Lora(base, LowRank(left, right), magnitude, *settings)
+
+
+def _zeros(rank: int, inner: int, out: int) -> PeftTensors:
+    return PeftTensors(np.zeros((rank, inner), np.float32), np.zeros((out, rank), np.float32))
+
+
+def _filled(tensors: PeftTensors, rank: int, factor: float) -> PeftTensors:
+    """Return tensors of this rank, whose B is multiplied by `factor`."""
+    missing = rank - len(tensors.a)
+    b = tensors.b if factor == 1 else (factor * tensors.b).astype(np.float32)
+    a = np.pad(tensors.a, ((0, missing), (0, 0)))
+    return tensors._replace(a=a, b=np.pad(b, ((0, 0), (0, missing))))
+
+
+def _stored(config: DecoderConfig) -> Iterator[StoredTensor]:
+    return registry.format_of(config).stored_tensors(shapes(config), "huggingface")
+
+
+def _is_matrix(config: DecoderConfig, declared: Tensor) -> bool:
+    """Whether the tensor holds matrices of layers."""
+    leaf = layout_of(config).leaves.get(declared.paths[0])
+    return leaf is not None and leaf.in_layers and leaf.role in ("read", "write")
+
+
+def _layer_shapes(config: DecoderConfig, declared: Tensor) -> list[tuple[int, ...]]:
+    return [shapes(config)[path].shape[1:] for path in declared.paths]
+
+
+def _of_layer(lora: Lora | None, layer: int | None) -> Adapter | None:
+    if lora is None:
+        return None
+    left, right = (np.asarray(factor)[layer] for factor in (lora.update.left, lora.update.right))
+    magnitude = None if lora.magnitude is None else np.asarray(lora.magnitude)[layer]
+    return Adapter(left, right, magnitude, lora.scale)
+
+
+def _full_tensors(
+    config: DecoderConfig, full: Collection[str]
+) -> tuple[list[StoredTensor], str | None]:
+    """Return the tensors of parameters that were trained in full, and the name of a tied head,
+    which PEFT does not tie: it is written too."""
+    kept = [s for s in _stored(config) if set(s.tensor.paths) <= set(full)]
+    tied = None
+    if config.tie_embeddings and "embed" in full:
+        tied = _huggingface_name(config, "lm_head")
+    return kept, tied
+
+
+def _huggingface_name(config: DecoderConfig, path: str) -> str:
+    return registry.format_of(config).tensor_of(path).huggingface.name
+
+
+def _module(name: str) -> str:
+    """Return the name of the module that a tensor belongs to."""
+    return name.rpartition(".")[0]
+
+
+def _target(declared: Tensor) -> str:
+    """Return the end of the names of a tensor's modules in all layers."""
+    return _module(declared.huggingface.name).rpartition("{layer}.")[2]
+
+
+def _config_json(
+    modules: Mapping[str, tuple[int, float]],
+    saved: Sequence[str],
+    lora: Lora,
+    transposed: bool,
+    base: str | None,
+) -> Json:
+    rank, alpha = next(iter(modules.values()))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": _number(alpha),
+        "lora_dropout": 0.0,
+        "use_rslora": lora.rslora,
+        "use_dora": lora.magnitude is not None,
+        "target_modules": list(modules),
+        "rank_pattern": {name: r for name, (r, _) in modules.items() if r != rank},
+        "alpha_pattern": {name: _number(a) for name, (_, a) in modules.items() if a != alpha},
+        "modules_to_save": list(saved) or None,
+        "fan_in_fan_out": transposed,
+        "bias": "none",
+        "init_lora_weights": True,
+    }
+
+
+def _number(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value
