@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import sat_jax
-from sat_jax.compress import merge_factors
+from sat_jax.compress import load_adapter, merge_factors, without_adapters
 from sat_jax.config import Config
 from sat_jax.config_values import from_config_dict, load
 from sat_jax.interop import open_weights
@@ -34,7 +34,7 @@ from tests.user_errors import user_error
 
 # Half omitted for 4 steps, then nothing; the checkpoint at 3 is between two refreshes.
 SETTINGS: dict[str, Any] = {
-    "data.sources": "README.md",
+    "data.sources": "README.md,LICENSE",
     "data.row_length": 32,
     "train.steps": 6,
     "train.rows_per_step": 4,
@@ -73,7 +73,10 @@ def arrays(path: Path, step: int | None = None) -> dict[str, np.ndarray]:
 def test_a_run_trains_adapters_alone(finished: Path) -> None:
     steps = [r for r in read_metrics(finished / "metrics.jsonl") if "loss" in r]
     assert [r["omission_rate"] for r in steps] == [0.5] * 4 + [0.0] * 2
-    assert steps[-1]["loss"] < steps[0]["loss"]
+    before, after = [
+        r["eval_loss"] for r in read_metrics(finished / "metrics.jsonl") if "eval_loss" in r
+    ]
+    assert after < before
     early, late = arrays(finished, 3), arrays(finished)
     moments = {n.split("/", 3)[3] for n in late if n.startswith("optimizer/0/mu/")}
     changed = set()
@@ -104,7 +107,7 @@ def test_a_run_continues_bit_by_bit(finished: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_exported_model_is_merged_and_the_adapter_is_beside_it(
-    finished: Path, tmp_path: Path
+    finished: Path,
 ) -> None:
     model, tokens = sat_jax.load_model(finished), jnp.arange(16)[None]
     logits = model(tokens)
@@ -116,13 +119,8 @@ def test_the_exported_model_is_merged_and_the_adapter_is_beside_it(
         np.testing.assert_array_equal(weights.read(path), exported.read(path), err_msg=path)
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["adapter"] == str(finished / "adapter")
-    # The base model of the run is one with random weights.
-    train(settings(lora__rank=0, lora__trained="", train__steps=1, checkpoint__every=0,
-                   optimizer__learning_rate=0.0, optimizer__warmup_steps=0, sparsity__rate=0.0),
-          tmp_path / "base", lambda _: None)  # fmt: skip
-    base = tmp_path / "base" / "huggingface"
-    adapted = sat_jax.load_model(base, adapter=finished / "adapter")
-    assert_close(adapted(tokens), logits, "float32", "forward")
+    # The file has the norms, too, which were trained in full.
+    adapted = load_adapter(without_adapters(model), finished / "adapter")
     assert_close(merge_factors(adapted)(tokens), logits, "float32", "forward")
     refused = user_error(
         lambda: sat_jax.load_model(finished / "huggingface", adapter=finished / "adapter")
@@ -157,7 +155,7 @@ def test_the_state_has_no_moments_of_frozen_parameters() -> None:
 
 
 def test_no_gradient_of_the_base_is_compiled() -> None:
-    """The gradient of `up` is a product of this shape, with the layer's axis taken away."""
+    """Gradients of matrices of MLPs, of attention and of the head are products of these shapes."""
 
     def products(**changes: Any) -> set[str]:
         used = programs(**changes)
@@ -165,8 +163,8 @@ def test_no_gradient_of_the_base_is_compiled() -> None:
         used.close()
         return set(re.findall(r"= (f32\[[\d,]*\])\S* dot\(", text))
 
-    shapes = {"f32[24,16]", "f32[16,24]", "f32[40,16]", "f32[1,16,40]", "f32[16,40]"}
-    assert products() & shapes
+    shapes = {"f32[24,16]", "f32[16,16]", "f32[16,8]", "f32[16,40]"}
+    assert products() >= shapes
     assert not products(**{"lora.rank": 2}) & shapes
 
 

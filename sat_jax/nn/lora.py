@@ -89,34 +89,27 @@ class Lora(Weight):
 
     def project(self, x: Float[Array, "B T D"]) -> Array:
         """Return `x · Wᵀ`, `[B, T, *units]`."""
-        y = project(self._frozen, x) + self.scale * self.update.project(x)
-        return self._scaled(y)
+        return self._scaled(project(self.base, x) + self.scale * self.update.project(x))
 
     def combine(self, a: Array) -> Float[Array, "B T D"]:
         """Return `a · W` for activations `[B, T, *units]`."""
-        y = combine(self._frozen, a) + self.scale * self.update.combine(a)
-        return self._scaled(y)
-
-    @property
-    def _frozen(self) -> Any:
-        return jax.lax.stop_gradient(self.base)
+        return self._scaled(combine(self.base, a) + self.scale * self.update.combine(a))
 
     def _sum(self) -> Array:
-        return dense(self._frozen) + self.scale * self.update.dense()
+        return dense(self.base) + self.scale * self.update.dense()
 
     def _scaled(self, y: Array) -> Array:
         """Return outputs of one layer scaled to the magnitudes, in their dtype."""
         if self.magnitude is None:
             return y
-        gain = self._gain(jax.lax.stop_gradient(self._sum()))
+        gain = self._gain(self._sum())
         return (y.astype(jnp.float32) * gain[None, None]).astype(y.dtype)
 
     def _gain(self, merged: Array) -> Array:
         """Return the magnitude of each output relative to the norm of its weights."""
         assert self.magnitude is not None
-        return self.magnitude / output_norms(
-            jax.lax.stop_gradient(merged), self._input_axes(merged)
-        )
+        norms = output_norms(merged, self._input_axes(merged))
+        return self.magnitude / jax.lax.stop_gradient(norms)
 
     def _input_axes(self, merged: Array) -> tuple[int, ...]:
         """Return the axes over which an output sums."""
