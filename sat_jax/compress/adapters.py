@@ -8,9 +8,11 @@ Read from a file, each parameter gets its rows of B, and the whole A.
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,46 +78,57 @@ def write_adapter(
     `read(path)` returns a parameter: one that was trained in full, or is frozen and has an adapter
     or is part of a module that has one. The directory must be new or empty.
     """
-    tensors: dict[str, np.ndarray] = {}
-    modules: dict[str, tuple[int, float]] = {}
-    paths: set[str] = set()
-    transposed = False
-    for stored in _stored(config):
-        declared = stored.tensor
-        adapted = [loras.get(path) for path in declared.paths]
-        used = [lora for lora in adapted if lora is not None]
-        if not used:
-            continue
-        layer = [_of_layer(lora, stored.layer) for lora in adapted]
-        paths |= set(declared.paths)
-        place = declared.huggingface
-        converted = to_peft(place, _layer_shapes(config, declared), layer, used[0].writes)
-        name = f"{PREFIX}{_module(stored.name)}"
-        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = converted[:2]
-        if converted.magnitude is not None:
-            tensors[f"{name}.lora_magnitude_vector"] = converted.magnitude.ravel()
-        transposed |= (place.layout == "columns") != used[0].writes
-        rank = len(converted.a)
-        # The scale stays that of the parameter's own rank.
-        grown = rank / used[0].update.rank
-        alpha = used[0].alpha * (grown**0.5 if used[0].rslora else grown)
-        modules[_target(declared)] = rank, alpha
-    kept, tied = _full_tensors(config, full)
-    for stored, tensor in joined_tensors(config, kept, "huggingface", read):
-        tensors[f"{PREFIX}{stored.name}"] = tensor
-    if tied is not None:
-        tensors[f"{PREFIX}{tied}"] = np.asarray(read("embed"))
-    saved = dict.fromkeys(_target(stored.tensor) for stored in kept)
-    saved |= {} if tied is None else {_module(tied): None}
-    lora = next(iter(loras.values()))
-    settings = _config_json(modules, list(saved), lora, transposed, base)
+    modules = list(_modules(config, loras))
+    whole = list(_full_tensors(config, full, read))
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in whole}
+    for module in modules:
+        tensors |= module.named_tensors()
+    paths = {path for module in modules for path in module.declared.paths}
     metadata = {"format": "pt", "base_sha256": fingerprint(paths, read)}
+    settings = _config_json(modules, [name for name, _ in whole], next(iter(loras.values())), base)
     arrays = {
         name: np.ascontiguousarray(tensor, np.float32) for name, tensor in sorted(tensors.items())
     }
     with new_directory(directory) as folder:
         (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         (folder / WEIGHTS_FILE).write_bytes(save(arrays, metadata))
+
+
+class _Module(NamedTuple):
+    """A module of PEFT with an adapter. `transposed`: its weight is stored as `[in, out]`."""
+
+    name: str
+    declared: Tensor
+    tensors: PeftTensors
+    alpha: float
+    transposed: bool
+
+    @property
+    def rank(self) -> int:
+        return len(self.tensors.a)
+
+    def named_tensors(self) -> dict[str, np.ndarray]:
+        name, (a, b, magnitude) = f"{PREFIX}{self.name}", self.tensors
+        named = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+        if magnitude is not None:
+            named[f"{name}.lora_magnitude_vector"] = magnitude
+        return named
+
+
+def _modules(config: DecoderConfig, loras: Mapping[str, Lora]) -> Iterator[_Module]:
+    for stored in _stored(config):
+        declared, place = stored.tensor, stored.tensor.huggingface
+        adapted = [loras.get(path) for path in declared.paths]
+        first = next((lora for lora in adapted if lora is not None), None)
+        if first is None:
+            continue
+        adapters = [_of_layer(lora, stored.layer) for lora in adapted]
+        tensors = to_peft(place, _layer_shapes(config, declared), adapters, first.writes)
+        # The scale stays that of the parameter's own rank.
+        grown = len(tensors.a) / first.update.rank
+        alpha = first.alpha * (math.sqrt(grown) if first.rslora else grown)
+        transposed = (place.layout == "columns") != first.writes
+        yield _Module(_module(stored.name), declared, tensors, alpha, transposed)
 
 
 def read_adapter(directory: Path, config: DecoderConfig, read: Read) -> dict[str, Any]:
@@ -251,15 +264,15 @@ def _of_layer(lora: Lora | None, layer: int | None) -> Adapter | None:
 
 
 def _full_tensors(
-    config: DecoderConfig, full: Collection[str]
-) -> tuple[list[StoredTensor], str | None]:
-    """Return the tensors of parameters that were trained in full, and the name of a tied head,
-    which PEFT does not tie: it is written too."""
-    kept = [s for s in _stored(config) if set(s.tensor.paths) <= set(full)]
-    tied = None
+    config: DecoderConfig, full: Collection[str], read: Read
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield names and values of tensors that were trained in full. A tied head is one of them,
+    since PEFT does not tie it."""
+    kept = [stored for stored in _stored(config) if set(stored.tensor.paths) <= set(full)]
+    for stored, tensor in joined_tensors(config, kept, "huggingface", read):
+        yield stored.name, tensor
     if config.tie_embeddings and "embed" in full:
-        tied = _huggingface_name(config, "lm_head")
-    return kept, tied
+        yield _huggingface_name(config, "lm_head"), np.asarray(read("embed"))
 
 
 def _huggingface_name(config: DecoderConfig, path: str) -> str:
@@ -273,17 +286,19 @@ def _module(name: str) -> str:
 
 def _target(declared: Tensor) -> str:
     """Return the end of the names of a tensor's modules in all layers."""
-    return _module(declared.huggingface.name).rpartition("{layer}.")[2]
+    return _end(_module(declared.huggingface.name).replace("{layer}", "0"))
+
+
+def _end(module: str) -> str:
+    """Return a module's name behind the number of its layer, if it has one."""
+    return re.split(r"\.\d+\.", module)[-1]
 
 
 def _config_json(
-    modules: Mapping[str, tuple[int, float]],
-    saved: Sequence[str],
-    lora: Lora,
-    transposed: bool,
-    base: str | None,
+    modules: Sequence[_Module], saved: Sequence[str], lora: Lora, base: str | None
 ) -> Json:
-    rank, alpha = next(iter(modules.values()))
+    by_target = {_end(module.name): module for module in modules}
+    rank, alpha = modules[0].rank, modules[0].alpha
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -294,11 +309,13 @@ def _config_json(
         "lora_dropout": 0.0,
         "use_rslora": lora.rslora,
         "use_dora": lora.magnitude is not None,
-        "target_modules": list(modules),
-        "rank_pattern": {name: r for name, (r, _) in modules.items() if r != rank},
-        "alpha_pattern": {name: _number(a) for name, (_, a) in modules.items() if a != alpha},
-        "modules_to_save": list(saved) or None,
-        "fan_in_fan_out": transposed,
+        "target_modules": list(by_target),
+        "rank_pattern": {name: m.rank for name, m in by_target.items() if m.rank != rank},
+        "alpha_pattern": {
+            name: _number(m.alpha) for name, m in by_target.items() if m.alpha != alpha
+        },
+        "modules_to_save": list(dict.fromkeys(_end(_module(name)) for name in saved)) or None,
+        "fan_in_fan_out": any(module.transposed for module in modules),
         "bias": "none",
         "init_lora_weights": True,
     }
