@@ -26,7 +26,7 @@ from sat_jax.train.programs import Programs
 from sat_jax.train.run_weights import open_run
 from sat_jax.train.setup import controller_of
 from sat_jax.train.step_program import count_bytes
-from tests.conftest import ROOT
+from tests.conftest import ROOT, RunPython
 from tests.small_models import neurons
 from tests.test_config import nested
 from tests.tolerances import assert_close
@@ -43,6 +43,7 @@ SETTINGS: dict[str, Any] = {
     "sparsity.rungs": 1,
     "sparsity.split": 0.7,
     "sparsity.probe_tokens": 64,
+    "sparsity.balance": 2,
     "checkpoint.every": 3,
     "optimizer.weight_decay": 0.1,
     "lora.rank": 2,
@@ -103,6 +104,24 @@ def test_a_run_continues_bit_by_bit(finished: Path, tmp_path: Path) -> None:
     expected = arrays(finished)
     for name, value in arrays(path).items():
         np.testing.assert_array_equal(value, expected[name], err_msg=name, strict=True)
+
+
+@pytest.mark.slow
+def test_a_mesh_trains_the_same(finished: Path, tmp_path: Path, run_python: RunPython) -> None:
+    """Stages, rows, units and the embedding axis are split."""
+    mesh = {f"mesh.{axis}": 2 for axis in ("pipeline", "fsdp", "tensor")}
+    changes = mesh | {"mesh.data": 1, "train.accumulate": 2, "checkpoint.every": 0}
+    done = run_python(
+        *("-m", "scripts.train", "--config=experiments/tiny.py", f"--workdir={tmp_path / 'run'}"),
+        *(f"--config.{key}={value}" for key, value in (SETTINGS | changes).items()),
+        devices=8,
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [
+        [r["loss"] for r in read_metrics(path / "metrics.jsonl") if "loss" in r]
+        for path in (tmp_path / "run", finished)
+    ]
+    assert_close(*losses, "float32", "forward")
 
 
 @pytest.mark.slow
