@@ -69,6 +69,9 @@ class ModelConfig:
         "pretrained weights, used instead of preset: a Hugging Face directory, a .gguf file, or"
         " package:NAME for the .gguf file of an installed Python package",
     )
+    adapter: str | None = key(
+        None, "an adapter directory of PEFT that is merged with the weights of path"
+    )
     rope_type: str | None = key(
         None,
         "scaling of rotary positions for a longer context; None: that of the model",

@@ -47,6 +47,11 @@ def check_together(config: "Config") -> None:
             f"model.{next(iter(sizes))} changes the shape of a preset, and model.path"
             f" {config.model.path!r} has its own; accepted: one of the two"
         )
+    if config.model.adapter is not None and config.model.path is None:
+        raise UserError(
+            f"model.adapter {config.model.adapter!r} needs model.path, the model that it was"
+            " trained on"
+        )
     if config.mesh.data == 0:
         raise UserError("mesh.data is 0; accepted: 1 or more, or -1 for all remaining devices")
     if config.model.rope_factor > 1 and config.model.rope_type is None:

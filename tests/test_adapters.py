@@ -1,6 +1,7 @@
 """Adapter directories: names, shapes and formula of PEFT, round trips, and refusals."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,21 @@ from sat_jax.compress import (
     save_adapter,
     with_new_adapters,
 )
-from sat_jax.compress.adapters import check_expressible, read_adapter, write_adapter
+from sat_jax.compress.adapters import (
+    adapted_weights,
+    check_expressible,
+    read_adapter,
+    write_adapter,
+)
 from sat_jax.compress.lora import adapters_of
+from sat_jax.config_values import from_config_dict
 from sat_jax.interop import load_model, open_weights, save_model
 from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.layout import flat_values, make_layout
+from sat_jax.train.run_weights import starting_point
+from scripts import convert
 from tests.golden_model import GOLDEN
+from tests.test_config import nested
 from tests.tolerances import assert_close
 from tests.user_errors import user_error
 
@@ -136,6 +146,9 @@ def test_the_files_have_the_function_of_the_model(family: str, tmp_path: Path) -
         assert_close(tensor, expected[name], "float32", "forward")
     again = load_adapter(load_model(GOLDEN / family), tmp_path / "adapter")
     assert_same_merged(again, model)
+    merged = adapted_weights(open_weights(GOLDEN / family), tmp_path / "adapter")
+    for path, value in flat_values(merge_factors(again)).items():
+        np.testing.assert_array_equal(merged.read(path), value, err_msg=path)
     if family == "llama_gqa":
         same = jax.tree.map(np.array_equal, flat_values(again), flat_values(model))
         assert all(jax.tree.leaves(same))
@@ -210,7 +223,7 @@ def test_parameters_that_were_trained_in_full(tmp_path: Path) -> None:
         "model.layers.0.post_attention_layernorm",
     }
     assert {f"{PREFIX}{name}.weight" for name in names} <= tensors.keys()
-    found = read_adapter(place, model.config, lambda p: values.get(f"{p}/base", values.get(p)))
+    found = read_adapter(place, model.config, lambda p: values[f"{p}/base"])
     assert found.keys() == {*full, "layers/mlp/up"}
     for path, value in full.items():
         np.testing.assert_array_equal(found[path], value)
@@ -290,4 +303,24 @@ def test_a_directory_without_the_files_is_refused(saved: Path, tmp_path: Path) -
     (tmp_path / "adapter_config.json").write_text((saved / "adapter_config.json").read_text())
     assert "adapters that PEFT saved as safetensors" in user_error(
         lambda: load_adapter(model, tmp_path)
+    )
+
+
+def test_a_merged_model_is_a_starting_point_and_can_be_converted(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = str(GOLDEN / "llama_gqa")
+    model = flat_values(merge_factors(load_adapter(load_model(source), saved)))
+    config = from_config_dict(nested({"model.path": source, "model.adapter": str(saved)}))
+    _, weights = starting_point(config)
+    assert weights is not None
+    arguments = ["convert", source, "--adapter", str(saved), "--out", str(tmp_path / "merged")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    convert.main()
+    converted = open_weights(tmp_path / "merged")
+    for path, value in model.items():
+        np.testing.assert_array_equal(weights.read(path), value, err_msg=path)
+        np.testing.assert_array_equal(converted.read(path), value, err_msg=path)
+    assert user_error(lambda: from_config_dict(nested({"model.adapter": "a"}))) == (
+        "model.adapter 'a' needs model.path, the model that it was trained on"
     )

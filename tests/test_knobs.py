@@ -199,6 +199,7 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
 ELSEWHERE = {
     "model.preset": "test_config.py",
     "model.path": "test_config.py",
+    "model.adapter": "test_adapters.py",
     "model.d_model": "test_presets.py",
     "model.n_layers": "test_presets.py",
     "model.n_heads": "test_presets.py",

@@ -6,6 +6,7 @@ other, and a B that has 0 where an output does not read an A: the same function,
 Read from a file, each parameter gets its rows of B, and the whole A.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -25,7 +26,7 @@ from sat_jax.compress.lora_tensors import Adapter, PeftTensors, from_peft, sizes
 from sat_jax.errors import UserError
 from sat_jax.interop import locate
 from sat_jax.interop.huggingface import new_directory
-from sat_jax.interop.weights import joined_tensors, stacked_reader
+from sat_jax.interop.weights import Weights, joined_tensors, stacked_reader
 from sat_jax.models import registry
 from sat_jax.models.build import layout_of, shapes
 from sat_jax.models.decoder_config import DecoderConfig
@@ -61,8 +62,32 @@ def load_adapter(model: Decoder, directory: str | Path) -> Decoder:
     """
     check_plain(model)
     values = flat_values(model)
-    read = read_adapter(locate(directory), model.config, lambda path: np.asarray(values[path]))
-    return layout_of(model.config, model.compute).bind(values | jax.tree.map(jnp.asarray, read))
+    replaced = read_adapter(locate(directory), model.config, values.__getitem__)
+    for path, new in replaced.items():
+        on_device = jax.tree.map(jnp.asarray, new)
+        values[path] = _on_base(on_device, values[path])
+    return layout_of(model.config, model.compute).bind(values)
+
+
+def adapted_weights(weights: Weights, directory: str | Path) -> Weights:
+    """Return the weights of a model with the adapters of a directory merged; errors as those of
+    `load_adapter`."""
+    replaced = read_adapter(locate(directory), weights.config, weights.read)
+
+    def read(path: str) -> np.ndarray:
+        if path not in replaced:
+            return weights.read(path)
+        new = replaced[path]
+        if isinstance(new, Lora):
+            new = _on_base(new, weights.read(path)).dense()
+        return np.asarray(new)
+
+    return dataclasses.replace(weights, read=read)
+
+
+def _on_base(new: Any, base: Any) -> Any:
+    """Return an adapted weight with its base; a parameter that was trained in full has none."""
+    return dataclasses.replace(new, base=base) if isinstance(new, Lora) else new
 
 
 def write_adapter(
@@ -132,9 +157,11 @@ def _modules(config: DecoderConfig, loras: Mapping[str, Lora]) -> Iterator[_Modu
 
 
 def read_adapter(directory: Path, config: DecoderConfig, read: Read) -> dict[str, Any]:
-    """Return what the files of an adapter replace in a model, by path: adapted weights, with the
-    parameters that `read(path)` returns as their bases, and parameters that were trained in full.
-    All arrays are on the host."""
+    """Return what the files of an adapter replace in a model, by path: adapted weights without
+    their bases, and parameters that were trained in full.
+
+    All arrays are on the host. `read(path)` returns a parameter of the model.
+    """
     files = AdapterFiles(directory)
     stored = list(_stored(config))
     full_name = registry.format_of(config).full_name
@@ -147,7 +174,7 @@ def read_adapter(directory: Path, config: DecoderConfig, read: Read) -> dict[str
     for declared in registry.format_of(config).tensors:
         layers = [s for s in stored if s.tensor is declared]
         if layers and _is_matrix(config, declared):
-            replaced |= _adapted(files, config, declared, layers, read)
+            replaced |= _adapted(files, config, declared, layers)
         names = [s.name for s in layers]
         if any(name in files.full for name in names):
             files.check_complete(names)
@@ -190,7 +217,6 @@ def _adapted(
     config: DecoderConfig,
     declared: Tensor,
     stored: Sequence[StoredTensor],
-    read: Read,
 ) -> dict[str, Lora]:
     """Return the adapted weights of the parameters that a declared tensor holds, if they have
     adapters. A layer without one gets factors that are 0; a smaller rank is filled up with 0."""
@@ -220,13 +246,13 @@ def _adapted(
             None if part[0] is None else np.stack(part)
             for part in zip(*(adapter[:3] for adapter in parts), strict=True)
         )
-        loras[path] = _lora(read(path), left, right, magnitude, alpha, rslora, writes)
+        loras[path] = _lora(left, right, magnitude, alpha, rslora, writes)
     return loras
 
 
-def _lora(base: Any, left: Any, right: Any, magnitude: Any, *settings: Any) -> Lora:
-    """Return an adapted weight whose arrays are on the host."""
-    return Lora(base, LowRank(left, right), magnitude, *settings)
+def _lora(left: Any, right: Any, magnitude: Any, *settings: Any) -> Lora:
+    """Return an adapted weight whose arrays are on the host, without its base."""
+    return Lora(None, LowRank(left, right), magnitude, *settings)
 
 
 def _zeros(rank: int, inner: int, out: int) -> PeftTensors:

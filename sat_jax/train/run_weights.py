@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sat_jax import interop
-from sat_jax.compress.adapters import load_adapter
+from sat_jax.compress.adapters import adapted_weights, load_adapter
 from sat_jax.compress.lora import merged_reader
 from sat_jax.config import Config
 from sat_jax.config_values import from_config_dict
@@ -127,6 +127,8 @@ def starting_point(config: Config) -> tuple[DecoderConfig, Weights | None]:
     weights = None
     if config.model.path is not None:
         weights = open_weights(config.model.path)
+        if config.model.adapter is not None:
+            weights = adapted_weights(weights, config.model.adapter)
         model = weights.config
     else:
         assert config.model.preset is not None

@@ -112,7 +112,7 @@ class WorkDir:
             write_json(self.config, config)
             return
         stored = read_json(self.config)
-        model = {**stored["model"], "path": config["model"]["path"]}
+        model = stored["model"] | {name: config["model"][name] for name in ("path", "adapter")}
         moved = {**stored, "model": model, "data": config["data"]}
         if moved != stored:
             write_json(self.config, moved)
