@@ -14,6 +14,7 @@ from sat_jax.data.chat_templates import TEMPLATES
 from sat_jax.data.data_format import DataFormat, Format, LossOn, TooLong
 from sat_jax.models.presets import PRESETS
 from sat_jax.nn.attention.dot_product import Implementation
+from sat_jax.nn.lora import TRAINED, LoraSettings
 from sat_jax.nn.rope import EXTENSIONS
 from sat_jax.nn.stack import Remat
 from sat_jax.ops import Implementation as Kernels
@@ -68,6 +69,9 @@ class ModelConfig:
         None,
         "pretrained weights, used instead of preset: a Hugging Face directory, a .gguf file, or"
         " package:NAME for the .gguf file of an installed Python package",
+    )
+    adapter: str | None = key(
+        None, "an adapter directory of PEFT that is merged with the weights of path"
     )
     rope_type: str | None = key(
         None,
@@ -214,6 +218,31 @@ class OptimizerConfig:
         "freeze",
         "omitted neurons: not updated (freeze), or updated with zero gradients (decay; execution"
         " mask only)",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig(LoraSettings):
+    rank: int = key(
+        0, "rank of low-rank adapters (LoRA) of frozen matrices; 0: train all parameters", low=0
+    )
+    alpha: float = key(
+        16.0, "the product of an adapter's matrices is multiplied by alpha / rank", above=0.0
+    )
+    targets: tuple[str, ...] = key(
+        (),
+        "matrices of layers that have adapters, by name (query, or mlp/up with the name of the"
+        " branch); none: all",
+    )
+    rslora: bool = key(False, "multiply by alpha / √rank instead (rsLoRA)")
+    dora: bool = key(
+        False, "train the norm of the weights of each output beside the adapters (DoRA)"
+    )
+    trained: tuple[str, ...] = key(
+        (),
+        "parameters that are trained in full beside the adapters: norms (scales and shifts),"
+        " embeddings (of tokens and positions, and the output head)",
+        choices=TRAINED,
     )
 
 
@@ -365,6 +394,7 @@ class Config:
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
     sparsity: SparsityConfig = SparsityConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

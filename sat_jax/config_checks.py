@@ -1,5 +1,6 @@
 """Checks of combinations of settings, before any data or model is read."""
 
+import dataclasses
 import operator
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,12 @@ _OF_UNITS = (
     *("execution", "attention_unit", "dense_layers", "block", "dense_forward"),
     "least_squares_correction",
 )
+# Settings of sparsity with adapters, and the values that are implemented.
+_WITH_LORA: dict[str, tuple[Any, ...]] = {
+    "execution": ("gather", "mask"),
+    "least_squares_correction": (False,),
+    "dense_forward": (False,),
+}
 
 
 def check_together(config: "Config") -> None:
@@ -39,6 +46,11 @@ def check_together(config: "Config") -> None:
         raise UserError(
             f"model.{next(iter(sizes))} changes the shape of a preset, and model.path"
             f" {config.model.path!r} has its own; accepted: one of the two"
+        )
+    if config.model.adapter is not None and config.model.path is None:
+        raise UserError(
+            f"model.adapter {config.model.adapter!r} needs model.path, the model that it was"
+            " trained on"
         )
     length, row = config.data.pose_length, config.data.row_length
     if config.mesh.data == 0:
@@ -54,6 +66,7 @@ def check_together(config: "Config") -> None:
     _check_steps(config)
     _check_pipeline(config)
     _check_weights(config)
+    _check_lora(config)
     for path, needed, wanted in _NEEDS:
         group, _, name = path.rpartition(".")
         settings, current = (operator.attrgetter(p)(config) for p in (group, needed))
@@ -98,6 +111,36 @@ def _check_weights(config: "Config") -> None:
             raise UserError(
                 f"sparsity.weights.density {sparse.weights.density:g} excludes sparsity.{name}"
                 f" {value!r}, a setting of omitted units; accepted: {default!r}"
+            )
+
+
+def _check_lora(config: "Config") -> None:
+    """Check settings of adapters, and of omitted units beside them."""
+    lora, sparse = config.lora, config.sparsity
+    for field in dataclasses.fields(lora):
+        value = getattr(lora, field.name)
+        if lora.rank == 0 and value != field.default:
+            raise UserError(f"lora.{field.name} {value!r} needs lora.rank 1 or more, not 0")
+    if lora.rank == 0:
+        return
+    if config.stores_blocks:
+        raise UserError(
+            f"lora.rank {lora.rank} excludes sparsity.weights.density {sparse.weights.density:g}:"
+            " adapters have dense bases; accepted: one of the two"
+        )
+    if max(config.rates) == 0:
+        return
+    if lora.dora:
+        raise UserError(
+            f"lora.dora excludes omission rates above 0 ({max(config.rates):g}): norms of outputs"
+            " need all units; accepted: one of the two"
+        )
+    for name, accepted in _WITH_LORA.items():
+        value = getattr(sparse, name)
+        if value not in accepted:
+            raise UserError(
+                f"lora.rank {lora.rank} excludes sparsity.{name} {value!r}; accepted:"
+                f" {' or '.join(map(repr, accepted))}"
             )
 
 

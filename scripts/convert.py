@@ -4,6 +4,7 @@
   python -m scripts.convert model.gguf --out model --dtype bfloat16
   python -m scripts.convert runs/quickstart --step 24 --out after-24-steps
   python -m scripts.convert runs/quickstart --gguf Q8_0 --out quickstart.gguf
+  python -m scripts.convert base --adapter runs/lora/adapter --out merged
 
 transformers loads the directory with the same logits. A GGUF file has the metadata, the tokenizer
 and the order of rows that llama.cpp expects; docs/compression.md lists its types. Training needs no
@@ -53,6 +54,11 @@ def parser() -> Parser:
         help="the checkpoint of a run after N steps, instead of the newest",
     )
     add(
+        "--adapter",
+        metavar="DIR",
+        help="merge the adapters of this directory of PEFT (docs/lora.md)",
+    )
+    add(
         "--longrope",
         action="store_true",
         help="write a RoPE type that transformers does not have as longrope, with its frequencies",
@@ -72,7 +78,7 @@ def main() -> None:
     from sat_jax.evaluate.eval_model import open_eval_model
     from sat_jax.models.build import shapes
 
-    source = open_eval_model(args.source, args.step)
+    source = open_eval_model(args.source, args.step, args.adapter)
     try:
         tokenizer = source.tokenizer()
     except NoTokenizer as error:

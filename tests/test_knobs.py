@@ -81,6 +81,7 @@ def kernel_step(config: Config) -> str:
     return step(config, dataclasses.replace(MODEL, d_ff=256))
 
 
+LORA = {"lora.rank": 2}
 BLOCKS = {
     "sparsity.rate": 0.0,
     "sparsity.weights.density": 0.5,
@@ -181,6 +182,12 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "sparsity.weights.update": ("rigl", block_rungs, BLOCKS | {"train.steps": 400}),
     "sparsity.weights.update_every": (3, exchanges, RIGL),
     "model.kernels": ("pallas_tpu", kernel_step, KERNELS),
+    "lora.rank": (2, step, {}),
+    "lora.alpha": (8.0, step, LORA),
+    "lora.targets": (("query",), step, LORA),
+    "lora.rslora": (True, step, LORA),
+    "lora.dora": (True, step, LORA | {"sparsity.rate": 0.0}),
+    "lora.trained": (("norms",), step, LORA),
     "mesh.data": (3, refused, {}),
     "mesh.fsdp": (2, refused, {}),
     "mesh.context": (2, refused, {}),
@@ -193,6 +200,7 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
 ELSEWHERE = {
     "model.preset": "test_config.py",
     "model.path": "test_config.py",
+    "model.adapter": "test_adapters.py",
     "model.d_model": "test_presets.py",
     "model.n_layers": "test_presets.py",
     "model.n_heads": "test_presets.py",

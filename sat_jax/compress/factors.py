@@ -75,7 +75,8 @@ def load_factored(
 
 
 def merge_factors(model: Decoder) -> Decoder:
-    """Return the model with the products of its factors as plain matrices, for `save_model`."""
+    """Return the model whose weights are all plain arrays, for `save_model`: products of factors,
+    and adapters added to their bases."""
     _, _, state = nnx.split(model, Mask, ...)  # type: ignore[misc]
     values = {
         "/".join(map(str, path)): dense(variable) for path, variable in nnx.to_flat_state(state)

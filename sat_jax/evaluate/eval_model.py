@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from sat_jax.compress.adapters import adapted_weights
 from sat_jax.config import Config
 from sat_jax.data.conversations import training_tokenizer
 from sat_jax.data.data_format import DataFormat
@@ -53,16 +54,21 @@ class EvalModel:
         return self.data_format.system if override is None else override or None
 
 
-def open_eval_model(source: str, step: int | None = None) -> EvalModel:
+def open_eval_model(source: str, step: int | None = None, adapter: str | None = None) -> EvalModel:
     """Open a Hugging Face directory, a .gguf file, `package:NAME`, or the work directory of a run.
 
-    Of a run, the checkpoint after `step` steps is opened (None: the newest one). Raises `UserError`
-    for anything else, and for a `step` of a model that is not a run.
+    Of a run, the checkpoint after `step` steps is opened (None: the newest one). The adapters of a
+    directory `adapter` are merged. Raises `UserError` for anything else, for a `step` of a model
+    that is not a run, and for an adapter of another base model.
     """
-    path = locate(source)
+    path, config, tokenizer = locate(source), None, None
     if is_run(path):
         weights, config = open_run(path, step)
-        return EvalModel(weights, WorkDir(path).tokenizer, config)
-    if step is not None:
+        tokenizer = WorkDir(path).tokenizer
+    elif step is not None:
         raise UserError(f"--step needs the work directory of a run; {path} is not one")
-    return EvalModel(open_weights(path), path)
+    else:
+        weights = open_weights(path)
+    if adapter is not None:
+        weights = adapted_weights(weights, adapter)
+    return EvalModel(weights, tokenizer or path, config)

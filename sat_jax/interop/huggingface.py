@@ -1,5 +1,6 @@
 """Hugging Face directories: safetensors weights, sharded or not, in and out."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -203,17 +204,25 @@ def write_directory(
         raise UserError(
             f"dtype {dtype!r} cannot be written; accepted: {', '.join(get_args(Dtype))}"
         )
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise UserError(f"{directory}: exists and is not an empty directory; give a new one")
     raw = config_to_json(config, dtype)
-    partial = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
-        partial.mkdir(parents=True)
+    with new_directory(directory) as partial:
         _write_json(partial / registry.format_of(config).files.config, raw)
         _write_json(partial / _GENERATION, _generation_json(raw, generation or {}))
         _write_tensors(partial, config, read, dtype, shard_bytes)
         for name, content in (files or {}).items():
             (partial / name).write_bytes(content)
+
+
+@contextlib.contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """Yield a folder that is `directory`, which must be new or empty, after the block. If the block
+    fails, nothing is left behind. Raises `UserError` for what cannot be written."""
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise UserError(f"{directory}: exists and is not an empty directory; give a new one")
+    partial = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
         partial.rename(directory)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{directory}: cannot be written: {error}") from error

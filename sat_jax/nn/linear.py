@@ -7,7 +7,7 @@ executions stay as they are, since they only call `project`, `combine` and `gate
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,12 @@ PRODUCT = "product with a weight"
 
 
 class Weight:
-    """Base of weights that are no plain array. Subclasses are registered frozen dataclasses."""
+    """Base of weights that are no plain array. Subclasses are registered frozen dataclasses.
+
+    The fields `float32` keep their dtype where other arrays are cast to the compute dtype.
+    """
+
+    float32: ClassVar[tuple[str, ...]] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:

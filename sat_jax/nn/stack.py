@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sat_jax.nn.context import Cache, Context, LayerCache, Observed
-from sat_jax.nn.linear import PRODUCT
+from sat_jax.nn.linear import PRODUCT, Weight
 
 Remat = Literal["none", "dots", "full"]
 SELECTED = "selected units"
@@ -85,15 +85,21 @@ def scan_layers(
 
 def cast(state: Any, dtype: str) -> Any:
     """Return a state with its weights in the compute dtype: the one place where they leave float32.
-    Norm scales, biases, masks and indices keep their dtype."""
+    Norm scales, biases, masks, indices and the fields `Weight.float32` keep their dtype."""
 
     def cast_array(array: Array) -> Array:
         return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
 
+    def cast_value(value: Any) -> Any:
+        weight: Any = jax.tree.map(cast_array, value)
+        if isinstance(value, Weight) and value.float32:
+            weight = dataclasses.replace(weight, **{n: getattr(value, n) for n in value.float32})
+        return weight
+
     def cast_variable(variable: Any) -> Any:
         if getattr(variable, "role", "vector") == "vector":
             return variable
-        return jax.tree.map(cast_array, variable)
+        return jax.tree.map(cast_value, variable, is_leaf=lambda v: isinstance(v, Weight))
 
     return jax.tree.map(cast_variable, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
 

@@ -27,7 +27,10 @@ class FlopCount:
     """Operations a token. Of all branches: products with weights that read the residual stream and
     with weights that write to it, and what mixes tokens (q · k and weights · v). `last_write` is
     the part of `write` of each layer's last branch, whose value no gradient needs; `mlp_read` the
-    part of `read` of MLPs. `head`: logits."""
+    part of `read` of MLPs. `head`: logits.
+
+    `frozen` is the part of all products with weights whose weights are not trained.
+    """
 
     read: float = 0.0
     write: float = 0.0
@@ -35,6 +38,7 @@ class FlopCount:
     head: float = 0.0
     last_write: float = 0.0
     mlp_read: float = 0.0
+    frozen: float = 0.0
 
     @property
     def layers(self) -> float:
@@ -74,7 +78,8 @@ def forward_flops(
     `segments` None: the dense model. Units that the segments omit are left out.
     """
     neurons = neurons_of(layout)
-    count = FlopCount(head=_head_flops(layout))
+    head = _head_flops(layout)
+    count = FlopCount(head=head, frozen=0.0 if _trains_head(layout) else head)
     for segment in segments or (neurons.dense_segment(),):
         kept = {name: neurons.kept_share(segment, name) for name in layout.branches}
         count += _segment_flops(layout, row_length, segment, _kept_sizes(segment), kept)
@@ -94,15 +99,16 @@ def training_flops(
     """Return the operations a token of a training step; `segments` as in `forward_flops`.
 
     Every matrix product costs its double in the backward pass: one product for each operand's
-    gradient. Attention scores are always computed again there (Dao et al., arXiv:2205.14135). What
-    `remat` adds: `dots` saves products with weights but not attention, which runs again; `full`
-    runs the layer again, all but its last product, whose value no gradient needs. The logits are
-    never computed again: the loss forms its gradient in the forward pass. `kernels`: segments that
-    omit channels save nothing of the MLP, and what its channels read runs again whatever `remat`
-    is. `fused_mlp`: so do all MLPs. `dense_forward`: the forward pass has the omitted units too.
+    gradient, of which frozen weights have none. Attention scores are always computed again there
+    (Dao et al., arXiv:2205.14135). What `remat` adds: `dots` saves products with weights but not
+    attention, which runs again; `full` runs the layer again, all but its last product, whose value
+    no gradient needs. The logits are never computed again: the loss forms its gradient in the
+    forward pass. `kernels`: segments that omit channels save nothing of the MLP, and what its
+    channels read runs again whatever `remat` is. `fused_mlp`: so do all MLPs. `dense_forward`: the
+    forward pass has the omitted units too.
     """
     forward = forward_flops(layout, row_length, segments)
-    backward = 2 * forward.total
+    backward = 2 * forward.total - forward.frozen
     again = forward.mixing / 2
     if remat != "none":
         again += forward.mixing
@@ -232,6 +238,11 @@ def _segment_flops(
             sum(2 * _size(layout, path, sizes) for path in _matrices(layout, name, role))
             for role in ("read", "write")
         )
+        frozen = sum(
+            2 * _size(layout, path, sizes)
+            for path in _matrices(layout, name, "read", "write")
+            if not layout.leaves[path].trained
+        )
         units = shares[name] * layout.totals(branch.units[-1])
         one = FlopCount(
             read,
@@ -239,13 +250,14 @@ def _segment_flops(
             units * branch.mixing_flops(row_length),
             last_write=write if name == last else 0.0,
             mlp_read=read if branch.units[-1] == CHANNEL else 0.0,
+            frozen=frozen,
         )
         count += _times(one, segment.layers)
     return count
 
 
-def _matrices(layout: Layout[Any], branch: str, role: Any) -> Iterator[str]:
-    for path, _ in layout.with_role(role):
+def _matrices(layout: Layout[Any], branch: str, *roles: Any) -> Iterator[str]:
+    for path, _ in layout.with_role(*roles):
         if path.startswith(f"layers/{branch}/"):
             yield path
 
@@ -268,6 +280,11 @@ def _head_flops(layout: Layout[Any]) -> float:
         layout.shapes[path].shape for path, leaf in layout.leaves.items() if "vocab" in leaf.axes
     )
     return 2.0 * math.prod(shape)
+
+
+def _trains_head(layout: Layout[Any]) -> bool:
+    """Whether the output embedding is trained; all embeddings are, or none."""
+    return next(leaf.trained for leaf in layout.leaves.values() if "vocab" in leaf.axes)
 
 
 def _columns(layout: Layout[Any]) -> list[int]:

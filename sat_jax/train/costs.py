@@ -14,13 +14,14 @@ from sat_jax.sparsity.controller import Rung
 from sat_jax.sparsity.flops import correction_flops, probe_flops, traced_flops, training_flops
 from sat_jax.sparsity.statistics import Observable
 from sat_jax.sparsity.stored_blocks import block_layout, has_fused_mlp
+from sat_jax.train.layouts import run_layout
 from sat_jax.train.probe import observe_batch, observed_by_probes, probe_shape
 
 
 def step_flops(config: Config, model: DecoderConfig, rung: Rung | None = None) -> float:
     """Return the training FLOPs a token on a rung, recomputation included; None: densely. Mask
     execution computes everything on every rung."""
-    layout, segments, sparse = layout_of(model), None, config.sparsity
+    layout, segments, sparse = run_layout(config, model), None, config.sparsity
     if rung is not None:
         layout = block_layout(layout, rung.plan.stored)
     if rung is not None and sparse.execution != "mask":
@@ -41,7 +42,7 @@ def flops_of_probe(config: Config, model: DecoderConfig) -> float:
         config.train.rows_per_step, config.data.row_length, sparse.probe_tokens
     )
     observe = observed_by_probes(sparse)
-    passes = probe_flops(layout_of(model), length, "gradients" in observe)
+    passes = probe_flops(run_layout(config, model), length, "gradients" in observe)
     observations = observation_flops(model, rows, length, frozenset(observe))
     return rows * length * passes + observations
 

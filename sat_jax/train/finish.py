@@ -1,15 +1,10 @@
-"""The outputs of a finished run: figures, exported model and `summary.json`."""
+"""The outputs of a finished run: figures and `summary.json`."""
 
 import dataclasses
-import shutil
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from sat_jax.data.data_format import DataFormat
-from sat_jax.interop.huggingface import write_directory
 from sat_jax.nn.loss import perplexity_of
 from sat_jax.results.run_plots import Kept, exchange_figure, kept_figure, loss_figure, save
 from sat_jax.sparsity.plan import Plan, has_channels, kept_shares
@@ -20,8 +15,8 @@ from sat_jax.train.costs import (
     step_flops,
 )
 from sat_jax.train.counters import RunCounters
+from sat_jax.train.export import writes_adapter
 from sat_jax.train.metrics import MetricsLog, read_metrics
-from sat_jax.train.run_weights import exported, generation_settings
 from sat_jax.train.setup import Task
 from sat_jax.train.speed import Speedup
 from sat_jax.train.summary import PhaseTimer, write_summary
@@ -69,6 +64,7 @@ def finish(
             "prepared": dataclasses.asdict(task.data.info),
             "figures": figures,
             "export": str(workdir.export) if task.config.export.huggingface else None,
+            "adapter": str(workdir.adapter) if writes_adapter(task.config) else None,
         },
     )
 
@@ -149,17 +145,3 @@ def _draw(
         )
         figures.append(save(figure, folder / "kept.png"))
     return [str(path) for path in figures]
-
-
-def export_model(task: Task, workdir: WorkDir, read: Callable[[str], np.ndarray]) -> None:
-    """Write the Hugging Face directory; `read(path)` returns a trained parameter."""
-    directory = workdir.export
-    shutil.rmtree(directory, ignore_errors=True)  # of an end that was interrupted
-    data_format = DataFormat.from_settings(task.config.data)
-    write_directory(
-        directory,
-        exported(task.model, task.tokenizer, data_format),
-        read,
-        files=task.tokenizer.files(),
-        generation=generation_settings(task.config, task.weights),
-    )

@@ -7,6 +7,7 @@ with the same content at another path.
 import hashlib
 from pathlib import Path
 
+from sat_jax.compress.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 from sat_jax.interop import locate
@@ -19,7 +20,7 @@ from sat_jax.train.setup import Task
 from sat_jax.train.workdir import WorkDir
 
 # Settings that may be paths: their contents are compared instead.
-BY_CONTENT = ("model.path", "data.sources", "data.tokenizer", "data.chat_template")
+BY_CONTENT = ("model.path", "model.adapter", "data.sources", "data.tokenizer", "data.chat_template")
 
 
 def check_inputs(workdir: WorkDir, task: Task) -> None:
@@ -60,9 +61,10 @@ def _fingerprints(task: Task) -> dict[str, str | None]:
     The hash of the data includes that of the tokenizer, which is therefore compared before.
     """
     template = task.tokenizer.chat_template if task.config.data.format != "text" else None
-    path = task.config.model.path
+    path, adapter = task.config.model.path, task.config.model.adapter
     return {
         "model.path": None if path is None else _model_fingerprint(locate(path)),
+        "model.adapter": None if adapter is None else _adapter_fingerprint(locate(adapter)),
         "data.tokenizer": task.tokenizer.fingerprint,
         "data.chat_template": None if template is None else _sha256(template),
         "data.sources": task.data.info.fingerprint,
@@ -75,6 +77,11 @@ def _model_fingerprint(path: Path) -> str:
         return digests(path.parent, [path.name])[0]
     names = sorted(file.name for file in path.glob("*.safetensors"))
     return _sha256("".join([(path / "config.json").read_text(), *digests(path, names)]))
+
+
+def _adapter_fingerprint(path: Path) -> str:
+    """Return the hash of the files of an adapter directory."""
+    return _sha256("".join(digests(path, [CONFIG_FILE, WEIGHTS_FILE])))
 
 
 def _sha256(text: str) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from sat_jax.sparsity.controller import Rung
 from sat_jax.sparsity.execution.state import new_state
 from sat_jax.sparsity.importance import METRICS
 from sat_jax.sparsity.plan import Plan
-from sat_jax.sparsity.stored_blocks import dense_reader
 from sat_jax.train.block_changes import BlockChanges
 from sat_jax.train.checkpoint import Checkpoints
 from sat_jax.train.counters import RunCounters
-from sat_jax.train.finish import export_model, finish
+from sat_jax.train.export import export_run
+from sat_jax.train.finish import finish
 from sat_jax.train.inputs import BY_CONTENT, check_inputs, write_inputs
 from sat_jax.train.interrupt import Interrupt
 from sat_jax.train.metrics import MetricsLog, check_finite
@@ -161,17 +161,17 @@ class Run:
         with self._clock("checkpoint"):
             self._checkpoints.wait()
         if config.export.huggingface:
-            params, shapes = self._state.full.params, self._programs.layout.shapes
-            read = dense_reader(on_host(params), params.keys(), shapes)
-            on_primary(lambda: self._export(read))
+            params = self._state.full.params
+            read, names = on_host(params), list(params)
+            on_primary(lambda: self._export(read, names))
             del params, read
         # The state is saved and exported: from here on it may change.
         speedups = self._measure_speed(batch) if config.train.measure_speed else None
         on_primary(lambda: self._finish(speedups))
 
-    def _export(self, read: Callable[[str], np.ndarray]) -> int:
+    def _export(self, read: Callable[[str], np.ndarray], names: Collection[str]) -> int:
         """Writes the exported model, on process 0."""
-        export_model(self._task, self._workdir, read)
+        export_run(self._task, self._workdir, read, names)
         return 0
 
     def _measure_speed(self, batch: Batch | None) -> dict[Plan, Speedup]:

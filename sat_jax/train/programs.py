@@ -19,7 +19,6 @@ from jax.sharding import Mesh, NamedSharding
 
 from sat_jax.config import Config
 from sat_jax.data.batch import Batch
-from sat_jax.models.build import layout_of
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.decoder import Compute, Decoder
 from sat_jax.nn.layout import Layout
@@ -34,6 +33,7 @@ from sat_jax.sparsity.plan import Plan, Stored
 from sat_jax.sparsity.rows import Kept
 from sat_jax.sparsity.statistics import Statistics
 from sat_jax.sparsity.stored_blocks import block_layout
+from sat_jax.train.layouts import run_layout
 from sat_jax.train.moves import compile_moves
 from sat_jax.train.optimizer import clipping, learning_rate, make_optimizer
 from sat_jax.train.probe import ProbeSettings, make_probe, observe_batch, observed_by_probes
@@ -87,9 +87,9 @@ class Programs:
             config.train.accumulate,
             settings.retention,
         )
-        self.layout = layout_of(model, compute)
+        self.layout = run_layout(config, model, compute)
         # Probes have few rows, and observe what stages do not return: without a pipeline.
-        self.probed = layout_of(model, dataclasses.replace(compute, microbatches=1))
+        self.probed = run_layout(config, model, dataclasses.replace(compute, microbatches=1))
         sparse = config.sparsity
         probes = controller.sparse and sparse.refresh_every > 0
         # Where layers choose for themselves, their inputs are observed inside them.

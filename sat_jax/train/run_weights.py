@@ -1,5 +1,6 @@
 """Weights of a run: the initial ones, and those of its checkpoints."""
 
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sat_jax import interop
+from sat_jax.compress.adapters import adapted_weights, load_adapter
+from sat_jax.compress.lora import merged_reader
 from sat_jax.config import Config
 from sat_jax.config_values import from_config_dict
 from sat_jax.data.data_format import DataFormat
@@ -16,7 +19,7 @@ from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 from sat_jax.interop import Weights, open_weights
 from sat_jax.interop.huggingface_config import config_from_json
-from sat_jax.models.build import layout_of, shapes
+from sat_jax.models.build import shapes
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.format_fields import Json
 from sat_jax.models.presets import extended, preset, resized
@@ -26,6 +29,7 @@ from sat_jax.sparsity.rows import Kept
 from sat_jax.sparsity.stored_blocks import dense_reader
 from sat_jax.train.checkpoint import find
 from sat_jax.train.files import read_json
+from sat_jax.train.layouts import run_layout
 from sat_jax.train.workdir import WorkDir
 
 
@@ -45,9 +49,9 @@ def open_run(path: Path, step: int | None = None) -> tuple[Weights, Config]:
     config = from_config_dict(read_json(workdir.config))
     model = config_from_json(read_json(workdir.model), str(workdir.model))
     checkpoint = find(workdir.checkpoints, step)
-    prefix, expected_shapes = "params/", shapes(model)
+    prefix, layout = "params/", run_layout(config, model)
     names = {n.removeprefix(prefix) for n in checkpoint.leaves if n.startswith(prefix)}
-    for name, expected in expected_shapes.items():
+    for name, expected in layout.shapes.items():
         leaf = checkpoint.leaves.get(f"{prefix}{name}")
         if leaf is None and f"{name}/blocks" in names:
             continue
@@ -61,28 +65,52 @@ def open_run(path: Path, step: int | None = None) -> tuple[Weights, Config]:
         return np.asarray(checkpoint.read([f"{prefix}{name}"])[f"{prefix}{name}"], np.float32)
 
     generation = read_json(workdir.generation) if workdir.generation.exists() else {}
-    return Weights(model, dense_reader(read, names, expected_shapes), generation), config
+    return Weights(model, run_reader(read, names, config, model), generation), config
+
+
+def run_reader(
+    read: Callable[[str], np.ndarray],
+    names: Collection[str],
+    config: Config,
+    model: DecoderConfig,
+) -> Callable[[str], np.ndarray]:
+    """Return a function that returns a dense parameter of a run by path: with zeros outside its
+    stored blocks, or with its adapter merged, if it has any. `read` returns the arrays `names` of
+    the run on the host."""
+    if config.lora.rank:
+        return merged_reader(read, run_layout(config, model), config.lora)
+    return dense_reader(read, names, shapes(model))
 
 
 def load_model(
     path: str | Path,
     dtype: Literal["float32", "bfloat16"] = "float32",
     step: int | None = None,
+    adapter: str | Path | None = None,
 ) -> Decoder:
     """Return the model at `path` with float32 parameters, computing in `dtype`: a Hugging Face
     directory, a .gguf file, `package:NAME`, or the work directory of a run.
 
     The model of a run is that of its checkpoint after `step` steps (None: the newest valid one),
     with the masks of that step in its branches: `nnx.state(model, Mask)`. After a dense rung all
-    masks are None. Raises `UserError` for a `step` of a model that is not a run.
+    masks are None. A run with `lora` has its adapters in place (`compress.merge_factors` merges
+    them). `adapter`: an adapter directory of PEFT, for a model without adapters. Raises `UserError`
+    for a `step` of a model that is not a run, and for an adapter of another base model.
     """
+    model = _load_model(path, dtype, step)
+    return model if adapter is None else load_adapter(model, adapter)
+
+
+def _load_model(
+    path: str | Path, dtype: Literal["float32", "bfloat16"], step: int | None
+) -> Decoder:
     directory = interop.locate(path)
     if not is_run(directory):
         if step is not None:
             raise UserError(f"step {step} needs the work directory of a run; {path} is not one")
         return interop.load_model(path, dtype)
-    weights, _ = open_run(directory, step)
-    layout = layout_of(weights.config, Compute(dtype=dtype))
+    weights, config = open_run(directory, step)
+    layout = run_layout(config, weights.config, Compute(dtype=dtype))
     checkpoint = find(WorkDir(directory).checkpoints, step)
     layers = checkpoint.meta["segment_layers"]
     kept: Kept = tuple({} for _ in layers)
@@ -99,6 +127,8 @@ def starting_point(config: Config) -> tuple[DecoderConfig, Weights | None]:
     weights = None
     if config.model.path is not None:
         weights = open_weights(config.model.path)
+        if config.model.adapter is not None:
+            weights = adapted_weights(weights, config.model.adapter)
         model = weights.config
     else:
         assert config.model.preset is not None

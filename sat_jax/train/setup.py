@@ -1,6 +1,7 @@
 """Set-up of a run from its settings: model, data, mesh and schedule."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -8,6 +9,8 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 
 from sat_jax.cache import cache_dir
+from sat_jax.compress.adapters import check_expressible
+from sat_jax.compress.lora import add_lora
 from sat_jax.config import Config, MeshConfig
 from sat_jax.data.conversations import training_tokenizer
 from sat_jax.data.data_format import DataFormat
@@ -27,6 +30,7 @@ from sat_jax.parallel.rules import check_divisible, tree_shardings
 from sat_jax.sparsity.controller import Controller, make_controller
 from sat_jax.sparsity.plan import neurons_of
 from sat_jax.sparsity.stored_blocks import block_grids, block_layout
+from sat_jax.train.layouts import run_layout
 from sat_jax.train.run_weights import starting_point
 
 
@@ -58,6 +62,8 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
     _check_retention(config, model, mesh)
     if config.export.huggingface:
         check_exportable(model)
+        if config.lora.rank:
+            check_expressible(model, config.lora)
     model.check_length("data.row_length", config.data.row_length)
     if config.data.pose_length is not None:
         if model.rope is None:
@@ -68,7 +74,7 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
         model.check_length("data.pose_length", config.data.pose_length)
     controller = controller_of(config, model)
     for rung in controller.rungs:
-        check_divisible(mesh, block_layout(layout_of(model), rung.plan.stored))
+        check_divisible(mesh, block_layout(run_layout(config, model), rung.plan.stored))
     if max(config.rates) > 0 and not controller.sparse:
         log("sparsity: these rates omit nothing in this model; the run is dense")
     tokenizer, data = prepared_data(config, model, log)
@@ -121,16 +127,21 @@ def prepared_data(
 
 def initial_params(task: Task) -> dict[str, jax.Array]:
     """Return float32 parameters by path, initialised or read, sharded over the mesh."""
-    layout = layout_of(task.model)
+    layout, seed = layout_of(task.model), task.config.seed
     shardings = tree_shardings(task.mesh, layout, dict(layout.shapes))
     if task.weights is None:
-        return jax.jit(
-            lambda: initial_values(task.model, task.config.seed), out_shardings=shardings
-        )()
-    return {
-        path: _placed(np.asarray(task.weights.read(path), np.float32), shardings[path])
-        for path in layout.shapes
-    }
+        params = jax.jit(lambda: initial_values(task.model, seed), out_shardings=shardings)()
+    else:
+        params = {
+            path: _placed(np.asarray(task.weights.read(path), np.float32), shardings[path])
+            for path in layout.shapes
+        }
+    if not task.config.lora.rank:
+        return params
+    adapted = run_layout(task.config, task.model)
+    shardings = tree_shardings(task.mesh, adapted, dict(adapted.shapes))
+    add = functools.partial(add_lora, layout, settings=task.config.lora, seed=seed)
+    return jax.jit(add, out_shardings=shardings, donate_argnums=0)(params)
 
 
 def _placed(value: np.ndarray, sharding: Sharding) -> jax.Array:

@@ -8,6 +8,7 @@ metrics.jsonl    one object per logged step
 tensorboard/     the same for TensorBoard
 checkpoints/     see `sat_jax.train.checkpoint`
 huggingface/     the exported model, where one was asked for
+adapter/         the exported adapter, of a run that trains one
 summary.json     written when the run has finished
 lock             who writes to it now
 """
@@ -42,6 +43,7 @@ class WorkDir:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.export = self.path / "huggingface"
+        self.adapter = self.path / "adapter"
         self.summary = self.path / "summary.json"
 
     @contextmanager
@@ -110,7 +112,7 @@ class WorkDir:
             write_json(self.config, config)
             return
         stored = read_json(self.config)
-        model = {**stored["model"], "path": config["model"]["path"]}
+        model = stored["model"] | {name: config["model"][name] for name in ("path", "adapter")}
         moved = {**stored, "model": model, "data": config["data"]}
         if moved != stored:
             write_json(self.config, moved)
