@@ -21,7 +21,7 @@ from sat_jax.ops import RetentionKernel
 from sat_jax.sparsity.block_patterns import Pattern
 from sat_jax.sparsity.controller import overall
 from sat_jax.sparsity.importance import METRICS
-from sat_jax.sparsity.plan import LayerRates
+from sat_jax.sparsity.plan import LayerRates, Passes
 from sat_jax.sparsity.schedule import Schedule
 
 
@@ -306,8 +306,10 @@ class SparsityConfig:
         "correct the kept output weights by least squares for the omitted neurons, from outputs"
         " observed by probes",
     )
-    dense_forward: bool = key(
-        False, "omit neurons in the backward pass only; the forward pass is dense"
+    passes: Passes = key(
+        "all",
+        "passes in which neurons are omitted: all, the backward pass alone (backward), or the"
+        " gradients of their weights alone (weights)",
     )
     execution: Literal["gather", "mask", "kernel"] = key(
         "gather",

@@ -1,10 +1,11 @@
 """Checks of combinations of settings, before any data or model is read."""
 
 import operator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sat_jax.errors import UserError
-from sat_jax.sparsity.importance import METRICS
+from sat_jax.sparsity.importance import METRICS, Metric
 
 if TYPE_CHECKING:
     from sat_jax.config import Config, SparsityConfig
@@ -19,14 +20,18 @@ _NEEDS = (
 )
 # (setting of sparsity, its value, excluded setting, excluded value, reason)
 _EXCLUDES: tuple[tuple[str, Any, str, Any, str], ...] = (
-    ("least_squares_correction", True, "dense_forward", True, "dense passes need no correction"),
+    *(
+        ("least_squares_correction", True, "passes", passes, "dense passes need no correction")
+        for passes in ("backward", "weights")
+    ),
     ("least_squares_correction", True, "execution", "kernel", "kernels use the full weights"),
     ("least_squares_correction", True, "refresh_every", 0, "refreshes compute corrections"),
     ("refresh_every", 0, "execution", "kernel", "kernels need kept units before the step"),
+    ("passes", "weights", "execution", "kernel", "kernels compute kept units alone"),
 )
 # Settings of sparsity that have a meaning for omitted units alone.
 _OF_UNITS = (
-    *("execution", "attention_unit", "dense_layers", "block", "dense_forward"),
+    *("execution", "attention_unit", "dense_layers", "block", "passes"),
     "least_squares_correction",
 )
 
@@ -131,11 +136,18 @@ def _check_pipeline(config: "Config") -> None:
             " selection; accepted: refresh_every 1 or more"
         )
     if METRICS[sparse.metric].needs == ("inputs",):
-        accepted = (name for name, metric in METRICS.items() if metric.needs != ("inputs",))
+        accepted = _metrics(sparse, lambda metric: metric.needs != ("inputs",))
         raise UserError(
             f"sparsity.metric {sparse.metric!r} excludes mesh.pipeline {stages}: stages do not"
-            f" observe the inputs of training steps; accepted: {', '.join(accepted)}"
+            f" observe the inputs of training steps; accepted: {accepted}"
         )
+
+
+def _metrics(sparse: "SparsityConfig", accepts: Callable[[Metric], bool]) -> str:
+    """Return the names of metrics that are accepted, and have a meaning with the passes."""
+    whole = sparse.passes != "all"
+    names = (n for n, m in METRICS.items() if accepts(m) and (whole or not m.measures_updates))
+    return ", ".join(names)
 
 
 def _check_selection(config: "Config") -> None:
@@ -146,26 +158,34 @@ def _check_selection(config: "Config") -> None:
             raise UserError(
                 f"sparsity.{name} {value!r} excludes sparsity.{excluded} {current!r}: {reason}"
             )
-    for name in ("probe_tokens", "stats_decay", "dense_forward"):
+    for name in ("probe_tokens", "stats_decay", "passes"):
         value, default = getattr(sparse, name), getattr(type(sparse), name)
         if sparse.refresh_every == 0 and value != default:
             raise UserError(
                 f"sparsity.refresh_every 0 does not use sparsity.{name} {value!r}; accepted:"
                 f" {default!r}"
             )
+    metric = METRICS[sparse.metric]
+    if metric.measures_updates and sparse.passes == "all":
+        accepted = _metrics(sparse, lambda _: True)
+        raise UserError(
+            f"sparsity.metric {sparse.metric!r} excludes sparsity.passes 'all': it measures the"
+            " updates of neurons, not what their omission does to the forward pass; accepted:"
+            f" passes backward or weights, or metric {accepted}"
+        )
     if sparse.refresh_every == 0 and accumulate > 1:
         raise UserError(
             f"sparsity.refresh_every 0 excludes train.accumulate {accumulate}: all microbatches"
             " share one selection; accepted: train.accumulate 1"
         )
-    if sparse.refresh_every == 0 and not METRICS[sparse.metric].needs_inputs_only:
-        accepted = ", ".join(name for name, metric in METRICS.items() if metric.needs_inputs_only)
+    if sparse.refresh_every == 0 and not metric.needs_inputs_only:
+        accepted = _metrics(sparse, lambda metric: metric.needs_inputs_only)
         raise UserError(
             f"sparsity.refresh_every 0 excludes sparsity.metric {sparse.metric!r}, which needs"
             f" outputs; accepted: {accepted}"
         )
-    if sparse.least_squares_correction and not METRICS[sparse.metric].probes:
-        accepted = ", ".join(name for name, metric in METRICS.items() if metric.probes)
+    if sparse.least_squares_correction and not metric.probes:
+        accepted = _metrics(sparse, lambda metric: metric.probes)
         raise UserError(
             "sparsity.least_squares_correction excludes sparsity.metric"
             f" {sparse.metric!r}, which has no probe at refreshes; accepted: {accepted}"

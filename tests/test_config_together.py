@@ -91,9 +91,9 @@ from tests.test_config import built, refusal
                 "sparsity__rate": 0.1,
                 "sparsity__refresh_every": 0,
                 "sparsity__metric": "wanda",
-                "sparsity__dense_forward": True,
+                "sparsity__passes": "backward",
             },
-            "sparsity.refresh_every 0 does not use sparsity.dense_forward True; accepted: False",
+            "sparsity.refresh_every 0 does not use sparsity.passes 'backward'; accepted: 'all'",
         ),
         *(
             (
@@ -139,9 +139,9 @@ from tests.test_config import built, refusal
             {
                 "sparsity__rate": 0.1,
                 "sparsity__least_squares_correction": True,
-                "sparsity__dense_forward": True,
+                "sparsity__passes": "backward",
             },
-            "sparsity.least_squares_correction True excludes sparsity.dense_forward True: dense"
+            "sparsity.least_squares_correction True excludes sparsity.passes 'backward': dense"
             " passes need no correction",
         ),
         (

@@ -171,7 +171,7 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "sparsity.dense_layers": ((0,), rungs, {}),
     "sparsity.block": (2, selection, {}),
     "sparsity.balance": (2, selection, {}),
-    "sparsity.dense_forward": (True, step, {}),
+    "sparsity.passes": ("weights", step, {}),
     "sparsity.least_squares_correction": (True, step, {}),
     "sparsity.execution": ("mask", step, {}),
     "sparsity.weights.density": (0.25, block_rungs, BLOCKS),

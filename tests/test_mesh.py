@@ -69,7 +69,7 @@ for step in range(steps):
     batch = jax.device_put(batch, place(programs.batch(rows)))
     rung = programs.rung(controller.rung_at(step).plan)
     if controller.refreshes(step):
-        stats = probe(state.params, stats, batch)
+        stats = probe(state.params, stats, batch, state.optimizer)
     kept = rung.select(state, stats).kept
     corrections = rung.correct(state, stats, kept)
     for path, (correction,) in corrections.items():

@@ -13,6 +13,9 @@ from sat_jax.sparsity.block_patterns import BlockCounts
 Stored = tuple[tuple[str, BlockCounts], ...]
 """Matrices of which blocks alone are stored, by path."""
 AttentionUnit = Literal["kv_group", "query_head"]
+Passes = Literal["all", "backward", "weights"]
+"""What a step omits of omitted units: forward and backward pass; the backward pass alone (gradients
+of their inputs and weights); or the gradients of their weights alone."""
 LayerRates = float | Sequence[float]
 
 
