@@ -301,6 +301,16 @@ class SparsityConfig:
         "number of equal parts of a layer that keep equal numbers of neurons; None: mesh.tensor",
         low=1,
     )
+    branch_rate: float | tuple[float, ...] = key(
+        0.0,
+        "probability r0 that a step omits the backward pass of a whole branch of a layer; or one"
+        " r0 per layer",
+        low=0.0,
+        high=1.0,
+    )
+    branches: Literal["all", "attention", "mlp"] = key(
+        "all", "branches to which branch_rate applies: all, those of attention, or MLPs"
+    )
     least_squares_correction: bool = key(
         False,
         "correct the kept output weights by least squares for the omitted neurons, from outputs"
@@ -380,8 +390,13 @@ class Config:
 
     @property
     def omitted_share(self) -> float:
-        """The higher of the omission rates, or the share of blocks that is not stored; 0: dense."""
-        return max(*self.rates, 1 - self.sparsity.weights.density)
+        """The highest of all rates, and the share of blocks that is not stored; 0: dense."""
+        return max(*self.rates, self.branch_rate, 1 - self.sparsity.weights.density)
+
+    @property
+    def branch_rate(self) -> float:
+        """Probability r0 of a branch without backward pass, the mean over layers."""
+        return overall(self.sparsity.branch_rate)
 
     @property
     def rates(self) -> tuple[float, float]:

@@ -74,8 +74,32 @@ def check_together(config: "Config") -> None:
         )
     if max(config.rates) > 0:
         _check_selection(config)
-    if max(config.rates) > 0 or config.stores_blocks:
+    _check_branches(config)
+    if config.omitted_share > 0:
         _check_schedule(config)
+
+
+def _check_branches(config: "Config") -> None:
+    """Check what backward passes of branches can be left out with."""
+    sparse, stages = config.sparsity, config.mesh.pipeline
+    if config.branch_rate == 0:
+        return
+    for path, value, refused, accepted in (
+        ("sparsity.execution", sparse.execution, sparse.execution == "kernel", "gather or mask"),
+        (
+            "optimizer.moments",
+            config.optimizer.moments,
+            config.optimizer.moments == "decay",
+            "freeze",
+        ),
+        ("sparsity.weights.density", sparse.weights.density, config.stores_blocks, "1"),
+        ("mesh.pipeline", stages, stages > 1, "1"),
+    ):
+        if refused:
+            raise UserError(
+                f"sparsity.branch_rate {sparse.branch_rate} excludes {path} {value}; accepted:"
+                f" {accepted}"
+            )
 
 
 def _check_weights(config: "Config") -> None:

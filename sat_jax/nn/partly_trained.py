@@ -28,8 +28,8 @@ class PartlyTrained(Weight):
     Both are `[*L, *units, D]`, and differ in the size of `axis`, which counts from the end.
     """
 
-    trained: Float[Array, "*L *trained D"]
-    frozen: Float[Array, "*L *frozen D"]
+    trained: Float[Array, "*trained D"]
+    frozen: Float[Array, "*frozen D"]
     axis: int
     parts: int = 1
 
@@ -87,9 +87,7 @@ def _project_forward(w: PartlyTrained, x: Array) -> tuple[Array, tuple[PartlyTra
     return project(w.dense(), x), (w, x)
 
 
-def _project_backward(
-    saved: tuple[PartlyTrained, Array], dy: Array
-) -> tuple[PartlyTrained, Array]:
+def _project_backward(saved: tuple[PartlyTrained, Array], dy: Array) -> tuple[PartlyTrained, Array]:
     w, x = saved
     return w.gradient(weight_gradient(x, w.of_trained(dy))), combine(w.dense(), dy)
 

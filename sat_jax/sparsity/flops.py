@@ -11,6 +11,7 @@ figures in the literature are.
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ import jax
 from sat_jax.nn.layout import Layout
 from sat_jax.nn.param import CHANNEL
 from sat_jax.nn.stack import Remat
-from sat_jax.sparsity.plan import Neurons, Passes, Segment, neurons_of
+from sat_jax.sparsity.plan import Dropped, Neurons, Passes, Segment, neurons_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +96,7 @@ def training_flops(
     kernels: bool = False,
     fused_mlp: bool = False,
     passes: Passes = "all",
+    dropped: Dropped = (),
 ) -> TrainingFlops:
     """Return the operations a token of a training step; `segments` as in `forward_flops`.
 
@@ -107,7 +109,7 @@ def training_flops(
     is. `fused_mlp`: so do all MLPs. `passes`: `backward` computes the omitted units in the forward
     pass too, and `weights` all but the gradients of their weights. For products with weights alone
     and a share k of kept units, a dense step then costs at most 3 / (1 + 2k) and 3 / (2 + k) times
-    as much.
+    as much. `dropped`: backward passes of branches that are left out, on average.
     """
     kept = forward_flops(layout, row_length, segments)
     forward = forward_flops(layout, row_length) if passes == "weights" else kept
@@ -132,7 +134,30 @@ def training_flops(
             total += beside.layers
             if remat == "full":
                 again += beside.layers - beside.last_write - beside.mlp_read
-    return TrainingFlops(total, backward, again)
+    saved = _dropped_flops(layout, row_length, segments, passes, dropped)
+    return TrainingFlops(total, backward - saved.backward, again - saved.recomputed)
+
+
+def _dropped_flops(
+    layout: Layout[Any],
+    row_length: int,
+    segments: Sequence[Segment] | None,
+    passes: Passes,
+    dropped: Dropped,
+) -> TrainingFlops:
+    """Return the mean operations of the backward passes of branches that are left out."""
+    neurons = neurons_of(layout)
+    backward = recomputed = 0.0
+    for segment in segments or (neurons.dense_segment(),):
+        for name, rates in dropped:
+            kept = _branch_flops(layout, row_length, segment, name, _kept_sizes(segment))
+            whole = kept
+            if passes == "weights":
+                whole = _branch_flops(layout, row_length, segment, name, _sizes(neurons))
+            rate = statistics.fmean(rates[segment.start : segment.stop])
+            backward += rate * (2 * whole.layers - (whole.products - kept.products))
+            recomputed += rate * whole.mixing / 2
+    return TrainingFlops(0.0, backward, recomputed)
 
 
 def probe_flops(layout: Layout[Any], row_length: int, gradients: bool = False) -> float:
@@ -210,12 +235,25 @@ def _kept_sizes(segment: Segment) -> dict[str, float]:
     return {name: float(kept) for name, kept in segment.counts}
 
 
+def _sizes(neurons: Neurons) -> dict[str, float]:
+    return {unit.name: float(unit.size) for unit in neurons.units}
+
+
+def _branch_flops(
+    layout: Layout[Any], row_length: int, segment: Segment, name: str, sizes: dict[str, float]
+) -> FlopCount:
+    """Return the operations of one branch in a segment's layers where units have these sizes."""
+    share = math.prod(sizes[unit] / layout.units[unit].size for unit in layout.branches[name].units)
+    shares = dict.fromkeys(layout.branches, 0.0) | {name: share}
+    return _segment_flops(layout, row_length, segment, sizes, shares)
+
+
 def _omitted_flops(
     layout: Layout[Any], neurons: Neurons, row_length: int, segment: Segment
 ) -> FlopCount:
     """Return what computing the segment's omitted units costs: in each branch that omits some, all
     its arrays with an axis of theirs at the omitted size, its other arrays in full."""
-    sizes = {unit.name: float(unit.size) for unit in neurons.units}
+    sizes = _sizes(neurons)
     shares = dict.fromkeys(layout.branches, 0.0)
     for unit in neurons.omitted(segment):
         sizes[unit.name] = float(unit.size - segment.kept(unit.name))

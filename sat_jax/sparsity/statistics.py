@@ -18,11 +18,11 @@ those of a mask of ones on every unit, `updates` sums over the parameters of eac
 class UpdateSums(NamedTuple):
     """Sums over the parameters of each unit, of the gradient g of the mean loss, multiplied by the
     number of tokens: `absolute` Σ|g|, `square` Σg², and `gain` -Σg · Δ, with the change Δ that the
-    optimizer would make."""
+    optimizer would make. Each `[L, *within, units]`, or `[L, N]` in `ScoreInputs`."""
 
-    absolute: Float[Array, "L *units"]
-    square: Float[Array, "L *units"]
-    gain: Float[Array, "L *units"]
+    absolute: Array
+    square: Array
+    gain: Array
 
 
 class Statistics(NamedTuple):

@@ -30,6 +30,7 @@ def step_flops(config: Config, model: DecoderConfig, rung: Rung | None = None) -
         kernels=sparse.execution == "kernel",
         fused_mlp=rung is not None and has_fused_mlp(layout_of(model), rung.plan.stored),
         passes=sparse.passes,
+        dropped=() if rung is None else rung.plan.dropped,
     )
     return flops.total
 

@@ -115,6 +115,7 @@ class RunCounters:
             "kept_heads": heads,
             "kept_channels": channels,
             "stored_blocks": rung.plan.stored_share,
+            "dropped_branches": rung.plan.dropped_share,
             "rung": number,
             "probes": self.probes,
             "seconds": seconds,

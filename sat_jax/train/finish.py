@@ -93,6 +93,7 @@ def rung_summaries(
                 "kept_heads": heads,
                 "kept_channels": channels,
                 "stored_blocks": rung.plan.stored_share,
+                "dropped_branches": rung.plan.dropped_share,
                 "steps": rung.stop - rung.start,
                 "tokens": counters.rung_tokens[number],
                 "steps_timed": len(speeds),

@@ -95,11 +95,11 @@ def observe_batch(
     """Return what is asked for of the full model on a batch: a forward pass, and for `gradients`
     those of the summed loss with respect to a mask of ones on every unit. `updates` are those of
     `observe_updates`, and observed alone."""
-    forward = tuple(kind for kind in observe if kind != "gradients")
     count = jnp.sum(batch.segment_ids > 0).astype(jnp.float32)
     if "updates" in observe:
         assert len(observe) == 1, "metrics of updates need no other observation"
         return Statistics(count, updates=observe_updates(layout, params, batch, updates))
+    forward = tuple(kind for kind in observe if kind != "gradients" and kind != "updates")
     if len(forward) == len(observe):
         model, inputs = layout.bind(params), (batch.tokens, batch.segment_ids, batch.positions)
         _, observed = model.hidden(*inputs, observe=forward)

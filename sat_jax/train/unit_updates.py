@@ -36,13 +36,13 @@ def observe_updates(
 
     gradients = jax.grad(mean_loss)(trained)
     changes = updates(gradients) if updates else jax.tree.map(jnp.negative, gradients)
-    values = UpdateSums(
-        absolute=jax.tree.map(jnp.abs, gradients),
-        square=jax.tree.map(jnp.square, gradients),
-        gain=jax.tree.map(lambda g, change: -g * change, gradients, dict(changes)),
+    trees = (
+        jax.tree.map(jnp.abs, gradients),
+        jax.tree.map(jnp.square, gradients),
+        jax.tree.map(lambda g, change: -g * change, gradients, dict(changes)),
     )
     return {
-        unit: UpdateSums(*(tokens * _sum_by_unit(layout, unit, tree) for tree in values))
+        unit: UpdateSums(*(tokens * _sum_by_unit(layout, unit, tree) for tree in trees))
         for unit in layout.units
     }
 

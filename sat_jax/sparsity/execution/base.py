@@ -121,6 +121,10 @@ class Execution:
         for name in self.omitting_branches(kept):
             branches(model.layers)[name].complement = others[name]
 
+    def split_layers(self, value: Array) -> Any:
+        """Return an array of all layers in the form that arrays of a trained state have."""
+        return self._split(value)
+
     def _split(self, value: Array) -> tuple[Array, ...]:
         segments = self.plan.segments
         if len(segments) == 1:

@@ -76,7 +76,6 @@ class Gather(Execution):
             frozen = jax.lax.stop_gradient(omitted[path][number])
             axis = leaf.axis(name) - len(leaf.axes)
             parts = 1 if self.layout.units[name].within else self.plan.balance
-            join = PartlyTrained if leaf.role in ("read", "write") else join_rows
             if leaf.role in ("read", "write"):
                 return PartlyTrained(rows, frozen, axis, parts)
             return join_rows(rows, frozen, axis, parts)

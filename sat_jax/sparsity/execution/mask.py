@@ -83,6 +83,10 @@ class Mask(Execution):
 
         return map_trees(lambda new, old: map_arrays(keep, new, old), updated, state)
 
+    def split_layers(self, value: Array) -> Array:
+        """Return the array as it is."""
+        return value
+
     def masks(self, kept: Kept) -> dict[str, Bool[Array, "L *within N"]]:
         """Return `unit_masks` of the plan's segments."""
         return unit_masks(self.layout, [s.layers for s in self.plan.segments], kept)
