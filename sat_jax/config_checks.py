@@ -82,6 +82,8 @@ def check_together(config: "Config") -> None:
 def _check_branches(config: "Config") -> None:
     """Check what backward passes of branches can be left out with."""
     sparse, stages = config.sparsity, config.mesh.pipeline
+    if sparse.branch_rate == ():
+        raise UserError("sparsity.branch_rate has no value; accepted: one, or one for each layer")
     if config.branch_rate == 0:
         return
     for path, value, refused, accepted in (

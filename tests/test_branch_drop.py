@@ -1,7 +1,7 @@
 """Backward passes of whole branches that steps leave out."""
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,14 @@ from sat_jax.nn.context import Context
 from sat_jax.nn.decoder import Compute
 from sat_jax.nn.norms import rms_norm
 from sat_jax.nn.rope import rotary_tables
+from sat_jax.nn.stack import Remat
 from sat_jax.sparsity.branch_drop import draw_backward, systematic_sample
 from sat_jax.sparsity.execution.base import Execution
 from sat_jax.sparsity.execution.gather import Gather
 from sat_jax.sparsity.execution.mask import Mask
 from sat_jax.sparsity.execution.state import PARAMS, TrainState, new_state
-from sat_jax.sparsity.plan import Plan, make_plan
+from sat_jax.sparsity.flops import traced_flops, training_flops
+from sat_jax.sparsity.plan import Passes, Plan, make_plan
 from sat_jax.sparsity.rows import Kept
 from sat_jax.sparsity.statistics import Statistics
 from sat_jax.train.optimizer import clipping, learning_rate, make_optimizer
@@ -36,13 +38,14 @@ from tests.small_models import (
     random_kept,
     random_params,
 )
+from tests.test_flops import COMPUTED, GQA, PLANS, REMATS, TOKENS, Traced, segment
 from tests.tolerances import assert_close
 
 CONFIG = CONFIGS["gqa"]
 LAYOUT = layout_of(CONFIG)
 ROWS = batch(CONFIG)
-COMPUTED = {"attention": (True, False, True), "mlp": (False, True, True)}
-RATES = tuple((name, tuple(1.0 - c for c in layers)) for name, layers in COMPUTED.items())
+HAS_BACKWARD = {"attention": (True, False, True), "mlp": (False, True, True)}
+RATES = tuple((name, tuple(1.0 - c for c in layers)) for name, layers in HAS_BACKWARD.items())
 
 
 def test_a_sample_has_each_entry_at_its_rate_and_a_fixed_size() -> None:
@@ -82,7 +85,7 @@ def reference(params: Any) -> jax.Array:
             y = getattr(block, name)(
                 rms_norm(x, norm, CONFIG.norm_eps), Context(ROWS.segment_ids, rotary)
             )
-            x = x + (y if COMPUTED[name][layer] else jax.lax.stop_gradient(y))
+            x = x + (y if HAS_BACKWARD[name][layer] else jax.lax.stop_gradient(y))
     return rms_norm(x, params["final_norm"], CONFIG.norm_eps)
 
 
@@ -102,13 +105,13 @@ def test_gradients_are_those_of_branches_that_are_constants(remat: Any) -> None:
 
     def hidden(params: Any) -> jax.Array:
         model = layout.bind(params)
-        set_backward(model.layers, {name: jnp.asarray(c) for name, c in COMPUTED.items()})
+        set_backward(model.layers, {name: jnp.asarray(c) for name, c in HAS_BACKWARD.items()})
         return model.hidden(ROWS.tokens, ROWS.segment_ids, ROWS.positions)[0]
 
     (x, actual), (expected_x, expected) = (gradients(f, params) for f in (hidden, reference))
     assert_close(x, expected_x, "float32", "forward")
     assert_gradients_close(actual, expected)
-    for name, layers in COMPUTED.items():
+    for name, layers in HAS_BACKWARD.items():
         for layer, computed in enumerate(layers):
             for path, value in actual.items():
                 if path.startswith(f"layers/{name}/"):
@@ -150,10 +153,43 @@ def test_dropped_branches_do_not_change_bit_for_bit(rate: float) -> None:
         {"params": s.params, "mu": s.optimizer[0].mu, "counts": s.optimizer[0].counts}
         for s in (begin, gather)
     )
-    for name, layers in COMPUTED.items():
+    for name, layers in HAS_BACKWARD.items():
         for tree, values in before.items():
             for path, value in values.items():
                 if path.startswith(f"layers/{name}/"):
                     changed = np.asarray(value != after[tree][path])
                     for layer, computed in enumerate(layers):
                         assert changed[layer].any() == computed, (tree, path, layer)
+
+
+class WithConditions(Traced):
+    """A plan's programs in which every branch of every layer may lack its backward pass."""
+
+    def bind(self, trained: Any, values: Any) -> Any:
+        model = super().bind(trained, values)
+        layers = self.execution.split_layers(jnp.ones(GQA.n_layers, bool))
+        set_backward(model.layers, dict.fromkeys(HAS_BACKWARD, layers))
+        return model
+
+
+@pytest.mark.parametrize("remat", REMATS)
+@pytest.mark.parametrize("passes", get_args(Passes))
+def test_flops_of_dropped_branches(passes: Passes, remat: Remat) -> None:
+    """Conditionals are traced with both results: computed everywhere, and nowhere."""
+    plan = (segment(0, 1, 4, 3, 24), segment(1, 3, 2, 3, 8))
+    model = WithConditions(GQA, plan, lambda layout, plan: Gather(layout, plan, passes), remat)
+    everywhere = tuple((name, (1.0,) * GQA.n_layers) for name in HAS_BACKWARD)
+    for conditional, dropped in ((max, ()), (min, everywhere)):
+        traced = traced_flops(*model.step, conditional=conditional)
+        count = training_flops(LAYOUT, COMPUTED, plan, remat, passes=passes, dropped=dropped)
+        assert_close(traced, TOKENS * count.total, "float64", "forward")
+
+
+def test_the_rate_of_each_layer_counts() -> None:
+    """Per token and layer the backward pass of an MLP has 2 · 2 · 3 · 24 · 16 operations."""
+    plan = PLANS["dense"]
+    dense, dropped = (
+        training_flops(LAYOUT, COMPUTED, plan, dropped=rates).total
+        for rates in ((), (("mlp", (0.25, 0.0, 1.0)),))
+    )
+    assert dense - dropped == 1.25 * 2 * 2 * 3 * 24 * 16

@@ -147,6 +147,42 @@ from tests.test_config import built, refusal
         (
             {
                 "sparsity__rate": 0.1,
+                "sparsity__passes": "weights",
+                "sparsity__execution": "kernel",
+                "sparsity__block": 64,
+            },
+            "sparsity.passes 'weights' excludes sparsity.execution 'kernel': kernels compute kept"
+            " units alone",
+        ),
+        (
+            {"sparsity__rate": 0.1, "sparsity__metric": "update_gain"},
+            "sparsity.metric 'update_gain' excludes sparsity.passes 'all': it measures the updates"
+            " of neurons, not what their omission does to the forward pass; accepted: passes"
+            " backward or weights, or metric uniform, magnitude, wanda, maxip, output, svd, taylor",
+        ),
+        (
+            {
+                "sparsity__branch_rate": 0.1,
+                "optimizer__moments": "decay",
+                "sparsity__execution": "mask",
+            },
+            "sparsity.branch_rate 0.1 excludes optimizer.moments decay; accepted: freeze",
+        ),
+        (
+            {"sparsity__branch_rate": 0.1, "sparsity__weights__density": 0.5},
+            "sparsity.branch_rate 0.1 excludes sparsity.weights.density 0.5; accepted: 1",
+        ),
+        (
+            {"sparsity__branch_rate": ()},
+            "sparsity.branch_rate has no value; accepted: one, or one for each layer",
+        ),
+        (
+            {"sparsity__branch_rate": 0.1, "sparsity__split": 1.0},
+            "sparsity.split 1.0 leaves the ladder no dense step; accepted: below 1",
+        ),
+        (
+            {
+                "sparsity__rate": 0.1,
                 "sparsity__least_squares_correction": True,
                 "sparsity__metric": "wanda",
             },

@@ -172,6 +172,8 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "sparsity.block": (2, selection, {}),
     "sparsity.balance": (2, selection, {}),
     "sparsity.passes": ("weights", step, {}),
+    "sparsity.branch_rate": (0.5, step, {}),
+    "sparsity.branches": ("mlp", step, {"sparsity.branch_rate": 0.5}),
     "sparsity.least_squares_correction": (True, step, {}),
     "sparsity.execution": ("mask", step, {}),
     "sparsity.weights.density": (0.25, block_rungs, BLOCKS),

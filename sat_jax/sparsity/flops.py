@@ -134,7 +134,7 @@ def training_flops(
             total += beside.layers
             if remat == "full":
                 again += beside.layers - beside.last_write - beside.mlp_read
-    saved = _dropped_flops(layout, row_length, segments, passes, dropped)
+    saved = _dropped_flops(layout, row_length, segments, remat, passes, dropped)
     return TrainingFlops(total, backward - saved.backward, again - saved.recomputed)
 
 
@@ -142,10 +142,13 @@ def _dropped_flops(
     layout: Layout[Any],
     row_length: int,
     segments: Sequence[Segment] | None,
+    remat: Remat,
     passes: Passes,
     dropped: Dropped,
 ) -> TrainingFlops:
-    """Return the mean operations of the backward passes of branches that are left out."""
+    """Return the mean operations of the backward passes of branches that are left out, with what
+    these alone compute again: later branches need the output of all but the last branch."""
+    last = list(layout.branches)[-1]
     neurons = neurons_of(layout)
     backward = recomputed = 0.0
     for segment in segments or (neurons.dense_segment(),):
@@ -156,7 +159,12 @@ def _dropped_flops(
                 whole = _branch_flops(layout, row_length, segment, name, _sizes(neurons))
             rate = statistics.fmean(rates[segment.start : segment.stop])
             backward += rate * (2 * whole.layers - (whole.products - kept.products))
-            recomputed += rate * whole.mixing / 2
+            again = whole.mixing / 2
+            if remat == "dots" or (remat == "full" and name == last):
+                again += whole.mixing
+            if remat == "full" and name == last:
+                again += whole.products - whole.last_write
+            recomputed += rate * again
     return TrainingFlops(0.0, backward, recomputed)
 
 
@@ -171,14 +179,19 @@ def probe_flops(layout: Layout[Any], row_length: int, gradients: bool = False) -
     return forward.total + (forward.total - mixing) + 2 * mixing + mixing / 2
 
 
-def traced_flops(function: Callable[..., Any], *arguments: Any) -> float:
+def traced_flops(
+    function: Callable[..., Any],
+    *arguments: Any,
+    conditional: Callable[[Sequence[float]], float] = min,
+) -> float:
     """Return the operations of all matrix products of a function: every iteration of a scan, but
-    one of a loop whose length is not known. Of a conditional the branch with the fewest counts: the
-    one that multiplies stored blocks alone. Inner products of vectors are sums, and not counted."""
-    return _products_of(jax.make_jaxpr(function)(*arguments).jaxpr)
+    one of a loop whose length is not known. `conditional` chooses among the cases of a conditional:
+    the fewest operations are those of stored blocks alone, or without a backward pass. Inner
+    products of vectors are sums, and not counted."""
+    return _products_of(jax.make_jaxpr(function)(*arguments).jaxpr, conditional)
 
 
-def _products_of(jaxpr: Any) -> float:
+def _products_of(jaxpr: Any, conditional: Callable[[Sequence[float]], float]) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -187,9 +200,9 @@ def _products_of(jaxpr: Any) -> float:
             depth = math.prod(shape[axis] for axis in contracted)
             if equation.outvars[0].aval.ndim > len(batch):
                 total += 2.0 * depth * math.prod(equation.outvars[0].aval.shape)
-        inner = [*map(_products_of, _inner_jaxprs(equation.params))]
+        inner = [_products_of(part, conditional) for part in _inner_jaxprs(equation.params)]
         if equation.primitive.name == "cond":
-            total += min(inner)
+            total += conditional(inner)
         else:
             total += sum(inner) * equation.params.get("length", 1)
     return total
