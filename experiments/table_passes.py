@@ -1,4 +1,5 @@
-"""Which passes omit neurons, and how the neurons are chosen where the forward pass has all.
+"""Which passes omit neurons, how the neurons are chosen where the forward pass has all, and weight
+gradients from a sample of the tokens.
 
     python -m scripts.sweep --config=experiments/table_passes.py:smoke \
         --config.data.sources=TEXT --workdir=runs/passes
@@ -29,7 +30,7 @@ def get_config(scale: str = "smoke") -> ConfigDict:
 
 
 def get_sweep(scale: str = "smoke") -> Sweep:
-    """Return the passes at two rates each, then the metrics at the higher one."""
+    """Return the passes at two rates each, the metrics at the higher one, and sampled tokens."""
     by_rate: list[dict[str, Any]] = [
         {_PASSES: passes, _RATE: rate} for passes, rates in RATES.items() for rate in rates
     ]
@@ -39,11 +40,15 @@ def get_sweep(scale: str = "smoke") -> Sweep:
         for metric in METRICS
         if metric != "output"  # the default, above
     ]
+    by_tokens: list[dict[str, Any]] = [
+        {_RATE: 0.0, "sparsity.token_rate": rate} for rate in RATES["weights"]
+    ]
     shorter = scales.shorter(get_config(scale))
     return Sweep(
-        scales.over_seeds(scale, [*shorter, *by_rate, *by_metric]),
+        scales.over_seeds(scale, [*shorter, *by_rate, *by_metric, *by_tokens]),
         (
             scales.COMPARE_PASSES,
             Comparison("update_metrics", "Passes and metric", (_RATE, _PASSES, _METRIC)),
+            Comparison("tokens", "Tokens of weight gradients", (_RATE, "sparsity.token_rate")),
         ),
     )

@@ -311,6 +311,13 @@ class SparsityConfig:
     branches: Literal["all", "attention", "mlp"] = key(
         "all", "branches to which branch_rate applies: all, those of attention, or MLPs"
     )
+    token_rate: float = key(
+        0.0,
+        "share r0 of the tokens of a row that weight gradients omit; the others are sampled by"
+        " importance and weighted, so that gradients are unbiased",
+        low=0.0,
+        high=0.99,
+    )
     least_squares_correction: bool = key(
         False,
         "correct the kept output weights by least squares for the omitted neurons, from outputs"
@@ -391,7 +398,8 @@ class Config:
     @property
     def omitted_share(self) -> float:
         """The highest of all rates, and the share of blocks that is not stored; 0: dense."""
-        return max(*self.rates, self.branch_rate, 1 - self.sparsity.weights.density)
+        sparse = self.sparsity
+        return max(*self.rates, self.branch_rate, sparse.token_rate, 1 - sparse.weights.density)
 
     @property
     def branch_rate(self) -> float:

@@ -74,34 +74,39 @@ def check_together(config: "Config") -> None:
         )
     if max(config.rates) > 0:
         _check_selection(config)
-    _check_branches(config)
+    _check_backward(config)
     if config.omitted_share > 0:
         _check_schedule(config)
 
 
-def _check_branches(config: "Config") -> None:
-    """Check what backward passes of branches can be left out with."""
-    sparse, stages = config.sparsity, config.mesh.pipeline
+def _check_backward(config: "Config") -> None:
+    """Check what the backward passes of branches, and tokens of weight gradients, can be left out
+    with."""
+    sparse, optimizer = config.sparsity, config.optimizer
     if sparse.branch_rate == ():
         raise UserError("sparsity.branch_rate has no value; accepted: one, or one for each layer")
-    if config.branch_rate == 0:
-        return
-    for path, value, refused, accepted in (
+    # (path, value, whether it is refused, accepted)
+    both: Any = (
         ("sparsity.execution", sparse.execution, sparse.execution == "kernel", "gather or mask"),
-        (
-            "optimizer.moments",
-            config.optimizer.moments,
-            config.optimizer.moments == "decay",
-            "freeze",
-        ),
         ("sparsity.weights.density", sparse.weights.density, config.stores_blocks, "1"),
-        ("mesh.pipeline", stages, stages > 1, "1"),
+        ("mesh.pipeline", config.mesh.pipeline, config.mesh.pipeline > 1, "1"),
+    )
+    moments = ("optimizer.moments", optimizer.moments, optimizer.moments == "decay", "freeze")
+    in_layers = max(config.rates) > 0 and sparse.refresh_every == 0
+    tokens: Any = (
+        ("sparsity.passes", sparse.passes, sparse.passes == "weights", "all or backward"),
+        ("sparsity.refresh_every", 0, in_layers, "1 or more"),
+    )
+    for name, rate, excluded in (
+        ("branch_rate", config.branch_rate, (*both, moments)),
+        ("token_rate", sparse.token_rate, (*both, *tokens)),
     ):
-        if refused:
-            raise UserError(
-                f"sparsity.branch_rate {sparse.branch_rate} excludes {path} {value}; accepted:"
-                f" {accepted}"
-            )
+        for path, value, refused, accepted in excluded if rate > 0 else ():
+            if refused:
+                raise UserError(
+                    f"sparsity.{name} {getattr(sparse, name)} excludes {path} {value}; accepted:"
+                    f" {accepted}"
+                )
 
 
 def _check_weights(config: "Config") -> None:

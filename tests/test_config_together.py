@@ -172,6 +172,26 @@ from tests.test_config import built, refusal
             {"sparsity__branch_rate": 0.1, "sparsity__weights__density": 0.5},
             "sparsity.branch_rate 0.1 excludes sparsity.weights.density 0.5; accepted: 1",
         ),
+        *(
+            (
+                {"sparsity__rate": 0.1, "sparsity__token_rate": 0.5, **values},
+                f"sparsity.token_rate 0.5 excludes {excluded}",
+            )
+            for values, excluded in (
+                (
+                    {"sparsity__passes": "weights"},
+                    "sparsity.passes weights; accepted: all or backward",
+                ),
+                (
+                    {"sparsity__refresh_every": 0, "sparsity__metric": "wanda"},
+                    "sparsity.refresh_every 0; accepted: 1 or more",
+                ),
+                (
+                    {"sparsity__execution": "kernel", "sparsity__block": 64},
+                    "sparsity.execution kernel; accepted: gather or mask",
+                ),
+            )
+        ),
         (
             {"sparsity__branch_rate": ()},
             "sparsity.branch_rate has no value; accepted: one, or one for each layer",

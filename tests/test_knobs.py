@@ -173,6 +173,7 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "sparsity.balance": (2, selection, {}),
     "sparsity.passes": ("weights", step, {}),
     "sparsity.branch_rate": (0.5, step, {}),
+    "sparsity.token_rate": (0.5, step, {}),
     "sparsity.branches": ("mlp", step, {"sparsity.branch_rate": 0.5}),
     "sparsity.least_squares_correction": (True, step, {}),
     "sparsity.execution": ("mask", step, {}),

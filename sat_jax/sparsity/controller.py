@@ -44,8 +44,9 @@ class Rung:
         """The highest of the two requested rates, the share of dropped backward passes of branches,
         and the share of the blocks that matrices do not
         store; logged as `omission_rate`; 0: dense."""
-        omitted = max(self.rate_attention, self.rate_mlp, self.plan.dropped_share)
-        return max(omitted, 1 - self.plan.stored_share)
+        plan = self.plan
+        omitted = max(self.rate_attention, self.rate_mlp, 1 - plan.stored_share)
+        return max(omitted, plan.dropped_share, plan.token_rate)
 
 
 class Controller:
@@ -181,6 +182,7 @@ def make_controller(
         if overall(config.branch_rate) * stair.scale > 0:
             dropped = _dropped(config, neurons, stair.scale)
             plan = dataclasses.replace(plan, dropped=dropped)
+        plan = dataclasses.replace(plan, token_rate=config.token_rate * stair.scale)
         if grids and stair.scale > 0:
             before = next((r.plan.stored for r in reversed(rungs) if r.plan.stored), ())
             stored = _stored(config.weights, grids, stair.scale, before)

@@ -19,6 +19,7 @@ import jax
 
 from sat_jax.nn.layout import Layout
 from sat_jax.nn.param import CHANNEL
+from sat_jax.nn.sampled_tokens import sampled_tokens
 from sat_jax.nn.stack import Remat
 from sat_jax.sparsity.plan import Dropped, Neurons, Passes, Segment, neurons_of
 
@@ -97,6 +98,7 @@ def training_flops(
     fused_mlp: bool = False,
     passes: Passes = "all",
     dropped: Dropped = (),
+    token_rate: float = 0.0,
 ) -> TrainingFlops:
     """Return the operations a token of a training step; `segments` as in `forward_flops`.
 
@@ -110,10 +112,12 @@ def training_flops(
     pass too, and `weights` all but the gradients of their weights. For products with weights alone
     and a share k of kept units, a dense step then costs at most 3 / (1 + 2k) and 3 / (2 + k) times
     as much. `dropped`: backward passes of branches that are left out, on average.
+    `token_rate`: share of the tokens that weight gradients of branches leave out.
     """
     kept = forward_flops(layout, row_length, segments)
     forward = forward_flops(layout, row_length) if passes == "weights" else kept
-    backward = 2 * forward.total - (forward.products - kept.products)
+    sampled = sampled_tokens(token_rate, row_length) / row_length
+    backward = 2 * forward.total - (forward.products - sampled * kept.products)
     again = forward.mixing / 2
     if remat != "none":
         again += forward.mixing
@@ -134,7 +138,7 @@ def training_flops(
             total += beside.layers
             if remat == "full":
                 again += beside.layers - beside.last_write - beside.mlp_read
-    saved = _dropped_flops(layout, row_length, segments, remat, passes, dropped)
+    saved = _dropped_flops(layout, row_length, segments, remat, passes, dropped, sampled)
     return TrainingFlops(total, backward - saved.backward, again - saved.recomputed)
 
 
@@ -145,6 +149,7 @@ def _dropped_flops(
     remat: Remat,
     passes: Passes,
     dropped: Dropped,
+    sampled: float,
 ) -> TrainingFlops:
     """Return the mean operations of the backward passes of branches that are left out, with what
     these alone compute again: later branches need the output of all but the last branch."""
@@ -158,7 +163,7 @@ def _dropped_flops(
             if passes == "weights":
                 whole = _branch_flops(layout, row_length, segment, name, _sizes(neurons))
             rate = statistics.fmean(rates[segment.start : segment.stop])
-            backward += rate * (2 * whole.layers - (whole.products - kept.products))
+            backward += rate * (2 * whole.layers - (whole.products - sampled * kept.products))
             again = whole.mixing / 2
             if remat == "dots" or (remat == "full" and name == last):
                 again += whole.mixing

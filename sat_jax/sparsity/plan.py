@@ -51,6 +51,7 @@ class Plan:
     The same number is kept in each of `balance` contiguous parts of the units, and channels are
     kept in aligned runs of `block`. `stored`: block-sparse matrices, the same in all layers.
     `dropped`: how likely a step is to leave out the backward pass of a branch, by layer.
+    `token_rate`: share of the tokens that weight gradients leave out.
     Hashable; static under jit.
     """
 
@@ -59,6 +60,7 @@ class Plan:
     block: int = 1
     stored: Stored = ()
     dropped: Dropped = ()
+    token_rate: float = 0.0
 
     @property
     def dropped_share(self) -> float:
@@ -96,7 +98,7 @@ class Neurons:
 
     def is_dense(self, plan: Plan) -> bool:
         """Whether the plan keeps all units, stores all blocks, and has all backward passes."""
-        return not (plan.stored or plan.dropped) and self.keeps_all(plan)
+        return not (plan.stored or plan.dropped or plan.token_rate) and self.keeps_all(plan)
 
     def keeps_all(self, plan: Plan) -> bool:
         """Whether the plan keeps all units."""

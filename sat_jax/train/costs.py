@@ -31,6 +31,7 @@ def step_flops(config: Config, model: DecoderConfig, rung: Rung | None = None) -
         fused_mlp=rung is not None and has_fused_mlp(layout_of(model), rung.plan.stored),
         passes=sparse.passes,
         dropped=() if rung is None else rung.plan.dropped,
+        token_rate=0.0 if rung is None else rung.plan.token_rate,
     )
     return flops.total
 

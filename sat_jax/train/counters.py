@@ -116,6 +116,7 @@ class RunCounters:
             "kept_channels": channels,
             "stored_blocks": rung.plan.stored_share,
             "dropped_branches": rung.plan.dropped_share,
+            "omitted_tokens": rung.plan.token_rate,
             "rung": number,
             "probes": self.probes,
             "seconds": seconds,

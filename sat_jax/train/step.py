@@ -21,6 +21,7 @@ from sat_jax.sparsity.execution.base import Execution
 from sat_jax.sparsity.execution.state import TrainState, Tree
 from sat_jax.sparsity.rows import Kept
 from sat_jax.sparsity.statistics import Observable, Statistics, accumulate, statistics_of
+from sat_jax.sparsity.token_sampling import sample_tokens, token_key
 from sat_jax.train.optimizer import Clip, Schedule
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -84,6 +85,9 @@ def make_step(
         def loss(trained: Tree, part: Batch) -> tuple[Array, tuple[Statistics, Kept]]:
             model = execution.bind(trained, state.params, omitted, kept, corrections)
             set_backward(model.layers, computed)
+            if plan.token_rate > 0:
+                key = token_key(settings.seed, state.step)
+                sample_tokens(model.layers, plan.token_rate, key)
             total, observed = next_token_loss(model, *part, observe=settings.observe, **options)
             chosen: Kept = ()
             if execution.selection is not None:
