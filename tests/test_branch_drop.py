@@ -137,7 +137,7 @@ def plan_of(rate: float) -> Plan:
     return dataclasses.replace(plan, dropped=RATES)
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.5])
+@pytest.mark.parametrize("rate", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 def test_dropped_branches_do_not_change_bit_for_bit(rate: float) -> None:
     """Also together with omitted units, in two segments; gather and mask train alike."""
     plan = plan_of(rate)
@@ -172,8 +172,15 @@ class WithConditions(Traced):
         return model
 
 
-@pytest.mark.parametrize("remat", REMATS)
-@pytest.mark.parametrize("passes", get_args(Passes))
+FAST = (("all", "dots"), ("weights", "full"))
+CASES = [
+    pytest.param(passes, remat, marks=() if (passes, remat) in FAST else pytest.mark.slow)
+    for passes in get_args(Passes)
+    for remat in REMATS
+]
+
+
+@pytest.mark.parametrize(("passes", "remat"), CASES)
 def test_flops_of_dropped_branches(passes: Passes, remat: Remat) -> None:
     """Conditionals are traced with both results: computed everywhere, and nowhere."""
     plan = (segment(0, 1, 4, 3, 24), segment(1, 3, 2, 3, 8))

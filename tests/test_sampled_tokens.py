@@ -55,6 +55,30 @@ def test_the_gradient_is_that_of_all_tokens_in_the_mean(product: Any) -> None:
     assert float((jnp.abs(weights.mean(0) - expected_w) / (error + 1e-6)).max()) < 5
 
 
+def test_a_token_is_as_likely_as_its_term_is_large() -> None:
+    """Divided by their probabilities, all terms have the same norm: the sum of all norms."""
+    rng = np.random.default_rng(1)
+    x, dy = (jnp.asarray(rng.normal(size=(1, 4, 3)), jnp.float32) for _ in range(2))
+    norms = np.linalg.norm(x[0], axis=-1) * np.linalg.norm(dy[0], axis=-1)
+
+    def estimate(key: jax.Array) -> jax.Array:
+        weight = SampledTokens(jnp.zeros((3, 3)), jax.random.key_data(key), 0.75)
+        return weight.gradient(x, dy).array
+
+    estimates = jax.jit(jax.vmap(estimate))(jax.random.split(jax.random.key(0), 64))
+    assert len({float(e[0, 0]) for e in estimates}) == 4
+    actual = np.linalg.norm(estimates, axis=(1, 2))
+    assert_close(actual, np.full(64, norms.sum()), "float32", "backward")
+
+
+def test_every_matrix_and_layer_has_its_own_random_key() -> None:
+    model: Any = LAYOUT.bind({p: jnp.zeros(s.shape) for p, s in LAYOUT.shapes.items()})
+    sample_tokens(model.layers, 0.5, jax.random.key(0))
+    matrices = (model.layers.attention.query, model.layers.attention.output, model.layers.mlp.up)
+    keys = np.concatenate([matrix.get_value().key for matrix in matrices])
+    assert len(np.unique(keys, axis=0)) == 3 * GQA.n_layers
+
+
 def differ(one: Any, other: Any) -> bool:
     return bool(np.abs(one - other).max() > 0.01 * np.abs(other).max())
 
