@@ -34,7 +34,7 @@ COMPARE_PASSES = Comparison(
     "passes",
     "Both passes, the backward pass alone, or a least-squares correction",
     (
-        *("sparsity.rate", "sparsity.dense_forward", "sparsity.least_squares_correction"),
+        *("sparsity.rate", "sparsity.passes", "sparsity.least_squares_correction"),
         *("sparsity.forward", "sparsity.compensate"),  # their names in rows up to commit 09323b3
     ),
 )

@@ -35,8 +35,8 @@ def get_sweep(scale: str = "smoke") -> Sweep:
         {"sparsity.rate_attention": 0.0},  # channels only
         {"sparsity.attention_unit": "query_head"},
         # At the same rate, and at one that saves about as many FLOPs.
-        {"sparsity.dense_forward": True},
-        {"sparsity.dense_forward": True, "sparsity.rate": 0.6},
+        {"sparsity.passes": "backward"},
+        {"sparsity.passes": "backward", "sparsity.rate": 0.6},
     ]
     if scale in scales.CORRECTED:  # at the same two rates
         runs += [{"sparsity.least_squares_correction": True}]

@@ -29,7 +29,7 @@ def get_config(scale: str = "smoke") -> ConfigDict:
 
 def get_sweep(scale: str = "smoke") -> Sweep:
     runs: list[dict[str, Any]] = [{"sparsity.rate": rate} for rate in scales.RATES]
-    runs += [{"sparsity.dense_forward": True}]
+    runs += [{"sparsity.passes": "backward"}]
     if scale in scales.CORRECTED:
         runs += [{"sparsity.least_squares_correction": True}]
     runs = scales.over_seeds(scale, [*scales.shorter(get_config(scale)), *runs])

@@ -22,7 +22,7 @@ from sat_jax.ops import RetentionKernel
 from sat_jax.sparsity.block_patterns import Pattern
 from sat_jax.sparsity.controller import overall
 from sat_jax.sparsity.importance import METRICS
-from sat_jax.sparsity.plan import LayerRates
+from sat_jax.sparsity.plan import LayerRates, Passes
 from sat_jax.sparsity.schedule import Schedule
 
 
@@ -337,13 +337,32 @@ class SparsityConfig:
         "number of equal parts of a layer that keep equal numbers of neurons; None: mesh.tensor",
         low=1,
     )
+    branch_rate: float | tuple[float, ...] = key(
+        0.0,
+        "probability r0 that a step omits the backward pass of a whole branch of a layer; or one"
+        " r0 per layer",
+        low=0.0,
+        high=1.0,
+    )
+    branches: Literal["all", "attention", "mlp"] = key(
+        "all", "branches to which branch_rate applies: all, those of attention, or MLPs"
+    )
+    token_rate: float = key(
+        0.0,
+        "share r0 of the tokens of a row that weight gradients omit; the others are sampled by"
+        " importance and weighted, so that gradients are unbiased",
+        low=0.0,
+        high=0.99,
+    )
     least_squares_correction: bool = key(
         False,
         "correct the kept output weights by least squares for the omitted neurons, from outputs"
         " observed by probes",
     )
-    dense_forward: bool = key(
-        False, "omit neurons in the backward pass only; the forward pass is dense"
+    passes: Passes = key(
+        "all",
+        "passes in which neurons are omitted: all, the backward pass alone (backward), or the"
+        " gradients of their weights alone (weights)",
     )
     execution: Literal["gather", "mask", "kernel"] = key(
         "gather",
@@ -418,8 +437,14 @@ class Config:
 
     @property
     def omitted_share(self) -> float:
-        """The higher of the omission rates, or the share of blocks that is not stored; 0: dense."""
-        return max(*self.rates, 1 - self.sparsity.weights.density)
+        """The highest of all rates, and the share of blocks that is not stored; 0: dense."""
+        sparse = self.sparsity
+        return max(*self.rates, self.branch_rate, sparse.token_rate, 1 - sparse.weights.density)
+
+    @property
+    def branch_rate(self) -> float:
+        """Probability r0 of a branch without backward pass, the mean over layers."""
+        return overall(self.sparsity.branch_rate)
 
     @property
     def rates(self) -> tuple[float, float]:

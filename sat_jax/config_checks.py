@@ -2,10 +2,11 @@
 
 import dataclasses
 import operator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sat_jax.errors import UserError
-from sat_jax.sparsity.importance import METRICS
+from sat_jax.sparsity.importance import METRICS, Metric
 
 if TYPE_CHECKING:
     from sat_jax.config import Config, SparsityConfig
@@ -20,21 +21,27 @@ _NEEDS = (
 )
 # (setting of sparsity, its value, excluded setting, excluded value, reason)
 _EXCLUDES: tuple[tuple[str, Any, str, Any, str], ...] = (
-    ("least_squares_correction", True, "dense_forward", True, "dense passes need no correction"),
+    *(
+        ("least_squares_correction", True, "passes", passes, "dense passes need no correction")
+        for passes in ("backward", "weights")
+    ),
     ("least_squares_correction", True, "execution", "kernel", "kernels use the full weights"),
     ("least_squares_correction", True, "refresh_every", 0, "refreshes compute corrections"),
     ("refresh_every", 0, "execution", "kernel", "kernels need kept units before the step"),
+    ("passes", "weights", "execution", "kernel", "kernels compute kept units alone"),
 )
 # Settings of sparsity that have a meaning for omitted units alone.
 _OF_UNITS = (
-    *("execution", "attention_unit", "dense_layers", "block", "dense_forward"),
+    *("execution", "attention_unit", "dense_layers", "block", "passes"),
     "least_squares_correction",
 )
 # Settings of sparsity with adapters, and the values that are implemented.
 _WITH_LORA: dict[str, tuple[Any, ...]] = {
     "execution": ("gather", "mask"),
     "least_squares_correction": (False,),
-    "dense_forward": (False,),
+    "passes": ("all",),
+    "branch_rate": (0.0,),
+    "token_rate": (0.0,),
 }
 
 
@@ -86,8 +93,39 @@ def check_together(config: "Config") -> None:
         )
     if max(config.rates) > 0:
         _check_selection(config)
-    if max(config.rates) > 0 or config.stores_blocks:
+    _check_backward(config)
+    if config.omitted_share > 0:
         _check_schedule(config)
+
+
+def _check_backward(config: "Config") -> None:
+    """Check what the backward passes of branches, and tokens of weight gradients, can be left out
+    with."""
+    sparse, optimizer = config.sparsity, config.optimizer
+    if sparse.branch_rate == ():
+        raise UserError("sparsity.branch_rate has no value; accepted: one, or one for each layer")
+    # (path, value, whether it is refused, accepted)
+    both: Any = (
+        ("sparsity.execution", sparse.execution, sparse.execution == "kernel", "gather or mask"),
+        ("sparsity.weights.density", sparse.weights.density, config.stores_blocks, "1"),
+        ("mesh.pipeline", config.mesh.pipeline, config.mesh.pipeline > 1, "1"),
+    )
+    moments = ("optimizer.moments", optimizer.moments, optimizer.moments == "decay", "freeze")
+    in_layers = max(config.rates) > 0 and sparse.refresh_every == 0
+    tokens: Any = (
+        ("sparsity.passes", sparse.passes, sparse.passes == "weights", "all or backward"),
+        ("sparsity.refresh_every", 0, in_layers, "1 or more"),
+    )
+    for name, rate, excluded in (
+        ("branch_rate", config.branch_rate, (*both, moments)),
+        ("token_rate", sparse.token_rate, (*both, *tokens)),
+    ):
+        for path, value, refused, accepted in excluded if rate > 0 else ():
+            if refused:
+                raise UserError(
+                    f"sparsity.{name} {getattr(sparse, name)} excludes {path} {value}; accepted:"
+                    f" {accepted}"
+                )
 
 
 def _check_weights(config: "Config") -> None:
@@ -128,11 +166,11 @@ def _check_lora(config: "Config") -> None:
             f"lora.rank {lora.rank} excludes sparsity.weights.density {sparse.weights.density:g}:"
             " adapters have dense bases; accepted: one of the two"
         )
-    if max(config.rates) == 0:
+    if config.omitted_share == 0:
         return
     if lora.dora:
         raise UserError(
-            f"lora.dora excludes omission rates above 0 ({max(config.rates):g}): norms of outputs"
+            f"lora.dora excludes omission rates above 0 ({config.omitted_share:g}): norms of outputs"
             " need all units; accepted: one of the two"
         )
     for name, accepted in _WITH_LORA.items():
@@ -178,11 +216,18 @@ def _check_pipeline(config: "Config") -> None:
             " selection; accepted: refresh_every 1 or more"
         )
     if METRICS[sparse.metric].needs == ("inputs",):
-        accepted = (name for name, metric in METRICS.items() if metric.needs != ("inputs",))
+        accepted = _metrics(sparse, lambda metric: metric.needs != ("inputs",))
         raise UserError(
             f"sparsity.metric {sparse.metric!r} excludes mesh.pipeline {stages}: stages do not"
-            f" observe the inputs of training steps; accepted: {', '.join(accepted)}"
+            f" observe the inputs of training steps; accepted: {accepted}"
         )
+
+
+def _metrics(sparse: "SparsityConfig", accepts: Callable[[Metric], bool]) -> str:
+    """Return the names of metrics that are accepted, and have a meaning with the passes."""
+    whole = sparse.passes != "all"
+    names = (n for n, m in METRICS.items() if accepts(m) and (whole or not m.measures_updates))
+    return ", ".join(names)
 
 
 def _check_selection(config: "Config") -> None:
@@ -193,26 +238,34 @@ def _check_selection(config: "Config") -> None:
             raise UserError(
                 f"sparsity.{name} {value!r} excludes sparsity.{excluded} {current!r}: {reason}"
             )
-    for name in ("probe_tokens", "stats_decay", "dense_forward"):
+    for name in ("probe_tokens", "stats_decay", "passes"):
         value, default = getattr(sparse, name), getattr(type(sparse), name)
         if sparse.refresh_every == 0 and value != default:
             raise UserError(
                 f"sparsity.refresh_every 0 does not use sparsity.{name} {value!r}; accepted:"
                 f" {default!r}"
             )
+    metric = METRICS[sparse.metric]
+    if metric.measures_updates and sparse.passes == "all":
+        accepted = _metrics(sparse, lambda _: True)
+        raise UserError(
+            f"sparsity.metric {sparse.metric!r} excludes sparsity.passes 'all': it measures the"
+            " updates of neurons, not what their omission does to the forward pass; accepted:"
+            f" passes backward or weights, or metric {accepted}"
+        )
     if sparse.refresh_every == 0 and accumulate > 1:
         raise UserError(
             f"sparsity.refresh_every 0 excludes train.accumulate {accumulate}: all microbatches"
             " share one selection; accepted: train.accumulate 1"
         )
-    if sparse.refresh_every == 0 and not METRICS[sparse.metric].needs_inputs_only:
-        accepted = ", ".join(name for name, metric in METRICS.items() if metric.needs_inputs_only)
+    if sparse.refresh_every == 0 and not metric.needs_inputs_only:
+        accepted = _metrics(sparse, lambda metric: metric.needs_inputs_only)
         raise UserError(
             f"sparsity.refresh_every 0 excludes sparsity.metric {sparse.metric!r}, which needs"
             f" outputs; accepted: {accepted}"
         )
-    if sparse.least_squares_correction and not METRICS[sparse.metric].probes:
-        accepted = ", ".join(name for name, metric in METRICS.items() if metric.probes)
+    if sparse.least_squares_correction and not metric.probes:
+        accepted = _metrics(sparse, lambda metric: metric.probes)
         raise UserError(
             "sparsity.least_squares_correction excludes sparsity.metric"
             f" {sparse.metric!r}, which has no probe at refreshes; accepted: {accepted}"

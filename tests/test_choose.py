@@ -15,7 +15,7 @@ from sat_jax.sparsity.choose import Criteria, choose, describe_unranked
 from sat_jax.sparsity.importance import METRICS, score_inputs
 from sat_jax.sparsity.plan import AttentionUnit, Plan, make_plan
 from sat_jax.sparsity.rows import Kept
-from sat_jax.sparsity.statistics import Statistics
+from sat_jax.sparsity.statistics import Statistics, UpdateSums
 from sat_jax.train.probe import observe_batch
 from tests.small_models import CONFIGS, batch, neurons, random_params
 
@@ -45,6 +45,14 @@ def statistics(config: LlamaConfig, seed: int = 0) -> Statistics:
         gradients={
             "query_head": jnp.asarray(rng.normal(size=(layers, groups, heads))),
             "channel": jnp.asarray(rng.normal(size=(layers, config.d_ff))),
+        },
+        updates={
+            unit: UpdateSums(*jnp.asarray(rng.random((3, layers, *sizes))))
+            for unit, sizes in (
+                ("kv_group", (groups,)),
+                ("query_head", (groups, heads)),
+                ("channel", (config.d_ff,)),
+            )
         },
     )
 

@@ -135,7 +135,7 @@ DEPENDENT = {
     "optimizer.decay_share",
     *("sparsity.split", "sparsity.rungs", "sparsity.schedule", "sparsity.dense_start"),
     "sparsity.min_gain",
-    *("sparsity.refresh_every", "sparsity.least_squares_correction"),
+    *("sparsity.refresh_every", "sparsity.least_squares_correction", "sparsity.metric"),
     *("sparsity.dense_layers", "sparsity.weights.density"),
     *("sparsity.weights.update_every", "sparsity.weights.drop_fraction"),
     *("mesh.data", "mesh.tensor", "mesh.pipeline", "mesh.rounds"),

@@ -100,9 +100,9 @@ from tests.test_config import built, refusal
                 "sparsity__rate": 0.1,
                 "sparsity__refresh_every": 0,
                 "sparsity__metric": "wanda",
-                "sparsity__dense_forward": True,
+                "sparsity__passes": "backward",
             },
-            "sparsity.refresh_every 0 does not use sparsity.dense_forward True; accepted: False",
+            "sparsity.refresh_every 0 does not use sparsity.passes 'backward'; accepted: 'all'",
         ),
         *(
             (
@@ -148,10 +148,66 @@ from tests.test_config import built, refusal
             {
                 "sparsity__rate": 0.1,
                 "sparsity__least_squares_correction": True,
-                "sparsity__dense_forward": True,
+                "sparsity__passes": "backward",
             },
-            "sparsity.least_squares_correction True excludes sparsity.dense_forward True: dense"
+            "sparsity.least_squares_correction True excludes sparsity.passes 'backward': dense"
             " passes need no correction",
+        ),
+        (
+            {
+                "sparsity__rate": 0.1,
+                "sparsity__passes": "weights",
+                "sparsity__execution": "kernel",
+                "sparsity__block": 64,
+            },
+            "sparsity.passes 'weights' excludes sparsity.execution 'kernel': kernels compute kept"
+            " units alone",
+        ),
+        (
+            {"sparsity__rate": 0.1, "sparsity__metric": "update_gain"},
+            "sparsity.metric 'update_gain' excludes sparsity.passes 'all': it measures the updates"
+            " of neurons, not what their omission does to the forward pass; accepted: passes"
+            " backward or weights, or metric uniform, magnitude, wanda, maxip, output, svd, taylor",
+        ),
+        (
+            {
+                "sparsity__branch_rate": 0.1,
+                "optimizer__moments": "decay",
+                "sparsity__execution": "mask",
+            },
+            "sparsity.branch_rate 0.1 excludes optimizer.moments decay; accepted: freeze",
+        ),
+        (
+            {"sparsity__branch_rate": 0.1, "sparsity__weights__density": 0.5},
+            "sparsity.branch_rate 0.1 excludes sparsity.weights.density 0.5; accepted: 1",
+        ),
+        *(
+            (
+                {"sparsity__rate": 0.1, "sparsity__token_rate": 0.5, **values},
+                f"sparsity.token_rate 0.5 excludes {excluded}",
+            )
+            for values, excluded in (
+                (
+                    {"sparsity__passes": "weights"},
+                    "sparsity.passes weights; accepted: all or backward",
+                ),
+                (
+                    {"sparsity__refresh_every": 0, "sparsity__metric": "wanda"},
+                    "sparsity.refresh_every 0; accepted: 1 or more",
+                ),
+                (
+                    {"sparsity__execution": "kernel", "sparsity__block": 64},
+                    "sparsity.execution kernel; accepted: gather or mask",
+                ),
+            )
+        ),
+        (
+            {"sparsity__branch_rate": ()},
+            "sparsity.branch_rate has no value; accepted: one, or one for each layer",
+        ),
+        (
+            {"sparsity__branch_rate": 0.1, "sparsity__split": 1.0},
+            "sparsity.split 1.0 leaves the ladder no dense step; accepted: below 1",
         ),
         (
             {

@@ -64,9 +64,9 @@ TOKENS = ROWS * LENGTH
 COMPUTED = 2 * LENGTH - 1
 
 Make = Callable[[Layout[Decoder], Plan], Execution]
-DENSE_FORWARD: dict[str, Make] = {
-    "gather": lambda layout, plan: Gather(layout, plan, True),
-    "kernel": lambda layout, plan: Kernel(layout, plan, True, KernelConfig(8, "xla")),
+BACKWARD: dict[str, Make] = {
+    "gather": lambda layout, plan: Gather(layout, plan, "backward"),
+    "kernel": lambda layout, plan: Kernel(layout, plan, "backward", KernelConfig(8, "xla")),
 }
 # Norms of weights are no matrix products: scoring in the layers is not counted.
 CRITERIA = Criteria("magnitude")
@@ -76,7 +76,7 @@ COMPUTES_ALL: dict[str, Make] = {
 }
 COMPUTES_KEPT: dict[str, Make] = {
     "gather": Gather,
-    "kernel": lambda layout, plan: Kernel(layout, plan, False, KernelConfig(8, "xla")),
+    "kernel": lambda layout, plan: Kernel(layout, plan, kernel=KernelConfig(8, "xla")),
     "dynamic gather": lambda layout, plan: Dynamic(layout, plan, criteria=CRITERIA),
 }
 
@@ -185,12 +185,44 @@ def test_masks_compute_everything(execution: str, remat: Remat) -> None:
 
 @pytest.mark.parametrize("remat", REMATS)
 @pytest.mark.parametrize("plan", ["groups", "query heads", "channels"])
-@pytest.mark.parametrize("execution", DENSE_FORWARD)
+@pytest.mark.parametrize("execution", BACKWARD)
 def test_only_the_backward_pass_omits(execution: str, plan: str, remat: Remat) -> None:
-    model = Traced(GQA, PLANS[plan], DENSE_FORWARD[execution], remat)
-    options = {"kernels": execution == "kernel", "dense_forward": True}
+    model = Traced(GQA, PLANS[plan], BACKWARD[execution], remat)
+    options = {"kernels": execution == "kernel", "passes": "backward"}
     expected = training_flops(LAYOUT, COMPUTED, PLANS[plan], remat, **options)
     assert_close(traced_flops(*model.step), ROWS * LENGTH * expected.total, "float64", "forward")
+
+
+@pytest.mark.parametrize("remat", REMATS)
+@pytest.mark.parametrize("plan", ["both", "query heads"])
+def test_only_weight_gradients_are_omitted(plan: str, remat: Remat) -> None:
+    make: Make = lambda layout, plan: Gather(layout, plan, "weights")  # noqa: E731
+    expected = training_flops(LAYOUT, COMPUTED, PLANS[plan], remat, passes="weights")
+    traced = traced_flops(*Traced(GQA, PLANS[plan], make, remat).step)
+    assert_close(traced, ROWS * LENGTH * expected.total, "float64", "forward")
+
+
+def test_masks_of_weight_gradients_compute_everything() -> None:
+    plan = PLANS["query heads"]
+    masked = Traced(GQA, plan, lambda layout, plan: Mask(layout, plan, "weights"))
+    dense = training_flops(LAYOUT, COMPUTED)
+    assert traced_flops(*masked.step) == ROWS * LENGTH * dense.total
+
+
+def test_bounds_of_passes_by_hand() -> None:
+    """Half of the groups and of the channels are kept. For products with weights alone the bounds
+    are 3 / (3 - 2p) and 3 / (2 + k), with k kept and p omitted."""
+    half = (segment(0, 3, 2, 3, 12),)
+    one, dense = forward_flops(LAYOUT, 64), training_flops(LAYOUT, 64).total
+    for passes, saved, bound in (
+        ("backward", one.products + 2.5 / 2 * one.mixing, 3 / (3 - 2 * 0.5)),
+        ("weights", one.products / 2, 3 / (2 + 0.5)),
+    ):
+        total = training_flops(LAYOUT, 64, half, passes=passes).total  # type: ignore[arg-type]
+        assert_close(dense - total, saved, "float64", "forward")
+        products = 3 * one.products
+        saved_products = saved - (2.5 / 2 * one.mixing if passes == "backward" else 0)
+        assert_close(products / (products - saved_products), bound, "float64", "forward")
 
 
 @pytest.mark.parametrize("name", ["mha", "bias", "norm"])

@@ -28,7 +28,7 @@ from sat_jax.sparsity.execution.gather import Gather
 from sat_jax.sparsity.execution.kernel import Kernel
 from sat_jax.sparsity.execution.mask import Mask
 from sat_jax.sparsity.importance import METRICS
-from sat_jax.sparsity.plan import make_plan, neurons_of
+from sat_jax.sparsity.plan import Passes, make_plan, neurons_of
 from sat_jax.train.probe import observe_batch
 from tests.conftest import EMITTERS_OF_USERS
 from tests.gpt_families import GOLDEN
@@ -155,25 +155,30 @@ FAMILIES = [
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("dense_forward", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_executions_agree(name: str, dense_forward: bool) -> None:
+@pytest.mark.parametrize(
+    "passes", ["all", *(pytest.param(p, marks=pytest.mark.slow) for p in ("backward", "weights"))]
+)
+def test_executions_agree(name: str, passes: Passes) -> None:
     layout = layout_of(CONFIGS[name])
     plan = make_plan(neurons_of(layout), 0.5, 0.5, block=64, dense_layers=(1,))
     kept = random_kept(CONFIGS[name], plan)
-    gather = Gather(layout, plan, dense_forward)
+    gather = Gather(layout, plan, passes)
     desired, gradients = loss_and_gradients(gather, kept)
-    masked, full = loss_and_gradients(Mask(layout, plan, dense_forward), kept)
+    masked, full = loss_and_gradients(Mask(layout, plan, passes), kept)
     assert_close(masked, desired, "float32", "forward")
-    kernel = Kernel(layout, plan, dense_forward, KernelConfig(64, "xla"))
-    by_kernel, kept_rows = loss_and_gradients(kernel, kept)
-    assert_close(by_kernel, desired, "float32", "forward")
     compact, _ = gather.compact(full, kept)
+    others = [compact]
+    if passes != "weights":
+        kernel = Kernel(layout, plan, passes, KernelConfig(64, "xla"))
+        by_kernel, kept_rows = loss_and_gradients(kernel, kept)
+        assert_close(by_kernel, desired, "float32", "forward")
+        others.append(kept_rows)
     # Biases of queries and keys shift scores: their gradients are small differences of large sums
     # (0 for keys), whose rounding is that of the summands.
     floor = 0.01 * max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradients))
     direction: Direction = "retention" if name == "retnet" else "backward"
     for path, value in gradients.items():
-        for found in (compact[path], kept_rows[path]):
+        for found in (other[path] for other in others):
             pairs = zip(jax.tree.leaves(found), jax.tree.leaves(value), strict=True)
             for array, expected in pairs:
                 with_floor = (np.append(x, np.float32(floor)) for x in (array, expected))

@@ -19,7 +19,7 @@ from sat_jax.nn.norms import rms_norm
 from sat_jax.nn.observe import InputSums
 from sat_jax.nn.rope import rotary_tables
 from sat_jax.sparsity.importance import METRICS, Scores, score_inputs
-from sat_jax.sparsity.statistics import Statistics, accumulate, statistics_of
+from sat_jax.sparsity.statistics import Statistics, UpdateSums, accumulate, statistics_of
 from tests.small_models import CONFIGS, batch, random_params
 from tests.tolerances import assert_close
 
@@ -59,6 +59,19 @@ STATS = Statistics(
         "query_head": jnp.asarray([[[8.0, -12.0], [2.0, 6.0]]]),
         "channel": jnp.asarray([[-20.0, 4.0]]),
     },
+    updates={
+        "kv_group": UpdateSums(*jnp.asarray([[[8.0, 2.0]], [[36.0, 4.0]], [[-4.0, 1.0]]])),
+        "query_head": UpdateSums(
+            *jnp.asarray(
+                [
+                    [[[4.0, 2.0], [1.0, 8.0]]],
+                    [[[16.0, 64.0], [1.0, 0.0]]],
+                    [[[0.0, -8.0], [2.0, 4.0]]],
+                ]
+            )
+        ),
+        "channel": UpdateSums(*jnp.asarray([[[6.0, 1.0]], [[9.0, 25.0]], [[2.0, 0.4]]])),
+    },
 )
 
 
@@ -69,6 +82,8 @@ def only(stats: Statistics, metric: str) -> Statistics:
         stats = stats._replace(inputs={})
     if not {"outputs", "predicted"} & set(needs):
         stats = stats._replace(outputs={})
+    if "updates" not in needs:
+        stats = stats._replace(updates={})
     if "gradients" not in needs:
         stats = stats._replace(gradients={})
     return stats
@@ -94,6 +109,9 @@ def score(
         ("maxip", [2 + 1 + 1 + 4, 2 + 6 + 2 + 3]),
         ("output", [(24 / 4) ** 0.5, (45 / 4) ** 0.5]),
         ("taylor", [4 / 4, 8 / 4]),  # a mask of a group masks each of its heads
+        ("gradient_l1", [2, 0.5]),
+        ("gradient_l2", [3, 1]),
+        ("update_gain", [-1, 0.25]),
     ],
 )
 def test_kv_groups_by_hand(metric: str, expected: list[float]) -> None:
@@ -108,6 +126,9 @@ def test_kv_groups_by_hand(metric: str, expected: list[float]) -> None:
         ("maxip", [2, 1, 2, 6]),
         ("output", [3, 1, 2, 1.5]),
         ("taylor", [8 / 4, 12 / 4, 2 / 4, 6 / 4]),
+        ("gradient_l1", [1, 0.5, 0.25, 2]),
+        ("gradient_l2", [2, 4, 0.5, 0]),
+        ("update_gain", [0, -2, 0.5, 1]),
     ],
 )
 def test_query_heads_by_hand(metric: str, expected: list[float]) -> None:
@@ -121,6 +142,9 @@ def test_query_heads_by_hand(metric: str, expected: list[float]) -> None:
         ("wanda", [15 + 6, 1 + 2]),
         ("maxip", [12 + 6, 0]),
         ("taylor", [20 / 4, 4 / 4]),
+        ("gradient_l1", [1.5, 0.25]),
+        ("gradient_l2", [1.5, 2.5]),
+        ("update_gain", [0.5, 0.1]),
         ("output", [30, 1]),  # rms activations 3 and 1, rows of `down` of norm 10 and 1
     ],
 )

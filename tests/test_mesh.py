@@ -1,6 +1,7 @@
 """Runs on 8 virtual devices: every mesh has the losses and kept units of one device."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ from sat_jax.sparsity.execution.state import PARAMS, new_state
 from sat_jax.sparsity.plan import neurons_of
 from sat_jax.train.programs import Programs, compact_state
 
-mesh_sizes, family = json.loads(sys.argv[1])
+mesh_sizes, family, sparsity = json.loads(sys.argv[1])
 steps, rows, length = 4, 8, 16
 config = from_config_dict({
     "train": {
@@ -34,7 +35,7 @@ config = from_config_dict({
     "data": {"row_length": length},
     "optimizer": {"learning_rate": 1e-2},
     "sparsity": {"rate": 0.5, "rungs": 1, "refresh_every": 1, "balance": 2, "split": 0.75,
-                 "least_squares_correction": True},
+                 **sparsity},
     "mesh": mesh_sizes,
 })
 sizes = {"vocab_size": 64, "d_model": 16, "n_layers": 2, "d_ff": 32, "max_positions": 64}
@@ -69,7 +70,7 @@ for step in range(steps):
     batch = jax.device_put(batch, place(programs.batch(rows)))
     rung = programs.rung(controller.rung_at(step).plan)
     if controller.refreshes(step):
-        stats = probe(state.params, stats, batch)
+        stats = probe(state.params, stats, batch, state.optimizer)
     kept = rung.select(state, stats).kept
     corrections = rung.correct(state, stats, kept)
     for path, (correction,) in corrections.items():
@@ -89,17 +90,34 @@ programs.close()
 """
 
 
+MESHES: list[dict[str, int]] = [
+    {"data": 1},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"data": 4, "context": 2},
+    {"pipeline": 2, "data": 2, "tensor": 2},
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "retnet"])
-def test_every_mesh_trains_the_same(family: str, run_python: RunPython) -> None:
+@pytest.mark.parametrize(
+    ("family", "sparsity", "meshes"),
+    [
+        ("llama", {"least_squares_correction": True}, MESHES),
+        ("retnet", {"least_squares_correction": True}, [*MESHES[:2], MESHES[3]]),
+        (
+            "llama",
+            {"passes": "weights", "metric": "gradient_l2", "branch_rate": 0.5},
+            MESHES[:2],
+        ),
+        ("llama", {"token_rate": 0.5}, MESHES[:2]),
+    ],
+)
+def test_every_mesh_trains_the_same(
+    family: str, sparsity: Any, meshes: Any, run_python: RunPython
+) -> None:
     results = []
-    for sizes in (
-        {"data": 1},
-        {"data": 2, "fsdp": 2, "tensor": 2},
-        {"data": 8} if family == "retnet" else {"data": 4, "context": 2},
-        {"pipeline": 2, "data": 2, "tensor": 2},
-    ):
-        done = run_python("-c", STEPS, json.dumps([sizes, family]), devices=8)
+    for sizes in meshes:
+        done = run_python("-c", STEPS, json.dumps([sizes, family, sparsity]), devices=8)
         assert done.returncode == 0, done.stderr
         results.append(json.loads(done.stdout))
     one, *others = results

@@ -45,16 +45,17 @@ def value_and_grad(execution, kept, params, batch):
     value, gradients = jax.value_and_grad(loss)(trained, state, omitted)
     return value, jax.tree.leaves(gradients)
 
-for name, kind, dense_forward, dense_layers in (
-    ("gather", Gather, False, ()), ("gather", Gather, True, ()),
-    ("mask", Mask, False, (0,)), ("mask", Mask, True, ()),
+for name, kind, passes, dense_layers in (
+    ("gather", Gather, "all", ()), ("gather", Gather, "backward", ()),
+    ("gather", Gather, "weights", ()), ("mask", Mask, "weights", ()),
+    ("mask", Mask, "all", (0,)), ("mask", Mask, "backward", ()),
 ):
     plan = make_plan(neurons(model), 0.5, 0.5, dense_layers=dense_layers)
     kept = random_kept(model, plan)
     results = []
     for microbatches in (1, 2):
         layout = layout_of(model, Compute(microbatches=microbatches))
-        run = jax.jit(functools.partial(value_and_grad, kind(layout, plan, dense_forward), kept))
+        run = jax.jit(functools.partial(value_and_grad, kind(layout, plan, passes), kept))
         if microbatches == 1:
             results.append(run(params, batch))
             continue

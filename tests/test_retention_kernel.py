@@ -208,7 +208,7 @@ def seconds(program: Program) -> float:
         ("xla", {"sparsity.rate": 0.0}, 0),
         ("pallas_tpu", {"sparsity.rate": 0.0}, 2),
         # One more forward pass: of the omitted heads.
-        ("pallas_tpu", {"sparsity.rate": 0.5, "sparsity.dense_forward": True}, 3),
+        ("pallas_tpu", {"sparsity.rate": 0.5, "sparsity.passes": "backward"}, 3),
     ],
 )
 def test_a_step_has_the_kernels_of_both_passes(

@@ -22,7 +22,7 @@ from sat_jax.sparsity.execution.gather import Gather
 from sat_jax.sparsity.execution.kernel import Kernel
 from sat_jax.sparsity.execution.mask import Mask
 from sat_jax.sparsity.execution.state import PARAMS, TrainState, new_state
-from sat_jax.sparsity.plan import make_plan
+from sat_jax.sparsity.plan import Passes, make_plan
 from sat_jax.sparsity.rows import Kept, complement
 from sat_jax.sparsity.statistics import Statistics, statistics_of
 from sat_jax.train.optimizer import clipping, learning_rate, make_optimizer
@@ -200,18 +200,14 @@ def test_kernel_and_gather_train_alike_over_a_refresh(unit: Any) -> None:
     close(*results)
 
 
-@pytest.mark.slow
-def test_executions_with_a_dense_forward_pass_train_alike() -> None:
+@pytest.mark.parametrize("passes", [pytest.param("backward", marks=pytest.mark.slow), "weights"])
+def test_executions_with_a_dense_forward_pass_train_alike(passes: Passes) -> None:
     plan = make_plan(*(neurons(CONFIG), 0.5, 0.5), block=8)
     kept = random_kept(CONFIG, plan)
-    gather, *others = (
-        train(plain(1), execution, kept, range(1, 3))
-        for execution in (
-            Gather(LAYOUT, plan, dense_forward=True),
-            Mask(LAYOUT, plan, dense_forward=True),
-            Kernel(LAYOUT, plan, dense_forward=True, kernel=KERNEL),
-        )
-    )
+    executions: list[Execution] = [Gather(LAYOUT, plan, passes), Mask(LAYOUT, plan, passes)]
+    if passes == "backward":
+        executions.append(Kernel(LAYOUT, plan, passes, KERNEL))
+    gather, *others = (train(plain(1), e, kept, range(1, 3)) for e in executions)
     for state in (gather, *others):
         assert_frozen(plain(1), state, plan, kept)
         close(state, gather)

@@ -5,6 +5,7 @@ activations, and selects units from the current batch. The subclasses in model f
 of this; they define `activations`.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -25,7 +26,8 @@ class Branch(nnx.Module):
 
     `units` are the names of nested units, outermost first. They are names of parameter axes, and
     unique in a model. `masks` has a `Mask` for each name. `complement` is a branch of the omitted
-    units, added in the forward pass only; None: the forward pass omits them too.
+    units, added in the forward pass only; None: the forward pass omits them too. `has_backward` is
+    True in layers where the branch has a backward pass, `[L]`; None: in all.
     """
 
     units: ClassVar[tuple[str, ...]]
@@ -35,6 +37,7 @@ class Branch(nnx.Module):
     def __init__(self) -> None:
         self.masks = nnx.Dict({unit: Mask(None) for unit in self.units})
         self.complement: Branch | None = nnx.data(None)
+        self.has_backward = Mask(None)
 
     def activations(self, x: Float[Array, "B T D"], context: Context) -> Array:
         """Return the activation of each unit, `[B, T, *units, ...]`."""
@@ -73,6 +76,20 @@ class Branch(nnx.Module):
             for unit, indices in kept.items():
                 context.report("kept", unit, indices)
         self._observe_input(x, context)
+        computed = self.has_backward.get_value()
+        if computed is None:
+            return self._sum(branch, x, context)
+        # Its own context: what is observed inside a conditional cannot leave it.
+        own = _unobserved(context)
+        return jax.lax.cond(
+            computed,
+            lambda x: self._sum(branch, x, own),
+            lambda x: jax.lax.stop_gradient(self._sum(branch, x, own)),
+            x,
+        )
+
+    def _sum(self, branch: "Branch", x: Array, context: Context) -> Array:
+        """Return the sum over the units of `branch`, and over those of the complement."""
         masks = [m for mask in branch.masks.values() if (m := mask.get_value()) is not None]
         if masks or _OF_ACTIVATIONS & set(context.observe):
             a = branch.activations(x, context)
@@ -118,6 +135,14 @@ class Branch(nnx.Module):
 def branches(block: Any) -> dict[str, Branch]:
     """Return the branches of a block by name, in alphabetical order."""
     return {k: v for k, v in sorted(vars(block).items()) if isinstance(v, Branch)}
+
+
+def set_backward(block: Any, computed: Mapping[str, Any]) -> None:
+    """Set by name which branches of a block have a backward pass: bools `[L]`, or a tuple of them
+    with one entry for each segment."""
+    for name, branch in branches(block).items():
+        if name in computed:
+            branch.has_backward.set_value(computed[name])
 
 
 def _unobserved(context: Context) -> Context:

@@ -167,15 +167,21 @@ def _product_forward(w: Array, x: Array) -> tuple[Array, tuple[Array, Array]]:
 
 
 def _product_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    """Return the gradients of `w` and `x`. That of `w` is computed as (xᵀ · dy)ᵀ. For dyᵀ · x, its
-    usual form, XLA:CPU first writes a transposed copy of `dy`, which is slower than the product."""
     w, x = saved
-    tokens = tuple(range(x.ndim - 1))
-    dw = jnp.moveaxis(jnp.tensordot(x, dy, (tokens, tokens)), 0, -1)
-    return dw, jnp.tensordot(dy, w, w.ndim - 1)
+    return weight_gradient(x, dy), jnp.tensordot(dy, w, w.ndim - 1)
 
 
 _product.defvjp(_product_forward, _product_backward)
+
+
+def weight_gradient(x: Float[Array, "B T D"], dy: Float[Array, "B T *units"]) -> Array:
+    """Return the gradient `[*units, D]` of W in `x · Wᵀ`, given that of the product.
+
+    It is computed as (xᵀ · dy)ᵀ. For dyᵀ · x, its usual form, XLA:CPU first writes a transposed
+    copy of `dy`, which is slower than the product.
+    """
+    tokens = tuple(range(x.ndim - 1))
+    return jnp.moveaxis(jnp.tensordot(x, dy, (tokens, tokens)), 0, -1)
 
 
 @jax.custom_vjp
@@ -212,7 +218,7 @@ def _gated_combine_forward(gate_x: Array, up_x: Array, down: Array) -> tuple[Arr
 def _gated_combine_backward(saved: Any, dy: Array) -> tuple[Array, Array, Array]:
     gate_x, up_x, down = saved
     a, gradient = jax.vjp(_silu_product, gate_x, up_x)
-    d_down = jnp.tensordot(dy, a, ((0, 1), (0, 1))).T  # as by automatic differentiation
+    d_down = weight_gradient(dy, a)
     return (*gradient(_product(down, dy)), d_down)
 
 

@@ -25,7 +25,7 @@ _RECORDED = {
     "probe_sampling": "first", "stats_decay": 0.9, "attention_unit": "kv_group",
     "dense_layers": (), "layer_rates_attention": (), "layer_rates_mlp": (), "budget": None,
     "max_segments": 4, "block": 1, "balance": None, "rescale": False, "compensate": False,
-    "dense_tokens": False, "forward": "kept", "execution": "gather",
+    "dense_tokens": False, "forward": "kept", "dense_forward": False, "execution": "gather",
 }  # fmt: skip
 DEFAULTS: Settings = {
     **{f"sparsity.{name}": value for name, value in _RECORDED.items()},

@@ -25,7 +25,10 @@ def speedup_text(speedup: float, bound: float | None, error: float | None = None
 
 def is_dense(rung: Rung) -> bool:
     """Whether a rung omits nothing, whatever rate was configured."""
-    return bool(rung["kept_heads"] == rung["kept_channels"] == stored_share(rung) == 1)
+    keeps_all = rung["kept_heads"] == rung["kept_channels"] == stored_share(rung) == 1
+    # Rows from before these existed have none.
+    omits = rung.get("dropped_branches") or rung.get("omitted_tokens")
+    return bool(keeps_all and not omits)
 
 
 def stored_share(rung: Rung) -> float:

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from sat_jax.errors import UserError
 from sat_jax.sparsity.block_patterns import Grid, block_counts
-from sat_jax.sparsity.plan import LayerRates, Neurons, Plan, Stored, make_plan
+from sat_jax.sparsity.plan import (
+    Dropped,
+    LayerRates,
+    Neurons,
+    Plan,
+    Stored,
+    by_layer,
+    has_channels,
+    make_plan,
+)
 from sat_jax.sparsity.schedule import stairs
 
 if TYPE_CHECKING:
@@ -32,9 +41,12 @@ class Rung:
 
     @property
     def rate(self) -> float:
-        """The higher of the two requested rates, or the share of the blocks that matrices do not
+        """The highest of the two requested rates, the share of dropped backward passes of branches,
+        and the share of the blocks that matrices do not
         store; logged as `omission_rate`; 0: dense."""
-        return max(self.rate_attention, self.rate_mlp, 1 - self.plan.stored_share)
+        plan = self.plan
+        omitted = max(self.rate_attention, self.rate_mlp, 1 - plan.stored_share)
+        return max(omitted, plan.dropped_share, plan.token_rate)
 
 
 class Controller:
@@ -167,6 +179,10 @@ def make_controller(
             balance=balance,
             rounds=rounds,
         )
+        if overall(config.branch_rate) * stair.scale > 0:
+            dropped = _dropped(config, neurons, stair.scale)
+            plan = dataclasses.replace(plan, dropped=dropped)
+        plan = dataclasses.replace(plan, token_rate=config.token_rate * stair.scale)
         if grids and stair.scale > 0:
             before = next((r.plan.stored for r in reversed(rungs) if r.plan.stored), ())
             stored = _stored(config.weights, grids, stair.scale, before)
@@ -194,6 +210,14 @@ def _stored(
         return ()
     same = before and all(known.per_row == counts[path].per_row for path, known in before)
     return before if same else tuple(counts.items())
+
+
+def _dropped(config: "SparsityConfig", neurons: Neurons, scale: float) -> Dropped:
+    """Return the probabilities of each layer by branch, where they are `scale` times r0."""
+    rates = tuple(rate * scale for rate in by_layer(config.branch_rate, neurons))
+    wanted = {"all": (False, True), "attention": (False,), "mlp": (True,)}[config.branches]
+    branches = neurons.branches.items()
+    return tuple((name, rates) for name, units in branches if has_channels(units) in wanted)
 
 
 def overall(rates: LayerRates) -> float:

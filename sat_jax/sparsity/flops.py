@@ -11,6 +11,7 @@ figures in the literature are.
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,8 +19,9 @@ import jax
 
 from sat_jax.nn.layout import Layout
 from sat_jax.nn.param import CHANNEL
+from sat_jax.nn.sampled_tokens import sampled_tokens
 from sat_jax.nn.stack import Remat
-from sat_jax.sparsity.plan import Neurons, Segment, neurons_of
+from sat_jax.sparsity.plan import Dropped, Neurons, Passes, Segment, neurons_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +43,14 @@ class FlopCount:
     frozen: float = 0.0
 
     @property
+    def products(self) -> float:
+        """Products with the weights of layers."""
+        return self.read + self.write
+
+    @property
     def layers(self) -> float:
         """What heads and channels cost: all but the logits."""
-        return self.read + self.write + self.mixing
+        return self.products + self.mixing
 
     @property
     def total(self) -> float:
@@ -94,7 +101,9 @@ def training_flops(
     *,
     kernels: bool = False,
     fused_mlp: bool = False,
-    dense_forward: bool = False,
+    passes: Passes = "all",
+    dropped: Dropped = (),
+    token_rate: float = 0.0,
 ) -> TrainingFlops:
     """Return the operations a token of a training step; `segments` as in `forward_flops`.
 
@@ -104,16 +113,22 @@ def training_flops(
     attention, which runs again; `full` runs the layer again, all but its last product, whose value
     no gradient needs. The logits are never computed again: the loss forms its gradient in the
     forward pass. `kernels`: segments that omit channels save nothing of the MLP, and what its
-    channels read runs again whatever `remat` is. `fused_mlp`: so do all MLPs. `dense_forward`: the
-    forward pass has the omitted units too.
+    channels read runs again whatever `remat` is. `fused_mlp`: so do all MLPs. `passes`: `backward` computes the omitted units in the forward
+    pass too, and `weights` all but the gradients of their weights. For products with weights alone
+    and a share k of kept units, a dense step then costs at most 3 / (1 + 2k) and 3 / (2 + k) times
+    as much. `dropped`: backward passes of branches that are left out, on average.
+    `token_rate`: share of the tokens that weight gradients of branches leave out.
     """
-    forward = forward_flops(layout, row_length, segments)
-    backward = 2 * forward.total - forward.frozen
+    kept = forward_flops(layout, row_length, segments)
+    forward = forward_flops(layout, row_length) if passes == "weights" else kept
+    sampled = sampled_tokens(token_rate, row_length) / row_length
+    backward = 2 * forward.total - (forward.products - sampled * kept.products)
+    backward -= kept.frozen
     again = forward.mixing / 2
     if remat != "none":
         again += forward.mixing
     if remat == "full":
-        again += forward.read + forward.write - forward.last_write
+        again += forward.products - forward.last_write
     neurons = neurons_of(layout)
     omitting = [s for s in segments or () if neurons.omitted(s)]
     if kernels and remat != "full":
@@ -122,14 +137,46 @@ def training_flops(
     if fused_mlp and remat != "full":
         again += forward.mlp_read
     total = forward.total
-    if dense_forward:
+    if passes == "backward":
         for segment in omitting:
             # The backward pass needs the residual stream behind each branch but the last.
             beside = _omitted_flops(layout, neurons, row_length, segment)
             total += beside.layers
             if remat == "full":
                 again += beside.layers - beside.last_write - beside.mlp_read
-    return TrainingFlops(total, backward, again)
+    saved = _dropped_flops(layout, row_length, segments, remat, passes, dropped, sampled)
+    return TrainingFlops(total, backward - saved.backward, again - saved.recomputed)
+
+
+def _dropped_flops(
+    layout: Layout[Any],
+    row_length: int,
+    segments: Sequence[Segment] | None,
+    remat: Remat,
+    passes: Passes,
+    dropped: Dropped,
+    sampled: float,
+) -> TrainingFlops:
+    """Return the mean operations of the backward passes of branches that are left out, with what
+    these alone compute again: later branches need the output of all but the last branch."""
+    last = list(layout.branches)[-1]
+    neurons = neurons_of(layout)
+    backward = recomputed = 0.0
+    for segment in segments or (neurons.dense_segment(),):
+        for name, rates in dropped:
+            kept = _branch_flops(layout, row_length, segment, name, _kept_sizes(segment))
+            whole = kept
+            if passes == "weights":
+                whole = _branch_flops(layout, row_length, segment, name, _sizes(neurons))
+            rate = statistics.fmean(rates[segment.start : segment.stop])
+            backward += rate * (2 * whole.layers - (whole.products - sampled * kept.products))
+            again = whole.mixing / 2
+            if remat == "dots" or (remat == "full" and name == last):
+                again += whole.mixing
+            if remat == "full" and name == last:
+                again += whole.products - whole.last_write
+            recomputed += rate * again
+    return TrainingFlops(0.0, backward, recomputed)
 
 
 def probe_flops(layout: Layout[Any], row_length: int, gradients: bool = False) -> float:
@@ -143,14 +190,19 @@ def probe_flops(layout: Layout[Any], row_length: int, gradients: bool = False) -
     return forward.total + (forward.total - mixing) + 2 * mixing + mixing / 2
 
 
-def traced_flops(function: Callable[..., Any], *arguments: Any) -> float:
+def traced_flops(
+    function: Callable[..., Any],
+    *arguments: Any,
+    conditional: Callable[[Sequence[float]], float] = min,
+) -> float:
     """Return the operations of all matrix products of a function: every iteration of a scan, but
-    one of a loop whose length is not known. Of a conditional the branch with the fewest counts: the
-    one that multiplies stored blocks alone. Inner products of vectors are sums, and not counted."""
-    return _products_of(jax.make_jaxpr(function)(*arguments).jaxpr)
+    one of a loop whose length is not known. `conditional` chooses among the cases of a conditional:
+    the fewest operations are those of stored blocks alone, or without a backward pass. Inner
+    products of vectors are sums, and not counted."""
+    return _products_of(jax.make_jaxpr(function)(*arguments).jaxpr, conditional)
 
 
-def _products_of(jaxpr: Any) -> float:
+def _products_of(jaxpr: Any, conditional: Callable[[Sequence[float]], float]) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -159,9 +211,9 @@ def _products_of(jaxpr: Any) -> float:
             depth = math.prod(shape[axis] for axis in contracted)
             if equation.outvars[0].aval.ndim > len(batch):
                 total += 2.0 * depth * math.prod(equation.outvars[0].aval.shape)
-        inner = [*map(_products_of, _inner_jaxprs(equation.params))]
+        inner = [_products_of(part, conditional) for part in _inner_jaxprs(equation.params)]
         if equation.primitive.name == "cond":
-            total += min(inner)
+            total += conditional(inner)
         else:
             total += sum(inner) * equation.params.get("length", 1)
     return total
@@ -195,7 +247,7 @@ def speedup_bound(
     row_length: int,
     segments: Sequence[Segment],
     remat: Remat = "none",
-    **options: bool,
+    **options: Any,
 ) -> float:
     """Return the operations of a dense step ÷ those of one with `segments`: the highest possible
     speed-up. `options` are those of `training_flops`."""
@@ -207,12 +259,25 @@ def _kept_sizes(segment: Segment) -> dict[str, float]:
     return {name: float(kept) for name, kept in segment.counts}
 
 
+def _sizes(neurons: Neurons) -> dict[str, float]:
+    return {unit.name: float(unit.size) for unit in neurons.units}
+
+
+def _branch_flops(
+    layout: Layout[Any], row_length: int, segment: Segment, name: str, sizes: dict[str, float]
+) -> FlopCount:
+    """Return the operations of one branch in a segment's layers where units have these sizes."""
+    share = math.prod(sizes[unit] / layout.units[unit].size for unit in layout.branches[name].units)
+    shares = dict.fromkeys(layout.branches, 0.0) | {name: share}
+    return _segment_flops(layout, row_length, segment, sizes, shares)
+
+
 def _omitted_flops(
     layout: Layout[Any], neurons: Neurons, row_length: int, segment: Segment
 ) -> FlopCount:
     """Return what computing the segment's omitted units costs: in each branch that omits some, all
     its arrays with an axis of theirs at the omitted size, its other arrays in full."""
-    sizes = {unit.name: float(unit.size) for unit in neurons.units}
+    sizes = _sizes(neurons)
     shares = dict.fromkeys(layout.branches, 0.0)
     for unit in neurons.omitted(segment):
         sizes[unit.name] = float(unit.size - segment.kept(unit.name))

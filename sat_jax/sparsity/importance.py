@@ -4,7 +4,8 @@ A metric is a function of a few lines over one unit's `ScoreInputs`, and one ent
 Sources: Wanda (arXiv:2306.11695) for `wanda`, the SAT paper (arXiv:2406.01392) for the choice of
 `uniform`, `magnitude`, `wanda` and `maxip`; `output` measures what a unit adds to the residual
 stream, `svd` predicts it (after SparseLoRA, arXiv:2506.16500), `taylor` is what a unit's absence
-would cost to first order (Molchanov et al., arXiv:1611.06440).
+would cost to first order (Molchanov et al., arXiv:1611.06440). `gradient_l1`, `gradient_l2` and
+`update_gain` measure what the update of a unit is worth, where the forward pass has all units.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from sat_jax.nn.layout import Layout
 from sat_jax.nn.param import EMBED
-from sat_jax.sparsity.statistics import Observable, Statistics
+from sat_jax.sparsity.statistics import Observable, Statistics, UpdateSums
 
 Scores = Float[Array, "L N"]
 
@@ -27,7 +28,8 @@ class ScoreInputs(NamedTuple):
     `reads` and `writes` are the matrices `[L, N, C, D]` that read from and write to the residual
     stream; `rms` and `mean` `[L, D]` describe the branch's input over tokens; `energy` `[L, N]` is
     the mean square norm of what each unit added, `gradient` `[L, N]` the mean over tokens of
-    ⟨a, ∂L/∂a⟩ of its activation a. None where not observed.
+    ⟨a, ∂L/∂a⟩ of its activation a; `update` has sums over the unit's parameters, `[L, N]`. None
+    where not observed.
     """
 
     reads: tuple[Float[Array, "L N C D"], ...]
@@ -36,6 +38,7 @@ class ScoreInputs(NamedTuple):
     mean: Float[Array, "L D"] | None
     energy: Scores | None
     gradient: Scores | None
+    update: UpdateSums | None
     key: PRNGKeyArray
 
 
@@ -49,6 +52,11 @@ class Metric(NamedTuple):
     def probes(self) -> bool:
         """Whether every refresh needs a probe: inputs alone are observed with every step."""
         return not set(self.needs) <= {"inputs"}
+
+    @property
+    def measures_updates(self) -> bool:
+        """Whether the score is of a unit's update, not of its part in the forward pass."""
+        return "updates" in self.needs
 
     @property
     def needs_inputs_only(self) -> bool:
@@ -91,6 +99,25 @@ def taylor(inputs: ScoreInputs) -> Scores:
     return jnp.abs(inputs.gradient)
 
 
+def gradient_l1(inputs: ScoreInputs) -> Scores:
+    """Return Σ|g| over the unit's parameters, with the gradient g of the mean loss."""
+    assert inputs.update is not None
+    return inputs.update.absolute
+
+
+def gradient_l2(inputs: ScoreInputs) -> Scores:
+    """Return (Σg²)^½ over the unit's parameters."""
+    assert inputs.update is not None
+    return jnp.sqrt(inputs.update.square)
+
+
+def update_gain(inputs: ScoreInputs) -> Scores:
+    """Return -Σ g · Δ over the unit's parameters: by how much the optimizer's change Δ of the unit
+    decreases the loss, to first order. Negative where the momentum opposes the gradient."""
+    assert inputs.update is not None
+    return inputs.update.gain
+
+
 METRICS: Mapping[str, Metric] = {
     "uniform": Metric(uniform),
     "magnitude": Metric(magnitude),
@@ -99,6 +126,9 @@ METRICS: Mapping[str, Metric] = {
     "output": Metric(output, needs=("outputs",)),
     "svd": Metric(output, needs=("predicted",)),
     "taylor": Metric(taylor, needs=("gradients",)),
+    "gradient_l1": Metric(gradient_l1, needs=("updates",)),
+    "gradient_l2": Metric(gradient_l2, needs=("updates",)),
+    "update_gain": Metric(update_gain, needs=("updates",)),
 }
 
 
@@ -119,7 +149,7 @@ def score_inputs(
             matrices[leaf.role].append(weight.reshape(len(weight), total, -1, weight.shape[-1]))
     branch = layout.branches[layout.units[unit].branch]
     innermost = branch.units[-1]
-    rms = mean = energy = gradient = None
+    rms = mean = energy = gradient = update = None
     if innermost in stats.inputs:
         sums = stats.inputs[innermost]
         rms, mean = jnp.sqrt(sums.square / stats.count), sums.linear / stats.count
@@ -136,8 +166,11 @@ def score_inputs(
     if innermost in stats.gradients:
         gradient = stats.gradients[innermost]
         gradient = gradient.reshape(len(gradient), total, -1).sum(-1) / stats.count
+    if unit in stats.updates:
+        sums_of_unit = (x.reshape(len(x), total) / stats.count for x in stats.updates[unit])
+        update = UpdateSums(*sums_of_unit)
     reads, writes = (tuple(matrices[role]) for role in ("read", "write"))
-    return ScoreInputs(reads, writes, rms, mean, energy, gradient, key)
+    return ScoreInputs(reads, writes, rms, mean, energy, gradient, update, key)
 
 
 def _sum(columns: Iterable[Float[Array, "L N C"]]) -> Scores:

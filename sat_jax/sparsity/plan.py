@@ -12,7 +12,12 @@ from sat_jax.sparsity.block_patterns import BlockCounts
 
 Stored = tuple[tuple[str, BlockCounts], ...]
 """Matrices of which blocks alone are stored, by path."""
+Dropped = tuple[tuple[str, tuple[float, ...]], ...]
+"""Probabilities of each layer, by branch."""
 AttentionUnit = Literal["kv_group", "query_head"]
+Passes = Literal["all", "backward", "weights"]
+"""What a step omits of omitted units: forward and backward pass; the backward pass alone (gradients
+of their inputs and weights); or the gradients of their weights alone."""
 LayerRates = float | Sequence[float]
 
 
@@ -45,6 +50,8 @@ class Plan:
 
     The same number is kept in each of `balance` contiguous parts of the units, and channels are
     kept in aligned runs of `block`. `stored`: block-sparse matrices, the same in all layers.
+    `dropped`: how likely a step is to leave out the backward pass of a branch, by layer.
+    `token_rate`: share of the tokens that weight gradients leave out.
     Hashable; static under jit.
     """
 
@@ -52,6 +59,14 @@ class Plan:
     balance: int = 1
     block: int = 1
     stored: Stored = ()
+    dropped: Dropped = ()
+    token_rate: float = 0.0
+
+    @property
+    def dropped_share(self) -> float:
+        """Mean share of the backward passes of branches that steps leave out."""
+        rates = [rate for _, rates in self.dropped for rate in rates]
+        return sum(rates) / len(rates) if rates else 0.0
 
     @property
     def stored_share(self) -> float:
@@ -82,8 +97,8 @@ class Neurons:
         return tuple(u for u in self.units if segment.kept(u.name) < u.size)
 
     def is_dense(self, plan: Plan) -> bool:
-        """Whether the plan keeps all units, in matrices that store all of their blocks."""
-        return not plan.stored and self.keeps_all(plan)
+        """Whether the plan keeps all units, stores all blocks, and has all backward passes."""
+        return not (plan.stored or plan.dropped or plan.token_rate) and self.keeps_all(plan)
 
     def keeps_all(self, plan: Plan) -> bool:
         """Whether the plan keeps all units."""
@@ -150,7 +165,7 @@ def make_plan(
     dense = _layer_numbers(dense_layers, neurons.layers)
     attention_rates, mlp_rates = (
         [0.0 if layer in dense else rate for layer, rate in enumerate(rates)]
-        for rates in (_by_layer(rate_attention, neurons), _by_layer(rate_mlp, neurons))
+        for rates in (by_layer(rate_attention, neurons), by_layer(rate_mlp, neurons))
     )
     counts: list[dict[str, int]] = [{} for _ in range(neurons.layers)]
     for units in neurons.branches.values():
@@ -197,7 +212,8 @@ def _attention_unit(units: tuple[Unit, ...], asked: AttentionUnit) -> Unit:
     return outer if asked == outer.name or inner.size == 1 else inner
 
 
-def _by_layer(rates: LayerRates, neurons: Neurons) -> Sequence[float]:
+def by_layer(rates: LayerRates, neurons: Neurons) -> Sequence[float]:
+    """Return the rate of each layer. Raises `UserError` for another number of rates."""
     if isinstance(rates, Sequence):
         if len(rates) != neurons.layers:
             raise UserError(

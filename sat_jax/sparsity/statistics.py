@@ -10,9 +10,19 @@ from jaxtyping import Array, Float
 from sat_jax.nn.context import Observed
 from sat_jax.nn.observe import InputSums
 
-Observable = Literal["inputs", "outputs", "predicted", "gradients", "products"]
+Observable = Literal["inputs", "outputs", "predicted", "gradients", "products", "updates"]
 """What metrics may need: `predicted` are outputs predicted with weights of low rank, `gradients`
-those of a mask of ones on every unit."""
+those of a mask of ones on every unit, `updates` sums over the parameters of each unit."""
+
+
+class UpdateSums(NamedTuple):
+    """Sums over the parameters of each unit, of the gradient g of the mean loss, multiplied by the
+    number of tokens: `absolute` Σ|g|, `square` Σg², and `gain` -Σg · Δ, with the change Δ that the
+    optimizer would make. Each `[L, *within, units]`, or `[L, N]` in `ScoreInputs`."""
+
+    absolute: Array
+    square: Array
+    gain: Array
 
 
 class Statistics(NamedTuple):
@@ -20,8 +30,8 @@ class Statistics(NamedTuple):
 
     `inputs` are of the branch's input. `outputs` are what its units add to the residual stream, as
     `nn.observe.output_energy` describes it. `gradients` `[L, *units]` is Σ⟨a, ∂L/∂a⟩ of each unit's
-    activation a. `products` `[L, C, C]` is Σ a_i · a_j of every pair of columns. Empty where not
-    observed.
+    activation a. `products` `[L, C, C]` is Σ a_i · a_j of every pair of columns. `updates` are by
+    the name of any unit, not of innermost ones alone. Empty where not observed.
     """
 
     count: Float[Array, ""]  # type: ignore[assignment]  # hides the method of tuples
@@ -29,6 +39,7 @@ class Statistics(NamedTuple):
     outputs: Mapping[str, Array] = {}
     gradients: Mapping[str, Array] = {}
     products: Mapping[str, Array] = {}
+    updates: Mapping[str, UpdateSums] = {}
 
 
 def statistics_of(count: Array, observed: Sequence[Observed]) -> Statistics:

@@ -30,7 +30,9 @@ def step_flops(config: Config, model: DecoderConfig, rung: Rung | None = None) -
         *(layout, config.data.row_length, segments, config.model.remat),
         kernels=sparse.execution == "kernel",
         fused_mlp=rung is not None and has_fused_mlp(layout_of(model), rung.plan.stored),
-        dense_forward=sparse.dense_forward,
+        passes=sparse.passes,
+        dropped=() if rung is None else rung.plan.dropped,
+        token_rate=0.0 if rung is None else rung.plan.token_rate,
     )
     return flops.total
 
@@ -42,7 +44,10 @@ def flops_of_probe(config: Config, model: DecoderConfig) -> float:
         config.train.rows_per_step, config.data.row_length, sparse.probe_tokens
     )
     observe = observed_by_probes(sparse)
-    passes = probe_flops(run_layout(config, model), length, "gradients" in observe)
+    layout = run_layout(config, model)
+    passes = probe_flops(layout, length, "gradients" in observe)
+    if "updates" in observe:  # with the gradients of all weights
+        passes = training_flops(layout, length, remat=config.model.remat).total
     observations = observation_flops(model, rows, length, frozenset(observe))
     return rows * length * passes + observations
 
@@ -57,7 +62,7 @@ def observation_flops(
     batch = Batch(numbers, numbers, numbers, numbers, numbers)
     without, observed = (
         traced_flops(functools.partial(observe_batch, layout, observe=kinds), layout.shapes, batch)
-        for kinds in ((), observe - {"gradients"})
+        for kinds in ((), observe - {"gradients", "updates"})
     )
     return observed - without
 

@@ -115,6 +115,8 @@ class RunCounters:
             "kept_heads": heads,
             "kept_channels": channels,
             "stored_blocks": rung.plan.stored_share,
+            "dropped_branches": rung.plan.dropped_share,
+            "omitted_tokens": rung.plan.token_rate,
             "rung": number,
             "probes": self.probes,
             "seconds": seconds,

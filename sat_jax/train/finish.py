@@ -89,6 +89,8 @@ def rung_summaries(
                 "kept_heads": heads,
                 "kept_channels": channels,
                 "stored_blocks": rung.plan.stored_share,
+                "dropped_branches": rung.plan.dropped_share,
+                "omitted_tokens": rung.plan.token_rate,
                 "steps": rung.stop - rung.start,
                 "tokens": counters.rung_tokens[number],
                 "steps_timed": len(speeds),

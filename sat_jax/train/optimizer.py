@@ -159,6 +159,21 @@ def clipping(config: OptimizerConfig) -> Clip:
     return lambda norm: jnp.where(norm <= limit, 1.0, limit / norm)
 
 
+def parameter_changes(
+    optimizer: optax.GradientTransformation,
+    clip: Clip,
+    grads: Mapping[str, Array],
+    state: Any,
+    params: Mapping[str, Array],
+) -> Mapping[str, Array]:
+    """Return what a step with these gradients would add to the parameters, clipping included."""
+    factor = clip(optax.tree.norm(grads))
+    scaled = {path: factor * grad for path, grad in grads.items()}
+    changes: Mapping[str, Array]
+    changes, _ = optimizer.update(scaled, state, {path: params[path] for path in grads})
+    return changes
+
+
 def _matrices(layout: Layout[Any], params: Mapping[str, Any]) -> dict[str, bool]:
     """Return whether weight decay applies, by path: not to norm scales and biases."""
     return {path: layout.leaves[path].role != "vector" for path in params}

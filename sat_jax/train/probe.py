@@ -1,7 +1,7 @@
 """Probes: forward passes of the full model between steps, for statistics of its units."""
 
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +13,22 @@ from sat_jax.nn.layout import Layout
 from sat_jax.nn.loss import next_token_loss
 from sat_jax.sparsity.importance import METRICS
 from sat_jax.sparsity.statistics import Observable, Statistics, accumulate, statistics_of
+from sat_jax.train.unit_updates import Updates, observe_updates
 
 if TYPE_CHECKING:
     from sat_jax.config import SparsityConfig
 
-Probe = Callable[[dict[str, Array], Statistics, Batch], Statistics]
+Probe = Callable[..., Statistics]
 
 
 class ProbeSettings(NamedTuple):
-    """The observed kinds, the decay rate of statistics, and the maximum number of tokens."""
+    """The observed kinds, the decay rate of statistics, the maximum number of tokens, and what
+    `updates` are of: the optimizer's changes of parameters for gradients and its own state."""
 
     observe: tuple[Observable, ...]
     decay: float
     tokens: int
+    updates: Callable[[dict[str, Array], Any, dict[str, Array]], Mapping[str, Array]] | None = None
 
 
 def observed_by_probes(config: "SparsityConfig") -> tuple[Observable, ...]:
@@ -35,17 +38,20 @@ def observed_by_probes(config: "SparsityConfig") -> tuple[Observable, ...]:
 
 
 def make_probe(layout: Layout[Decoder], settings: ProbeSettings) -> Probe:
-    """Return `probe(params, stats, batch)`: the running statistics after a dense forward pass of
-    the full model over some tokens of the batch: the first ones, or for `gradients` those with the
-    largest number of tokens that bear loss."""
-    observe, decay, tokens = settings
+    """Return `probe(params, stats, batch, optimizer)`: the running statistics after a dense pass of
+    the full model over some tokens of the batch: the first ones, or with a backward pass those with
+    the most tokens that bear loss. `optimizer` is the optimizer's state, which `updates` need."""
+    observe, decay, tokens, changes = settings
 
-    def probe(params: dict[str, Array], stats: Statistics, batch: Batch) -> Statistics:
-        if "gradients" in observe:
+    def probe(
+        params: dict[str, Array], stats: Statistics, batch: Batch, optimizer: Any = None
+    ) -> Statistics:
+        if {"gradients", "updates"} & set(observe):
             part = with_most_loss(batch, tokens)
         else:
             part = first_tokens(batch, tokens)
-        return accumulate(stats, observe_batch(layout, params, part, observe), decay)
+        updates = None if changes is None else lambda g: changes(g, optimizer, params)
+        return accumulate(stats, observe_batch(layout, params, part, observe, updates), decay)
 
     return probe
 
@@ -84,11 +90,16 @@ def observe_batch(
     params: Mapping[str, Array],
     batch: Batch,
     observe: Collection[Observable],
+    updates: Updates | None = None,
 ) -> Statistics:
     """Return what is asked for of the full model on a batch: a forward pass, and for `gradients`
-    those of the summed loss with respect to a mask of ones on every unit."""
-    forward = tuple(kind for kind in observe if kind != "gradients")
+    those of the summed loss with respect to a mask of ones on every unit. `updates` are those of
+    `observe_updates`, and observed alone."""
     count = jnp.sum(batch.segment_ids > 0).astype(jnp.float32)
+    if "updates" in observe:
+        assert len(observe) == 1, "metrics of updates need no other observation"
+        return Statistics(count, updates=observe_updates(layout, params, batch, updates))
+    forward = tuple(kind for kind in observe if kind != "gradients" and kind != "updates")
     if len(forward) == len(observe):
         model, inputs = layout.bind(params), (batch.tokens, batch.segment_ids, batch.positions)
         _, observed = model.hidden(*inputs, observe=forward)

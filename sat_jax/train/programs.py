@@ -35,7 +35,12 @@ from sat_jax.sparsity.statistics import Statistics
 from sat_jax.sparsity.stored_blocks import block_layout
 from sat_jax.train.layouts import run_layout
 from sat_jax.train.moves import compile_moves
-from sat_jax.train.optimizer import clipping, learning_rate, make_optimizer
+from sat_jax.train.optimizer import (
+    clipping,
+    learning_rate,
+    make_optimizer,
+    parameter_changes,
+)
 from sat_jax.train.probe import ProbeSettings, make_probe, observe_batch, observed_by_probes
 from sat_jax.train.step import StepSettings, make_evaluation, make_step
 
@@ -181,12 +186,14 @@ class Programs:
         return self._evaluations[stored]
 
     def probe(self) -> "Future[Compiled]":
-        """Compile `probe(params, stats, batch)`: the full model on some of a step's
+        """Compile `probe(params, stats, batch, optimizer)`: the full model on some of a step's
         tokens."""
         config, sparse = self._config, self._config.sparsity
-        settings = ProbeSettings(self.observe, sparse.stats_decay, sparse.probe_tokens)
+        form, clip = self.form(()), clipping(config.optimizer)
+        changes = functools.partial(parameter_changes, form.optimizer, clip)
+        settings = ProbeSettings(self.observe, sparse.stats_decay, sparse.probe_tokens, changes)
         batch = self.batch(config.train.rows_per_step)
-        shapes = (self.form(()).state.params, self.stats, batch)
+        shapes = (form.state.params, self.stats, batch, form.state.optimizer)
         return self.submit(make_probe(self.probed, settings), *shapes, donate_argnums=1)
 
     def batch(self, rows: int) -> Batch:

@@ -92,6 +92,10 @@ def describe(record: Mapping[str, Any]) -> str:
     elif record.get("kept_heads") is not None:
         heads, channels = percent(record["kept_heads"]), percent(record["kept_channels"])
         parts.append(f"heads {heads} channels {channels}")
+    if record.get("dropped_branches"):
+        parts.append(f"without backward {percent(record['dropped_branches'])}")
+    if record.get("omitted_tokens"):
+        parts.append(f"tokens omitted {percent(record['omitted_tokens'])}")
     if record.get("tokens_per_second") is not None:
         parts.append(f"{tqdm.format_sizeof(record['tokens_per_second'])} tok/s")
     return "  ".join(parts)

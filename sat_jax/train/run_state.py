@@ -66,7 +66,8 @@ class RunState:
         """Choose the kept units of a rung anew; with `probe`, observe the full model on `batch`
         first. Return by unit how many layers have scores that are no ranking."""
         if probe is not None:
-            self.stats = probe(self.full.params, self.stats, batch)
+            full = self.full
+            self.stats = probe(full.params, self.stats, batch, full.optimizer)
         self.kept, unranked = programs.select(self.full, self.stats)
         self.corrections = programs.correct(self.full, self.stats, self.kept)
         return unranked

@@ -10,15 +10,18 @@ import optax
 from jaxtyping import Array, Float
 
 from sat_jax.data.batch import Batch
+from sat_jax.nn.branch import set_backward
 from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.layout import Layout
 from sat_jax.nn.loss import next_token_loss
+from sat_jax.sparsity.branch_drop import draw_backward, freeze_dropped
 from sat_jax.sparsity.choose import selection_key
 from sat_jax.sparsity.correction import Corrections
 from sat_jax.sparsity.execution.base import Execution
 from sat_jax.sparsity.execution.state import TrainState, Tree
 from sat_jax.sparsity.rows import Kept
 from sat_jax.sparsity.statistics import Observable, Statistics, accumulate, statistics_of
+from sat_jax.sparsity.token_sampling import sample_tokens, token_key
 from sat_jax.train.optimizer import Clip, Schedule
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -42,7 +45,7 @@ class StepMetrics(NamedTuple):
 
 class StepSettings(NamedTuple):
     """What a step is made of besides arrays and its execution. `clip` is applied to gradients
-    before the optimizer; `seed` is that of a dynamic selection."""
+    before the optimizer; `seed` is that of random choices inside a step."""
 
     optimizer: optax.GradientTransformation
     clip: Clip
@@ -60,6 +63,8 @@ def make_step(
     statistics and the metrics after one update. The state is the one that the execution's `compact`
     returned for `kept`; `omitted` are the parameters that it left out."""
 
+    plan = execution.plan
+
     def step(
         state: TrainState,
         stats: Statistics,
@@ -73,8 +78,17 @@ def make_step(
             key = selection_key(settings.seed, state.step)
             options = {"selection": execution.selection, "key": key}
 
+        computed = {
+            branch: execution.split_layers(layers)
+            for branch, layers in draw_backward(plan, settings.seed, state.step).items()
+        }
+
         def loss(trained: Tree, part: Batch) -> tuple[Array, tuple[Statistics, Kept]]:
             model = execution.bind(trained, state.params, omitted, kept, corrections)
+            set_backward(model.layers, computed)
+            if plan.token_rate > 0:
+                key = token_key(settings.seed, state.step)
+                sample_tokens(model.layers, plan.token_rate, key)
             total, observed = next_token_loss(model, *part, observe=settings.observe, **options)
             chosen: Kept = ()
             if execution.selection is not None:
@@ -91,6 +105,8 @@ def make_step(
         norm = optax.tree.norm(grads) / divisor
         factor = settings.clip(norm) / divisor
         after = execution.update(settings.optimizer, grads, factor, state, chosen or kept)
+        if computed:
+            after = freeze_dropped(computed, after, state)
         if settings.observe:
             stats = accumulate(stats, seen, settings.stats_decay)
         metrics = StepMetrics(

@@ -15,7 +15,7 @@ from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.layout import Layout
 from sat_jax.sparsity.correction import Corrections
 from sat_jax.sparsity.execution.state import TrainState, Tree, optimizer_step
-from sat_jax.sparsity.plan import Plan
+from sat_jax.sparsity.plan import Passes, Plan
 from sat_jax.sparsity.rows import Kept
 
 
@@ -28,12 +28,12 @@ class Execution:
     `compact` and `expand` convert path-keyed trees (parameters, moments, update counts) between
     full arrays and the arrays that a step trains. `trained` returns the arrays with respect to
     which the loss is differentiated; `bind`, traced inside the loss, returns the model with them.
-    `dense_forward`: the forward pass uses all units, and only the backward pass omits some.
+    `passes`: what is omitted of omitted units.
     """
 
     layout: Layout[Decoder]
     plan: Plan
-    dense_forward: bool = False
+    passes: Passes = "all"
     selection: ClassVar[Selection | None] = None
     computes_omitted: ClassVar[bool] = False
     """Whether omitted units are computed and then multiplied by 0."""
@@ -120,6 +120,10 @@ class Execution:
         others = branches(self.layout.bind(frozen, **masks).layers)
         for name in self.omitting_branches(kept):
             branches(model.layers)[name].complement = others[name]
+
+    def split_layers(self, value: Array) -> Any:
+        """Return an array of all layers in the form that arrays of a trained state have."""
+        return self._split(value)
 
     def _split(self, value: Array) -> tuple[Array, ...]:
         segments = self.plan.segments

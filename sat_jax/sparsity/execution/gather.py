@@ -3,7 +3,10 @@
 import dataclasses
 from typing import Any
 
+import jax
+
 from sat_jax.nn.decoder import Decoder
+from sat_jax.nn.partly_trained import PartlyTrained, join_rows
 from sat_jax.sparsity.correction import Corrections
 from sat_jax.sparsity.execution.base import Execution, join_segments
 from sat_jax.sparsity.execution.state import Tree
@@ -46,8 +49,11 @@ class Gather(Execution):
     def bind(
         self, trained: Tree, params: Tree, omitted: Tree, kept: Kept, corrections: Corrections
     ) -> Decoder:
-        """Return the smaller model, with the omitted units beside it in a dense forward pass."""
+        """Return the smaller model. If the backward pass alone omits units, these are beside it; if
+        weight gradients alone are omitted, their rows are constants of its weights."""
         values = {**params, **trained}
+        if self.passes == "weights" and omitted:
+            return self.layout.bind(self._with_frozen_rows(values, omitted, kept))
         corrected = {
             path: tuple(
                 rows if more is None else rows + more
@@ -56,6 +62,22 @@ class Gather(Execution):
             for path, parts in corrections.items()
         }
         model = self.layout.bind(values | corrected)
-        if self.dense_forward and omitted:
+        if self.passes == "backward" and omitted:
             self.add_complement(model, values | dict(omitted), kept)
         return model
+
+    def _with_frozen_rows(self, values: Tree, omitted: Tree, kept: Kept) -> dict[str, Any]:
+        """Return `values` with all rows of which the omitted ones have no gradient."""
+
+        def join(path: str, number: int, rows: Any) -> Any:
+            name, leaf = self.layout.unit_of(path, kept[number]), self.layout.leaves[path]
+            if name is None:
+                return rows
+            frozen = jax.lax.stop_gradient(omitted[path][number])
+            axis = leaf.axis(name) - len(leaf.axes)
+            parts = 1 if self.layout.units[name].within else self.plan.balance
+            if leaf.role in ("read", "write"):
+                return PartlyTrained(rows, frozen, axis, parts)
+            return join_rows(rows, frozen, axis, parts)
+
+        return self.map_segments(join, values)

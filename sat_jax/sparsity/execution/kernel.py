@@ -39,6 +39,7 @@ class Kernel(Execution):
         """Return the full model whose weights are their kept rows."""
         del omitted
         assert not corrections, "corrections are for executions whose output rows are arrays"
+        assert self.passes != "weights", "the kernels compute no product with all rows"
 
         def view(path: str, number: int, full: Array) -> Any:
             indices, rows = self.kept_of(path, kept[number]), trained.get(path)
@@ -55,7 +56,7 @@ class Kernel(Execution):
 
         outside = {p: v for p, v in trained.items() if not self.layout.leaves[p].in_layers}
         model = self.layout.bind(self.map_segments(view, params) | outside)
-        if self.dense_forward and any(kept):
+        if self.passes == "backward" and any(kept):
             self.add_complement(model, self.map_segments(complement_view, params), kept)
         return model
 

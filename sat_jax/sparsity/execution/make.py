@@ -35,9 +35,9 @@ def make_execution(
         return Dynamic(layout, plan, criteria=criteria, masked=masked, freeze=freeze)
     match sparse.execution:
         case "gather":
-            return Gather(layout, plan, sparse.dense_forward)
+            return Gather(layout, plan, sparse.passes)
         case "mask":
-            return Mask(layout, plan, sparse.dense_forward, freeze)
+            return Mask(layout, plan, sparse.passes, freeze)
         case _:
             if mesh.size > 1:
                 raise UserError(
@@ -48,7 +48,7 @@ def make_execution(
             width = layout.shapes[path].shape[leaf.axis("embed")]
             _check_kernel(config, "sparsity.execution 'kernel'", sparse.block, width, mesh)
             kernel = KernelConfig(sparse.block, config.model.kernels)
-            return Kernel(layout, plan, sparse.dense_forward, kernel)
+            return Kernel(layout, plan, sparse.passes, kernel)
 
 
 def kernels_of(config: "Config", mesh: Mesh) -> Implementation | None:

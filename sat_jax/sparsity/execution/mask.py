@@ -1,9 +1,10 @@
 """Mask execution, the reference: activations of the full model are multiplied by 0 or 1."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
@@ -49,13 +50,15 @@ class Mask(Execution):
         """Return the full model with masks on its branches."""
         del omitted
         values = {**params, **trained}
+        masks = self.masks(kept)
+        if self.passes == "weights":
+            return self.layout.bind(self._frozen(values, masks))
         corrected = {
             path: self._corrected(path, values[path], parts, kept)
             for path, parts in corrections.items()
         }
-        masks = self.masks(kept)
         model = self.layout.bind(values | corrected, as_floats(masks))
-        if self.dense_forward and masks:
+        if self.passes == "backward" and masks:
             inverse = as_floats({unit: ~mask for unit, mask in masks.items()})
             self.add_complement(model, values, kept, masks=inverse)
         return model
@@ -80,9 +83,24 @@ class Mask(Execution):
 
         return map_trees(lambda new, old: map_arrays(keep, new, old), updated, state)
 
+    def split_layers(self, value: Array) -> Array:
+        """Return the array as it is."""
+        return value
+
     def masks(self, kept: Kept) -> dict[str, Bool[Array, "L *within N"]]:
         """Return `unit_masks` of the plan's segments."""
         return unit_masks(self.layout, [s.layers for s in self.plan.segments], kept)
+
+    def _frozen(self, values: Tree, masks: Mapping[str, Array]) -> dict[str, Any]:
+        """Return `values`, in which the rows of omitted units have a gradient of zero."""
+
+        def freeze(path: str, value: Array) -> Array:
+            unit = self.layout.unit_of(path, masks)
+            if unit is None:
+                return value
+            return where_kept(masks[unit], value, jax.lax.stop_gradient(value))
+
+        return map_arrays(freeze, values)
 
     def _corrected(
         self, path: str, value: Array, parts: tuple[Array | None, ...], kept: Kept

@@ -1,4 +1,4 @@
-"""A dense forward pass with a sparse backward pass, in three executions."""
+"""Passes that omit units: the backward pass alone, and the gradients of weights alone."""
 
 from typing import Any
 
@@ -32,9 +32,9 @@ def plan_of(unit: AttentionUnit, **rest: Any) -> Plan:
 
 def executions(plan: Plan) -> list[Execution]:
     return [
-        Gather(LAYOUT, plan, dense_forward=True),
-        Mask(LAYOUT, plan, dense_forward=True),
-        Kernel(LAYOUT, plan, dense_forward=True, kernel=KERNEL),
+        Gather(LAYOUT, plan, passes="backward"),
+        Mask(LAYOUT, plan, passes="backward"),
+        Kernel(LAYOUT, plan, passes="backward", kernel=KERNEL),
     ]
 
 
@@ -46,7 +46,7 @@ def test_the_logits_are_dense_and_executions_agree(unit: AttentionUnit) -> None:
     dense = plain(LAYOUT, params)
     by_gather, by_mask, by_kernel = (run(e, params, kept) for e in executions(plan))
     recomputed = layout_of(CONFIG, Compute(remat="full"))
-    by_remat = run(Gather(recomputed, plan, dense_forward=True), params, kept)
+    by_remat = run(Gather(recomputed, plan, passes="backward"), params, kept)
     for result in (by_gather, by_mask, by_kernel, by_remat):
         assert_close(result.logits, dense.logits, "float32", "forward")
     of_omitted = Gather(LAYOUT, plan).compact(by_mask.gradients, kept)[1]
@@ -61,6 +61,29 @@ def test_the_logits_are_dense_and_executions_agree(unit: AttentionUnit) -> None:
         actual, expected = by_gather.gradients[path][1], reference[path][1]
         assert_close(actual[-1], expected[-1], "float32", "backward")
         assert float(jnp.abs(actual[0] - expected[0]).max()) > 1e-3
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_without_weight_gradients_of_omitted_units_the_others_are_those_of_the_dense_model(
+    unit: AttentionUnit,
+) -> None:
+    """Of three layers the first is dense; the others keep as many units in each of two parts."""
+    plan = make_plan(
+        *(neurons(CONFIG), 0.5, 0.5), attention_unit=unit, dense_layers=(0,), balance=2
+    )
+    kept, params = random_kept(CONFIG, plan), random_params(CONFIG)
+    dense = plain(LAYOUT, params)
+    expected = kept_rows(LAYOUT, plan, dense.gradients, kept)
+    recomputed = layout_of(CONFIG, Compute(remat="full"))
+    for layout in (LAYOUT, recomputed):
+        by_gather = run(Gather(layout, plan, passes="weights"), params, kept)
+        assert_close(by_gather.logits, dense.logits, "float32", "forward")
+        assert_gradients_close(by_gather.gradients, expected)
+    by_mask = run(Mask(LAYOUT, plan, passes="weights"), params, kept)
+    assert_close(by_mask.logits, dense.logits, "float32", "exact")
+    of_kept, of_omitted = Gather(LAYOUT, plan).compact(by_mask.gradients, kept)
+    assert_gradients_close(of_kept, expected)
+    assert of_omitted and not any(np.any(gradient) for gradient in jax.tree.leaves(of_omitted))
 
 
 def test_a_branch_that_keeps_all_units_has_no_complement() -> None:
