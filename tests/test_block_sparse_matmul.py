@@ -26,7 +26,8 @@ from kernels.block_sparse_matmul import (
     tuned,
 )
 from kernels.block_sparse_matmul.tiles import DEFAULTS, TpuTiles
-from kernels.block_sparse_matmul.workloads import LLAMA_2, Workload, programs
+from kernels.block_sparse_matmul.workloads import LLAMA_2, MODELS, programs
+from tests.conftest import slow_after
 from tests.tolerances import assert_close
 
 BLOCK = 128
@@ -59,12 +60,9 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], str]] = {
 }
 # The gradients of a column product are a row and a sampled product: it has every pattern, and the
 # others have two, and those without blocks.
-CASES = [
-    (name, pattern)
-    for name in OPERATIONS
-    for pattern in PATTERNS
-    if name == "column" or pattern in (*REPRESENTATIVE, "no rows", "mask: none")
-]
+FEW = [*REPRESENTATIVE, "no rows", "mask: none"]
+CASES = [(name, pattern) for name in OPERATIONS for pattern in FEW]
+MORE = [("column", pattern) for pattern in PATTERNS if pattern not in FEW]
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -119,7 +117,7 @@ def check(
             assert_close(actual.astype(jnp.float32), desired, dtype, "product")
 
 
-@pytest.mark.parametrize(("name", "pattern"), CASES)
+@pytest.mark.parametrize(("name", "pattern"), slow_after(len(CASES), *CASES, *MORE))
 def test_values_and_gradients(name: str, pattern: str) -> None:
     instance = PATTERNS[pattern]()
     arrays = operands(instance, tokens=40, width=256)
@@ -137,7 +135,7 @@ def test_bfloat16(name: str, pattern: str) -> None:
 @pytest.mark.parametrize(
     ("name", "pattern", "dtype"),
     [
-        *((name, pattern, "bfloat16") for name, pattern in CASES),
+        *((name, pattern, "bfloat16") for name, pattern in (*CASES, *MORE)),
         ("column", "mask: some", "float16"),
         ("swiglu_mlp", "kept rows", "float16"),
     ],
@@ -148,7 +146,9 @@ def test_gpu(name: str, pattern: str, dtype: str) -> None:
     check(name, ["pallas_gpu"], dtype, instance, operands(instance, tokens=40, width=192))
 
 
-@pytest.mark.parametrize(("name", "block"), [("column", 256), ("column", 512), ("swiglu_mlp", 512)])
+@pytest.mark.parametrize(
+    ("name", "block"), slow_after(1, ("column", 512), ("column", 256), ("swiglu_mlp", 512))
+)
 def test_large_blocks(name: str, block: int) -> None:
     kept, mask = kept_rows(jnp.array([1]), block), BlockMask.of(np.array([[0, 1], [1, 1]]), block)
     weights = {key: normal(seed, 2 * block, 256) / 8 for seed, key in enumerate("wvu", 4)}
@@ -224,6 +224,7 @@ def test_second_derivatives_with_rows_are_refused() -> None:
         jax.grad(lambda x: jnp.sum(jax.grad(loss, 1)(x, W[:256])))(X)
 
 
+@pytest.mark.slow
 @given(
     st.integers(0, 70),
     st.sampled_from([128, 192, 256, 320]),
@@ -262,12 +263,8 @@ def test_second_derivatives(backend: str, name: str, pattern: str) -> None:
 
 
 @pytest.mark.parametrize(("platform", "backend"), [("tpu", "pallas_tpu"), ("cuda", "pallas_gpu")])
-@pytest.mark.parametrize(
-    "workload",
-    [LLAMA_2[0], *(pytest.param(other, marks=pytest.mark.slow) for other in LLAMA_2[1:])],
-    ids=lambda workload: workload.model,
-)
-def test_kernels_lower_at_llama_2_sizes(platform: str, backend: str, workload: Workload) -> None:
+@pytest.mark.parametrize("model", slow_after(1, *(workload.model for workload in LLAMA_2)))
+def test_kernels_lower_at_llama_2_sizes(platform: str, backend: str, model: str) -> None:
     """Programs have the expected number of kernels, and profiles show the names of the operations.
 
     The kernels of `mlp_gradients` are swiglu, row, column, swiglu_gradients and row_pairs. Its
@@ -276,7 +273,7 @@ def test_kernels_lower_at_llama_2_sizes(platform: str, backend: str, workload: W
     expected = {"column": 1, "row": 1, "mlp": 2, "mlp_gradients": 5}
     expected |= {"mask": 1, "mask_gradients": 3}
     counts, names, operations = {}, set(), {operation for _, operation in tuned.OPERATIONS}
-    for name, program in programs(workload, backend).items():
+    for name, program in programs(MODELS[model], backend).items():
         traced = jax.jit(program.function).trace(*program.arguments)
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         counts[name] = len(re.findall("custom_call @(tpu_custom_call|mosaic_gpu)", text))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kernels.block_sparse_matmul import BlockMask, gelu_mlp, reference
+from tests.conftest import slow_after
 from tests.test_block_sparse_matmul import normal, with_gradients
 from tests.tolerances import Direction, assert_close
 
@@ -81,13 +82,18 @@ def check(
 
 @pytest.mark.parametrize(
     ("masks", "activation"),
-    [*((name, "gelu") for name in PAIRS), *((name, "gelu_new") for name in LOOP_AND_COMPOSED)],
+    slow_after(
+        len(LOOP_AND_COMPOSED),
+        *((name, "gelu") for name in LOOP_AND_COMPOSED),
+        *((name, "gelu_new") for name in LOOP_AND_COMPOSED),
+        *((name, "gelu") for name in PAIRS if name not in LOOP_AND_COMPOSED),
+    ),
 )
 def test_values_and_gradients(masks: str, activation: str) -> None:
     check(pair(masks), activation=activation)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", slow_after(1, "bfloat16", "float16"))
 @pytest.mark.parametrize("masks", LOOP_AND_COMPOSED)
 def test_half_precision(masks: str, dtype: str) -> None:
     check(pair(masks), dtype)
@@ -98,7 +104,7 @@ def test_no_tokens_and_the_default_implementation() -> None:
     check(pair("equal counts"), implementation=None)
 
 
-@pytest.mark.parametrize("masks", ["one block each", "none in up"])
+@pytest.mark.parametrize("masks", slow_after(1, "one block each", "none in up"))
 def test_pallas(masks: str) -> None:
     check(pair(masks, 128), implementation="pallas_tpu")
 
