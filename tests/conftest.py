@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -39,8 +40,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
         jax.config.update("jax_disable_most_optimizations", True)
         if _HAS_OTHER_EMITTERS:
-            flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
-            os.environ["XLA_FLAGS"] = flags.strip()
+            fast = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fast}".strip()
     # Tracing allocates many objects that live: collections at the default rate take a tenth of the
     # time.
     gc.set_threshold(100_000, 50, 100)
@@ -66,6 +67,13 @@ def compiled() -> Iterator[None]:
     ends a process at 65,530 maps."""
     yield
     jax.clear_caches()
+
+
+def slow_after(count: int, *cases: Any) -> list[Any]:
+    """Return the cases of a test, tuples of arguments or single ones; those after the first `count`
+    are slow: on the newest jax, which runs no slow tests, a few cases stand for all."""
+    rest = (case if isinstance(case, tuple) else (case,) for case in cases[count:])
+    return [*cases[:count], *(pytest.param(*case, marks=pytest.mark.slow) for case in rest)]
 
 
 def xla_flags(devices: int) -> str:

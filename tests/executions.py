@@ -93,9 +93,9 @@ def _unused_as_nan(execution: Kernel, trained: Any, kept: Kept) -> dict[str, Any
     """Return the trained arrays with NaN for the kept rows, which are differentiated by but whose
     values must not be used."""
 
-    def unused(path: str, number: int, rows: jax.Array) -> jax.Array:
+    def unused(path: str, number: int, rows: jax.Array) -> Any:
         is_full = execution.kept_of(path, kept[number]) is None
-        return rows if is_full else jnp.full_like(rows, jnp.nan)
+        return rows if is_full else np.full(rows.shape, np.nan, rows.dtype)
 
     return execution.map_segments(unused, trained)
 
@@ -107,7 +107,7 @@ def plain(layout: Any, params: Mapping[str, Any]) -> Result:
 
 def kept_rows(layout: Any, plan: Plan, tree: Mapping[str, Any], kept: Kept) -> dict[str, Any]:
     """Return the rows of kept units of full arrays, by path and segment."""
-    return Gather(layout, plan).compact(tree, kept)[0]
+    return _compact(Gather(layout, plan), dict(tree), kept)[0]
 
 
 def assert_gradients_close(

@@ -45,6 +45,15 @@ BASE: dict[str, Any] = {
 }
 
 
+# A short run with one set of programs.
+CONSTANT: dict[str, Any] = {
+    "sparsity.schedule": "constant",
+    "train.steps": 4,
+    "train.eval_every": 0,
+    "checkpoint.every": 0,
+}
+
+
 def overrides(changes: dict[str, Any]) -> list[str]:
     return [f"{key}={value}" for key, value in (BASE | changes).items()]
 
@@ -81,7 +90,8 @@ def test_blocks_grow_and_are_exchanged(unbroken: Path) -> None:
 
 
 def test_the_share_that_is_dropped_is_a_setting(tmp_path: Path) -> None:
-    train(settings({"sparsity.weights.drop_fraction": 0.0}), tmp_path, lambda _: None)
+    config = settings(CONSTANT | {"sparsity.weights.drop_fraction": 0.0})
+    train(config, tmp_path, lambda _: None)
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert {r["blocks_exchanged"] for r in records if "blocks_exchanged" in r} == {0.0}
 
@@ -140,8 +150,8 @@ def test_the_model_of_a_checkpoint_and_the_exported_one_are_dense(
     }
     model = sat_jax.load_model(unbroken, step=5)
     assert_close(held_out_loss(model, settings({})), losses[5], "float32", "forward")
-    always = {"sparsity.schedule": "constant", "sparsity.weights.update": "none"}
-    config = settings(always | {"sparsity.weights.update_every": 100})
+    never = {"sparsity.weights.update": "none", "sparsity.weights.update_every": 100}
+    config = settings(CONSTANT | never)
     summary = train(config, tmp_path / "sparse", lambda _: None)
     exported = sat_jax.load_model(tmp_path / "sparse" / "huggingface")
     assert_close(held_out_loss(exported, config), summary["eval_loss"], "float32", "forward")
@@ -157,8 +167,9 @@ def test_the_model_of_a_checkpoint_and_the_exported_one_are_dense(
 def test_every_mesh_trains_the_same(
     unbroken: Path, mesh: str, tmp_path: Path, run_python: RunPython
 ) -> None:
+    only_losses = {"train.eval_every": 0, "checkpoint.every": 0, "export.huggingface": False}
     arguments = [f"--config.{part}" for part in mesh.split()]
-    arguments += [f"--config.{override}" for override in overrides({"checkpoint.every": 0})]
+    arguments += [f"--config.{override}" for override in overrides(only_losses)]
     done = run_python(
         *("-m", "scripts.train", "--config=experiments/tiny.py", f"--workdir={tmp_path / 'run'}"),
         *arguments,

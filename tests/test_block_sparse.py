@@ -34,6 +34,7 @@ from sat_jax.sparsity.stored_blocks import (
 from sat_jax.train.block_gradients import block_gradients
 from sat_jax.train.costs import step_flops
 from sat_jax.train.optimizer import make_optimizer
+from tests.conftest import slow_after
 from tests.executions import ROWS, Result, differentiate, equal, plain
 from tests.small_models import batch, initial_constants, neurons, random_params
 from tests.tolerances import assert_close
@@ -299,7 +300,7 @@ def test_gradients_of_all_blocks_are_those_of_the_dense_model(family: str) -> No
         assert_close(actual[path], expected, "float32", "backward")
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
+@pytest.mark.parametrize("family", slow_after(1, "llama", "gpt2", "gpt_neox"))
 def test_flops_that_blocks_save_are_those_of_the_traced_products(family: str) -> None:
     config, model = Config(data=DataConfig(row_length=16)), MODELS[family]
     dense, tokens = layout_of(model), jax.ShapeDtypeStruct((2, 16), jnp.int32)

@@ -28,12 +28,18 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize(
+    ("name", "mask", "dtype"),
+    [
+        # Its gradients are a row and a sampled product.
+        *(("column", mask, dtype) for mask in MASKS for dtype in ("float32", "bfloat16")),
+        *((name, "unequal counts", "float32") for name in OPERATIONS if name != "column"),
+        ("swiglu_mlp", "unequal counts", "bfloat16"),
+    ],
+)
 def test_values_and_gradients(name: str, mask: str, dtype: str) -> None:
     pattern = BlockMask.of(MASKS[mask], BLOCK)
-    check(name, "xla", dtype, pattern, operands(pattern, tokens=40, width=0))
+    check(name, ["xla"], dtype, pattern, operands(pattern, tokens=40, width=0))
 
 
 def test_lists_by_hand() -> None:

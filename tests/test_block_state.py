@@ -15,6 +15,7 @@ from sat_jax.nn.loss import next_token_loss
 from sat_jax.sparsity.execution.state import TrainState, new_state, optimizer_step
 from sat_jax.sparsity.stored_blocks import block_layout, block_norms, change_blocks, dense_reader
 from sat_jax.train.optimizer import make_optimizer
+from tests.conftest import slow_after
 from tests.executions import ROWS, equal
 from tests.small_models import batch, random_params
 from tests.test_block_sparse import (
@@ -50,7 +51,7 @@ def by_path(state: TrainState, path: str) -> tuple[Any, ...]:
     return state.params[path], adam.mu[path], adam.nu[path], adam.counts[path]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", slow_after(1, "llama", "gpt2"))
 def test_state_of_blocks_and_the_dense_state_again(family: str) -> None:
     full, columns = full_state(family), columns_by_path(family)
     sparse = to_blocks(family, full, columns)

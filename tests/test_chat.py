@@ -239,6 +239,7 @@ def test_end_of_turn(template: str, ends: list[int | str]) -> None:
     assert end_of_turn(replace(tokenizer, chat_template=None)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "ends"), [("chatml", (7, 3)), ("zephyr", (7, 1))])
 def test_the_exported_model_stops_at_the_end_of_turn(
     name: str, ends: tuple[int, ...], tmp_path: Path

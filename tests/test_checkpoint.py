@@ -301,6 +301,7 @@ run(main)
 """
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_is_one_line(
     tmp_path: Path, run_python: RunPython
 ) -> None:

@@ -324,6 +324,7 @@ def test_the_script_accepts_the_settings_of_the_format(
     assert "data.system 'S' has no effect with data.format 'text'" in user_error(script.main)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", ["Be brief.", None])
 def test_evaluation_prompts_a_run_with_the_tokens_of_its_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str | None
@@ -381,6 +382,7 @@ def answering(file: Path) -> Config:
         "data.chat_template": "zephyr",
         "data.held_out": 0.1,
         "train.steps": 6,
+        "sparsity.rate": 0.0,
     }
     return load(str(ROOT / "experiments/tiny.py"), [f"{k}={v}" for k, v in settings.items()])
 

@@ -138,7 +138,8 @@ def test_corrections_solve_the_penalised_least_squares_problem(unit: Any) -> Non
             assert_close(actual, solution @ weights[~mask], "float32", "backward")
 
 
-@pytest.mark.parametrize("unit", [pytest.param("kv_group", marks=pytest.mark.slow), "query_head"])
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", UNITS)
 def test_corrections_are_added_to_kept_rows_in_gather_and_mask(unit: AttentionUnit) -> None:
     """Logits and gradients are those of a model with the corrected output weights."""
     plan = plan_of(unit)

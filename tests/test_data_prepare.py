@@ -270,6 +270,7 @@ def test_content_is_hashed_once_and_changes_are_detected(
     assert len(fingerprints) == 3
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_is_not_used(tmp_path: Path) -> None:
     folder = write(tmp_path / "in", random_texts(30))
     code = f"""

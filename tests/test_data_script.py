@@ -17,6 +17,7 @@ def texts(folder: Path) -> Path:
     return folder / "in.jsonl"
 
 
+@pytest.mark.slow
 def test_preparing_needs_neither_tensorflow_nor_a_network(
     tmp_path: Path, run_python: RunPython
 ) -> None:

@@ -226,6 +226,7 @@ SETTINGS: list[tuple[dict[str, Any], dict[str, Any] | None]] = [
 
 @pytest.mark.filterwarnings("ignore")  # of transformers
 @pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.slow  # imports transformers
 @pytest.mark.parametrize(
     ("class_name", "model_type"),
     [

@@ -12,6 +12,7 @@ from sat_jax.nn.context import Cache
 from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.rope import RopeConfig
 from tests.cached_decoding import cached_logits, changed, extend, golden, left_padded, prompts_of
+from tests.conftest import slow_after
 from tests.golden_model import logits_of
 from tests.tolerances import assert_close
 
@@ -31,7 +32,8 @@ BY_LENGTH = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "step"), [("dynamic", 1), ("dynamic_yarn", 1), ("longrope", 1), ("dynamic", 3)]
+    ("kind", "step"),
+    slow_after(1, ("longrope", 1), ("dynamic", 1), ("dynamic_yarn", 1), ("dynamic", 3)),
 )
 def test_every_decoded_token_equals_a_forward_pass_over_its_prefix(kind: str, step: int) -> None:
     """RoPE that depends on the length: from below the original length of 8 to above it, in a batch

@@ -158,6 +158,7 @@ def test_steps_use_plain_attention_where_the_default_fails(
     assert "scripts.efficiency" in commands[1] and "kernels.benchmark" in commands[2]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("default_signals")
 def test_a_process_ends_within_its_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -70,13 +70,14 @@ def test_it_equals_mask_execution_of_the_same_units(
     assert_gradients_close(joined, expected.gradients)
 
 
+@SLOW
 @pytest.mark.parametrize(
     ("name", "plan", "metric"),
     [
         ("bias", GROUPS, "svd"),
-        pytest.param("gqa", QUERY_HEADS, "maxip", marks=SLOW),
-        pytest.param("bias", GROUPS, "magnitude", marks=SLOW),
-        pytest.param("bias", GROUPS, "wanda", marks=SLOW),
+        ("gqa", QUERY_HEADS, "maxip"),
+        ("bias", GROUPS, "magnitude"),
+        ("bias", GROUPS, "wanda"),
     ],
 )
 def test_each_layer_keeps_what_choose_keeps_for_its_own_input(

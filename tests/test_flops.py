@@ -37,6 +37,7 @@ from sat_jax.sparsity.plan import Plan, Segment
 from sat_jax.sparsity.statistics import Observable
 from sat_jax.train.costs import observation_flops
 from sat_jax.train.probe import observe_batch
+from tests.conftest import slow_after
 from tests.small_models import CONFIGS, nothing_omitted, random_kept
 from tests.tolerances import assert_close
 
@@ -166,7 +167,7 @@ def test_forward_counts_every_matrix_product(plan: str) -> None:
 
 
 @pytest.mark.parametrize("remat", REMATS)
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", slow_after(1, "both", *(name for name in PLANS if name != "both")))
 @pytest.mark.parametrize("execution", COMPUTES_KEPT)
 def test_training_counts_every_matrix_product(execution: str, plan: str, remat: Remat) -> None:
     model = Traced(GQA, PLANS[plan], COMPUTES_KEPT[execution], remat)
@@ -184,7 +185,7 @@ def test_masks_compute_everything(execution: str, remat: Remat) -> None:
 
 
 @pytest.mark.parametrize("remat", REMATS)
-@pytest.mark.parametrize("plan", ["groups", "query heads", "channels"])
+@pytest.mark.parametrize("plan", slow_after(1, "channels", "groups", "query heads"))
 @pytest.mark.parametrize("execution", BACKWARD)
 def test_only_the_backward_pass_omits(execution: str, plan: str, remat: Remat) -> None:
     model = Traced(GQA, PLANS[plan], BACKWARD[execution], remat)

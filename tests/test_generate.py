@@ -29,6 +29,7 @@ from sat_jax.train.inputs import write_model
 from sat_jax.train.workdir import WorkDir
 from scripts import generate as script
 from tests.cached_decoding import cached_logits, changed, golden, left_padded, prompts_of
+from tests.conftest import slow_after
 from tests.golden_model import GOLDEN, logits_of, tokenizer_with
 from tests.tolerances import assert_close
 
@@ -46,7 +47,7 @@ def greedy_without_cache(
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("name", ["llama_mha", "llama_gqa", "llama_tied"])
+@pytest.mark.parametrize("name", slow_after(1, "llama_gqa", "llama_mha", "llama_tied"))
 def test_greedy_ids_of_the_reference(name: str) -> None:
     reference = np.load(GOLDEN / name / "reference.npz")
     ids = generate(golden(name), reference["greedy_prompt"].tolist(), 12, stop_ids=())
@@ -55,14 +56,15 @@ def test_greedy_ids_of_the_reference(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "dtype", "rope"),
-    [
+    slow_after(
+        2,
+        ("mistral", "float32", None),
+        ("qwen3", "bfloat16", None),
         ("llama_gqa", "float32", None),
         ("llama_tied", "float32", YARN),
-        ("mistral", "float32", None),
         ("qwen2", "float32", None),
         ("qwen3", "float32", None),
-        ("qwen3", "bfloat16", None),
-    ],
+    ),
 )
 def test_cache_gives_the_logits_of_a_forward_pass(
     name: str, dtype: str, rope: RopeConfig | None

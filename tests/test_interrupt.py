@@ -75,10 +75,9 @@ CORRECTED = {"sparsity__least_squares_correction": True}
 @pytest.mark.parametrize(
     ("number", "changes", "sparse_steps"),
     [
-        (signal.SIGINT, {}, 3),
+        (signal.SIGINT, CORRECTED, 3),
         (signal.SIGTERM, AUTO, 4),
         (signal.SIGTERM, DYNAMIC, 3),
-        (signal.SIGTERM, CORRECTED, 3),
     ],
 )
 def test_a_stopped_run_goes_on_where_it_was(

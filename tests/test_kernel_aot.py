@@ -64,6 +64,7 @@ def test_compiler_output_is_summarised(aot: ModuleType) -> None:
     assert failure == "spills up to 80 bytes of registers"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compilers")
 def test_a_failing_program_fails_its_target(
     aot: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -94,6 +94,7 @@ module, *sys.argv = sys.argv[1:]
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["benchmark", "tune"])
 def test_a_stalled_measurement_is_not_repeated(
     module: str, run_python: RunPython, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

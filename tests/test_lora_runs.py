@@ -196,8 +196,8 @@ def test_no_gradient_of_the_base_is_compiled() -> None:
             "lora.rank 2 excludes sparsity.execution 'kernel'; accepted: 'gather' or 'mask'",
         ),
         (
-            {"sparsity.rate": 0.5, "sparsity.dense_forward": True},
-            "lora.rank 2 excludes sparsity.dense_forward True; accepted: False",
+            {"sparsity.rate": 0.5, "sparsity.passes": "backward"},
+            "lora.rank 2 excludes sparsity.passes 'backward'; accepted: 'all'",
         ),
         (
             {"sparsity.rate": 0.5, "sparsity.least_squares_correction": True},

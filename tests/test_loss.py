@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sat_jax.nn.loss import chunked_cross_entropy
-from tests.conftest import RunPython
+from tests.conftest import RunPython, slow_after
 from tests.tolerances import assert_close
 
 B, T, D, V = 3, 10, 8, 37
@@ -149,7 +149,7 @@ print(*counts)
 """
 
 
-@pytest.mark.parametrize("mesh", ["811", "421", "222"])
+@pytest.mark.parametrize("mesh", slow_after(1, "222", "811", "421"))
 def test_devices_exchange_the_gradient_of_the_head_once(mesh: str, run_python: RunPython) -> None:
     done = run_python("-c", ON_EIGHT_DEVICES, *mesh, "8", devices=8)
     assert (done.stdout.strip(), done.returncode) == ("0 1", 0), done.stderr

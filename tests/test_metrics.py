@@ -144,6 +144,7 @@ def test_resume_drops_later_records_and_a_torn_last_line(tmp_path: Path) -> None
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "tensorboard"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", [1, 60])
 def test_a_log_that_cannot_be_written_is_one_line(
     values: int, tmp_path: Path, run_python: RunPython

@@ -17,6 +17,7 @@ from sat_jax.models.llama import LlamaConfig
 from sat_jax.nn.decoder import Compute
 from sat_jax.nn.loss import next_token_loss
 from sat_jax.train.probe import observe_batch
+from tests.conftest import slow_after
 from tests.small_models import random_params
 
 SIZES: dict[str, Any] = {
@@ -58,7 +59,7 @@ def gradients(config: DecoderConfig, dtype: str) -> Mapping[str, Array]:
     return grads | {f"mask of {unit}": g for unit, g in seen.gradients.items()}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_after(1, *MODELS))
 def test_gradients_that_are_sums_over_tokens_are_accumulated_in_float32(name: str) -> None:
     exact, rounded = (gradients(MODELS[name], dtype) for dtype in ("float32", "bfloat16"))
     if name == "gpt2":  # is zero: a shift of all scores of a query

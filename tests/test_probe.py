@@ -8,6 +8,7 @@ import pytest
 from sat_jax.models.build import layout_of
 from sat_jax.sparsity.statistics import Statistics
 from sat_jax.train.probe import ProbeSettings, make_probe, observe_batch, probe_shape
+from tests.conftest import slow_after
 from tests.small_models import CONFIGS, Rows, batch, random_params
 from tests.tolerances import assert_close
 
@@ -39,7 +40,9 @@ def test_a_probe_is_a_dense_pass_over_the_first_tokens() -> None:
         assert_close(a, b, "float32", "forward")
 
 
-@pytest.mark.parametrize(("tokens", "row", "columns"), [(10, 1, slice(0, 10)), (4, 1, slice(5, 9))])
+@pytest.mark.parametrize(
+    ("tokens", "row", "columns"), slow_after(1, (4, 1, slice(5, 9)), (10, 1, slice(0, 10)))
+)
 def test_a_probe_of_gradients_is_where_the_loss_is(tokens: int, row: int, columns: slice) -> None:
     rows, layout, params = batch(CONFIG), layout_of(CONFIG), random_params(CONFIG)
     mask = jnp.zeros_like(rows.loss_mask).at[0, 2].set(True).at[1, 5:9].set(True)

@@ -128,6 +128,7 @@ def test_a_refused_run_ends_in_every_process(tmp_path: Path) -> None:
         assert process.stderr.splitlines()[-1].startswith("error: "), process.stderr
 
 
+@pytest.mark.slow
 def test_without_a_cluster_there_is_one_line(tmp_path: Path, run_python: RunPython) -> None:
     done = run_python(*command(tmp_path / "run", "--distributed"))
     assert done.returncode == 2
@@ -138,7 +139,9 @@ def test_without_a_cluster_there_is_one_line(tmp_path: Path, run_python: RunPyth
 
 @pytest.mark.slow
 def test_a_sigterm_to_one_process_stops_and_saves_all(tmp_path: Path) -> None:
-    arguments = command(tmp_path, *SETTINGS, "--config.train.steps=100000", "--distributed")
+    # Of a dense run, which has the fewest programs to compile.
+    long = ["--config.sparsity.rate=0.0", "--config.train.steps=100000"]
+    arguments = command(tmp_path, *SETTINGS, *long, "--distributed")
     started = start_two(*arguments)
     try:
         assert started[0].stderr is not None
@@ -163,9 +166,11 @@ def test_two_processes_store_the_same_blocks(tmp_path: Path) -> None:
         "--config.sparsity.schedule=s2d",
         "--config.sparsity.weights.density=0.25",
         "--config.sparsity.weights.block=8",
+        "--config.sparsity.weights.matrices=mlp",
         "--config.sparsity.weights.update=rigl",
         "--config.sparsity.weights.update_every=2",
         "--config.export.huggingface=False",
+        "--config.train.measure_speed=False",
     ]
     one, two = tmp_path / "one", tmp_path / "two"
     done = subprocess.run(

@@ -30,6 +30,7 @@ from sat_jax.nn.retention import chunk_of
 from sat_jax.sparsity.flops import forward_flops, traced_flops
 from sat_jax.sparsity.plan import make_plan, neurons_of
 from sat_jax.train.setup import set_up
+from tests.conftest import slow_after
 from tests.small_models import random_params
 from tests.test_gpt_models import rows
 from tests.tolerances import assert_close
@@ -146,11 +147,12 @@ def extend(graph: Any, state: Any, cache: Any, part: jax.Array, start: int) -> A
 
 @pytest.mark.parametrize(
     ("normalization", "cuts"),
-    [
+    slow_after(
+        1,
         ("decay", (0, 11, 24, *range(25, 40))),
         ("sum", (0, 24, *range(25, 40))),
         ("absolute_sum", tuple(range(40))),
-    ],
+    ),
 )
 def test_decoding_is_the_parallel_form(normalization: str, cuts: tuple[int, ...]) -> None:
     model, tokens = model_of(normalization), jnp.asarray(reference()["tokens"])

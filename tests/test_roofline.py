@@ -277,6 +277,7 @@ def test_a_device_of_a_file(tmp_path: Path) -> None:
     assert user_error(lambda: read_device(str(path))).startswith(f"{path}: not JSON")
 
 
+@pytest.mark.slow
 def test_script(run_python, tmp_path: Path) -> None:
     out, drawing = tmp_path / "x.json", tmp_path / "x.png"
     command = "-m", "scripts.roofline", "--model", "tiny", "--block", "32"

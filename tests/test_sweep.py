@@ -307,6 +307,7 @@ def test_the_reason_of_a_failure_is_the_end_of_the_log(tmp_path: Path) -> None:
     assert failure(log) == "step 2 has loss nan"
 
 
+@pytest.mark.slow
 def test_invalid_runs_start_nothing(tmp_path: Path, run_python: RunPython) -> None:
     done = run_python(
         "-m", "scripts.sweep", "--config=experiments/tiny.py", f"--workdir={tmp_path / 'sweep'}",

@@ -53,7 +53,8 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
     Raises `UserError` for settings that the model, devices or data do not allow.
     """
     jax.config.update("jax_compilation_cache_dir", str(cache_dir("xla")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    # Reading a program takes a twentieth of the CPU time of compiling it.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     check_processes()
     mesh = make_mesh(config.mesh)
     model, weights = starting_point(config)
