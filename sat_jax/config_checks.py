@@ -170,8 +170,8 @@ def _check_lora(config: "Config") -> None:
         return
     if lora.dora:
         raise UserError(
-            f"lora.dora excludes omission rates above 0 ({config.omitted_share:g}): norms of outputs"
-            " need all units; accepted: one of the two"
+            f"lora.dora excludes omission rates above 0 ({config.omitted_share:g}): norms of"
+            " outputs need all units; accepted: one of the two"
         )
     for name, accepted in _WITH_LORA.items():
         value = getattr(sparse, name)

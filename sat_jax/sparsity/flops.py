@@ -113,10 +113,11 @@ def training_flops(
     attention, which runs again; `full` runs the layer again, all but its last product, whose value
     no gradient needs. The logits are never computed again: the loss forms its gradient in the
     forward pass. `kernels`: segments that omit channels save nothing of the MLP, and what its
-    channels read runs again whatever `remat` is. `fused_mlp`: so do all MLPs. `passes`: `backward` computes the omitted units in the forward
-    pass too, and `weights` all but the gradients of their weights. For products with weights alone
-    and a share k of kept units, a dense step then costs at most 3 / (1 + 2k) and 3 / (2 + k) times
-    as much. `dropped`: backward passes of branches that are left out, on average.
+    channels read runs again whatever `remat` is. `fused_mlp`: so do all MLPs. `passes`: `backward`
+    computes the omitted units in the forward pass too, and `weights` all but the gradients of their
+    weights. For products with weights alone and a share k of kept units, a dense step then costs at
+    most 3 / (1 + 2k) and 3 / (2 + k) times as much. `dropped`: backward passes of branches that are
+    left out, on average.
     `token_rate`: share of the tokens that weight gradients of branches leave out.
     """
     kept = forward_flops(layout, row_length, segments)
