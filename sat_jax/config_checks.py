@@ -9,7 +9,8 @@ from sat_jax.errors import UserError
 from sat_jax.sparsity.importance import METRICS, Metric
 
 if TYPE_CHECKING:
-    from sat_jax.config import Config, SparsityConfig
+    from sat_jax.config import Config
+    from sat_jax.config_sparsity import SparsityConfig
 
 # (setting, the setting that it requires if it is not at its default, the required value)
 _NEEDS = (

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from sat_jax.config import Config, ModelConfig, OptimizerConfig, SparsityConfig, TrainConfig
+from sat_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
+from sat_jax.config_sparsity import SparsityConfig
 from sat_jax.results.finished import collect
 from sat_jax.results.record import record_run, row_of
 from sat_jax.results.rows import Row

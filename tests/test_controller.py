@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sat_jax.config import SparsityConfig, WeightSparsityConfig
+from sat_jax.config_sparsity import SparsityConfig, WeightSparsityConfig
 from sat_jax.errors import UserError
 from sat_jax.nn.layout import Unit
 from sat_jax.sparsity.controller import Controller, make_controller

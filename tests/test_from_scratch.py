@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from sat_jax.config import Config, ModelConfig, OptimizerConfig, SparsityConfig, TrainConfig
-from sat_jax.config import WeightSparsityConfig as Weights
+from sat_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
+from sat_jax.config_sparsity import SparsityConfig
+from sat_jax.config_sparsity import WeightSparsityConfig as Weights
 from sat_jax.results.from_scratch import from_scratch_tables
 from tests.result_runs import DENSE, SPARSE, runs, study, summary_of
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sat_jax.config import Config, DataConfig, SparsityConfig, WeightSparsityConfig
+from sat_jax.config import Config, DataConfig
+from sat_jax.config_sparsity import SparsityConfig, WeightSparsityConfig
 from scripts.train import _next, parser
 from tests.conftest import ROOT, RunPython
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from sat_jax.config import Config, SparsityConfig
+from sat_jax.config import Config
+from sat_jax.config_sparsity import SparsityConfig
 from sat_jax.config_values import changed, find, from_config_dict, keys, name_of, without_free
 from sat_jax.results.rows import ORIGIN, Row, append, latest, read
 from sat_jax.train.files import read_json

@@ -22,7 +22,7 @@ from sat_jax.sparsity.plan import (
 from sat_jax.sparsity.schedule import stairs
 
 if TYPE_CHECKING:
-    from sat_jax.config import SparsityConfig, WeightSparsityConfig
+    from sat_jax.config_sparsity import SparsityConfig, WeightSparsityConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from sat_jax.sparsity.statistics import Observable, Statistics, accumulate, stat
 from sat_jax.train.unit_updates import Updates, observe_updates
 
 if TYPE_CHECKING:
-    from sat_jax.config import SparsityConfig
+    from sat_jax.config_sparsity import SparsityConfig
 
 Probe = Callable[..., Statistics]
 
