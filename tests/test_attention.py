@@ -196,7 +196,12 @@ def test_blocks_that_no_document_reaches_are_skipped() -> None:
     # Two rows in four blocks of two tokens. From block 2 on, the second row sees more blocks.
     documents = jnp.array([[0, 0, 1, 1, 2, 2, 2, 3], [0, 1, 2, 2, 2, 3, 3, 3]])
     blocks = documents.reshape(2, 4, 2).swapaxes(0, 1)
-    np.testing.assert_array_equal(xla._first_visible(blocks), [0, 1, 1, 2])
+    first, end = xla._visible_blocks(xla.Places(blocks, blocks, jnp.asarray(0)))
+    np.testing.assert_array_equal([first, end], [[0, 1, 1, 2], [1, 2, 3, 4]])
+    # Queries at the positions 3 to 6, in blocks (3, 4) and (5, 6).
+    queries = documents[:, 3:7].reshape(2, 2, 2).swapaxes(0, 1)
+    first, end = xla._visible_blocks(xla.Places(queries, blocks, jnp.asarray(3)))
+    np.testing.assert_array_equal([first, end], [[1, 2], [3, 4]])
 
 
 def test_the_full_score_matrix_is_never_stored() -> None:

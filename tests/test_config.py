@@ -138,7 +138,7 @@ DEPENDENT = {
     *("sparsity.refresh_every", "sparsity.least_squares_correction", "sparsity.metric"),
     *("sparsity.dense_layers", "sparsity.weights.density"),
     *("sparsity.weights.update_every", "sparsity.weights.drop_fraction"),
-    *("mesh.data", "mesh.tensor", "mesh.pipeline", "mesh.rounds"),
+    *("mesh.data", "mesh.context", "mesh.tensor", "mesh.pipeline", "mesh.rounds"),
     *("sparsity.execution", "model.kernels"),
     *(f"data.{field.name}" for field in dataclasses.fields(DataFormat)),
 }
@@ -184,6 +184,7 @@ BASE = {
 }
 NEEDS = {
     "mesh.pipeline": {"train.accumulate": 3},
+    "mesh.context": {"data.row_length": 30},
     "mesh.rounds": {"mesh.pipeline": 2, "train.accumulate": 2, "sparsity.execution": "gather"},
     "model.rope_factor": {"model.rope_type": "yarn"},
     "data.pose_length": {"data.row_length": 3},

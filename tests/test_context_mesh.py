@@ -46,7 +46,7 @@ def test_queries_that_are_a_part_of_the_row(
 
 
 ON_EIGHT_DEVICES = r"""
-import dataclasses, json, re, sys
+import dataclasses, json, math, re, sys
 import jax, numpy as np
 from jax.sharding import NamedSharding
 from sat_jax.config import MeshConfig
@@ -92,7 +92,9 @@ for sizes, remat, microbatches in cases:
     text = compiled.as_text()
     gathers = re.findall(r"= \(?(\w+)\[([\d,]+)\][^=]*? all-gather(?:-start)?\(", text)
     shapes = {(kind, tuple(map(int, shape.split(",")))) for kind, shape in gathers}
-    found.append(sorted(shape for kind, shape in shapes if kind == "f32" and length in shape))
+    floats = [shape for kind, shape in shapes if kind == "f32"]
+    by_token = sorted(shape for shape in floats if length in shape)
+    found.append([by_token, max(map(math.prod, floats))])
 print(json.dumps(found))
 """
 
@@ -108,10 +110,12 @@ def test_tokens_of_a_row_on_several_devices(run_python: RunPython) -> None:
     and values alone are gathered."""
     done = run_python("-c", ON_EIGHT_DEVICES, json.dumps(MESHES), devices=8)
     assert done.returncode == 0, done.stderr
-    for shapes, (sizes, _, microbatches) in zip(json.loads(done.stdout), MESHES, strict=True):
+    found = json.loads(done.stdout)
+    for (shapes, largest), (sizes, _, microbatches) in zip(found, MESHES, strict=True):
         rows = 8 // (sizes.get("data", 1) * sizes.get("fsdp", 1) * microbatches)
         groups = 4 // sizes.get("tensor", 1)
         assert shapes == [[rows, 24, groups, 4]], sizes
+        assert largest < rows * 24 * 40, "the residual stream, in chunks"
 
 
 def test_processes_of_one_group_read_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:

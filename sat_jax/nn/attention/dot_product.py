@@ -115,12 +115,12 @@ def _on_each_device(
         names = tuple(name for name in names if name in sizes)
         return None if count % math.prod(sizes[name] for name in names) else names
 
-    rows, tokens = split(q_BTKGE.shape[0], ROW_AXES), None
-    if sizes.get(CONTEXT, 1) > 1:
-        tokens = split(q_BTKGE.shape[1], (CONTEXT,))
+    rows, tokens = split(q_BTKGE.shape[0], ROW_AXES), split(q_BTKGE.shape[1], (CONTEXT,))
     heads = P(rows, tokens, split(q_BTKGE.shape[2], GROUP_AXES))
+    if tokens and sizes[CONTEXT] > 1:
+        attend = functools.partial(_attend_to_row, attend)
     return jax.shard_map(
-        functools.partial(_attend_to_row, attend) if tokens else attend,
+        attend,
         in_specs=(heads, heads, heads, P(rows)),
         out_specs=heads,
         axis_names=set(sizes),
