@@ -13,11 +13,11 @@ from ml_collections import ConfigDict
 from experiments import sft_gsm8k
 
 
-def get_config(variant: str = "lora") -> ConfigDict:
-    """Variants: `lora`; `sat`, which also omits heads and channels; `full`, which trains all
-    parameters, with a tenth of the learning rate and without adapters."""
+def get_config(variant: str = "dense") -> ConfigDict:
+    """Variants: `dense`; `sat`, which also omits heads and channels; `full`, which trains all
+    parameters without SAT and adapters, with a tenth of the learning rate."""
     config = sft_gsm8k.get_config("sat" if variant == "sat" else "dense")
-    rank, learning_rate = {"lora": (16, 3e-4), "sat": (16, 3e-4), "full": (0, 3e-5)}[variant]
+    rank, learning_rate = {"dense": (16, 3e-4), "sat": (16, 3e-4), "full": (0, 3e-5)}[variant]
     config.lora.rank = rank
     config.optimizer.learning_rate = learning_rate
     if rank:

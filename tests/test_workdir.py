@@ -110,7 +110,7 @@ CONFIG: dict[str, Any] = {
     "train": {"steps": 8, "log_every": 1},
     "sparsity": {"rate": 0.4, "rungs": (1, 2), "rate_mlp": None, "dense_layers": {}},
     "export": {"huggingface": False},
-    "model": {"path": None},
+    "model": {"adapter": None, "path": None},
     "data": {"sources": ["a.txt"]},
 }
 
