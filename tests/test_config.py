@@ -121,11 +121,13 @@ def valid(key: Key) -> st.SearchStrategy[Any]:
     return st.none() | values if optional else values
 
 
+ADAPTERS = {path for path in KEYS if path.startswith("lora.")}
 # Settings whose accepted values depend on other settings.
 DEPENDENT = {
     *(
         "model.preset",
         "model.path",
+        "model.adapter",
         "model.rope_factor",
         "data.pose_length",
         "train.accumulate",
@@ -141,6 +143,7 @@ DEPENDENT = {
     *("mesh.data", "mesh.context", "mesh.tensor", "mesh.pipeline", "mesh.rounds"),
     *("sparsity.execution", "model.kernels"),
     *(f"data.{field.name}" for field in dataclasses.fields(DataFormat)),
+    *ADAPTERS,
 }
 assert KEYS.keys() >= DEPENDENT
 VALID = {path: valid(key) for path, key in KEYS.items() if path not in DEPENDENT}
@@ -163,7 +166,8 @@ def other(key: Key) -> Any:
     if key.path in DEFAULTS:
         return DEFAULTS[key.path]
     if literals(key):
-        return next(name for name in literals(key) if name != key.default)
+        name = next(name for name in literals(key) if name != key.default)
+        return (name,) if key.default == () else name
     if kind(key) is float:
         return (key.default or 0.25) * (2 if key.default == key.low else 0.5)
     if kind(key) is int:
@@ -183,6 +187,8 @@ BASE = {
     "sparsity.selection": "sample",
 }
 NEEDS = {
+    "model.adapter": {"model.path": "base"},
+    **{path: {"lora.rank": 2} for path in ADAPTERS - {"lora.rank"}},
     "mesh.pipeline": {"train.accumulate": 3},
     "mesh.context": {"data.row_length": 30},
     "mesh.rounds": {"mesh.pipeline": 2, "train.accumulate": 2, "sparsity.execution": "gather"},
@@ -334,7 +340,7 @@ def test_misspelt_groups_and_keys_like_no_other() -> None:
     message = refusal(load, TINY, ["sparsty.rate=0.4"])
     assert message.startswith("--config.sparsty.rate is not a setting; near: sparsity.rate, ")
     message = refusal(load, TINY, ["train=1"])
-    assert message == "--config.train is not a setting; near: train.steps"
+    assert message == "--config.train is not a setting; near: train.steps, lora.trained"
     message = refusal(load, TINY, ["zzz=1"])
     assert message == "--config.zzz is not a setting; --help lists all settings"
 
