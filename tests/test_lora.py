@@ -165,7 +165,7 @@ def test_axes_and_what_is_trained_are_derived() -> None:
     }
     assert [tuple(spec) for spec in specs.values()] == [
         ("pipeline", "tensor", None, None, None),
-        ("pipeline", None, "fsdp"),
+        ("pipeline", None, ("fsdp", "context")),
     ]
 
 

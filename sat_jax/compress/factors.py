@@ -21,7 +21,7 @@ from sat_jax.models.build import layout_of
 from sat_jax.nn.decoder import Compute, Decoder
 from sat_jax.nn.linear import dense
 from sat_jax.nn.low_rank import LowRank
-from sat_jax.nn.param import Mask
+from sat_jax.nn.param import Control
 
 FACTORS_FILE = "factors.safetensors"
 _NAMES = ("left", "right")
@@ -77,7 +77,7 @@ def load_factored(
 def merge_factors(model: Decoder) -> Decoder:
     """Return the model whose weights are all plain arrays, for `save_model`: products of factors,
     and adapters added to their bases."""
-    _, _, state = nnx.split(model, Mask, ...)  # type: ignore[misc]
+    _, _, state = nnx.split(model, Control, ...)  # type: ignore[misc]
     values = {
         "/".join(map(str, path)): dense(variable) for path, variable in nnx.to_flat_state(state)
     }

@@ -21,7 +21,7 @@ from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.layout import Flat, Layout, Leaf, flat_values, make_layout
 from sat_jax.nn.lora import Lora, LoraSettings, new_lora
 from sat_jax.nn.low_rank import LowRank
-from sat_jax.nn.param import Mask
+from sat_jax.nn.param import Control
 
 _ADAPTERS = 2  # the purpose of a random key: what it is folded with after the seed
 
@@ -143,5 +143,5 @@ def check_plain(model: Decoder) -> None:
 
 
 def _weights(model: Decoder) -> dict[str, Any]:
-    _, _, state = nnx.split(model, Mask, ...)  # type: ignore[misc]
+    _, _, state = nnx.split(model, Control, ...)  # type: ignore[misc]
     return {"/".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(state)}

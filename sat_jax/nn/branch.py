@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from sat_jax.nn.context import Context, Observable
 from sat_jax.nn.linear import combine, dense, value
 from sat_jax.nn.observe import column_products, input_sums, magnitude_sums, output_energy
-from sat_jax.nn.param import Mask
+from sat_jax.nn.param import Control, Mask
 
 _OF_ACTIVATIONS: set[Observable] = {"activations", "outputs", "magnitudes", "products"}
 
@@ -37,7 +37,7 @@ class Branch(nnx.Module):
     def __init__(self) -> None:
         self.masks = nnx.Dict({unit: Mask(None) for unit in self.units})
         self.complement: Branch | None = nnx.data(None)
-        self.has_backward = Mask(None)
+        self.has_backward = Control(None)
 
     def activations(self, x: Float[Array, "B T D"], context: Context) -> Array:
         """Return the activation of each unit, `[B, T, *units, ...]`."""

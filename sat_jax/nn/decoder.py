@@ -15,7 +15,7 @@ from sat_jax.nn.branch import branches
 from sat_jax.nn.context import Cache, Context, Observable, Observed, Selection
 from sat_jax.nn.linear import dense
 from sat_jax.nn.mesh_axes import full_rows
-from sat_jax.nn.param import Mask
+from sat_jax.nn.param import Control
 from sat_jax.nn.pipeline import number_of_stages, pipeline_layers
 from sat_jax.nn.rope import document_lengths, rotary_tables, scaled_by_length
 from sat_jax.nn.stack import Remat, cast, scan_layers
@@ -242,7 +242,7 @@ def for_decoding(model: Decoder) -> Decoder:
 
     Raises `ValueError` for a model with omitted units.
     """
-    graph, masks, params = nnx.split(model, Mask, ...)  # type: ignore[misc]
+    graph, masks, params = nnx.split(model, Control, ...)  # type: ignore[misc]
     tuples = jax.tree.leaves(params, is_leaf=lambda value: type(value) is tuple)
     if jax.tree.leaves(masks) or any(type(value) is tuple for value in tuples):
         raise ValueError("a model with omitted units cannot decode; expand it first")

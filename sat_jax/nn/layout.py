@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from sat_jax.nn.branch import Branch, branches
 from sat_jax.nn.linear import Axes, Weight
-from sat_jax.nn.param import BLOCK, INDEX, LAYER, Mask, Role
+from sat_jax.nn.param import BLOCK, INDEX, LAYER, Control, Role
 
 Flat = dict[str, Any]
 Model = TypeVar("Model", bound=nnx.Module)
@@ -124,7 +124,7 @@ def make_layout(abstract_model: Model) -> Layout[Model]:
 
     The attribute `layers` of the model is one block with all layers stacked.
     """
-    graph, masks, state = nnx.split(abstract_model, Mask, ...)  # type: ignore[misc]
+    graph, masks, state = nnx.split(abstract_model, Control, ...)  # type: ignore[misc]
     leaves: dict[str, Leaf] = {}
     shapes: dict[str, jax.ShapeDtypeStruct] = {}
     sizes: dict[str, int] = {}
@@ -151,7 +151,7 @@ def make_layout(abstract_model: Model) -> Layout[Model]:
 
 def flat_values(model: nnx.Module) -> Flat:
     """Return the arrays of a model by path."""
-    _, _, state = nnx.split(model, Mask, ...)  # type: ignore[misc]
+    _, _, state = nnx.split(model, Control, ...)  # type: ignore[misc]
     values: Flat = {}
     for path, variable in nnx.to_flat_state(state):
         for keys, array in jax.tree_util.tree_leaves_with_path(variable.get_value()):

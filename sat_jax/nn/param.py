@@ -24,7 +24,11 @@ LAYER, CHANNEL, EMBED, NORM = "layer", "channel", "embed", "norm"
 BLOCK_ROW, BLOCK, INDEX = "block_row", "block", "index"
 
 
-class Mask(nnx.Variable):
+class Control(nnx.Variable):
+    """What an execution sets in a branch between steps; no parameter, and not saved as one."""
+
+
+class Mask(Control):
     """1 where a unit is kept and 0 where it is omitted, `[L, *within, unit]`; None: keep all."""
 
 

@@ -22,7 +22,7 @@ from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.layout import Layout, Unit, branch_values
 from sat_jax.nn.linear import dense
 from sat_jax.nn.observe import input_sums, output_energy
-from sat_jax.nn.param import Mask as UnitMask
+from sat_jax.nn.param import Control
 from sat_jax.nn.stack import SELECTED
 from sat_jax.sparsity.choose import Criteria, branch_keys, choose_units
 from sat_jax.sparsity.execution.base import Execution
@@ -96,7 +96,7 @@ class LayerSelection:
                 return array
             return gather_rows(array[None], kept[None], self.plan.balance)[0]
 
-        graph, masks, state = nnx.split(branch, UnitMask, ...)  # type: ignore[misc]
+        graph, masks, state = nnx.split(branch, Control, ...)  # type: ignore[misc]
         arrays = [gather(*item) for item in branch_values(branch, unit.branch).items()]
         gathered = jax.tree.unflatten(jax.tree.structure(state), arrays)
         selected: Branch = nnx.merge(graph, masks, gathered)
