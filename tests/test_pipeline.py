@@ -133,7 +133,7 @@ def test_stages_are_counted_only_outside_a_pipeline() -> None:
 
 
 def test_stages_that_do_not_divide_the_layers_are_refused() -> None:
-    mesh = jax.sharding.AbstractMesh((2, 1, 1, 1), AXES)
+    mesh = jax.sharding.AbstractMesh((2, *[1] * (len(AXES) - 1)), AXES)
     message = user_error(lambda: check_divisible(mesh, layout_of(CONFIGS["gqa"])))
     assert message.startswith("mesh.pipeline = 2 does not divide the 3 of axis layer of layers/")
 
