@@ -120,6 +120,7 @@ def test_exact_match_score() -> None:
     assert (score["no_result"], score["cut"]) == pytest.approx((1 / 3, 2 / 3))
 
 
+@pytest.mark.slow
 def test_completions_do_not_depend_on_the_batch() -> None:
     prompts = [list(text) for text in (b"a", b"Once upon", b"it is a truth univ", b"x")]
     expected = [generate(golden(), [prompt], 40)[0] for prompt in prompts]
@@ -143,6 +144,7 @@ def test_a_completion_ends_before_a_stop_text() -> None:
     assert not complete(golden(), BYTES, [prompt], 32, 1, stops=[stop])[0].truncated
 
 
+@pytest.mark.slow
 def test_a_completion_ends_before_a_stop_token() -> None:
     prompt = list(b"Once upon")
     ids = generate(golden(), [prompt], 100)[0]

@@ -153,7 +153,8 @@ def test_samples_depend_on_the_seed_and_not_on_other_rows() -> None:
 
 @pytest.mark.parametrize(
     ("sampling", "expected"),
-    [
+    slow_after(
+        2,
         (GREEDY, [0, 0, 1, 0]),
         (Sampling(1.0), [0.15, 0.3, 0.5, 0.05]),
         (Sampling(0.5), [0.0225, 0.09, 0.25, 0.0025]),
@@ -164,7 +165,7 @@ def test_samples_depend_on_the_seed_and_not_on_other_rows() -> None:
         # top_p applies after top_k: the first of the two tokens then has 0.625.
         (Sampling(1.0, top_k=2, top_p=0.6), [0, 0, 1, 0]),
         (Sampling(1.0, top_k=9, top_p=1.0), [0.15, 0.3, 0.5, 0.05]),
-    ],
+    ),
 )
 def test_sampling_distribution(sampling: Sampling, expected: list[float]) -> None:
     draws = 8_000
