@@ -226,8 +226,10 @@ def _check_pipeline(config: "Config") -> None:
 
 def _metrics(sparse: "SparsityConfig", accepts: Callable[[Metric], bool]) -> str:
     """Return the names of metrics that are accepted, and have a meaning with the passes."""
-    whole = sparse.passes != "all"
-    names = (n for n, m in METRICS.items() if accepts(m) and (whole or not m.measures_updates))
+    dense_forward = sparse.passes != "all"
+    names = (
+        n for n, m in METRICS.items() if accepts(m) and (dense_forward or not m.measures_updates)
+    )
     return ", ".join(names)
 
 

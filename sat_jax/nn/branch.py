@@ -80,11 +80,11 @@ class Branch(nnx.Module):
         if computed is None:
             return self._sum(branch, x, context)
         # Its own context: what is observed inside a conditional cannot leave it.
-        own = _unobserved(context)
+        unobserved = _unobserved(context)
         return jax.lax.cond(
             computed,
-            lambda x: self._sum(branch, x, own),
-            lambda x: jax.lax.stop_gradient(self._sum(branch, x, own)),
+            lambda x: self._sum(branch, x, unobserved),
+            lambda x: jax.lax.stop_gradient(self._sum(branch, x, unobserved)),
             x,
         )
 

@@ -25,7 +25,7 @@ BLOCK_ROW, BLOCK, INDEX = "block_row", "block", "index"
 
 
 class Control(nnx.Variable):
-    """What an execution sets in a branch between steps; no parameter, and not saved as one."""
+    """A variable of a branch that an execution sets between steps. It is not a parameter."""
 
 
 class Mask(Control):

@@ -166,16 +166,16 @@ def _dropped_flops(
     for segment in segments or (neurons.dense_segment(),):
         for name, rates in dropped:
             kept = _branch_flops(layout, row_length, segment, name, _kept_sizes(segment))
-            whole = kept
+            full = kept
             if passes == "weights":
-                whole = _branch_flops(layout, row_length, segment, name, _sizes(neurons))
+                full = _branch_flops(layout, row_length, segment, name, _sizes(neurons))
             rate = statistics.fmean(rates[segment.start : segment.stop])
-            backward += rate * (2 * whole.layers - (whole.products - sampled * kept.products))
-            again = whole.mixing / 2
+            backward += rate * (2 * full.layers - (full.products - sampled * kept.products))
+            again = full.mixing / 2
             if remat == "dots" or (remat == "full" and name == last):
-                again += whole.mixing
+                again += full.mixing
             if remat == "full" and name == last:
-                again += whole.products - whole.last_write
+                again += full.products - full.last_write
             recomputed += rate * again
     return TrainingFlops(0.0, backward, recomputed)
 

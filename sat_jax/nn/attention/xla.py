@@ -59,15 +59,17 @@ def attend(
     batch, length, groups, heads, size = q_BTKGE.shape
     count = -(-length // BLOCK)
     block = -(-length // count)
-    own = jax.lax.dynamic_slice_in_dim(documents, start, length, axis=1)
-    own, q = pad_rows(block, own, q_BTKGE)
+    query_documents = jax.lax.dynamic_slice_in_dim(documents, start, length, axis=1)
+    query_documents, q = pad_rows(block, query_documents, q_BTKGE)
     documents, *kv = pad_rows(block, documents, k_BSKE, v_BSKE)
     q = q.reshape(batch, count, block, groups, heads, size).transpose(1, 0, 3, 4, 2, 5)
     k, v = (x.reshape(batch, -1, block, groups, size).transpose(1, 0, 3, 2, 4) for x in kv)
-    own, documents = (x.reshape(batch, -1, block).swapaxes(0, 1) for x in (own, documents))
+    query_documents, documents = (
+        x.reshape(batch, -1, block).swapaxes(0, 1) for x in (query_documents, documents)
+    )
     o = _attend_blocks(
         Blocks(q.reshape(count, batch, groups, heads * block, size), k, v),
-        Places(own, documents, jnp.asarray(start, jnp.int32)),
+        Places(query_documents, documents, jnp.asarray(start, jnp.int32)),
     )
     o = o.reshape(count, batch, groups, heads, block, size).transpose(1, 0, 4, 2, 3, 5)
     return o.reshape(batch, count * block, groups, heads, size)[:, :length]
