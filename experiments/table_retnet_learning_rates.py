@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from experiments import scales, table_retnet
 from sat_jax.results.sweep import Comparison, Sweep
 
-SCALES = (0.125, 0.25, 0.0625, 0.03125)
+SCALES = (0.125, 0.25, 0.5, 0.0625)
 
 
 def get_config(scale: str = "smoke") -> ConfigDict:
