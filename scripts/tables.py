@@ -15,8 +15,9 @@ rows in experiments/results/FILE.jsonl. KIND is a comparison that an experiment 
 (rates, metrics, schedules, ...), the same with _paired (differences from the variant of the same
 rate, seed by seed), quality (all variants), other (variants of no comparison), cost, losses or
 held_out. For rows of benchmarks it is steps, peer, blocks, moves, retention_training,
-retention_decoding or memory, and for those of evaluations perplexity, context, passkey, extension
-(of contexts, by scaling of rotary positions), choices, answers or harness.
+retention_decoding or memory, and for those of evaluations perplexity, context, positions
+(means over seeds, of models trained from scratch), passkey, extension (of contexts, by scaling of
+rotary positions), choices, answers or harness.
 Filters may follow: prefixes of a text field, or values of a number field, of which a row must match
 one for each field or setting:
 `<!-- table: runs.rates twin=1c393d steps=48,40 optimizer.learning_rate=3e-4 -->`.

@@ -29,6 +29,7 @@ from sat_jax.results.evaluations import evaluation_tables
 from sat_jax.results.extension import extension_figure, extension_tables
 from sat_jax.results.figures import quality_figure
 from sat_jax.results.from_scratch import from_scratch_tables
+from sat_jax.results.positions import position_tables
 from sat_jax.results.retention import retention_figure, retention_tables
 from sat_jax.results.rows import Row, read
 from sat_jax.results.sweep import Comparison
@@ -105,7 +106,7 @@ def _table(
     tables = across_tables(groups, comparisons) + evaluation_tables(rows)
     for made in (
         *(steps_table, peer_tables, blocks_table, moves_table, memory_tables),
-        *(from_scratch_tables, retention_tables, extension_tables),
+        *(from_scratch_tables, retention_tables, extension_tables, position_tables),
     ):
         tables += made(rows)
     for group in groups:

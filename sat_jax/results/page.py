@@ -13,6 +13,7 @@ from sat_jax.results.evaluations import evaluation_tables
 from sat_jax.results.extension import extension_figure, extension_tables
 from sat_jax.results.figures import quality_figure, svg
 from sat_jax.results.from_scratch import from_scratch_tables
+from sat_jax.results.positions import position_tables
 from sat_jax.results.rows import Row, device_name
 from sat_jax.results.sweep import Comparison
 from sat_jax.results.tables import (
@@ -83,7 +84,7 @@ def write_report(rows: Sequence[Row], comparisons: Sequence[Comparison], out: Pa
             Picture(svg(figure), "Measurements against context length", caption)
             for caption, figure in context_figures(rows)
         ]
-        sections.append(Section("Evaluations", tables, pictures))
+        sections.append(Section("Evaluations", position_tables(rows) + tables, pictures))
     if not sections:
         raise UserError("no finished run and no evaluation to report on")
     try:
