@@ -17,7 +17,7 @@ rate, seed by seed), quality (all variants), other (variants of no comparison), 
 held_out. For rows of benchmarks it is steps, peer, blocks, moves, retention_training,
 retention_decoding or memory, and for those of evaluations perplexity, context, positions
 (means over seeds, of models trained from scratch), passkey, extension (of contexts, by scaling of
-rotary positions), choices, answers or harness.
+rotary positions), choices, answers or harness. For compressed models it is compression.
 Filters may follow: prefixes of a text field, or values of a number field, of which a row must match
 one for each field or setting:
 `<!-- table: runs.rates twin=1c393d steps=48,40 optimizer.learning_rate=3e-4 -->`.
@@ -40,6 +40,7 @@ PICTURES = (
     (RESULTS / "study.jsonl", DOCS / "pictures" / "study.png"),
     (RESULTS / "benchmark.jsonl", DOCS / "pictures" / "retention.png"),
     (RESULTS / "context.jsonl", DOCS / "pictures" / "context.png"),
+    (RESULTS / "compression.jsonl", DOCS / "pictures" / "compression.png"),
 )
 
 

@@ -25,6 +25,7 @@ from sat_jax.results.benchmarks import (
     peer_tables,
     steps_table,
 )
+from sat_jax.results.compression import compression_figure, compression_tables
 from sat_jax.results.evaluations import evaluation_tables
 from sat_jax.results.extension import extension_figure, extension_tables
 from sat_jax.results.figures import quality_figure
@@ -107,6 +108,7 @@ def _table(
     for made in (
         *(steps_table, peer_tables, blocks_table, moves_table, memory_tables),
         *(from_scratch_tables, retention_tables, extension_tables, position_tables),
+        compression_tables,
     ):
         tables += made(rows)
     for group in groups:
@@ -154,6 +156,7 @@ _FIGURES: dict[str, Callable[[Sequence[Row]], Figure | None]] = {
     "study": _study_figure,
     "retention": retention_figure,
     "context": extension_figure,
+    "compression": compression_figure,
 }
 # What the rows of a picture have in common; the others of its file do not change it.
 _FIELDS: dict[str, Mapping[str, Any]] = {"retention": {"benchmark": "retention"}}

@@ -8,6 +8,7 @@ from pathlib import Path
 import jinja2
 
 from sat_jax.errors import UserError, folder_error
+from sat_jax.results.compression import compression_figure, compression_tables
 from sat_jax.results.context_figures import context_figures
 from sat_jax.results.evaluations import evaluation_tables
 from sat_jax.results.extension import extension_figure, extension_tables
@@ -38,6 +39,10 @@ _QUALITY = (
 _EXTENSION = (
     "Perplexity against context length, by scaling of rotary positions",
     "Means over seeds. Left without training, right after training with the scaling.",
+)
+_COMPRESSION = (
+    "Perplexity against size and FLOPs, by method of compression",
+    "The line joins those that no other method beats in both.",
 )
 
 
@@ -79,6 +84,10 @@ def write_report(rows: Sequence[Row], comparisons: Sequence[Comparison], out: Pa
     if tables := extension_tables(rows):
         pictures = [Picture(svg(figure), *_EXTENSION)] if (figure := extension_figure(rows)) else []
         sections.append(Section("Extended contexts", tables, pictures))
+    if tables := compression_tables(rows):
+        figure = compression_figure(rows)
+        pictures = [Picture(svg(figure), *_COMPRESSION)] if figure else []
+        sections.append(Section("Compression", tables, pictures))
     if tables := evaluation_tables(rows):
         pictures = [
             Picture(svg(figure), "Measurements against context length", caption)
