@@ -125,9 +125,9 @@ def test_a_run_continues_bit_by_bit(unbroken: Path, tmp_path: Path) -> None:
     )
     assert after == before
     assert summary_of(path)["spent_flops"] == summary_of(unbroken)["spent_flops"]
-    whole = [find(run / "checkpoints") for run in (path, unbroken)]
-    arrays = [stored.read(whole[0].leaves) for stored in whole]
-    for name in whole[0].leaves:
+    finished = [find(run / "checkpoints") for run in (path, unbroken)]
+    arrays = [stored.read(finished[0].leaves) for stored in finished]
+    for name in finished[0].leaves:
         np.testing.assert_array_equal(arrays[0][name], arrays[1][name], err_msg=name, strict=True)
 
 
@@ -157,19 +157,12 @@ def test_the_model_of_a_checkpoint_and_the_exported_one_are_dense(
     assert_close(held_out_loss(exported, config), summary["eval_loss"], "float32", "forward")
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        "mesh.data=2 mesh.fsdp=2 mesh.tensor=2",
-        "mesh.pipeline=2 mesh.tensor=2 mesh.data=2 train.accumulate=2",
-    ],
-)
-def test_every_mesh_trains_the_same(
-    unbroken: Path, mesh: str, tmp_path: Path, run_python: RunPython
-) -> None:
+def test_a_mesh_trains_the_same(unbroken: Path, tmp_path: Path, run_python: RunPython) -> None:
+    """One without stages is in `test_processes`."""
+    mesh = {f"mesh.{axis}": 2 for axis in ("pipeline", "fsdp", "tensor")} | {"mesh.data": 1}
     only_losses = {"train.eval_every": 0, "checkpoint.every": 0, "export.huggingface": False}
-    arguments = [f"--config.{part}" for part in mesh.split()]
-    arguments += [f"--config.{override}" for override in overrides(only_losses)]
+    changes = mesh | {"train.accumulate": 2} | only_losses
+    arguments = [f"--config.{override}" for override in overrides(changes)]
     done = run_python(
         *("-m", "scripts.train", "--config=experiments/tiny.py", f"--workdir={tmp_path / 'run'}"),
         *arguments,
@@ -216,7 +209,7 @@ def test_no_weight_moves_where_block_rows_are_split(run_python: RunPython) -> No
     """A step adds activations of two devices, 2 rows of 16 tokens, and moves nothing else."""
     done = run_python("-c", COLLECTIVES, devices=8)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert len(found) > 4
-    assert {name for _, name in found} == {"all-reduce"}
-    assert {shape for shape, _ in found} <= {"f32[2,16,64]", "f32[2,16]"}
+    collectives = json.loads(done.stdout)
+    assert len(collectives) > 4
+    assert {name for _, name in collectives} == {"all-reduce"}
+    assert {shape for shape, _ in collectives} <= {"f32[2,16,64]", "f32[2,16]"}
