@@ -86,7 +86,7 @@ def run_python() -> RunPython:
     """Runs `python ARGS` in the root, in its own process, on `devices` virtual CPU devices."""
 
     def run(
-        *arguments: str, devices: int = 1, timeout: float = 300
+        *arguments: str, devices: int = 1, timeout: float = 600
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, *arguments],

@@ -119,8 +119,7 @@ CASES: dict[str, tuple[str, dict[str, Any], list[dict[str, int]]]] = {
 @pytest.fixture(scope="module")
 def results(run_python: RunPython) -> dict[str, Any]:
     """Losses, kept units and collectives of each mesh, by case, from one process."""
-    cases = json.dumps(list(CASES.values()))
-    done = run_python("-c", ON_EIGHT_DEVICES, cases, devices=8, timeout=900)
+    done = run_python("-c", ON_EIGHT_DEVICES, json.dumps(list(CASES.values())), devices=8)
     assert done.returncode == 0, done.stderr
     return dict(zip(CASES, json.loads(done.stdout), strict=True))
 

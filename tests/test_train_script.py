@@ -11,14 +11,13 @@ import pytest
 from sat_jax.config import Config, DataConfig
 from sat_jax.config_sparsity import SparsityConfig, WeightSparsityConfig
 from sat_jax.errors import UserError
-from scripts import sweep as sweep_script
 from scripts.train import _next, main, parser
-from tests.conftest import ROOT
+from tests.conftest import ROOT, RunPython
 
 
 @pytest.mark.slow
 def test_the_next_commands_keep_the_settings_and_can_be_typed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_python: RunPython
 ) -> None:
     monkeypatch.chdir(ROOT)
     workdir = tmp_path / "my run"
@@ -40,10 +39,8 @@ def test_the_next_commands_keep_the_settings_and_can_be_typed(
     blocks = Config(sparsity=SparsityConfig(weights=WeightSparsityConfig(density=0.5)))
     *_, varied = _next(given, ["sparsity.weights.density=0.5"], blocks, None)
     assert " --axis sparsity.weights.density=1,0.5,0.25 " in varied
-    assert words[1:3] == ["-m", "scripts.sweep"]
-    monkeypatch.setattr(sys, "argv", [*words[2:], "--dry-run"])
-    sweep_script.main()
-    assert "4 runs, 4 to do" in capsys.readouterr().out
+    done = run_python(*words[1:], "--dry-run")
+    assert done.returncode == 0 and "4 runs, 4 to do" in done.stdout, done.stderr
 
 
 @pytest.mark.slow
