@@ -157,12 +157,19 @@ def test_the_model_of_a_checkpoint_and_the_exported_one_are_dense(
     assert_close(held_out_loss(exported, config), summary["eval_loss"], "float32", "forward")
 
 
-def test_a_mesh_trains_the_same(unbroken: Path, tmp_path: Path, run_python: RunPython) -> None:
-    """One without stages is in `test_processes`."""
-    mesh = {f"mesh.{axis}": 2 for axis in ("pipeline", "fsdp", "tensor")} | {"mesh.data": 1}
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        "mesh.data=2 mesh.fsdp=2 mesh.tensor=2",
+        "mesh.pipeline=2 mesh.tensor=2 mesh.data=2 train.accumulate=2",
+    ],
+)
+def test_every_mesh_trains_the_same(
+    unbroken: Path, mesh: str, tmp_path: Path, run_python: RunPython
+) -> None:
     only_losses = {"train.eval_every": 0, "checkpoint.every": 0, "export.huggingface": False}
-    changes = mesh | {"train.accumulate": 2} | only_losses
-    arguments = [f"--config.{override}" for override in overrides(changes)]
+    arguments = [f"--config.{part}" for part in mesh.split()]
+    arguments += [f"--config.{override}" for override in overrides(only_losses)]
     done = run_python(
         *("-m", "scripts.train", "--config=experiments/tiny.py", f"--workdir={tmp_path / 'run'}"),
         *arguments,
