@@ -81,12 +81,12 @@ def xla_flags(devices: int) -> str:
     return f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_python() -> RunPython:
     """Runs `python ARGS` in the root, in its own process, on `devices` virtual CPU devices."""
 
     def run(
-        *arguments: str, devices: int = 1, timeout: float = 300
+        *arguments: str, devices: int = 1, timeout: float = 600
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, *arguments],

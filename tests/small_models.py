@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sat_jax.data.batch import Batch
 from sat_jax.models.build import initial_values, layout_of
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.llama import LlamaConfig
@@ -86,6 +87,18 @@ def batch(config: DecoderConfig) -> Rows:
     loss_mask[0, 5] = False  # the first document's last token has no target
     arrays = (tokens[:, :-1], tokens[:, 1:], segment_ids, positions, loss_mask)
     return Rows(*map(jnp.asarray, arrays))
+
+
+def documents(rows: int, length: int) -> Batch:
+    """Rows of two documents of random lengths without padding, numpy arrays, for all configs."""
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(0, _GQA["vocab_size"], (rows, length + 1), np.int32)
+    starts = draw.integers(1, length, (rows, 1))  # of the second document of each row
+    places = np.arange(length)[None]
+    second = places >= starts
+    positions = np.where(second, places - starts, places).astype(np.int32)
+    segments = np.where(second, 2, 1).astype(np.int32)
+    return Batch(tokens[:, :-1], tokens[:, 1:], segments, positions, segments > 0)
 
 
 def nothing_omitted(plan: Plan) -> Kept:

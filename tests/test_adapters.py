@@ -32,6 +32,7 @@ from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.layout import flat_values, make_layout
 from sat_jax.train.run_weights import starting_point
 from scripts import convert
+from tests.conftest import slow_after
 from tests.golden_model import GOLDEN
 from tests.test_config import nested
 from tests.tolerances import assert_close
@@ -132,7 +133,7 @@ def test_names_and_shapes_by_hand(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_after(1, *FAMILIES))
 def test_the_files_have_the_function_of_the_model(family: str, tmp_path: Path) -> None:
     dora = family in ("qwen2", "gpt_neox")
     model = adapted(family, LoraSettings(rank=2, alpha=6.0, rslora=dora, dora=dora))
@@ -223,10 +224,10 @@ def test_parameters_that_were_trained_in_full(tmp_path: Path) -> None:
         "model.layers.0.post_attention_layernorm",
     }
     assert {f"{PREFIX}{name}.weight" for name in names} <= tensors.keys()
-    found = read_adapter(place, model.config, lambda p: values[f"{p}/base"])
-    assert found.keys() == {*full, "layers/mlp/up"}
+    replaced = read_adapter(place, model.config, lambda p: values[f"{p}/base"])
+    assert replaced.keys() == {*full, "layers/mlp/up"}
     for path, value in full.items():
-        np.testing.assert_array_equal(found[path], value)
+        np.testing.assert_array_equal(replaced[path], value)
     save_file(
         tensors | {f"{PREFIX}lm_head.weight": 0 * full["embed"]},
         place / "adapter_model.safetensors",

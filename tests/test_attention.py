@@ -137,16 +137,17 @@ def test_backends_equal_the_formula(run: Callable) -> None:
 
 def test_documents_receive_exactly_no_gradient_from_each_other(run: Callable) -> None:
     q, k, v, do = arrays(len(SEGMENTS), LENGTH, HEADS)
-    documents = np.asarray(number_documents(jnp.asarray(SEGMENTS)))
-    for number in range(documents.max() + 1):  # including padding
-        chosen = (documents == number)[..., None, None]
-        o, *grads = run(q, k, v, np.where(chosen[..., None], do, 0), SEGMENTS)
+    documents = np.asarray(number_documents(jnp.asarray(SEGMENTS)))  # including padding
+    for parity in (0, 1):  # every second document has a loss
+        chosen = documents % 2 == parity
+        o, *grads = run(q, k, v, np.where(chosen[..., None, None, None], do, 0), SEGMENTS)
         assert np.isfinite(o).all()
         for grad in grads:
-            grad = np.asarray(grad).reshape(*chosen.shape[:2], -1)
+            grad = np.asarray(grad).reshape(*chosen.shape, -1)
             assert np.isfinite(grad).all()
-            assert (grad[documents != number] == 0).all()
-            assert (grad[documents == number] != 0).any() == chosen.any()
+            assert (grad[~chosen] == 0).all()
+            for number in np.unique(documents[chosen]):
+                assert (grad[documents == number] != 0).any()
 
 
 def test_bfloat16() -> None:

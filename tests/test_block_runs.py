@@ -125,9 +125,9 @@ def test_a_run_continues_bit_by_bit(unbroken: Path, tmp_path: Path) -> None:
     )
     assert after == before
     assert summary_of(path)["spent_flops"] == summary_of(unbroken)["spent_flops"]
-    whole = [find(run / "checkpoints") for run in (path, unbroken)]
-    arrays = [stored.read(whole[0].leaves) for stored in whole]
-    for name in whole[0].leaves:
+    finished = [find(run / "checkpoints") for run in (path, unbroken)]
+    arrays = [stored.read(finished[0].leaves) for stored in finished]
+    for name in finished[0].leaves:
         np.testing.assert_array_equal(arrays[0][name], arrays[1][name], err_msg=name, strict=True)
 
 
@@ -216,7 +216,7 @@ def test_no_weight_moves_where_block_rows_are_split(run_python: RunPython) -> No
     """A step adds activations of two devices, 2 rows of 16 tokens, and moves nothing else."""
     done = run_python("-c", COLLECTIVES, devices=8)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert len(found) > 4
-    assert {name for _, name in found} == {"all-reduce"}
-    assert {shape for shape, _ in found} <= {"f32[2,16,64]", "f32[2,16]"}
+    collectives = json.loads(done.stdout)
+    assert len(collectives) > 4
+    assert {name for _, name in collectives} == {"all-reduce"}
+    assert {shape for shape, _ in collectives} <= {"f32[2,16,64]", "f32[2,16]"}

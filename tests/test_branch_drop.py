@@ -137,7 +137,8 @@ def plan_of(rate: float) -> Plan:
     return dataclasses.replace(plan, dropped=RATES)
 
 
-@pytest.mark.parametrize("rate", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
+@pytest.mark.slow
+@pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_dropped_branches_do_not_change_bit_for_bit(rate: float) -> None:
     """Also together with omitted units, in two segments; gather and mask train alike."""
     plan = plan_of(rate)

@@ -77,7 +77,7 @@ def best(scores: np.ndarray, keep: int, parts: int = 1) -> list[Any]:
     return order.reshape(*scores.shape[:-1], keep).tolist()
 
 
-@pytest.mark.parametrize("metric", DETERMINISTIC)
+@pytest.mark.parametrize("metric", slow_after(2, *DETERMINISTIC))
 @pytest.mark.parametrize("unit", ["kv_group", "query_head"])
 def test_the_best_units_of_each_layer_are_kept(metric: str, unit: AttentionUnit) -> None:
     params, stats = random_params(CONFIG), statistics(CONFIG)

@@ -50,34 +50,27 @@ import dataclasses, json, math, re, sys
 import jax, numpy as np
 from jax.sharding import NamedSharding
 from sat_jax.config import MeshConfig
-from sat_jax.data.batch import Batch
 from sat_jax.models.build import layout_of
 from sat_jax.nn.decoder import Compute
 from sat_jax.nn.loss import next_token_loss
 from sat_jax.parallel.mesh import make_mesh
 from sat_jax.parallel.rules import BATCH, tree_shardings
-from tests.small_models import CONFIGS, random_params
+from tests.small_models import CONFIGS, documents, random_params
 from tests.tolerances import assert_close
 
 cases, rows, length, width = json.loads(sys.argv[1]), 8, 24, 40
 model = dataclasses.replace(CONFIGS["gqa"], d_model=width, d_ff=20, n_layers=2)
-params, draw = random_params(model), np.random.default_rng(0)
-tokens = draw.integers(0, 32, (rows, length + 1), np.int32)
-starts = draw.integers(1, length, (rows, 1))  # of the second document of each row
-place = np.arange(length)[None]
-second = place >= starts
-positions = np.where(second, place - starts, place).astype(np.int32)
-segments = np.where(second, 2, 1).astype(np.int32)
-segments[0, 20:] = 0  # padding
-mask = (segments > 0) & (draw.random(segments.shape) < 0.8)
-batch = Batch(tokens[:, :-1], tokens[:, 1:], segments, positions, mask)
+params, batch = random_params(model), documents(rows, length)
+batch.segment_ids[0, 20:] = 0  # padding
+scored = np.random.default_rng(1).random((rows, length)) < 0.8
+batch = batch._replace(loss_mask=scored & (batch.segment_ids > 0))
 
 def value_and_grad(compute):
     layout = layout_of(model, compute)
     return jax.value_and_grad(lambda params, batch: next_token_loss(layout.bind(params), *batch)[0])
 
 loss, gradients = jax.jit(value_and_grad(Compute(loss_chunk=4)))(params, batch)
-found = []
+gathered = []
 for sizes, remat, microbatches in cases:
     mesh, compute = make_mesh(MeshConfig(**sizes)), Compute("float32", remat, 4)
     shardings = tree_shardings(mesh, layout_of(model), params)
@@ -94,8 +87,8 @@ for sizes, remat, microbatches in cases:
     shapes = {(kind, tuple(map(int, shape.split(",")))) for kind, shape in gathers}
     floats = [shape for kind, shape in shapes if kind == "f32"]
     by_token = sorted(shape for shape in floats if length in shape)
-    found.append([by_token, max(map(math.prod, floats))])
-print(json.dumps(found))
+    gathered.append([by_token, max(map(math.prod, floats))])
+print(json.dumps(gathered))
 """
 
 MESHES = [
@@ -110,8 +103,8 @@ def test_tokens_of_a_row_on_several_devices(run_python: RunPython) -> None:
     and values alone are gathered."""
     done = run_python("-c", ON_EIGHT_DEVICES, json.dumps(MESHES), devices=8)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    for (shapes, largest), (sizes, _, microbatches) in zip(found, MESHES, strict=True):
+    gathered = json.loads(done.stdout)
+    for (shapes, largest), (sizes, _, microbatches) in zip(gathered, MESHES, strict=True):
         rows = 8 // (sizes.get("data", 1) * sizes.get("fsdp", 1) * microbatches)
         groups = 4 // sizes.get("tensor", 1)
         assert shapes == [[rows, 24, groups, 4]], sizes

@@ -43,22 +43,39 @@ from sat_jax.train.programs import Programs
 from sat_jax.train.run_weights import starting_point
 from sat_jax.train.setup import controller_of
 
-config = load(sys.argv[1], [f"model.preset={sys.argv[2]}"])
-model, _ = starting_point(config)
-controller = controller_of(config, model)
-programs = Programs(config, model, make_mesh(config.mesh), controller)
-first, last = controller.rungs[0].plan, controller.rungs[-1].plan
-texts = [programs.lower_step(plan).as_text() for plan in (first, last)]
-gate = f"x{first.segments[-1].kept('channel')}x{model.d_model}xf32"
-print(json.dumps({
-    "devices": jax.device_count(),
-    "rungs": len(controller.rungs),
-    "dense_last": controller.neurons.is_dense(last),
-    "kept_in_first": gate in texts[0],
-    "kept_in_last": gate in texts[1],
-}))
-programs.close()
+def lower(spec, preset):
+    name, variant = spec.split(":")
+    config = load(f"experiments/{name}.py:{variant}", [f"model.preset={preset}"])
+    model, _ = starting_point(config)
+    controller = controller_of(config, model)
+    programs = Programs(config, model, make_mesh(config.mesh), controller)
+    first, last = controller.rungs[0].plan, controller.rungs[-1].plan
+    texts = [programs.lower_step(plan).as_text() for plan in (first, last)]
+    programs.close()
+    gate = f"x{first.segments[-1].kept('channel')}x{model.d_model}xf32"
+    return {
+        "devices": jax.device_count(),
+        "rungs": len(controller.rungs),
+        "dense_last": controller.neurons.is_dense(last),
+        "kept_in_first": gate in texts[0],
+        "kept_in_last": gate in texts[1],
+    }
+
+print(json.dumps({spec: lower(spec, preset) for spec, preset in json.loads(sys.argv[1]).items()}))
 """
+PAPER = {
+    f"{name}:sat": preset for name, preset in (OWN_MODEL | {"retnet_1b": "retnet-1.3b"}).items()
+}
+LONG = {"extend_context:llama-2-7b-128k": "llama-2-7b"}  # rows of 131,072 tokens
+
+
+@pytest.fixture(scope="module")
+def lowered(run_python: RunPython) -> dict[str, dict[str, Any]]:
+    """Steps of models with 8 devices, by experiment, lowered in one process."""
+    done = run_python("-c", LOWER, json.dumps(PAPER | LONG), devices=8)
+    assert done.returncode == 0, done.stderr
+    results: dict[str, dict[str, Any]] = json.loads(done.stdout)
+    return results
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
@@ -197,15 +214,11 @@ def test_the_gpt_of_13b_lowers_on_virtual_devices(run_python: RunPython) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "preset"), [*sorted(OWN_MODEL.items()), ("retnet_1b", "retnet-1.3b")]
-)
+@pytest.mark.parametrize("spec", PAPER)
 def test_paper_models_lower_on_virtual_devices(
-    name: str, preset: str, run_python: RunPython
+    spec: str, lowered: dict[str, dict[str, Any]]
 ) -> None:
-    done = run_python("-c", LOWER, f"experiments/{name}.py:sat", preset, devices=8)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {
+    assert lowered[spec] == {
         "devices": 8,
         "rungs": 5,
         "dense_last": True,
@@ -215,9 +228,9 @@ def test_paper_models_lower_on_virtual_devices(
 
 
 @pytest.mark.slow
-def test_rows_of_131072_tokens_lower_on_virtual_devices(run_python: RunPython) -> None:
-    file = "experiments/extend_context.py:llama-2-7b-128k"
-    done = run_python("-c", LOWER, file, "llama-2-7b", devices=8)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+@pytest.mark.parametrize("spec", LONG)
+def test_rows_of_131072_tokens_lower_on_virtual_devices(
+    spec: str, lowered: dict[str, dict[str, Any]]
+) -> None:
+    result = lowered[spec]
     assert result["devices"] == 8 and result["rungs"] == 1 and result["dense_last"]

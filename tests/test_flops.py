@@ -177,7 +177,7 @@ def test_training_counts_every_matrix_product(execution: str, plan: str, remat: 
 
 
 @pytest.mark.parametrize("remat", REMATS)
-@pytest.mark.parametrize("execution", COMPUTES_ALL)
+@pytest.mark.parametrize("execution", slow_after(1, *COMPUTES_ALL))
 def test_masks_compute_everything(execution: str, remat: Remat) -> None:
     model = Traced(GQA, PLANS["both"], COMPUTES_ALL[execution], remat)
     expected = training_flops(LAYOUT, COMPUTED, remat=remat)
@@ -195,7 +195,7 @@ def test_only_the_backward_pass_omits(execution: str, plan: str, remat: Remat) -
 
 
 @pytest.mark.parametrize("remat", REMATS)
-@pytest.mark.parametrize("plan", ["both", "query heads"])
+@pytest.mark.parametrize("plan", slow_after(1, "both", "query heads"))
 def test_only_weight_gradients_are_omitted(plan: str, remat: Remat) -> None:
     make: Make = lambda layout, plan: Gather(layout, plan, "weights")  # noqa: E731
     expected = training_flops(LAYOUT, COMPUTED, PLANS[plan], remat, passes="weights")

@@ -94,7 +94,7 @@ def test_values_and_gradients(masks: str, activation: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", slow_after(1, "bfloat16", "float16"))
-@pytest.mark.parametrize("masks", LOOP_AND_COMPOSED)
+@pytest.mark.parametrize("masks", slow_after(1, *LOOP_AND_COMPOSED))
 def test_half_precision(masks: str, dtype: str) -> None:
     check(pair(masks), dtype)
 
@@ -130,7 +130,9 @@ def program(masks: str, platform: str) -> str:
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.parametrize("masks", PAIRS)
+@pytest.mark.parametrize(
+    "masks", slow_after(2, *LOOP_AND_COMPOSED, *(n for n in PAIRS if n not in LOOP_AND_COMPOSED))
+)
 def test_no_array_of_all_hidden_features_where_a_cpu_has_short_lists(masks: str) -> None:
     hidden = f"tensor<{TOKENS}x{pair(masks)[0].shape[0] * BLOCK}xf32>"
     assert (hidden not in program(masks, "cpu")) == PAIRS[masks][2]

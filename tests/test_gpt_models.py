@@ -150,14 +150,15 @@ CONFIGS = {
 CONFIGS["retnet"] = dataclasses.replace(CONFIGS["retnet"], norm_eps=0.1)
 
 
-FAMILIES = [
-    name if name == "gpt_neox" else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS
-]
-
-
-@pytest.mark.parametrize("name", FAMILIES)
+# The blocks of GPT-NeoX and RetNet differ most from those of `test_passes`.
 @pytest.mark.parametrize(
-    "passes", ["all", *(pytest.param(p, marks=pytest.mark.slow) for p in ("backward", "weights"))]
+    ("name", "passes"),
+    slow_after(
+        1,
+        *((name, "all") for name in ("gpt_neox", "gpt2", "retnet")),
+        *((name, "backward") for name in ("gpt_neox", "retnet")),
+        *((name, "weights") for name in ("gpt2", "retnet")),
+    ),
 )
 def test_executions_agree(name: str, passes: Passes) -> None:
     layout = layout_of(CONFIGS[name])
@@ -186,7 +187,8 @@ def test_executions_agree(name: str, passes: Passes) -> None:
                 assert_close(*with_floor, "float32", direction)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_metric_chooses_heads_and_channels(name: str) -> None:
     config, layout = CONFIGS[name], layout_of(CONFIGS[name])
     plan = make_plan(neurons_of(layout), 0.5, 0.5)
@@ -207,7 +209,8 @@ def test_every_metric_chooses_heads_and_channels(name: str) -> None:
         assert kept["channel"].shape == (3, 128)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_dynamic_selection_is_a_mask_of_what_it_keeps(name: str) -> None:
     layout = layout_of(CONFIGS[name])
     plan = make_plan(neurons_of(layout), 0.5, 0.5)

@@ -296,6 +296,7 @@ def test_requirements_are_imported() -> None:
     assert unused == set(IMPORTED_BY_OTHERS), "listed and not imported, or imported and not listed"
 
 
+@pytest.mark.slow
 def test_no_machine_is_named() -> None:
     # Character classes, so that the patterns do not match this file. Each begins with a literal,
     # which is found fast in long rows.

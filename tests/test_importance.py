@@ -20,6 +20,7 @@ from sat_jax.nn.observe import InputSums
 from sat_jax.nn.rope import rotary_tables
 from sat_jax.sparsity.importance import METRICS, Scores, score_inputs
 from sat_jax.sparsity.statistics import Statistics, UpdateSums, accumulate, statistics_of
+from tests.conftest import slow_after
 from tests.small_models import CONFIGS, batch, random_params
 from tests.tolerances import assert_close
 
@@ -262,7 +263,7 @@ def layer_by_layer(
 REAL = np.asarray(batch(CONFIGS["mha"]).segment_ids) > 0
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", slow_after(1, *sorted(CONFIGS)))
 def test_statistics_are_naive_sums_over_tokens(name: str) -> None:
     config = CONFIGS[name]
     params = random_params(config)
@@ -317,7 +318,7 @@ def test_statistics_in_bfloat16_are_summed_in_float32() -> None:
     jax.tree.map(lambda a, b: assert_close(a, b, "bfloat16", "forward"), stats, wide)
 
 
-@pytest.mark.parametrize("unit", ["kv_group", "query_head", "channel"])
+@pytest.mark.parametrize("unit", slow_after(1, "query_head", "kv_group", "channel"))
 def test_output_is_what_masking_the_unit_removes(unit: str) -> None:
     """Root mean square, over tokens, of the difference that a mask makes to the branch."""
     # Query heads in one group of three, where a mask omits one head and not one of each group.

@@ -25,6 +25,7 @@ from sat_jax.sparsity.execution.state import TrainState, new_state
 from sat_jax.sparsity.plan import Plan, make_plan
 from sat_jax.sparsity.rows import Kept
 from sat_jax.train.optimizer import make_optimizer
+from tests.conftest import slow_after
 from tests.executions import (
     Result,
     assert_gradients_close,
@@ -277,7 +278,7 @@ def full_state(config: LlamaConfig) -> TrainState:
     return jax.tree.map(lambda x: jnp.asarray(rng.integers(0, 99, x.shape).astype(x.dtype)), state)
 
 
-@pytest.mark.parametrize("kind", [Gather, Mask, Kernel, Dynamic])
+@pytest.mark.parametrize("kind", slow_after(1, Gather, Mask, Kernel, Dynamic))
 @pytest.mark.parametrize("unit", ["kv_group", "query_head"])
 def test_expanding_a_compact_state_is_the_identity(kind: Kind, unit: Any) -> None:
     config = CONFIGS["bias"]

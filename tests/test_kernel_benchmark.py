@@ -124,6 +124,7 @@ def test_failures_are_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert "interpret mode" in row["error"]
 
 
+@pytest.mark.slow
 def test_torch_is_measured_where_available(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

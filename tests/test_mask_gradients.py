@@ -13,6 +13,7 @@ from sat_jax.models.llama import LlamaConfig
 from sat_jax.nn.loss import next_token_loss
 from sat_jax.sparsity.statistics import Statistics
 from sat_jax.train.probe import ProbeSettings, make_probe
+from tests.conftest import slow_after
 from tests.small_models import CONFIGS, batch, random_params
 from tests.tolerances import assert_close
 
@@ -29,7 +30,7 @@ def ones(config: LlamaConfig) -> Masks:
     return {"query_head": jnp.ones(heads), "channel": jnp.ones((config.n_layers, config.d_ff))}
 
 
-@pytest.mark.parametrize("name", ["gqa", "bias"])
+@pytest.mark.parametrize("name", slow_after(1, "bias", "gqa"))
 def test_a_mask_scales_what_a_unit_adds_to_the_residual_stream(name: str) -> None:
     config, rng = CONFIGS[name], np.random.default_rng(1)
     params = random_params(config)
@@ -47,7 +48,7 @@ def test_a_mask_scales_what_a_unit_adds_to_the_residual_stream(name: str) -> Non
     assert_close(loss(config, params, groups), loss(config, params, each), "float32", "forward")
 
 
-@pytest.mark.parametrize("name", ["gqa", "bias"])
+@pytest.mark.parametrize("name", slow_after(1, "bias", "gqa"))
 def test_the_gradient_of_a_mask_is_weight_times_gradient(name: str) -> None:
     """A probe of gradients equals Σ W · ∂L/∂W over the output rows of a unit."""
     config = CONFIGS[name]

@@ -16,6 +16,7 @@ from sat_jax.sparsity.execution.state import TrainState, new_state, path_trees
 from sat_jax.sparsity.plan import make_plan
 from sat_jax.train import moves
 from sat_jax.train.moves import Moves, compile_moves
+from tests.conftest import slow_after
 from tests.executions import equal
 from tests.small_models import CONFIGS, compact_state, neurons, random_kept, random_params
 
@@ -44,7 +45,7 @@ def compile_all(execution: Execution = GATHER) -> tuple[Moves, int]:
     return compile_moves(state, KEPT, execution, lambda tree: tree, compiled), count
 
 
-@pytest.mark.parametrize("largest", [pytest.param(1, marks=pytest.mark.slow), 5000, 2**30])
+@pytest.mark.parametrize("largest", slow_after(1, 5000, 1, 2**30))
 def test_chunks_of_any_size_give_the_same_state(
     largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,7 +63,9 @@ def test_the_logits_are_dense_and_executions_agree(unit: AttentionUnit) -> None:
         assert float(jnp.abs(actual[0] - expected[0]).max()) > 1e-3
 
 
-@pytest.mark.parametrize("unit", UNITS)
+# On the newest jax, test_step.py trains with these passes.
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", ["kv_group", "query_head"])
 def test_without_weight_gradients_of_omitted_units_the_others_are_those_of_the_dense_model(
     unit: AttentionUnit,
 ) -> None:

@@ -20,102 +20,97 @@ import dataclasses, json, re, sys
 import jax, numpy as np
 from jax.sharding import NamedSharding
 from sat_jax.config import MeshConfig
-from sat_jax.data.batch import Batch
 from sat_jax.models.build import layout_of
 from sat_jax.nn.decoder import Compute
 from sat_jax.nn.loss import next_token_loss
 from sat_jax.parallel.mesh import make_mesh
 from sat_jax.parallel.rules import BATCH, tree_shardings
-from tests.small_models import CONFIGS, random_params
+from tests.small_models import CONFIGS, documents, random_params
 from tests.tolerances import assert_close
 
-sizes, remat, microbatches, family, rounds = json.loads(sys.argv[1])
-model = dataclasses.replace(CONFIGS[family], n_layers=4)
-params, draw = random_params(model), np.random.default_rng(0)
 rows, length = 16, 12
-tokens = draw.integers(0, 32, (rows, length + 1), np.int32)
-starts = draw.integers(1, length, (rows, 1))  # of the second document of each row
-place = np.arange(length)[None]
-second = place >= starts
-positions = np.where(second, place - starts, place).astype(np.int32)
-segments = np.where(second, 2, 1).astype(np.int32)
-segments[0] = 0  # padding
-batch = Batch(tokens[:, :-1], tokens[:, 1:], segments, positions, segments > 0)
+batch = documents(rows, length)
+batch.segment_ids[0] = 0  # padding
+batch.loss_mask[0] = False
 
-def value_and_grad(compute):
+def value_and_grad(model, compute):
     layout = layout_of(model, compute)
-
     return jax.value_and_grad(lambda params, batch: next_token_loss(layout.bind(params), *batch)[0])
 
-# On one device, row by row, which rounds less than all rows in one product.
-reference = jax.jit(value_and_grad(Compute(loss_chunk=8)))
-parts = [reference(params, jax.tree.map(lambda a: a[row, None], batch)) for row in range(rows)]
-loss, gradients = jax.tree.map(lambda *sums: np.sum(sums, axis=0, dtype=np.float64), *parts)
-mesh = make_mesh(MeshConfig(**sizes))
-pipelined = value_and_grad(Compute(remat=remat, loss_chunk=8, microbatches=microbatches))
-layout = layout_of(model)
-segments = {
-    path: tuple(np.split(value, rounds)) if layout.leaves[path].in_layers else value
-    for path, value in params.items()
-}
-shardings = tree_shardings(mesh, layout, segments)
-with jax.set_mesh(mesh):
-    placed = jax.device_put((segments, batch), (shardings, NamedSharding(mesh, BATCH)))
-    traced = jax.jit(pipelined, out_shardings=(None, shardings)).trace(*placed)
-    compiled = traced.lower().compile()
-    actual, split = compiled(*placed)
-assert_close(actual, loss, "float32", "forward")
-for path, gradient in gradients.items():
-    parts = split[path] if layout.leaves[path].in_layers else (split[path],)
-    assert_close(np.concatenate(parts), gradient, "float32", "backward")
-lengths = re.findall(r"length=(\d+)", str(traced.jaxpr))
-assert str(rounds * microbatches + sizes["pipeline"] - 1) in lengths, lengths
+def compiled_pipeline(sizes, remat, microbatches, family, rounds):
+    # Return the program, after a comparison of its results with those of one device.
+    model = dataclasses.replace(CONFIGS[family], n_layers=4)
+    params = random_params(model)
+    # On one device, row by row, which rounds less than all rows in one product.
+    reference = jax.jit(value_and_grad(model, Compute(loss_chunk=8)))
+    parts = [reference(params, jax.tree.map(lambda a: a[row, None], batch)) for row in range(rows)]
+    loss, gradients = jax.tree.map(lambda *sums: np.sum(sums, axis=0, dtype=np.float64), *parts)
+    mesh, layout = make_mesh(MeshConfig(**sizes)), layout_of(model)
+    pipelined = value_and_grad(
+        model, Compute(remat=remat, loss_chunk=8, microbatches=microbatches)
+    )
+    segments = {
+        path: tuple(np.split(value, rounds)) if layout.leaves[path].in_layers else value
+        for path, value in params.items()
+    }
+    shardings = tree_shardings(mesh, layout, segments)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put((segments, batch), (shardings, NamedSharding(mesh, BATCH)))
+        traced = jax.jit(pipelined, out_shardings=(None, shardings)).trace(*placed)
+        compiled = traced.lower().compile()
+        actual, split = compiled(*placed)
+    assert_close(actual, loss, "float32", "forward")
+    for path, gradient in gradients.items():
+        parts = split[path] if layout.leaves[path].in_layers else (split[path],)
+        assert_close(np.concatenate(parts), gradient, "float32", "backward")
+    lengths = re.findall(r"length=(\d+)", str(traced.jaxpr))
+    assert str(rounds * microbatches + sizes["pipeline"] - 1) in lengths, lengths
+    return compiled
 
 def groups(line):
     # Devices that communicate with each other, a row for each group.
-    if found := re.search(r"(?:replica_groups|source_target_pairs)={({.*?})}", line):
-        return json.loads("[" + found[1].replace("{", "[").replace("}", "]") + "]")
-    found = re.search(r"replica_groups=\[(.*?)\]<=\[(.*?)\](?:T\((.*?)\))?", line)
-    if found is None:
+    if lists := re.search(r"(?:replica_groups|source_target_pairs)={({.*?})}", line):
+        return json.loads("[" + lists[1].replace("{", "[").replace("}", "]") + "]")
+    grid = re.search(r"replica_groups=\[(.*?)\]<=\[(.*?)\](?:T\((.*?)\))?", line)
+    if grid is None:
         return [range(8)]
-    shape, dims, order = (part and json.loads(f"[{part}]") for part in found.groups())
+    shape, dims, order = (part and json.loads(f"[{part}]") for part in grid.groups())
     return np.arange(8).reshape(dims).transpose(order).reshape(shape).tolist()
 
 COLLECTIVE = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-devices_of_stage = 8 // sizes["pipeline"]
-inside, outside = set(), set()
-for line in compiled.as_text().splitlines():
-    kind = re.search(rf" ({COLLECTIVE})(?:-start)?\(", line)
-    if kind and any(len({d // devices_of_stage for d in group}) > 1 for group in groups(line)):
-        (inside if "/shard_map/" in line else outside).add(kind[1])
-print(json.dumps([sorted(inside), sorted(outside)]))
+
+def between_stages(text, stages):
+    # Communication of different stages, inside the pipeline and outside it.
+    inside, outside = set(), set()
+    for line in text.splitlines():
+        kind = re.search(rf" ({COLLECTIVE})(?:-start)?\(", line)
+        if kind and any(len({d * stages // 8 for d in group}) > 1 for group in groups(line)):
+            (inside if "/shard_map/" in line else outside).add(kind[1])
+    return sorted(inside), sorted(outside)
+
+print(json.dumps([
+    between_stages(compiled_pipeline(*case).as_text(), case[0]["pipeline"])
+    for case in json.loads(sys.argv[1])
+]))
 """
 
 
+# Mesh, remat, microbatches, model, rounds.
+CASES: list[tuple[dict[str, int], str, int, str, int]] = [
+    ({"pipeline": 2, "data": 2, "tensor": 2}, "none", 4, "gqa", 2),
+    ({"pipeline": 4, "data": 2}, "full", 8, "bias", 1),
+    ({"pipeline": 2, "data": 2, "fsdp": 2}, "dots", 2, "norm", 1),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("sizes", "remat", "microbatches", "model", "rounds"),
-    [
-        ({"pipeline": 2, "data": 2, "tensor": 2}, "none", 4, "gqa", 2),
-        ({"pipeline": 4, "data": 2}, "full", 8, "bias", 1),
-        ({"pipeline": 2, "data": 2, "fsdp": 2}, "dots", 2, "norm", 1),
-    ],
-)
-def test_a_pipeline_has_the_loss_and_gradients_of_one_device(
-    run_python: RunPython,
-    sizes: dict[str, int],
-    remat: str,
-    microbatches: int,
-    model: str,
-    rounds: int,
-) -> None:
-    options = json.dumps([sizes, remat, microbatches, model, rounds])
-    done = run_python("-c", ON_EIGHT_DEVICES, options, devices=8)
+def test_a_pipeline_has_the_loss_and_gradients_of_one_device(run_python: RunPython) -> None:
+    done = run_python("-c", ON_EIGHT_DEVICES, json.dumps(CASES), devices=8)
     assert done.returncode == 0, done.stderr
-    inside, outside = json.loads(done.stdout)
-    assert inside == ["collective-permute"]
-    if "fsdp" not in sizes:  # whose embedding is gathered
-        assert outside == ["all-reduce"]  # gradients outside the layers, and the loss
+    for (sizes, *_), (inside, outside) in zip(CASES, json.loads(done.stdout), strict=True):
+        assert inside == ["collective-permute"]
+        if "fsdp" not in sizes:  # whose embedding is gathered
+            assert outside == ["all-reduce"]  # gradients outside the layers, and the loss
 
 
 def test_stages_split_the_layers() -> None:

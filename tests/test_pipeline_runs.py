@@ -1,57 +1,66 @@
 """Runs with a pipeline: the losses of one device, resume, and checkpoints on another mesh, also one
 that splits the tokens of a row."""
 
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from sat_jax.config_values import load
+from sat_jax.train.loop import train
 from sat_jax.train.metrics import read_metrics
-from tests.conftest import RunPython
+from tests.conftest import ROOT, RunPython
 from tests.tolerances import assert_close
 
 SETTINGS = [
-    "--config.data.row_length=16",
-    "--config.train.steps=6",
-    "--config.train.rows_per_step=4",
-    "--config.train.accumulate=2",
-    "--config.train.eval_every=3",
-    "--config.train.eval_rows=4",
-    "--config.train.measure_speed=False",
-    "--config.sparsity.rungs=1",
-    "--config.sparsity.refresh_every=2",
-    "--config.sparsity.probe_tokens=16",  # one row, which no pipeline could split
-    "--config.sparsity.metric=taylor",
-    "--config.checkpoint.every=3",
+    "data.row_length=16",
+    "train.steps=6",
+    "train.rows_per_step=4",
+    "train.accumulate=2",
+    "train.eval_every=3",
+    "train.eval_rows=4",
+    "train.measure_speed=False",
+    "sparsity.rungs=1",
+    "sparsity.refresh_every=2",
+    "sparsity.probe_tokens=16",  # one row, which no pipeline could split
+    "sparsity.metric=taylor",
+    "checkpoint.every=3",
 ]
+
+
+# A run, and another that continues from its first checkpoint.
+ON_TWO_DEVICES = """
+import shutil, sys
+from pathlib import Path
+from sat_jax.config_values import load
+from sat_jax.train.loop import train
+
+directory, config = Path(sys.argv[1]), load("experiments/tiny.py", sys.argv[2:])
+train(config, directory / "two", print)
+stopped = directory / "stopped"
+shutil.copytree(directory / "two", stopped)
+(stopped / "summary.json").unlink()
+shutil.rmtree(stopped / "checkpoints" / "6")
+train(config, stopped, print)
+"""
 
 
 @pytest.mark.slow
 def test_a_run_has_the_losses_of_one_device_and_resumes_bitwise(
     run_python: RunPython, tmp_path: Path
 ) -> None:
-    def train(name: str, pipeline: int) -> list[dict[str, Any]]:
-        workdir = f"--workdir={tmp_path / name}"
-        mesh = f"--config.mesh.pipeline={pipeline}"
-        script = ("-m", "scripts.train", "--config=experiments/tiny.py", workdir, mesh)
-        done = run_python(*script, *SETTINGS, devices=pipeline)
-        assert done.returncode == 0, done.stderr
-        return read_metrics(tmp_path / name / "metrics.jsonl")
-
-    one, two = train("one", 1), train("two", 2)
+    train(load(str(ROOT / "experiments/tiny.py"), SETTINGS), tmp_path / "one", lambda _: None)
+    done = run_python("-c", ON_TWO_DEVICES, str(tmp_path), *SETTINGS, "mesh.pipeline=2", devices=2)
+    assert done.returncode == 0, done.stderr
+    assert "continuing after step 3\n" in done.stdout
+    one, two, again = (
+        read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two", "stopped")
+    )
     assert [record.get("kept_channels") for record in two[1:]] == [
         record.get("kept_channels") for record in one[1:]
     ]
     for name in ("loss", "eval_loss"):
         actual, desired = ([r[name] for r in records if name in r] for records in (two, one))
         assert_close(actual, desired, "float32", "forward")
-
-    stopped = tmp_path / "stopped"
-    shutil.copytree(tmp_path / "two", stopped)
-    (stopped / "summary.json").unlink()
-    shutil.rmtree(stopped / "checkpoints" / "6")
-    again = train("stopped", 2)
     for name in ("loss", "eval_loss", "grad_norm"):
         assert [r.get(name) for r in again] == [r.get(name) for r in two], name
 
@@ -127,14 +136,14 @@ class OnMesh:
 
 meshes = OnMesh(), OnMesh(context=2), OnMesh(pipeline=2), OnMesh(pipeline=2, rounds=2)
 expected = None
-for mesh in meshes:
-    path = Path(sys.argv[1]) / str(len(list(Path(sys.argv[1]).iterdir())))
+for number, mesh in enumerate(meshes):
+    path = Path(sys.argv[1]) / str(number)
     full, before = mesh.train(mesh.begin(), range(2))
     mesh.save(full, path)
-    for other in meshes:
-        _, after = other.train(other.restore(path), range(2, 4))
-        expected = expected or before + after
-        assert_close(before + after, expected, "float32", "forward")
+    following = meshes[(number + 1) % len(meshes)]
+    _, after = following.train(following.restore(path), range(2, 4))
+    expected = expected or before + after
+    assert_close(before + after, expected, "float32", "forward")
 for mesh in meshes:
     mesh.programs.close()
 """

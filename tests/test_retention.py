@@ -23,6 +23,7 @@ from sat_jax.nn.retention_forms import (
     recurrent,
     timeline,
 )
+from tests.conftest import slow_after
 from tests.tolerances import assert_close
 
 GOLDEN = Path(__file__).parent / "golden" / "retnet"
@@ -108,7 +109,7 @@ def test_forms_agree_in_float64(name: str) -> None:
         assert_close(a, b, "float64", "retention")
 
 
-@pytest.mark.parametrize("name", [n for n in FORMS if n != "parallel"])
+@pytest.mark.parametrize("name", slow_after(1, *(n for n in FORMS if n != "parallel")))
 def test_forms_agree_in_float32(name: str) -> None:
     arrays = inputs(np.float32)
     actual = jax.tree.leaves(outputs_and_gradients(FORMS[name], arrays, 1e-6))
@@ -270,7 +271,9 @@ def context(length: int, dtype: Any) -> Context:
 @pytest.mark.parametrize("case", ["init", "scaled"])
 @pytest.mark.parametrize(
     ("normalization", "name"),
-    [("absolute_sum", "git_parallel"), ("sum", "pypi_parallel"), ("decay", "recurrent")],
+    slow_after(
+        1, ("absolute_sum", "git_parallel"), ("sum", "pypi_parallel"), ("decay", "recurrent")
+    ),
 )
 def test_a_layer_is_that_of_torchscale(case: str, normalization: Normalization, name: str) -> None:
     x = jnp.asarray(golden()[f"{case}_x"], np.float64)
@@ -280,7 +283,9 @@ def test_a_layer_is_that_of_torchscale(case: str, normalization: Normalization, 
 
 
 @pytest.mark.parametrize("case", ["init", "scaled"])
-@pytest.mark.parametrize(("normalization", "name"), [("absolute_sum", "git"), ("sum", "pypi")])
+@pytest.mark.parametrize(
+    ("normalization", "name"), slow_after(1, ("absolute_sum", "git"), ("sum", "pypi"))
+)
 def test_gradients_of_a_layer_are_those_of_torchscale(
     case: str, normalization: Normalization, name: str
 ) -> None:

@@ -307,9 +307,9 @@ def test_a_killed_run_is_continued_by_the_same_command_bit_by_bit(
     summary = json.loads((path / "summary.json").read_text())
     for name in ("loss", "eval_loss", "tokens", "loss_tokens", "probes", "spent_flops", "data"):
         assert summary[name] == unbroken.summary[name], name
-    whole = [find(run / "checkpoints") for run in (path, unbroken.path)]
-    names = [name for name in whole[0].leaves if not name.startswith("meta")]
-    arrays = [stored.read(names) for stored in whole]
+    finished = [find(run / "checkpoints") for run in (path, unbroken.path)]
+    names = [name for name in finished[0].leaves if not name.startswith("meta")]
+    arrays = [stored.read(names) for stored in finished]
     for name in names:
         np.testing.assert_array_equal(arrays[0][name], arrays[1][name], err_msg=name, strict=True)
 

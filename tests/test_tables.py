@@ -40,6 +40,7 @@ def summary(**changed: Any) -> dict[str, Any]:
         "seconds": {"compile": 30.0, "step": 90.0, "data": 0.0, "total": 120.0},
         "figures": ["runs/a/loss.png", "runs/a/kept.png"],
         "export": "runs/a/huggingface",
+        "adapter": "runs/a/adapter",
         "next_commands": ["python -m scripts.generate", "python -m scripts.train"],
     } | changed
 
@@ -101,6 +102,7 @@ def test_end_of_run() -> None:
         "  runs/a/loss.png",
         "  runs/a/kept.png",
         "  runs/a/huggingface",
+        "  runs/a/adapter",
         "",
         "Next",
         "  python -m scripts.generate",
@@ -112,7 +114,7 @@ def test_end_of_a_run_that_knows_less() -> None:
     short = summary(
         export=None, figures=[], rungs=[rung(0.5, 150.0), rung(0.0, 100.0, steps_timed=2)]
     )
-    del short["perplexity_dense"], short["next_commands"]
+    del short["perplexity_dense"], short["next_commands"], short["adapter"]
     text = end_of_run(short)
     assert "  0.50   100 %      50 %      8       150         -         -  1.33×" in text
     assert "  dense  100 %     100 %      8         -         -         -  1.00×" in text

@@ -14,6 +14,7 @@ from sat_jax.nn.loss import next_token_loss
 from sat_jax.sparsity.execution.state import new_state, optimizer_step
 from sat_jax.train.optimizer import clipping, make_optimizer, parameter_changes
 from sat_jax.train.probe import ProbeSettings, make_probe, observe_batch
+from tests.conftest import slow_after
 from tests.small_models import CONFIGS, batch, random_params
 from tests.tolerances import assert_close
 
@@ -37,7 +38,7 @@ def of_unit(values: dict[str, np.ndarray], unit: str, place: tuple[int, ...]) ->
     return np.concatenate([row.reshape(-1) for row in rows]).astype(np.float64)
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion"])
+@pytest.mark.parametrize("name", slow_after(1, "adamw", "lion"))
 def test_a_probe_sums_gradients_and_the_changes_of_the_optimizer(name: Any) -> None:
     config = OptimizerConfig(name=name, learning_rate=0.1, weight_decay=0.1, clip_norm=0.5)
     optimizer, clip = make_optimizer(config, 10, LAYOUT), clipping(config)

@@ -29,6 +29,7 @@ from sat_jax.sparsity.execution.state import PARAMS, new_state
 from sat_jax.sparsity.plan import make_plan
 from sat_jax.train.optimizer import clipping, learning_rate, make_optimizer
 from sat_jax.train.step import StepSettings, make_step
+from tests.conftest import slow_after
 from tests.executions import (
     ROWS,
     assert_gradients_close,
@@ -140,8 +141,9 @@ def test_a_layout_has_each_array_with_its_axes() -> None:
         assert LAYOUT.leaves[f"{path}/a"] == (("layer", "rank", "embed"), role, True)
         assert LAYOUT.leaves[f"{path}/b"] == ((*axes[:-1], "rank"), role, True)
         assert LAYOUT.count_axes(f"{path}/b") == PLAIN.count_axes(path)
-    others = PLAIN.leaves.keys() - {f"layers/{name}" for name in ADAPTED}
-    assert {path: LAYOUT.leaves[path] for path in others} == {p: PLAIN.leaves[p] for p in others}
+    not_adapted = PLAIN.leaves.keys() - {f"layers/{name}" for name in ADAPTED}
+    for path in not_adapted:
+        assert LAYOUT.leaves[path] == PLAIN.leaves[path]
     assert LAYOUT.units == PLAIN.units
     assert LAYOUT.graph == PLAIN.graph  # weight types are values
     assert flat_values(LAYOUT.bind(params())).keys() == params().keys()
@@ -232,7 +234,7 @@ def test_a_step_changes_trained_arrays_alone(kind: type[Execution]) -> None:
         assert changed == (path in trained), path
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", slow_after(1, "float32", "bfloat16"))
 @pytest.mark.parametrize("units", [(6,), (2, 3, 4)])
 def test_derivatives_equal_those_of_the_plain_formulas(units: tuple[int, ...], dtype: Any) -> None:
     """With random cotangents; the formulas are differentiated by jax in float32."""

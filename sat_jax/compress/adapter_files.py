@@ -100,10 +100,10 @@ class AdapterFiles:
         """Raise `UserError` for a module that is no matrix of a layer, or a tensor that the model
         does not have."""
         unknown = sorted({*self.modules} - {*modules})
-        if others := [name for name in unknown if f"{name}.weight" in full]:
+        if outside_layers := [name for name in unknown if f"{name}.weight" in full]:
             raise UserError(
-                f"{self.directory}: an adapter of {others[0]} is not supported; accepted: adapters"
-                " of matrices of layers"
+                f"{self.directory}: an adapter of {outside_layers[0]} is not supported; accepted:"
+                " adapters of matrices of layers"
             )
         unknown += sorted({*self.full} - {*full})
         if unknown:
@@ -121,21 +121,21 @@ class AdapterFiles:
 
     def module(self, name: str, inner: int, out: int) -> tuple[PeftTensors, float]:
         """Return the tensors of a module, which has so many inputs and outputs, and its scale."""
-        found = self.modules[name]
+        arrays = self.modules[name]
         kinds = ["lora_A", "lora_B"] + ["lora_magnitude_vector"] * self.dora
-        if sorted(found) != sorted(kinds):
+        if sorted(arrays) != sorted(kinds):
             raise UserError(
-                f"{self.directory}: {name} has {', '.join(sorted(found))}; accepted:"
+                f"{self.directory}: {name} has {', '.join(sorted(arrays))}; accepted:"
                 f" {', '.join(kinds)}"
             )
-        tensors = PeftTensors(*(found[kind] for kind in kinds))
+        tensors = PeftTensors(*(arrays[kind] for kind in kinds))
         rank = self._pattern("rank_pattern", "r", name, 8)
         expected = [(int(rank), inner), (out, int(rank)), (out,)]
         for kind, shape in zip(kinds, expected, strict=False):
-            if found[kind].shape != shape:
+            if arrays[kind].shape != shape:
                 raise UserError(
                     f"{self.directory}: the adapter is of another base model: {kind} of {name} has"
-                    f" shape {list(found[kind].shape)}, expected {list(shape)}"
+                    f" shape {list(arrays[kind].shape)}, expected {list(shape)}"
                 )
         alpha = self._pattern("alpha_pattern", "lora_alpha", name, 8)
         return tensors, alpha / (math.sqrt(rank) if self.rslora else rank)

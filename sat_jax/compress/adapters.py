@@ -104,13 +104,15 @@ def write_adapter(
     or is part of a module that has one. The directory must be new or empty.
     """
     modules = list(_modules(config, loras))
-    whole = list(_full_tensors(config, full, read))
-    tensors = {f"{PREFIX}{name}": tensor for name, tensor in whole}
+    trained_in_full = list(_full_tensors(config, full, read))
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in trained_in_full}
     for module in modules:
         tensors |= module.named_tensors()
     paths = {path for module in modules for path in module.declared.paths}
     metadata = {"format": "pt", "base_sha256": fingerprint(paths, read)}
-    settings = _config_json(modules, [name for name, _ in whole], next(iter(loras.values())), base)
+    settings = _config_json(
+        modules, [name for name, _ in trained_in_full], next(iter(loras.values())), base
+    )
     arrays = {
         name: np.ascontiguousarray(tensor, np.float32) for name, tensor in sorted(tensors.items())
     }
@@ -178,8 +180,8 @@ def read_adapter(directory: Path, config: DecoderConfig, read: Read) -> dict[str
         names = [s.name for s in layers]
         if any(name in files.full for name in names):
             files.check_complete(names)
-            whole = stacked_reader(config, "huggingface", files.full.__getitem__)
-            replaced |= {path: whole(path) for path in declared.paths}
+            read_full = stacked_reader(config, "huggingface", files.full.__getitem__)
+            replaced |= {path: read_full(path) for path in declared.paths}
     loras = [path for path, weight in replaced.items() if isinstance(weight, Lora)]
     if files.base_sha256 not in (None, fingerprint(loras, read)):
         raise UserError(
@@ -224,20 +226,20 @@ def _adapted(
     writes = layout_of(config).leaves[declared.paths[0]].role == "write"
     inner, out = sizes(place, one_layer, writes)
     names = {s.layer: _module(s.name) for s in stored}
-    found = {n: files.module(m, inner, out) for n, m in names.items() if m in files.modules}
-    if not found:
+    by_layer = {n: files.module(m, inner, out) for n, m in names.items() if m in files.modules}
+    if not by_layer:
         return {}
-    if files.dora and len(found) < len(stored):
+    if files.dora and len(by_layer) < len(stored):
         raise UserError(
-            f"{files.directory}: DoRA in {len(found)} of {len(stored)} layers of"
+            f"{files.directory}: DoRA in {len(by_layer)} of {len(stored)} layers of"
             f" {_target(declared)}; accepted: in all layers"
         )
-    rank = max(len(tensors.a) for tensors, _ in found.values())
-    scale = next(iter(found.values()))[1]
+    rank = max(len(tensors.a) for tensors, _ in by_layer.values())
+    scale = next(iter(by_layer.values()))[1]
     alpha, rslora = files.alpha(rank, scale), files.rslora
     layers: list[list[Adapter]] = []
     for number in names:
-        tensors, own_scale = found.get(number, (_zeros(rank, inner, out), scale))
+        tensors, own_scale = by_layer.get(number, (_zeros(rank, inner, out), scale))
         filled = _filled(tensors, rank, own_scale / scale)
         layers.append(from_peft(place, one_layer, filled, writes))
     loras = {}

@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from sat_jax.nn.linear import PRODUCT, Weight, combine, project, weight_gradient
+from sat_jax.nn.linear import weight_gradient
+from sat_jax.nn.own_gradient import OwnGradient
 
 
 @functools.partial(
@@ -22,7 +22,7 @@ from sat_jax.nn.linear import PRODUCT, Weight, combine, project, weight_gradient
     meta_fields=("axis", "parts"),
 )
 @dataclasses.dataclass(frozen=True)
-class PartlyTrained(Weight):
+class PartlyTrained(OwnGradient):
     """A weight whose rows are `trained` and `frozen` ones, joined by `join_rows`.
 
     Both are `[*L, *units, D]`, and differ in the size of `axis`, which counts from the end.
@@ -44,14 +44,6 @@ class PartlyTrained(Weight):
         """Return all rows."""
         return join_rows(self.trained, self.frozen, self.axis, self.parts)
 
-    def project(self, x: Float[Array, "B T D"]) -> Array:
-        """Return `x · Wᵀ`, `[B, T, *units]`."""
-        return checkpoint_name(_partly_project(self, x), PRODUCT)
-
-    def combine(self, a: Array) -> Float[Array, "B T D"]:
-        """Return `a · W` for activations `[B, T, *units]`."""
-        return _partly_combine(self, a)
-
     def of_trained(self, a: Array) -> Array:
         """Return the entries of the trained rows in activations `[B, T, *units]`."""
         axis = (self.axis + 1) % a.ndim
@@ -59,10 +51,10 @@ class PartlyTrained(Weight):
         parts = jax.lax.slice_in_dim(_in_parts(a, axis, self.parts), 0, kept, axis=axis + 1)
         return parts.reshape(*a.shape[:axis], -1, *a.shape[axis + 1 :])
 
-    def gradient(self, trained: Array) -> "PartlyTrained":
-        """Return the cotangent of the weight, given that of its trained rows."""
+    def gradient(self, x: Array, a: Array) -> "PartlyTrained":
+        """Return the cotangent of the weight: `weight_gradient(x, a)` of its trained rows."""
         no_gradient: Any = None
-        return dataclasses.replace(self, trained=trained, frozen=no_gradient)
+        return dataclasses.replace(self, trained=weight_gradient(x, a), frozen=no_gradient)
 
 
 def join_rows(trained: Array, frozen: Array, axis: int, parts: int = 1) -> Array:
@@ -76,38 +68,3 @@ def join_rows(trained: Array, frozen: Array, axis: int, parts: int = 1) -> Array
 
 def _in_parts(array: Array, axis: int, parts: int) -> Array:
     return array.reshape(*array.shape[:axis], parts, -1, *array.shape[axis + 1 :])
-
-
-@jax.custom_vjp
-def _partly_project(w: PartlyTrained, x: Array) -> Array:
-    return project(w.dense(), x)
-
-
-def _project_forward(w: PartlyTrained, x: Array) -> tuple[Array, tuple[PartlyTrained, Array]]:
-    return project(w.dense(), x), (w, x)
-
-
-def _project_backward(saved: tuple[PartlyTrained, Array], dy: Array) -> tuple[PartlyTrained, Array]:
-    w, x = saved
-    return w.gradient(weight_gradient(x, w.of_trained(dy))), combine(w.dense(), dy)
-
-
-_partly_project.defvjp(_project_forward, _project_backward)
-
-
-@jax.custom_vjp
-def _partly_combine(w: PartlyTrained, a: Array) -> Array:
-    return combine(w.dense(), a)
-
-
-def _combine_forward(w: PartlyTrained, a: Array) -> tuple[Array, tuple[PartlyTrained, Array]]:
-    # The activations of constant rows are not saved: no gradient needs them.
-    return combine(w.dense(), a), (w, w.of_trained(a))
-
-
-def _combine_backward(saved: tuple[PartlyTrained, Array], dy: Array) -> tuple[PartlyTrained, Array]:
-    w, a = saved
-    return w.gradient(weight_gradient(dy, a)), project(w.dense(), dy)
-
-
-_partly_combine.defvjp(_combine_forward, _combine_backward)

@@ -13,17 +13,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, UInt32
 
-from sat_jax.nn.linear import PRODUCT, Weight, combine, project, weight_gradient
+from sat_jax.nn.linear import weight_gradient
+from sat_jax.nn.own_gradient import OwnGradient
 
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=("array", "key"), meta_fields=("rate",)
 )
 @dataclasses.dataclass(frozen=True)
-class SampledTokens(Weight):
+class SampledTokens(OwnGradient):
     """An array whose gradient leaves out the share `rate` of the tokens of each row. `key` is the
     data of a random key, of each layer."""
 
@@ -40,24 +40,16 @@ class SampledTokens(Weight):
         """Return the array."""
         return self.array
 
-    def project(self, x: Float[Array, "B T D"]) -> Array:
-        """Return `x · Wᵀ`, `[B, T, *units]`."""
-        return checkpoint_name(_sampled_project(self, x), PRODUCT)
-
-    def combine(self, a: Array) -> Float[Array, "B T D"]:
-        """Return `a · W` for activations `[B, T, *units]`."""
-        return _sampled_combine(self, a)
-
-    def gradient(self, x: Array, dy: Array) -> "SampledTokens":
-        """Return the estimate of `weight_gradient(x, dy)`, as a cotangent of the weight."""
+    def gradient(self, x: Array, a: Array) -> "SampledTokens":
+        """Return the estimate of `weight_gradient(x, a)`, as a cotangent of the weight."""
         no_gradient: Any = None
-        norms = _norms(x) * _norms(dy)
+        norms = _norms(x) * _norms(a)
         count = sampled_tokens(self.rate, norms.shape[1])
         key = jax.random.wrap_key_data(self.key)
         places, factors = sample(key, norms, count)
-        sampled_x, sampled_dy = (_take(array, places) for array in (x, dy))
-        factors = factors.reshape(*factors.shape, *(1,) * (dy.ndim - 2)).astype(dy.dtype)
-        estimate = weight_gradient(sampled_x, sampled_dy * factors)
+        sampled_x, sampled_a = (_take(array, places) for array in (x, a))
+        factors = factors.reshape(*factors.shape, *(1,) * (a.ndim - 2)).astype(a.dtype)
+        estimate = weight_gradient(sampled_x, sampled_a * factors)
         return dataclasses.replace(self, array=estimate, key=no_gradient)
 
 
@@ -104,37 +96,3 @@ def _norms(x: Array) -> Float[Array, "B T"]:
 
 def _take(x: Array, places: Int[Array, "B count"]) -> Array:
     return jnp.take_along_axis(x, places.reshape(*places.shape, *(1,) * (x.ndim - 2)), axis=1)
-
-
-@jax.custom_vjp
-def _sampled_project(w: SampledTokens, x: Array) -> Array:
-    return project(w.array, x)
-
-
-def _project_forward(w: SampledTokens, x: Array) -> tuple[Array, tuple[SampledTokens, Array]]:
-    return project(w.array, x), (w, x)
-
-
-def _project_backward(saved: tuple[SampledTokens, Array], dy: Array) -> tuple[SampledTokens, Array]:
-    w, x = saved
-    return w.gradient(x, dy), combine(w.array, dy)
-
-
-_sampled_project.defvjp(_project_forward, _project_backward)
-
-
-@jax.custom_vjp
-def _sampled_combine(w: SampledTokens, a: Array) -> Array:
-    return combine(w.array, a)
-
-
-def _combine_forward(w: SampledTokens, a: Array) -> tuple[Array, tuple[SampledTokens, Array]]:
-    return combine(w.array, a), (w, a)
-
-
-def _combine_backward(saved: tuple[SampledTokens, Array], dy: Array) -> tuple[SampledTokens, Array]:
-    w, a = saved
-    return w.gradient(dy, a), project(w.array, dy)
-
-
-_sampled_combine.defvjp(_combine_forward, _combine_backward)

@@ -63,7 +63,7 @@ def extension_tables(rows: Sequence[Row]) -> list[Table]:
         tasks = sorted({c for m in methods for _, c in passkeys.get(m, {})})
         body = []
         for method in methods:
-            some, found = perplexities[method], passkeys.get(method, {})
+            some, accuracies = perplexities[method], passkeys.get(method, {})
             seeds = sorted({seed for seed, _ in some})
             body.append(
                 (
@@ -72,7 +72,7 @@ def extension_tables(rows: Sequence[Row]) -> list[Table]:
                     str(len(seeds)),
                     *(_mean(seeds, some, c, "perplexity", "{:.2f}") for c in contexts),
                     _from_base(some, max(contexts), base),
-                    *(_mean(seeds, found, c, "accuracy", "{:.0%}") for c in tasks),
+                    *(_mean(seeds, accuracies, c, "accuracy", "{:.0%}") for c in tasks),
                     _tokens_to_base(runs, method),
                 )
             )
@@ -168,14 +168,14 @@ def _value(settings: Mapping[str, Any], path: str) -> Any:
 def _base(perplexities: _Measured) -> tuple[dict[int, float], int]:
     """Return the perplexity of the base model by seed at the length of its training, and this
     length: that of the rows without a scaling and without training."""
-    found, length = {}, 0
+    base, length = {}, 0
     for method, some in perplexities.items():
         for (seed, context), row in some.items():
             if method.tokens == 0:
                 length = _value(row["run"]["settings"], "data.row_length")
                 if method.scaling == "default" and context == length:
-                    found[seed] = row["perplexity"]
-    return found, length
+                    base[seed] = row["perplexity"]
+    return base, length
 
 
 def _mean(

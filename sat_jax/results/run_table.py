@@ -34,11 +34,11 @@ def end_of_run(summary: Mapping[str, Any]) -> str:
     - `seconds`: wall time by part, with `total`;
     - `figures`: paths of the pictures; `export`: path of the exported model, or None.
 
-    Optional: `perplexity_dense` of the dense baseline; `next_commands`, shell commands.
+    Optional: `adapter`, the path of the exported adapters, or None; `perplexity_dense` of the dense
+    baseline; `next_commands`, shell commands.
     """
-    written = list(summary["figures"])
-    if summary["export"] is not None:
-        written.append(summary["export"])
+    exported = (summary["export"], summary.get("adapter"))
+    written = [*summary["figures"], *(path for path in exported if path is not None)]
     parts = {
         "Held-out perplexity": _quality(summary),
         "Speed of each rung: kept shares, median tokens/s, speed-up over the dense rung by wall"
