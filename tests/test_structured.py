@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,18 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sat_jax.compress.structured import PrunedModel, Structured, gather_kept, prune_units
+from sat_jax.compress import structured
+from sat_jax.compress.structured import (
+    PrunedModel,
+    Structured,
+    gather_kept,
+    indicator,
+    prune_units,
+)
 from sat_jax.compress.unit_scores import unit_scores
 from sat_jax.errors import UserError
-from sat_jax.interop import load_model, save_model
+from sat_jax.interop import open_weights, save_model
 from sat_jax.models.build import layout_of, shapes
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.gpt2 import GPT2Config
 from sat_jax.models.gpt_neox import GPTNeoXConfig
+from sat_jax.models.llama import LlamaConfig
+from sat_jax.models.resize import axis_sizes
 from sat_jax.models.retnet import RetNetConfig
-from sat_jax.nn.loss import next_token_loss
-from sat_jax.sparsity.rows import indicator
-from tests.conftest import slow_after
 from tests.small_models import CONFIGS, batch, random_params
 from tests.tolerances import assert_close
 
@@ -38,19 +45,10 @@ FAMILIES: dict[str, DecoderConfig] = {
     "llama": LLAMA,
     "gpt2": GPT2,
     "gpt_neox": GPTNeoXConfig(**_SIZES, rotary_fraction=0.5),
-    "retnet": RetNetConfig(**_SIZES, d_value=32, chunk=8),
+    "retnet": RetNetConfig(**_SIZES, d_value=32, chunk=16),
 }
-QUARTER = {
-    "llama": {"kv_group": 0.25, "query_head": 0.3, "channel": 0.25, "embed": 0.25, "layer": 0.3},
-    "gpt2": {"kv_group": 0.25, "channel": 0.25, "embed": 0.25},
-    "gpt_neox": {"kv_group": 0.25, "channel": 0.25, "embed": 0.25, "layer": 0.3},
-    "retnet": {"head": 0.25, "channel": 0.25, "embed": 0.25},
-}
-
-
-def pruned(config: DecoderConfig, importance: str = "magnitude", **remove: float) -> PrunedModel:
-    method = Structured(remove=remove, importance=importance)
-    return prune_units(config, dict(random_params(config)), [batch(config)], method)
+DECAY = "layers/retention/log_decay"
+QUARTER = {"channel": 0.25, "embed": 0.25}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -60,62 +58,105 @@ def logits(config: DecoderConfig, values: Any, masks: Any = None) -> jax.Array:
     return model(rows.tokens, rows.segment_ids, rows.positions)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_without_units_is_the_model_with_masks(family: str) -> None:
-    """Random heads and channels, in each layer others."""
-    config, rng = FAMILIES[family], np.random.default_rng(2)
-    layout = layout_of(config)
-    kept, masks = {}, {}
-    for name, unit in layout.units.items():
-        lead = (layout.layers, *(layout.units[outer].size for outer in unit.within))
-        order = rng.random((*lead, unit.size)).argsort(-1)
-        keep = max(1, unit.size - 1)
-        kept[name] = jnp.asarray(np.sort(order[..., :keep]), jnp.int32)
-        masks[name] = indicator(kept[name], unit.size).astype(jnp.float32)
-    values = random_params(config)
-    smaller = gather_kept(layout, dict(values), kept)
-    assert smaller["layers/mlp/down"].shape == (3, 23, 16)
-    assert_close(logits(config, smaller), logits(config, values, masks), "float32", "forward")
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_config_of_a_pruned_model(family: str, tmp_path: Any) -> None:
-    """The written directory has the config and the values, with heads of the size as before."""
-    result = pruned(FAMILIES[family], **QUARTER[family])
-    config, removed_layers = result.config, "layer" in QUARTER[family]
-    assert (config.d_model, config.d_ff, config.n_layers) == (12, 18, 2 if removed_layers else 3)
-    assert config.n_heads == (3 * 2 if family == "llama" else 3)
-    expected = {path: value.shape for path, value in shapes(config).items()}
+def assert_written(result: PrunedModel, directory: Path) -> None:
+    """A directory with the model has its config and its values."""
+    expected = {path: value.shape for path, value in shapes(result.config).items()}
     assert {path: value.shape for path, value in result.values.items()} == expected
-    model = layout_of(config).bind(result.values)
-    save_model(model, tmp_path / "out")
-    loaded = load_model(tmp_path / "out")
-    assert loaded.config == config
-    tokens = batch(config).tokens
-    assert_close(loaded(tokens), model(tokens), "float32", "exact")
+    save_model(layout_of(result.config).bind(result.values), directory)
+    written = open_weights(directory)
+    assert written.config == result.config
+    for path, value in result.values.items():
+        assert_close(written.read(path), value, "float32", "exact")
 
 
-def test_width_is_a_mask_on_the_residual_stream() -> None:
-    """With 12 of 16 channels, √mean(x²) of an RMS norm is √(16 / 12) that of 16 with four zeros."""
-    result, values = pruned(LLAMA, embed=0.25), dict(random_params(LLAMA))
-    mask = np.asarray(indicator(result.kept["embed"], 16))
-    for path, leaf in layout_of(LLAMA).leaves.items():
-        if leaf.axes[-1] == "embed":
-            values[path] = values[path] * mask
+def random_kept(config: DecoderConfig, kept: dict[str, int]) -> dict[str, np.ndarray]:
+    """Random indices of kept units by axis, others in each layer."""
+    rng, layout, sizes = np.random.default_rng(2), layout_of(config), axis_sizes(config)
+    result = {}
+    for axis, count in kept.items():
+        unit = layout.units.get(axis)
+        lead = [sizes[name] for name in ("layer", *unit.within)] if unit else []
+        order = rng.random((*lead, sizes[axis])).argsort(-1)
+        result[axis] = np.sort(order[..., :count])
+    return result
+
+
+def masks_of(config: DecoderConfig, kept: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    units = layout_of(config).units
+    return {name: indicator(kept[name], units[name].size).astype(np.float32) for name in units}
+
+
+def test_a_smaller_model_is_the_model_with_masks(tmp_path: Path) -> None:
+    """On heads, channels, the residual stream, and what the removed layer adds.
+
+    With 12 of 16 channels, √mean(x²) of an RMS norm is √(16 / 12) that of 16 with four zeros.
+    """
+    method = Structured(remove={"kv_group": 0.25, "query_head": 0.3, "layer": 0.3, **QUARTER})
+    config, kept = method.smaller(LLAMA), random_kept(LLAMA, method.kept(LLAMA))
+    assert isinstance(config, LlamaConfig)
+    assert (config.d_model, config.d_ff, config.n_layers, config.head_dim) == (12, 18, 2, 4)
+    assert (config.n_heads, config.n_kv_heads) == (6, 3)
+    layout, values = layout_of(LLAMA), dict(random_params(LLAMA))
+    smaller = gather_kept(layout, dict(values), kept)
+    assert_written(PrunedModel(config, smaller, kept, {}), tmp_path / "out")
+    stream, layers = indicator(kept["embed"], 16), indicator(kept["layer"], 3)
+    for path, leaf in layout.leaves.items():
+        value = values[path]
+        if leaf.axes[-1] in ("embed", "norm"):
+            value = value * stream
         if leaf.axes[-1] == "norm":
-            values[path] = values[path] * mask * np.float32((12 / 16) ** 0.5)
+            value = value * np.float32((12 / 16) ** 0.5)
+        if leaf.role == "write":
+            value = value * layers.reshape(3, *(1,) * (value.ndim - 1))
+        values[path] = value
     masked = dataclasses.replace(LLAMA, norm_eps=LLAMA.norm_eps * 12 / 16)
-    assert_close(logits(result.config, result.values), logits(masked, values), "float32", "forward")
+    expected = logits(masked, values, masks_of(LLAMA, kept))
+    assert_close(logits(config, smaller), expected, "float32", "forward")
 
 
-def test_depth_skips_layers() -> None:
-    """GPT-2 with a layer that adds nothing, biases included."""
-    result, values = pruned(GPT2, layer=0.3), dict(random_params(GPT2))
-    (skipped,) = set(range(3)) - set(np.asarray(result.kept["layer"]).tolist())
-    for name in ("attention/output", "attention_output_bias", "mlp/down", "mlp_output_bias"):
-        values[f"layers/{name}"] = np.array(values[f"layers/{name}"])
-        values[f"layers/{name}"][skipped] = 0
-    assert_close(logits(result.config, result.values), logits(GPT2, values), "float32", "forward")
+def test_a_smaller_model_with_biases_is_the_model_with_masks() -> None:
+    layout, values = layout_of(GPT2), random_params(GPT2)
+    kept = random_kept(GPT2, {"kv_group": 3, "query_head": 1, "channel": 23})
+    smaller = gather_kept(layout, dict(values), kept)
+    expected = logits(GPT2, values, masks_of(GPT2, kept))
+    assert_close(logits(GPT2, smaller), expected, "float32", "forward")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+def test_heads_of_one_size_with_less_width(family: str, tmp_path: Path) -> None:
+    config = FAMILIES[family]
+    method = Structured(remove={"kv_group": 0.25, "layer": 0.3, **QUARTER})
+    kept, smaller = random_kept(config, method.kept(config)), method.smaller(config)
+    assert (smaller.d_model, smaller.n_heads, smaller.d_ff, smaller.n_layers) == (12, 3, 18, 2)
+    values = gather_kept(layout_of(config), dict(random_params(config)), kept)
+    assert_written(PrunedModel(smaller, values, kept, {}), tmp_path / "out")
+
+
+def test_heads_of_a_tensor_that_layers_share(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A file of RetNet has the decays of heads once, so that all layers keep the same heads: those
+    of the highest mean score."""
+    config, rng = FAMILIES["retnet"], np.random.default_rng(0)
+    values = {path: rng.random(x.shape, np.float32) for path, x in shapes(config).items()}
+    values[DECAY][:] = decays = np.arange(4, dtype=np.float32)
+    heads = np.asarray([[0, 1, 2, 3], [9, 1, 1, 1], [0, 1, 0, 0]])  # means 3, 1, 1 and 4/3
+    scores = {"head": heads, "channel": rng.random((3, 24)), "embed": np.arange(16) % 4}
+    monkeypatch.setattr(structured, "unit_scores", lambda *_: scores)
+    method = Structured(remove={"head": 0.25, **QUARTER})
+    result = prune_units(config, dict(values), [], method)
+    assert result.kept["head"].tolist() == [[0, 1, 3]] * 3  # the lower index at a tie
+    assert_close(result.values[DECAY], np.tile(decays[[0, 1, 3]], (3, 1)), "float32", "exact")
+    query = values["layers/retention/query"][:, [0, 1, 3]][..., np.arange(16) % 4 > 0]
+    assert_close(result.values["layers/retention/query"], query, "float32", "exact")
+    assert result.summary["embed"] == {
+        "of": 16,
+        "kept": 12,
+        "layers": [
+            {"removed": "0 4 8 12", "share_of_scores": 0, "highest_removed": 0, "lowest_kept": 1}
+        ],
+    }
+    assert_written(result, tmp_path / "out")
 
 
 def test_selection_and_summary_by_hand() -> None:
@@ -125,8 +166,8 @@ def test_selection_and_summary_by_hand() -> None:
     sizes = np.asarray([[3, 1, 2, 4], [1, 1, 5, 1]], np.float32)
     for name in ("gate", "up", "down"):
         values[f"layers/mlp/{name}"][:] = sizes[..., None]
-    method = Structured(remove={"channel": 0.5, "layer": 0.5}, importance="magnitude")
-    result = prune_units(config, values, [batch(config)], method)
+    method = Structured(remove={"channel": 0.5}, importance="magnitude")
+    result = prune_units(config, dict(values), [batch(config)], method)
     assert result.kept["channel"].tolist() == [[0, 3], [0, 2]]  # the lower index at a tie
     norm = 48**0.5  # of three rows of 16 ones
     first, second = result.summary["channel"].pop("layers")
@@ -134,26 +175,12 @@ def test_selection_and_summary_by_hand() -> None:
     assert [first.pop("removed"), second.pop("removed")] == ["1-2", "1 3"]
     assert_close(list(first.values()), [0.3, 2 * norm, 3 * norm], "float32", "forward")
     assert_close(list(second.values()), [0.25, norm, norm], "float32", "forward")
+    values["layers/mlp/up"][0, 0, 0] = np.nan
+    with pytest.raises(UserError, match="the scores of channel are not finite"):
+        prune_units(config, values, [batch(config)], method)
 
 
-@pytest.mark.parametrize("name", slow_after(1, "gqa", "bias"))
-def test_taylor_is_the_gradient_of_a_mask(name: str) -> None:
-    """|Σ w · ∂L/∂w| over the output weights of a unit, and of a group over those of its heads; two
-    batches have the gradients of their sum."""
-    config, values = CONFIGS[name], random_params(CONFIGS[name])
-    layout, rows = layout_of(config), batch(config)
-    found = unit_scores(config, values, [rows, rows], ["kv_group", "channel"], "taylor")
-
-    def loss(masks: Any) -> jax.Array:
-        return next_token_loss(layout.bind(values, masks), *rows)[0]
-
-    ones = {"kv_group": jnp.ones((3, 4)), "channel": jnp.ones((3, 24))}
-    tokens = 19
-    for unit, gradient in jax.jit(jax.grad(loss))(ones).items():
-        assert_close(found[unit], abs(gradient) / tokens, "float32", "backward")
-
-
-def test_scores_of_outputs_width_and_depth() -> None:
+def test_scores() -> None:
     """Against formulas of the residual streams between the layers, without padding."""
     config = CONFIGS["mha"]
     rows, values, layout = batch(config), random_params(config), layout_of(config)
@@ -191,6 +218,18 @@ def test_scores_of_outputs_width_and_depth() -> None:
         assert_close(found["layer"][number], 1 - products.mean(), "float32", "forward")
         stream = after
     assert_close(found["embed"], width, "float32", "forward")
+    # The gradient of a mask on a channel of the last layer is Σ a · ⟨down, ∂L/∂x⟩.
+    x, scale = np.asarray(stream, np.float64)[tokens], values["final_norm"]
+    norm = np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + config.norm_eps)
+    exponents = np.exp(x / norm * scale @ values["lm_head"].T)
+    d_logits = exponents / exponents.sum(-1, keepdims=True)
+    d_logits[np.arange(len(x)), np.asarray(rows.targets)[tokens]] -= 1
+    d_logits *= np.asarray(rows.loss_mask)[tokens][:, None]
+    d_normed = d_logits @ values["lm_head"] * scale / norm
+    d_x = d_normed - x / norm**2 * np.mean(x * d_normed, axis=-1, keepdims=True)
+    gradient = np.sum(channels * (d_x @ down[0].T), axis=0)
+    taylor = unit_scores(config, values, [rows, rows], ["channel"], "taylor")["channel"]
+    assert_close(taylor[-1], abs(gradient) / tokens.sum(), "float32", "backward")
 
 
 REFUSED: list[tuple[str, dict[str, float], str]] = [
@@ -220,10 +259,3 @@ def test_what_is_refused(family: str, remove: dict[str, float], message: str) ->
 def test_an_importance_that_does_not_exist() -> None:
     with pytest.raises(UserError, match="importance 'wanda'; accepted: magnitude, output, taylor"):
         Structured(remove={"channel": 0.5}, importance="wanda")
-
-
-def test_scores_that_are_not_finite() -> None:
-    values = dict(random_params(LLAMA)) | {"layers/mlp/up": np.full((3, 24, 16), np.nan)}
-    method = Structured(remove={"channel": 0.5}, importance="magnitude")
-    with pytest.raises(UserError, match="the scores of channel are not finite"):
-        prune_units(LLAMA, values, [batch(LLAMA)], method)

@@ -8,10 +8,9 @@ import dataclasses
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sat_jax.compress.layers import Rows
 from sat_jax.compress.unit_scores import IMPORTANCE, Track, unit_scores
@@ -24,11 +23,9 @@ from sat_jax.models.resize import axis_sizes, resized
 from sat_jax.nn.layout import Layout, Leaf
 from sat_jax.nn.param import EMBED, LAYER, NORM
 from sat_jax.sparsity.plan import kept_count
-from sat_jax.sparsity.rows import gather_rows, indicator
-from sat_jax.sparsity.selection import select
 
 STRUCTURED = "structured"
-Kept = Mapping[str, Int[Array, "*lead kept"]]
+Kept = Mapping[str, Int[np.ndarray, "*lead kept"]]
 """Sorted indices by axis: `[L, *within, kept]` of units of branches, `[kept]` of other axes."""
 
 
@@ -112,7 +109,7 @@ def prune_units(
     """
     smaller, counts, layout = method.smaller(config), method.kept(config), layout_of(config)
     scores = unit_scores(config, values, batches, counts, method.importance, track)
-    kept = {}
+    kept, summary = {}, {}
     for axis, of_axis in scores.items():
         if not np.isfinite(of_axis).all():
             raise UserError(
@@ -120,17 +117,25 @@ def prune_units(
                 " activations are finite on the calibration text"
             )
         if _in_shared_tensor(config, axis):
-            scores[axis] = of_axis = np.broadcast_to(of_axis.mean(0, keepdims=True), of_axis.shape)
-        kept[axis] = select(jnp.asarray(of_axis), counts[axis], key=jax.random.key(0))
-    summary = {axis: _summary(scores[axis], kept[axis]) for axis in kept}
+            of_axis = np.broadcast_to(of_axis.mean(0, keepdims=True), of_axis.shape)
+        kept[axis] = highest(of_axis, counts[axis])
+        summary[axis] = _summary(of_axis, kept[axis])
     return PrunedModel(smaller, gather_kept(layout, values, kept), kept, summary)
+
+
+def highest(scores: Float[np.ndarray, "*lead n"], count: int) -> Int[np.ndarray, "*lead count"]:
+    """Return the sorted indices of the highest scores on the last axis; the lower ones at a tie."""
+    return np.sort(np.argsort(-scores, axis=-1, kind="stable")[..., :count])
 
 
 def gather_kept(
     layout: Layout[Any], values: MutableMapping[str, np.ndarray], kept: Kept
 ) -> dict[str, Array]:
-    """Return what is kept of all parameters; `values` is empty afterwards."""
-    return {path: _gather(values.pop(path), leaf, kept) for path, leaf in layout.leaves.items()}
+    """Return what is kept of all parameters, on the device; `values` is empty afterwards."""
+    return {
+        path: jnp.asarray(_gather(values.pop(path), leaf, kept))
+        for path, leaf in layout.leaves.items()
+    }
 
 
 def _in_shared_tensor(config: DecoderConfig, axis: str) -> bool:
@@ -145,22 +150,26 @@ def _in_shared_tensor(config: DecoderConfig, axis: str) -> bool:
     )
 
 
-def _gather(value: np.ndarray, leaf: Leaf, kept: Kept) -> Array:
+def _gather(array: np.ndarray, leaf: Leaf, kept: Kept) -> np.ndarray:
     """Return the entries of an array that are kept along its axes."""
-    array = jnp.asarray(value)
     # Innermost units first, as their indices are within all units around them.
     for number, name in reversed(list(enumerate(leaf.axes))):
         axis = EMBED if name == NORM else name
         if axis in (EMBED, LAYER) and axis in kept:
-            array = jnp.take(array, kept[axis], axis=number)
+            array = np.take(array, kept[axis], axis=number)
         elif axis in kept:
-            array = gather_rows(array, kept[axis])
+            rows = array.reshape(-1, *array.shape[number:])
+            parts = zip(rows, kept[axis].reshape(len(rows), -1), strict=True)
+            gathered = np.stack([part[indices] for part, indices in parts])
+            array = gathered.reshape(*array.shape[:number], *gathered.shape[1:])
     return array
 
 
-def _summary(scores: np.ndarray, kept: Int[Array, "*lead kept"]) -> dict[str, Any]:
+def _summary(
+    scores: Float[np.ndarray, "*lead n"], kept: Int[np.ndarray, "*lead kept"]
+) -> dict[str, Any]:
     """Return the summary of an axis (see `PrunedModel`)."""
-    is_kept = np.asarray(indicator(kept, scores.shape[-1]))
+    is_kept = indicator(kept, scores.shape[-1])
     by_layer = len(scores) if scores.ndim > 1 else 1
     rows = zip(scores.reshape(by_layer, -1), is_kept.reshape(by_layer, -1), strict=True)
     return {
@@ -176,6 +185,13 @@ def _summary(scores: np.ndarray, kept: Int[Array, "*lead kept"]) -> dict[str, An
             for row, keep in rows
         ],
     }
+
+
+def indicator(kept: Int[np.ndarray, "*lead kept"], size: int) -> Bool[np.ndarray, "*lead {size}"]:
+    """Return True where an index below `size` is kept."""
+    result = np.zeros((*kept.shape[:-1], size), bool)
+    np.put_along_axis(result, kept, True, axis=-1)
+    return result
 
 
 def _ranges(indices: Int[np.ndarray, " n"]) -> str:

@@ -44,7 +44,7 @@ def resized(config: DecoderConfig, sizes: Mapping[str, int]) -> DecoderConfig:
     }
     changed = {name: n for name, n in fields.items() if n != getattr(config, name)}
     smaller = dataclasses.replace(config, **changed)
-    for axis, size in axis_sizes(smaller).items():
+    for axis, size in reversed(axis_sizes(smaller).items()):  # those of layers first
         expected = asked["embed" if axis == "norm" else axis]
         if size != expected:
             given = ", ".join(f"{name} {getattr(smaller, name)}" for name in fields)
