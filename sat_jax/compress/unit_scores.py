@@ -68,7 +68,7 @@ def unit_scores(
     observe: list[Any] = [kind for kind in needs if kind != "gradients"]
     observe += ["input_magnitudes"] if EMBED in scores else []
     if not observe and LAYER not in scores:
-        batches = ()
+        batches = ()  # the weights are enough
     for layer in _run_layers(layout, values, batches, tuple(observe), track):
         own = {unit: sums[layer.number][None] for unit, sums in gradients.items()}
         outputs = layer.observed.get("outputs", {})
