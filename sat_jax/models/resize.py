@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from sat_jax.errors import UserError
 from sat_jax.models.build import layout_of
@@ -37,7 +38,7 @@ def resized(config: DecoderConfig, sizes: Mapping[str, int]) -> DecoderConfig:
     """
     asked = {**axis_sizes(config), **sizes}
     names = {field.name for field in dataclasses.fields(config)}
-    fields = {
+    fields: dict[str, Any] = {
         name: math.prod(asked[axis] for axis in axes if axis in asked)
         for name, axes in _FIELDS.items()
         if name in names
