@@ -114,6 +114,7 @@ def test_a_smaller_model_is_the_model_with_masks(tmp_path: Path) -> None:
     assert_close(logits(config, smaller), expected, "float32", "forward")
 
 
+@pytest.mark.slow
 def test_a_smaller_model_with_biases_is_the_model_with_masks() -> None:
     layout, values = layout_of(GPT2), random_params(GPT2)
     kept = random_kept(GPT2, {"kv_group": 3, "query_head": 1, "channel": 23})
@@ -180,6 +181,7 @@ def test_selection_and_summary_by_hand() -> None:
         prune_units(config, values, [batch(config)], method)
 
 
+@pytest.mark.slow
 def test_scores() -> None:
     """Against formulas of the residual streams between the layers, without padding."""
     config = CONFIGS["mha"]
