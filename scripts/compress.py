@@ -6,11 +6,14 @@ r"""Compress the weights of a model, with text for calibration, and write it as 
       --calibration TEXT --out NEW
   python -m scripts.compress --model DIR --method svd-llm --ratio 0.8 \
       --calibration TEXT --out NEW
+  python -m scripts.compress --model DIR --method structured --remove kv_group=0.25 channel=0.25 \
+      --importance taylor --calibration TEXT --out NEW
   python -m scripts.compress --model llama-2-7b --method sparsegpt --dry-run
 
-The matrices of all layers are compressed, layer by layer; embeddings, norms, biases and the output
-head stay as they are. The statistics of a layer are taken on the outputs of the layers before it,
-which are compressed already. Methods that prune single weights:
+Structured pruning writes a smaller model. All other methods compress the matrices of all layers,
+layer by layer; embeddings, norms, biases and the output head stay as they are. The statistics of a
+layer are taken on the outputs of the layers before it, which are compressed already. Methods that
+prune single weights:
 
   magnitude  the lowest |w|; reads no calibration statistics
   wanda      the lowest |w| · ‖x‖₂ of the weight's input x (arXiv:2306.11695)
@@ -21,6 +24,22 @@ Methods of low rank, which truncate the singular value decomposition of each mat
   svd        of the weights; reads no calibration statistics
   asvd       of the weights times √(mean |x|) of their input x (arXiv:2312.05821)
   svd-llm    of the weights times a Cholesky factor of the inputs' Gram matrix (arXiv:2403.07378)
+
+A method that prunes whole units, and writes a smaller model of the same family with its config:
+
+  structured  the heads, channels, width or layers with the lowest scores in the full model
+
+--remove has the share of each axis that is removed: kv_group (KV groups; heads, where each has keys
+of its own), query_head (of each KV group), head (of RetNet), channel (of MLPs), embed (width of the
+residual stream) or layer. Shares are rounded to whole units, and the same number is removed in each
+layer. Sizes that config.json cannot express are refused. --importance is the score of heads and
+channels; embed and layer have one score each:
+
+  magnitude  √Σ w² over all matrices of the unit; reads no calibration statistics
+  output     the rms of what the unit adds to the residual stream
+  taylor     |Σ w · ∂loss/∂w| over the unit's output weights (arXiv:2305.11627)
+  embed      the mean |x| of the normed inputs of attention and MLPs (arXiv:2407.14679)
+  layer      1 - cos(x, y) of the residual stream before and after it (arXiv:2403.03853)
 
 --sparsity is the share of each output row that is removed; for sparsegpt of each row of a block of
 --block columns. --pattern compares other groups of weights: 2:4 and other N:M (of M consecutive
@@ -43,7 +62,7 @@ from pathlib import Path
 from sat_jax.cli import MODEL_HELP, SOURCES_HELP, TOKENIZER_HELP, Parser, run
 from sat_jax.errors import UserError
 
-_SETTINGS = ("sparsity", "pattern", "block", "ratio")
+_SETTINGS = ("sparsity", "pattern", "block", "ratio", "remove", "importance")
 
 
 def parser() -> Parser:
@@ -55,7 +74,7 @@ def parser() -> Parser:
         "--method",
         required=True,
         metavar="NAME",
-        help="magnitude, wanda, sparsegpt, svd, asvd or svd-llm",
+        help="magnitude, wanda, sparsegpt, svd, asvd, svd-llm or structured",
     )
     add(
         "--sparsity",
@@ -67,6 +86,8 @@ def parser() -> Parser:
     add("--block", type=int, metavar="N", help="columns of a block; default 128")
     ratio = "share of weights that factors of low rank have; default 0.8"
     add("--ratio", type=float, metavar="R", help=ratio)
+    add("--remove", nargs="+", metavar="AXIS=SHARE", help="shares that structured pruning removes")
+    add("--importance", metavar="NAME", help="magnitude, output or taylor; default output")
     add("--calibration", nargs="+", metavar="SOURCE", help=SOURCES_HELP)
     add("--text-field", default="text", metavar="NAME", help="field of JSON lines; default text")
     rows = "rows of calibration text; default 128"
@@ -90,8 +111,11 @@ def main() -> None:
     from sat_jax.compress.methods import make_method
     from sat_jax.compress.prune import Pruning
     from scripts.compression import compress, dry_run
+    from scripts.structured import parse_shares
 
     settings = {name: value for name in _SETTINGS if (value := getattr(args, name)) is not None}
+    if args.remove:
+        settings["remove"] = parse_shares(args.remove, args.importance)
     method = make_method(args.method, settings)
     if "block" in settings and isinstance(method, Pruning) and not method.in_blocks:
         raise UserError("--block has no effect without --method sparsegpt or a block pattern")

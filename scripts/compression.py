@@ -16,6 +16,7 @@ from sat_jax.compress.costs import costs
 from sat_jax.compress.factors import FACTORS_FILE, factors_file, stack_factors
 from sat_jax.compress.layers import CompressedLayer, check_matrices, compress_layers, matrices
 from sat_jax.compress.method import MatrixMethod
+from sat_jax.compress.structured import Structured
 from sat_jax.data.batch import Batch
 from sat_jax.data.batches import in_order, open_split
 from sat_jax.data.data_format import DataFormat
@@ -37,14 +38,18 @@ from sat_jax.provenance import environment
 from sat_jax.train.metrics import to_json
 from sat_jax.train.run_weights import exported
 from scripts.evaluation_meter import Args, Meter
+from scripts.structured import Outcome, print_units, remove_units
 
 _CONTEXT = 2048  # default, if the model has so many positions
 
 
-def dry_run(args: Args, method: MatrixMethod) -> None:
-    """Print how many weights of each matrix would be removed, and what remains."""
+def dry_run(args: Args, method: MatrixMethod | Structured) -> None:
+    """Print what would be removed of each matrix, or of each axis, and what remains."""
     is_preset = args.model in PRESETS and not locate(args.model).exists()
     config = PRESETS[args.model] if is_preset else open_eval_model(args.model).weights.config
+    if isinstance(method, Structured):
+        print_units(args, config, method, _context(args, config))
+        return
     layout = layout_of(config)
     check_matrices(layout, method)
     removed: dict[str, int] = {}
@@ -63,12 +68,15 @@ def dry_run(args: Args, method: MatrixMethod) -> None:
     _print_costs(cost, method)
 
 
-def compress(args: Args, method: MatrixMethod) -> None:
+def compress(args: Args, method: MatrixMethod | Structured) -> None:
     """Compress the model, and write it with its report."""
     source = open_eval_model(args.model)
     config, layout = source.weights.config, layout_of(source.weights.config)
     check_exportable(config)
-    check_matrices(layout, method)
+    if isinstance(method, Structured):
+        method.smaller(config)  # raises `UserError` if the model cannot be written
+    else:
+        check_matrices(layout, method)
     tokenizer, context = source.tokenizer(args.tokenizer), _context(args, config)
     prepared = _prepare(args, tokenizer, context)
     seconds: dict[str, float] = {}
@@ -77,16 +85,14 @@ def compress(args: Args, method: MatrixMethod) -> None:
     print(f"perplexity before: {before:.4f}", flush=True)
     values = {path: source.weights.read(path) for path in layout.leaves}
     with _timed(seconds, "compress"):
-        rows = in_order(open_split(prepared, TRAIN), args.rows, args.calibration_rows)
-        layers = _compress(layout, values, list(rows), method)
-    # One parameter at a time, so that the model is not in memory twice.
-    model = layout.bind({path: jnp.asarray(values.pop(path)) for path in layout.leaves})
+        rows = list(in_order(open_split(prepared, TRAIN), args.rows, args.calibration_rows))
+        if isinstance(method, Structured):
+            outcome = remove_units(args, config, values, rows, method, context)
+        else:
+            outcome = _compress_matrices(args, layout, values, rows, method, context)
     with _timed(seconds, "evaluate_after"):
-        after = _perplexity(model, prepared, args.rows)
+        after = _perplexity(outcome.model, prepared, args.rows)
     print(f"perplexity after:  {after:.4f}")
-    removed = sum((Counter(layer.removed) for layer in layers), Counter())
-    cost = costs(layout, removed, context, jnp.dtype(args.dtype).itemsize, method.saving)
-    _print_costs(cost, method)
     report = {
         "model": args.model,
         "method": vars(method),
@@ -98,21 +104,38 @@ def compress(args: Args, method: MatrixMethod) -> None:
             "context": context,
         },
         "dtype": args.dtype,
-        **cost,
-        "layers": [
-            {"layer": layer.layer, "removed": layer.removed, "error": layer.error}
-            for layer in layers
-        ],
+        **outcome.report,
         "seconds": seconds,
         **environment(),
     }
+    _write(args, source, tokenizer, outcome.model, report, outcome.files)
+    names = ", ".join(["its tokenizer", *outcome.files])
+    print(f"{args.out}: model in {args.dtype}, with {names} and report.json")
+
+
+def _compress_matrices(
+    args: Args,
+    layout: Any,
+    values: dict[str, np.ndarray],
+    rows: list[Batch],
+    method: MatrixMethod,
+    context: int,
+) -> Outcome:
+    """Return the model with compressed matrices, and print its size; `values` is emptied."""
+    layers = _compress(layout, values, rows, method)
+    # One parameter at a time, so that the model is not in memory twice.
+    model = layout.bind({path: jnp.asarray(values.pop(path)) for path in layout.leaves})
+    removed = sum((Counter(layer.removed) for layer in layers), Counter())
+    report = costs(layout, removed, context, jnp.dtype(args.dtype).itemsize, method.saving)
+    _print_costs(report, method)
+    report["layers"] = [
+        {"layer": layer.layer, "removed": layer.removed, "error": layer.error} for layer in layers
+    ]
     files: dict[str, bytes] = {}
     if factors := stack_factors(layers):
         report["ranks"] = {path: weight.rank for path, weight in factors.items()}
         files[FACTORS_FILE] = factors_file(factors, args.dtype)
-    _write(args, source, tokenizer, model, report, files)
-    names = ", ".join(["its tokenizer", *files])
-    print(f"{args.out}: model in {args.dtype}, with {names} and report.json")
+    return Outcome(model, report, files)
 
 
 def _context(args: Args, config: DecoderConfig) -> int:

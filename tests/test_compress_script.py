@@ -54,7 +54,8 @@ def compress(
         arguments = []
         for name, value in (defaults | options).items():
             if value is not None:
-                arguments += [f"--{name.replace('_', '-')}", *([str(value)] * (value is not True))]
+                values = value if isinstance(value, list) else [value] * (value is not True)
+                arguments += [f"--{name.replace('_', '-')}", *map(str, values)]
         monkeypatch.setattr(sys, "argv", ["compress", *arguments])
         main()
         return capsys.readouterr().out
@@ -125,6 +126,40 @@ def test_a_model_of_low_rank(compress: Compress, tmp_path: Path) -> None:
     assert_close(again(tokens), merged(tokens), "float32", "forward")
 
 
+def test_a_structured_model(compress: Compress, tmp_path: Path) -> None:
+    """Half of the KV groups, channels and width, and one of three layers, with their config."""
+    shares = ["kv_group=0.5", "channel=0.5", "embed=0.5", "layer=0.3"]
+    settings: dict[str, Any] = {"method": "structured", "remove": shares}
+    planned = compress(**settings, dry_run=True, calibration=None, out=None).splitlines()
+    assert planned[1].split() == ["kv_group", "2", "1", "50.00%"]
+    printed = compress(**settings)
+    assert planned[-1] in printed
+    out = tmp_path / "out"
+    report = json.loads((out / "report.json").read_text())
+    config = load_model(out).config
+    assert (config.d_model, config.n_heads, config.n_kv_heads, config.head_dim) == (32, 4, 1, 8)
+    assert (config.d_ff, config.n_layers) == (88, 2)
+    # Of each layer: q and o of 4 heads, k and v of one, three matrices of 88 channels, two norms.
+    count = 2 * (32 * (8 * (4 + 4 + 1 + 1) + 3 * 88) + 2 * 32) + 2 * 256 * 32 + 32
+    assert report["weights"] == {"all": 165_312, "removed": 165_312 - count}
+    assert report["bytes"] == {"before": 4 * 165_312, "after": 4 * count}
+    flops = report["flops_per_token"]
+    assert flops["after"] == forward_flops(layout_of(config), 16).total < flops["before"]
+    assert report["method"]["importance"] == "output"
+    removed = report["removed"]
+    assert {axis: (x["of"], x["kept"]) for axis, x in removed.items()} == {
+        "kv_group": (2, 1),
+        "channel": (176, 88),
+        "embed": (64, 32),
+        "layer": (3, 2),
+    }
+    assert [len(x["layers"]) for x in removed.values()] == [3, 3, 1, 1]
+    assert all(0 < x["share_of_scores"] < 0.5 for x in removed["channel"]["layers"])
+    (layer,) = removed["layer"]["layers"]
+    assert layer["highest_removed"] < layer["lowest_kept"]
+    assert report["perplexity"]["after"] != report["perplexity"]["before"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -184,13 +219,29 @@ def test_costs_by_hand() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "sparce"}, "method 'sparce'; accepted: magnitude, .*, svd, asvd, svd-llm"),
+        (
+            {"method": "sparce"},
+            "method 'sparce'; accepted: magnitude, .*, svd, asvd, svd-llm, structured",
+        ),
         ({"pattern": "2-4"}, "pattern '2-4'; accepted: no pattern, N:M"),
         ({"pattern": "3:6", "dry_run": True}, "attention/key has 64 columns; accepted: multiples"),
         ({"pattern": "16:32"}, "mlp/down has 176 columns; accepted: multiples of 32"),
         ({"ratio": 0.5}, "ratio has no effect with method magnitude; accepted: sparsity, pattern"),
         ({"method": "svd", "sparsity": 0.5}, "sparsity has no effect with method svd; accepted: r"),
         ({"method": "asvd", "ratio": 1}, "ratio 1; accepted: a share between 0 and 1"),
+        ({"remove": ["channel=.5"]}, "remove has no effect with method magnitude; accepted: sp"),
+        ({"method": "structured"}, "needs shares to remove, such as channel=0.25"),
+        ({"remove": ["channel"]}, "--remove channel; accepted: AXIS=SHARE, such as channel=0.25"),
+        ({"remove": ["channel=.5"] * 2}, "--remove has channel twice; accepted: one share of"),
+        ({"remove": ["channel=.1,.2"]}, "config.json cannot express layers of different sizes"),
+        (
+            {"remove": ["embed=.5", "layer=.5"], "importance": "taylor"},
+            "--importance has no effect on embed and layer; accepted: none",
+        ),
+        (
+            {"method": "structured", "remove": ["head=.5"]},
+            "remove head: llama has no such units; accepted: kv_group, query_head, channel, embed",
+        ),
         ({"block": 64}, "--block has no effect without --method sparsegpt or a block pattern"),
         ({"calibration": None}, "--calibration is missing; only --dry-run does without"),
         ({"out": None}, "--out is missing"),

@@ -1,4 +1,4 @@
-"""Compression of trained models. Each method is one file, and transforms one matrix at a time.
+"""Compression of trained models. Each method is one file.
 
 Names are imported when first used: training reads layouts of adapters, and not their files.
 """
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sat_jax.compress.low_rank import Factorization, factorize_matrix
     from sat_jax.compress.methods import METHODS, make_method
     from sat_jax.compress.prune import Pruning, prune_matrix
+    from sat_jax.compress.structured import Structured, prune_units
     from sat_jax.nn.lora import LoraSettings
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "InputStatistics",
     "LoraSettings",
     "Pruning",
+    "Structured",
     "compress_layers",
     "factorize_matrix",
     "load_adapter",
@@ -30,6 +32,7 @@ __all__ = [
     "make_method",
     "merge_factors",
     "prune_matrix",
+    "prune_units",
     "save_adapter",
     "with_new_adapters",
     "without_adapters",
@@ -44,6 +47,7 @@ _MODULES = {
     "sat_jax.compress.low_rank": ("Factorization", "factorize_matrix"),
     "sat_jax.compress.methods": ("METHODS", "make_method"),
     "sat_jax.compress.prune": ("Pruning", "prune_matrix"),
+    "sat_jax.compress.structured": ("Structured", "prune_units"),
     "sat_jax.nn.lora": ("LoraSettings",),
 }
 

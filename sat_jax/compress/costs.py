@@ -36,3 +36,19 @@ def costs(
         },
         "flops_per_token": {"before": flops, "after": flops, saving: flops - 2 * count},
     }
+
+
+def smaller_costs(
+    before: Layout[Any], after: Layout[Any], row_length: int, itemsize: int
+) -> dict[str, Any]:
+    """Return the numbers of weights, bytes and FLOPs a token of a model and of a smaller one."""
+    weights = [
+        sum(math.prod(shape.shape) for shape in layout.shapes.values())
+        for layout in (before, after)
+    ]
+    flops = [forward_flops(layout, row_length).total for layout in (before, after)]
+    return {
+        "weights": {"all": weights[0], "removed": weights[0] - weights[1]},
+        "bytes": {"before": weights[0] * itemsize, "after": weights[1] * itemsize},
+        "flops_per_token": {"before": flops[0], "after": flops[1]},
+    }

@@ -132,13 +132,9 @@ def compress_layers(
     finite.
     """
     check_matrices(layout, method)
-    streams = _embed(layout, values, batches)
+    streams = embed_rows(layout, values, batches)
     for layer in range(layout.layers):
-        weights = {
-            path: jnp.array(values[path][layer : layer + 1])  # a copy: `values` will change
-            for path, leaf in layout.leaves.items()
-            if leaf.in_layers
-        }
+        weights = layer_weights(layout, values, layer)
         outputs, statistics = _run(layout, values, weights, batches, streams, method.needs)
         removed: dict[str, int] = {}
         factors: dict[str, LowRank] = {}
@@ -174,7 +170,18 @@ def _check_finite(layer: int, path: str, weight: Matrix2D, statistics: InputStat
         )
 
 
-def _embed(
+def layer_weights(
+    layout: Layout[Any], values: Mapping[str, np.ndarray], layer: int
+) -> dict[str, Array]:
+    """Return a copy of the arrays of one layer, `[1, ...]`."""
+    return {
+        path: jnp.array(values[path][layer : layer + 1])  # a copy: `values` may change
+        for path, leaf in layout.leaves.items()
+        if leaf.in_layers
+    }
+
+
+def embed_rows(
     layout: Layout[Decoder], values: Mapping[str, np.ndarray], batches: Sequence[Rows]
 ) -> list[Array]:
     """Return the residual stream before the first layer, of each batch."""
@@ -198,14 +205,14 @@ def _run(
 ) -> tuple[list[Array], dict[tuple[str, bool], InputStatistics]]:
     """Return the residual stream of each batch after the layer with these `weights`, and the
     statistics of the inputs of matrices, by the unit of their branch and whether they write."""
-    # Layers read no trained array outside of them.
-    outside = {p: None if leaf.trained else values[p] for p, leaf in layout.leaves.items()}
-    graph, state = nnx.split(layout.bind({**outside, **weights}))
+    graph, state = split_layer(layout, values, weights)
     outputs: list[Array] = []
     statistics: dict[tuple[str, bool], InputStatistics] = {}
     kinds = _OBSERVED[needs]
     for rows, stream in zip(batches, streams, strict=True):
-        output, observed = _apply(graph, state, stream, rows.segment_ids, rows.positions, kinds)
+        output, observed = apply_layer(
+            graph, state, stream, rows.segment_ids, rows.positions, kinds
+        )
         tokens = int(np.sum(np.asarray(rows.segment_ids) > 0))
         for writes, kind in enumerate(kinds):
             for unit, sums in observed[kind].items():
@@ -217,8 +224,18 @@ def _run(
     return outputs, statistics
 
 
+def split_layer(
+    layout: Layout[Decoder], values: Mapping[str, np.ndarray], weights: Mapping[str, Array]
+) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
+    """Return the model that has one layer, with these `weights`, and no embedding."""
+    # Layers read no trained array outside of them.
+    outside = {p: None if leaf.trained else values[p] for p, leaf in layout.leaves.items()}
+    graph, state = nnx.split(layout.bind({**outside, **weights}))
+    return graph, state
+
+
 @functools.partial(jax.jit, static_argnames=("graph", "observe"))
-def _apply(
+def apply_layer(
     graph: nnx.GraphDef[Decoder],
     state: nnx.State,
     stream: Float[Array, "B T D"],
@@ -226,6 +243,7 @@ def _apply(
     positions: Int[Array, "B T"],
     observe: tuple[Observable, ...],
 ) -> tuple[Float[Array, "B T D"], Observed]:
+    """Return the residual stream after one layer, and what its branches observed."""
     model: Decoder = nnx.merge(graph, state)
     output, (observed,) = model.apply_layers(stream, segment_ids, positions, observe=observe)
     return output, observed

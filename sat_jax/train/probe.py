@@ -10,8 +10,8 @@ from jaxtyping import Array
 from sat_jax.data.batch import Batch
 from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.layout import Layout
-from sat_jax.nn.loss import next_token_loss
 from sat_jax.sparsity.importance import METRICS
+from sat_jax.sparsity.mask_gradients import mask_gradients
 from sat_jax.sparsity.statistics import Observable, Statistics, accumulate, statistics_of
 from sat_jax.train.unit_updates import Updates, observe_updates
 
@@ -105,19 +105,4 @@ def observe_batch(
         _, observed = model.hidden(*inputs, observe=forward)
         return statistics_of(count, observed)
 
-    def loss(masks: dict[str, Array]) -> tuple[Array, Statistics]:
-        model = layout.bind(params, masks)
-        total, observed = next_token_loss(model, *batch, observe=forward)
-        return total, statistics_of(count, observed)
-
-    gradients, seen = jax.grad(loss, has_aux=True)(_ones(layout))
-    return seen._replace(gradients=gradients)
-
-
-def _ones(layout: Layout[Decoder]) -> dict[str, Array]:
-    """Return a mask of ones `[L, *units]` for the innermost units of every branch."""
-    masks = {}
-    for branch in layout.branches.values():
-        sizes = [layout.units[unit].size for unit in branch.units]
-        masks[branch.units[-1]] = jnp.ones((layout.layers, *sizes))
-    return masks
+    return mask_gradients(layout, params, batch, forward)
