@@ -141,7 +141,7 @@ DEPENDENT = {
     *("sparsity.dense_layers", "sparsity.weights.density"),
     *("sparsity.weights.update_every", "sparsity.weights.drop_fraction"),
     *("mesh.data", "mesh.context", "mesh.tensor", "mesh.pipeline", "mesh.rounds"),
-    *("sparsity.execution", "model.kernels"),
+    *("sparsity.execution", "sparsity.token_rate", "model.kernels"),
     *(f"data.{field.name}" for field in dataclasses.fields(DataFormat)),
     *ADAPTERS,
 }

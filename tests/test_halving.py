@@ -18,6 +18,7 @@ from tests.conftest import ROOT
 from tests.result_runs import DENSE, SPARSE, summary_of
 
 TINY = str(ROOT / "experiments/tiny.py")
+FIXED = {"train.steps": 18, "sparsity.metric": "uniform"}
 RATES = "sparsity.rate=0,0.1,0.2,0.3,0.4,0.5"
 
 
@@ -26,9 +27,9 @@ def in_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def rounds_of(number: int, *axes: str, fixed: dict[str, Any] | None = None) -> list[Round]:
+def rounds_of(number: int, *axes: str) -> list[Round]:
     runs = cross([{}], parse_axes(axes))
-    return plan_rounds(experiment(TINY), {"train.steps": 18, **(fixed or {})}, runs, number)
+    return plan_rounds(experiment(TINY), FIXED, runs, number)
 
 
 def trained(runs: Sequence[PlannedRun]) -> list[tuple[float, int, int]]:
@@ -69,7 +70,7 @@ def test_the_better_half_goes_on_with_twice_the_steps() -> None:
         ["1", "4", "5", "6"], ["2", "9", "3", "4"], ["3", "18", "2", "3"],
     ]  # fmt: skip
     assert total.startswith("successive halving: at most ")
-    without = plan_runs(experiment(TINY), {"train.steps": 18}, cross([{}], parse_axes([RATES])))
+    without = plan_runs(experiment(TINY), FIXED, cross([{}], parse_axes([RATES])))
     assert {run.name for run in without} == {r.name for r in rounds[2].runs(rounds[2].variants)}
 
 
@@ -156,6 +157,7 @@ def test_the_script_reuses_finished_runs(
     monkeypatch.setattr("sat_jax.results.planned.prepare_all", prepared)
     line = ["sweep", f"--config={TINY}", f"--workdir={tmp_path / 'x'}", "--config.train.steps=8"]
     line += ["--axis", "sparsity.rate=0,0.5,0.25", "--halving=2"]
+    line += ["--config.sparsity.metric=uniform"]
     monkeypatch.setattr("sys.argv", line)
     script.main()
     assert started == [(0.0, 4), (0.5, 4), (0.25, 4), (0.0, 8), (0.25, 8)]
