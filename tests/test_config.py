@@ -142,6 +142,7 @@ DEPENDENT = {
     *("sparsity.weights.update_every", "sparsity.weights.drop_fraction"),
     *("mesh.data", "mesh.context", "mesh.tensor", "mesh.pipeline", "mesh.rounds"),
     *("sparsity.execution", "sparsity.token_rate", "model.kernels"),
+    "sparsity.token_skip_rate",
     *(f"data.{field.name}" for field in dataclasses.fields(DataFormat)),
     *ADAPTERS,
 }
