@@ -199,6 +199,7 @@ NEEDS = {
     "optimizer.decay_share": {"optimizer.schedule": "wsd"},
     "sparsity.min_gain": {"sparsity.schedule": "auto"},
     "sparsity.weights.density": {"sparsity.execution": "gather"},
+    "sparsity.token_skip_rate": {"sparsity.execution": "gather"},
     **{
         f"sparsity.weights.{name}": {"sparsity.weights.update": "rigl"}
         for name in ("update_every", "drop_fraction")

@@ -210,7 +210,7 @@ from tests.test_config import built, refusal
                 ({"sparsity__execution": "mask"}, "sparsity.execution mask; accepted: gather"),
                 ({"mesh__context": 2}, "mesh.context 2; accepted: 1"),
                 (
-                    {"mesh__pipeline": 2, "train__accumulate": 2},
+                    {"mesh__pipeline": 2, "train__accumulate": 2, "train__rows_per_step": 2},
                     "mesh.pipeline 2; accepted: 1",
                 ),
                 (
