@@ -39,5 +39,6 @@ def random_tokens(
     few tokens has places of padding too."""
     is_padding = (segment_ids == 0).astype(jnp.float32)
     draws = jax.random.uniform(key, (layers, *segment_ids.shape)) - is_padding[None]
-    _, places = jax.lax.top_k(draws, count)
-    return jnp.sort(places, axis=-1)
+    # Not top_k, for which a mesh gathers the rows of all devices.
+    order = jnp.argsort(draws, axis=-1, descending=True)
+    return jnp.sort(order[..., :count], axis=-1)
