@@ -12,6 +12,7 @@ from sat_jax.config import OptimizerConfig
 from sat_jax.data.batch import Batch
 from sat_jax.errors import UserError
 from sat_jax.models.build import layout_of
+from sat_jax.models.retnet import RetNetConfig
 from sat_jax.nn.context import Context
 from sat_jax.nn.rope import rotary_tables
 from sat_jax.nn.stack import scan_layers
@@ -163,3 +164,11 @@ def test_the_ladder_ends_with_all_tokens() -> None:
     assert [rung.rate for rung in rungs] == [0.5, 0.375, 0.25, 0.125, 0.0][-len(rungs) :]
     assert [len(rung.plan.segments) for rung in rungs] == [3] * (len(rungs) - 1) + [1]
     assert config.omitted_share == 0.5
+
+
+def test_retention_is_refused() -> None:
+    sizes = {"vocab_size": 64, "d_model": 16, "n_layers": 3, "d_ff": 32, "max_positions": 64}
+    model = RetNetConfig(**sizes, n_heads=4, d_value=32, chunk=8)
+    config = config_with({"sparsity.rate": 0.0, "sparsity.token_skip_rate": 0.5})
+    with pytest.raises(UserError, match=r"^sparsity\.token_skip_rate 0\.5: retention decays"):
+        controller_of(config, model)
