@@ -1,5 +1,5 @@
-"""Which passes omit neurons, how the neurons are chosen where the forward pass has all, and weight
-gradients from a sample of the tokens.
+"""Which passes omit neurons, how the neurons are chosen where the forward pass has all, weight
+gradients from a sample of the tokens, and tokens that skip layers.
 
     python -m scripts.sweep --config=experiments/table_passes.py:smoke \
         --config.data.sources=TEXT --workdir=runs/passes
@@ -21,6 +21,8 @@ from sat_jax.results.sweep import Comparison, Sweep
 
 RATES = {"all": (0.2, 0.4), "backward": (0.4, 0.6), "weights": (0.6, 0.9)}
 METRICS = ("uniform", "output", "gradient_l1", "gradient_l2", "update_gain")
+SKIP_RATES = (0.25, 0.5)
+_TOKENS, _SKIPS = "sparsity.token_rate", "sparsity.token_skip_rate"
 _RATE, _PASSES, _METRIC = "sparsity.rate", "sparsity.passes", "sparsity.metric"
 
 
@@ -30,7 +32,8 @@ def get_config(scale: str = "smoke") -> ConfigDict:
 
 
 def get_sweep(scale: str = "smoke") -> Sweep:
-    """Return the passes at two rates each, the metrics at the higher one, and sampled tokens."""
+    """Return the passes at two rates each, the metrics at the higher one, sampled tokens, and
+    tokens that skip layers."""
     by_rate: list[dict[str, Any]] = [
         {_PASSES: passes, _RATE: rate} for passes, rates in RATES.items() for rate in rates
     ]
@@ -41,7 +44,8 @@ def get_sweep(scale: str = "smoke") -> Sweep:
         if metric != "output"  # the default, above
     ]
     by_tokens: list[dict[str, Any]] = [
-        {_RATE: 0.0, "sparsity.token_rate": rate} for rate in RATES["weights"]
+        *({_RATE: 0.0, _TOKENS: rate} for rate in RATES["weights"]),
+        *({_RATE: 0.0, _SKIPS: rate} for rate in SKIP_RATES),
     ]
     shorter = scales.shorter(get_config(scale))
     return Sweep(
@@ -49,6 +53,7 @@ def get_sweep(scale: str = "smoke") -> Sweep:
         (
             scales.COMPARE_PASSES,
             Comparison("update_metrics", "Passes and metric", (_RATE, _PASSES, _METRIC)),
-            Comparison("tokens", "Tokens of weight gradients", (_RATE, "sparsity.token_rate")),
+            Comparison("tokens", "Tokens of weight gradients", (_RATE, _TOKENS)),
+            Comparison("skipped_tokens", "Tokens that skip layers", (_RATE, _SKIPS)),
         ),
     )

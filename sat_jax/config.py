@@ -283,7 +283,8 @@ class Config:
     def omitted_share(self) -> float:
         """The highest of all rates, and the share of blocks that is not stored; 0: dense."""
         sparse = self.sparsity
-        return max(*self.rates, self.branch_rate, sparse.token_rate, 1 - sparse.weights.density)
+        tokens = max(sparse.token_rate, sparse.token_skip_rate)
+        return max(*self.rates, self.branch_rate, tokens, 1 - sparse.weights.density)
 
     @property
     def branch_rate(self) -> float:

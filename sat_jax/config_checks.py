@@ -100,8 +100,8 @@ def check_together(config: "Config") -> None:
 
 
 def _check_backward(config: "Config") -> None:
-    """Check what the backward passes of branches, and tokens of weight gradients, can be left out
-    with."""
+    """Check what the backward passes of branches, and tokens of weight gradients and of layers, can
+    be left out with."""
     sparse, optimizer = config.sparsity, config.optimizer
     if sparse.branch_rate == ():
         raise UserError("sparsity.branch_rate has no value; accepted: one, or one for each layer")
@@ -112,14 +112,26 @@ def _check_backward(config: "Config") -> None:
         ("mesh.pipeline", config.mesh.pipeline, config.mesh.pipeline > 1, "1"),
     )
     moments = ("optimizer.moments", optimizer.moments, optimizer.moments == "decay", "freeze")
-    in_layers = max(config.rates) > 0 and sparse.refresh_every == 0
+    omits = max(config.rates) > 0
+    in_layers = omits and sparse.refresh_every == 0
     tokens: Any = (
         ("sparsity.passes", sparse.passes, sparse.passes == "weights", "all or backward"),
         ("sparsity.refresh_every", 0, in_layers, "1 or more"),
     )
+    observes = omits and METRICS[sparse.metric].needs == ("inputs",)
+    accepted = _metrics(sparse, lambda metric: metric.needs != ("inputs",))
+    skipping: Any = (
+        ("sparsity.execution", sparse.execution, sparse.execution != "gather", "gather"),
+        *both[1:],
+        ("mesh.context", config.mesh.context, config.mesh.context > 1, "1"),
+        tokens[1],
+        ("sparsity.metric", sparse.metric, observes, accepted),
+        ("sparsity.token_rate", sparse.token_rate, sparse.token_rate > 0, "0"),
+    )
     for name, rate, excluded in (
         ("branch_rate", config.branch_rate, (*both, moments)),
         ("token_rate", sparse.token_rate, (*both, *tokens)),
+        ("token_skip_rate", sparse.token_skip_rate, skipping),
     ):
         for path, value, refused, accepted in excluded if rate > 0 else ():
             if refused:

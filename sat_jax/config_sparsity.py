@@ -118,6 +118,13 @@ class SparsityConfig:
         low=0.0,
         high=0.99,
     )
+    token_skip_rate: float = key(
+        0.0,
+        "share r0 of the tokens of a row that skip a layer, at random and in every layer anew; the"
+        " first and the last layer process all tokens",
+        low=0.0,
+        high=0.99,
+    )
     least_squares_correction: bool = key(
         False,
         "correct the kept output weights by least squares for the omitted neurons, from outputs"

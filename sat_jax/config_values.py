@@ -77,7 +77,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def changed(config: Config) -> dict[str, Any]:
     """Return the settings that are not at their defaults by dotted path, with JSON values."""
     values = {}
-    for known in keys():
+    for known in _known().values():
         value = functools.reduce(getattr, known.path.split("."), config)
         if value != known.default:
             values[known.path] = list(value) if isinstance(value, tuple) else value
@@ -135,7 +135,7 @@ def free_paths(config: Config) -> set[str]:
     """Return the keys on which no result of `config` depends. Results of the schedule `auto` depend
     on `train.eval_every`."""
     needed = {"train.eval_every"} if config.sparsity.schedule == "auto" else set()
-    return {key.path for key in keys() if key.free} - needed
+    return {key.path for key in _known().values() if key.free} - needed
 
 
 def without_free(config: Config) -> Config:

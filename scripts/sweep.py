@@ -5,6 +5,8 @@
   python -m scripts.sweep --config=experiments/tinyllama_cpt.py --config.data.sources=TEXT \\
       --axis sparsity.metric=wanda,output --axis 'sparsity.dense_layers=;0;0,1' \\
       --workdir=runs/metrics --launcher slurm --slurm partition=gpu,time=720,gpus_per_node=1
+  python -m scripts.sweep --config=experiments/table_passes.py:smoke --config.data.sources=TEXT \\
+      --halving 3 --workdir=runs/search
 
 Every combination of the axes is a run of scripts.train. The name of its work directory is a
 fingerprint of its settings. The first seed of all combinations runs first. The same command, also
@@ -12,6 +14,10 @@ with more axes, skips finished runs and continues the others. A failing run does
 others. After Ctrl-C, local runs save a checkpoint after their current step; Slurm jobs continue,
 and the same command monitors them again. --config.NAME=VALUE is a setting of all runs;
 `python -m scripts.train --help` lists them.
+
+--halving N trains all runs on 1 / 2^(N-1) of their steps, then the better half on twice as many,
+until round N has train.steps. Each round trains anew, with a learning rate that decays to its own
+last step. Dense runs take part in every round.
 """
 
 import sys
@@ -25,6 +31,7 @@ from sat_jax.cli import Parser, run
 from sat_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from sat_jax.results.halving import Round
     from sat_jax.results.launch import Launcher
     from sat_jax.results.planned import PlannedRun
     from sat_jax.results.runner import SweepDir, SweepRun
@@ -42,6 +49,8 @@ def parser() -> Parser:
     add("--axis", action="append", default=[], metavar="NAME=VALUE,...",
         help="a setting and its values; ';' separates values that contain commas")  # fmt: skip
     add("--seeds", type=int, metavar="N", help="train each run with the seeds 0 to N-1")
+    add("--halving", type=int, metavar="N",
+        help="rounds of successive halving by held-out perplexity (means over seeds)")  # fmt: skip
     add("--workdir", required=True, type=Path, metavar="DIR", help="folder of the sweep")
     add(
         "--dry-run",
@@ -65,38 +74,51 @@ def main() -> None:
     overrides = [a.removeprefix(_PREFIX) for a in sys.argv[1:] if a.startswith(_PREFIX)]
     options = parser().parse_args([a for a in sys.argv[1:] if not a.startswith(_PREFIX)])
     _check(options)
+    from sat_jax.results.finished import FinishedRun
+    from sat_jax.results.halving import halve, plan_table, result_table
     from sat_jax.results.planned import dry_run, prepare_all
     from sat_jax.results.record import finished_row, record_run
     from sat_jax.results.rows import check
     from sat_jax.results.runner import SweepDir, run_sweep
     from sat_jax.results.tables import terminal_table
 
-    runs, comparisons = _runs(options, overrides)
+    runs, rounds, comparisons = _runs(options, overrides)
     folder = SweepDir(options.workdir)
-    found = [folder.find(run) for run in runs]
+    found = {run.name: folder.find(run) for run in runs}
     if options.dry_run:
-        print(dry_run(runs, [run.run.name for run in found if run.finished]))
+        print(dry_run(runs, [name for name, run in found.items() if run.finished]))
+    if rounds:
+        print(plan_table(rounds), file=sys.stdout if options.dry_run else sys.stderr)
+    if options.dry_run:
         return
     if options.record is not None:
         check(options.record)
-    rows: list[dict[str, Any]] = []
+    rows: dict[str, dict[str, Any]] = {}
 
     def finished(run: "SweepRun") -> None:
-        rows.append(finished_row(run.workdir, options.config))
+        rows[run.run.name] = finished_row(run.workdir, options.config)
         if options.record is not None:
-            record_run(options.record, rows[-1])
+            record_run(options.record, rows[run.run.name])
 
     with ExitStack() as stack:
         folder.lock(stack)
         launcher = _launcher(options, folder)
         data = prepare_all(runs, _log)
-        for run in found:
-            run.check_finished(data[run.run.name])
-        folder.add(runs, comparisons)
-        run_sweep(folder, found, launcher, finished, _log)
+        for name, run in found.items():
+            run.check_finished(data[name])
+
+        def train(runs: Sequence["PlannedRun"]) -> dict[str, float]:
+            folder.add(runs, comparisons)
+            run_sweep(folder, [found[run.name] for run in runs], launcher, finished, _log)
+            return {name: FinishedRun(row).perplexity for name, row in rows.items()}
+
+        if rounds:
+            print(result_table(halve(rounds, train, _log)))
+        else:
+            train(runs)
     if rows:
-        print(terminal_table(rows))
-    failed = [run for run in found if run.error]
+        print(terminal_table([*rows.values()]))
+    failed = [run for run in found.values() if run.error]
     for run in failed:
         _log(run.text())
     if failed:
@@ -121,9 +143,11 @@ def _check(options: Namespace) -> None:
 
 def _runs(
     options: Namespace, overrides: Sequence[str]
-) -> tuple[list["PlannedRun"], Sequence["Comparison"]]:
-    """Return the runs, and the comparisons for which they are tabulated."""
+) -> tuple[list["PlannedRun"], list["Round"], Sequence["Comparison"]]:
+    """Return the runs, the rounds of successive halving to which they belong, if any, and the
+    comparisons for which they are tabulated."""
     from sat_jax.config_values import experiment
+    from sat_jax.results.halving import plan_rounds
     from sat_jax.results.planned import plan_runs
     from sat_jax.results.sweep import combine, comparison_of, parse_axes, sweep_of
 
@@ -134,7 +158,11 @@ def _runs(
     declared = sweep.comparisons if sweep else ()
     if axes or not declared:
         declared = (*declared, comparison_of(settings))
-    return plan_runs(values, fixed, settings), declared
+    if options.halving is None:
+        return plan_runs(values, fixed, settings), [], declared
+    rounds = plan_rounds(values, fixed, settings, options.halving)
+    runs = {run.name: run for this in rounds for run in this.runs(this.variants)}
+    return [*runs.values()], rounds, declared
 
 
 def _launcher(options: Namespace, folder: "SweepDir") -> "Launcher":

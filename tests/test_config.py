@@ -141,7 +141,8 @@ DEPENDENT = {
     *("sparsity.dense_layers", "sparsity.weights.density"),
     *("sparsity.weights.update_every", "sparsity.weights.drop_fraction"),
     *("mesh.data", "mesh.context", "mesh.tensor", "mesh.pipeline", "mesh.rounds"),
-    *("sparsity.execution", "model.kernels"),
+    *("sparsity.execution", "sparsity.token_rate", "model.kernels"),
+    "sparsity.token_skip_rate",
     *(f"data.{field.name}" for field in dataclasses.fields(DataFormat)),
     *ADAPTERS,
 }
@@ -198,6 +199,7 @@ NEEDS = {
     "optimizer.decay_share": {"optimizer.schedule": "wsd"},
     "sparsity.min_gain": {"sparsity.schedule": "auto"},
     "sparsity.weights.density": {"sparsity.execution": "gather"},
+    "sparsity.token_skip_rate": {"sparsity.execution": "gather"},
     **{
         f"sparsity.weights.{name}": {"sparsity.weights.update": "rigl"}
         for name in ("update_every", "drop_fraction")

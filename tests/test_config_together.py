@@ -201,6 +201,29 @@ from tests.test_config import built, refusal
                 ),
             )
         ),
+        *(
+            (
+                {"sparsity__rate": 0.1, "sparsity__token_skip_rate": 0.5, **values},
+                f"sparsity.token_skip_rate 0.5 excludes {excluded}",
+            )
+            for values, excluded in (
+                ({"sparsity__execution": "mask"}, "sparsity.execution mask; accepted: gather"),
+                ({"mesh__context": 2}, "mesh.context 2; accepted: 1"),
+                (
+                    {"mesh__pipeline": 2, "train__accumulate": 2, "train__rows_per_step": 2},
+                    "mesh.pipeline 2; accepted: 1",
+                ),
+                (
+                    {"sparsity__refresh_every": 0, "sparsity__metric": "magnitude"},
+                    "sparsity.refresh_every 0; accepted: 1 or more",
+                ),
+                (
+                    {"sparsity__metric": "wanda"},
+                    "sparsity.metric wanda; accepted: uniform, magnitude, output, svd, taylor",
+                ),
+                ({"sparsity__token_rate": 0.1}, "sparsity.token_rate 0.1; accepted: 0"),
+            )
+        ),
         (
             {"sparsity__branch_rate": ()},
             "sparsity.branch_rate has no value; accepted: one, or one for each layer",

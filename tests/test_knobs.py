@@ -175,6 +175,7 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "sparsity.passes": ("weights", step, {}),
     "sparsity.branch_rate": (0.5, step, {}),
     "sparsity.token_rate": (0.5, step, {}),
+    "sparsity.token_skip_rate": (0.5, stages, {}),
     "sparsity.branches": ("mlp", step, {"sparsity.branch_rate": 0.5}),
     "sparsity.least_squares_correction": (True, step, {}),
     "sparsity.execution": ("mask", step, {}),

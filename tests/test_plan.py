@@ -207,8 +207,8 @@ def test_equal_plans_are_one_key() -> None:
         ({"dense_layers": (-7,)}, "sparsity.dense_layers has -7; accepted: -6 to 5"),
         (
             {"dense_layers": (0, 2, 4)},
-            "sparsity: dense_layers and the rates of the layers make 6 segments; accepted: up"
-            " to sparsity.max_segments = 4",
+            "sparsity: dense_layers, the rates of the layers and token_skip_rate make 6 segments;"
+            " accepted: up to sparsity.max_segments = 4",
         ),
         (
             {"mlp": (0.5,) * 5},

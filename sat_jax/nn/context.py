@@ -1,7 +1,7 @@
 """Inputs shared by the layers of a model, observations of a layer, and the decoding cache."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -102,6 +102,11 @@ class LayerCache:
         self.arrays[name] = self.arrays[name].at[self.layer].set(value)
 
 
+LayerTokens = Sequence[Int[Array, "L B k"] | None]
+"""By segment, the places in the row of the tokens that its layers process, in ascending order, or
+None for all tokens. Without entries the layers of all segments process all."""
+
+
 class Selection(Protocol):
     """A choice of units inside each layer, from the batch at hand (see `sparsity.dynamic`)."""
 
@@ -114,8 +119,9 @@ class Context:
     """The inputs of a layer besides the residual stream.
 
     `segment_ids` int32 `[B, T]` number the documents of a row, 0 is padding. `rotary`: cosines and
-    sines float32 `[B, T, rotated / 2]`, None where positions are not rotated. `segment`: which run
-    of layers with equal counts this is. Inside a layer, `observed` collects what branches report.
+    sines float32 `[B, T, rotated / 2]`, None where positions are not rotated. `layer_tokens` are
+    those that the layers process. `segment`: which run of layers with equal counts this is. Inside
+    a layer, `observed` collects what branches report.
     """
 
     segment_ids: Int[Array, "B T"]
@@ -125,6 +131,7 @@ class Context:
     observe: Collection[Observable] = ()
     selection: Selection | None = None
     key: PRNGKeyArray | None = None
+    layer_tokens: LayerTokens = ()
     segment: int = 0
     cache: LayerCache | None = None
     observed: Observed = dataclasses.field(default_factory=dict)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from sat_jax.nn.attention.dot_product import Implementation
 from sat_jax.nn.branch import branches
-from sat_jax.nn.context import Cache, Context, Observable, Observed, Selection
+from sat_jax.nn.context import Cache, Context, LayerTokens, Observable, Observed, Selection
 from sat_jax.nn.linear import dense
 from sat_jax.nn.mesh_axes import full_rows
 from sat_jax.nn.param import Control
@@ -98,12 +98,20 @@ class Decoder(nnx.Module):
         observe: Collection[Observable] = (),
         selection: Selection | None = None,
         key: PRNGKeyArray | None = None,
+        layer_tokens: LayerTokens = (),
     ) -> tuple[Float[Array, "B T D"], tuple[Observed, ...]]:
         """Return the normed residual stream after the last layer, and what each segment's layers
-        observed. `selection` chooses units in each layer; it needs a `key`."""
+        observed. `selection` chooses units in each layer; it needs a `key`. `layer_tokens` are
+        those that the layers process."""
         x_BTD = self.embed_tokens(tokens, positions).astype(self.compute.dtype)
         x_BTD, observed = self.apply_layers(
-            x_BTD, segment_ids, positions, observe=observe, selection=selection, key=key
+            x_BTD,
+            segment_ids,
+            positions,
+            observe=observe,
+            selection=selection,
+            key=key,
+            layer_tokens=layer_tokens,
         )
         return self.normalize(x_BTD), observed
 
@@ -116,6 +124,7 @@ class Decoder(nnx.Module):
         observe: Collection[Observable] = (),
         selection: Selection | None = None,
         key: PRNGKeyArray | None = None,
+        layer_tokens: LayerTokens = (),
     ) -> tuple[Float[Array, "B T D"], tuple[Observed, ...]]:
         """Return the residual stream after the layers, and what each segment's layers observed.
 
@@ -132,6 +141,7 @@ class Decoder(nnx.Module):
             observe,
             selection,
             key,
+            layer_tokens,
         )
         compute = self.compute
         options: Any = {"dtype": compute.dtype, "remat": compute.remat}

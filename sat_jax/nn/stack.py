@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sat_jax.nn.context import Cache, Context, LayerCache, Observed
 from sat_jax.nn.linear import PRODUCT, Weight
@@ -47,11 +47,13 @@ def scan_layers(
     cache: Cache | None = None,
 ) -> tuple[Float[Array, "B T D"], tuple[Observed, ...], Cache | None]:
     """Return the residual stream after all layers, what each segment's layers observed (`[L, ...]`
-    in front), and the extended cache. Weights are cast to `dtype` inside each layer."""
+    in front), and the extended cache. Weights are cast to `dtype` inside each layer. Tokens that
+    `context.layer_tokens` leaves out of a layer pass it unchanged."""
     graph, state = nnx.split(block)
     parts = segments_of(state)
     lengths = [len(jax.tree.leaves(part)[0]) for part in parts]
     assert cache is None or len(parts) == 1, "decoding is of a model in one segment"
+    tokens = context.layer_tokens or (None,) * len(parts)
     keys = None if context.key is None else jax.random.split(context.key, sum(lengths))
     policy = _policies.save_from_both_policies(
         POLICIES[remat], _policies.save_only_these_names(SELECTED)
@@ -62,25 +64,48 @@ def scan_layers(
 
         def layer(carry: Any, inputs: Any, number: int = number) -> Any:
             x, arrays = carry
-            values, key, index = inputs
+            values, key, index, places = inputs
             layer_cache = None
             if cache is not None:
                 layer_cache = LayerCache(dict(arrays), cache.segment_ids, cache.used, index)
             own = dataclasses.replace(
                 context, key=key, segment=number, cache=layer_cache, observed={}
             )
-            x = nnx.merge(graph, cast(values, dtype))(x, own)
+            block = nnx.merge(graph, cast(values, dtype))
+            x = block(x, own) if places is None else _on_tokens(block, x, own, places)
             return (x, None if layer_cache is None else layer_cache.arrays), own.observed
 
         body = layer if remat == "none" else jax.checkpoint(layer, policy=policy, prevent_cse=False)
         own_keys = None if keys is None else keys[start : start + layers]
         index = None if cache is None else jnp.arange(layers)
-        (x, arrays), seen = jax.lax.scan(body, (x, arrays), (part, own_keys, index))
+        (x, arrays), seen = jax.lax.scan(body, (x, arrays), (part, own_keys, index, tokens[number]))
         observed.append(seen)
         start += layers
     if cache is not None and arrays is not None:
         cache = cache._replace(arrays=arrays, used=cache.used + x.shape[1])
     return x, tuple(observed), cache
+
+
+def _on_tokens(
+    block: Any, x: Float[Array, "B T D"], context: Context, places: Int[Array, "B k"]
+) -> Float[Array, "B T D"]:
+    """Return the residual stream in which a layer has processed the tokens at `places` alone. It
+    sees no other token; these keep their documents and positions."""
+    rotary = context.rotary and tuple(_take(table, places) for table in context.rotary)
+    segment_ids = _take(context.segment_ids, places)
+    y = block(
+        _take(x, places), dataclasses.replace(context, segment_ids=segment_ids, rotary=rotary)
+    )
+    return _put(x, places, y)
+
+
+_UNIQUE: dict[str, Any] = {
+    "indices_are_sorted": True,
+    "unique_indices": True,
+    "mode": "promise_in_bounds",
+}
+_take = jax.vmap(lambda row, places: row.at[places].get(**_UNIQUE))
+_put = jax.vmap(lambda row, places, new: row.at[places].set(new, **_UNIQUE))
 
 
 def cast(state: Any, dtype: str) -> Any:

@@ -27,7 +27,8 @@ def is_dense(rung: Rung) -> bool:
     """Whether a rung omits nothing, whatever rate was configured."""
     keeps_all = rung["kept_heads"] == rung["kept_channels"] == stored_share(rung) == 1
     # Rows from before these existed have none.
-    omits = rung.get("dropped_branches") or rung.get("omitted_tokens")
+    names = ("dropped_branches", "omitted_tokens", "skipped_tokens")
+    omits = any(map(rung.get, names))
     return bool(keeps_all and not omits)
 
 

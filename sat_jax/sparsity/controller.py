@@ -42,11 +42,11 @@ class Rung:
     @property
     def rate(self) -> float:
         """The highest of the two requested rates, the share of dropped backward passes of branches,
-        and the share of the blocks that matrices do not
-        store; logged as `omission_rate`; 0: dense."""
+        the shares of tokens that weight gradients and layers leave out, and the share of the blocks
+        that matrices do not store; logged as `omission_rate`; 0: dense."""
         plan = self.plan
         omitted = max(self.rate_attention, self.rate_mlp, 1 - plan.stored_share)
-        return max(omitted, plan.dropped_share, plan.token_rate)
+        return max(omitted, plan.dropped_share, plan.token_rate, plan.token_skip_rate)
 
 
 class Controller:
@@ -178,6 +178,7 @@ def make_controller(
             block=config.block,
             balance=balance,
             rounds=rounds,
+            token_skip_rate=config.token_skip_rate * stair.scale,
         )
         if overall(config.branch_rate) * stair.scale > 0:
             dropped = _dropped(config, neurons, stair.scale)

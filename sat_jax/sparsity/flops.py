@@ -120,8 +120,11 @@ def training_flops(
     left out, on average.
     `token_rate`: share of the tokens that weight gradients of branches leave out.
     """
-    kept = forward_flops(layout, row_length, segments)
-    forward = forward_flops(layout, row_length) if passes == "weights" else kept
+    kept = forward = forward_flops(layout, row_length, segments)
+    if passes == "weights" and segments:
+        units = neurons_of(layout).dense_segment().counts
+        whole = [dataclasses.replace(segment, counts=units) for segment in segments]
+        forward = forward_flops(layout, row_length, whole)
     sampled = sampled_tokens(token_rate, row_length) / row_length
     backward = 2 * forward.total - (forward.products - sampled * kept.products)
     backward -= kept.frozen
@@ -294,7 +297,9 @@ def _segment_flops(
     shares: dict[str, float],
 ) -> FlopCount:
     """Return the operations of a segment's layers where units have these sizes; branches whose
-    share of innermost units is 0 are left out."""
+    share of innermost units is 0 are left out. Tokens that skip the layers cost nothing there, and
+    the others meet fewer tokens in them."""
+    tokens = segment.tokens(row_length)
     last = list(layout.branches)[-1]
     count = FlopCount()
     for name, branch in layout.branches.items():
@@ -313,12 +318,12 @@ def _segment_flops(
         one = FlopCount(
             read,
             write,
-            units * branch.mixing_flops(row_length),
+            units * branch.mixing_flops(tokens),
             last_write=write if name == last else 0.0,
             mlp_read=read if branch.units[-1] == CHANNEL else 0.0,
             frozen=frozen,
         )
-        count += _times(one, segment.layers)
+        count += _times(one, segment.layers * tokens / row_length)
     return count
 
 

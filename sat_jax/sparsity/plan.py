@@ -27,12 +27,14 @@ class Segment:
     several stages on each device are one round.
 
     `counts`: (unit, kept) for every unit of the model, within one unit of those around it. The
-    counts are what is computed, not what was asked for.
+    counts are what is computed, not what was asked for. `token_skip_rate`: share of the tokens of a
+    row that skip the layers.
     """
 
     start: int
     stop: int
     counts: tuple[tuple[str, int], ...]
+    token_skip_rate: float = 0.0
 
     @property
     def layers(self) -> int:
@@ -42,6 +44,10 @@ class Segment:
     def kept(self, unit: str) -> int:
         """Return how many units of this name are kept, within one unit of those around it."""
         return dict(self.counts)[unit]
+
+    def tokens(self, row_length: int) -> int:
+        """Return how many tokens of a row a layer processes."""
+        return kept_count(row_length, self.token_skip_rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +67,11 @@ class Plan:
     stored: Stored = ()
     dropped: Dropped = ()
     token_rate: float = 0.0
+
+    @property
+    def token_skip_rate(self) -> float:
+        """Share of the tokens of a row that skip a layer, in layers that tokens skip."""
+        return max(segment.token_skip_rate for segment in self.segments)
 
     @property
     def dropped_share(self) -> float:
@@ -97,8 +108,10 @@ class Neurons:
         return tuple(u for u in self.units if segment.kept(u.name) < u.size)
 
     def is_dense(self, plan: Plan) -> bool:
-        """Whether the plan keeps all units, stores all blocks, and has all backward passes."""
-        return not (plan.stored or plan.dropped or plan.token_rate) and self.keeps_all(plan)
+        """Whether the plan keeps all units, stores all blocks, has all backward passes, and every
+        layer processes all tokens."""
+        omits = plan.stored or plan.dropped or plan.token_rate or plan.token_skip_rate
+        return not omits and self.keeps_all(plan)
 
     def keeps_all(self, plan: Plan) -> bool:
         """Whether the plan keeps all units."""
@@ -145,16 +158,18 @@ def make_plan(
     block: int = 1,
     balance: int = 1,
     rounds: int = 1,
+    token_skip_rate: float = 0.0,
 ) -> Plan:
     """Return the counts nearest to the asked rates, one for all layers or one for each.
 
     `rate_attention` is of the units of every branch but MLPs: `attention_unit` where a branch has
     nested ones. Where each group has one query head (multi-head attention) the two attention units
     are the same, and chosen as groups are. `dense_layers` keep everything (negative numbers count
-    from the end). If all layers keep the same numbers, they are split into `rounds` equal segments.
+    from the end). Tokens skip the other layers at the rate `token_skip_rate`, but not the first and
+    the last one. If all layers keep the same numbers, they are split into `rounds` equal segments.
     Raises `UserError` for an `attention_unit` other than the default in a model without it, chosen
-    units that `block` and `balance` do not divide, a layer that does not exist, and more than
-    `max_segments` runs of layers.
+    units that `block` and `balance` do not divide, a layer that does not exist, more than
+    `max_segments` runs of layers, and a `token_skip_rate` without a layer to skip.
     """
     names = [unit.name for unit in neurons.units]
     if attention_unit not in ("kv_group", *names):
@@ -183,16 +198,29 @@ def make_plan(
             for unit in units:
                 asked = rate if unit is chosen else 0.0
                 counts[layer][unit.name] = kept_count(unit.size, asked, multiple)
-    ordered = [tuple((u.name, layer[u.name]) for u in neurons.units) for layer in counts]
-    segments = tuple(Segment(start, stop, ordered[start]) for start, stop in _runs(ordered))
+    skipped = set(range(1, neurons.layers - 1)) - dense
+    if token_skip_rate > 0 and not skipped:
+        raise UserError(
+            f"sparsity.token_skip_rate {token_skip_rate:g}: tokens can skip none of the"
+            f" {neurons.layers} layers; accepted: 0, or a layer between the first and the last one"
+            " that is not in sparsity.dense_layers"
+        )
+    ordered = [
+        (
+            tuple((unit.name, kept[unit.name]) for unit in neurons.units),
+            token_skip_rate if layer in skipped else 0.0,
+        )
+        for layer, kept in enumerate(counts)
+    ]
+    segments = tuple(Segment(start, stop, *ordered[start]) for start, stop in _runs(ordered))
     if len(segments) > max_segments:
         raise UserError(
-            f"sparsity: dense_layers and the rates of the layers make {len(segments)} segments;"
-            f" accepted: up to sparsity.max_segments = {max_segments}"
+            "sparsity: dense_layers, the rates of the layers and token_skip_rate make"
+            f" {len(segments)} segments; accepted: up to sparsity.max_segments = {max_segments}"
         )
     if len(segments) == 1:
         size = neurons.layers // rounds
-        segments = tuple(Segment(r * size, (r + 1) * size, ordered[0]) for r in range(rounds))
+        segments = tuple(Segment(r * size, (r + 1) * size, *ordered[0]) for r in range(rounds))
     return Plan(segments, balance, block)
 
 

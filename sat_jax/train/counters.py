@@ -117,6 +117,7 @@ class RunCounters:
             "stored_blocks": rung.plan.stored_share,
             "dropped_branches": rung.plan.dropped_share,
             "omitted_tokens": rung.plan.token_rate,
+            "skipped_tokens": rung.plan.token_skip_rate,
             "rung": number,
             "probes": self.probes,
             "seconds": seconds,

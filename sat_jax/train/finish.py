@@ -91,6 +91,7 @@ def rung_summaries(
                 "stored_blocks": rung.plan.stored_share,
                 "dropped_branches": rung.plan.dropped_share,
                 "omitted_tokens": rung.plan.token_rate,
+                "skipped_tokens": rung.plan.token_skip_rate,
                 "steps": rung.stop - rung.start,
                 "tokens": counters.rung_tokens[number],
                 "steps_timed": len(speeds),

@@ -96,6 +96,8 @@ def describe(record: Mapping[str, Any]) -> str:
         parts.append(f"without backward {percent(record['dropped_branches'])}")
     if record.get("omitted_tokens"):
         parts.append(f"tokens omitted {percent(record['omitted_tokens'])}")
+    if record.get("skipped_tokens"):
+        parts.append(f"tokens that skip layers {percent(record['skipped_tokens'])}")
     if record.get("tokens_per_second") is not None:
         parts.append(f"{tqdm.format_sizeof(record['tokens_per_second'])} tok/s")
     return "  ".join(parts)

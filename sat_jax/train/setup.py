@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ from sat_jax.models.build import initial_values, layout_of
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.attention.dot_product import refusals
 from sat_jax.nn.attention.grouped_query import Attention
+from sat_jax.nn.layout import Layout
 from sat_jax.nn.retention import Retention
 from sat_jax.parallel.mesh import make_mesh
 from sat_jax.parallel.processes import check_processes
@@ -97,6 +99,7 @@ def controller_of(config: Config, model: DecoderConfig) -> Controller:
         config.mesh.rounds,
         grids,
     )
+    _check_skipping(config, layout)
     _check_counts(config, controller)
     exchanges = map(controller.exchanges, range(config.train.steps))
     if config.stores_blocks and weights.update == "rigl" and not any(exchanges):
@@ -190,6 +193,15 @@ def _check_retention(config: Config, model: DecoderConfig, mesh: Mesh) -> None:
         reason = branches[0].refusal(name, config.model.dtype, mesh.devices.flat[0])
     if reason:
         raise UserError(f"model.retention={name}: {reason}; accepted: xla")
+
+
+def _check_skipping(config: Config, layout: Layout[Any]) -> None:
+    rate = config.sparsity.token_skip_rate
+    if rate > 0 and any(isinstance(branch, Retention) for branch in layout.branches.values()):
+        raise UserError(
+            f"sparsity.token_skip_rate {rate:g}: retention decays from each token of a row to the"
+            " next one, so that no token can be left out; accepted: 0"
+        )
 
 
 def _check_stages(mesh: MeshConfig, layers: int) -> None:

@@ -22,6 +22,7 @@ from sat_jax.sparsity.execution.state import TrainState, Tree
 from sat_jax.sparsity.rows import Kept
 from sat_jax.sparsity.statistics import Observable, Statistics, accumulate, statistics_of
 from sat_jax.sparsity.token_sampling import sample_tokens, token_key
+from sat_jax.sparsity.token_skipping import draw_tokens
 from sat_jax.train.optimizer import Clip, Schedule
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -89,7 +90,10 @@ def make_step(
             if plan.token_rate > 0:
                 key = token_key(settings.seed, state.step)
                 sample_tokens(model.layers, plan.token_rate, key)
-            total, observed = next_token_loss(model, *part, observe=settings.observe, **options)
+            tokens = draw_tokens(plan, settings.seed, state.step, part.segment_ids)
+            total, observed = next_token_loss(
+                model, *part, observe=settings.observe, layer_tokens=tokens, **options
+            )
             chosen: Kept = ()
             if execution.selection is not None:
                 chosen = tuple(segment.get("kept", {}) for segment in observed)
