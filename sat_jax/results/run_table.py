@@ -34,7 +34,8 @@ def end_of_run(summary: Mapping[str, Any]) -> str:
     - `seconds`: wall time by part, with `total`;
     - `figures`: paths of the pictures; `export`: path of the exported model, or None.
 
-    Optional: `perplexity_dense` of the dense baseline; `next_commands`, shell commands.
+    Optional: `perplexity_dense` of the dense baseline; `teacher_flops`, a part of both
+    FLOPs; `next_commands`, shell commands.
     """
     written = list(summary["figures"])
     if summary["export"] is not None:
@@ -113,4 +114,6 @@ def _cost(summary: Mapping[str, Any]) -> list[str]:
     shares = [f"{p} {percent(seconds[p] / seconds['total'])}" for p in parts if seconds[p] > 0]
     flops, time = quantity(spent, "FLOP"), datetime.timedelta(seconds=round(seconds["total"]))
     share = f"{percent(spent / dense)} of {quantity(dense, 'FLOP')} for the same tokens, dense"
+    if teacher := summary.get("teacher_flops"):
+        share += f"; {quantity(teacher, 'FLOP')} of both are forward passes of the teacher"
     return [f"FLOPs  {flops}  {share}", f"time   {time}  {', '.join(shares)}"]

@@ -113,7 +113,7 @@ class WorkDir:
             return
         stored = read_json(self.config)
         model = stored["model"] | {name: config["model"][name] for name in ("path", "adapter")}
-        moved = {**stored, "model": model, "data": config["data"]}
+        moved = {**stored, "model": model, **{n: config[n] for n in ("data", "distill")}}
         if moved != stored:
             write_json(self.config, moved)
 
