@@ -1,23 +1,36 @@
 """Losses of distillation against formulas in float64, and the step that trains with a teacher."""
 
+import dataclasses
 import functools
 import math
 import re
+from pathlib import Path
 from typing import Any, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sat_jax.config import Config
+from sat_jax.config_values import from_config_dict, load
+from sat_jax.data.tokenizer import load_tokenizer
+from sat_jax.interop import save_model
+from sat_jax.models.build import layout_of
+from sat_jax.models.decoder_config import DecoderConfig
+from sat_jax.models.llama import LlamaConfig
 from sat_jax.nn.distillation import (
     DIVERGENCES,
     DistillSettings,
     Divergence,
     chunked_distillation_loss,
 )
-from sat_jax.nn.loss import chunked_cross_entropy
+from sat_jax.train.costs import step_flops
+from sat_jax.train.setup import set_up
+from tests.conftest import ROOT
+from tests.small_models import random_params
+from tests.test_config import nested
 from tests.tolerances import assert_close
+from tests.user_errors import user_error
 
 B, T, D, E, V = 2, 7, 6, 5, 11
 W, TEMPERATURE = 0.3, 2.0
@@ -95,22 +108,94 @@ def test_values_and_gradients_equal_the_formula(divergence: Divergence, chunk: i
     assert not any(gradient.any() for gradient in gradients[2:])
 
 
-def test_divergences_of_two_tokens_by_hand() -> None:
-    """Of (1/2, 1/2) and (1/4, 3/4)."""
-    p, q = jnp.log(jnp.asarray([0.5, 0.5])), jnp.log(jnp.asarray([0.25, 0.75]))
-    forward = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
-    reverse = 0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2)
-    mixed = 0.5 * math.log(4 / 3) + 0.5 * math.log(4 / 5)
-    mixed += 0.25 * math.log(2 / 3) + 0.75 * math.log(6 / 5)
-    for name, value in {"forward": forward, "reverse": reverse, "js": mixed / 2}.items():
-        assert_close(DIVERGENCES[name](p, q), value, "float32", "forward")  # type: ignore[index]
-
-
 def test_the_logits_of_a_whole_batch_never_exist_at_once() -> None:
-    def largest(chunk: int) -> int:
-        text = value_and_grad("js", chunk).lower(*inputs()).compile().as_text()
-        shapes = re.findall(r"\b(?:f32|s32|pred)\[([\d,]+)\]", text)
-        return max(math.prod(map(int, shape.split(","))) for shape in shapes)
+    text = value_and_grad("js", 3).lower(*inputs()).compile().as_text()
+    shapes = re.findall(r"\b(?:f32|s32|pred)\[([\d,]+)\]", text)
+    largest = max(math.prod(map(int, shape.split(","))) for shape in shapes)
+    assert largest == max(B * 3 * V, B * 9 * D, V * D) < B * T * V
 
-    assert largest(64) == B * T * V
-    assert largest(3) == max(B * 3 * V, B * 9 * D, V * D) < B * T * V
+
+TEACHER = LlamaConfig(
+    vocab_size=260, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=24,
+    max_positions=32,
+)  # fmt: skip
+
+
+def write(model: DecoderConfig, directory: Path, tokenizer: str | None = None) -> Path:
+    """Write a model with random weights, and a tokenizer if it has one."""
+    save_model(layout_of(model).bind(random_params(model)), directory)
+    if tokenizer is not None:
+        load_tokenizer(tokenizer).save(directory)
+    return directory
+
+
+def settings(teacher: Path | str, **changes: Any) -> Config:
+    """The tiny experiment, whose tokens are bytes."""
+    values = {
+        "data.sources": "LICENSE,experiments/README.md",
+        "data.row_length": 32,
+        "distill.teacher": teacher,
+    }
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    overrides = [f"{key}={value}" for key, value in values.items()]
+    return load(f"{ROOT}/experiments/tiny.py:dense", overrides)
+
+
+def test_a_weight_of_zero_needs_no_teacher() -> None:
+    assert set_up(settings("nowhere", distill__weight=0), lambda _: None).teacher is None
+
+
+def test_a_teacher_is_read_in_the_compute_dtype(tmp_path: Path) -> None:
+    """But for vectors. Its tokenizer is compared if it has one."""
+    lines: list[str] = []
+    path = write(TEACHER, tmp_path / "teacher")
+    teacher = set_up(settings(path, model__dtype="bfloat16"), lines.append).teacher
+    assert teacher is not None
+    dtypes = {path: str(array.dtype) for path, array in teacher.params.items()}
+    assert dtypes["embed"] == dtypes["layers/mlp/up"] == "bfloat16"
+    assert dtypes["final_norm"] == dtypes["layers/mlp_norm"] == "float32"
+    assert f"distill.teacher {path} has no tokenizer to compare with that of the run" in lines
+
+
+def test_teachers_that_are_refused(tmp_path: Path) -> None:
+    other = tmp_path / "tokenizer.json"
+    text = load_tokenizer("bytes", model_vocab_size=260).backend.to_str()
+    other.write_text(text.replace('"a":97', '"a":98').replace('"b":98', '"b":97'))
+    wide = dataclasses.replace(TEACHER, vocab_size=264)
+    same = str(write(TEACHER, tmp_path / "bytes", "bytes"))
+    for path, changes, message in (
+        (
+            write(wide, tmp_path / "wide"),
+            {},
+            "it has 264 tokens, and the trained model 260; accepted: equal vocabularies",
+        ),
+        (
+            write(TEACHER, tmp_path / "other", str(other)),
+            {},
+            "its tokenizer is another one: token 97 is 'b', and 'a' in that of the run; accepted: a"
+            " teacher with the same tokenizer",
+        ),
+        (same, {"data__row_length": 64}, "data.row_length 64 exceeds the model's 32 positions"),
+    ):
+        config = settings(path, **changes)
+        said = user_error(lambda config=config: set_up(config, lambda _: None))
+        assert said == f"distill.teacher {path}: {message}"
+    lines: list[str] = []
+    assert set_up(settings(same), lines.append).teacher is not None
+    assert not any("distill.teacher" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("weight", 0.25), ("temperature", 2.0), ("divergence", "js")]
+)
+def test_settings_that_need_a_teacher(key: str, value: Any) -> None:
+    said = user_error(lambda: from_config_dict(nested({f"distill.{key}": value})))
+    assert said == f"distill.{key} {value!r} needs distill.teacher"
+
+
+def test_the_forward_pass_of_the_teacher_is_counted() -> None:
+    """By hand, for each token: products with weights, the logits, and attention to 33 / 2 keys."""
+    config, student = settings("teacher"), dataclasses.replace(TEACHER, n_layers=1)
+    added = step_flops(config, student, teacher=TEACHER) - step_flops(config, student)
+    weights = 16 * (4 * 4 + 2 * 2 * 4 + 4 * 4) + 3 * 16 * 24
+    assert added == 2 * (2 * weights + 2 * 2 * 16 * 33 / 2) + 2 * 260 * 16
