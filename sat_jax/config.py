@@ -15,6 +15,7 @@ from sat_jax.data.chat_templates import TEMPLATES
 from sat_jax.data.data_format import DataFormat, Format, LossOn, TooLong
 from sat_jax.models.presets import PRESETS
 from sat_jax.nn.attention.dot_product import Implementation
+from sat_jax.nn.distillation import DistillSettings, Divergence
 from sat_jax.nn.lora import TRAINED, LoraSettings
 from sat_jax.nn.rope import EXTENSIONS
 from sat_jax.nn.stack import Remat
@@ -217,6 +218,30 @@ class LoraConfig(LoraSettings):
 
 
 @dataclasses.dataclass(frozen=True)
+class DistillConfig(DistillSettings):
+    teacher: str | None = key(
+        None,
+        "frozen model whose token distributions are learned beside the text: a Hugging Face"
+        " directory, a .gguf file, package:NAME or the work directory of a run, with the tokenizer"
+        " of the trained model; None: the text alone",
+    )
+    weight: float = key(
+        0.5,
+        "share w of the divergence in the loss: (1 - w) · cross-entropy + w · temperature² ·"
+        " divergence; 0: the teacher is not used",
+        low=0.0,
+        high=1.0,
+    )
+    temperature: float = key(
+        1.0, "logits of both models are divided by it in the divergence", above=0.0
+    )
+    divergence: Divergence = key(
+        "forward",
+        "KL(teacher ‖ student) (forward), KL(student ‖ teacher) (reverse), or Jensen-Shannon (js)",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     data: int = key(-1, "devices that split the rows; -1: all remaining devices", low=-1)
     fsdp: int = key(1, "devices that split the rows and the embedding axis of the weights", low=1)
@@ -258,6 +283,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig = LoraConfig()
+    distill: DistillConfig = DistillConfig()
     sparsity: SparsityConfig = SparsityConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -273,6 +299,11 @@ class Config:
         sparse = self.sparsity
         attention = sparse.rate if sparse.rate_attention is None else sparse.rate_attention
         return attention, sparse.rate if sparse.rate_mlp is None else sparse.rate_mlp
+
+    @property
+    def distills(self) -> bool:
+        """Whether the loss depends on a teacher."""
+        return self.distill.teacher is not None and self.distill.weight > 0
 
     @property
     def stores_blocks(self) -> bool:

@@ -75,6 +75,7 @@ def check_together(config: "Config") -> None:
     _check_pipeline(config)
     _check_weights(config)
     _check_lora(config)
+    _check_distill(config)
     for path, needed, wanted in _NEEDS:
         group, _, name = path.rpartition(".")
         settings, current = (operator.attrgetter(p)(config) for p in (group, needed))
@@ -193,6 +194,14 @@ def _check_lora(config: "Config") -> None:
                 f"lora.rank {lora.rank} excludes sparsity.{name} {value!r}; accepted:"
                 f" {' or '.join(map(repr, accepted))}"
             )
+
+
+def _check_distill(config: "Config") -> None:
+    """Require a teacher for all other settings of distillation."""
+    for field in dataclasses.fields(config.distill):
+        value = getattr(config.distill, field.name)
+        if config.distill.teacher is None and value != field.default:
+            raise UserError(f"distill.{field.name} {value!r} needs distill.teacher")
 
 
 def _check_steps(config: "Config") -> None:

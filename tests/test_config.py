@@ -122,6 +122,7 @@ def valid(key: Key) -> st.SearchStrategy[Any]:
 
 
 ADAPTERS = {path for path in KEYS if path.startswith("lora.")}
+WITH_TEACHER = {path for path in KEYS if path.startswith("distill.")}
 # Settings whose accepted values depend on other settings.
 DEPENDENT = {
     *(
@@ -145,6 +146,7 @@ DEPENDENT = {
     "sparsity.token_skip_rate",
     *(f"data.{field.name}" for field in dataclasses.fields(DataFormat)),
     *ADAPTERS,
+    *WITH_TEACHER,
 }
 assert KEYS.keys() >= DEPENDENT
 VALID = {path: valid(key) for path, key in KEYS.items() if path not in DEPENDENT}
@@ -190,6 +192,7 @@ BASE = {
 NEEDS = {
     "model.adapter": {"model.path": "base"},
     **{path: {"lora.rank": 2} for path in ADAPTERS - {"lora.rank"}},
+    **{path: {"distill.teacher": "base"} for path in WITH_TEACHER - {"distill.teacher"}},
     "mesh.pipeline": {"train.accumulate": 3},
     "mesh.context": {"data.row_length": 30},
     "mesh.rounds": {"mesh.pipeline": 2, "train.accumulate": 2, "sparsity.execution": "gather"},

@@ -17,11 +17,13 @@ import pytest
 from sat_jax.config import Config
 from sat_jax.config_values import from_config_dict, keys
 from sat_jax.errors import UserError
+from sat_jax.models.build import layout_of
 from sat_jax.models.llama import LlamaConfig
 from sat_jax.parallel.mesh import make_mesh
 from sat_jax.sparsity.controller import Controller
 from sat_jax.train import setup
 from sat_jax.train.programs import Programs, compiler_options
+from sat_jax.train.teacher import Teacher
 from tests.conftest import ROOT, slow_after
 from tests.test_config import nested
 
@@ -49,7 +51,9 @@ def controller_of(config: Config, model: LlamaConfig = MODEL) -> Controller:
 
 
 def programs_of(config: Config, model: LlamaConfig = MODEL) -> Programs:
-    return Programs(config, model, make_mesh(config.mesh), controller_of(config, model))
+    layout = layout_of(MODEL)
+    teacher = Teacher(MODEL, layout, layout.shapes) if config.distills else None
+    return Programs(config, model, make_mesh(config.mesh), controller_of(config, model), teacher)
 
 
 def rungs(config: Config) -> Any:
@@ -192,6 +196,7 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "lora.rslora": (True, step, LORA),
     "lora.dora": (True, step, LORA | {"sparsity.rate": 0.0}),
     "lora.trained": (("norms",), step, LORA),
+    "distill.teacher": ("teacher", step, {}),
     "mesh.data": (3, refused, {}),
     "mesh.fsdp": (2, refused, {}),
     "mesh.context": (2, refused, {}),
@@ -233,6 +238,9 @@ ELSEWHERE = {
     "train.eval_every": "test_run.py",
     "train.eval_rows": "test_run.py",
     "train.measure_speed": "test_speed.py",
+    "distill.weight": "test_distillation.py",
+    "distill.temperature": "test_distillation.py",
+    "distill.divergence": "test_distillation.py",
     "sparsity.max_segments": "test_plan.py",
     "sparsity.min_gain": "test_controller.py",
     "sparsity.weights.drop_fraction": "test_block_runs.py",

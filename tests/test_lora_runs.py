@@ -1,6 +1,8 @@
-"""Complete runs that train adapters: what is frozen, what is stored, continuation, export."""
+"""Complete runs that train adapters with a teacher: what is frozen, what is stored, continuation,
+export."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -16,18 +18,21 @@ from sat_jax.compress import load_adapter, merge_factors, without_adapters
 from sat_jax.config import Config
 from sat_jax.config_values import from_config_dict, load
 from sat_jax.interop import open_weights
+from sat_jax.models.build import layout_of
+from sat_jax.models.gpt2 import GPT2Config
 from sat_jax.models.llama import LlamaConfig
 from sat_jax.parallel.mesh import make_mesh
+from sat_jax.sparsity.flops import forward_flops
 from sat_jax.sparsity.plan import make_plan
 from sat_jax.train.checkpoint import find
 from sat_jax.train.loop import train
 from sat_jax.train.metrics import read_metrics
 from sat_jax.train.programs import Programs
 from sat_jax.train.run_weights import open_run
-from sat_jax.train.setup import controller_of
+from sat_jax.train.setup import controller_of, set_up
 from sat_jax.train.step_program import count_bytes
 from tests.conftest import ROOT, RunPython
-from tests.small_models import neurons
+from tests.small_models import neurons, random_params
 from tests.test_config import nested
 from tests.tolerances import assert_close
 from tests.user_errors import user_error
@@ -48,7 +53,13 @@ SETTINGS: dict[str, Any] = {
     "optimizer.weight_decay": 0.1,
     "lora.rank": 2,
     "lora.trained": "norms",
+    "distill.weight": 0.3,
+    "distill.divergence": "js",
 }
+# Of another family, with the byte tokens of the trained model.
+TEACHER = GPT2Config(
+    vocab_size=260, d_model=16, n_layers=4, n_heads=2, d_ff=24, max_positions=32
+)  # fmt: skip
 
 
 def settings(**changes: Any) -> Config:
@@ -58,9 +69,16 @@ def settings(**changes: Any) -> Config:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "teacher"
+    sat_jax.save_model(layout_of(TEACHER).bind(random_params(TEACHER)), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "lora"
-    train(settings(), path, lambda _: None)
+    train(settings(distill__teacher=teacher), path, lambda _: None)
     return path
 
 
@@ -93,13 +111,31 @@ def test_a_run_trains_adapters_alone(finished: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_continues_bit_by_bit(finished: Path, tmp_path: Path) -> None:
+def test_losses_and_costs_have_their_parts(finished: Path) -> None:
+    steps = [r for r in read_metrics(finished / "metrics.jsonl") if "loss" in r]
+    sums = [0.7 * r["cross_entropy"] + 0.3 * r["divergence"] for r in steps]
+    assert_close([r["loss"] for r in steps], sums, "float32", "forward")
+    assert all(0 < r["divergence"] < math.log(2) for r in steps)
+    summary = json.loads((finished / "summary.json").read_text())
+    forward = forward_flops(layout_of(TEACHER), 32).total
+    assert summary["teacher_flops"] == summary["tokens"] * forward
+    assert summary["teacher_flops"] < summary["spent_flops"] < summary["dense_flops"]
+
+
+@pytest.mark.slow
+def test_a_run_continues_bit_by_bit(finished: Path, teacher: Path, tmp_path: Path) -> None:
+    """With the teacher at another path, but not with another teacher."""
+    moved, other = tmp_path / "moved", tmp_path / "other"
+    shutil.copytree(teacher, moved)
+    sat_jax.save_model(layout_of(TEACHER).bind(random_params(TEACHER, 1)), other)
     path = tmp_path / "continued"
     shutil.copytree(finished, path)
     (path / "summary.json").unlink()
     shutil.rmtree(path / "checkpoints" / "6")
     lines: list[str] = []
-    train(settings(), path, lines.append)
+    refused = user_error(lambda: train(settings(distill__teacher=other), path, lines.append))
+    assert "the content of distill.teacher is not that of the start of the run" in refused
+    train(settings(distill__teacher=moved), path, lines.append)
     assert "continuing after step 3" in lines
     expected = arrays(finished)
     for name, value in arrays(path).items():
@@ -107,10 +143,24 @@ def test_a_run_continues_bit_by_bit(finished: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_mesh_trains_the_same(finished: Path, tmp_path: Path, run_python: RunPython) -> None:
+def test_a_run_can_be_a_teacher(finished: Path) -> None:
+    """With its adapters merged; its tokenizer is compared with that of the new run."""
+    lines: list[str] = []
+    teacher = set_up(settings(distill__teacher=finished), lines.append).teacher
+    assert teacher is not None and not any("no tokenizer" in line for line in lines)
+    weights, _ = open_run(finished)
+    for path, value in teacher.params.items():
+        np.testing.assert_array_equal(value, weights.read(path), err_msg=path)
+
+
+@pytest.mark.slow
+def test_a_mesh_trains_the_same(
+    finished: Path, teacher: Path, tmp_path: Path, run_python: RunPython
+) -> None:
     """Stages, rows, units and the embedding axis are split."""
     mesh = {f"mesh.{axis}": 2 for axis in ("pipeline", "fsdp", "tensor")}
     changes = mesh | {"mesh.data": 1, "train.accumulate": 2, "checkpoint.every": 0}
+    changes["distill.teacher"] = teacher
     done = run_python(
         *("-m", "scripts.train", "--config=experiments/tiny.py", f"--workdir={tmp_path / 'run'}"),
         *(f"--config.{key}={value}" for key, value in (SETTINGS | changes).items()),

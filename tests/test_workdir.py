@@ -112,6 +112,7 @@ CONFIG: dict[str, Any] = {
     "export": {"huggingface": False},
     "model": {"adapter": None, "path": None},
     "data": {"sources": ["a.txt"]},
+    "distill": {"teacher": None},
 }
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.mesh_axes import CONTEXT, ROW_AXES, full_rows, parts
 from sat_jax.nn.pipeline import number_of_stages
 
-_PART_AXES = (CONTEXT, *ROW_AXES)  # which split the rows of `_rows_of_devices`, in this order
+_PART_AXES = (CONTEXT, *ROW_AXES)  # which split the rows of `rows_of_devices`, in this order
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -104,29 +105,50 @@ def _split(chunk: int, *arrays_BT: Array) -> tuple[Array, ...]:
 def _forward(
     hidden_BTD: Array, head_VD: Array, targets_BT: Array, loss_mask_BT: Array, chunk: int
 ) -> tuple[Float[Array, ""], tuple[Array, Array]]:
-    batch, length, width = hidden_BTD.shape
-    number = _row_parts(batch)
-
-    def body(d_head_PVD: Array, xs: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
-        h_BCD, targets_BC, mask_BC = xs
+    def of_chunk(h_BCD: Array, targets_BC: Array, mask_BC: Array) -> tuple[Array, Array]:
         scores = _scores(head_VD, h_BCD, targets_BC)
         one_hot = jax.nn.one_hot(targets_BC, head_VD.shape[0], dtype=jnp.float32)
         d_logits = jnp.where(mask_BC[..., None], scores.exp / scores.total - one_hot, 0.0)
+        return _summed_loss(scores, mask_BC), d_logits
+
+    losses, gradients = scan_chunks(of_chunk, chunk, hidden_BTD, head_VD, targets_BT, loss_mask_BT)
+    return losses.sum(), gradients
+
+
+def scan_chunks(
+    of_chunk: Callable[..., tuple[Any, Array]],
+    chunk: int,
+    hidden_BTD: Float[Array, "B T D"],
+    head_VD: Float[Array, "V D"],
+    *arrays_BT: Array,
+) -> tuple[Any, tuple[Float[Array, "B T D"], Float[Array, "V D"]]]:
+    """Return the losses of all chunks of positions, stacked, and the gradients of their sum with
+    respect to `hidden` and `head`.
+
+    `of_chunk(h_BCD, *arrays_BC)` returns the losses of one chunk, and the gradient of their sum
+    with respect to its logits `[B, C, V]`, float32.
+    """
+    batch, length, width = hidden_BTD.shape
+    number = _row_parts(batch)
+
+    def body(d_head_PVD: Array, xs: tuple[Array, ...]) -> tuple[Array, tuple[Any, Array]]:
+        h_BCD = xs[0]
+        losses, d_logits = of_chunk(*xs)
         d_logits = d_logits.astype(head_VD.dtype)
         d_hidden = jnp.einsum("BCV,VD->BCD", d_logits, head_VD)
         rows = [x.reshape(number, -1, *x.shape[1:]) for x in (d_logits, h_BCD)]
         # The product is transposed, not an operand: on XLA:CPU [V, C] would be computed again.
         d_head_PDV = jnp.einsum("PBCV,PBCD->PDV", *rows, preferred_element_type=jnp.float32)
-        return d_head_PVD + d_head_PDV.swapaxes(1, 2), (_summed_loss(scores, mask_BC), d_hidden)
+        return d_head_PVD + d_head_PDV.swapaxes(1, 2), (losses, d_hidden)
 
-    chunks = _split(chunk, hidden_BTD, targets_BT, loss_mask_BT)
+    chunks = _split(chunk, hidden_BTD, *arrays_BT)
     zeros_PVD = jnp.zeros((number, *head_VD.shape), jnp.float32)
     if number > 1:
         spec = P(_PART_AXES, P.UNCONSTRAINED, P.UNCONSTRAINED)
         zeros_PVD = jax.lax.with_sharding_constraint(zeros_PVD, spec)
     d_head_PVD, (losses, d_hidden) = jax.lax.scan(body, zeros_PVD, chunks)
     d_hidden_BTD = jnp.moveaxis(d_hidden, 0, 1).reshape(batch, -1, width)[:, :length]
-    return losses.sum(), (d_hidden_BTD, d_head_PVD.sum(0).astype(head_VD.dtype))
+    return losses, (d_hidden_BTD, d_head_PVD.sum(0).astype(head_VD.dtype))
 
 
 def _row_parts(batch: int) -> int:
@@ -136,7 +158,7 @@ def _row_parts(batch: int) -> int:
     return 1 if batch % number else number
 
 
-def _rows_of_devices(x: Shaped[Array, "B T ..."]) -> Shaped[Array, "cB T/c ..."]:
+def rows_of_devices(x: Shaped[Array, "B T ..."]) -> Shaped[Array, "cB T/c ..."]:
     """Return each row as c rows, one for each device that has a part of its tokens, those of the
     first device first: chunks of positions are then local to a device."""
     batch, length, *rest = x.shape
@@ -151,14 +173,14 @@ def _backward(
     chunk: int, residuals: tuple[Array, Array], cotangent: Float[Array, ""]
 ) -> tuple[Array, Array, None, None]:
     del chunk
-    d_hidden, d_head = residuals
+    return *scaled(residuals, cotangent), None, None
+
+
+def scaled(gradients: tuple[Array, Array], cotangent: Float[Array, ""]) -> tuple[Array, Array]:
+    """Return gradients times a cotangent, each in its dtype."""
+    d_hidden, d_head = gradients
     scale = cotangent.astype(jnp.float32)
-    return (
-        (d_hidden * scale).astype(d_hidden.dtype),
-        (d_head * scale).astype(d_head.dtype),
-        None,
-        None,
-    )
+    return (d_hidden * scale).astype(d_hidden.dtype), (d_head * scale).astype(d_head.dtype)
 
 
 chunked_cross_entropy.defvjp(_forward, _backward)
@@ -182,9 +204,14 @@ def next_token_loss(
     """Return the sum of the cross-entropy over the loss mask (natural logarithm), and the
     observations; `options` are those of `Decoder.hidden`."""
     x_BTD, observed = model.hidden(tokens, segment_ids, positions, **options)
+    x, targets, loss_mask = map(rows_of_devices, (x_BTD, targets, loss_mask))
+    head = full_rows(model.head())
+    return chunked_cross_entropy(x, head, targets, loss_mask, loss_chunk(model)), observed
+
+
+def loss_chunk(model: Decoder) -> int:
+    """Return the positions of each row whose logits are in memory at a time."""
     chunk = model.compute.loss_chunk
     if model.pipelined:  # A device has the rows of several microbatches: as many logits as of one.
         chunk = max(1, chunk * number_of_stages() // model.compute.microbatches)
-    x, targets, loss_mask = map(_rows_of_devices, (x_BTD, targets, loss_mask))
-    head = full_rows(model.head())
-    return chunked_cross_entropy(x, head, targets, loss_mask, chunk), observed
+    return chunk

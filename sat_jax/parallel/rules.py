@@ -4,7 +4,8 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from sat_jax.errors import UserError
@@ -45,6 +46,11 @@ def tree_shardings(mesh: Mesh, layout: Layout[Any], tree: Any) -> Any:
         return NamedSharding(mesh, P())
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def place(value: np.ndarray, sharding: Sharding) -> jax.Array:
+    """Return a value that every process has as an array over the devices of all processes."""
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def check_divisible(mesh: Mesh, layout: Layout[Any]) -> None:

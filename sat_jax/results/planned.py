@@ -18,6 +18,7 @@ from sat_jax.train.counters import RunCounters
 from sat_jax.train.finish import flops_of_run
 from sat_jax.train.run_weights import starting_point
 from sat_jax.train.setup import Task, controller_of, prepared_data
+from sat_jax.train.teacher import open_teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,7 @@ class PlannedRun:
     config: Config
     model: DecoderConfig
     controller: Controller
+    teacher_model: DecoderConfig | None = None
 
     @cached_property
     def name(self) -> str:
@@ -44,7 +46,7 @@ class PlannedRun:
         counters.probes = self.probes()
         counters.rung_selections = [self.selections(rung) for rung in rungs]
         counters.rung_tokens = [(rung.stop - rung.start) * tokens for rung in rungs]
-        return flops_of_run(cast(Task, self), counters)  # of a task: these three fields alone
+        return flops_of_run(cast(Task, self), counters)  # of a task: these fields alone
 
     def probes(self) -> int:
         """Number of refreshes with a probe: all of them, or the first for metrics of inputs."""
@@ -96,7 +98,13 @@ def _plan_run(
     if source not in models:
         models[source] = starting_point(config)[0]
     models[source].check_length("data.row_length", config.data.row_length)
-    return PlannedRun(settings, config, models[source], controller_of(config, models[source]))
+    run = PlannedRun(settings, config, models[source], controller_of(config, models[source]))
+    if not config.distills:
+        return run
+    teacher = config.distill.teacher
+    if teacher not in models:
+        models[teacher] = open_teacher(config).config
+    return dataclasses.replace(run, teacher_model=models[teacher])
 
 
 def prepare_all(runs: Iterable[PlannedRun], log: Callable[[str], None]) -> dict[str, str]:

@@ -35,7 +35,7 @@ def end_of_run(summary: Mapping[str, Any]) -> str:
     - `figures`: paths of the pictures; `export`: path of the exported model, or None.
 
     Optional: `adapter`, the path of the exported adapters, or None; `perplexity_dense` of the dense
-    baseline; `next_commands`, shell commands.
+    baseline; `teacher_flops`, a part of both FLOPs; `next_commands`, shell commands.
     """
     exported = (summary["export"], summary.get("adapter"))
     written = [*summary["figures"], *(path for path in exported if path is not None)]
@@ -113,4 +113,6 @@ def _cost(summary: Mapping[str, Any]) -> list[str]:
     shares = [f"{p} {percent(seconds[p] / seconds['total'])}" for p in parts if seconds[p] > 0]
     flops, time = quantity(spent, "FLOP"), datetime.timedelta(seconds=round(seconds["total"]))
     share = f"{percent(spent / dense)} of {quantity(dense, 'FLOP')} for the same tokens, dense"
+    if teacher := summary.get("teacher_flops"):
+        share += f"; {quantity(teacher, 'FLOP')} of both are forward passes of the teacher"
     return [f"FLOPs  {flops}  {share}", f"time   {time}  {', '.join(shares)}"]

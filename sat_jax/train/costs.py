@@ -11,16 +11,27 @@ from sat_jax.data.batch import Batch
 from sat_jax.models.build import layout_of
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.sparsity.controller import Rung
-from sat_jax.sparsity.flops import correction_flops, probe_flops, traced_flops, training_flops
+from sat_jax.sparsity.flops import (
+    correction_flops,
+    forward_flops,
+    probe_flops,
+    traced_flops,
+    training_flops,
+)
 from sat_jax.sparsity.statistics import Observable
 from sat_jax.sparsity.stored_blocks import block_layout, has_fused_mlp
 from sat_jax.train.layouts import run_layout
 from sat_jax.train.probe import observe_batch, observed_by_probes, probe_shape
 
 
-def step_flops(config: Config, model: DecoderConfig, rung: Rung | None = None) -> float:
-    """Return the training FLOPs a token on a rung, recomputation included; None: densely. Mask
-    execution computes everything on every rung."""
+def step_flops(
+    config: Config,
+    model: DecoderConfig,
+    rung: Rung | None = None,
+    teacher: DecoderConfig | None = None,
+) -> float:
+    """Return the training FLOPs a token on a rung, recomputation and the forward pass of a teacher
+    included; None: densely. Mask execution computes everything on every rung."""
     layout, segments, sparse = run_layout(config, model), None, config.sparsity
     if rung is not None:
         layout = block_layout(layout, rung.plan.stored)
@@ -34,7 +45,14 @@ def step_flops(config: Config, model: DecoderConfig, rung: Rung | None = None) -
         dropped=() if rung is None else rung.plan.dropped,
         token_rate=0.0 if rung is None else rung.plan.token_rate,
     )
-    return flops.total
+    return flops.total + teacher_flops(config, teacher)
+
+
+def teacher_flops(config: Config, teacher: DecoderConfig | None) -> float:
+    """Return the FLOPs a token of the forward pass of a teacher with logits; 0 without one."""
+    if teacher is None:
+        return 0.0
+    return forward_flops(layout_of(teacher), config.data.row_length).total
 
 
 def flops_of_probe(config: Config, model: DecoderConfig) -> float:

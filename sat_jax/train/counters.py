@@ -105,8 +105,10 @@ class RunCounters:
         self._step_seconds.setdefault(rung.plan, []).append(seconds)
         self.loss_tokens += int(metrics.loss_tokens)
         heads, channels = kept_shares(rung.plan, self._controller.neurons)
+        flops = step_flops(task.config, task.model, rung, task.teacher_model)
         return {
             "loss": metrics.loss,
+            **(metrics.parts._asdict() if metrics.parts else {}),
             "tokens": self.tokens,
             "loss_tokens": self.loss_tokens,
             "learning_rate": metrics.learning_rate,
@@ -123,7 +125,7 @@ class RunCounters:
             "seconds": seconds,
             "steady": steady,
             "tokens_per_second": tokens / seconds,
-            "flops_per_second": step_flops(task.config, task.model, rung) * tokens / seconds,
+            "flops_per_second": flops * tokens / seconds,
         }
 
     def _count_kept(self, plan: Plan, kept: Kept) -> None:

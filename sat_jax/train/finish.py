@@ -13,6 +13,7 @@ from sat_jax.train.costs import (
     flops_of_probe,
     flops_of_selection,
     step_flops,
+    teacher_flops,
 )
 from sat_jax.train.counters import RunCounters
 from sat_jax.train.export import writes_adapter
@@ -60,6 +61,7 @@ def finish(
             "compile_seconds": counters.compile_seconds,
             "first_step_seconds": counters.first_step_seconds,
             "loss_tokens": counters.loss_tokens,
+            "teacher_flops": counters.tokens * teacher_flops(task.config, task.teacher_model),
             "data": task.data.info.fingerprint,
             "prepared": dataclasses.asdict(task.data.info),
             "figures": figures,
@@ -77,6 +79,8 @@ def rung_summaries(
 ) -> list[dict[str, Any]]:
     """Return a mapping per rung, for `results.run_table.end_of_run`."""
     model, config, controller = task.model, task.config, task.controller
+    teacher = task.teacher_model
+    dense_flops = step_flops(config, model, teacher=teacher)
     summaries = []
     for number, rung in enumerate(controller.rungs):
         speeds = [
@@ -96,7 +100,7 @@ def rung_summaries(
                 "tokens": counters.rung_tokens[number],
                 "steps_timed": len(speeds),
                 "tokens_per_second": statistics.median(speeds) if speeds else None,
-                "bound": step_flops(config, model) / step_flops(config, model, rung),
+                "bound": dense_flops / step_flops(config, model, rung, teacher),
             }
         )
         if speedups is not None:
@@ -106,17 +110,18 @@ def rung_summaries(
 
 
 def flops_of_run(task: Task, counters: RunCounters) -> tuple[float, float]:
-    """Return the training FLOPs, with probes and selections, and those of the dense baseline."""
-    config = task.config
+    """Return the training FLOPs, with probes, selections and the forward pass of a teacher, and
+    those of the dense baseline with the same teacher."""
+    config, teacher = task.config, task.teacher_model
     spent = counters.probes * flops_of_probe(config, task.model)
     done = zip(counters.rung_tokens, counters.rung_selections, strict=True)
     for rung, (tokens, selections) in zip(task.controller.rungs, done, strict=True):
-        spent += tokens * step_flops(config, task.model, rung)
+        spent += tokens * step_flops(config, task.model, rung, teacher)
         spent += selections * flops_of_selection(config, task.model, rung)
     for number, rung in enumerate(task.controller.rungs):
         times = task.controller.block_gradients(number)
         spent += times * flops_of_block_gradients(config, task.model, rung) if times else 0.0
-    return spent, counters.tokens * step_flops(config, task.model)
+    return spent, counters.tokens * step_flops(config, task.model, teacher=teacher)
 
 
 def _draw(

@@ -8,19 +8,25 @@ import hashlib
 from pathlib import Path
 
 from sat_jax.compress.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from sat_jax.config import Config
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 from sat_jax.interop import locate
 from sat_jax.interop.huggingface_config import config_to_json
 from sat_jax.models.decoder_config import DecoderConfig
+from sat_jax.train.checkpoint import find
 from sat_jax.train.files import read_json, write_json
-from sat_jax.train.manifest import digests
-from sat_jax.train.run_weights import generation_settings
+from sat_jax.train.manifest import MANIFEST, digests
+from sat_jax.train.run_weights import generation_settings, is_run
 from sat_jax.train.setup import Task
+from sat_jax.train.teacher import teacher_path
 from sat_jax.train.workdir import WorkDir
 
 # Settings that may be paths: their contents are compared instead.
-BY_CONTENT = ("model.path", "model.adapter", "data.sources", "data.tokenizer", "data.chat_template")
+BY_CONTENT = (
+    *("model.path", "model.adapter", "distill.teacher"),
+    *("data.sources", "data.tokenizer", "data.chat_template"),
+)
 
 
 def check_inputs(workdir: WorkDir, task: Task) -> None:
@@ -65,6 +71,7 @@ def _fingerprints(task: Task) -> dict[str, str | None]:
     return {
         "model.path": None if path is None else _model_fingerprint(locate(path)),
         "model.adapter": None if adapter is None else _adapter_fingerprint(locate(adapter)),
+        "distill.teacher": _teacher_fingerprint(task.config),
         "data.tokenizer": task.tokenizer.fingerprint,
         "data.chat_template": None if template is None else _sha256(template),
         "data.sources": task.data.info.fingerprint,
@@ -77,6 +84,16 @@ def _model_fingerprint(path: Path) -> str:
         return digests(path.parent, [path.name])[0]
     names = sorted(file.name for file in path.glob("*.safetensors"))
     return _sha256("".join([(path / "config.json").read_text(), *digests(path, names)]))
+
+
+def _teacher_fingerprint(config: Config) -> str | None:
+    """Return the hash of the teacher's files; of a run, of its newest checkpoint."""
+    if not config.distills:
+        return None
+    path = teacher_path(config)
+    if not is_run(path):
+        return _model_fingerprint(path)
+    return digests(find(WorkDir(path).checkpoints).path, [MANIFEST])[0]
 
 
 def _adapter_fingerprint(path: Path) -> str:

@@ -117,7 +117,7 @@ class Run:
         self._compiled_before = 0.0
 
         self._stack = ExitStack()
-        self._programs = Programs(config, task.model, task.mesh, task.controller)
+        self._programs = Programs(config, task.model, task.mesh, task.controller, task.teacher)
         self._blocks = BlockChanges(config, self._programs)
         self._stack.callback(self._programs.close)
         self._checkpoints = self._stack.enter_context(

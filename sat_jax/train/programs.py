@@ -21,6 +21,7 @@ from sat_jax.config import Config
 from sat_jax.data.batch import Batch
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.decoder import Compute, Decoder
+from sat_jax.nn.distillation import Distillation
 from sat_jax.nn.layout import Layout
 from sat_jax.parallel.rules import BATCH, tree_shardings
 from sat_jax.sparsity.choose import Choice, Criteria, choose, selection_key
@@ -43,6 +44,7 @@ from sat_jax.train.optimizer import (
 )
 from sat_jax.train.probe import ProbeSettings, make_probe, observe_batch, observed_by_probes
 from sat_jax.train.step import StepSettings, make_evaluation, make_step
+from sat_jax.train.teacher import Teacher
 
 Compiled = Callable[..., Any]
 
@@ -80,8 +82,15 @@ class Programs:
     A compilation that fails raises where its result is asked for, and in `check`.
     """
 
-    def __init__(self, config: Config, model: DecoderConfig, mesh: Mesh, controller: Controller):
-        self._config, self._mesh = config, mesh
+    def __init__(
+        self,
+        config: Config,
+        model: DecoderConfig,
+        mesh: Mesh,
+        controller: Controller,
+        teacher: Teacher | None = None,
+    ):
+        self._config, self._mesh, self._teacher = config, mesh, teacher
         self.kernels = kernels_of(config, mesh)
         settings = config.model
         compute = Compute(
@@ -234,7 +243,9 @@ class Programs:
         shapes = jax.eval_shape(lambda s, k: compact_state(execution, s, k), form.state, kept)
         state, omitted = self._placed(shapes, form.layout)
         batch = self.batch(self._config.train.rows_per_step)
-        rest = (kept, batch, omitted, self.corrections(plan))
+        rest: Any = (kept, batch, omitted, self.corrections(plan))
+        if self._teacher is not None:
+            rest = (*rest, self._teacher.params)
         options: Any = {"donate_argnums": (0, 1), "layout": form.layout}
         return self._lower(step, state, self.stats, *rest, **options)
 
@@ -249,10 +260,17 @@ class Programs:
             select=self.compile(self._select(plan), form.state, self.stats),
             correct=self.compile(self._correct(plan), form.state, self.stats, kept),
             compact=moves.compact,
-            step=self.lower_step(plan).compile(self._options),
+            step=self._with_teacher(self.lower_step(plan).compile(self._options)),
             expand=moves.expand,
             seconds=time.perf_counter() - started,
         )
+
+    def _with_teacher(self, step: Compiled) -> Compiled:
+        """Return a step without the argument for the parameters of the teacher."""
+        teacher = self._teacher
+        if teacher is None:
+            return step
+        return lambda *arguments: step(*arguments, teacher.params)
 
     def _placed(self, tree: Any, layout: Layout[Decoder] | None = None) -> Any:
         """Return abstract values with their shardings on the mesh; of the model without blocks by
@@ -303,7 +321,7 @@ class Programs:
         return correct
 
     def _step_settings(self, form: Form) -> StepSettings:
-        config = self._config
+        config, teacher = self._config, self._teacher
         return StepSettings(
             optimizer=form.optimizer,
             clip=clipping(config.optimizer),
@@ -313,6 +331,7 @@ class Programs:
             observe=tuple(kind for kind in self.observe if kind == "inputs"),
             stats_decay=config.sparsity.stats_decay,
             seed=config.seed,
+            distillation=Distillation(teacher.layout, config.distill) if teacher else None,
         )
 
 

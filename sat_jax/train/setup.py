@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh
 
 from sat_jax.cache import cache_dir
 from sat_jax.compress.adapters import check_expressible
@@ -28,12 +28,19 @@ from sat_jax.nn.layout import Layout
 from sat_jax.nn.retention import Retention
 from sat_jax.parallel.mesh import make_mesh
 from sat_jax.parallel.processes import check_processes
-from sat_jax.parallel.rules import check_divisible, tree_shardings
+from sat_jax.parallel.rules import check_divisible, place, tree_shardings
 from sat_jax.sparsity.controller import Controller, make_controller
 from sat_jax.sparsity.plan import neurons_of
 from sat_jax.sparsity.stored_blocks import block_grids, block_layout
 from sat_jax.train.layouts import run_layout
 from sat_jax.train.run_weights import starting_point
+from sat_jax.train.teacher import (
+    Teacher,
+    check_tokenizers,
+    open_teacher,
+    read_teacher,
+    teacher_layout,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +54,12 @@ class Task:
     data: Prepared
     mesh: Mesh
     controller: Controller
+    teacher: Teacher | None = None
+
+    @property
+    def teacher_model(self) -> DecoderConfig | None:
+        """The model of the teacher; None without distillation."""
+        return None if self.teacher is None else self.teacher.model
 
 
 def set_up(config: Config, log: Callable[[str], None]) -> Task:
@@ -67,21 +80,40 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
         check_exportable(model)
         if config.lora.rank:
             check_expressible(model, config.lora)
-    model.check_length("data.row_length", config.data.row_length)
-    if config.data.pose_length is not None:
-        if model.rope is None:
-            raise UserError(
-                f"data.pose_length {config.data.pose_length}: a {model.family} model has no rotary"
-                " positions; accepted: None"
-            )
-        model.check_length("data.pose_length", config.data.pose_length)
+    _check_lengths(config, model)
     controller = controller_of(config, model)
     for rung in controller.rungs:
         check_divisible(mesh, block_layout(run_layout(config, model), rung.plan.stored))
     if max(config.rates) > 0 and not controller.sparse:
         log("sparsity: these rates omit nothing in this model; the run is dense")
+    teacher_weights = _checked_teacher(config, model, mesh, log)
     tokenizer, data = prepared_data(config, model, log)
-    return Task(config, model, weights, tokenizer, data, mesh, controller)
+    teacher = None if teacher_weights is None else read_teacher(config, teacher_weights, mesh)
+    return Task(config, model, weights, tokenizer, data, mesh, controller, teacher)
+
+
+def _checked_teacher(
+    config: Config, model: DecoderConfig, mesh: Mesh, log: Callable[[str], None]
+) -> Weights | None:
+    """Return the weights of a teacher that fits model, data and mesh; None without distillation."""
+    if not config.distills:
+        return None
+    tokenizer = _tokenizer(config, model)
+    try:
+        weights = open_teacher(config)
+        teacher = weights.config
+        if teacher.vocab_size != model.vocab_size:
+            raise UserError(
+                f"it has {teacher.vocab_size} tokens, and the trained model {model.vocab_size};"
+                " accepted: equal vocabularies"
+            )
+        check_tokenizers(config, teacher, tokenizer, log)
+        _check_lengths(config, teacher)
+        _check_context(config, teacher)
+        check_divisible(mesh, teacher_layout(config, teacher))
+    except UserError as error:
+        raise UserError(f"distill.teacher {config.distill.teacher}: {error}") from error
+    return weights
 
 
 def controller_of(config: Config, model: DecoderConfig) -> Controller:
@@ -115,8 +147,7 @@ def prepared_data(
 ) -> tuple[Tokenizer, Prepared]:
     """Return the tokenizer and the data of a run, prepared if necessary. Starts no backend."""
     data_format = DataFormat.from_settings(config.data)
-    path = None if config.model.path is None else locate(config.model.path)
-    tokenizer = load_tokenizer(config.data.tokenizer, path, model.vocab_size)
+    tokenizer = _tokenizer(config, model)
     data = prepare(
         sources=config.data.sources,
         tokenizer=tokenizer,
@@ -129,6 +160,11 @@ def prepared_data(
     return training_tokenizer(tokenizer, data_format), data
 
 
+def _tokenizer(config: Config, model: DecoderConfig) -> Tokenizer:
+    path = None if config.model.path is None else locate(config.model.path)
+    return load_tokenizer(config.data.tokenizer, path, model.vocab_size)
+
+
 def initial_params(task: Task) -> dict[str, jax.Array]:
     """Return float32 parameters by path, initialised or read, sharded over the mesh."""
     layout, seed = layout_of(task.model), task.config.seed
@@ -137,7 +173,7 @@ def initial_params(task: Task) -> dict[str, jax.Array]:
         params = jax.jit(lambda: initial_values(task.model, seed), out_shardings=shardings)()
     else:
         params = {
-            path: _placed(np.asarray(task.weights.read(path), np.float32), shardings[path])
+            path: place(np.asarray(task.weights.read(path), np.float32), shardings[path])
             for path in layout.shapes
         }
     if not task.config.lora.rank:
@@ -146,10 +182,6 @@ def initial_params(task: Task) -> dict[str, jax.Array]:
     shardings = tree_shardings(task.mesh, adapted, dict(adapted.shapes))
     add = functools.partial(add_lora, layout, settings=task.config.lora, seed=seed)
     return jax.jit(add, out_shardings=shardings, donate_argnums=0)(params)
-
-
-def _placed(value: np.ndarray, sharding: Sharding) -> jax.Array:
-    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def _check_attention(config: Config, model: DecoderConfig) -> None:
@@ -175,14 +207,35 @@ def _check_attention(config: Config, model: DecoderConfig) -> None:
         raise UserError(f"model.attention={config.model.attention}: {reason}; accepted: {accepted}")
 
 
-def _check_retention(config: Config, model: DecoderConfig, mesh: Mesh) -> None:
-    name, context = config.model.retention, config.mesh.context
-    branches = [b for b in layout_of(model).branches.values() if isinstance(b, Retention)]
-    if branches and context > 1:
+def _check_lengths(config: Config, model: DecoderConfig) -> None:
+    length = config.data.pose_length
+    model.check_length("data.row_length", config.data.row_length)
+    if length is None:
+        return
+    if model.rope is None:
+        raise UserError(
+            f"data.pose_length {length}: a {model.family} model has no rotary positions; accepted:"
+            " None"
+        )
+    model.check_length("data.pose_length", length)
+
+
+def _retentions(model: DecoderConfig) -> list[Retention]:
+    return [b for b in layout_of(model).branches.values() if isinstance(b, Retention)]
+
+
+def _check_context(config: Config, model: DecoderConfig) -> None:
+    context = config.mesh.context
+    if context > 1 and _retentions(model):
         raise UserError(
             f"mesh.context {context}: the state of retention passes from token to token of a row;"
             " accepted: 1"
         )
+
+
+def _check_retention(config: Config, model: DecoderConfig, mesh: Mesh) -> None:
+    name, branches = config.model.retention, _retentions(model)
+    _check_context(config, model)
     if name == "xla":
         return
     if not branches:

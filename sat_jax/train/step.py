@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from sat_jax.data.batch import Batch
 from sat_jax.nn.branch import set_backward
 from sat_jax.nn.decoder import Decoder
+from sat_jax.nn.distillation import Distillation, LossParts, distillation_loss
 from sat_jax.nn.layout import Layout
 from sat_jax.nn.loss import next_token_loss
 from sat_jax.sparsity.branch_drop import draw_backward, freeze_dropped
@@ -33,7 +34,7 @@ class StepMetrics(NamedTuple):
     clipping.
 
     `tokens` are all that are no padding: what is computed. Of text all of them bear loss. `kept` is
-    what a dynamic selection kept.
+    what a dynamic selection kept. `parts` are the means of which distillation makes the loss.
     """
 
     loss: Float[Array, ""]
@@ -42,6 +43,7 @@ class StepMetrics(NamedTuple):
     grad_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
     kept: Kept = ()
+    parts: LossParts | None = None
 
 
 class StepSettings(NamedTuple):
@@ -55,14 +57,16 @@ class StepSettings(NamedTuple):
     observe: tuple[Observable, ...] = ()
     stats_decay: float = 0.0
     seed: int = 0
+    distillation: Distillation | None = None
 
 
 def make_step(
     execution: Execution, settings: StepSettings
 ) -> Callable[..., tuple[TrainState, Statistics, StepMetrics]]:
-    """Return `step(state, stats, kept, batch, omitted, corrections)`: the state, the running
-    statistics and the metrics after one update. The state is the one that the execution's `compact`
-    returned for `kept`; `omitted` are the parameters that it left out."""
+    """Return `step(state, stats, kept, batch, omitted, corrections, teacher)`: the state, the
+    running statistics and the metrics after one update. The state is the one that the execution's
+    `compact` returned for `kept`; `omitted` are the parameters that it left out. `teacher` are the
+    parameters of the teacher, with distillation."""
 
     plan = execution.plan
 
@@ -73,35 +77,41 @@ def make_step(
         batch: Batch,
         omitted: Tree = _NOTHING,
         corrections: Corrections = _NOTHING,
+        teacher: Tree = _NOTHING,
     ) -> tuple[TrainState, Statistics, StepMetrics]:
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"observe": settings.observe}
         if execution.selection is not None:
             key = selection_key(settings.seed, state.step)
-            options = {"selection": execution.selection, "key": key}
+            options |= {"selection": execution.selection, "key": key}
 
         computed = {
             branch: execution.split_layers(layers)
             for branch, layers in draw_backward(plan, settings.seed, state.step).items()
         }
 
-        def loss(trained: Tree, part: Batch) -> tuple[Array, tuple[Statistics, Kept]]:
+        def loss(trained: Tree, part: Batch) -> tuple[Array, tuple[Any, ...]]:
             model = execution.bind(trained, state.params, omitted, kept, corrections)
             set_backward(model.layers, computed)
             if plan.token_rate > 0:
                 key = token_key(settings.seed, state.step)
                 sample_tokens(model.layers, plan.token_rate, key)
             tokens = draw_tokens(plan, settings.seed, state.step, part.segment_ids)
-            total, observed = next_token_loss(
-                model, *part, observe=settings.observe, layer_tokens=tokens, **options
-            )
+            parts = None
+            if settings.distillation is None:
+                total, observed = next_token_loss(model, *part, layer_tokens=tokens, **options)
+            else:
+                layout, how = settings.distillation
+                total, parts, observed = distillation_loss(
+                    model, layout.bind(teacher), how, *part, layer_tokens=tokens, **options
+                )
             chosen: Kept = ()
             if execution.selection is not None:
                 chosen = tuple(segment.get("kept", {}) for segment in observed)
-            return total, (statistics_of(_count_tokens(part), observed), chosen)
+            return total, (statistics_of(_count_tokens(part), observed), chosen, parts)
 
         trained = execution.trained(state.params, kept)
         value_and_grad = jax.value_and_grad(loss, has_aux=True)
-        (total, (seen, chosen)), grads = _over_microbatches(
+        (total, (seen, chosen, parts)), grads = _over_microbatches(
             value_and_grad, trained, batch, settings.microbatches
         )
         loss_tokens = jnp.sum(batch.loss_mask).astype(jnp.float32)
@@ -120,6 +130,7 @@ def make_step(
             grad_norm=norm,
             learning_rate=jnp.asarray(settings.schedule(state.step), jnp.float32),
             kept=chosen,
+            parts=jax.tree.map(lambda part: part / divisor, parts),
         )
         return after, stats, metrics
 

@@ -113,7 +113,8 @@ class WorkDir:
             return
         stored = read_json(self.config)
         model = stored["model"] | {name: config["model"][name] for name in ("path", "adapter")}
-        moved = {**stored, "model": model, "data": config["data"]}
+        inputs = {"model": model, "data": config["data"], "distill": config["distill"]}
+        moved = {**stored, **inputs}
         if moved != stored:
             write_json(self.config, moved)
 
