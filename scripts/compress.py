@@ -6,6 +6,8 @@ r"""Compress the weights of a model, with text for calibration, and write it as 
       --calibration TEXT --out NEW
   python -m scripts.compress --model DIR --method svd-llm --ratio 0.8 \
       --calibration TEXT --out NEW
+  python -m scripts.compress --model DIR --method gptq --bits 4 --group 128 --dtype bfloat16 \
+      --calibration TEXT --out NEW
   python -m scripts.compress --model llama-2-7b --method sparsegpt --dry-run
 
 The matrices of all layers are compressed, layer by layer; embeddings, norms, biases and the output
@@ -22,6 +24,12 @@ Methods of low rank, which truncate the singular value decomposition of each mat
   asvd       of the weights times √(mean |x|) of their input x (arXiv:2312.05821)
   svd-llm    of the weights times a Cholesky factor of the inputs' Gram matrix (arXiv:2403.07378)
 
+Methods of quantization, which store integers and one scale for each group of weights:
+
+  rtn        round to nearest; reads no calibration statistics
+  gptq       column after column; those to the right make up for the error (arXiv:2210.17323)
+  awq        inputs with large activations get smaller errors (arXiv:2306.00978)
+
 --sparsity is the share of each output row that is removed; for sparsegpt of each row of a block of
 --block columns. --pattern compares other groups of weights: 2:4 and other N:M (of M consecutive
 weights of a row, N remain), block (all rows of a block of columns), block-threshold (as block, by
@@ -30,11 +38,17 @@ the rule of SparseGPT's published code: one weight more in each block).
 --ratio is for low rank: the share of a matrix's weights that its two factors have. The written
 model has their products; factors.safetensors beside it has the factors.
 
+--bits and --group are for quantization: 4 or 8, and the number of consecutive inputs of an output
+that have one scale; 0 is all inputs. The written matrices are integers; other parameters have
+--dtype. All scripts read the directory but train and compress; transformers needs what
+`python -m scripts.convert DIR --out NEW` writes from it.
+
 The calibration text is tokenized and packed as for training: a part of it (--held-out) is held out,
 for the perplexity before and after. The other part needs --calibration-rows rows of --context
-tokens. --out is a new directory that transformers and all scripts load, with report.json: settings,
-calibration, error of each layer, sizes, FLOPs and perplexity. --dry-run prints how many weights
-would be removed, and reads neither weights nor text; --model may then be the name of a preset.
+tokens. --out is a new directory; if it is not quantized, transformers and all scripts load it. Its
+report.json has settings, calibration, error of each layer, sizes, FLOPs and perplexity. --dry-run
+prints how many weights would be removed, or the quantized size, and reads neither weights nor text;
+--model may then be the name of a preset.
 """
 
 import argparse
@@ -43,7 +57,7 @@ from pathlib import Path
 from sat_jax.cli import MODEL_HELP, SOURCES_HELP, TOKENIZER_HELP, Parser, run
 from sat_jax.errors import UserError
 
-_SETTINGS = ("sparsity", "pattern", "block", "ratio")
+_SETTINGS = ("sparsity", "pattern", "block", "ratio", "bits", "group")
 
 
 def parser() -> Parser:
@@ -55,7 +69,7 @@ def parser() -> Parser:
         "--method",
         required=True,
         metavar="NAME",
-        help="magnitude, wanda, sparsegpt, svd, asvd or svd-llm",
+        help="magnitude, wanda, sparsegpt, svd, asvd, svd-llm, rtn, gptq or awq",
     )
     add(
         "--sparsity",
@@ -67,6 +81,9 @@ def parser() -> Parser:
     add("--block", type=int, metavar="N", help="columns of a block; default 128")
     ratio = "share of weights that factors of low rank have; default 0.8"
     add("--ratio", type=float, metavar="R", help=ratio)
+    add("--bits", type=int, metavar="N", help="bits of a quantized weight, 4 or 8; default 4")
+    group = "weights that have one scale; 0: all of an output; default 128"
+    add("--group", type=int, metavar="N", help=group)
     add("--calibration", nargs="+", metavar="SOURCE", help=SOURCES_HELP)
     add("--text-field", default="text", metavar="NAME", help="field of JSON lines; default text")
     rows = "rows of calibration text; default 128"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sat_jax.compress.low_rank import Factorization, factorize_matrix
     from sat_jax.compress.methods import METHODS, make_method
     from sat_jax.compress.prune import Pruning, prune_matrix
+    from sat_jax.compress.quantize import Quantization, quantize_matrix
     from sat_jax.nn.lora import LoraSettings
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "InputStatistics",
     "LoraSettings",
     "Pruning",
+    "Quantization",
     "compress_layers",
     "factorize_matrix",
     "load_adapter",
@@ -30,6 +32,7 @@ __all__ = [
     "make_method",
     "merge_factors",
     "prune_matrix",
+    "quantize_matrix",
     "save_adapter",
     "with_new_adapters",
     "without_adapters",
@@ -44,6 +47,7 @@ _MODULES = {
     "sat_jax.compress.low_rank": ("Factorization", "factorize_matrix"),
     "sat_jax.compress.methods": ("METHODS", "make_method"),
     "sat_jax.compress.prune": ("Pruning", "prune_matrix"),
+    "sat_jax.compress.quantize": ("Quantization", "quantize_matrix"),
     "sat_jax.nn.lora": ("LoraSettings",),
 }
 

@@ -82,7 +82,7 @@ def adapted_weights(weights: Weights, directory: str | Path) -> Weights:
             new = _on_base(new, weights.read(path)).dense()
         return np.asarray(new)
 
-    return dataclasses.replace(weights, read=read)
+    return dataclasses.replace(weights, read=read, stored=None)
 
 
 def _on_base(new: Any, base: Any) -> Any:
