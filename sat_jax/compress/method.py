@@ -29,7 +29,7 @@ class QuantizedMatrix(NamedTuple):
     def dense(self) -> Float[Array, "out in"]:
         """Return the dequantized matrix."""
         dense: Array = qwix.dequantize(self.array)
-        return dense if self.input_scale is None else dense * self.input_scale
+        return dense if self.input_scale is None else dense * self.input_scale[None]
 
 
 class Compressed(NamedTuple):

@@ -109,7 +109,7 @@ def _awq(weight: Array, statistics: InputStatistics, bits: Bits, inputs: int) ->
 
 @functools.partial(jax.jit, static_argnames=("bits", "inputs"))
 def _scaled(weight: Array, powers: Array, bits: Bits, inputs: int) -> QuantizedMatrix:
-    return QuantizedMatrix(_nearest(weight * powers, bits, inputs), 1 / powers)
+    return QuantizedMatrix(_nearest(weight * powers[None], bits, inputs), 1 / powers)
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "inputs"))
