@@ -13,10 +13,20 @@ import pytest
 from qwix.contrib import awq_core
 from safetensors.numpy import load_file, save_file
 
-from sat_jax.compress import InputStatistics, Quantization, merge_factors, quantize_matrix
+from sat_jax.compress import (
+    InputStatistics,
+    LoraSettings,
+    Quantization,
+    load_adapter,
+    merge_factors,
+    quantize_matrix,
+    save_adapter,
+    with_new_adapters,
+)
 from sat_jax.compress.costs import quantized_costs
 from sat_jax.compress.input_statistics import DAMPING
 from sat_jax.compress.layers import matrices
+from sat_jax.compress.lora import adapters_of
 from sat_jax.config import Config, ModelConfig
 from sat_jax.errors import UserError
 from sat_jax.interop import load_model, open_weights, quantized, save_model
@@ -176,6 +186,29 @@ def test_a_quantized_directory(directory: Path, tmp_path: Path) -> None:
     assert_close(read, flat_values(dense)["layers/mlp/down"], "float32", "exact")
     with pytest.raises(UserError, match="layers/attention/key is not one array; accepted: a model"):
         save_model(model, tmp_path / "again")
+
+
+def test_adapters_of_a_quantized_model(directory: Path, tmp_path: Path) -> None:
+    """They are written and read, and have the gradients of those on dequantized bases."""
+    model = load_model(directory)
+    adapted = with_new_adapters(model, LoraSettings(rank=2, targets=("down",), dora=True))
+    save_adapter(adapted, tmp_path / "adapter")
+    again = load_adapter(model, tmp_path / "adapter")
+    for path, array in flat_values(adapted).items():
+        np.testing.assert_array_equal(flat_values(again)[path], array)
+    trained = {path for path, leaf in make_layout(again).leaves.items() if leaf.trained}
+    assert "layers/mlp/down/update/left" in trained > {"embed"}
+    assert "layers/mlp/down/base/values" not in trained
+    (lora,) = adapters_of(again).values()
+    lora = jax.tree.map(lambda array: array[0], lora)
+    a = jnp.ones((1, 1, 16))
+
+    def loss(update: Any, base: Any) -> jax.Array:
+        return jnp.sum(dataclasses.replace(lora, base=base, update=update).combine(a) ** 2)
+
+    gradients = [jax.grad(loss)(lora.update, base).right for base in (lora.base, lora.base.dense())]
+    assert np.abs(gradients[0]).max() > 0
+    assert_close(*gradients, "float32", "backward")
 
 
 def test_quantized_weights_are_not_trained(directory: Path) -> None:
