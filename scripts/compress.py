@@ -8,6 +8,8 @@ r"""Compress the weights of a model, with text for calibration, and write it as 
       --calibration TEXT --out NEW
   python -m scripts.compress --model DIR --method structured --remove kv_group=0.25 channel=0.25 \
       --importance taylor --calibration TEXT --out NEW
+  python -m scripts.compress --model DIR --method gptq --bits 4 --group 128 --dtype bfloat16 \
+      --calibration TEXT --out NEW
   python -m scripts.compress --model llama-2-7b --method sparsegpt --dry-run
 
 Structured pruning writes a smaller model. All other methods compress the matrices of all layers,
@@ -24,6 +26,12 @@ Methods of low rank, which truncate the singular value decomposition of each mat
   svd        of the weights; reads no calibration statistics
   asvd       of the weights times √(mean |x|) of their input x (arXiv:2312.05821)
   svd-llm    of the weights times a Cholesky factor of the inputs' Gram matrix (arXiv:2403.07378)
+
+Methods of quantization, which store integers and one scale for each group of weights:
+
+  rtn        round to nearest; reads no calibration statistics
+  gptq       column after column; those to the right make up for the error (arXiv:2210.17323)
+  awq        inputs with large activations get smaller errors (arXiv:2306.00978)
 
 A method that prunes whole units, and writes a smaller model of the same family with its config:
 
@@ -49,11 +57,17 @@ the rule of SparseGPT's published code: one weight more in each block).
 --ratio is for low rank: the share of a matrix's weights that its two factors have. The written
 model has their products; factors.safetensors beside it has the factors.
 
+--bits and --group are for quantization: 4 or 8, and the number of consecutive inputs of an output
+that have one scale; 0 is all inputs. The written matrices are integers; other parameters have
+--dtype. All scripts read the directory but train and compress; transformers needs what
+`python -m scripts.convert DIR --out NEW` writes from it.
+
 The calibration text is tokenized and packed as for training: a part of it (--held-out) is held out,
 for the perplexity before and after. The other part needs --calibration-rows rows of --context
-tokens. --out is a new directory that transformers and all scripts load, with report.json: settings,
-calibration, error of each layer, sizes, FLOPs and perplexity. --dry-run prints how many weights
-would be removed, and reads neither weights nor text; --model may then be the name of a preset.
+tokens. --out is a new directory; if it is not quantized, transformers and all scripts load it. Its
+report.json has settings, calibration, error of each layer, sizes, FLOPs and perplexity. --dry-run
+prints how many weights would be removed, or the quantized size, and reads neither weights nor text;
+--model may then be the name of a preset.
 """
 
 import argparse
@@ -62,7 +76,7 @@ from pathlib import Path
 from sat_jax.cli import MODEL_HELP, SOURCES_HELP, TOKENIZER_HELP, Parser, run
 from sat_jax.errors import UserError
 
-_SETTINGS = ("sparsity", "pattern", "block", "ratio", "remove", "importance")
+_SETTINGS = ("sparsity", "pattern", "block", "ratio", "bits", "group", "remove", "importance")
 
 
 def parser() -> Parser:
@@ -74,7 +88,7 @@ def parser() -> Parser:
         "--method",
         required=True,
         metavar="NAME",
-        help="magnitude, wanda, sparsegpt, svd, asvd, svd-llm or structured",
+        help="magnitude, wanda, sparsegpt, svd, asvd, svd-llm, rtn, gptq, awq or structured",
     )
     add(
         "--sparsity",
@@ -86,6 +100,9 @@ def parser() -> Parser:
     add("--block", type=int, metavar="N", help="columns of a block; default 128")
     ratio = "share of weights that factors of low rank have; default 0.8"
     add("--ratio", type=float, metavar="R", help=ratio)
+    add("--bits", type=int, metavar="N", help="bits of a quantized weight, 4 or 8; default 4")
+    group = "weights that have one scale; 0: all of an output; default 128"
+    add("--group", type=int, metavar="N", help=group)
     add("--remove", nargs="+", metavar="AXIS=SHARE", help="shares that structured pruning removes")
     add("--importance", metavar="NAME", help="magnitude, output or taylor; default output")
     add("--calibration", nargs="+", metavar="SOURCE", help=SOURCES_HELP)

@@ -8,14 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from sat_jax.compress.costs import costs
-from sat_jax.compress.factors import FACTORS_FILE, factors_file, stack_factors
+from sat_jax.compress.costs import costs, quantized_costs
+from sat_jax.compress.factors import FACTORS_FILE, factors_file, stack_layers
 from sat_jax.compress.layers import CompressedLayer, check_matrices, compress_layers, matrices
-from sat_jax.compress.method import MatrixMethod
+from sat_jax.compress.methods import Method, OfMatrices
+from sat_jax.compress.quantize import Quantization
 from sat_jax.compress.structured import Structured
 from sat_jax.data.batch import Batch
 from sat_jax.data.batches import in_order, open_split
@@ -26,7 +28,7 @@ from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 from sat_jax.evaluate.eval_model import EvalModel, open_eval_model
 from sat_jax.evaluate.perplexity import perplexity, prepared_data
-from sat_jax.interop import locate
+from sat_jax.interop import locate, quantized
 from sat_jax.interop.huggingface import check_exportable, write_directory
 from sat_jax.models.build import layout_of
 from sat_jax.models.decoder_config import DecoderConfig
@@ -43,15 +45,19 @@ from scripts.structured import Outcome, print_units, remove_units
 _CONTEXT = 2048  # default, if the model has so many positions
 
 
-def dry_run(args: Args, method: MatrixMethod | Structured) -> None:
-    """Print what would be removed of each matrix, or of each axis, and what remains."""
+def dry_run(args: Args, method: Method) -> None:
+    """Print what would be removed of each matrix, or of each axis, and what remains, or the size of
+    the model with quantized matrices."""
     is_preset = args.model in PRESETS and not locate(args.model).exists()
-    config = PRESETS[args.model] if is_preset else open_eval_model(args.model).weights.config
+    config = PRESETS[args.model] if is_preset else _open(args.model).weights.config
     if isinstance(method, Structured):
         print_units(args, config, method, _context(args, config))
         return
     layout = layout_of(config)
     check_matrices(layout, method)
+    if isinstance(method, Quantization):
+        _print_costs(_costs(args, layout, config, method, {}))
+        return
     removed: dict[str, int] = {}
     print(f"{'matrix':<24} {'out × in':>15} {'layers':>6} {'removed':>15} {'share':>7}")
     for matrix in matrices(layout):
@@ -63,14 +69,12 @@ def dry_run(args: Args, method: MatrixMethod | Structured) -> None:
             f"{name:<24} {shape:>15} {layout.layers:>6} {layout.layers * count:>15,}"
             f" {count / math.prod(matrix.shape):>7.2%}"
         )
-    itemsize = jnp.dtype(args.dtype).itemsize
-    cost = costs(layout, removed, _context(args, config), itemsize, method.saving)
-    _print_costs(cost, method)
+    _print_costs(_costs(args, layout, config, method, removed))
 
 
-def compress(args: Args, method: MatrixMethod | Structured) -> None:
+def compress(args: Args, method: Method) -> None:
     """Compress the model, and write it with its report."""
-    source = open_eval_model(args.model)
+    source = _open(args.model)
     config, layout = source.weights.config, layout_of(source.weights.config)
     check_exportable(config)
     if isinstance(method, Structured):
@@ -89,7 +93,7 @@ def compress(args: Args, method: MatrixMethod | Structured) -> None:
         if isinstance(method, Structured):
             outcome = remove_units(args, config, values, rows, method, context)
         else:
-            outcome = _compress_matrices(args, layout, values, rows, method, context)
+            outcome = _compress_matrices(args, config, values, rows, method)
     with _timed(seconds, "evaluate_after"):
         after = _perplexity(outcome.model, prepared, args.rows)
     print(f"perplexity after:  {after:.4f}")
@@ -108,34 +112,48 @@ def compress(args: Args, method: MatrixMethod | Structured) -> None:
         "seconds": seconds,
         **environment(),
     }
-    _write(args, source, tokenizer, outcome.model, report, outcome.files)
+    _write(args, source, tokenizer, outcome.model, method, report, outcome.files)
     names = ", ".join(["its tokenizer", *outcome.files])
-    print(f"{args.out}: model in {args.dtype}, with {names} and report.json")
+    dtypes = f"int{method.bits} and " if isinstance(method, Quantization) else ""
+    print(f"{args.out}: model in {dtypes}{args.dtype}, with {names} and report.json")
 
 
 def _compress_matrices(
     args: Args,
-    layout: Any,
+    config: DecoderConfig,
     values: dict[str, np.ndarray],
     rows: list[Batch],
-    method: MatrixMethod,
-    context: int,
+    method: OfMatrices,
 ) -> Outcome:
     """Return the model with compressed matrices, and print its size; `values` is emptied."""
+    layout = layout_of(config)
     layers = _compress(layout, values, rows, method)
+    weights: dict[str, Any] = values | stack_layers([layer.quantized for layer in layers])
+    values.clear()
     # One parameter at a time, so that the model is not in memory twice.
-    model = layout.bind({path: jnp.asarray(values.pop(path)) for path in layout.leaves})
+    model = layout.bind(
+        {path: jax.tree.map(jnp.asarray, weights.pop(path)) for path in layout.leaves}
+    )
     removed = sum((Counter(layer.removed) for layer in layers), Counter())
-    report = costs(layout, removed, context, jnp.dtype(args.dtype).itemsize, method.saving)
-    _print_costs(report, method)
-    report["layers"] = [
-        {"layer": layer.layer, "removed": layer.removed, "error": layer.error} for layer in layers
-    ]
+    report = _costs(args, layout, config, method, removed)
+    _print_costs(report)
+    report["layers"] = [_layer_report(layer) for layer in layers]
     files: dict[str, bytes] = {}
-    if factors := stack_factors(layers):
+    if factors := stack_layers([layer.factors for layer in layers]):
         report["ranks"] = {path: weight.rank for path, weight in factors.items()}
         files[FACTORS_FILE] = factors_file(factors, args.dtype)
     return Outcome(model, report, files)
+
+
+def _layer_report(layer: CompressedLayer) -> dict[str, Any]:
+    removed = {} if layer.quantized else {"removed": layer.removed}
+    return {"layer": layer.layer, **removed, "error": layer.error}
+
+
+def _open(model: str) -> EvalModel:
+    source = open_eval_model(model)
+    source.weights.check_not_quantized(model)
+    return source
 
 
 def _context(args: Args, config: DecoderConfig) -> int:
@@ -179,7 +197,7 @@ def _perplexity(model: Decoder, prepared: Prepared, rows: int) -> float:
 
 
 def _compress(
-    layout: Any, values: dict[str, np.ndarray], batches: list[Batch], method: MatrixMethod
+    layout: Any, values: dict[str, np.ndarray], batches: list[Batch], method: OfMatrices
 ) -> list[CompressedLayer]:
     """Compress all layers in place, with a progress bar."""
     layers = []
@@ -210,30 +228,51 @@ def _write(
     source: EvalModel,
     tokenizer: Tokenizer,
     model: Decoder,
+    method: Method,
     report: dict[str, Any],
     files: dict[str, bytes],
 ) -> None:
     text = json.dumps(to_json(report), indent=2, allow_nan=False) + "\n"
-    write_directory(
-        args.out,
-        exported(model.config, tokenizer, source.data_format),
-        flat_values(model).__getitem__,
-        dtype=args.dtype,
-        files={**tokenizer.files(), **files, "report.json": text.encode()},
-        generation=source.weights.generation,
-    )
+    settings: dict[str, Any] = {
+        "dtype": args.dtype,
+        "files": {**tokenizer.files(), **files, "report.json": text.encode()},
+        "generation": source.weights.generation,
+    }
+    config = exported(model.config, tokenizer, source.data_format)
+    if isinstance(method, Quantization):
+        quantized.write_directory(args.out, config, model, method.file_settings, **settings)
+    else:
+        write_directory(args.out, config, flat_values(model).__getitem__, **settings)
 
 
-def _print_costs(cost: dict[str, Any], method: MatrixMethod) -> None:
+def _costs(
+    args: Args, layout: Any, config: DecoderConfig, method: OfMatrices, removed: dict[str, int]
+) -> dict[str, Any]:
+    """Return size and FLOPs of the model, of which so many weights of each matrix are removed."""
+    context, itemsize = _context(args, config), jnp.dtype(args.dtype).itemsize
+    if isinstance(method, Quantization):
+        return quantized_costs(layout, method, context, itemsize)
+    return costs(layout, removed, context, itemsize, method.saving)
+
+
+def _print_costs(cost: dict[str, Any]) -> None:
     weights, sizes, flops = cost["weights"], cost["bytes"], cost["flops_per_token"]
-    saving = method.saving.replace("_", " ")
+    written = f"written model: {sizes['after']:,} bytes"
+    if bits := cost.get("bits_per_weight"):
+        print(
+            f"{bits['in_matrices']:.4g} bits a weight for {weights['in_matrices']:,} weights in"
+            f" matrices, of {weights['all']:,} in the model"
+        )
+        print(f"{written}, before: {sizes['before']:,} bytes")
+        return
     print(
         f"{weights['removed']:,} of {weights['in_matrices']:,} weights in matrices are removed, of"
         f" {weights['all']:,} in the model"
     )
+    *_, saving = sizes
     print(
-        f"written model: {sizes['after']:,} bytes, {flops['after'] / 1e9:,.4g} GFLOP a token;"
-        f" {saving}: {sizes[method.saving]:,} bytes, {flops[method.saving] / 1e9:,.4g} GFLOP"
+        f"{written}, {flops['after'] / 1e9:,.4g} GFLOP a token; {saving.replace('_', ' ')}:"
+        f" {sizes[saving]:,} bytes, {flops[saving] / 1e9:,.4g} GFLOP"
     )
 
 

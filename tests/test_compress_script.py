@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save
+from safetensors.numpy import load_file, save
 
 from sat_jax import cli
 from sat_jax.compress import load_factored, merge_factors
@@ -160,6 +160,39 @@ def test_a_structured_model(compress: Compress, tmp_path: Path) -> None:
     assert report["perplexity"]["after"] != report["perplexity"]["before"]
 
 
+@pytest.mark.slow
+def test_a_quantized_model(
+    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scripts.compression._perplexity", lambda *_: 7.0)  # not compiled here
+    printed = compress(method="rtn", bits=4, group=16, dtype="bfloat16")
+    out = tmp_path / "out"
+    report = json.loads((out / "report.json").read_text())
+    assert printed.endswith("in int4 and bfloat16, with its tokenizer and report.json\n")
+    assert report["method"] == {"method": "rtn", "bits": 4, "group": 16}
+    # 4 bits, and 32 for 16 weights
+    assert report["bits_per_weight"]["in_matrices"] == 6
+    size = 132_096 * 6 // 8 + 2 * (165_312 - 132_096)
+    assert report["bytes"] == {"before": 2 * 165_312, "after": size}
+    tensors = load_file(out / "quantized.safetensors")
+    assert size == sum(tensor.nbytes for tensor in tensors.values())
+    assert [layer.keys() for layer in report["layers"]] == [{"layer", "error"}] * 3
+    with pytest.raises(UserError, match=r"out: .* quantized already \(int4\); accepted: those"):
+        compress(model=out, out=tmp_path / "again")
+
+
+def test_a_dry_run_of_quantization(compress: Compress) -> None:
+    """4 bits, 32 for 64 weights, and 32 for an input: 64 of query, key, value, output, gate and up,
+    and 176 of down."""
+    printed = compress(method="awq", dry_run=True, group=16, dtype="float16")
+    size = 132_096 * 6 // 8 + 3 * 4 * (6 * 64 + 176) + 2 * (165_312 - 132_096)
+    bits = 6 + 32 * 3 * (6 * 64 + 176) / 132_096
+    assert printed == (
+        f"{bits:.4g} bits a weight for 132,096 weights in matrices, of 165,312 in the model\n"
+        f"written model: {size:,} bytes, before: {2 * 165_312:,} bytes\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -219,10 +252,7 @@ def test_costs_by_hand() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"method": "sparce"},
-            "method 'sparce'; accepted: magnitude, .*, svd, asvd, svd-llm, structured",
-        ),
+        ({"method": "sparce"}, "method 'sparce'; accepted: magnitude, .*, svd, asvd, svd-llm, rtn"),
         ({"pattern": "2-4"}, "pattern '2-4'; accepted: no pattern, N:M"),
         ({"pattern": "3:6", "dry_run": True}, "attention/key has 64 columns; accepted: multiples"),
         ({"pattern": "16:32"}, "mlp/down has 176 columns; accepted: multiples of 32"),
@@ -242,6 +272,11 @@ def test_costs_by_hand() -> None:
             {"method": "structured", "remove": ["head=.5"]},
             "remove head: llama has no such units; accepted: kv_group, query_head, channel, embed",
         ),
+        (
+            {"method": "rtn", "ratio": 0.5},
+            "ratio has no effect with method rtn; accepted: bits, gr",
+        ),
+        ({"method": "gptq"}, "group 128: layers/attention/key has 64 columns; accepted: divisors"),
         ({"block": 64}, "--block has no effect without --method sparsegpt or a block pattern"),
         ({"calibration": None}, "--calibration is missing; only --dry-run does without"),
         ({"out": None}, "--out is missing"),

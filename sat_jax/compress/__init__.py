@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sat_jax.compress.low_rank import Factorization, factorize_matrix
     from sat_jax.compress.methods import METHODS, make_method
     from sat_jax.compress.prune import Pruning, prune_matrix
+    from sat_jax.compress.quantize import Quantization, quantize_matrix
     from sat_jax.compress.structured import Structured, prune_units
     from sat_jax.nn.lora import LoraSettings
 
@@ -24,6 +25,7 @@ __all__ = [
     "InputStatistics",
     "LoraSettings",
     "Pruning",
+    "Quantization",
     "Structured",
     "compress_layers",
     "factorize_matrix",
@@ -33,6 +35,7 @@ __all__ = [
     "merge_factors",
     "prune_matrix",
     "prune_units",
+    "quantize_matrix",
     "save_adapter",
     "with_new_adapters",
     "without_adapters",
@@ -47,6 +50,7 @@ _MODULES = {
     "sat_jax.compress.low_rank": ("Factorization", "factorize_matrix"),
     "sat_jax.compress.methods": ("METHODS", "make_method"),
     "sat_jax.compress.prune": ("Pruning", "prune_matrix"),
+    "sat_jax.compress.quantize": ("Quantization", "quantize_matrix"),
     "sat_jax.compress.structured": ("Structured", "prune_units"),
     "sat_jax.nn.lora": ("LoraSettings",),
 }

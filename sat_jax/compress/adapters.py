@@ -21,7 +21,13 @@ import numpy as np
 from safetensors.numpy import save
 
 from sat_jax.compress.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, AdapterFiles
-from sat_jax.compress.lora import adapters_of, check_plain, target_paths, without_adapters
+from sat_jax.compress.lora import (
+    adapters_of,
+    check_plain,
+    parameters,
+    target_paths,
+    without_adapters,
+)
 from sat_jax.compress.lora_tensors import Adapter, PeftTensors, from_peft, sizes, to_peft
 from sat_jax.errors import UserError
 from sat_jax.interop import locate
@@ -33,7 +39,7 @@ from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.format_fields import Json
 from sat_jax.models.formats import StoredTensor, Tensor
 from sat_jax.nn.decoder import Decoder
-from sat_jax.nn.layout import flat_values
+from sat_jax.nn.linear import dense
 from sat_jax.nn.lora import Lora, LoraSettings
 from sat_jax.nn.low_rank import LowRank
 
@@ -50,8 +56,8 @@ def save_adapter(model: Decoder, directory: str | Path, base: str | None = None)
     loras = adapters_of(model)
     if not loras:
         raise UserError("the model has no adapters; accepted: one that with_new_adapters returned")
-    bases = flat_values(without_adapters(model))
-    write_adapter(Path(directory).expanduser(), model.config, loras, bases.__getitem__, base=base)
+    read = _reader(without_adapters(model))
+    write_adapter(Path(directory).expanduser(), model.config, loras, read, base=base)
 
 
 def load_adapter(model: Decoder, directory: str | Path) -> Decoder:
@@ -61,12 +67,18 @@ def load_adapter(model: Decoder, directory: str | Path) -> Decoder:
     that this package wrote, the adapted matrices themselves.
     """
     check_plain(model)
-    values = flat_values(model)
-    replaced = read_adapter(locate(directory), model.config, values.__getitem__)
+    values = parameters(model)
+    replaced = read_adapter(locate(directory), model.config, _reader(model))
     for path, new in replaced.items():
         on_device = jax.tree.map(jnp.asarray, new)
         values[path] = _on_base(on_device, values[path])
     return layout_of(model.config, model.compute).bind(values)
+
+
+def _reader(model: Decoder) -> Read:
+    """Return a function that returns a parameter of a model, as one array, by path."""
+    values = parameters(model)
+    return lambda path: dense(values[path])
 
 
 def adapted_weights(weights: Weights, directory: str | Path) -> Weights:
@@ -82,7 +94,7 @@ def adapted_weights(weights: Weights, directory: str | Path) -> Weights:
             new = _on_base(new, weights.read(path)).dense()
         return np.asarray(new)
 
-    return dataclasses.replace(weights, read=read)
+    return dataclasses.replace(weights, read=read, stored=None)
 
 
 def _on_base(new: Any, base: Any) -> Any:

@@ -1,10 +1,12 @@
-"""Size and FLOPs of a model with fewer weights."""
+"""Size and FLOPs of a model with fewer weights, or with quantized ones."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from sat_jax.compress.layers import matrices
 from sat_jax.compress.method import Saving
+from sat_jax.compress.quantize import Quantization
 from sat_jax.nn.layout import Layout
 from sat_jax.sparsity.flops import forward_flops
 
@@ -51,4 +53,27 @@ def smaller_costs(
         "weights": {"all": weights[0], "removed": weights[0] - weights[1]},
         "bytes": {"before": weights[0] * itemsize, "after": weights[1] * itemsize},
         "flops_per_token": {"before": flops[0], "after": flops[1]},
+    }
+
+
+def quantized_costs(
+    layout: Layout[Any], method: Quantization, row_length: int, itemsize: int
+) -> dict[str, Any]:
+    """Return the numbers of weights, bytes, bits per weight, and FLOPs a token as `costs` does.
+
+    Bytes are those of all tensors. Other parameters than the matrices of layers have `itemsize`
+    bytes, and before also these matrices. A weight is dequantized when it is used, which is not
+    counted as FLOPs.
+    """
+    total = sum(math.prod(shape.shape) for shape in layout.shapes.values())
+    parts = matrices(layout)
+    count = layout.layers * sum(part.rows * part.columns for part in parts)
+    size = layout.layers * sum(method.bytes(part.rows, part.columns) for part in parts)
+    after = (total - count) * itemsize + size
+    flops = forward_flops(layout, row_length).total
+    return {
+        "weights": {"all": total, "in_matrices": count},
+        "bytes": {"before": total * itemsize, "after": after},
+        "bits_per_weight": {"all": 8 * after / total, "in_matrices": 8 * size / count},
+        "flops_per_token": {"before": flops, "after": flops},
     }

@@ -2,43 +2,43 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from sat_jax.compress.layers import CompressedLayer, matrices
+from sat_jax.compress.layers import matrices
 from sat_jax.errors import UserError
 from sat_jax.interop import locate, open_weights
-from sat_jax.interop.huggingface import Dtype
+from sat_jax.interop.huggingface import Dtype, numpy_dtype
 from sat_jax.interop.weights import cast
 from sat_jax.models.build import layout_of
 from sat_jax.nn.decoder import Compute, Decoder
-from sat_jax.nn.linear import dense
+from sat_jax.nn.linear import Weight, dense
 from sat_jax.nn.low_rank import LowRank
 from sat_jax.nn.param import Control
 
 FACTORS_FILE = "factors.safetensors"
 _NAMES = ("left", "right")
+W = TypeVar("W", bound=Weight)
 
 
-def stack_factors(layers: Sequence[CompressedLayer]) -> dict[str, LowRank]:
-    """Return the factors of all layers by path, stacked; none if the method has no factors."""
+def stack_layers(layers: Sequence[Mapping[str, W]]) -> dict[str, W]:
+    """Return the weights of all layers by path, stacked, such as `CompressedLayer.factors`."""
     return {
-        path: jax.tree.map(lambda *arrays: np.stack(arrays), *(one.factors[path] for one in layers))
-        for path in layers[0].factors
+        path: jax.tree.map(lambda *arrays: np.stack(arrays), *(one[path] for one in layers))
+        for path in layers[0]
     }
 
 
 def factors_file(factors: Mapping[str, LowRank], dtype: Dtype) -> bytes:
     """Return the contents of `FACTORS_FILE`: for each path the tensors `path/left` and `path/right`
     of all layers. Raises `UserError` for values that the dtype does not have."""
-    number = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    number = numpy_dtype(dtype)
     return save(
         {
             f"{path}/{name}": np.ascontiguousarray(cast(getattr(weight, name), number, path))
@@ -76,7 +76,7 @@ def load_factored(
 
 def merge_factors(model: Decoder) -> Decoder:
     """Return the model whose weights are all plain arrays, for `save_model`: products of factors,
-    and adapters added to their bases."""
+    adapters added to their bases, and dequantized weights."""
     _, _, state = nnx.split(model, Control, ...)  # type: ignore[misc]
     values = {
         "/".join(map(str, path)): dense(variable) for path, variable in nnx.to_flat_state(state)

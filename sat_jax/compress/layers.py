@@ -17,12 +17,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sat_jax.compress.input_statistics import InputStatistics, Needs
-from sat_jax.compress.method import Factors, MatrixMethod
+from sat_jax.compress.method import Factors, MatrixMethod, QuantizedMatrix
 from sat_jax.errors import UserError
 from sat_jax.nn.context import Observable, Observed
 from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.layout import Layout
 from sat_jax.nn.low_rank import LowRank
+from sat_jax.nn.quantized import Quantized, pack
 
 Matrix2D = Float[Array, "out in"]
 # What branches report of the inputs of matrices that read the residual stream, and of those that
@@ -89,17 +90,32 @@ class Matrix(NamedTuple):
             left, right = right.T, left.T
         return LowRank(left.reshape(*self.shape[:-1], -1), right)
 
+    def quantized(self, matrix: QuantizedMatrix) -> Quantized:
+        """Return the weight of one layer with these integers, on the host."""
+        array, input_scale = jax.tree.map(np.asarray, matrix)
+        values: Any = self.unflatten(array.qvalue)
+        scale = array.scale
+        if self.writes:
+            scale = scale.T
+        else:
+            scale = scale.reshape(*self.shape[:-1], -1)
+        if input_scale is not None:
+            input_scale = input_scale.reshape(self.shape[:-1] if self.writes else -1)
+        values = pack(values) if values.dtype == jnp.int4 else values
+        return Quantized(values, scale, input_scale, self.writes)
+
 
 class CompressedLayer(NamedTuple):
     """Result of a layer. `removed`: the number of weights that are removed, by path. `error`: the
     norm of the change of the layer's output by the compression of the layer, relative to the norm
-    of what the layer adds to the residual stream. `factors` of the matrices of low rank by path,
-    on the host."""
+    of what the layer adds to the residual stream. `factors` of the matrices of low rank, and the
+    `quantized` matrices, by path, on the host."""
 
     layer: int
     removed: dict[str, int]
     error: float
     factors: dict[str, LowRank]
+    quantized: dict[str, Quantized]
 
 
 def matrices(layout: Layout[Any]) -> list[Matrix]:
@@ -138,6 +154,7 @@ def compress_layers(
         outputs, statistics = _run(layout, values, weights, batches, streams, method.needs)
         removed: dict[str, int] = {}
         factors: dict[str, LowRank] = {}
+        quantized: dict[str, Quantized] = {}
         for matrix in matrices(layout):
             sums = statistics.get((matrix.unit, matrix.writes), _NOTHING)
             weight = matrix.flatten(weights[matrix.path][0])
@@ -146,6 +163,8 @@ def compress_layers(
             removed[matrix.path] = new.removed
             if new.factors is not None:
                 factors[matrix.path] = jax.tree.map(np.asarray, matrix.low_rank(new.factors))
+            if new.quantized is not None:
+                quantized[matrix.path] = matrix.quantized(new.quantized)
             weights[matrix.path] = matrix.unflatten(new.weight)[None]
             values[matrix.path][layer] = np.asarray(weights[matrix.path][0])
         compressed, _ = _run(layout, values, weights, batches, streams, "nothing")
@@ -155,7 +174,7 @@ def compress_layers(
         ]
         change, added = np.sum(np.asarray(changes, np.float64), axis=0)
         streams = compressed
-        yield CompressedLayer(layer, removed, float(np.sqrt(change / added)), factors)
+        yield CompressedLayer(layer, removed, float(np.sqrt(change / added)), factors, quantized)
 
 
 def _check_finite(layer: int, path: str, weight: Matrix2D, statistics: InputStatistics) -> None:

@@ -112,15 +112,15 @@ def adapter_at(
 
 def adapters_of(model: Decoder) -> dict[str, Lora]:
     """Return the adapted weights of a model by path."""
-    return {path: weight for path, weight in _weights(model).items() if isinstance(weight, Lora)}
+    return {path: weight for path, weight in parameters(model).items() if isinstance(weight, Lora)}
 
 
 def with_new_adapters(model: Decoder, settings: LoraSettings, seed: int = 0) -> Decoder:
-    """Return the model with new adapters. Raises `UserError` if it has some already, and for
-    targets that it does not have."""
+    """Return the model with new adapters, whose bases may be quantized. Raises `UserError` if it
+    has some already, and for targets that it does not have."""
     check_plain(model)
     layout = layout_of(model.config, model.compute)
-    return layout.bind(_with_adapters(layout, flat_values(model), settings, seed))
+    return layout.bind(_with_adapters(layout, parameters(model), settings, seed))
 
 
 def without_adapters(model: Decoder) -> Decoder:
@@ -128,7 +128,7 @@ def without_adapters(model: Decoder) -> Decoder:
     trained in full stay as they are."""
     values: Mapping[str, Any] = {
         path: weight.base if isinstance(weight, Lora) else weight
-        for path, weight in _weights(model).items()
+        for path, weight in parameters(model).items()
     }
     return layout_of(model.config, model.compute).bind(values)
 
@@ -142,6 +142,7 @@ def check_plain(model: Decoder) -> None:
         )
 
 
-def _weights(model: Decoder) -> dict[str, Any]:
+def parameters(model: Decoder) -> dict[str, Any]:
+    """Return the arrays and weights of a model by path."""
     _, _, state = nnx.split(model, Control, ...)  # type: ignore[misc]
     return {"/".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(state)}

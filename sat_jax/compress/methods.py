@@ -4,19 +4,25 @@ import dataclasses
 from typing import Any
 
 from sat_jax.compress.low_rank import LOW_RANK, Factorization
-from sat_jax.compress.method import MatrixMethod
 from sat_jax.compress.prune import PRUNING, Pruning
+from sat_jax.compress.quantize import QUANTIZATION, Quantization
 from sat_jax.compress.structured import STRUCTURED, Structured
 from sat_jax.errors import UserError
 
-METHODS: dict[str, type[Pruning] | type[Factorization] | type[Structured]] = {
+OfMatrices = Pruning | Factorization | Quantization
+"""A method that compresses one matrix at a time."""
+
+Method = OfMatrices | Structured
+
+METHODS: dict[str, type[Method]] = {
     **dict.fromkeys(PRUNING, Pruning),
     **dict.fromkeys(LOW_RANK, Factorization),
+    **dict.fromkeys(QUANTIZATION, Quantization),
     STRUCTURED: Structured,
 }
 
 
-def make_method(name: str, settings: dict[str, Any]) -> MatrixMethod | Structured:
+def make_method(name: str, settings: dict[str, Any]) -> Method:
     """Return the method with this name and these settings, of which those left out have defaults.
 
     Raises `UserError` for a name, a setting or a value that is not accepted.

@@ -10,6 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sat_jax.compress.elimination import (
+    Columns,
+    Triangle,
+    eliminate_block,
+    eliminate_columns,
+)
 from sat_jax.compress.input_statistics import InputStatistics
 from sat_jax.compress.patterns import Pattern
 
@@ -44,26 +50,26 @@ def _prune_block(
     pattern: Pattern,
 ) -> tuple[Float[Array, "out in"], Bool[Array, "out width"]]:
     """Eliminate the columns [start, start + width); return all weights and the removed of these."""
-    rows = jax.lax.dynamic_slice_in_dim(factor, start, width)
-    triangle = jax.lax.dynamic_slice_in_dim(rows, start, width, axis=1)
     group = pattern.group if pattern.group > 1 else width
 
-    def eliminate(column: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-        columns, removed, errors = carry
-        error = removed[:, column] * columns[:, column] / triangle[column, column]
-        columns = columns - error[:, None] * triangle[column][None]
-        return columns, removed, errors.at[:, column].set(error)
+    def eliminate(columns: Columns, triangle: Triangle) -> tuple[Columns, Array]:
+        def prune_group(number: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+            columns, removed, errors = carry
+            first = number * group
+            scores = jnp.square(columns / jnp.diagonal(triangle)[None])
+            chosen = pattern.removed(jax.lax.dynamic_slice_in_dim(scores, first, group, axis=1))
+            removed = jax.lax.dynamic_update_slice_in_dim(removed, chosen, first, axis=1)
 
-    def prune_group(number: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-        columns, removed, errors = carry
-        first = number * group
-        scores = jnp.square(columns / jnp.diagonal(triangle)[None])
-        chosen = pattern.removed(jax.lax.dynamic_slice_in_dim(scores, first, group, axis=1))
-        removed = jax.lax.dynamic_update_slice_in_dim(removed, chosen, first, axis=1)
-        return jax.lax.fori_loop(first, first + group, eliminate, (columns, removed, errors))
+            def without_removed(column: Array, number: Array) -> Array:
+                return jnp.where(removed[:, number], 0, column)
 
-    columns = jax.lax.dynamic_slice_in_dim(weight, start, width, axis=1)
-    carry = (columns, jnp.zeros(columns.shape, bool), jnp.zeros_like(columns))
-    _, removed, errors = jax.lax.fori_loop(0, width // group, prune_group, carry)
-    # The rows of the factor are 0 to the left of the block.
-    return weight - jnp.matmul(errors, rows, precision=jax.lax.Precision.HIGHEST), removed
+            columns, errors = eliminate_columns(
+                columns, errors, triangle, first, first + group, without_removed
+            )
+            return columns, removed, errors
+
+        carry = (columns, jnp.zeros(columns.shape, bool), jnp.zeros_like(columns))
+        _, removed, errors = jax.lax.fori_loop(0, width // group, prune_group, carry)
+        return errors, removed
+
+    return eliminate_block(weight, factor, start, width, eliminate)

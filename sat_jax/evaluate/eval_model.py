@@ -10,10 +10,9 @@ from sat_jax.data.conversations import training_tokenizer
 from sat_jax.data.data_format import DataFormat
 from sat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sat_jax.errors import UserError
-from sat_jax.interop import Weights, locate, open_weights
-from sat_jax.models.build import build
+from sat_jax.interop import Weights, build_model, locate, open_weights
 from sat_jax.models.presets import extended
-from sat_jax.nn.decoder import Compute, Decoder
+from sat_jax.nn.decoder import Decoder
 from sat_jax.train.run_weights import is_run, open_run
 from sat_jax.train.workdir import WorkDir
 
@@ -38,8 +37,9 @@ class EvalModel:
         return dataclasses.replace(self, weights=weights)
 
     def model(self, dtype: Literal["float32", "bfloat16"]) -> Decoder:
-        """Return the model with float32 parameters and computation in `dtype`."""
-        return build(self.weights.config, self.weights.read, Compute(dtype=dtype))
+        """Return the model with computation in `dtype`, and float32 parameters or those that
+        `scripts.compress` quantized."""
+        return build_model(self.weights, dtype)
 
     def tokenizer(self, name: str | None = None) -> Tokenizer:
         """Return the model's tokenizer, or the one that `name` means (see `load_tokenizer`)."""

@@ -5,16 +5,17 @@ from pathlib import Path
 from typing import Literal
 
 from sat_jax.errors import UserError
-from sat_jax.interop import gguf, huggingface
+from sat_jax.interop import gguf, huggingface, quantized
 from sat_jax.interop.huggingface import Dtype
 from sat_jax.interop.weights import Weights
-from sat_jax.models.build import build
+from sat_jax.models.build import build, shapes
 from sat_jax.nn.decoder import Compute, Decoder
 from sat_jax.nn.layout import flat_values
 from sat_jax.tokenizer_files import read_tokenizer_files
 
 __all__ = [
     "Weights",
+    "build_model",
     "load_model",
     "locate",
     "open_weights",
@@ -44,13 +45,15 @@ def locate(path: str | Path) -> Path:
 
 
 def open_weights(path: str | Path) -> Weights:
-    """The weights at `path`: a Hugging Face directory, a .gguf file, or `package:NAME`.
+    """The weights at `path`: a Hugging Face directory, one that `scripts.compress` quantized, a
+    .gguf file, or `package:NAME`.
 
     Everything is checked against the config here; values are read when they are asked for.
     """
     place = locate(path)
     if place.is_dir():
-        return huggingface.open_directory(place)
+        form = quantized if quantized.is_quantized(place) else huggingface
+        return form.open_directory(place)
     if place.suffix == ".gguf":
         return gguf.open_file(place)
     problem = "neither a directory nor a .gguf file" if place.exists() else "no such path"
@@ -61,9 +64,14 @@ def open_weights(path: str | Path) -> Weights:
 
 
 def load_model(path: str | Path, dtype: Literal["float32", "bfloat16"] = "float32") -> Decoder:
-    """The model at `path` (see `open_weights`) with float32 parameters, computing in `dtype`."""
-    weights = open_weights(path)
-    return build(weights.config, weights.read, Compute(dtype=dtype))
+    """The model at `path` (see `open_weights`), computing in `dtype`. Its parameters are float32,
+    or those that `scripts.compress` quantized (`compress.merge_factors` dequantizes them)."""
+    return build_model(open_weights(path), dtype)
+
+
+def build_model(weights: Weights, dtype: Literal["float32", "bfloat16"]) -> Decoder:
+    """The model with these weights, computing in `dtype`."""
+    return build(weights.config, weights.stored or weights.read, Compute(dtype=dtype))
 
 
 def save_model(
@@ -91,6 +99,11 @@ def save_model(
                 " writes one"
             )
     values = flat_values(model)
+    if others := [path for path in shapes(model.config) if path not in values]:
+        raise UserError(
+            f"{others[0]} is not one array; accepted: a model without adapters, factors and"
+            " quantized weights, as compress.merge_factors returns"
+        )
     huggingface.write_directory(
         Path(directory).expanduser(),
         model.config,

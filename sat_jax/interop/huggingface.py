@@ -43,22 +43,32 @@ _GENERATION = "generation_config.json"
 
 def open_directory(directory: Path) -> Weights:
     """Return the model in a Hugging Face directory. Only headers are read before a value is."""
-    config_path, model_type = _config_file(directory)
+    config_path, model_type = config_file(directory)
     config = config_from_json(read_json(config_path), str(config_path), model_type)
     tensors = _Tensors(directory, registry.format_of(config))
     if config.tie_embeddings:
         _tie(tensors, config, directory)
     check_tensors(config, "huggingface", tensors.shapes, directory)
-    generation = read_generation(directory)
-    # If this file has them, transformers stops at these tokens and not at those of config.json.
-    where = str(directory / _GENERATION)
-    if ends := JsonFields(generation, where).token_ids("eos_token_id"):
-        config = dataclasses.replace(config, eos_token_ids=ends)
+    generation, config = read_generation(directory), with_generation_ends(config, directory)
     return Weights(config, stacked_reader(config, "huggingface", tensors.fetch), generation)
 
 
-def _config_file(directory: Path) -> tuple[Path, str | None]:
-    """Return the file of the config, and the model type that its name says."""
+def with_generation_ends(config: DecoderConfig, directory: Path) -> DecoderConfig:
+    """Return the config with the end tokens of generation_config.json, if that has any:
+    transformers stops at these and not at those of config.json."""
+    fields = JsonFields(read_generation(directory), str(directory / _GENERATION))
+    ends = fields.token_ids("eos_token_id")
+    return dataclasses.replace(config, eos_token_ids=ends) if ends else config
+
+
+def numpy_dtype(dtype: Dtype) -> np.dtype[Any]:
+    """Return the dtype of NumPy with this name."""
+    return np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+
+
+def config_file(directory: Path) -> tuple[Path, str | None]:
+    """Return the file of the config, and the model type that its name says. Raises `UserError` if
+    the directory has none."""
     own_names = {
         form.files.config: name
         for name, form in registry.MODEL_TYPES.items()
@@ -200,17 +210,32 @@ def write_directory(
         rope = as_longrope(config.rope, config.rotary_dim, config.max_positions)
         config = dataclasses.replace(config, rope=rope)  # type: ignore[call-arg]  # a field there
     check_exportable(config)
+    with model_directory(directory, config, dtype, files or {}, generation or {}) as partial:
+        _write_tensors(partial, config, read, dtype, shard_bytes)
+
+
+@contextlib.contextmanager
+def model_directory(
+    directory: Path,
+    config: DecoderConfig,
+    dtype: Dtype,
+    files: Mapping[str, bytes],
+    generation: Json,
+    extra: Json | None = None,
+) -> Iterator[Path]:
+    """Yield a folder that is `directory` after the block, as `new_directory` does, with all files
+    but those of weights. `extra`: further fields of config.json."""
     if dtype not in get_args(Dtype):
         raise UserError(
             f"dtype {dtype!r} cannot be written; accepted: {', '.join(get_args(Dtype))}"
         )
     raw = config_to_json(config, dtype)
     with new_directory(directory) as partial:
-        _write_json(partial / registry.format_of(config).files.config, raw)
-        _write_json(partial / _GENERATION, _generation_json(raw, generation or {}))
-        _write_tensors(partial, config, read, dtype, shard_bytes)
-        for name, content in (files or {}).items():
+        _write_json(partial / registry.format_of(config).files.config, raw | (extra or {}))
+        _write_json(partial / _GENERATION, _generation_json(raw, generation))
+        for name, content in files.items():
             (partial / name).write_bytes(content)
+        yield partial
 
 
 @contextlib.contextmanager
@@ -244,7 +269,7 @@ def _write_tensors(
     dtype: Dtype,
     shard_bytes: int,
 ) -> None:
-    number = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    number = numpy_dtype(dtype)
     shards = _plan_shards(config, number.itemsize, shard_bytes)
     form = registry.format_of(config).files
     stem, mode = form.weights, (directory / form.config).stat().st_mode

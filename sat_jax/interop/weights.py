@@ -22,13 +22,23 @@ class Weights:
     """Weights in files: `read(path)` returns one parameter in float32, with layers stacked.
 
     `generation` has the settings of generation_config.json, if the weights come with them.
-    `quantized` names the quantized types of the tensors in the files.
+    `quantized` names the quantized types of the tensors in the files. If a model can compute with
+    these, `stored(path)` returns a parameter as it is in the files: an array, or a `Weight`.
     """
 
     config: DecoderConfig
     read: Callable[[str], np.ndarray]
     generation: Json = dataclasses.field(default_factory=dict)
     quantized: tuple[str, ...] = ()
+    stored: Callable[[str], Any] | None = None
+
+    def check_not_quantized(self, where: object) -> None:
+        """Raise `UserError` if these are weights that `scripts.compress` quantized."""
+        if self.stored is not None:
+            raise UserError(
+                f"{where}: weights that are quantized already ({', '.join(self.quantized)});"
+                " accepted: those of the model before, or those that scripts.convert dequantizes"
+            )
 
     @property
     def paths(self) -> tuple[str, ...]:

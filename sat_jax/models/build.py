@@ -2,10 +2,10 @@
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from sat_jax.models.decoder_config import DecoderConfig
@@ -32,8 +32,8 @@ def initial_values(config: DecoderConfig, seed: int) -> Flat:
 
 
 def build(
-    config: DecoderConfig, read: Callable[[str], np.ndarray], compute: Compute = Compute()
+    config: DecoderConfig, read: Callable[[str], Any], compute: Compute = Compute()
 ) -> Decoder:
-    """Return the model whose array at each path is `read(path)`."""
+    """Return the model whose array or `Weight` at each path is `read(path)`."""
     layout = layout_of(config, compute)
-    return layout.bind({path: jnp.asarray(read(path)) for path in layout.leaves})
+    return layout.bind({path: jax.tree.map(jnp.asarray, read(path)) for path in layout.leaves})

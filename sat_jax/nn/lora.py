@@ -120,10 +120,13 @@ class Lora(Weight):
 
 
 def new_lora(
-    base: Float[Array, "L *units D"], settings: LoraSettings, writes: bool, key: PRNGKeyArray
+    base: Float[Array, "L *units D"] | Weight,
+    settings: LoraSettings,
+    writes: bool,
+    key: PRNGKeyArray,
 ) -> Lora:
     """Return an adapted weight that equals its base: A is uniform within ±1/√(number of inputs), as
-    in PEFT, and B is 0. The base is an array of all layers."""
+    in PEFT, and B is 0. The base has all layers."""
     layers, *units, width = base.shape
     bound = (math.prod(units) if writes else width) ** -0.5
 
@@ -138,8 +141,8 @@ def new_lora(
     lora = Lora(base, update, None, settings.alpha, settings.rslora, writes)
     if not settings.dora:
         return lora
-    axes = range(1, base.ndim - 1) if writes else (base.ndim - 1,)
-    return dataclasses.replace(lora, magnitude=output_norms(base, tuple(axes)))
+    axes = range(1, len(units) + 1) if writes else (len(units) + 1,)
+    return dataclasses.replace(lora, magnitude=output_norms(dense(base), tuple(axes)))
 
 
 def output_norms(weight: Array, input_axes: tuple[int, ...]) -> Array:

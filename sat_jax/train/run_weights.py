@@ -127,6 +127,7 @@ def starting_point(config: Config) -> tuple[DecoderConfig, Weights | None]:
     weights = None
     if config.model.path is not None:
         weights = open_weights(config.model.path)
+        weights.check_not_quantized(f"model.path {config.model.path}")
         if config.model.adapter is not None:
             weights = adapted_weights(weights, config.model.adapter)
         model = weights.config
