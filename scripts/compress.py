@@ -118,6 +118,8 @@ def parser() -> Parser:
     dtypes = ("float32", "bfloat16", "float16")
     add("--dtype", choices=dtypes, default="float32", help="of the written weights; float32")
     add("--out", type=Path, metavar="DIR", help="a new directory")
+    record = "append the measurement to these results (JSON lines), for scripts.report"
+    add("--record", type=Path, metavar="FILE", help=record)
     add("--dry-run", action="store_true", help="print what would be removed, and end")
     return options
 
@@ -153,6 +155,10 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--{option} {getattr(args, name)}; accepted: 1 or more")
     if not 0 < args.held_out <= 0.5:
         raise UserError(f"--held-out {args.held_out:g}; accepted: a share above 0, at most 0.5")
+    if args.record is not None:
+        from sat_jax.results import rows
+
+        rows.check(args.record)
     if args.out.exists():
         raise UserError(f"{args.out}: exists already; accepted: a new directory")
 

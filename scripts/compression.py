@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,6 +37,8 @@ from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.layout import flat_values
 from sat_jax.nn.loss import perplexity_of
 from sat_jax.provenance import environment
+from sat_jax.results import rows
+from sat_jax.results.record import without_place
 from sat_jax.train.metrics import to_json
 from sat_jax.train.run_weights import exported
 from scripts.evaluation_meter import Args, Meter
@@ -89,11 +91,11 @@ def compress(args: Args, method: Method) -> None:
     print(f"perplexity before: {before:.4f}", flush=True)
     values = {path: source.weights.read(path) for path in layout.leaves}
     with _timed(seconds, "compress"):
-        rows = list(in_order(open_split(prepared, TRAIN), args.rows, args.calibration_rows))
+        batches = list(in_order(open_split(prepared, TRAIN), args.rows, args.calibration_rows))
         if isinstance(method, Structured):
-            outcome = remove_units(args, config, values, rows, method, context)
+            outcome = remove_units(args, config, values, batches, method, context)
         else:
-            outcome = _compress_matrices(args, config, values, rows, method)
+            outcome = _compress_matrices(args, config, values, batches, method)
     with _timed(seconds, "evaluate_after"):
         after = _perplexity(outcome.model, prepared, args.rows)
     print(f"perplexity after:  {after:.4f}")
@@ -110,24 +112,36 @@ def compress(args: Args, method: Method) -> None:
         "dtype": args.dtype,
         **outcome.report,
         "seconds": seconds,
-        **environment(),
     }
-    _write(args, source, tokenizer, outcome.model, method, report, outcome.files)
+    _write(args, source, tokenizer, outcome.model, method, report | environment(), outcome.files)
+    if args.record is not None:
+        rows.append(args.record, [recorded(report)])
     names = ", ".join(["its tokenizer", *outcome.files])
     dtypes = f"int{method.bits} and " if isinstance(method, Quantization) else ""
     print(f"{args.out}: model in {dtypes}{args.dtype}, with {names} and report.json")
+
+
+def recorded(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row of results: the report without places, and without what it says of layers."""
+    of_layers = ("layers", "removed", "ranks")
+    row = {key: value for key, value in report.items() if key not in of_layers}
+    row["model"] = without_place(report["model"], "model.path")
+    calibration = dict(report["calibration"])
+    calibration["sources"] = without_place(calibration["sources"], "data.sources")
+    calibration["tokenizer"] = without_place(calibration["tokenizer"], "data.tokenizer")
+    return to_json({"measure": "compression", **row, "calibration": calibration})
 
 
 def _compress_matrices(
     args: Args,
     config: DecoderConfig,
     values: dict[str, np.ndarray],
-    rows: list[Batch],
+    batches: list[Batch],
     method: OfMatrices,
 ) -> Outcome:
     """Return the model with compressed matrices, and print its size; `values` is emptied."""
     layout = layout_of(config)
-    layers = _compress(layout, values, rows, method)
+    layers = _compress(layout, values, batches, method)
     weights: dict[str, Any] = values | stack_layers([layer.quantized for layer in layers])
     values.clear()
     # One parameter at a time, so that the model is not in memory twice.

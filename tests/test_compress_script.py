@@ -21,6 +21,8 @@ from sat_jax.interop import load_model, open_weights, save_model
 from sat_jax.models.build import layout_of
 from sat_jax.nn.layout import make_layout
 from sat_jax.nn.loss import perplexity_of
+from sat_jax.results.compression import compression_tables
+from sat_jax.results.rows import read
 from sat_jax.sparsity.flops import forward_flops
 from scripts.compress import main
 from tests.golden_model import GOLDEN
@@ -64,9 +66,14 @@ def compress(
 
 
 def test_a_model_and_its_report(compress: Compress, tmp_path: Path, cache: Path) -> None:
-    printed = compress(sparsity=0.25)
+    rows = tmp_path / "rows.jsonl"
+    printed = compress(sparsity=0.25, record=rows)
     out = tmp_path / "out"
     report = json.loads((out / "report.json").read_text())
+    (row,), (table,) = read(rows), compression_tables(read(rows))
+    assert row["model"] == f"{MODEL.name}#{row['model'][-6:]}" and "layers" not in row
+    assert row["calibration"]["sources"] == ["text.txt"] and row["bytes"] == report["bytes"]
+    assert table.rows[0][:2] == ("magnitude", f"{report['perplexity']['after']:.3f}")
     assert printed.endswith("model in float32, with its tokenizer and report.json\n")
     assert not list(tmp_path.glob(".*"))
     # Of each output row a quarter is 0: here of the rows of q, and of the columns of o.
