@@ -68,6 +68,9 @@ tokens. --out is a new directory; if it is not quantized, transformers and all s
 report.json has settings, calibration, error of each layer, sizes, FLOPs and perplexity. --dry-run
 prints how many weights would be removed, or the quantized size, and reads neither weights nor text;
 --model may then be the name of a preset.
+
+A command that was killed continues after its last compressed layer if it is typed again. The layers
+are in OUT.layers until the model is written.
 """
 
 import argparse

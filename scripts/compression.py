@@ -18,6 +18,7 @@ from sat_jax.compress.factors import FACTORS_FILE, factors_file, stack_layers
 from sat_jax.compress.layers import CompressedLayer, check_matrices, compress_layers, matrices
 from sat_jax.compress.methods import Method, OfMatrices
 from sat_jax.compress.quantize import Quantization
+from sat_jax.compress.saved_layers import SavedLayers
 from sat_jax.compress.structured import Structured
 from sat_jax.data.batch import Batch
 from sat_jax.data.batches import in_order, open_split
@@ -39,6 +40,7 @@ from sat_jax.nn.loss import perplexity_of
 from sat_jax.provenance import environment
 from sat_jax.results import rows
 from sat_jax.results.record import without_place
+from sat_jax.train.inputs import model_fingerprint
 from sat_jax.train.metrics import to_json
 from sat_jax.train.run_weights import exported
 from scripts.evaluation_meter import Args, Meter
@@ -85,6 +87,7 @@ def compress(args: Args, method: Method) -> None:
         check_matrices(layout, method)
     tokenizer, context = source.tokenizer(args.tokenizer), _context(args, config)
     prepared = _prepare(args, tokenizer, context)
+    saved = None if isinstance(method, Structured) else _saved(args, prepared, method)
     seconds: dict[str, float] = {}
     with _timed(seconds, "evaluate_before"):
         before = _perplexity(source.model("float32"), prepared, args.rows)
@@ -95,7 +98,7 @@ def compress(args: Args, method: Method) -> None:
         if isinstance(method, Structured):
             outcome = remove_units(args, config, values, batches, method, context)
         else:
-            outcome = _compress_matrices(args, config, values, batches, method)
+            outcome = _compress_matrices(args, config, values, batches, method, saved)
     with _timed(seconds, "evaluate_after"):
         after = _perplexity(outcome.model, prepared, args.rows)
     print(f"perplexity after:  {after:.4f}")
@@ -114,11 +117,28 @@ def compress(args: Args, method: Method) -> None:
         "seconds": seconds,
     }
     _write(args, source, tokenizer, outcome.model, method, report | environment(), outcome.files)
+    if saved is not None:
+        saved.remove()
     if args.record is not None:
         rows.append(args.record, [recorded(report)])
     names = ", ".join(["its tokenizer", *outcome.files])
     dtypes = f"int{method.bits} and " if isinstance(method, Quantization) else ""
     print(f"{args.out}: model in {dtypes}{args.dtype}, with {names} and report.json")
+
+
+def _saved(args: Args, prepared: Prepared, method: OfMatrices) -> SavedLayers:
+    """Return the layers that the same command compressed before it was killed, if any."""
+    settings = {
+        "model": model_fingerprint(locate(args.model)),
+        "method": vars(method),
+        "calibration": prepared.info.fingerprint,
+        "calibration_rows": args.calibration_rows,
+        "rows": args.rows,
+    }
+    saved = SavedLayers(args.out.with_name(f"{args.out.name}.layers"), settings)
+    if count := saved.count():
+        print(f"continuing: {saved.folder} has {count} compressed layers")
+    return saved
 
 
 def recorded(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,10 +158,11 @@ def _compress_matrices(
     values: dict[str, np.ndarray],
     batches: list[Batch],
     method: OfMatrices,
+    saved: SavedLayers | None,
 ) -> Outcome:
     """Return the model with compressed matrices, and print its size; `values` is emptied."""
     layout = layout_of(config)
-    layers = _compress(layout, values, batches, method)
+    layers = _compress(layout, values, batches, method, saved)
     weights: dict[str, Any] = values | stack_layers([layer.quantized for layer in layers])
     values.clear()
     # One parameter at a time, so that the model is not in memory twice.
@@ -211,12 +232,16 @@ def _perplexity(model: Decoder, prepared: Prepared, rows: int) -> float:
 
 
 def _compress(
-    layout: Any, values: dict[str, np.ndarray], batches: list[Batch], method: OfMatrices
+    layout: Any,
+    values: dict[str, np.ndarray],
+    batches: list[Batch],
+    method: OfMatrices,
+    saved: SavedLayers | None,
 ) -> list[CompressedLayer]:
     """Compress all layers in place, with a progress bar."""
     layers = []
     with tqdm(desc="compressing", unit=" layers", total=layout.layers, leave=False) as bar:
-        for layer in compress_layers(layout, values, batches, method):
+        for layer in compress_layers(layout, values, batches, method, saved):
             layers.append(layer)
             bar.set_postfix(error=f"{layer.error:.3f}")
             bar.update()

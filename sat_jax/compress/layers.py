@@ -118,6 +118,17 @@ class CompressedLayer(NamedTuple):
     quantized: dict[str, Quantized]
 
 
+class LayerStore(Protocol):
+    """Layers that were compressed before, each with the new weights of its matrices by path
+    (`saved_layers`)."""
+
+    def read(self, layer: int) -> tuple[CompressedLayer, dict[str, np.ndarray]] | None:
+        """Return a layer, or None if it has to be compressed."""
+
+    def write(self, layer: CompressedLayer, weights: Mapping[str, np.ndarray]) -> None:
+        """Save a layer."""
+
+
 def matrices(layout: Layout[Any]) -> list[Matrix]:
     """Return the matrices of each layer: all products of the branches with weights."""
     result = []
@@ -139,42 +150,75 @@ def compress_layers(
     values: MutableMapping[str, np.ndarray],
     batches: Sequence[Rows],
     method: MatrixMethod,
+    saved: LayerStore | None = None,
 ) -> Iterator[CompressedLayer]:
     """Compress the matrices of all layers, one layer at each iteration.
 
     `values` are the model's parameters by path, layers stacked; those of a layer are overwritten
-    when it is compressed. `batches` are calibration rows of equal shape. Raises `UserError`, before
-    anything is changed, if the method cannot compress some matrix, and for activations that are not
-    finite.
+    when it is compressed. `batches` are calibration rows of equal shape. Layers that are in `saved`
+    are taken from there, the others are added to it. Raises `UserError`, before anything is
+    changed, if the method cannot compress some matrix, and for activations that are not finite.
     """
     check_matrices(layout, method)
     streams = embed_rows(layout, values, batches)
     for layer in range(layout.layers):
         weights = layer_weights(layout, values, layer)
-        outputs, statistics = _run(layout, values, weights, batches, streams, method.needs)
-        removed: dict[str, int] = {}
-        factors: dict[str, LowRank] = {}
-        quantized: dict[str, Quantized] = {}
-        for matrix in matrices(layout):
-            sums = statistics.get((matrix.unit, matrix.writes), _NOTHING)
-            weight = matrix.flatten(weights[matrix.path][0])
-            _check_finite(layer, matrix.path, weight, sums)
-            new = method(weight, sums)
-            removed[matrix.path] = new.removed
-            if new.factors is not None:
-                factors[matrix.path] = jax.tree.map(np.asarray, matrix.low_rank(new.factors))
-            if new.quantized is not None:
-                quantized[matrix.path] = matrix.quantized(new.quantized)
-            weights[matrix.path] = matrix.unflatten(new.weight)[None]
-            values[matrix.path][layer] = np.asarray(weights[matrix.path][0])
+        known = saved.read(layer) if saved else None
+        if known is None:
+            outputs, statistics = _run(layout, values, weights, batches, streams, method.needs)
+            result, new = _compress_layer(layout, layer, weights, statistics, method)
+        else:
+            result, new = known
+        for path, weight in new.items():
+            weights[path] = jnp.asarray(weight)[None]
+            values[path][layer] = weight
         compressed, _ = _run(layout, values, weights, batches, streams, "nothing")
-        changes = [
-            _squares(batch.segment_ids, *residuals)
-            for batch, *residuals in zip(batches, streams, outputs, compressed, strict=True)
-        ]
-        change, added = np.sum(np.asarray(changes, np.float64), axis=0)
+        if known is None:
+            result = result._replace(error=_error(batches, streams, outputs, compressed))
+            if saved:
+                saved.write(result, new)
         streams = compressed
-        yield CompressedLayer(layer, removed, float(np.sqrt(change / added)), factors, quantized)
+        yield result
+
+
+def _compress_layer(
+    layout: Layout[Decoder],
+    layer: int,
+    weights: Mapping[str, Array],
+    statistics: Mapping[tuple[str, bool], InputStatistics],
+    method: MatrixMethod,
+) -> tuple[CompressedLayer, dict[str, np.ndarray]]:
+    """Return a layer without its error, and the new weights of its matrices on the host."""
+    result, new = CompressedLayer(layer, {}, math.nan, {}, {}), {}
+    for matrix in matrices(layout):
+        sums = statistics.get((matrix.unit, matrix.writes), _NOTHING)
+        weight = matrix.flatten(weights[matrix.path][0])
+        _check_finite(layer, matrix.path, weight, sums)
+        compressed = method(weight, sums)
+        result.removed[matrix.path] = compressed.removed
+        if compressed.factors is not None:
+            factors = matrix.low_rank(compressed.factors)
+            result.factors[matrix.path] = jax.tree.map(np.asarray, factors)
+        if compressed.quantized is not None:
+            result.quantized[matrix.path] = matrix.quantized(compressed.quantized)
+        new[matrix.path] = np.asarray(matrix.unflatten(compressed.weight))
+    return result, new
+
+
+def _error(
+    batches: Sequence[Rows],
+    streams: Sequence[Array],
+    outputs: Sequence[Array],
+    compressed: Sequence[Array],
+) -> float:
+    """Return `CompressedLayer.error`, from the residual streams of each batch before the layer, and
+    after it without and with compression."""
+    changes = [
+        _squares(batch.segment_ids, *residuals)
+        for batch, *residuals in zip(batches, streams, outputs, compressed, strict=True)
+    ]
+    change, added = np.sum(np.asarray(changes, np.float64), axis=0)
+    return float(np.sqrt(change / added))
 
 
 def _check_finite(layer: int, path: str, weight: Matrix2D, statistics: InputStatistics) -> None:

@@ -8,7 +8,6 @@ import hashlib
 from pathlib import Path
 
 from sat_jax.compress.adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from sat_jax.config import Config
 from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 from sat_jax.interop import locate
@@ -66,34 +65,28 @@ def _fingerprints(task: Task) -> dict[str, str | None]:
 
     The hash of the data includes that of the tokenizer, which is therefore compared before.
     """
-    template = task.tokenizer.chat_template if task.config.data.format != "text" else None
-    path, adapter = task.config.model.path, task.config.model.adapter
+    config = task.config
+    template = task.tokenizer.chat_template if config.data.format != "text" else None
+    path, adapter = config.model.path, config.model.adapter
     return {
-        "model.path": None if path is None else _model_fingerprint(locate(path)),
+        "model.path": None if path is None else model_fingerprint(locate(path)),
         "model.adapter": None if adapter is None else _adapter_fingerprint(locate(adapter)),
-        "distill.teacher": _teacher_fingerprint(task.config),
+        "distill.teacher": model_fingerprint(teacher_path(config)) if config.distills else None,
         "data.tokenizer": task.tokenizer.fingerprint,
         "data.chat_template": None if template is None else _sha256(template),
         "data.sources": task.data.info.fingerprint,
     }
 
 
-def _model_fingerprint(path: Path) -> str:
-    """Return the hash of the files with the weights of a Hugging Face directory or a GGUF file."""
+def model_fingerprint(path: Path) -> str:
+    """Return the hash of the weights in a Hugging Face directory or a GGUF file; of a run, that of
+    its newest checkpoint."""
+    if is_run(path):
+        return digests(find(WorkDir(path).checkpoints).path, [MANIFEST])[0]
     if path.is_file():
         return digests(path.parent, [path.name])[0]
     names = sorted(file.name for file in path.glob("*.safetensors"))
     return _sha256("".join([(path / "config.json").read_text(), *digests(path, names)]))
-
-
-def _teacher_fingerprint(config: Config) -> str | None:
-    """Return the hash of the teacher's files; of a run, of its newest checkpoint."""
-    if not config.distills:
-        return None
-    path = teacher_path(config)
-    if not is_run(path):
-        return _model_fingerprint(path)
-    return digests(find(WorkDir(path).checkpoints).path, [MANIFEST])[0]
 
 
 def _adapter_fingerprint(path: Path) -> str:
