@@ -22,8 +22,8 @@ from sat_jax.models.llama import LlamaConfig
 from sat_jax.parallel.mesh import make_mesh
 from sat_jax.sparsity.controller import Controller
 from sat_jax.train import setup
+from sat_jax.train.layouts import Teacher
 from sat_jax.train.programs import Programs, compiler_options
-from sat_jax.train.teacher import Teacher
 from tests.conftest import ROOT, slow_after
 from tests.test_config import nested
 

@@ -1,4 +1,10 @@
-"""The layout of the model of a run, with adapters where its settings ask for them."""
+"""The layouts of the models of a run: the trained one, with adapters where its settings ask for
+them, and the teacher."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
 
 from sat_jax.compress.lora import lora_layout
 from sat_jax.config import Config
@@ -14,3 +20,18 @@ def run_layout(
     """Return the layout of the arrays that a run trains or keeps frozen."""
     layout = layout_of(model, compute)
     return lora_layout(layout, config.lora) if config.lora.rank else layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A teacher: its model, and its parameters by path, on the mesh of the run."""
+
+    model: DecoderConfig
+    layout: Layout[Decoder]
+    params: Mapping[str, jax.Array]
+
+
+def teacher_layout(config: Config, model: DecoderConfig) -> Layout[Decoder]:
+    """Return the layout of a teacher: as the trained model, it computes in `model.dtype` and passes
+    through the pipeline. It chooses its attention backend by platform."""
+    return layout_of(model, Compute(dtype=config.model.dtype, microbatches=config.train.accumulate))

@@ -34,7 +34,7 @@ from sat_jax.sparsity.plan import Plan, Stored
 from sat_jax.sparsity.rows import Kept
 from sat_jax.sparsity.statistics import Statistics
 from sat_jax.sparsity.stored_blocks import block_layout
-from sat_jax.train.layouts import run_layout
+from sat_jax.train.layouts import Teacher, run_layout
 from sat_jax.train.moves import compile_moves
 from sat_jax.train.optimizer import (
     clipping,
@@ -44,7 +44,6 @@ from sat_jax.train.optimizer import (
 )
 from sat_jax.train.probe import ProbeSettings, make_probe, observe_batch, observed_by_probes
 from sat_jax.train.step import StepSettings, make_evaluation, make_step
-from sat_jax.train.teacher import Teacher
 
 Compiled = Callable[..., Any]
 

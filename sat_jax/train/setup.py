@@ -32,14 +32,12 @@ from sat_jax.parallel.rules import check_divisible, place, tree_shardings
 from sat_jax.sparsity.controller import Controller, make_controller
 from sat_jax.sparsity.plan import neurons_of
 from sat_jax.sparsity.stored_blocks import block_grids, block_layout
-from sat_jax.train.layouts import run_layout
+from sat_jax.train.layouts import Teacher, run_layout, teacher_layout
 from sat_jax.train.run_weights import starting_point
 from sat_jax.train.teacher import (
-    Teacher,
     check_tokenizers,
     open_teacher,
     read_teacher,
-    teacher_layout,
 )
 
 

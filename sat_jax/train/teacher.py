@@ -1,10 +1,8 @@
 """The frozen model whose token distributions a run learns (`distill`)."""
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -13,22 +11,11 @@ from sat_jax.config import Config
 from sat_jax.data.tokenizer import NoTokenizer, Tokenizer, load_tokenizer
 from sat_jax.errors import UserError
 from sat_jax.interop import Weights, locate, open_weights
-from sat_jax.models.build import layout_of
 from sat_jax.models.decoder_config import DecoderConfig
-from sat_jax.nn.decoder import Compute, Decoder
-from sat_jax.nn.layout import Layout
 from sat_jax.parallel.rules import place, tree_shardings
+from sat_jax.train.layouts import Teacher, teacher_layout
 from sat_jax.train.run_weights import is_run, open_run
 from sat_jax.train.workdir import WorkDir
-
-
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-    """A teacher: its model, and its parameters by path, on the mesh of the run."""
-
-    model: DecoderConfig
-    layout: Layout[Decoder]
-    params: Mapping[str, jax.Array]
 
 
 def open_teacher(config: Config) -> Weights:
@@ -41,12 +28,6 @@ def teacher_path(config: Config) -> Path:
     """Return the path of the teacher's directory or file."""
     assert config.distill.teacher is not None
     return locate(config.distill.teacher)
-
-
-def teacher_layout(config: Config, model: DecoderConfig) -> Layout[Decoder]:
-    """Return the layout of a teacher: as the trained model, it computes in `model.dtype` and passes
-    through the pipeline. It chooses its attention backend by platform."""
-    return layout_of(model, Compute(dtype=config.model.dtype, microbatches=config.train.accumulate))
 
 
 def read_teacher(config: Config, weights: Weights, mesh: Mesh) -> Teacher:
