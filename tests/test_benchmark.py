@@ -41,7 +41,7 @@ ARGS: Any = SimpleNamespace(
 )
 # The scripts have to run on a machine without these packages.
 PIPELINE = ("array_record", "gguf", "grain", "matplotlib", "ml_collections", "safetensors")
-PIPELINE += ("tensorflow_datasets", "tokenizers", "torch", "transformers")
+PIPELINE += ("qwix", "tensorflow_datasets", "tokenizers", "torch", "transformers")
 SMALL = ("--model", "tiny", "--rows", 1, "--row-length", 16, "--dtype", "float32")
 
 
