@@ -48,6 +48,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments import scales
 from sat_jax.config_values import default_config
 from sat_jax.results.sweep import Comparison, Sweep
 
@@ -103,8 +104,8 @@ def _set_length(config: ConfigDict, length: int) -> None:
 
 
 def get_sweep(variant: str = "2k") -> Sweep | None:
-    """Return a run for each scaling, and one with YaRN and skip-wise positions in rows of the base
-    model's length (PoSE); None for the base model."""
+    """Return a run for each scaling, and two more with YaRN: with skip-wise positions in rows of
+    the base model's length (PoSE), and with SAT; None for the base model."""
     if variant == "base":
         return None
     config = get_config(variant)
@@ -116,7 +117,9 @@ def get_sweep(variant: str = "2k") -> Sweep | None:
         "train.rows_per_step": config.train.rows_per_step,
         "train.eval_rows": config.train.eval_rows,
     }
+    yarn = {"model.rope_type": "yarn"}
+    runs = [{"model.rope_type": name} for name in SCALINGS]
     return Sweep(
-        [*({"model.rope_type": name} for name in SCALINGS), {"model.rope_type": "yarn", **pose}],
+        [*runs, yarn | pose, yarn | {"sparsity.rate": scales.RATE}],
         (Comparison("scalings", "Scaling of rotary positions", ("model.rope_type", *pose)),),
     )

@@ -25,6 +25,7 @@ TRAINED = {
     "train.rows_per_step": 2,
     "optimizer.learning_rate": 5e-4,
 }
+SAT = TRAINED | {"sparsity.rate": 0.4}
 POSE = TRAINED | {"data.row_length": 256, "data.pose_length": 1024, "train.rows_per_step": 8}
 
 
@@ -63,6 +64,7 @@ ROWS = [
     evaluated(TRAINED, 1024, 18.0),
     evaluated(TRAINED, 1024, 20.0, seed=1),
     evaluated(POSE, 1024, 19.0),
+    evaluated(SAT, 1024, 22.0),
     evaluated(TRAINED, 1024, 0.75, measure="passkey"),
     evaluated(TRAINED, 1024, 0.25, seed=1, measure="passkey"),
 ]
@@ -86,6 +88,7 @@ def test_each_scaling_beside_the_base(tmp_path: Path) -> None:
         ("default", none, "2", "22.50 ± 2.50", "100.00 ± 10.00", "+345.0 % ± 5.0 %", "-", "-"),
         ("yarn", none, "1", "21.00", "30.00", "+50.0 %", "-", "-"),
         ("yarn", trained, "2", "20.00§", "19.00 ± 1.00", "-15.0 % ± 5.0 %", "50 % ± 25 %", "-"),
+        ("yarn", f"{trained}, SAT from 0.4", "1", "-", "22.00", "+10.0 %", "-", "-"),
         ("yarn", f"{trained}, PoSE", "1", "-", "19.00", "-5.0 %", "-", "-"),
     )
     assert "of a.txt (9,000 tokens)" in table.caption and "rows of 256 tokens" in table.caption
@@ -118,7 +121,7 @@ def test_tokens_until_the_loss_is_that_of_the_base(tmp_path: Path, last: float, 
     losses = {0: 4.0, 2048: 3.1, 4096: last, 6144: last}
     record_run(file, run_row(18.0, losses, **EXTENDED))
     (table,) = extension_tables(read(file))
-    assert [row[-1] for row in table.rows] == ["-", "-", text, "-"]
+    assert [row[-1] for row in table.rows] == ["-", "-", text, "-", "-"]
 
 
 def test_a_curve_has_the_evaluations_between_start_and_end() -> None:
@@ -135,12 +138,12 @@ def test_documents_and_reports_have_the_table_and_the_figure(tmp_path: Path) -> 
     draw(file, picture)
     assert not is_outdated(file, picture)
     text = fill("<!-- table: context.extension -->\n<!-- /table -->\n", tmp_path, "x.md", [])
-    assert "| yarn    | 6,144 tokens at 0.0005, PoSE |" in text
+    assert "6,144 tokens at 0.0005, PoSE |" in text
     figure = extension_figure(rows)
     assert figure is not None
     untrained, trained = figure.axes
     assert [line.get_label() for line in untrained.lines] == ["default", "yarn"]
-    assert [line.get_label() for line in trained.lines] == ["yarn", "yarn, PoSE"]
+    assert [line.get_label() for line in trained.lines] == ["yarn", "yarn, PoSE", "yarn, SAT"]
     assert untrained.lines[0].get_ydata().tolist() == [22.5, 100.0]
     write_report(rows, [], tmp_path)
     assert "## Extended contexts" in (tmp_path / "tables.md").read_text()

@@ -25,20 +25,22 @@ from sat_jax.results.variants import mean_of, percent_from
 
 class Method(NamedTuple):
     """A scaling of rotary positions. `tokens`: those of training with it, 0 for the scaling alone;
-    `skips`: positions skip some in training (PoSE)."""
+    `skips`: positions skip some in training (PoSE); `rate`: of the units that SAT omits."""
 
     factor: float
     scaling: str
     tokens: int = 0
     learning_rate: float = 0.0
     skips: bool = False
+    rate: float = 0.0
 
     @property
     def training(self) -> str:
         """The training in words."""
         if not self.tokens:
             return "none"
-        return f"{self.tokens:,} tokens at {self.learning_rate:g}{', PoSE' * self.skips}"
+        names = ", PoSE" * self.skips + f", SAT from {self.rate:g}" * (self.rate > 0)
+        return f"{self.tokens:,} tokens at {self.learning_rate:g}{names}"
 
 
 _Measured = dict[Method, dict[tuple[int, int], Row]]
@@ -58,7 +60,7 @@ def extension_tables(rows: Sequence[Row]) -> list[Table]:
     tables = []
     for factor in sorted({method.factor for method in perplexities}):
         methods = [method for method in perplexities if method.factor == factor]
-        methods.sort(key=lambda method: (method.tokens > 0, method.skips))
+        methods.sort(key=lambda method: (method.tokens > 0, method.skips, method.rate))
         contexts = sorted({context for m in methods for _, context in perplexities[m]})
         tasks = sorted({c for m in methods for _, c in passkeys.get(m, {})})
         body = []
@@ -128,8 +130,8 @@ def _draw(axes: Axes, method: Method, some: Mapping[tuple[int, int], Row], colou
             points.append((context, mean.value))
     axes.plot(
         *zip(*points, strict=True), color=colour, marker="o", markersize=4, linewidth=1.5,
-        linestyle="--" if method.skips else "-",
-        label=f"{method.scaling}{', PoSE' * method.skips}",
+        linestyle="--" if method.skips else ":" if method.rate else "-",
+        label=f"{method.scaling}{', PoSE' * method.skips}{', SAT' * (method.rate > 0)}",
     )  # fmt: skip
 
 
@@ -140,14 +142,15 @@ def _measured(rows: Sequence[Row], measure: str) -> _Measured:
         extension = extension_of(row) if row.get("measure") == measure and row["run"] else None
         if extension is not None:
             scaling, factor = extension
-            method = _trained(row["run"]["settings"])
+            settings = row["run"]["settings"]
+            method = _trained(settings, _value(settings, "sparsity.rate"))
             if method is None or row["options"].get("rope_type") is not None:
                 method = Method(factor, scaling)
             result[method][row["run"]["seed"], row["context"]] = row
     return dict(result)
 
 
-def _trained(settings: Mapping[str, Any]) -> Method | None:
+def _trained(settings: Mapping[str, Any], rate: float) -> Method | None:
     """Return the scaling and training of a run with these settings; None for one without."""
     if "model.rope_type" not in settings:
         return None
@@ -158,7 +161,12 @@ def _trained(settings: Mapping[str, Any]) -> Method | None:
         math.prod(_value(settings, path) for path in sizes),
         _value(settings, "optimizer.learning_rate"),
         _value(settings, "data.pose_length") is not None,
+        rate,
     )
+
+
+def _method_of(run: FinishedRun) -> Method | None:
+    return _trained(run.settings, run.sparsity["sparsity.rate"])
 
 
 def _value(settings: Mapping[str, Any], path: str) -> Any:
@@ -203,11 +211,11 @@ def _tokens_to_base(runs: Sequence[FinishedRun], method: Method) -> str:
     """Return the mean of the tokens after which the held-out loss is that of the base model."""
     if method.skips:  # whose held-out rows have the old length
         return "-"
-    bases = {run.seed: math.log(run.perplexity) for run in runs if _trained(run.settings) is None}
+    bases = {run.seed: math.log(run.perplexity) for run in runs if _method_of(run) is None}
     needed = []
     for run in runs:
         curve = run.row.get("curve", {})
-        if _trained(run.settings) == method and run.seed in bases and "eval_loss" in curve:
+        if _method_of(run) == method and run.seed in bases and "eval_loss" in curve:
             points = zip(curve["eval_tokens"], curve["eval_loss"], strict=True)
             needed.append(next((count for count, x in points if x <= bases[run.seed]), None))
     if needed and all(count is None for count in needed):
