@@ -24,22 +24,19 @@ For each SEED (0, 1, 2), the base model and its extensions:
 
 Then perplexity of all of them and of the base model without training, and passkey retrieval:
 
-    perplexity() {
-        python -m scripts.evaluate --text $EVALUATION --context $LENGTHS --record $ROWS "$@"
-    }
-    passkey() {
-        python -m scripts.evaluate --passkey $LENGTHS --trials 2 --record $ROWS "$@"
-    }
     for CONTEXT in 1k 2k; do
         case $CONTEXT in 1k) FACTOR=4 LENGTHS=256,1024;; 2k) FACTOR=8 LENGTHS=256,1024,2048;; esac
         TRAINED=$(dirname runs/context/$CONTEXT-$SEED/*/config.json)
-        perplexity --model $TRAINED
+        TEXTS="--text $EVALUATION --context $LENGTHS --record $ROWS"
+        python -m scripts.evaluate --model $TRAINED $TEXTS
         for TYPE in default linear ntk ntk_by_parts_code yarn dynamic dynamic_yarn; do
-            perplexity --model $BASE --rope-type $TYPE --rope-factor $FACTOR
+            python -m scripts.evaluate --model $BASE --rope-type $TYPE --rope-factor $FACTOR $TEXTS
         done
-        passkey --model $TRAINED
-        passkey --model $BASE --rope-type yarn --rope-factor $FACTOR
     done
+    TRAINED=$(dirname runs/context/1k-$SEED/*/config.json)
+    PASSKEY="--passkey 256,1024 --trials 2 --record $ROWS"
+    python -m scripts.evaluate --model $TRAINED $PASSKEY
+    python -m scripts.evaluate --model $BASE --rope-type yarn --rope-factor 4 $PASSKEY
 
 `python -m scripts.report $ROWS` has the tables; docs/long-context.md says how it shows them.
 """
