@@ -29,7 +29,7 @@ Then perplexity of all of them and of the base model without training, and passk
         TRAINED=$(dirname runs/context/$CONTEXT-$SEED/*/config.json)
         TEXTS="--text $EVALUATION --context $LENGTHS --record $ROWS"
         python -m scripts.evaluate --model $TRAINED $TEXTS
-        for TYPE in default linear ntk ntk_by_parts_code yarn dynamic dynamic_yarn; do
+        for TYPE in default linear ntk ntk_by_parts_code yarn dynamic; do
             python -m scripts.evaluate --model $BASE --rope-type $TYPE --rope-factor $FACTOR $TEXTS
         done
     done

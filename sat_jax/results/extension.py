@@ -114,6 +114,8 @@ def extension_figure(rows: Sequence[Row]) -> Figure | None:
         contexts = sorted({context for m in methods for _, context in measured[m]})
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
         axes.xaxis.set_minor_locator(NullLocator())
         if axes.lines:
