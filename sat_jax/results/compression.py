@@ -58,7 +58,9 @@ def compression_figure(rows: Sequence[Row]) -> Figure | None:
     together = max(comparisons, key=len)
     figure = new_figure(width=11.0)
     panels = figure.subplots(1, 2, sharey=True)
-    _draw(panels[0], together, _size, "bytes, share of the model before", "from before [%]")
+    _draw(
+        panels[0], together, _size, "bytes, share of the model before", "perplexity from before [%]"
+    )
     _draw(panels[1], together, _flops, "FLOPs, share of the model before", "")
     panels[1].legend(fontsize=9, framealpha=0.9, edgecolor="none")
     return figure
@@ -69,8 +71,8 @@ def _draw(axes: Axes, rows: Sequence[Row], measure: Callable[[Row], float], x: s
     for number, method in enumerate(methods):
         some = [row for row in rows if row["method"]["method"] == method]
         points = [(100 * measure(row), _loss(row)) for row in some]
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=6, linestyle="", label=method,
-                  color=COLOURS[number % len(COLOURS)])  # fmt: skip
+        axes.plot(*zip(*points, strict=True), marker="osD^"[number // len(COLOURS)], markersize=6,
+                  linestyle="", label=method, color=COLOURS[number % len(COLOURS)])  # fmt: skip
     front = pareto_front([(100 * measure(row), _loss(row)) for row in rows])
     axes.plot(*zip(*front, strict=True), color="black", linewidth=1.0, drawstyle="steps-post")
     tidy(axes, title="", x=f"{x} [%]", y=y)
