@@ -84,9 +84,9 @@ def main() -> None:
 
     runs, rounds, comparisons = _runs(options, overrides)
     folder = SweepDir(options.workdir)
-    found = {run.name: folder.find(run) for run in runs}
+    sweep_runs = {run.name: folder.find(run) for run in runs}
     if options.dry_run:
-        print(dry_run(runs, [name for name, run in found.items() if run.finished]))
+        print(dry_run(runs, [name for name, run in sweep_runs.items() if run.finished]))
     if rounds:
         print(plan_table(rounds), file=sys.stdout if options.dry_run else sys.stderr)
     if options.dry_run:
@@ -104,12 +104,12 @@ def main() -> None:
         folder.lock(stack)
         launcher = _launcher(options, folder)
         data = prepare_all(runs, _log)
-        for name, run in found.items():
+        for name, run in sweep_runs.items():
             run.check_finished(data[name])
 
         def train(runs: Sequence["PlannedRun"]) -> dict[str, float]:
             folder.add(runs, comparisons)
-            run_sweep(folder, [found[run.name] for run in runs], launcher, finished, _log)
+            run_sweep(folder, [sweep_runs[run.name] for run in runs], launcher, finished, _log)
             return {name: FinishedRun(row).perplexity for name, row in rows.items()}
 
         if rounds:
@@ -118,7 +118,7 @@ def main() -> None:
             train(runs)
     if rows:
         print(terminal_table([*rows.values()]))
-    failed = [run for run in found.values() if run.error]
+    failed = [run for run in sweep_runs.values() if run.error]
     for run in failed:
         _log(run.text())
     if failed:

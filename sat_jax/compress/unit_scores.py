@@ -25,7 +25,7 @@ from sat_jax.sparsity.mask_gradients import mask_gradients
 from sat_jax.sparsity.statistics import Statistics
 
 Track = Callable[[Iterable[Any]], Iterable[Any]]
-"""What shows the progress of a loop, such as `tqdm`."""
+"""Wraps the iterations of a loop in a progress bar, such as `tqdm`."""
 
 
 def group_norm(inputs: ScoreInputs) -> Scores:
@@ -70,9 +70,9 @@ def unit_scores(
     if not observe and LAYER not in scores:
         batches = ()  # the weights are enough
     for layer in _run_layers(layout, values, batches, tuple(observe), track):
-        own = {unit: sums[layer.number][None] for unit, sums in gradients.items()}
+        of_layer = {unit: sums[layer.number][None] for unit, sums in gradients.items()}
         outputs = layer.observed.get("outputs", {})
-        statistics = Statistics(jnp.float32(tokens), outputs=outputs, gradients=own)
+        statistics = Statistics(jnp.float32(tokens), outputs=outputs, gradients=of_layer)
         for unit in units:
             inputs = score_inputs(layout, layer.weights, statistics, unit, jax.random.key(0))
             sizes = [layout.units[name].size for name in (*layout.units[unit].within, unit)]

@@ -36,7 +36,7 @@ _Shapes = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]  # shape and dtypes
 
 
 class _Settings(NamedTuple):
-    """What `quantization_config` says: bits, weights of a group (0: all inputs), and whether
+    """The settings in `quantization_config`: bits, weights of a group (0: all inputs), and whether
     matrices have an `input_scale`."""
 
     bits: Bits
@@ -47,8 +47,8 @@ class _Settings(NamedTuple):
     def of_json(cls, fields: JsonFields) -> "_Settings":
         """Return the settings. Raises `UserError` for those of another program."""
         raw = fields.raw.get(_FIELD)
-        own: Json = raw if isinstance(raw, dict) and raw.get("quant_method") == _OWN else {}
-        values: list[Any] = [own.get(name) for name in cls._fields]
+        settings: Json = raw if isinstance(raw, dict) and raw.get("quant_method") == _OWN else {}
+        values: list[Any] = [settings.get(name) for name in cls._fields]
         bits, group, input_scale = values
         types = (type(bits), type(group), type(input_scale))
         if types != (int, int, bool) or bits not in get_args(Bits) or group < 0:

@@ -48,9 +48,9 @@ def resized(config: DecoderConfig, sizes: Mapping[str, int]) -> DecoderConfig:
     for axis, size in reversed(axis_sizes(smaller).items()):  # those of layers first
         expected = asked["embed" if axis == "norm" else axis]
         if size != expected:
-            given = ", ".join(f"{name} {getattr(smaller, name)}" for name in fields)
+            text = ", ".join(f"{name} {getattr(smaller, name)}" for name in fields)
             raise UserError(
-                f"{config.family}: {axis} would be {size} with {given}, and the weights have"
+                f"{config.family}: {axis} would be {size} with {text}, and the weights have"
                 f" {expected}; its config has no field for {axis}; accepted: sizes from which"
                 f" {axis} {expected} follows"
             )

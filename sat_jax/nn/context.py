@@ -103,8 +103,8 @@ class LayerCache:
 
 
 LayerTokens = Sequence[Int[Array, "L B k"] | None]
-"""By segment, the places in the row of the tokens that its layers process, in ascending order, or
-None for all tokens. Without entries the layers of all segments process all."""
+"""For each segment, the places in the row of the tokens that its layers process, ascending; None:
+all tokens. An empty sequence: all tokens in all segments."""
 
 
 class Selection(Protocol):

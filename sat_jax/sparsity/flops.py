@@ -123,8 +123,8 @@ def training_flops(
     kept = forward = forward_flops(layout, row_length, segments)
     if passes == "weights" and segments:
         units = neurons_of(layout).dense_segment().counts
-        whole = [dataclasses.replace(segment, counts=units) for segment in segments]
-        forward = forward_flops(layout, row_length, whole)
+        dense_segments = [dataclasses.replace(segment, counts=units) for segment in segments]
+        forward = forward_flops(layout, row_length, dense_segments)
     sampled = sampled_tokens(token_rate, row_length) / row_length
     backward = 2 * forward.total - (forward.products - sampled * kept.products)
     backward -= kept.frozen

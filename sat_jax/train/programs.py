@@ -242,11 +242,11 @@ class Programs:
         shapes = jax.eval_shape(lambda s, k: compact_state(execution, s, k), form.state, kept)
         state, omitted = self._placed(shapes, form.layout)
         batch = self.batch(self._config.train.rows_per_step)
-        rest: Any = (kept, batch, omitted, self.corrections(plan))
+        arguments: Any = (kept, batch, omitted, self.corrections(plan))
         if self._teacher is not None:
-            rest = (*rest, self._teacher.params)
+            arguments = (*arguments, self._teacher.params)
         options: Any = {"donate_argnums": (0, 1), "layout": form.layout}
-        return self._lower(step, state, self.stats, *rest, **options)
+        return self._lower(step, state, self.stats, *arguments, **options)
 
     def _compile_rung(self, plan: Plan) -> RungPrograms:
         started = time.perf_counter()
