@@ -7,9 +7,9 @@ densely, densely with fewer steps, and with SAT: heads and channels on the ladde
     python -m scripts.sweep --config=experiments/table_retnet.py:paper --config.data.sources=TEXT \
         --config.data.tokenizer=TOKENIZER --workdir=runs/retnet-1b
 
-Scales: `smoke`, 2.2M parameters, 400 steps of 2,048 tokens; `small`, the 8.7M of retnet_small.py,
-4,000 steps of 16,384 tokens, with a vocabulary of 4,096; `paper`, see retnet_1b.py. Perplexity on
-another text, and by position in the row, of the run runs/retnet/NAME:
+Scales: `smoke`, 2.2M parameters, 400 steps of 2,048 tokens; `6m`, 6.1M, as many steps; `small`, the
+8.7M of retnet_small.py, 4,000 steps of 16,384 tokens, with a vocabulary of 4,096; `paper`, see
+retnet_1b.py. Perplexity on another text, and by position in the row, of the run runs/retnet/NAME:
 
     python -m scripts.evaluate --model runs/retnet/NAME --text OTHER --context 512 --stride 256 \
         --json FILE
@@ -22,18 +22,23 @@ from ml_collections import ConfigDict
 from experiments import retnet_1b, retnet_small, scales
 from sat_jax.results.sweep import Comparison, Sweep
 
-SEEDS = {"smoke": 3, "small": 3, "paper": 1}
+SEEDS = {"smoke": 3, "6m": 3, "small": 3, "paper": 1}
 SHORTER = 2 / 3  # of the steps, with fewer FLOPs than SAT
 MODELS = ("retnet", "transformer")
 _SIZES = ("model.preset", "model.n_heads", "model.d_ff")
 _MATRIX_SCALE = "optimizer.matrix_scale"
+# Width, heads, and channels that give equal parameters (retnet_small.py).
+WIDTHS = {
+    "smoke": (192, 6, {"retnet": 324, "transformer": 520}),
+    "6m": (336, 7, {"retnet": 567, "transformer": 910}),
+}
 # Learning rate of matrices relative to that of other parameters: the best at the scale smoke of
 # table_retnet_learning_rates.py.
 MATRIX_SCALES = {"retnet": 0.25, "transformer": 0.125}
 
 
 def get_config(scale: str = "smoke") -> ConfigDict:
-    """Scales: smoke, small, paper."""
+    """Scales: smoke, 6m, small, paper."""
     return _config(scale, "retnet")
 
 
@@ -44,9 +49,11 @@ def _config(scale: str, model: str) -> ConfigDict:
     config = (retnet_1b if scale == "paper" else retnet_small).get_config(model)
     config.train.measure_speed = False
     config.export.huggingface = False
-    if scale == "smoke":
-        config.model.d_model = 192
-        config.model.d_ff = {"retnet": 324, "transformer": 520}[model]
+    if scale in WIDTHS:
+        width, heads, channels = WIDTHS[scale]
+        config.model.d_model = width
+        config.model.n_heads = heads
+        config.model.d_ff = channels[model]
         config.model.vocab_size = 2048
         config.train.eval_every = 0
         config.optimizer.learning_rate = 4e-3

@@ -16,7 +16,7 @@ SCALES = (0.125, 0.25, 0.5, 0.0625)
 
 
 def get_config(scale: str = "smoke") -> ConfigDict:
-    """Scales: smoke, small, paper."""
+    """Scales: smoke, 6m, small, paper."""
     return table_retnet.get_config(scale)
 
 

@@ -7,8 +7,9 @@ at the end, patterns, and the baselines that a user would pick: a smaller model,
     python -m scripts.sweep --config=experiments/table_s2d.py:paper-13b \
         --config.data.sources=TEXT --config.data.tokenizer=TOKENIZER --workdir=runs/s2d-13b
 
-Scales: `smoke`, 1.1M parameters, 400 steps of 2,048 tokens; `small`, the 4.3M of s2d_small.py,
-4,000 steps of 16,384 tokens; `paper`, GPT-2, 20,000 steps of 131,072 tokens; `paper-13b`, see
+Scales: `smoke`, 1.1M parameters, 400 steps of 2,048 tokens; `long`, 2,000 of these steps, a quarter
+of the blocks beside the dense baselines; `small`, the 4.3M of s2d_small.py, 4,000 steps of 16,384
+tokens; `paper`, GPT-2, 20,000 steps of 131,072 tokens; `paper-13b`, see
 s2d_gpt13b.py. The source names neither its matrices, blocks and switch nor its batch and learning
 rate: these are choices of this file.
 """
@@ -22,9 +23,10 @@ from sat_jax.results.sweep import Comparison, Sweep
 
 DENSITIES = (0.25, 0.125)
 PATTERNS = ("magnitude", "erk")
-POWERS_OF_TWO = ("smoke", "small")  # scales whose widths allow a butterfly
+MINUTES = ("smoke", "long")  # scales of the 1.1M model
+POWERS_OF_TWO = ("smoke", "long", "small")  # scales whose widths allow a butterfly
 SHORTER = (0.6, 0.45)  # of the steps, in dense runs with fewer FLOPs
-SEEDS = {"smoke": 3, "small": 3, "paper": 1, "paper-13b": 1}
+SEEDS = {"smoke": 3, "long": 3, "small": 3, "paper": 1, "paper-13b": 1}
 _DENSITY, _SPLIT, _PATTERN = (
     "sparsity.weights.density", "sparsity.split", "sparsity.weights.pattern",
 )  # fmt: skip
@@ -35,14 +37,14 @@ MATRIX_SCALES = {"sparse": 0.125, "dense": 0.0625}
 
 
 def get_config(scale: str = "smoke") -> ConfigDict:
-    """Scales: smoke, small, paper, paper-13b."""
+    """Scales: smoke, long, small, paper, paper-13b."""
     if scale == "paper-13b":
         return s2d_gpt13b.get_config()
     if scale not in SEEDS:
         raise KeyError(scale)
     config = s2d_small.get_config()
     config.train.measure_speed = False
-    if scale == "smoke":
+    if scale in MINUTES:
         config.model.d_model = 128
         config.model.d_ff = 512
         config.model.vocab_size = 2048
@@ -50,6 +52,9 @@ def get_config(scale: str = "smoke") -> ConfigDict:
         config.optimizer.learning_rate = 4e-3
         config.optimizer.matrix_scale = MATRIX_SCALES["sparse"]
         config.sparsity.weights.block = 16
+    if scale == "long":
+        config.train.steps = 2000
+        config.data.max_tokens = 5_000_000
     if scale == "small":
         config.train.steps = 4000
         config.train.rows_per_step = 64
@@ -70,7 +75,7 @@ def get_config(scale: str = "smoke") -> ConfigDict:
 
 def dense(scale: str) -> dict[str, Any]:
     """Return the settings of dense training."""
-    tuned = {"optimizer.matrix_scale": MATRIX_SCALES["dense"]} if scale == "smoke" else {}
+    tuned = {"optimizer.matrix_scale": MATRIX_SCALES["dense"]} if scale in MINUTES else {}
     return {_DENSITY: 1.0, **tuned}
 
 
@@ -85,8 +90,9 @@ def get_sweep(scale: str = "smoke") -> Sweep:
     """Return the runs with each seed: first a quarter of the blocks and an eighth beside the dense
     baselines, then other switches, patterns and updates."""
     config = get_config(scale)
-    sparse = [{_DENSITY: density, "sparsity.schedule": "constant"} for density in DENSITIES]
-    switched = [{_DENSITY: d, _SPLIT: split} for split in (0.75, 0.5) for d in DENSITIES]
+    densities = DENSITIES[:1] if scale == "long" else DENSITIES
+    sparse = [{_DENSITY: density, "sparsity.schedule": "constant"} for density in densities]
+    switched = [{_DENSITY: d, _SPLIT: split} for split in (0.75, 0.5) for d in densities]
     shorter = [{"train.steps": round(share * config.train.steps)} for share in SHORTER]
     baselines = [{**dense(scale), **more} for more in ({}, *shorter, *smaller(config))]
     names = (*PATTERNS, "butterfly") if scale in POWERS_OF_TWO else PATTERNS

@@ -19,7 +19,7 @@ SCALES = (0.25, 0.125, 0.0625, 0.03125)
 
 
 def get_config(scale: str = "smoke") -> ConfigDict:
-    """Scales: smoke, small, paper, paper-13b."""
+    """Scales: smoke, long, small, paper, paper-13b."""
     return table_s2d.get_config(scale)
 
 

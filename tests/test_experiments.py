@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from experiments import table_context, table_retnet
+from experiments import table_context, table_retnet, table_s2d
 from sat_jax.config_values import experiment, find, load
 from sat_jax.models.build import layout_of
 from sat_jax.results.finished import DEFAULTS
@@ -95,7 +95,7 @@ def test_sweeps_of_the_tables_are_valid(file: Path, scale: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["table_retnet", "table_retnet_learning_rates"])
-@pytest.mark.parametrize("scale", ["smoke", "small", "paper"])
+@pytest.mark.parametrize("scale", table_retnet.SEEDS)
 def test_sweeps_of_retnet_are_valid(name: str, scale: str) -> None:
     check_sweep(ROOT / "experiments" / f"{name}.py", scale, {})
 
@@ -142,7 +142,7 @@ def test_variants_of_retnet(file: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["table_s2d", "table_s2d_learning_rates"])
-@pytest.mark.parametrize("scale", ["smoke", "small", "paper", "paper-13b"])
+@pytest.mark.parametrize("scale", table_s2d.SEEDS)
 def test_sweeps_from_scratch_are_valid(name: str, scale: str) -> None:
     # Dense and block-sparse training have learning rates of their own in one of the tables.
     paired = name != "table_s2d"
