@@ -14,12 +14,14 @@ from experiments import sft_gsm8k
 
 
 def get_config(variant: str = "dense") -> ConfigDict:
-    """Variants: `dense`; `sat`, which also omits heads and channels; `full`, which trains all
-    parameters without SAT and adapters, with a tenth of the learning rate."""
+    """Variants: `dense`; `qlora`, whose base is stored in 4 bits; `sat`, which also omits heads and
+    channels; `full`, which trains all parameters without SAT and adapters, with a tenth of the
+    learning rate."""
     config = sft_gsm8k.get_config("sat" if variant == "sat" else "dense")
-    rank, learning_rate = {"dense": (16, 3e-4), "sat": (16, 3e-4), "full": (0, 3e-5)}[variant]
-    config.lora.rank = rank
-    config.optimizer.learning_rate = learning_rate
-    if rank:
+    bases = {"dense": None, "qlora": "nf4", "sat": None}
+    config.optimizer.learning_rate = 3e-5 if variant == "full" else 3e-4
+    if variant != "full":
+        config.lora.base = bases[variant]
+        config.lora.rank = 16
         config.lora.alpha = 32.0
     return config

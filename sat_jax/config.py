@@ -16,7 +16,7 @@ from sat_jax.data.data_format import DataFormat, Format, LossOn, TooLong
 from sat_jax.models.presets import PRESETS
 from sat_jax.nn.attention.dot_product import Implementation
 from sat_jax.nn.distillation import DistillSettings, Divergence
-from sat_jax.nn.lora import TRAINED, LoraSettings
+from sat_jax.nn.lora import BASES, TRAINED, LoraSettings
 from sat_jax.nn.rope import EXTENSIONS
 from sat_jax.nn.stack import Remat
 from sat_jax.ops import Implementation as Kernels
@@ -214,6 +214,16 @@ class LoraConfig(LoraSettings):
         "parameters that are trained in full beside the adapters: norms (scales and shifts),"
         " embeddings (of tokens and positions, and the output head)",
         choices=TRAINED,
+    )
+    base: str | None = key(
+        None,
+        "stored form of the frozen matrices of layers (QLoRA): 4-bit NormalFloat (nf4) or integers,"
+        " rounded to nearest; None: float32, or as model.path has them, where scripts.compress"
+        " quantized it",
+        choices=BASES,
+    )
+    group: int = key(
+        64, "with base: consecutive inputs of an output that share a scale; 0: all", low=0
     )
 
 

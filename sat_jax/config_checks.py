@@ -175,6 +175,8 @@ def _check_lora(config: "Config") -> None:
             raise UserError(f"lora.{field.name} {value!r} needs lora.rank 1 or more, not 0")
     if lora.rank == 0:
         return
+    if lora.base is None and lora.group != type(lora).group:
+        raise UserError(f"lora.group {lora.group} needs lora.base")
     if config.stores_blocks:
         raise UserError(
             f"lora.rank {lora.rank} excludes sparsity.weights.density {sparse.weights.density:g}:"

@@ -30,6 +30,7 @@ Methods of low rank, which truncate the singular value decomposition of each mat
 Methods of quantization, which store integers and one scale for each group of weights:
 
   rtn        round to nearest; reads no calibration statistics
+  nf4        nearest of 16 levels instead, quantiles of a normal distribution (arXiv:2305.14314)
   gptq       column after column; those to the right make up for the error (arXiv:2210.17323)
   awq        inputs with large activations get smaller errors (arXiv:2306.00978)
 
@@ -59,8 +60,8 @@ model has their products; factors.safetensors beside it has the factors.
 
 --bits and --group are for quantization: 4 or 8, and the number of consecutive inputs of an output
 that have one scale; 0 is all inputs. The written matrices are integers; other parameters have
---dtype. All scripts read the directory but train and compress; transformers needs what
-`python -m scripts.convert DIR --out NEW` writes from it.
+--dtype. All scripts read the directory but compress, and train without adapters; transformers needs
+what `python -m scripts.convert DIR --out NEW` writes from it.
 
 The calibration text is tokenized and packed as for training: a part of it (--held-out) is held out,
 for the perplexity before and after. The other part needs --calibration-rows rows of --context
@@ -91,7 +92,7 @@ def parser() -> Parser:
         "--method",
         required=True,
         metavar="NAME",
-        help="magnitude, wanda, sparsegpt, svd, asvd, svd-llm, rtn, gptq, awq or structured",
+        help="magnitude, wanda, sparsegpt, svd, asvd, svd-llm, rtn, gptq, awq, nf4 or structured",
     )
     add(
         "--sparsity",

@@ -95,6 +95,10 @@ RIGL = BLOCKS | {"sparsity.weights.update": "rigl", "sparsity.weights.update_eve
 WIDE = dataclasses.replace(MODEL, d_model=64, d_ff=64, head_dim=16)
 
 
+def wide_step(config: Config) -> str:
+    return step(config, WIDE)
+
+
 def block_rungs(config: Config) -> Any:
     return controller_of(config, WIDE).rungs
 
@@ -196,6 +200,8 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "lora.rslora": (True, step, LORA),
     "lora.dora": (True, step, LORA | {"sparsity.rate": 0.0}),
     "lora.trained": (("norms",), step, LORA),
+    "lora.base": ("nf4", wide_step, LORA | {"sparsity.rate": 0.0}),
+    "lora.group": (32, wide_step, LORA | {"sparsity.rate": 0.0, "lora.base": "int8"}),
     "distill.teacher": ("teacher", step, {}),
     "mesh.data": (3, refused, {}),
     "mesh.fsdp": (2, refused, {}),

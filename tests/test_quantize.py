@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from sat_jax.compress import (
 )
 from sat_jax.compress.costs import quantized_costs
 from sat_jax.compress.input_statistics import DAMPING
-from sat_jax.compress.layers import matrices
+from sat_jax.compress.layers import Matrix, matrices
 from sat_jax.compress.lora import adapters_of
 from sat_jax.config import Config, ModelConfig
 from sat_jax.errors import UserError
@@ -61,6 +62,37 @@ def test_round_to_nearest_by_hand(
     assert_close(matrix.array.scale[0], np.array(scales), "float32", "product")
     expected = np.repeat(scales, 6 // len(scales)) * integers
     assert_close(matrix.dense(), np.stack([expected, np.zeros(6)]), "float32", "product")
+
+
+def test_levels_of_normal_float() -> None:
+    """By their definition: quantiles of a normal distribution, of 8 negative and 9 positive levels
+    with one 0, at equal distances of the probability up to the mean of 1 - 1/30 and 1 - 1/32."""
+    last = (1 - 1 / 30 + 1 - 1 / 32) / 2
+    half = [
+        [NormalDist().inv_cdf(0.5 + (last - 0.5) * n / count) for n in range(1, count + 1)]
+        for count in (7, 8)
+    ]
+    negative, positive = (np.array(levels) / levels[-1] for levels in half)
+    levels = np.concatenate([-negative[::-1], [0], positive])
+    codes = jnp.asarray(pack(np.arange(16)[None]))
+    weight = Quantized(codes, jnp.full((1, 1), 3.0), normal_float=True)
+    assert_close(weight.dense()[0], 3 * levels, "float32", "product")
+
+
+def test_normal_float_by_hand() -> None:
+    """The scale of a group is its largest |w|; levels near 0.1 are 0.0796 and 0.1609, near -0.61
+    -0.696 and -0.525. A group of zeros stays 0."""
+    row = [4.0, 0.4, -2.44, -2.45, 0.0, 0.0, 0.0, 0.0, -0.2, 0.2, 0.01, 0.0]
+    matrix = quantize_matrix(np.array([row] * 2), np.ones((1, 12)), "nf4", 4, 4)
+    codes = [15, 8, 2, 1, 7, 7, 7, 7, 0, 15, 8, 7]
+    assert np.asarray(matrix.array.qvalue).astype(int).tolist() == [codes] * 2
+    assert_close(matrix.array.scale, [[4.0, 1.0, 0.2]] * 2, "float32", "product")
+    for writes in (False, True):
+        shape = (12, 2) if writes else (2, 12)
+        stored = Matrix("down", shape, "channel", writes).quantized(matrix)
+        assert stored.values.dtype == np.uint8 and stored.shape == shape
+        dense = matrix.dense()
+        np.testing.assert_array_equal(stored.dense(), dense.T if writes else dense)
 
 
 def test_gptq_by_hand() -> None:
@@ -213,7 +245,7 @@ def test_adapters_of_a_quantized_model(directory: Path, tmp_path: Path) -> None:
 
 def test_quantized_weights_are_not_trained(directory: Path) -> None:
     config = dataclasses.replace(Config(), model=ModelConfig(path=str(directory)))
-    with pytest.raises(UserError, match=r"model.path .*: .* quantized already \(int4\); accepted"):
+    with pytest.raises(UserError, match=r"model.path .* with lora.rank 0: .* \(int4\); accepted"):
         starting_point(config)
 
 
@@ -227,6 +259,7 @@ def test_quantized_weights_are_not_trained(directory: Path) -> None:
             {"group": "all"},
             "quantization_config = .* is not supported; accepted: what scripts.comp",
         ),
+        ({"normal_float": 1}, "quantization_config = .* is not supported; accepted"),
         ({"quant_method": "gptq"}, "quantization_config = .* is not supported; accepted"),
     ],
 )
@@ -256,6 +289,7 @@ def test_files_that_do_not_fit(directory: Path) -> None:
     [
         ({"method": "gguf"}, "method 'gguf'; accepted: rtn, gptq, awq"),
         ({"bits": 3}, "bits 3; accepted: 4 or 8"),
+        ({"method": "nf4", "bits": 8}, "bits 8: nf4 has 16 levels; accepted: 4"),
         ({"group": -1}, "group -1; accepted: a number of inputs, or 0 for all"),
         ({"group": 20}, "group 20: weight has 32 columns; accepted: divisors, such as 16, or 0"),
         ({"weight": np.ones((3, 32))}, "bits 4: weight is 3 × 32; accepted: even numbers"),

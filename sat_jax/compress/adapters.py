@@ -24,7 +24,6 @@ from sat_jax.compress.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Ad
 from sat_jax.compress.lora import (
     adapters_of,
     check_plain,
-    parameters,
     target_paths,
     without_adapters,
 )
@@ -39,6 +38,7 @@ from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.format_fields import Json
 from sat_jax.models.formats import StoredTensor, Tensor
 from sat_jax.nn.decoder import Decoder
+from sat_jax.nn.layout import parameters
 from sat_jax.nn.linear import dense
 from sat_jax.nn.lora import Lora, LoraSettings
 from sat_jax.nn.low_rank import LowRank
@@ -94,7 +94,7 @@ def adapted_weights(weights: Weights, directory: str | Path) -> Weights:
             new = _on_base(new, weights.read(path)).dense()
         return np.asarray(new)
 
-    return dataclasses.replace(weights, read=read, stored=None)
+    return dataclasses.replace(weights, read=read, stored=None, packing=None)
 
 
 def _on_base(new: Any, base: Any) -> Any:

@@ -7,7 +7,6 @@ from typing import Literal, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
@@ -18,9 +17,9 @@ from sat_jax.interop.huggingface import Dtype, numpy_dtype
 from sat_jax.interop.weights import cast
 from sat_jax.models.build import layout_of
 from sat_jax.nn.decoder import Compute, Decoder
+from sat_jax.nn.layout import parameters
 from sat_jax.nn.linear import Weight, dense
 from sat_jax.nn.low_rank import LowRank
-from sat_jax.nn.param import Control
 
 FACTORS_FILE = "factors.safetensors"
 _NAMES = ("left", "right")
@@ -77,10 +76,7 @@ def load_factored(
 def merge_factors(model: Decoder) -> Decoder:
     """Return the model whose weights are all plain arrays, for `save_model`: products of factors,
     adapters added to their bases, and dequantized weights."""
-    _, _, state = nnx.split(model, Control, ...)  # type: ignore[misc]
-    values = {
-        "/".join(map(str, path)): dense(variable) for path, variable in nnx.to_flat_state(state)
-    }
+    values = {path: dense(weight) for path, weight in parameters(model).items()}
     return layout_of(model.config, model.compute).bind(values)
 
 

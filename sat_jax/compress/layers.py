@@ -23,7 +23,7 @@ from sat_jax.nn.context import Observable, Observed
 from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.layout import Layout
 from sat_jax.nn.low_rank import LowRank
-from sat_jax.nn.quantized import Quantized, pack
+from sat_jax.nn.quantized import NORMAL_FLOAT, Quantized, pack
 
 Matrix2D = Float[Array, "out in"]
 # What branches report of the inputs of matrices that read the residual stream, and of those that
@@ -41,7 +41,7 @@ _STATISTICS: dict[Needs, Callable[[int, Any], InputStatistics]] = {
     ),
     "gram": InputStatistics.of_gram,
 }
-_NOTHING = InputStatistics(0, np.zeros(0))
+NOTHING = InputStatistics(0, np.zeros(0))
 
 
 class Rows(Protocol):
@@ -101,8 +101,8 @@ class Matrix(NamedTuple):
             scale = scale.reshape(*self.shape[:-1], -1)
         if input_scale is not None:
             input_scale = input_scale.reshape(self.shape[:-1] if self.writes else -1)
-        values = pack(values) if values.dtype == jnp.int4 else values
-        return Quantized(values, scale, input_scale, self.writes)
+        values = values if values.dtype == jnp.int8 else pack(values)
+        return Quantized(values, scale, input_scale, self.writes, array.qtype == NORMAL_FLOAT)
 
 
 class CompressedLayer(NamedTuple):
@@ -191,7 +191,7 @@ def _compress_layer(
     """Return a layer without its error, and the new weights of its matrices on the host."""
     result, new = CompressedLayer(layer, {}, math.nan, {}, {}), {}
     for matrix in matrices(layout):
-        sums = statistics.get((matrix.unit, matrix.writes), _NOTHING)
+        sums = statistics.get((matrix.unit, matrix.writes), NOTHING)
         weight = matrix.flatten(weights[matrix.path][0])
         _check_finite(layer, matrix.path, weight, sums)
         compressed = method(weight, sums)

@@ -4,6 +4,9 @@ A model with adapters has a layout of its own: the matrix `layers/mlp/up` become
 `layers/mlp/up/base`, which is frozen, and `layers/mlp/up/update/left` and `…/right`, which are
 trained. Everything that reads a layout (sharding, optimizer, FLOPs, checkpoints) applies to it
 unchanged.
+
+The bases may be quantized (QLoRA, arXiv:2305.14314), `layers/mlp/up/base/values` and `…/scale`, and
+so are then the matrices without adapters, `layers/mlp/up/values` and `…/scale`.
 """
 
 import dataclasses
@@ -13,15 +16,22 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from sat_jax.errors import UserError
 from sat_jax.models.build import layout_of
 from sat_jax.nn.decoder import Decoder
-from sat_jax.nn.layout import Flat, Layout, Leaf, flat_values, make_layout
+from sat_jax.nn.layout import (
+    Flat,
+    Layout,
+    Leaf,
+    flat_values,
+    make_layout,
+    parameters,
+    weight_reader,
+)
+from sat_jax.nn.linear import dense
 from sat_jax.nn.lora import Lora, LoraSettings, new_lora
-from sat_jax.nn.low_rank import LowRank
-from sat_jax.nn.param import Control
+from sat_jax.nn.quantized import Packing
 
 _ADAPTERS = 2  # the purpose of a random key: what it is folded with after the seed
 
@@ -47,27 +57,45 @@ def _is_named(path: str, target: str) -> bool:
 
 
 @functools.cache
-def lora_layout(layout: Layout[Decoder], settings: LoraSettings) -> Layout[Decoder]:
+def lora_layout(
+    layout: Layout[Decoder], settings: LoraSettings, packing: Packing | None = None
+) -> Layout[Decoder]:
     """Return the layout of the model with adapters, whose other parameters are frozen but those
-    that the settings name."""
-    values = jax.eval_shape(lambda v: _with_adapters(layout, v, settings, 0), dict(layout.shapes))
+    that the settings name. `packing`: how the matrices of layers are quantized; None: they are
+    not."""
+    base = _base_shapes(layout, packing)
+    values = jax.eval_shape(lambda v: _with_adapters(layout, v, settings, 0), base)
     adapted = make_layout(layout.bind(values))
     leaves = {path: _leaf(layout, path, leaf, settings) for path, leaf in adapted.leaves.items()}
     return dataclasses.replace(adapted, leaves=leaves)
 
 
+@functools.cache
+def base_layout(layout: Layout[Decoder], packing: Packing | None) -> Layout[Decoder]:
+    """Return the layout of the model without adapters, whose matrices of layers are quantized."""
+    return layout if packing is None else make_layout(layout.bind(_base_shapes(layout, packing)))
+
+
+def _base_shapes(layout: Layout[Decoder], packing: Packing | None) -> Flat:
+    """Return abstract parameters by path, of which matrices of layers are quantized."""
+    base: Flat = dict(layout.shapes)
+    if packing is not None:
+        for path, leaf in layout.with_role("read", "write"):
+            base[path] = packing.abstract(layout.shapes[path].shape, leaf.role == "write")
+    return base
+
+
 def _leaf(layout: Layout[Any], path: str, leaf: Leaf, settings: LoraSettings) -> Leaf:
-    name = path.rpartition("/")[2]
     if path not in layout.leaves:
-        return leaf._replace(role="vector") if name == "magnitude" else leaf
-    is_norm = leaf.role == "vector" and "norm" in name
+        return leaf
+    is_norm = leaf.role == "vector" and "norm" in path.rpartition("/")[2]
     kind = "norms" if is_norm else "embeddings" if leaf.role == "embedding" else None
     return leaf._replace(trained=leaf.trained and kind in settings.trained)
 
 
 def add_lora(layout: Layout[Any], values: Flat, settings: LoraSettings, seed: int) -> Flat:
     """Return the arrays of a model with new adapters, which do not change its function, by path.
-    `layout` and `values` are those of the model without them."""
+    `layout` and `values`, arrays and quantized weights, are those of the model without them."""
     return flat_values(layout.bind(_with_adapters(layout, values, settings, seed)))
 
 
@@ -80,34 +108,18 @@ def _with_adapters(layout: Layout[Any], values: Flat, settings: LoraSettings, se
     return adapted
 
 
-def merged_reader(
-    read: Callable[[str], np.ndarray], layout: Layout[Any], settings: LoraSettings
+def base_reader(
+    read: Callable[[str], np.ndarray], layout: Layout[Decoder]
 ) -> Callable[[str], np.ndarray]:
-    """Return a function that returns the parameters of the merged model by path. `read` returns the
-    arrays of the model with adapters, whose layout this is, on the host."""
+    """Return a function that returns the parameters of the model without adapters by path;
+    arguments as those of `nn.layout.merged_reader`."""
+    weight = weight_reader(read, layout)
 
-    def merged(path: str) -> np.ndarray:
-        if path in layout.leaves:
-            return read(path)
-        base, adapter = read(f"{path}/base"), adapter_at(read, layout, settings, path)
-        return np.asarray(dataclasses.replace(adapter, base=base).dense())
+    def base(path: str) -> np.ndarray:
+        found = weight(path)
+        return np.asarray(dense(found.base if isinstance(found, Lora) else found))
 
-    return merged
-
-
-def adapter_at(
-    read: Callable[[str], Any], layout: Layout[Any], settings: LoraSettings, path: str
-) -> Lora:
-    """Return the adapted weight at `path` without its base; arguments as those of
-    `merged_reader`."""
-    return Lora(
-        None,
-        LowRank(read(f"{path}/update/left"), read(f"{path}/update/right")),
-        read(f"{path}/magnitude") if settings.dora else None,
-        settings.alpha,
-        settings.rslora,
-        layout.leaves[f"{path}/base"].role == "write",
-    )
+    return base
 
 
 def adapters_of(model: Decoder) -> dict[str, Lora]:
@@ -140,9 +152,3 @@ def check_plain(model: Decoder) -> None:
             "the model has adapters already; accepted: one without, as merge_factors and"
             " without_adapters return"
         )
-
-
-def parameters(model: Decoder) -> dict[str, Any]:
-    """Return the arrays and weights of a model by path."""
-    _, _, state = nnx.split(model, Control, ...)  # type: ignore[misc]
-    return {"/".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(state)}

@@ -20,8 +20,8 @@ class Factors(NamedTuple):
 
 
 class QuantizedMatrix(NamedTuple):
-    """A matrix `[out, in]` of int4 or int8 with a scale `[out, groups]`. With an `input_scale`, the
-    weights of each input are multiplied by it."""
+    """A matrix `[out, in]` of int4, int8 or NormalFloat with a scale `[out, groups]`. With an
+    `input_scale`, the weights of each input are multiplied by it."""
 
     array: qwix.QArray
     input_scale: Float[Array, " in"] | None = None

@@ -1,13 +1,14 @@
-"""Quantization after training: round to nearest, GPTQ and AWQ.
+"""Quantization after training: round to nearest, GPTQ, AWQ and NormalFloat.
 
 Integers are symmetric: a group of weights has one scale, the largest |w| over 7.5 (4 bits) or 127.5
-(8 bits), as in `qwix.quantize`, and integers from -8 to 7 or -128 to 127.
+(8 bits), as in `qwix.quantize`, and integers from -8 to 7 or -128 to 127. Levels of NormalFloat are
+from -1 to 1, and the scale is the largest |w|.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from sat_jax.compress.elimination import (
 from sat_jax.compress.input_statistics import InputStatistics, Needs, statistics_of
 from sat_jax.compress.method import Compressed, QuantizedMatrix
 from sat_jax.errors import UserError
-from sat_jax.nn.quantized import Bits
+from sat_jax.nn.quantized import NORMAL_FLOAT, Bits, Packing
 
 AWQ_GRID = 20  # exponents from 0 to 1, as many as in the publication
 _SMALLEST = 1e-4  # size of an input relative to the largest one, below which AWQ does not go
@@ -41,6 +42,13 @@ class Method(NamedTuple):
 
 def _rtn(weight: Array, _: InputStatistics, bits: Bits, inputs: int) -> QuantizedMatrix:
     return QuantizedMatrix(_nearest(weight, bits, inputs))
+
+
+def _nf4(weight: Array, _: InputStatistics, bits: Bits, inputs: int) -> QuantizedMatrix:
+    """The nearest of 16 levels, which are quantiles of a normal distribution (QLoRA,
+    arXiv:2305.14314, section 3)."""
+    del bits
+    return QuantizedMatrix(_nearest(weight, "nf4", inputs))
 
 
 def _gptq(weight: Array, statistics: InputStatistics, bits: Bits, inputs: int) -> QuantizedMatrix:
@@ -120,9 +128,10 @@ def _scaled_error(weight: Array, powers: Array, gram: Array, bits: Bits, inputs:
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "inputs"))
-def _nearest(weight: Array, bits: Bits, inputs: int) -> qwix.QArray:
+def _nearest(weight: Array, bits: Bits | Literal["nf4"], inputs: int) -> qwix.QArray:
     """Return the weights rounded to nearest, with a scale `[out, groups]`."""
-    return qwix.quantize(weight, _dtype(bits), channelwise_axes=(0,), tiled_axes={1: inputs})
+    qtype = bits if bits == "nf4" else _dtype(bits)
+    return qwix.quantize(weight, qtype, channelwise_axes=(0,), tiled_axes={1: inputs})
 
 
 @jax.jit
@@ -144,6 +153,7 @@ QUANTIZATION: dict[str, Method] = {
     "rtn": Method("nothing", _rtn),
     "gptq": Method("gram", _gptq),
     "awq": Method("gram", _awq),
+    NORMAL_FLOAT: Method("nothing", _nf4),
 }
 
 
@@ -164,6 +174,8 @@ class Quantization:
             raise UserError(f"method {self.method!r}; accepted: {', '.join(QUANTIZATION)}")
         if self.bits not in get_args(Bits):
             raise UserError(f"bits {self.bits}; accepted: {' or '.join(map(str, get_args(Bits)))}")
+        if self.method == NORMAL_FLOAT and self.bits != 4:
+            raise UserError(f"bits {self.bits}: {NORMAL_FLOAT} has 16 levels; accepted: 4")
         if self.group < 0:
             raise UserError(f"group {self.group}; accepted: a number of inputs, or 0 for all")
 
@@ -175,11 +187,12 @@ class Quantization:
     @property
     def file_settings(self) -> dict[str, Any]:
         """The settings that a file of the quantized model has (`interop.quantized`)."""
-        return {**dataclasses.asdict(self), "input_scale": self._has_input_scale}
+        return {"method": self.method, **self.packing._asdict()}
 
     @property
-    def _has_input_scale(self) -> bool:
-        return self.method == "awq"
+    def packing(self) -> Packing:
+        """How matrices are stored."""
+        return Packing(self.bits, self.group, self.method == "awq", self.method == NORMAL_FLOAT)
 
     def check(self, rows: int, columns: int, what: str) -> None:
         """Raise `UserError` if a matrix of this size cannot be quantized."""
@@ -197,7 +210,7 @@ class Quantization:
 
     def bytes(self, rows: int, columns: int) -> int:
         """Return the size of a quantized matrix: integers, and scales in float32."""
-        scales = rows * columns // (self.group or columns) + columns * self._has_input_scale
+        scales = rows * columns // (self.group or columns) + columns * self.packing.input_scale
         return rows * columns * self.bits // 8 + 4 * scales
 
     def __call__(
@@ -205,10 +218,16 @@ class Quantization:
     ) -> Compressed:
         """Return the quantized matrix, and its dequantized weights in the dtype of `weight`."""
         values = jnp.asarray(weight)
-        matrix = QUANTIZATION[self.method].quantize(
-            values.astype(jnp.float32), statistics, self.bits, self.group or values.shape[1]
-        )
+        matrix = self.quantize(values, statistics)
         return Compressed(_dense(matrix).astype(values.dtype), 0, quantized=matrix)
+
+    def quantize(
+        self, weight: Float[Array, "out in"], statistics: InputStatistics
+    ) -> QuantizedMatrix:
+        """Return the quantized matrix alone."""
+        method = QUANTIZATION[self.method]
+        inputs = self.group or weight.shape[1]
+        return method.quantize(weight.astype(jnp.float32), statistics, self.bits, inputs)
 
 
 def quantize_matrix(
@@ -220,14 +239,12 @@ def quantize_matrix(
 ) -> QuantizedMatrix:
     """Quantize one matrix W, whose outputs are inputs · Wᵀ.
 
-    `method`: rtn, gptq or awq. `bits` and `group` as in `Quantization`. `dense()` of the result is
-    float32 `[out, in]`. Raises `UserError` for settings or shapes that are not accepted, and for
-    inputs that are not finite.
+    `method`: rtn, gptq, awq or nf4. `bits` and `group` as in `Quantization`. `dense()` of the
+    result is float32 `[out, in]`. Raises `UserError` for settings or shapes that are not accepted,
+    and for inputs that are not finite.
     """
     quantization = Quantization(method, bits, group)
     statistics = statistics_of(weight, inputs, quantization.needs)
     rows, columns = np.shape(weight)
     quantization.check(rows, columns, "weight")
-    matrix = quantization(weight, statistics).quantized
-    assert matrix is not None
-    return matrix
+    return quantization.quantize(jnp.asarray(weight), statistics)

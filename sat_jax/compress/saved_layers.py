@@ -62,7 +62,11 @@ class SavedLayers:
             values["error"],
             {path: LowRank(**fields) for path, fields in factors.items()},
             {
-                path: Quantized(**fields, writes=values["writes"][path])
+                path: Quantized(
+                    **fields,
+                    writes=values["writes"][path],
+                    normal_float=values.get("normal_float", False),
+                )
                 for path, fields in quantized.items()
             },
         )
@@ -78,7 +82,9 @@ class SavedLayers:
                     if isinstance(value, np.ndarray):
                         tensors[f"{group}:{path}:{field.name}"] = value
         writes = {path: weight.writes for path, weight in layer.quantized.items()}
+        normal_float = any(weight.normal_float for weight in layer.quantized.values())
         values = {"removed": layer.removed, "error": layer.error, "writes": writes}
+        values["normal_float"] = normal_float
         metadata = {"layer": json.dumps(values)}
         new = self.folder / "new"
         save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, new, metadata)

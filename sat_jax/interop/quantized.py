@@ -7,10 +7,9 @@ directory, and refuses it.
 """
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -26,7 +25,7 @@ from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.format_fields import Json, JsonFields
 from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.layout import flat_values
-from sat_jax.nn.quantized import Bits, Quantized
+from sat_jax.nn.quantized import Bits, Packing, Quantized
 
 FILE = "quantized.safetensors"
 _FIELD, _OWN = "quantization_config", "sat_jax"
@@ -35,25 +34,26 @@ _FLOATS = ("F32", "F16", "BF16")
 _Shapes = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]  # shape and dtypes by name
 
 
-class _Settings(NamedTuple):
-    """The settings in `quantization_config`: bits, weights of a group (0: all inputs), and whether
-    matrices have an `input_scale`."""
+def packing_to_json(packing: Packing) -> Json:
+    """Return the field of a config that says how matrices are stored."""
+    return {_FIELD: {"quant_method": _OWN, **packing._asdict()}}
 
-    bits: Bits
-    group: int
-    input_scale: bool
 
-    @classmethod
-    def of_json(cls, fields: JsonFields) -> "_Settings":
-        """Return the settings. Raises `UserError` for those of another program."""
-        raw = fields.raw.get(_FIELD)
-        settings: Json = raw if isinstance(raw, dict) and raw.get("quant_method") == _OWN else {}
-        values: list[Any] = [settings.get(name) for name in cls._fields]
-        bits, group, input_scale = values
-        types = (type(bits), type(group), type(input_scale))
-        if types != (int, int, bool) or bits not in get_args(Bits) or group < 0:
-            raise fields.refuse(_FIELD, f"what scripts.compress wrote beside {FILE}")
-        return cls(bits, group, input_scale)
+def packing_from_json(raw: Json, where: str) -> tuple[Json, Packing | None]:
+    """Return a config without this field, and how matrices are stored; None: as plain arrays.
+    Raises `UserError` for the settings of another program."""
+    field = raw.get(_FIELD)
+    if field is None:
+        return raw, None
+    settings: Json = field if isinstance(field, dict) and field.get("quant_method") == _OWN else {}
+    values: list[Any] = [settings.get(name) for name in ("bits", "group", "input_scale")]
+    # Files of before NormalFloat have integers.
+    bits, group, input_scale, normal_float = *values, settings.get("normal_float", False)
+    types = tuple(map(type, (bits, group, input_scale, normal_float)))
+    if types != (int, int, bool, bool) or bits not in get_args(Bits) or group < 0:
+        fields = JsonFields(raw, where)
+        raise fields.refuse(_FIELD, f"what scripts.compress wrote beside {FILE}")
+    return raw | {_FIELD: None}, Packing(bits, group, input_scale, normal_float)
 
 
 def is_quantized(directory: Path) -> bool:
@@ -75,7 +75,7 @@ def write_directory(
     fails, nothing is left behind.
 
     The directory must be new or empty. `config`: that of the model, perhaps with other end tokens.
-    `settings`: the method, `bits`, `group` and whether matrices have an `input_scale`. `files` and
+    `settings`: the method and the fields of its `Packing`. `files` and
     `generation` as those of `huggingface.write_directory`.
     """
     extra = {_FIELD: {"quant_method": _OWN, **settings}}
@@ -95,11 +95,13 @@ def open_directory(directory: Path) -> Weights:
     """Return the model in a directory that `write_directory` wrote. Only headers are read before a
     value is. `read` returns dequantized parameters."""
     config_path, model_type = huggingface.config_file(directory)
-    raw, where = read_json(config_path), str(config_path)
-    settings = _Settings.of_json(JsonFields(raw, where))
-    config = config_from_json(raw | {_FIELD: None}, where, model_type)
+    where = str(config_path)
+    raw, packing = packing_from_json(read_json(config_path), where)
+    if packing is None:
+        raise UserError(f"{where}: no {_FIELD}; accepted: what scripts.compress wrote")
+    config = config_from_json(raw, where, model_type)
     config = huggingface.with_generation_ends(config, directory)
-    path, expected = directory / FILE, _expected(config, settings)
+    path, expected = directory / FILE, _expected(config, packing)
     _check(path, expected)
 
     def stored(name: str) -> Any:
@@ -111,14 +113,15 @@ def open_directory(directory: Path) -> Weights:
                 for part in _PARTS
                 if f"{name}/{part}" in expected
             }
-            return Quantized(**parts, writes=layout_of(config).leaves[name].role == "write")
+            writes = layout_of(config).leaves[name].role == "write"
+            return Quantized(**parts, writes=writes, normal_float=packing.normal_float)
 
     def read(name: str) -> np.ndarray:
         weight = stored(name)
         return np.asarray(weight.dense() if isinstance(weight, Quantized) else weight)
 
     generation = huggingface.read_generation(directory)
-    return Weights(config, read, generation, (f"int{settings.bits}",), stored)
+    return Weights(config, read, generation, (packing.format,), stored, packing)
 
 
 @contextlib.contextmanager
@@ -130,26 +133,19 @@ def _open(path: Path) -> Iterator[Any]:
         raise UserError(f"{path}: cannot be read as safetensors: {error}") from error
 
 
-def _expected(config: DecoderConfig, settings: _Settings) -> _Shapes:
+def _expected(config: DecoderConfig, packing: Packing) -> _Shapes:
     """Return the tensors of a model."""
     matrices = dict(layout_of(config).with_role("read", "write"))
-    integers = ("U8",) if settings.bits == 4 else ("I8",)
+    dtypes = {"uint8": ("U8",), "int8": ("I8",), "float32": ("F32",)}
     result: _Shapes = {}
     for path, abstract in shapes(config).items():
-        shape = abstract.shape
         if path not in matrices:
-            result[path] = (shape, _FLOATS)
+            result[path] = (abstract.shape, _FLOATS)
             continue
-        layers, *units, width = shape
-        writes = matrices[path].role == "write"
-        columns = math.prod(units) if writes else width
-        groups = columns // (settings.group or columns)
-        scale = (layers, groups, width) if writes else (layers, *units, groups)
-        result[f"{path}/values"] = ((layers, *units, width * settings.bits // 8), integers)
-        result[f"{path}/scale"] = (scale, ("F32",))
-        if settings.input_scale:
-            inputs = shape[:-1] if writes else (layers, width)
-            result[f"{path}/input_scale"] = (inputs, ("F32",))
+        weight = packing.abstract(abstract.shape, matrices[path].role == "write")
+        for part in _PARTS:
+            if (array := getattr(weight, part)) is not None:
+                result[f"{path}/{part}"] = (array.shape, dtypes[array.dtype.name])
     return result
 
 

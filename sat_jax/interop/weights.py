@@ -15,6 +15,7 @@ from sat_jax.models.build import shapes
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.format_fields import Json
 from sat_jax.models.formats import Format, Shape, StoredTensor
+from sat_jax.nn.quantized import Packing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Weights:
 
     `generation` has the settings of generation_config.json, if the weights come with them.
     `quantized` names the quantized types of the tensors in the files. If a model can compute with
-    these, `stored(path)` returns a parameter as it is in the files: an array, or a `Weight`.
+    these, `stored(path)` returns a parameter as it is in the files: an array, or a `Weight`, which
+    is stored by `packing`.
     """
 
     config: DecoderConfig
@@ -31,6 +33,7 @@ class Weights:
     generation: Json = dataclasses.field(default_factory=dict)
     quantized: tuple[str, ...] = ()
     stored: Callable[[str], Any] | None = None
+    packing: Packing | None = None
 
     def check_not_quantized(self, where: object) -> None:
         """Raise `UserError` if these are weights that `scripts.compress` quantized."""

@@ -7,16 +7,18 @@ weights are in the values of variables, not in the graph definition.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
 from sat_jax.nn.branch import Branch, branches
-from sat_jax.nn.linear import Axes, Weight
+from sat_jax.nn.linear import Axes, Weight, dense
 from sat_jax.nn.param import BLOCK, INDEX, LAYER, Control, Role
 
 Flat = dict[str, Any]
@@ -138,6 +140,8 @@ def make_layout(abstract_model: Model) -> Layout[Model]:
             name = _joined(path, inside)
             own_axes, own_trained = within[inside]
             role: Role = "index" if INDEX in own_axes else metadata["role"]
+            if keys and _stays_float32(value, keys):
+                role = "vector"
             leaves[name] = Leaf(own_axes, role, own_trained)
             shapes[name] = jax.ShapeDtypeStruct(array.shape, array.dtype)
     parts = branches(abstract_model.layers)  # type: ignore[attr-defined]
@@ -154,10 +158,45 @@ def flat_values(model: nnx.Module) -> Flat:
     _, _, state = nnx.split(model, Control, ...)  # type: ignore[misc]
     values: Flat = {}
     for path, variable in nnx.to_flat_state(state):
-        for keys, array in jax.tree_util.tree_leaves_with_path(variable.get_value()):
-            inside = jax.tree_util.keystr(keys, simple=True, separator="/")
-            values[_joined(path, inside)] = array
+        values |= flat_arrays(path, variable.get_value())
     return values
+
+
+def parameters(model: nnx.Module) -> dict[str, Any]:
+    """Return the arrays and weights of a model by the path of their parameter."""
+    _, _, state = nnx.split(model, Control, ...)  # type: ignore[misc]
+    return {"/".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(state)}
+
+
+def weight_reader(read: Callable[[str], Any], layout: Layout[Any]) -> Callable[[str], Any]:
+    """Return a function that returns a parameter by path: an array or a `Weight`. `read` returns
+    the arrays of the model with this layout."""
+    names = parameters(layout.bind({name: name for name in layout.leaves}))
+    return lambda path: jax.tree.map(read, names[path])
+
+
+def merged_reader(
+    read: Callable[[str], np.ndarray], layout: Layout[Any]
+) -> Callable[[str], np.ndarray]:
+    """Return a function that returns a parameter by path as one array. `read` returns the arrays of
+    the model with this layout, on the host."""
+    weight = weight_reader(read, layout)
+    return lambda path: np.asarray(dense(weight(path)))
+
+
+def flat_arrays(path: tuple[Any, ...], value: Any) -> Flat:
+    """Return the arrays of the parameter at `path`, an array or a `Weight`, by their paths."""
+    arrays = jax.tree_util.tree_leaves_with_path(value)
+    return {
+        _joined(path, jax.tree_util.keystr(keys, simple=True, separator="/")): array
+        for keys, array in arrays
+    }
+
+
+def _stays_float32(weight: Weight, keys: tuple[Any, ...]) -> bool:
+    """Return whether the array at `keys` in the weight is not cast to the compute dtype."""
+    *outer, name = (key.name for key in keys)
+    return name in functools.reduce(getattr, outer, weight).float32
 
 
 def _joined(path: tuple[Any, ...], inside: str) -> str:

@@ -17,6 +17,9 @@ TRAINED = ("norms", "embeddings")
 """Parameters that can be trained in full beside adapters: scales and shifts of norms; tables of
 tokens and positions, and the output head."""
 
+BASES = ("nf4", "int4", "int8")
+"""Forms in which frozen matrices can be stored (`nn.quantized.Packing`), by name."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LoraSettings:

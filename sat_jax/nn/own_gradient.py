@@ -39,16 +39,16 @@ Saved = tuple[OwnGradient, Array]
 
 @jax.custom_vjp
 def _project(w: OwnGradient, x: Array) -> Array:
-    return project(w.dense(), x)
+    return project(_dense(w, x), x)
 
 
 def _project_forward(w: OwnGradient, x: Array) -> tuple[Array, Saved]:
-    return project(w.dense(), x), (w, x)
+    return project(_dense(w, x), x), (w, x)
 
 
 def _project_backward(saved: Saved, dy: Array) -> tuple[Any, Array]:
     w, x = saved
-    return w.gradient(x, w.of_trained(dy)), combine(w.dense(), dy)
+    return w.gradient(x, w.of_trained(dy)), combine(_dense(w, dy), dy)
 
 
 _project.defvjp(_project_forward, _project_backward)
@@ -56,16 +56,21 @@ _project.defvjp(_project_forward, _project_backward)
 
 @jax.custom_vjp
 def _combine(w: OwnGradient, a: Array) -> Array:
-    return combine(w.dense(), a)
+    return combine(_dense(w, a), a)
 
 
 def _combine_forward(w: OwnGradient, a: Array) -> tuple[Array, Saved]:
-    return combine(w.dense(), a), (w, w.of_trained(a))
+    return combine(_dense(w, a), a), (w, w.of_trained(a))
 
 
 def _combine_backward(saved: Saved, dy: Array) -> tuple[Any, Array]:
     w, a = saved
-    return w.gradient(dy, a), project(w.dense(), dy)
+    return w.gradient(dy, a), project(_dense(w, dy), dy)
 
 
 _combine.defvjp(_combine_forward, _combine_backward)
+
+
+def _dense(w: OwnGradient, x: Array) -> Array:
+    """Return the dense array in the dtype of the activations: dequantized ones are float32."""
+    return w.dense().astype(x.dtype)

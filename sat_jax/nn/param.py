@@ -3,7 +3,8 @@
 Axes are ordered `layer, *within, unit, ...`: `query` has `layer, kv_group, query_head, head_dim,
 embed`. Some axes have a meaning of their own: `layer` is scanned over, and `channel` is the unit of
 every MLP. In a block-sparse weight, `block` numbers the stored blocks of a `block_row`, and `index`
-the entries of arrays that say where they are. Vectors that scale or shift the residual stream have
+the entries of arrays that say where they are. An entry of `embed_pair` is a byte with two weights
+of 4 bits, which are half of `embed` apart. Vectors that scale or shift the residual stream have
 the axis `norm` in place of `embed`, so that they are not split over a mesh.
 """
 
@@ -21,6 +22,7 @@ of tokens or positions; `vector`: norm scales and biases, which stay float32 unt
 have no weight decay; `index`: where the values of a sparse weight are."""
 
 LAYER, CHANNEL, EMBED, NORM = "layer", "channel", "embed", "norm"
+EMBED_PAIR = "embed_pair"
 BLOCK_ROW, BLOCK, INDEX = "block_row", "block", "index"
 
 

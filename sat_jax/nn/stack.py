@@ -116,10 +116,13 @@ def cast(state: Any, dtype: str) -> Any:
         return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
 
     def cast_value(value: Any) -> Any:
-        weight: Any = jax.tree.map(cast_array, value)
-        if isinstance(value, Weight) and value.float32:
-            weight = dataclasses.replace(weight, **{n: getattr(value, n) for n in value.float32})
-        return weight
+        if not isinstance(value, Weight):
+            return cast_array(value)
+        # A weight may be a field of another one, with a `float32` of its own.
+        inside = jax.tree.map(
+            cast_value, value, is_leaf=lambda v: v is not value and isinstance(v, Weight)
+        )
+        return dataclasses.replace(inside, **{n: getattr(value, n) for n in value.float32})
 
     def cast_variable(variable: Any) -> Any:
         if getattr(variable, "role", "vector") == "vector":

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from sat_jax.errors import UserError
 from sat_jax.nn.layout import Layout
 from sat_jax.nn.mesh_axes import CONTEXT, PIPELINE, ROW_AXES, TENSOR
-from sat_jax.nn.param import BLOCK_ROW, EMBED, LAYER
+from sat_jax.nn.param import BLOCK_ROW, EMBED, EMBED_PAIR, LAYER
 
 # Mesh axes of the split parameter axes; all other axes are replicated. Devices that share a row
 # split the weights as those of `fsdp` do, or each would hold all of them.
@@ -22,6 +22,7 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
     "head": (TENSOR,),
     "channel": (TENSOR,),
     EMBED: ("fsdp", CONTEXT),
+    EMBED_PAIR: ("fsdp", CONTEXT),
     BLOCK_ROW: (TENSOR,),
     "column_of_block": ("fsdp", CONTEXT),
 }

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from sat_jax.nn.layout import Layout
-from sat_jax.nn.param import CHANNEL
+from sat_jax.nn.param import CHANNEL, EMBED_PAIR
 from sat_jax.nn.sampled_tokens import sampled_tokens
 from sat_jax.nn.stack import Remat
 from sat_jax.sparsity.plan import Dropped, Neurons, Passes, Segment, neurons_of
@@ -334,10 +334,11 @@ def _matrices(layout: Layout[Any], branch: str, *roles: Any) -> Iterator[str]:
 
 
 def _size(layout: Layout[Any], path: str, sizes: dict[str, float]) -> float:
-    """Return how many entries a layer of an array has where units have these sizes."""
+    """Return how many weights a layer of an array has where units have these sizes."""
     leaf, shape = layout.leaves[path], layout.shapes[path].shape
     axes = zip(leaf.axes[1:], shape[1:], strict=True)
-    return math.prod(sizes.get(name, float(size)) for name, size in axes)
+    entries = math.prod(sizes.get(name, float(size)) for name, size in axes)
+    return 2 * entries if EMBED_PAIR in leaf.axes else entries
 
 
 def _times(count: FlopCount, factor: float) -> FlopCount:

@@ -12,7 +12,9 @@ from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 from sat_jax.interop import locate
 from sat_jax.interop.huggingface_config import config_to_json
+from sat_jax.interop.quantized import packing_to_json
 from sat_jax.models.decoder_config import DecoderConfig
+from sat_jax.nn.quantized import Packing
 from sat_jax.train.checkpoint import find
 from sat_jax.train.files import read_json, write_json
 from sat_jax.train.manifest import MANIFEST, digests
@@ -44,15 +46,19 @@ def check_inputs(workdir: WorkDir, task: Task) -> None:
 def write_inputs(workdir: WorkDir, task: Task) -> None:
     """Write what a new run keeps of its inputs, and their fingerprints."""
     if not workdir.config.exists():
-        write_model(workdir, task.model, task.tokenizer)
+        write_model(workdir, task.model, task.tokenizer, task.stored)
         if generation := generation_settings(task.config, task.weights):
             write_json(workdir.generation, generation)
         write_json(workdir.inputs, _fingerprints(task))
 
 
-def write_model(workdir: WorkDir, model: DecoderConfig, tokenizer: Tokenizer) -> None:
-    """Write the shape of the model, and the tokenizer with the chat template of the training."""
-    write_json(workdir.model, config_to_json(model, "float32"))
+def write_model(
+    workdir: WorkDir, model: DecoderConfig, tokenizer: Tokenizer, stored: Packing | None = None
+) -> None:
+    """Write the shape of the model and how its `model.path` is quantized, and the tokenizer with
+    the chat template of the training."""
+    packing = {} if stored is None else packing_to_json(stored)
+    write_json(workdir.model, config_to_json(model, "float32") | packing)
     workdir.tokenizer.mkdir(exist_ok=True)
     tokenizer.save(workdir.tokenizer)
     # Read where the tokenizer's own files do not name these tokens.

@@ -7,19 +7,33 @@ from collections.abc import Mapping
 import jax
 
 from sat_jax.compress.lora import lora_layout
-from sat_jax.config import Config
+from sat_jax.compress.quantized_base import base_method
+from sat_jax.config import Config, LoraConfig
 from sat_jax.models.build import layout_of
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.decoder import Compute, Decoder
 from sat_jax.nn.layout import Layout
+from sat_jax.nn.quantized import Packing
 
 
 def run_layout(
-    config: Config, model: DecoderConfig, compute: Compute = Compute()
+    config: Config,
+    model: DecoderConfig,
+    compute: Compute = Compute(),
+    stored: Packing | None = None,
 ) -> Layout[Decoder]:
-    """Return the layout of the arrays that a run trains or keeps frozen."""
+    """Return the layout of the arrays that a run trains or keeps frozen. `stored`: how the matrices
+    of `model.path` are quantized; None: they are not."""
     layout = layout_of(model, compute)
-    return lora_layout(layout, config.lora) if config.lora.rank else layout
+    if not config.lora.rank:
+        return layout
+    return lora_layout(layout, config.lora, base_packing(config.lora, stored))
+
+
+def base_packing(lora: LoraConfig, stored: Packing | None) -> Packing | None:
+    """Return how frozen matrices of layers are quantized; None: they are not."""
+    method = base_method(lora.base, lora.group)
+    return stored if method is None else method.packing
 
 
 @dataclasses.dataclass(frozen=True)

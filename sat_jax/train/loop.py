@@ -113,11 +113,11 @@ class Run:
         self._share = row_share(task.mesh)
         self._rung: Rung | None = None
         self._running: _Step | None = None
-        self._done_at = 0.0
-        self._compiled_before = 0.0
+        self._done_at = self._compiled_before = 0.0
 
         self._stack = ExitStack()
-        self._programs = Programs(config, task.model, task.mesh, task.controller, task.teacher)
+        rest = (task.mesh, task.controller, task.teacher, task.stored)
+        self._programs = Programs(config, task.model, *rest)
         self._blocks = BlockChanges(config, self._programs)
         self._stack.callback(self._programs.close)
         self._checkpoints = self._stack.enter_context(

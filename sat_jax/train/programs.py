@@ -23,6 +23,7 @@ from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.decoder import Compute, Decoder
 from sat_jax.nn.distillation import Distillation
 from sat_jax.nn.layout import Layout
+from sat_jax.nn.quantized import Packing
 from sat_jax.parallel.rules import BATCH, tree_shardings
 from sat_jax.sparsity.choose import Choice, Criteria, choose, selection_key
 from sat_jax.sparsity.controller import Controller
@@ -78,7 +79,8 @@ class RungPrograms(NamedTuple):
 class Programs:
     """Compiles on one background thread; `rung(plan)` waits for the plan's programs.
 
-    A compilation that fails raises where its result is asked for, and in `check`.
+    `stored`: how the matrices of `model.path` are quantized. A compilation that fails raises where
+    its result is asked for, and in `check`.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Programs:
         mesh: Mesh,
         controller: Controller,
         teacher: Teacher | None = None,
+        stored: Packing | None = None,
     ):
         self._config, self._mesh, self._teacher = config, mesh, teacher
         self.kernels = kernels_of(config, mesh)
@@ -100,9 +103,10 @@ class Programs:
             config.train.accumulate,
             settings.retention,
         )
-        self.layout = run_layout(config, model, compute)
+        self.layout = run_layout(config, model, compute, stored)
         # Probes have few rows, and observe what stages do not return: without a pipeline.
-        self.probed = run_layout(config, model, dataclasses.replace(compute, microbatches=1))
+        one = dataclasses.replace(compute, microbatches=1)
+        self.probed = run_layout(config, model, one, stored)
         sparse = config.sparsity
         probes = controller.sparse and sparse.refresh_every > 0
         # Where layers choose for themselves, their inputs are observed inside them.

@@ -1,16 +1,15 @@
 """Weights of a run: the initial ones, and those of its checkpoints."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from sat_jax import interop
 from sat_jax.compress.adapters import adapted_weights, load_adapter
-from sat_jax.compress.lora import merged_reader
 from sat_jax.config import Config
 from sat_jax.config_values import from_config_dict
 from sat_jax.data.data_format import DataFormat
@@ -19,15 +18,17 @@ from sat_jax.data.tokenizer import Tokenizer
 from sat_jax.errors import UserError
 from sat_jax.interop import Weights, open_weights
 from sat_jax.interop.huggingface_config import config_from_json
-from sat_jax.models.build import shapes
+from sat_jax.interop.quantized import packing_from_json
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.format_fields import Json
 from sat_jax.models.presets import extended, preset, resized
 from sat_jax.nn.decoder import Compute, Decoder
+from sat_jax.nn.layout import Layout, merged_reader
+from sat_jax.nn.quantized import Packing
 from sat_jax.sparsity.execution.mask import as_floats, unit_masks
 from sat_jax.sparsity.rows import Kept
 from sat_jax.sparsity.stored_blocks import dense_reader
-from sat_jax.train.checkpoint import find
+from sat_jax.train.checkpoint import Checkpoint, find
 from sat_jax.train.files import read_json
 from sat_jax.train.layouts import run_layout
 from sat_jax.train.workdir import WorkDir
@@ -45,11 +46,35 @@ def open_run(path: Path, step: int | None = None) -> tuple[Weights, Config]:
     One parameter is read at a time, and the base model is not needed. Raises `UserError` if the
     checkpoint is of another model.
     """
-    workdir = WorkDir(path)
+    run = _open(WorkDir(path), step)
+    read = merged_reader(run.read, run.layout())
+    return Weights(run.model, read, run.generation), run.config
+
+
+class _StoredRun(NamedTuple):
+    """A checkpoint of a run, its settings and its model. `stored`: how the matrices of its
+    `model.path` are quantized. `read` returns an array of its layout by path, dense, on the
+    host."""
+
+    checkpoint: Checkpoint
+    config: Config
+    model: DecoderConfig
+    stored: Packing | None
+    generation: Json
+    read: Callable[[str], np.ndarray]
+
+    def layout(self, compute: Compute = Compute()) -> Layout[Decoder]:
+        """Return the layout of the run's arrays."""
+        return run_layout(self.config, self.model, compute, self.stored)
+
+
+def _open(workdir: WorkDir, step: int | None) -> _StoredRun:
     config = from_config_dict(read_json(workdir.config))
-    model = config_from_json(read_json(workdir.model), str(workdir.model))
+    where = str(workdir.model)
+    raw, stored = packing_from_json(read_json(workdir.model), where)
+    model = config_from_json(raw, where)
     checkpoint = find(workdir.checkpoints, step)
-    prefix, layout = "params/", run_layout(config, model)
+    prefix, layout = "params/", run_layout(config, model, stored=stored)
     names = {n.removeprefix(prefix) for n in checkpoint.leaves if n.startswith(prefix)}
     for name, expected in layout.shapes.items():
         leaf = checkpoint.leaves.get(f"{prefix}{name}")
@@ -62,24 +87,11 @@ def open_run(path: Path, step: int | None = None) -> tuple[Weights, Config]:
             )
 
     def read(name: str) -> np.ndarray:
-        return np.asarray(checkpoint.read([f"{prefix}{name}"])[f"{prefix}{name}"], np.float32)
+        return np.asarray(checkpoint.read([f"{prefix}{name}"])[f"{prefix}{name}"])
 
     generation = read_json(workdir.generation) if workdir.generation.exists() else {}
-    return Weights(model, run_reader(read, names, config, model), generation), config
-
-
-def run_reader(
-    read: Callable[[str], np.ndarray],
-    names: Collection[str],
-    config: Config,
-    model: DecoderConfig,
-) -> Callable[[str], np.ndarray]:
-    """Return a function that returns a dense parameter of a run by path: with zeros outside its
-    stored blocks, or with its adapter merged, if it has any. `read` returns the arrays `names` of
-    the run on the host."""
-    if config.lora.rank:
-        return merged_reader(read, run_layout(config, model), config.lora)
-    return dense_reader(read, names, shapes(model))
+    dense = dense_reader(read, names, layout.shapes)
+    return _StoredRun(checkpoint, config, model, stored, generation, dense)
 
 
 def load_model(
@@ -109,16 +121,14 @@ def _load_model(
         if step is not None:
             raise UserError(f"step {step} needs the work directory of a run; {path} is not one")
         return interop.load_model(path, dtype)
-    weights, config = open_run(directory, step)
-    layout = run_layout(config, weights.config, Compute(dtype=dtype))
-    checkpoint = find(WorkDir(directory).checkpoints, step)
-    layers = checkpoint.meta["segment_layers"]
+    run = _open(WorkDir(directory), step)
+    layout, layers = run.layout(Compute(dtype=dtype)), run.checkpoint.meta["segment_layers"]
     kept: Kept = tuple({} for _ in layers)
-    names = [name for name in checkpoint.leaves if name.startswith("kept/")]
-    for name, indices in checkpoint.read(names).items():
+    names = [name for name in run.checkpoint.leaves if name.startswith("kept/")]
+    for name, indices in run.checkpoint.read(names).items():
         _, segment, unit = name.split("/")
         kept[int(segment)][unit] = jnp.asarray(indices)
-    values = {path: jnp.asarray(weights.read(path)) for path in layout.leaves}
+    values = {path: jnp.asarray(run.read(path)) for path in layout.leaves}
     return layout.bind(values, as_floats(unit_masks(layout, layers, kept)))
 
 
@@ -127,9 +137,12 @@ def starting_point(config: Config) -> tuple[DecoderConfig, Weights | None]:
     weights = None
     if config.model.path is not None:
         weights = open_weights(config.model.path)
-        weights.check_not_quantized(f"model.path {config.model.path}")
-        if config.model.adapter is not None:
-            weights = adapted_weights(weights, config.model.adapter)
+        where, adapter = f"model.path {config.model.path}", config.model.adapter
+        if config.lora.rank == 0:
+            weights.check_not_quantized(f"{where} with lora.rank 0")
+        if adapter is not None:
+            weights.check_not_quantized(f"{where} with model.adapter")
+            weights = adapted_weights(weights, adapter)
         model = weights.config
     else:
         assert config.model.preset is not None

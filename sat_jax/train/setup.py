@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from sat_jax.cache import cache_dir
 from sat_jax.compress.adapters import check_expressible
-from sat_jax.compress.lora import add_lora
+from sat_jax.compress.lora import add_lora, base_layout
+from sat_jax.compress.quantized_base import base_method, check_base, quantized_reader
 from sat_jax.config import Config, MeshConfig
 from sat_jax.data.conversations import training_tokenizer
 from sat_jax.data.data_format import DataFormat
@@ -24,15 +25,17 @@ from sat_jax.models.build import initial_values, layout_of
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.attention.dot_product import refusals
 from sat_jax.nn.attention.grouped_query import Attention
-from sat_jax.nn.layout import Layout
+from sat_jax.nn.decoder import Decoder
+from sat_jax.nn.layout import Layout, flat_arrays, weight_reader
+from sat_jax.nn.quantized import Packing
 from sat_jax.nn.retention import Retention
 from sat_jax.parallel.mesh import make_mesh
-from sat_jax.parallel.processes import check_processes
+from sat_jax.parallel.processes import check_processes, on_host
 from sat_jax.parallel.rules import check_divisible, place, tree_shardings
 from sat_jax.sparsity.controller import Controller, make_controller
 from sat_jax.sparsity.plan import neurons_of
 from sat_jax.sparsity.stored_blocks import block_grids, block_layout
-from sat_jax.train.layouts import Teacher, run_layout, teacher_layout
+from sat_jax.train.layouts import Teacher, base_packing, run_layout, teacher_layout
 from sat_jax.train.run_weights import starting_point
 from sat_jax.train.teacher import (
     check_tokenizers,
@@ -53,6 +56,16 @@ class Task:
     mesh: Mesh
     controller: Controller
     teacher: Teacher | None = None
+
+    @property
+    def stored(self) -> Packing | None:
+        """How the matrices of `model.path` are quantized; None: they are not."""
+        return None if self.weights is None else self.weights.packing
+
+    @property
+    def layout(self) -> Layout[Decoder]:
+        """The layout of the arrays that the run trains or keeps frozen."""
+        return run_layout(self.config, self.model, stored=self.stored)
 
     @property
     def teacher_model(self) -> DecoderConfig | None:
@@ -79,9 +92,12 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
         if config.lora.rank:
             check_expressible(model, config.lora)
     _check_lengths(config, model)
+    stored = None if weights is None else weights.packing
+    _check_base(config, model, stored)
     controller = controller_of(config, model)
+    layout = run_layout(config, model, stored=stored)
     for rung in controller.rungs:
-        check_divisible(mesh, block_layout(run_layout(config, model), rung.plan.stored))
+        check_divisible(mesh, block_layout(layout, rung.plan.stored))
     if max(config.rates) > 0 and not controller.sparse:
         log("sparsity: these rates omit nothing in this model; the run is dense")
     teacher_weights = _checked_teacher(config, model, mesh, log)
@@ -164,22 +180,60 @@ def _tokenizer(config: Config, model: DecoderConfig) -> Tokenizer:
 
 
 def initial_params(task: Task) -> dict[str, jax.Array]:
-    """Return float32 parameters by path, initialised or read, sharded over the mesh."""
-    layout, seed = layout_of(task.model), task.config.seed
-    shardings = tree_shardings(task.mesh, layout, dict(layout.shapes))
-    if task.weights is None:
-        params = jax.jit(lambda: initial_values(task.model, seed), out_shardings=shardings)()
+    """Return the parameters of a run by path, initialised or read, sharded over the mesh: float32,
+    but for a quantized base of adapters."""
+    layout, config = layout_of(task.model), task.config
+    base = _initial_base(task)
+    if not config.lora.rank:
+        return base
+    shardings = tree_shardings(task.mesh, task.layout, dict(task.layout.shapes))
+    add = functools.partial(add_lora, layout, settings=config.lora, seed=config.seed)
+    return jax.jit(add, out_shardings=shardings, donate_argnums=0)(base)
+
+
+def _initial_base(task: Task) -> dict[str, Any]:
+    """Return the parameters by path, without adapters: arrays and quantized weights."""
+    plain, packing = layout_of(task.model), base_packing(task.config.lora, task.stored)
+    read: Callable[[str], Any]
+    if task.weights is not None:
+        read = task.weights.stored or task.weights.read
     else:
-        params = {
-            path: place(np.asarray(task.weights.read(path), np.float32), shardings[path])
-            for path in layout.shapes
-        }
-    if not task.config.lora.rank:
-        return params
-    adapted = run_layout(task.config, task.model)
-    shardings = tree_shardings(task.mesh, adapted, dict(adapted.shapes))
-    add = functools.partial(add_lora, layout, settings=task.config.lora, seed=seed)
-    return jax.jit(add, out_shardings=shardings, donate_argnums=0)(params)
+        shardings = tree_shardings(task.mesh, plain, dict(plain.shapes))
+        initial = functools.partial(initial_values, task.model, task.config.seed)
+        params = jax.jit(initial, out_shardings=shardings)()
+        if packing is None:
+            return params
+        read = on_host(params)
+    method = base_method(task.config.lora.base, task.config.lora.group)
+    if method is not None:
+        read = quantized_reader(read, plain, method)
+    layout = base_layout(plain, packing)
+    shardings = tree_shardings(task.mesh, layout, dict(layout.shapes))
+    arrays: dict[str, jax.Array] = {}
+    for path in plain.leaves:
+        for name, array in flat_arrays((path,), read(path)).items():
+            value = np.asarray(array, layout.shapes[name].dtype)
+            arrays[name] = place(value, shardings[name])
+    weight = weight_reader(arrays.__getitem__, layout)
+    return {path: weight(path) for path in plain.leaves}
+
+
+def _check_base(config: Config, model: DecoderConfig, stored: Packing | None) -> None:
+    """Check that the base of adapters can be quantized, or is, and what is trained with it."""
+    lora, path = config.lora, config.model.path
+    if lora.base is not None and stored is not None:
+        raise UserError(
+            f"lora.base {lora.base}: model.path {path} is quantized already ({stored.format});"
+            " accepted: None"
+        )
+    if lora.base is not None:
+        check_base(layout_of(model), lora.base, lora.group)
+    packing = base_packing(lora, stored)
+    if packing is not None and max(config.rates) > 0:
+        raise UserError(
+            f"sparsity.rate {max(config.rates):g} excludes a base that is quantized"
+            f" ({packing.format}): weights of several units share a scale; accepted: 0"
+        )
 
 
 def _check_attention(config: Config, model: DecoderConfig) -> None:
