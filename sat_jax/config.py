@@ -228,6 +228,18 @@ class LoraConfig(LoraSettings):
 
 
 @dataclasses.dataclass(frozen=True)
+class QuantizationConfig:
+    bits: Literal[4, 8] | None = key(
+        None,
+        "bits of the integers to which the matrices of layers are rounded in the forward pass"
+        " (quantization-aware training); None: they are not",
+    )
+    group: int = key(
+        128, "with bits: consecutive inputs of an output that share a scale; 0: all", low=0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class DistillConfig(DistillSettings):
     teacher: str | None = key(
         None,
@@ -293,6 +305,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig = LoraConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
     distill: DistillConfig = DistillConfig()
     sparsity: SparsityConfig = SparsityConfig()
     mesh: MeshConfig = MeshConfig()

@@ -75,6 +75,7 @@ def check_together(config: "Config") -> None:
     _check_pipeline(config)
     _check_weights(config)
     _check_lora(config)
+    _check_quantization(config)
     _check_distill(config)
     for path, needed, wanted in _NEEDS:
         group, _, name = path.rpartition(".")
@@ -196,6 +197,26 @@ def _check_lora(config: "Config") -> None:
                 f"lora.rank {lora.rank} excludes sparsity.{name} {value!r}; accepted:"
                 f" {' or '.join(map(repr, accepted))}"
             )
+
+
+def _check_quantization(config: "Config") -> None:
+    """Check settings of quantization in the forward pass, and what else changes matrices."""
+    bits, group = config.quantization.bits, config.quantization.group
+    if bits is None:
+        if group != type(config.quantization).group:
+            raise UserError(f"quantization.group {group} needs quantization.bits")
+        return
+    if config.lora.rank > 0:
+        raise UserError(
+            f"quantization.bits {bits} excludes lora.rank {config.lora.rank}: matrices with"
+            " adapters are frozen, and lora.base quantizes them; accepted: one of the two"
+        )
+    if config.omitted_share > 0:
+        raise UserError(
+            f"quantization.bits {bits} excludes rates of sparsity above 0, and"
+            f" sparsity.weights.density below 1 ({config.omitted_share:g} is omitted): groups of"
+            " weights have scales of all their weights; accepted: one of the two"
+        )
 
 
 def _check_distill(config: "Config") -> None:

@@ -330,6 +330,8 @@ def _parse_as(text: str, option: Any) -> Any:
         item = typing.get_args(option)[0]
         parts = tuple(_parse_as(part, item) for part in text.split(",") if part)
         return _NO if _NO in parts else parts
+    if typing.get_origin(option) is Literal:
+        return next((item for item in typing.get_args(option) if str(item) == text), text)
     if option is bool:
         return {"true": True, "false": False}.get(text.lower(), _NO)
     if option in (int, float):

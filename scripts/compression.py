@@ -122,7 +122,7 @@ def compress(args: Args, method: Method) -> None:
     if args.record is not None:
         rows.append(args.record, [recorded(report)])
     names = ", ".join(["its tokenizer", *outcome.files])
-    dtypes = f"int{method.bits} and " if isinstance(method, Quantization) else ""
+    dtypes = f"{method.packing.format} and " if isinstance(method, Quantization) else ""
     print(f"{args.out}: model in {dtypes}{args.dtype}, with {names} and report.json")
 
 

@@ -168,15 +168,17 @@ def test_a_structured_model(compress: Compress, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("method", "stored"), [("rtn", "int4"), ("nf4", "nf4")])
 def test_a_quantized_model(
-    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, stored: str, compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("scripts.compression._perplexity", lambda *_: 7.0)  # not compiled here
-    printed = compress(method="rtn", bits=4, group=16, dtype="bfloat16")
+    printed = compress(method=method, bits=4, group=16, dtype="bfloat16")
     out = tmp_path / "out"
     report = json.loads((out / "report.json").read_text())
-    assert printed.endswith("in int4 and bfloat16, with its tokenizer and report.json\n")
-    assert report["method"] == {"method": "rtn", "bits": 4, "group": 16}
+    ending = f"in {stored} and bfloat16, with its tokenizer and report.json\n"
+    assert printed.endswith(ending)
+    assert report["method"] == {"method": method, "bits": 4, "group": 16}
     # 4 bits, and 32 for 16 weights
     assert report["bits_per_weight"]["in_matrices"] == 6
     size = 132_096 * 6 // 8 + 2 * (165_312 - 132_096)
@@ -184,7 +186,9 @@ def test_a_quantized_model(
     tensors = load_file(out / "quantized.safetensors")
     assert size == sum(tensor.nbytes for tensor in tensors.values())
     assert [layer.keys() for layer in report["layers"]] == [{"layer", "error"}] * 3
-    with pytest.raises(UserError, match=r"out: .* quantized already \(int4\); accepted: those"):
+    with pytest.raises(
+        UserError, match=rf"out: .* quantized already \({stored}\); accepted: those"
+    ):
         compress(model=out, out=tmp_path / "again")
 
 

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from sat_jax.compress.lora import add_lora, lora_layout
-from sat_jax.compress.quantized_base import base_method, quantized_reader
+from sat_jax.compress.packed import base_method, quantized_reader
 from sat_jax.config_values import from_config_dict
 from sat_jax.interop import quantized
 from sat_jax.models.build import layout_of
@@ -28,7 +28,7 @@ from sat_jax.parallel.rules import parameter_spec
 from sat_jax.sparsity.flops import training_flops
 from sat_jax.sparsity.plan import make_plan
 from sat_jax.train.programs import Programs
-from sat_jax.train.setup import _check_base, controller_of
+from sat_jax.train.setup import _check_quantized, controller_of
 from sat_jax.train.step_program import count_bytes
 from tests.conftest import slow_after
 from tests.executions import plain
@@ -196,7 +196,7 @@ def test_flops_are_those_of_a_float_base() -> None:
         ),
         (
             {"lora.base": "int4", "lora.group": 48},
-            "lora.base int4, lora.group 48: group 48: layers/attention/key has 64 columns;"
+            "lora.group 48: group 48: layers/attention/key has 64 columns;"
             " accepted: divisors, such as 32, or 0 for one scale of each row",
         ),
         (
@@ -208,7 +208,7 @@ def test_flops_are_those_of_a_float_base() -> None:
 )
 def test_settings_that_are_refused(changes: dict[str, Any], message: str) -> None:
     def check() -> None:
-        _check_base(from_config_dict(nested({"lora.rank": 2} | changes)), MODEL, None)
+        _check_quantized(from_config_dict(nested({"lora.rank": 2} | changes)), MODEL, None)
 
     assert user_error(check) == message
 
@@ -216,7 +216,7 @@ def test_settings_that_are_refused(changes: dict[str, Any], message: str) -> Non
 def test_a_quantized_model_has_one_base() -> None:
     config = from_config_dict(nested({"lora.rank": 2, "lora.base": "nf4", "model.path": "model"}))
     packing = base_method("int8", 64).packing  # type: ignore[union-attr]
-    assert user_error(lambda: _check_base(config, MODEL, packing)) == (
+    assert user_error(lambda: _check_quantized(config, MODEL, packing)) == (
         "lora.base nf4: model.path model is quantized already (int8); accepted: None"
     )
     assert quantized.packing_from_json(quantized.packing_to_json(packing), "")[1] == packing

@@ -11,7 +11,7 @@ import pytest
 
 import sat_jax
 from sat_jax.compress import merge_factors, without_adapters
-from sat_jax.compress.quantized_base import base_method, quantized_reader
+from sat_jax.compress.packed import base_method, quantized_reader
 from sat_jax.config import Config
 from sat_jax.config_values import load
 from sat_jax.interop import open_weights, quantized

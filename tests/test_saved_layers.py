@@ -34,6 +34,7 @@ class Counted:
     "method",
     [
         pytest.param(Quantization("awq", group=8), id="awq"),
+        pytest.param(Quantization("nf4", group=8), id="nf4", marks=pytest.mark.slow),
         pytest.param(Factorization("svd"), id="svd", marks=pytest.mark.slow),
     ],
 )

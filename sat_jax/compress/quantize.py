@@ -25,7 +25,7 @@ from sat_jax.compress.elimination import (
 from sat_jax.compress.input_statistics import InputStatistics, Needs, statistics_of
 from sat_jax.compress.method import Compressed, QuantizedMatrix
 from sat_jax.errors import UserError
-from sat_jax.nn.quantized import NORMAL_FLOAT, Bits, Packing
+from sat_jax.nn.quantized import NORMAL_FLOAT, Bits, Packing, round_to_nearest
 
 AWQ_GRID = 20  # exponents from 0 to 1, as many as in the publication
 _SMALLEST = 1e-4  # size of an input relative to the largest one, below which AWQ does not go
@@ -130,8 +130,7 @@ def _scaled_error(weight: Array, powers: Array, gram: Array, bits: Bits, inputs:
 @functools.partial(jax.jit, static_argnames=("bits", "inputs"))
 def _nearest(weight: Array, bits: Bits | Literal["nf4"], inputs: int) -> qwix.QArray:
     """Return the weights rounded to nearest, with a scale `[out, groups]`."""
-    qtype = bits if bits == "nf4" else _dtype(bits)
-    return qwix.quantize(weight, qtype, channelwise_axes=(0,), tiled_axes={1: inputs})
+    return round_to_nearest(weight, bits, 1, inputs)
 
 
 @jax.jit

@@ -122,6 +122,16 @@ class Quantized(OwnGradient):
         del x, a
 
 
+def round_to_nearest(
+    weight: Array, levels: Bits | Literal["nf4"], axis: int, inputs: int
+) -> qwix.QArray:
+    """Return the weight rounded to the nearest of these levels, with a scale for each `inputs`
+    consecutive ones along `axis`: the largest |w| over 7.5 (4 bits), 127.5 (8 bits) or 1 (nf4)."""
+    qtype = {4: jnp.int4, 8: jnp.int8, NORMAL_FLOAT: NORMAL_FLOAT}[levels]
+    others = [n for n in range(weight.ndim) if n != axis]
+    return qwix.quantize(weight, qtype, channelwise_axes=others, tiled_axes={axis: inputs})
+
+
 def pack(values: Int[np.ndarray, "*lead D"]) -> UInt8[np.ndarray, "*lead half_D"]:
     """Return integers from -8 to 7, or from 0 to 15, in half a byte each, on the host: those of the
     first half of the last axis in the low bits, of the second half in the high bits.

@@ -34,10 +34,11 @@ def end_of_run(summary: Mapping[str, Any]) -> str:
     - `seconds`: wall time by part, with `total`;
     - `figures`: paths of the pictures; `export`: path of the exported model, or None.
 
-    Optional: `adapter`, the path of the exported adapters, or None; `perplexity_dense` of the dense
-    baseline; `teacher_flops`, a part of both FLOPs; `next_commands`, shell commands.
+    Optional: `adapter` and `quantized`, paths of the exported adapters and packed model, or None;
+    `perplexity_dense` of the dense baseline; `teacher_flops`, a part of both FLOPs;
+    `next_commands`, shell commands.
     """
-    exported = (summary["export"], summary.get("adapter"))
+    exported = (summary["export"], summary.get("adapter"), summary.get("quantized"))
     written = [*summary["figures"], *(path for path in exported if path is not None)]
     parts = {
         "Held-out perplexity": _quality(summary),

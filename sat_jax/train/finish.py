@@ -16,7 +16,7 @@ from sat_jax.train.costs import (
     teacher_flops,
 )
 from sat_jax.train.counters import RunCounters
-from sat_jax.train.export import writes_adapter
+from sat_jax.train.export import writes_adapter, writes_quantized
 from sat_jax.train.metrics import MetricsLog, read_metrics
 from sat_jax.train.setup import Task
 from sat_jax.train.speed import Speedup
@@ -67,6 +67,7 @@ def finish(
             "figures": figures,
             "export": str(workdir.export) if task.config.export.huggingface else None,
             "adapter": str(workdir.adapter) if writes_adapter(task.config) else None,
+            "quantized": str(workdir.quantized) if writes_quantized(task.config) else None,
         },
     )
 

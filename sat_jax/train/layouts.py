@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 import jax
 
+from sat_jax.compress.fake_quantization import fake_quantized_layout
 from sat_jax.compress.lora import lora_layout
-from sat_jax.compress.quantized_base import base_method
+from sat_jax.compress.packed import base_method
+from sat_jax.compress.quantize import Quantization
 from sat_jax.config import Config, LoraConfig
 from sat_jax.models.build import layout_of
 from sat_jax.models.decoder_config import DecoderConfig
@@ -25,9 +27,18 @@ def run_layout(
     """Return the layout of the arrays that a run trains or keeps frozen. `stored`: how the matrices
     of `model.path` are quantized; None: they are not."""
     layout = layout_of(model, compute)
+    if config.quantization.bits is not None:
+        return fake_quantized_layout(layout, config.quantization.bits, config.quantization.group)
     if not config.lora.rank:
         return layout
     return lora_layout(layout, config.lora, base_packing(config.lora, stored))
+
+
+def trained_quantization(config: Config) -> Quantization | None:
+    """Return the method that quantizes the weights of a run as its forward passes do; None: these
+    compute with float weights."""
+    bits, group = config.quantization.bits, config.quantization.group
+    return None if bits is None else Quantization("rtn", bits, group)
 
 
 def base_packing(lora: LoraConfig, stored: Packing | None) -> Packing | None:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from sat_jax.cache import cache_dir
 from sat_jax.compress.adapters import check_expressible
 from sat_jax.compress.lora import add_lora, base_layout
-from sat_jax.compress.quantized_base import base_method, check_base, quantized_reader
+from sat_jax.compress.packed import base_method, check_groups, quantized_reader
 from sat_jax.config import Config, MeshConfig
 from sat_jax.data.conversations import training_tokenizer
 from sat_jax.data.data_format import DataFormat
@@ -35,7 +35,13 @@ from sat_jax.parallel.rules import check_divisible, place, tree_shardings
 from sat_jax.sparsity.controller import Controller, make_controller
 from sat_jax.sparsity.plan import neurons_of
 from sat_jax.sparsity.stored_blocks import block_grids, block_layout
-from sat_jax.train.layouts import Teacher, base_packing, run_layout, teacher_layout
+from sat_jax.train.layouts import (
+    Teacher,
+    base_packing,
+    run_layout,
+    teacher_layout,
+    trained_quantization,
+)
 from sat_jax.train.run_weights import starting_point
 from sat_jax.train.teacher import (
     check_tokenizers,
@@ -93,7 +99,7 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
             check_expressible(model, config.lora)
     _check_lengths(config, model)
     stored = None if weights is None else weights.packing
-    _check_base(config, model, stored)
+    _check_quantized(config, model, stored)
     controller = controller_of(config, model)
     layout = run_layout(config, model, stored=stored)
     for rung in controller.rungs:
@@ -218,16 +224,20 @@ def _initial_base(task: Task) -> dict[str, Any]:
     return {path: weight(path) for path in plain.leaves}
 
 
-def _check_base(config: Config, model: DecoderConfig, stored: Packing | None) -> None:
-    """Check that the base of adapters can be quantized, or is, and what is trained with it."""
+def _check_quantized(config: Config, model: DecoderConfig, stored: Packing | None) -> None:
+    """Check that matrices can be quantized, or are, and what is trained with them."""
     lora, path = config.lora, config.model.path
     if lora.base is not None and stored is not None:
         raise UserError(
             f"lora.base {lora.base}: model.path {path} is quantized already ({stored.format});"
             " accepted: None"
         )
-    if lora.base is not None:
-        check_base(layout_of(model), lora.base, lora.group)
+    for method, setting in (
+        (base_method(lora.base, lora.group), "lora.group"),
+        (trained_quantization(config), "quantization.group"),
+    ):
+        if method is not None:
+            check_groups(layout_of(model), method, setting)
     packing = base_packing(lora, stored)
     if packing is not None and max(config.rates) > 0:
         raise UserError(

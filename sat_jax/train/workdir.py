@@ -9,6 +9,7 @@ tensorboard/     the same for TensorBoard
 checkpoints/     see `sat_jax.train.checkpoint`
 huggingface/     the exported model, where one was asked for
 adapter/         the exported adapter, of a run that trains one
+quantized/       the exported model with packed matrices, of a run that quantizes them
 summary.json     written when the run has finished
 lock             who writes to it now
 """
@@ -44,6 +45,7 @@ class WorkDir:
         self.checkpoints = self.path / "checkpoints"
         self.export = self.path / "huggingface"
         self.adapter = self.path / "adapter"
+        self.quantized = self.path / "quantized"
         self.summary = self.path / "summary.json"
 
     @contextmanager

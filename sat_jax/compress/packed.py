@@ -1,4 +1,5 @@
-"""The quantized base of a model with adapters (QLoRA, arXiv:2305.14314)."""
+"""Parameters that training quantizes: the base of adapters (QLoRA, arXiv:2305.14314), and the
+result of quantization-aware training."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,14 +26,12 @@ def base_method(base: str | None, group: int) -> Quantization | None:
     return None if base is None else Quantization(*_METHODS[base], group)
 
 
-def check_base(layout: Layout[Decoder], base: str, group: int) -> None:
-    """Raise `UserError` if some matrix cannot be quantized."""
-    method = base_method(base, group)
-    assert method is not None
+def check_groups(layout: Layout[Decoder], method: Quantization, setting: str) -> None:
+    """Raise `UserError` that names the setting if some matrix cannot be quantized."""
     try:
         check_matrices(layout, method)
     except UserError as error:
-        raise UserError(f"lora.base {base}, lora.group {group}: {error}") from error
+        raise UserError(f"{setting} {method.group}: {error}") from error
 
 
 def quantized_reader(
