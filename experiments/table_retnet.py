@@ -39,10 +39,10 @@ MATRIX_SCALES = {"retnet": 0.25, "transformer": 0.125}
 
 def get_config(scale: str = "smoke") -> ConfigDict:
     """Scales: smoke, 6m, small, paper."""
-    return _config(scale, "retnet")
+    return config_of(scale, "retnet")
 
 
-def _config(scale: str, model: str) -> ConfigDict:
+def config_of(scale: str, model: str) -> ConfigDict:
     """Return the settings of a model at a scale."""
     if scale not in SEEDS:
         raise KeyError(scale)
@@ -68,7 +68,7 @@ def _config(scale: str, model: str) -> ConfigDict:
 def models(scale: str) -> list[dict[str, Any]]:
     """Return the settings in which the two models differ, dense."""
     paths = [path.split(".") for path in (*_SIZES, _MATRIX_SCALE)]
-    configs = [_config(scale, model) for model in MODELS]
+    configs = [config_of(scale, model) for model in MODELS]
     return [{f"{group}.{name}": c[group][name] for group, name in paths} for c in configs]
 
 
