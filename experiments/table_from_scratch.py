@@ -7,7 +7,7 @@ with fewer layers or fewer channels, and dense training of fewer steps.
     python -m scripts.report runs/scratch
 
 The model is the transformer of table_retnet.py, Llama's architecture. Scales: `smoke` and `6m`,
-2.2M and 6.1M parameters, 400 steps of 2,048 tokens; `long`, 2,000 steps of the 2.2M; `small`, 8.7M
+2.2M and 6.2M parameters, 400 steps of 2,048 tokens; `long`, 2,000 steps of the 2.2M; `small`, 8.7M
 parameters, 4,000 steps of 16,384 tokens, with a vocabulary of 4,096.
 """
 

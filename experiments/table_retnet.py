@@ -7,7 +7,7 @@ densely, densely with fewer steps, and with SAT: heads and channels on the ladde
     python -m scripts.sweep --config=experiments/table_retnet.py:paper --config.data.sources=TEXT \
         --config.data.tokenizer=TOKENIZER --workdir=runs/retnet-1b
 
-Scales: `smoke`, 2.2M parameters, 400 steps of 2,048 tokens; `6m`, 6.1M, as many steps; `small`, the
+Scales: `smoke`, 2.2M parameters, 400 steps of 2,048 tokens; `6m`, 6.2M, as many steps; `small`, the
 8.7M of retnet_small.py, 4,000 steps of 16,384 tokens, with a vocabulary of 4,096; `paper`, see
 retnet_1b.py. Perplexity on another text, and by position in the row, of the run runs/retnet/NAME:
 
