@@ -66,5 +66,11 @@ def get_sweep(variant: str = "smoke") -> Sweep | None:
     runs = [*dense, *units, *gains, *others]
     return Sweep(
         [{**run, "seed": seed} for seed in range(SEEDS) for run in runs],
-        (Comparison("omitted", "What is omitted", (_RATE, _PASSES, _METRIC, *_OTHERS)),),
+        (
+            Comparison(
+                "continued",
+                "What is omitted in further training",
+                (_RATE, _PASSES, _METRIC, *_OTHERS),
+            ),
+        ),
     )
