@@ -122,6 +122,7 @@ def valid(key: Key) -> st.SearchStrategy[Any]:
 
 
 ADAPTERS = {path for path in KEYS if path.startswith("lora.")}
+QUANTIZATION = {path for path in KEYS if path.startswith("quantization.")}
 WITH_TEACHER = {path for path in KEYS if path.startswith("distill.")}
 # Settings whose accepted values depend on other settings.
 DEPENDENT = {
@@ -146,6 +147,7 @@ DEPENDENT = {
     "sparsity.token_skip_rate",
     *(f"data.{field.name}" for field in dataclasses.fields(DataFormat)),
     *ADAPTERS,
+    *QUANTIZATION,
     *WITH_TEACHER,
 }
 assert KEYS.keys() >= DEPENDENT
@@ -192,6 +194,8 @@ BASE = {
 NEEDS = {
     "model.adapter": {"model.path": "base"},
     **{path: {"lora.rank": 2} for path in ADAPTERS - {"lora.rank"}},
+    "lora.group": {"lora.rank": 2, "lora.base": "nf4"},
+    "quantization.group": {"quantization.bits": 4},
     **{path: {"distill.teacher": "base"} for path in WITH_TEACHER - {"distill.teacher"}},
     "mesh.pipeline": {"train.accumulate": 3},
     "mesh.context": {"data.row_length": 30},

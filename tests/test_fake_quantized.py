@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import sat_jax
 from sat_jax.compress import merge_factors
@@ -21,7 +22,9 @@ from sat_jax.models.build import layout_of
 from sat_jax.nn.decoder import Compute
 from sat_jax.nn.fake_quantized import FakeQuantized
 from sat_jax.nn.layout import flat_values
+from sat_jax.nn.param import normal, param
 from sat_jax.nn.quantized import Bits, Quantized
+from sat_jax.nn.stack import cast
 from sat_jax.train.loop import train
 from sat_jax.train.metrics import read_metrics
 from sat_jax.train.run_weights import open_run
@@ -92,6 +95,15 @@ def test_gradients_are_those_of_the_rounded_weights(dtype: Any) -> None:
     for path, gradient in expected.gradients.items():
         assert actual.gradients[path].dtype == jnp.float32
         assert_close(actual.gradients[path], gradient, dtype, "backward")
+
+
+def test_weights_are_rounded_in_float32() -> None:
+    """In bfloat16, 1 + 1/256 and 1 would be equal, and so would be their scales."""
+    variable = param(normal(nnx.Rngs(0), 1.0), {"channel": 2, "embed": 2})
+    weight = jnp.asarray([[1 + 2.0**-8, 0], [1, 0]])
+    variable.set_value(FakeQuantized(weight, 8, 0, 1, False))
+    rounded_weight = cast({"up": variable}, "bfloat16")["up"].get_value().dense()
+    assert rounded_weight[0, 0] / rounded_weight[1, 0] == 1 + 2.0**-8
 
 
 @pytest.mark.parametrize(
