@@ -86,6 +86,7 @@ def kernel_step(config: Config) -> str:
 
 
 LORA = {"lora.rank": 2}
+INT8 = {"sparsity.rate": 0.0, "quantization.bits": 8, "quantization.group": 64}
 BLOCKS = {
     "sparsity.rate": 0.0,
     "sparsity.weights.density": 0.5,
@@ -202,8 +203,8 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "lora.trained": (("norms",), step, LORA),
     "lora.base": ("nf4", wide_step, LORA | {"sparsity.rate": 0.0}),
     "lora.group": (32, wide_step, LORA | {"sparsity.rate": 0.0, "lora.base": "int8"}),
-    "quantization.bits": (4, wide_step, {"sparsity.rate": 0.0}),
-    "quantization.group": (32, wide_step, {"sparsity.rate": 0.0, "quantization.bits": 8}),
+    "quantization.bits": (4, wide_step, INT8),
+    "quantization.group": (32, wide_step, INT8),
     "distill.teacher": ("teacher", step, {}),
     "mesh.data": (3, refused, {}),
     "mesh.fsdp": (2, refused, {}),
