@@ -62,6 +62,10 @@ that have one scale; 0 is all inputs. The written matrices are integers; other p
 --dtype. All scripts read the directory but train and compress; transformers needs what
 `python -m scripts.convert DIR --out NEW` writes from it.
 
+--target-size or --target-flops is a share of the bytes or FLOPs of the whole model. It takes the
+place of --sparsity, --ratio or --bits: each matrix gets a value of its own, by an estimate of how
+much the loss increases if this matrix alone is compressed. Embeddings and head stay.
+
 The calibration text is tokenized and packed as for training: a part of it (--held-out) is held out,
 for the perplexity before and after. The other part needs --calibration-rows rows of --context
 tokens. --out is a new directory; if it is not quantized, transformers and all scripts load it. Its
@@ -79,8 +83,6 @@ from pathlib import Path
 from sat_jax.cli import MODEL_HELP, SOURCES_HELP, TOKENIZER_HELP, Parser, run
 from sat_jax.errors import UserError
 
-_SETTINGS = ("sparsity", "pattern", "block", "ratio", "bits", "group", "remove", "importance")
-
 
 def parser() -> Parser:
     """Return the parser of the command line."""
@@ -89,7 +91,6 @@ def parser() -> Parser:
     add("--model", required=True, metavar="PATH", help=MODEL_HELP)
     add(
         "--method",
-        required=True,
         metavar="NAME",
         help="magnitude, wanda, sparsegpt, svd, asvd, svd-llm, rtn, gptq, awq or structured",
     )
@@ -108,6 +109,10 @@ def parser() -> Parser:
     add("--group", type=int, metavar="N", help=group)
     add("--remove", nargs="+", metavar="AXIS=SHARE", help="shares that structured pruning removes")
     add("--importance", metavar="NAME", help="magnitude, output or taylor; default output")
+    size = "share of the bytes of the whole model that is left; settings differ by matrix"
+    add("--target-size", type=float, metavar="SHARE", help=size)
+    flops = "share of the FLOPs of the whole model that is left; settings differ by matrix"
+    add("--target-flops", type=float, metavar="SHARE", help=flops)
     add("--calibration", nargs="+", metavar="SOURCE", help=SOURCES_HELP)
     add("--text-field", default="text", metavar="NAME", help="field of JSON lines; default text")
     rows = "rows of calibration text; default 128"
@@ -130,21 +135,16 @@ def parser() -> Parser:
 def main() -> None:
     """Compress the model and print the perplexity before and after."""
     args = parser().parse_args()
-    from sat_jax.compress.methods import make_method
-    from sat_jax.compress.prune import Pruning
-    from scripts.compression import compress, dry_run
-    from scripts.structured import parse_shares
+    from scripts.compression import compress, config_of, print_plan
+    from scripts.method_options import chosen_method
 
-    settings = {name: value for name in _SETTINGS if (value := getattr(args, name)) is not None}
-    if args.remove:
-        settings["remove"] = parse_shares(args.remove, args.importance)
-    method = make_method(args.method, settings)
-    if "block" in settings and isinstance(method, Pruning) and not method.in_blocks:
-        raise UserError("--block has no effect without --method sparsegpt or a block pattern")
+    method = chosen_method(args)
     if args.dry_run:
-        dry_run(args, method)
+        print_plan(args, config_of(args.model), method)
         return
     _check(args)
+    if args.out.exists():
+        raise UserError(f"{args.out}: exists already; accepted: a new directory")
     compress(args, method)
 
 
@@ -162,8 +162,6 @@ def _check(args: argparse.Namespace) -> None:
         from sat_jax.results import rows
 
         rows.check(args.record)
-    if args.out.exists():
-        raise UserError(f"{args.out}: exists already; accepted: a new directory")
 
 
 if __name__ == "__main__":

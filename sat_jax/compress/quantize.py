@@ -7,7 +7,7 @@ Integers are symmetric: a group of weights has one scale, the largest |w| over 7
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, get_args
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from sat_jax.compress.elimination import (
     eliminate_columns,
 )
 from sat_jax.compress.input_statistics import InputStatistics, Needs, statistics_of
-from sat_jax.compress.method import Compressed, QuantizedMatrix
+from sat_jax.compress.method import Compressed, QuantizedMatrix, Varied
 from sat_jax.errors import UserError
 from sat_jax.nn.quantized import Bits
 
@@ -158,6 +158,7 @@ class Quantization:
     method: str
     bits: Bits = 4
     group: int = 128
+    varied: ClassVar[Varied] = Varied("bits", (4, 8))
 
     def __post_init__(self) -> None:
         if self.method not in QUANTIZATION:

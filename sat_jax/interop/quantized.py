@@ -1,17 +1,19 @@
 """Directories of models whose matrices are quantized.
 
 The file `quantized.safetensors` has the tensors of all layers, by the paths of the parameters:
-`PATH/values`, `PATH/scale` and `PATH/input_scale` are the arrays of `nn.quantized.Quantized`. The
-config has the settings in `quantization_config`. transformers does not find weights in such a
-directory, and refuses it.
+`PATH/values`, `PATH/scale` and `PATH/input_scale` are the arrays of `nn.quantized.Quantized`. Where
+some layers have 4 bits and others 8, their integers are in `PATH/values_4` and `PATH/values_8`; in
+memory all have 8 bits. The config has the settings in `quantization_config`. transformers does not
+find weights in such a directory, and refuses it.
 """
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -26,34 +28,66 @@ from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.format_fields import Json, JsonFields
 from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.layout import flat_values
-from sat_jax.nn.quantized import Bits, Quantized
+from sat_jax.nn.quantized import Bits, Quantized, pack, unpack
 
 FILE = "quantized.safetensors"
 _FIELD, _OWN = "quantization_config", "sat_jax"
-_PARTS = ("values", "scale", "input_scale")
+_PARTS = ("values", "values_4", "values_8", "scale", "input_scale")
 _FLOATS = ("F32", "F16", "BF16")
 _Shapes = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]  # shape and dtypes by name
 
 
 class _Settings(NamedTuple):
-    """The settings in `quantization_config`: bits, weights of a group (0: all inputs), and whether
-    matrices have an `input_scale`."""
+    """The settings in `quantization_config`: bits, of all matrices or by path and layer, weights of
+    a group (0: all inputs), and whether matrices have an `input_scale`."""
 
-    bits: Bits
+    bits: Bits | dict[str, list[Bits]]
     group: int
     input_scale: bool
 
     @classmethod
-    def of_json(cls, fields: JsonFields) -> "_Settings":
-        """Return the settings. Raises `UserError` for those of another program."""
+    def of_json(cls, fields: JsonFields, layers: Mapping[str, int]) -> "_Settings":
+        """Return the settings of a model with these matrices, by path their number of layers.
+        Raises `UserError` for those of another program."""
         raw = fields.raw.get(_FIELD)
         settings: Json = raw if isinstance(raw, dict) and raw.get("quant_method") == _OWN else {}
         values: list[Any] = [settings.get(name) for name in cls._fields]
         bits, group, input_scale = values
-        types = (type(bits), type(group), type(input_scale))
-        if types != (int, int, bool) or bits not in get_args(Bits) or group < 0:
+        types = (type(group), type(input_scale))
+        if types != (int, bool) or group < 0 or not _are_bits(bits, layers):
             raise fields.refuse(_FIELD, f"what scripts.compress wrote beside {FILE}")
         return cls(bits, group, input_scale)
+
+    def by_layer(self, path: str, layers: int) -> list[Bits]:
+        """Return the bits of a matrix in each layer."""
+        return self.bits[path] if isinstance(self.bits, dict) else [self.bits] * layers
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Names of the integers."""
+        bits = (
+            {b for of in self.bits.values() for b in of}
+            if isinstance(self.bits, dict)
+            else {self.bits}
+        )
+        return tuple(f"int{number}" for number in sorted(bits))
+
+
+def _are_bits(bits: Any, layers: Mapping[str, int]) -> bool:
+    """Return whether this is a number of bits, or has one for each layer of all matrices."""
+    if not isinstance(bits, dict):
+        return type(bits) is int and bits in get_args(Bits)
+    return bits.keys() == layers.keys() and all(
+        isinstance(of_path, list)
+        and len(of_path) == layers[path]
+        and all(_are_bits(number, {}) and type(number) is int for number in of_path)
+        for path, of_path in bits.items()
+    )
+
+
+def _with_bits(by_layer: Sequence[Bits], bits: Bits) -> list[int]:
+    """Return the layers that have so many bits."""
+    return [layer for layer, number in enumerate(by_layer) if number == bits]
 
 
 def is_quantized(directory: Path) -> bool:
@@ -75,7 +109,8 @@ def write_directory(
     fails, nothing is left behind.
 
     The directory must be new or empty. `config`: that of the model, perhaps with other end tokens.
-    `settings`: the method, `bits`, `group` and whether matrices have an `input_scale`. `files` and
+    `settings`: the method, `bits` (by path and layer, if they differ), `group` and whether matrices
+    have an `input_scale`; matrices with 4 bits in some layers alone are in 8 bits. `files` and
     `generation` as those of `huggingface.write_directory`.
     """
     extra = {_FIELD: {"quant_method": _OWN, **settings}}
@@ -86,6 +121,9 @@ def write_directory(
             for path, value in flat_values(model).items()
             for array in [np.asarray(value)]
         }
+        if isinstance(settings["bits"], dict):
+            for path, bits in settings["bits"].items():
+                _split(tensors, path, bits)
         save_file(tensors, partial / FILE)
         # safetensors makes its files private; give them the mode that any new file has here.
         (partial / FILE).chmod((partial / huggingface.config_file(partial)[0]).stat().st_mode)
@@ -96,8 +134,10 @@ def open_directory(directory: Path) -> Weights:
     value is. `read` returns dequantized parameters."""
     config_path, model_type = huggingface.config_file(directory)
     raw, where = read_json(config_path), str(config_path)
-    settings = _Settings.of_json(JsonFields(raw, where))
     config = config_from_json(raw | {_FIELD: None}, where, model_type)
+    layout = layout_of(config)
+    layers = {path: layout.layers for path, _ in layout.with_role("read", "write")}
+    settings = _Settings.of_json(JsonFields(raw, where), layers)
     config = huggingface.with_generation_ends(config, directory)
     path, expected = directory / FILE, _expected(config, settings)
     _check(path, expected)
@@ -111,14 +151,34 @@ def open_directory(directory: Path) -> Weights:
                 for part in _PARTS
                 if f"{name}/{part}" in expected
             }
-            return Quantized(**parts, writes=layout_of(config).leaves[name].role == "write")
+            if name in layers and "values" not in parts:
+                bits = settings.by_layer(name, layout.layers)
+                parts["values"] = _joined(parts.pop("values_4"), parts.pop("values_8"), bits)
+            return Quantized(**parts, writes=layout.leaves[name].role == "write")
 
     def read(name: str) -> np.ndarray:
         weight = stored(name)
         return np.asarray(weight.dense() if isinstance(weight, Quantized) else weight)
 
     generation = huggingface.read_generation(directory)
-    return Weights(config, read, generation, (f"int{settings.bits}",), stored)
+    return Weights(config, read, generation, settings.dtypes, stored)
+
+
+def _split(tensors: dict[str, np.ndarray], path: str, bits: Sequence[Bits]) -> None:
+    """Replace the integers of a matrix by those of layers with 4 bits and those with 8."""
+    if len(set(bits)) == 1:
+        return
+    values = tensors.pop(f"{path}/values")
+    tensors[f"{path}/values_4"] = pack(values[_with_bits(bits, 4)])
+    tensors[f"{path}/values_8"] = values[_with_bits(bits, 8)]
+
+
+def _joined(values_4: np.ndarray, values_8: np.ndarray, bits: Sequence[Bits]) -> np.ndarray:
+    """Return the integers of all layers, in 8 bits."""
+    values = np.empty((len(bits), *values_8.shape[1:]), np.int8)
+    values[_with_bits(bits, 4)] = unpack(jnp.asarray(values_4))
+    values[_with_bits(bits, 8)] = values_8
+    return values
 
 
 @contextlib.contextmanager
@@ -133,7 +193,6 @@ def _open(path: Path) -> Iterator[Any]:
 def _expected(config: DecoderConfig, settings: _Settings) -> _Shapes:
     """Return the tensors of a model."""
     matrices = dict(layout_of(config).with_role("read", "write"))
-    integers = ("U8",) if settings.bits == 4 else ("I8",)
     result: _Shapes = {}
     for path, abstract in shapes(config).items():
         shape = abstract.shape
@@ -145,7 +204,12 @@ def _expected(config: DecoderConfig, settings: _Settings) -> _Shapes:
         columns = math.prod(units) if writes else width
         groups = columns // (settings.group or columns)
         scale = (layers, groups, width) if writes else (layers, *units, groups)
-        result[f"{path}/values"] = ((layers, *units, width * settings.bits // 8), integers)
+        bits = settings.by_layer(path, layers)
+        for number in sorted(set(bits)):
+            name = "values" if len(set(bits)) == 1 else f"values_{number}"
+            integers = ("U8",) if number == 4 else ("I8",)
+            count = len(_with_bits(bits, number))
+            result[f"{path}/{name}"] = ((count, *units, width * number // 8), integers)
         result[f"{path}/scale"] = (scale, ("F32",))
         if settings.input_scale:
             inputs = shape[:-1] if writes else (layers, width)
