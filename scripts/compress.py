@@ -11,6 +11,7 @@ r"""Compress the weights of a model, with text for calibration, and write it as 
   python -m scripts.compress --model DIR --method gptq --bits 4 --group 128 --dtype bfloat16 \
       --calibration TEXT --out NEW
   python -m scripts.compress --model llama-2-7b --method sparsegpt --dry-run
+  python -m scripts.compress --model DIR --recipe FILE --calibration TEXT --out NEW
 
 Structured pruning writes a smaller model. All other methods compress the matrices of all layers,
 layer by layer; embeddings, norms, biases and the output head stay as they are. The statistics of a
@@ -73,6 +74,11 @@ report.json has settings, calibration, error of each layer, sizes, FLOPs and per
 prints how many weights would be removed, or the quantized size, and reads neither weights nor text;
 --model may then be the name of a preset.
 
+--recipe is a TOML file of steps, each on the model of the step before: tables [[step]] with a name
+and either compress = {method = ..., ...}, with the options of a method, or train = {config = ...,
+...}, with settings of scripts.train. OUT has a folder for each step, and a report with the
+perplexity after each (docs/compression.md).
+
 A command that was killed continues after its last compressed layer if it is typed again. The layers
 are in OUT.layers until the model is written.
 """
@@ -128,13 +134,17 @@ def parser() -> Parser:
     add("--out", type=Path, metavar="DIR", help="a new directory")
     record = "append the measurement to these results (JSON lines), for scripts.report"
     add("--record", type=Path, metavar="FILE", help=record)
+    add("--recipe", metavar="FILE", help="a TOML file with steps, in place of --method")
     add("--dry-run", action="store_true", help="print what would be removed, and end")
     return options
 
 
 def main() -> None:
-    """Compress the model and print the perplexity before and after."""
+    """Compress the model and print the perplexity before and after, or run a recipe."""
     args = parser().parse_args()
+    if args.recipe is not None:
+        _run_recipe(args)
+        return
     from scripts.compression import compress, config_of, print_plan
     from scripts.method_options import chosen_method
 
@@ -146,6 +156,18 @@ def main() -> None:
     if args.out.exists():
         raise UserError(f"{args.out}: exists already; accepted: a new directory")
     compress(args, method)
+
+
+def _run_recipe(args: argparse.Namespace) -> None:
+    from scripts.recipe import read_recipe
+    from scripts.recipe_run import print_recipe, run_recipe
+
+    steps = read_recipe(args, args.out or Path("OUT"))
+    if args.dry_run:
+        print_recipe(args, steps)
+        return
+    _check(args)
+    run_recipe(args, steps)
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ METHOD_OPTIONS = ("method", *SETTINGS, *TARGETS)
 def chosen_method(args: argparse.Namespace) -> Method:
     """Return the method of a command line. Raises `UserError` for options that are not accepted."""
     if args.method is None:
-        raise UserError(f"--method is missing; accepted: {', '.join(METHODS)}")
+        raise UserError(f"--method is missing; accepted: {', '.join(METHODS)}, or --recipe")
     settings = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
     if args.remove:
         settings["remove"] = parse_shares(args.remove, args.importance)

@@ -48,7 +48,7 @@ def lower_hull(options: Sequence[Option]) -> list[int]:
         point = options[number]
         if hull and point.loss >= options[hull[-1]].loss:
             continue
-        while len(hull) > 1 and not _is_below(*(options[n] for n in hull[-2:]), point):
+        while len(hull) > 1 and not _is_below(options[hull[-2]], options[hull[-1]], point):
             hull.pop()
         hull.append(number)
     return hull

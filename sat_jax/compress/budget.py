@@ -97,7 +97,8 @@ class Budget:
         """Return the method with this value of its varied setting; None of None."""
         if setting is None:
             return None
-        return dataclasses.replace(self.method, **{self.method.varied.name: setting})
+        varied: dict[str, Any] = {self.method.varied.name: setting}
+        return dataclasses.replace(self.method, **varied)
 
     def measured(self) -> list[OfMatrices]:
         """Return the methods whose effect on each matrix is to be measured."""

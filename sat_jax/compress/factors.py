@@ -154,8 +154,8 @@ def _read_factors(file: Path) -> dict[str, dict[int, LowRank]]:
         if not layer.isdecimal():
             raise UserError(f"{file}: {place} has no layer; accepted: what scripts.compress wrote")
         try:
-            left, right = (np.float32(tensors[f"{place}/{name}"]) for name in _NAMES)
+            parts: list[Any] = [np.asarray(tensors[f"{place}/{n}"], np.float32) for n in _NAMES]
         except KeyError as error:
             raise UserError(f"{file}: no tensor {error}") from error
-        factors.setdefault(path, {})[int(layer)] = LowRank(left, right)
+        factors.setdefault(path, {})[int(layer)] = LowRank(*parts)
     return factors
