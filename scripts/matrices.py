@@ -92,7 +92,7 @@ def _print_budget(budget: Budget) -> None:
     print(
         f"target {budget.kind} {budget.share:g} of the model; {budget.method.method} reaches"
         f" {lowest:.3f} to {highest:.3f}\n"
-        f"{count} matrices get a {varied.name} of their own: {values}\n"
+        f"{count} matrices get their own {varied.name}: {values}\n"
         f"which one, the calibration text decides; the uniform {varied.name} that fits:"
         f" {'none' if uniform is None else f'{uniform:g}'}"
     )

@@ -290,7 +290,7 @@ def test_a_target_size(compress: Compress, tmp_path: Path, monkeypatch: pytest.M
 def test_a_dry_run_of_a_target(compress: Compress) -> None:
     nothing: dict[str, Any] = {"dry_run": True, "calibration": None, "out": None}
     printed = compress(**nothing, method="svd-llm", target_flops=0.8)
-    assert "21 matrices get a ratio of their own: 0.2, 0.22," in printed and "0.9, none" in printed
+    assert "21 matrices get their own ratio: 0.2, 0.22," in printed and "0.9, none" in printed
     assert "target flops 0.8 of the model; svd-llm reaches 0." in printed
     assert 0.2 < float(printed.split()[-1]) < 0.8  # the uniform ratio
 
