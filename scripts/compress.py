@@ -11,6 +11,7 @@ r"""Compress the weights of a model, with text for calibration, and write it as 
   python -m scripts.compress --model DIR --method gptq --bits 4 --group 128 --dtype bfloat16 \
       --calibration TEXT --out NEW
   python -m scripts.compress --model llama-2-7b --method sparsegpt --dry-run
+  python -m scripts.compress --model DIR --recipe FILE --calibration TEXT --out NEW
 
 Structured pruning writes a smaller model. All other methods compress the matrices of all layers,
 layer by layer; embeddings, norms, biases and the output head stay as they are. The statistics of a
@@ -63,12 +64,21 @@ that have one scale; 0 is all inputs. The written matrices are integers; other p
 --dtype. All scripts read the directory but compress, and train without adapters; transformers needs
 what `python -m scripts.convert DIR --out NEW` writes from it.
 
+--target-size or --target-flops is a share of the bytes or FLOPs of the whole model. It takes the
+place of --sparsity, --ratio or --bits: each matrix gets a value of its own, by an estimate of how
+much the loss increases if this matrix alone is compressed. Embeddings and head stay.
+
 The calibration text is tokenized and packed as for training: a part of it (--held-out) is held out,
 for the perplexity before and after. The other part needs --calibration-rows rows of --context
 tokens. --out is a new directory; if it is not quantized, transformers and all scripts load it. Its
 report.json has settings, calibration, error of each layer, sizes, FLOPs and perplexity. --dry-run
 prints how many weights would be removed, or the quantized size, and reads neither weights nor text;
 --model may then be the name of a preset.
+
+--recipe is a TOML file of steps, each on the model of the step before: tables [[step]] with a name
+and either compress = {method = ..., ...}, with the options of a method, or train = {config = ...,
+...}, with settings of scripts.train. OUT has a folder for each step, and a report with the
+perplexity after each (docs/compression.md).
 
 A command that was killed continues after its last compressed layer if it is typed again. The layers
 are in OUT.layers until the model is written.
@@ -80,8 +90,6 @@ from pathlib import Path
 from sat_jax.cli import MODEL_HELP, SOURCES_HELP, TOKENIZER_HELP, Parser, run
 from sat_jax.errors import UserError
 
-_SETTINGS = ("sparsity", "pattern", "block", "ratio", "bits", "group", "remove", "importance")
-
 
 def parser() -> Parser:
     """Return the parser of the command line."""
@@ -90,7 +98,6 @@ def parser() -> Parser:
     add("--model", required=True, metavar="PATH", help=MODEL_HELP)
     add(
         "--method",
-        required=True,
         metavar="NAME",
         help="magnitude, wanda, sparsegpt, svd, asvd, svd-llm, rtn, gptq, awq, nf4 or structured",
     )
@@ -109,6 +116,10 @@ def parser() -> Parser:
     add("--group", type=int, metavar="N", help=group)
     add("--remove", nargs="+", metavar="AXIS=SHARE", help="shares that structured pruning removes")
     add("--importance", metavar="NAME", help="magnitude, output or taylor; default output")
+    size = "share of the bytes of the whole model that is left; settings differ by matrix"
+    add("--target-size", type=float, metavar="SHARE", help=size)
+    flops = "share of the FLOPs of the whole model that is left; settings differ by matrix"
+    add("--target-flops", type=float, metavar="SHARE", help=flops)
     add("--calibration", nargs="+", metavar="SOURCE", help=SOURCES_HELP)
     add("--text-field", default="text", metavar="NAME", help="field of JSON lines; default text")
     rows = "rows of calibration text; default 128"
@@ -124,29 +135,40 @@ def parser() -> Parser:
     add("--out", type=Path, metavar="DIR", help="a new directory")
     record = "append the measurement to these results (JSON lines), for scripts.report"
     add("--record", type=Path, metavar="FILE", help=record)
+    add("--recipe", metavar="FILE", help="a TOML file with steps, in place of --method")
     add("--dry-run", action="store_true", help="print what would be removed, and end")
     return options
 
 
 def main() -> None:
-    """Compress the model and print the perplexity before and after."""
+    """Compress the model and print the perplexity before and after, or run a recipe."""
     args = parser().parse_args()
-    from sat_jax.compress.methods import make_method
-    from sat_jax.compress.prune import Pruning
-    from scripts.compression import compress, dry_run
-    from scripts.structured import parse_shares
+    if args.recipe is not None:
+        _run_recipe(args)
+        return
+    from scripts.compression import compress, config_of, print_plan
+    from scripts.method_options import chosen_method
 
-    settings = {name: value for name in _SETTINGS if (value := getattr(args, name)) is not None}
-    if args.remove:
-        settings["remove"] = parse_shares(args.remove, args.importance)
-    method = make_method(args.method, settings)
-    if "block" in settings and isinstance(method, Pruning) and not method.in_blocks:
-        raise UserError("--block has no effect without --method sparsegpt or a block pattern")
+    method = chosen_method(args)
     if args.dry_run:
-        dry_run(args, method)
+        print_plan(args, config_of(args.model), method)
         return
     _check(args)
+    if args.out.exists():
+        raise UserError(f"{args.out}: exists already; accepted: a new directory")
     compress(args, method)
+
+
+def _run_recipe(args: argparse.Namespace) -> None:
+    from scripts.recipe import read_recipe
+    from scripts.recipe_run import print_recipe, run_recipe
+
+    steps = read_recipe(args, args.out or Path("OUT"))
+    if args.dry_run:
+        print_recipe(args, steps)
+        return
+    _check(args)
+    run_recipe(args, steps)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -163,8 +185,6 @@ def _check(args: argparse.Namespace) -> None:
         from sat_jax.results import rows
 
         rows.check(args.record)
-    if args.out.exists():
-        raise UserError(f"{args.out}: exists already; accepted: a new directory")
 
 
 if __name__ == "__main__":

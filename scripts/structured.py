@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,17 +15,10 @@ from sat_jax.errors import UserError
 from sat_jax.models.build import layout_of
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.models.resize import axis_sizes
-from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.param import EMBED, LAYER
+from scripts.calibration import context_of
 from scripts.evaluation_meter import Args
-
-
-class Outcome(NamedTuple):
-    """A compressed model, its part of the report, and files that are written beside it."""
-
-    model: Decoder
-    report: dict[str, Any]
-    files: dict[str, bytes]
+from scripts.outcome import Outcome
 
 
 def parse_shares(texts: Sequence[str], importance: str | None) -> dict[str, float]:
@@ -54,14 +47,14 @@ def parse_shares(texts: Sequence[str], importance: str | None) -> dict[str, floa
     return shares
 
 
-def print_units(args: Args, config: DecoderConfig, method: Structured, context: int) -> None:
+def print_units(args: Args, config: DecoderConfig, method: Structured) -> None:
     """Print how many units of each axis would be removed, and what remains."""
     smaller, sizes = method.smaller(config), axis_sizes(config)
     print(f"{'axis':<12} {'size':>8} {'removed':>8} {'share':>7}")
     for axis, kept in method.kept(config).items():
         removed = sizes[axis] - kept
         print(f"{axis:<12} {sizes[axis]:>8,} {removed:>8,} {removed / sizes[axis]:>7.2%}")
-    _print_costs(_costs(args, config, smaller, context))
+    _print_costs(_costs(args, config, smaller))
 
 
 def remove_units(
@@ -70,22 +63,19 @@ def remove_units(
     values: dict[str, np.ndarray],
     rows: list[Batch],
     method: Structured,
-    context: int,
 ) -> Outcome:
     """Return the smaller model, and print its size; `values` is emptied."""
     track = functools.partial(tqdm, desc="scores", leave=False)
     pruned = prune_units(config, values, rows, method, track)
-    report = _costs(args, config, pruned.config, context)
+    report = _costs(args, config, pruned.config)
     _print_costs(report)
     model = layout_of(pruned.config).bind(pruned.values)
     return Outcome(model, report | {"removed": pruned.summary}, {})
 
 
-def _costs(
-    args: Args, config: DecoderConfig, smaller: DecoderConfig, context: int
-) -> dict[str, Any]:
+def _costs(args: Args, config: DecoderConfig, smaller: DecoderConfig) -> dict[str, Any]:
     layouts = layout_of(config), layout_of(smaller)
-    return smaller_costs(*layouts, context, jnp.dtype(args.dtype).itemsize)
+    return smaller_costs(*layouts, context_of(args, config), jnp.dtype(args.dtype).itemsize)
 
 
 def _print_costs(cost: dict[str, Any]) -> None:

@@ -14,11 +14,13 @@ from safetensors.numpy import load_file, save
 from sat_jax import cli
 from sat_jax.compress import load_factored, merge_factors
 from sat_jax.compress.costs import costs
+from sat_jax.compress.layers import matrices
 from sat_jax.data.prepare import load_prepared
 from sat_jax.errors import UserError
 from sat_jax.evaluate.perplexity import perplexity, prepared_data
 from sat_jax.interop import load_model, open_weights, save_model
 from sat_jax.models.build import layout_of
+from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.layout import make_layout
 from sat_jax.nn.loss import perplexity_of
 from sat_jax.results.compression import compression_tables
@@ -114,7 +116,7 @@ def test_a_model_of_low_rank(compress: Compress, tmp_path: Path) -> None:
     assert report["method"] == {"method": "svd-llm", "ratio": 0.5}
     # ⌊n · m / 2 / (n + m)⌋ for key (16 × 64), query (64 × 64) and up (176 × 64)
     ranks = [report["ranks"][f"layers/{name}"] for name in _READ]
-    assert ranks == [6, 16, 23]
+    assert ranks == [[6] * 3, [16] * 3, [23] * 3]
     removed = [report["layers"][0]["removed"][f"layers/{name}"] for name in _READ]
     assert removed == [1024 - 6 * 80, 4096 - 16 * 128, 11264 - 23 * 240]
     assert report["bytes"]["after"] == report["bytes"]["before"] == 4 * 165_312
@@ -172,7 +174,8 @@ def test_a_structured_model(compress: Compress, tmp_path: Path) -> None:
 def test_a_quantized_model(
     method: str, stored: str, compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("scripts.compression._perplexity", lambda *_: 7.0)  # not compiled here
+    # not compiled here
+    monkeypatch.setattr("scripts.compression.held_out_perplexity", lambda *_: 7.0)
     printed = compress(method=method, bits=4, group=16, dtype="bfloat16")
     out = tmp_path / "out"
     report = json.loads((out / "report.json").read_text())
@@ -209,16 +212,24 @@ def test_a_dry_run_of_quantization(compress: Compress) -> None:
     [
         (None, "factors.safetensors: no such file; accepted: a directory that scripts.compress"),
         (b"no", "factors.safetensors: cannot be read as safetensors"),
-        ({"layers/mlp/up/left": (3, 176, 2)}, "factors.safetensors: no tensor 'layers/mlp/up/ri"),
+        ({"layers/mlp/up/0/left": (176, 2)}, "factors.safetensors: no tensor 'layers/mlp/up/0/ri"),
+        ({"layers/mlp/up/left": (176, 2)}, "factors.safetensors: layers/mlp/up has no layer"),
         (
-            {"layers/mlp/up/left": (3, 170, 2), "layers/mlp/up/right": (3, 2, 64)},
-            "factors.safetensors: layers/mlp/up is no matrix of the model",
+            {"layers/mlp/up/0/left": (170, 2), "layers/mlp/up/0/right": (2, 64)},
+            "factors.safetensors: layers/mlp/up of layer 0 is no matrix of the model",
         ),
         (
-            {"layers/mlp/up/left": (3, 176, 2), "layers/mlp/up/right": (3, 4, 64)},
-            "factors.safetensors: layers/mlp/up is no matrix of the model",
+            {"layers/mlp/up/3/left": (176, 2), "layers/mlp/up/3/right": (2, 64)},
+            "factors.safetensors: layers/mlp/up of layer 3 is no matrix of the model",
         ),
-        ({"up/left": (2,), "up/right": (2,)}, "factors.safetensors: up is no matrix of the model"),
+        (
+            {"layers/mlp/up/1/left": (176, 2), "layers/mlp/up/1/right": (4, 64)},
+            "factors.safetensors: layers/mlp/up of layer 1 is no matrix of the model",
+        ),
+        (
+            {"up/0/left": (2,), "up/0/right": (2,)},
+            "factors.safetensors: up of layer 0 is no matrix of the model",
+        ),
     ],
 )
 def test_factors_that_cannot_be_loaded(tmp_path: Path, content: Any, message: str) -> None:
@@ -241,6 +252,50 @@ def test_a_dry_run(compress: Compress, tmp_path: Path) -> None:
     preset = compress(model="llama-2-7b", dry_run=True)
     assert "3,238,002,688 of 6,476,005,376 weights in matrices" in preset
     assert not (tmp_path / "out").exists()
+
+
+def sensitive_first_layer(config: DecoderConfig, *_: Any) -> dict[str, np.ndarray]:
+    """Return increases of the loss that are 1,000 times as large in the first layer."""
+    layers = np.asarray([1.0] + [0.001] * (config.n_layers - 1))
+    shares = np.asarray([0.001, 0.01, 0.1, 1.0])
+    return {matrix.path: np.outer(layers, shares) for matrix in matrices(layout_of(config))}
+
+
+def test_a_target_size(compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sensitive layers keep more, the total is the target, and a killed command measures once."""
+    monkeypatch.setattr("scripts.matrices.loss_increases", sensitive_first_layer)
+    monkeypatch.setattr("scripts.compression.held_out_perplexity", lambda *_: 7.0)
+    options: dict[str, Any] = {"target_size": 0.6, "record": tmp_path / "rows.jsonl"}
+    with monkeypatch.context() as patched:
+        patched.setattr("scripts.matrices._compress", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            compress(**options)
+    with monkeypatch.context() as patched:
+        patched.setattr("scripts.matrices.loss_increases", lambda *_: 1 / 0)
+        compress(**options)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    settings = {"method": "magnitude", "pattern": None, "block": 128, "target_size": 0.6}
+    assert report["method"] == settings
+    allocation = report["allocation"]
+    assert allocation["setting"] == "sparsity"
+    for path, values in allocation["values"].items():
+        assert (values[0] or 0) < values[1], path
+    assert allocation["estimated_increase"] < allocation["estimated_increase_uniform"]
+    sizes = report["bytes"]
+    assert 0.59 < sizes["without_zeros"] / sizes["before"] <= 0.6
+    weights = open_weights(tmp_path / "out").read("layers/mlp/up")
+    shares = [round(float((layer == 0).mean()), 1) for layer in weights]
+    assert shares == [round(value or 0, 1) for value in allocation["values"]["layers/mlp/up"]]
+    (row,) = read(tmp_path / "rows.jsonl")
+    assert row["method"] == settings and "allocation" not in row
+
+
+def test_a_dry_run_of_a_target(compress: Compress) -> None:
+    nothing: dict[str, Any] = {"dry_run": True, "calibration": None, "out": None}
+    printed = compress(**nothing, method="svd-llm", target_flops=0.8)
+    assert "21 matrices get their own ratio: 0.2, 0.22," in printed and "0.9, none" in printed
+    assert "target flops 0.8 of the model; svd-llm reaches 0." in printed
+    assert 0.2 < float(printed.split()[-1]) < 0.8  # the uniform ratio
 
 
 def test_costs_by_hand() -> None:
@@ -288,6 +343,22 @@ def test_costs_by_hand() -> None:
             "ratio has no effect with method rtn; accepted: bits, gr",
         ),
         ({"method": "gptq"}, "group 128: layers/attention/key has 64 columns; accepted: divisors"),
+        (
+            {"target_size": 0.6, "target_flops": 0.6},
+            "--target-size and --target-flops; accepted: one of them",
+        ),
+        ({"target_size": 0.6, "sparsity": 0.5}, "--sparsity has no effect with --target-size"),
+        ({"target_size": 0.1}, r"target size 0.1: magnitude reaches 0.\d+ to 1.000 of the model"),
+        ({"target_flops": 1.5}, "target flops 1.5; accepted: a share between 0 and 1"),
+        ({"target_size": 0.6, "pattern": "2:4"}, "target size 0.6 with pattern 2:4, which has one"),
+        (
+            {"target_flops": 0.6, "method": "rtn", "group": 16},
+            "target flops 0.6 with method rtn: weights are dequantized .* accepted: a target size",
+        ),
+        (
+            {"target_size": 0.6, "method": "structured", "remove": ["channel=.5"]},
+            "--target-size with method structured: config.json cannot express layers of different",
+        ),
         ({"block": 64}, "--block has no effect without --method sparsegpt or a block pattern"),
         ({"calibration": None}, "--calibration is missing; only --dry-run does without"),
         ({"out": None}, "--out is missing"),

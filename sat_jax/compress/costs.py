@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sat_jax.compress.layers import matrices
-from sat_jax.compress.method import Saving
+from sat_jax.compress.method import ByMatrix, MatrixMethod, Saving, method_of
 from sat_jax.compress.quantize import Quantization
 from sat_jax.nn.layout import Layout
 from sat_jax.sparsity.flops import forward_flops
@@ -57,18 +57,23 @@ def smaller_costs(
 
 
 def quantized_costs(
-    layout: Layout[Any], method: Quantization, row_length: int, itemsize: int
+    layout: Layout[Any], method: MatrixMethod | ByMatrix, row_length: int, itemsize: int
 ) -> dict[str, Any]:
     """Return the numbers of weights, bytes, bits per weight, and FLOPs a token as `costs` does.
 
-    Bytes are those of all tensors. Other parameters than the matrices of layers have `itemsize`
-    bytes, and before also these matrices. A weight is dequantized when it is used, which is not
-    counted as FLOPs.
+    `method` is a `Quantization`, or has one for each matrix. Bytes are those of all tensors. Other
+    parameters than the matrices of layers have `itemsize` bytes, and before also these matrices. A
+    weight is dequantized when it is used, which is not counted as FLOPs.
     """
     total = sum(math.prod(shape.shape) for shape in layout.shapes.values())
     parts = matrices(layout)
     count = layout.layers * sum(part.rows * part.columns for part in parts)
-    size = layout.layers * sum(method.bytes(part.rows, part.columns) for part in parts)
+    size = 0
+    for part in parts:
+        for layer in range(layout.layers):
+            one = method_of(method, part.path, layer)
+            assert isinstance(one, Quantization)
+            size += one.bytes(part.rows, part.columns)
     after = (total - count) * itemsize + size
     flops = forward_flops(layout, row_length).total
     return {

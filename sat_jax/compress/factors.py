@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from sat_jax.nn.decoder import Compute, Decoder
 from sat_jax.nn.layout import parameters
 from sat_jax.nn.linear import Weight, dense
 from sat_jax.nn.low_rank import LowRank
+from sat_jax.nn.quantized import Quantized
 
 FACTORS_FILE = "factors.safetensors"
 _NAMES = ("left", "right")
@@ -34,13 +35,27 @@ def stack_layers(layers: Sequence[Mapping[str, W]]) -> dict[str, W]:
     }
 
 
-def factors_file(factors: Mapping[str, LowRank], dtype: Dtype) -> bytes:
-    """Return the contents of `FACTORS_FILE`: for each path the tensors `path/left` and `path/right`
-    of all layers. Raises `UserError` for values that the dtype does not have."""
+def with_equal_bits(layers: Sequence[dict[str, Quantized]]) -> list[dict[str, Quantized]]:
+    """Return the weights of all layers, those of 4 bits stored in 8 where another layer has 8, so
+    that they can be stacked."""
+    wide = {path for layer in layers for path, weight in layer.items() if weight.bits == 8}
+    return [
+        {path: weight.widened() if path in wide else weight for path, weight in layer.items()}
+        for layer in layers
+    ]
+
+
+def factors_file(layers: Sequence[Mapping[str, LowRank]], dtype: Dtype) -> bytes:
+    """Return the contents of `FACTORS_FILE`: for each layer and path that has factors, the tensors
+    `path/layer/left` and `path/layer/right`. Raises `UserError` for values that the dtype does not
+    have."""
     number = numpy_dtype(dtype)
     return save(
         {
-            f"{path}/{name}": np.ascontiguousarray(cast(getattr(weight, name), number, path))
+            f"{path}/{layer}/{name}": np.ascontiguousarray(
+                cast(getattr(weight, name), number, path)
+            )
+            for layer, factors in enumerate(layers)
             for path, weight in factors.items()
             for name in _NAMES
         }
@@ -53,6 +68,8 @@ def load_factored(
     """Return the model in a directory that `scripts.compress` wrote, with its matrices of low rank
     as `LowRank` weights: float32 parameters, computing in `dtype`.
 
+    Where ranks differ between layers, each layer is a segment of the model of its own: it compiles
+    more slowly, and does not decode.
     Raises `UserError` for a directory without factors, or with those of another model.
     """
     file = locate(directory) / FACTORS_FILE
@@ -63,39 +80,77 @@ def load_factored(
         )
     weights = open_weights(directory)
     layout = layout_of(weights.config, Compute(dtype=dtype))
-    factors = _read_factors(file)
-    shapes = {matrix.path: layout.shapes[matrix.path].shape for matrix in matrices(layout)}
-    for path, weight in factors.items():
-        if path not in shapes or not _have_product(weight, shapes[path]):
-            raise UserError(f"{file}: {path} is no matrix of the model in {directory}")
+    factors, parts = _read_factors(file), {m.path: m.shape for m in matrices(layout)}
+    for path, layers in factors.items():
+        for layer, weight in layers.items():
+            if path not in parts or layer >= layout.layers or not _fit(weight, parts[path]):
+                raise UserError(
+                    f"{file}: {path} of layer {layer} is no matrix of the model in {directory}"
+                )
+    values = {path: weights.read(path) for path in layout.leaves}
+    if all(_is_uniform(layers, layout.layers) for layers in factors.values()):
+        stacked = stack_layers(
+            [{path: layers[n] for path, layers in factors.items()} for n in range(layout.layers)]
+        )
+        return layout.bind(
+            {p: jax.tree.map(jnp.asarray, stacked.get(p, v)) for p, v in values.items()}
+        )
+
+    def by_layer(path: str, layer: int) -> Any:
+        weight = factors.get(path, {}).get(layer)
+        if weight is None:
+            return jnp.asarray(values[path][layer : layer + 1])
+        return jax.tree.map(lambda array: jnp.asarray(array)[None], weight)
+
     return layout.bind(
-        {path: factors.get(path) or jnp.asarray(weights.read(path)) for path in layout.leaves}
+        {
+            path: tuple(by_layer(path, layer) for layer in range(layout.layers))
+            if leaf.in_layers
+            else jnp.asarray(values[path])
+            for path, leaf in layout.leaves.items()
+        }
     )
+
+
+def _is_uniform(layers: Mapping[int, LowRank], count: int) -> bool:
+    """Return whether all layers have factors, of one rank."""
+    return len(layers) == count and len({weight.rank for weight in layers.values()}) == 1
 
 
 def merge_factors(model: Decoder) -> Decoder:
     """Return the model whose weights are all plain arrays, for `save_model`: products of factors,
     adapters added to their bases, and dequantized weights."""
-    values = {path: dense(weight) for path, weight in parameters(model).items()}
+    values = {path: _merged(weight) for path, weight in parameters(model).items()}
     return layout_of(model.config, model.compute).bind(values)
 
 
-def _have_product(weight: LowRank, shape: tuple[int, ...]) -> bool:
-    """Return whether the factors are those of matrices of this shape, `[L, *units, D]`."""
+def _merged(weight: Any) -> Any:
+    """Return a weight as one array, of all segments."""
+    if isinstance(weight, tuple):
+        return jnp.concatenate([dense(part) for part in weight])
+    return dense(weight)
+
+
+def _fit(weight: LowRank, shape: tuple[int, ...]) -> bool:
+    """Return whether the factors are those of a matrix of this shape, `[*units, D]`."""
     left, right = weight.left.shape, weight.right.shape
-    return left[:-1] == shape[:-1] and right == (shape[0], left[-1], shape[-1])
+    return left[:-1] == shape[:-1] and right == (left[-1], shape[-1])
 
 
-def _read_factors(file: Path) -> dict[str, LowRank]:
+def _read_factors(file: Path) -> dict[str, dict[int, LowRank]]:
+    """Return the factors by path and layer."""
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: cannot be read as safetensors: {error}") from error
-    factors = {}
-    for path in {name.rpartition("/")[0] for name in tensors}:
+    factors: dict[str, dict[int, LowRank]] = {}
+    for place in {name.rpartition("/")[0] for name in tensors}:
+        path, _, layer = place.rpartition("/")
+        if not layer.isdecimal():
+            raise UserError(f"{file}: {place} has no layer; accepted: what scripts.compress wrote")
         try:
-            left, right = (jnp.float32(tensors[f"{path}/{name}"]) for name in _NAMES)
+            parts: list[Any] = [np.asarray(tensors[f"{place}/{n}"], np.float32) for n in _NAMES]
         except KeyError as error:
             raise UserError(f"{file}: no tensor {error}") from error
-        factors[path] = LowRank(left, right)
+        factors.setdefault(path, {})[int(layer)] = LowRank(*parts)
     return factors

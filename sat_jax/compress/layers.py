@@ -17,7 +17,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sat_jax.compress.input_statistics import InputStatistics, Needs
-from sat_jax.compress.method import Factors, MatrixMethod, QuantizedMatrix
+from sat_jax.compress.method import (
+    ByMatrix,
+    Compressed,
+    Factors,
+    MatrixMethod,
+    QuantizedMatrix,
+    method_of,
+)
 from sat_jax.errors import UserError
 from sat_jax.nn.context import Observable, Observed
 from sat_jax.nn.decoder import Decoder
@@ -139,24 +146,27 @@ def matrices(layout: Layout[Any]) -> list[Matrix]:
     return result
 
 
-def check_matrices(layout: Layout[Any], method: MatrixMethod) -> None:
+def check_matrices(layout: Layout[Any], method: MatrixMethod | ByMatrix) -> None:
     """Raise `UserError` if the method cannot compress some matrix."""
     for matrix in matrices(layout):
-        method.check(matrix.rows, matrix.columns, matrix.path)
+        for layer in range(layout.layers):
+            if (one := method_of(method, matrix.path, layer)) is not None:
+                one.check(matrix.rows, matrix.columns, matrix.path)
 
 
 def compress_layers(
     layout: Layout[Decoder],
     values: MutableMapping[str, np.ndarray],
     batches: Sequence[Rows],
-    method: MatrixMethod,
+    method: MatrixMethod | ByMatrix,
     saved: LayerStore | None = None,
 ) -> Iterator[CompressedLayer]:
     """Compress the matrices of all layers, one layer at each iteration.
 
     `values` are the model's parameters by path, layers stacked; those of a layer are overwritten
-    when it is compressed. `batches` are calibration rows of equal shape. Layers that are in `saved`
-    are taken from there, the others are added to it. Raises `UserError`, before anything is
+    when it is compressed. `batches` are calibration rows of equal shape. `method` is one for all
+    matrices, or one for each. Layers that are in `saved` are taken from there, the others are added
+    to it. Raises `UserError`, before anything is
     changed, if the method cannot compress some matrix, and for activations that are not finite.
     """
     check_matrices(layout, method)
@@ -165,14 +175,14 @@ def compress_layers(
         weights = layer_weights(layout, values, layer)
         known = saved.read(layer) if saved else None
         if known is None:
-            outputs, statistics = _run(layout, values, weights, batches, streams, method.needs)
+            outputs, statistics = run_layer(layout, values, weights, batches, streams, method.needs)
             result, new = _compress_layer(layout, layer, weights, statistics, method)
         else:
             result, new = known
         for path, weight in new.items():
             weights[path] = jnp.asarray(weight)[None]
             values[path][layer] = weight
-        compressed, _ = _run(layout, values, weights, batches, streams, "nothing")
+        compressed, _ = run_layer(layout, values, weights, batches, streams, "nothing")
         if known is None:
             result = result._replace(error=_error(batches, streams, outputs, compressed))
             if saved:
@@ -186,7 +196,7 @@ def _compress_layer(
     layer: int,
     weights: Mapping[str, Array],
     statistics: Mapping[tuple[str, bool], InputStatistics],
-    method: MatrixMethod,
+    method: MatrixMethod | ByMatrix,
 ) -> tuple[CompressedLayer, dict[str, np.ndarray]]:
     """Return a layer without its error, and the new weights of its matrices on the host."""
     result, new = CompressedLayer(layer, {}, math.nan, {}, {}), {}
@@ -194,7 +204,8 @@ def _compress_layer(
         sums = statistics.get((matrix.unit, matrix.writes), NOTHING)
         weight = matrix.flatten(weights[matrix.path][0])
         _check_finite(layer, matrix.path, weight, sums)
-        compressed = method(weight, sums)
+        one = method_of(method, matrix.path, layer)
+        compressed = Compressed(weight, 0) if one is None else one(weight, sums)
         result.removed[matrix.path] = compressed.removed
         if compressed.factors is not None:
             factors = matrix.low_rank(compressed.factors)
@@ -258,7 +269,7 @@ def embed_rows(
     ]
 
 
-def _run(
+def run_layer(
     layout: Layout[Decoder],
     values: Mapping[str, np.ndarray],
     weights: Mapping[str, Array],

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from sat_jax.compress.input_statistics import InputStatistics, Needs, statistics_of
-from sat_jax.compress.method import Compressed, Factors, Saving
+from sat_jax.compress.method import Compressed, Factors, Saving, Varied
 from sat_jax.errors import UserError
 
 ALPHA = 0.5  # the exponent of ASVD, as in the paper
@@ -86,6 +86,7 @@ class Factorization:
     method: str
     ratio: float = 0.8
     saving: ClassVar[Saving] = "with_factors"
+    varied: ClassVar[Varied] = Varied("ratio", (0.2, 0.4, 0.6, 0.8, 0.9), 0.02)
 
     def __post_init__(self) -> None:
         if self.method not in LOW_RANK:

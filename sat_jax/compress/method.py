@@ -1,5 +1,6 @@
 """The interface of compression methods: what the pass over the layers knows of them."""
 
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import qwix
@@ -42,8 +43,20 @@ class Compressed(NamedTuple):
     quantized: QuantizedMatrix | None = None
 
 
+class Varied(NamedTuple):
+    """The setting of a method that a budget varies: the values at which the error is measured,
+    ascending, and the `step` between the values that matrices may get (None: the measured ones).
+    With a step, a matrix may also stay as it is."""
+
+    name: str
+    measured: tuple[float, ...]
+    step: float | None = None
+
+
 class MatrixMethod(Protocol):
     """A method with its settings, which compresses one matrix `[out, in]` at a time."""
+
+    varied: ClassVar[Varied]
 
     @property
     def needs(self) -> Needs:
@@ -63,3 +76,16 @@ class RemovingMethod(MatrixMethod, Protocol):
 
     def count(self, rows: int, columns: int) -> int:
         """Return how many weights of a matrix of this size are removed."""
+
+
+class ByMatrix(NamedTuple):
+    """A method whose varied setting differs: by path and layer, None where a matrix stays as it is.
+    All read the same statistics, those that `needs` names."""
+
+    methods: Mapping[str, Sequence[MatrixMethod | None]]
+    needs: Needs
+
+
+def method_of(method: MatrixMethod | ByMatrix, path: str, layer: int) -> MatrixMethod | None:
+    """Return the method of one matrix, or None if it stays as it is."""
+    return method.methods[path][layer] if isinstance(method, ByMatrix) else method

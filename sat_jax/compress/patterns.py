@@ -95,5 +95,11 @@ class Pattern:
 
 
 def _lowest(scores: Float[Array, "groups size"], count: int) -> Bool[Array, "groups size"]:
-    """Mark the `count` lowest scores on the last axis."""
-    return jnp.argsort(jnp.argsort(scores)) < count
+    """Mark the `count` lowest scores on the last axis; at a tie those with the lower index."""
+    if count == 0:
+        return jnp.zeros(scores.shape, bool)
+    # XLA:CPU sorts values alone in half the time of the two argsorts that would give ranks.
+    threshold = jnp.sort(scores)[..., count - 1 : count]
+    below, ties = scores < threshold, scores == threshold
+    missing = count - jnp.sum(below, axis=-1, keepdims=True)
+    return below | (ties & (jnp.cumsum(ties, axis=-1) <= missing))

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from sat_jax.compress.input_statistics import InputStatistics, Needs, statistics_of
-from sat_jax.compress.method import Compressed, Saving
+from sat_jax.compress.method import Compressed, Saving, Varied
 from sat_jax.compress.patterns import Pattern
 from sat_jax.compress.sparsegpt import sparsegpt
 from sat_jax.errors import UserError
@@ -61,6 +61,7 @@ class Pruning:
     pattern: str | None = None
     block: int = 128
     saving: ClassVar[Saving] = "without_zeros"
+    varied: ClassVar[Varied] = Varied("sparsity", (0.2, 0.4, 0.6, 0.8), 0.02)
 
     def __post_init__(self) -> None:
         if self.method not in PRUNING:

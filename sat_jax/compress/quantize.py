@@ -8,7 +8,7 @@ from -1 to 1, and the scale is the largest |w|.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from sat_jax.compress.elimination import (
     eliminate_columns,
 )
 from sat_jax.compress.input_statistics import InputStatistics, Needs, statistics_of
-from sat_jax.compress.method import Compressed, QuantizedMatrix
+from sat_jax.compress.method import Compressed, QuantizedMatrix, Varied
 from sat_jax.errors import UserError
 from sat_jax.nn.quantized import NORMAL_FLOAT, Bits, Packing, round_to_nearest
 
@@ -167,6 +167,7 @@ class Quantization:
     method: str
     bits: Bits = 4
     group: int = 128
+    varied: ClassVar[Varied] = Varied("bits", (4, 8))
 
     def __post_init__(self) -> None:
         if self.method not in QUANTIZATION:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,16 @@ class SavedLayers:
         new = self.folder / "new"
         save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, new, metadata)
         os.replace(new, self._file(layer.layer))
+
+    def json(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return what `compute` returned before; if it did not, call it and save what it returns,
+        which is JSON."""
+        file = self.folder / f"{name}.json"
+        if not file.exists():
+            new = self.folder / "new"
+            new.write_text(json.dumps(compute()), encoding="utf-8")
+            os.replace(new, file)
+        return json.loads(file.read_text(encoding="utf-8"))
 
     def count(self) -> int:
         """Return the number of saved layers."""

@@ -43,6 +43,14 @@ class Weights:
                 " accepted: those of the model before, or those that scripts.convert dequantizes"
             )
 
+    def check_packing(self, where: object) -> None:
+        """Raise `UserError` if these are quantized weights of several packings."""
+        if self.stored is not None and self.packing is None:
+            raise UserError(
+                f"{where}: matrices are in {' and '.join(self.quantized)}; accepted: one of them,"
+                " as scripts.compress writes with --bits"
+            )
+
     @property
     def paths(self) -> tuple[str, ...]:
         """Paths of all parameters."""

@@ -107,6 +107,10 @@ class Quantized(OwnGradient):
         units = (1,) * (dense.ndim - self.input_scale.ndim)
         return dense * self.input_scale.reshape(*lead, *units, width)
 
+    def widened(self) -> "Quantized":
+        """Return the weight with integers of 4 bits stored in 8."""
+        return self if self.bits == 8 else dataclasses.replace(self, values=unpack(self.values))
+
     def describe(self, axes: Axes) -> dict[str, tuple[Axes, bool]]:
         """Return the axes of each array; none is trained."""
         layer, *units, width = axes

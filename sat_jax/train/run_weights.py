@@ -140,6 +140,7 @@ def starting_point(config: Config) -> tuple[DecoderConfig, Weights | None]:
         where, adapter = f"model.path {config.model.path}", config.model.adapter
         if config.lora.rank == 0:
             weights.check_not_quantized(f"{where} with lora.rank 0")
+        weights.check_packing(where)
         if adapter is not None:
             weights.check_not_quantized(f"{where} with model.adapter")
             weights = adapted_weights(weights, adapter)
