@@ -137,6 +137,7 @@ def make_layout(abstract_model: Model) -> Layout[Model]:
             inside = jax.tree_util.keystr(keys, simple=True, separator="/")
             name = _joined(path, inside)
             own_axes, own_trained = within[inside]
+            own_trained = own_trained and trained
             role: Role = "index" if INDEX in own_axes else metadata["role"]
             leaves[name] = Leaf(own_axes, role, own_trained)
             shapes[name] = jax.ShapeDtypeStruct(array.shape, array.dtype)

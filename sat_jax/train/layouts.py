@@ -12,14 +12,17 @@ from sat_jax.models.build import layout_of
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.decoder import Compute, Decoder
 from sat_jax.nn.layout import Layout
+from sat_jax.sparsity.predictors import predictor_layout
 
 
 def run_layout(
     config: Config, model: DecoderConfig, compute: Compute = Compute()
 ) -> Layout[Decoder]:
     """Return the layout of the arrays that a run trains or keeps frozen."""
-    layout = layout_of(model, compute)
-    return lora_layout(layout, config.lora) if config.lora.rank else layout
+    layout, sparse = layout_of(model, compute), config.sparsity
+    if config.lora.rank:
+        layout = lora_layout(layout, config.lora)
+    return predictor_layout(layout, sparse.predictor_rank) if config.has_predictors else layout
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from sat_jax.sparsity.execution.dynamic import Dynamic
 from sat_jax.sparsity.execution.gather import Gather
 from sat_jax.sparsity.execution.kernel import Kernel
 from sat_jax.sparsity.execution.mask import Mask
+from sat_jax.sparsity.execution.sparse_base import SparseBase
 from sat_jax.sparsity.plan import Plan, neurons_of
 
 if TYPE_CHECKING:
@@ -31,8 +32,10 @@ def make_execution(
     if neurons_of(layout).keeps_all(plan) and sparse.execution != "mask":
         return Gather(layout, plan)
     if sparse.refresh_every == 0:
-        masked = sparse.execution == "mask"
-        return Dynamic(layout, plan, criteria=criteria, masked=masked, freeze=freeze)
+        dynamic = (layout, plan, "all", criteria, sparse.execution == "mask", freeze)
+        if sparse.adapters == "dense":
+            return SparseBase(*dynamic, dense_share=sparse.dense_answers)
+        return Dynamic(*dynamic)
     match sparse.execution:
         case "gather":
             return Gather(layout, plan, sparse.passes)
