@@ -132,5 +132,3 @@ class MaskedRows(Weight):
         if self.tokens is not None:
             keep = keep | self.tokens.reshape(*self.tokens.shape, *(1,) * self.mask.ndim)
         return a * jnp.expand_dims(keep, range(keep.ndim, a.ndim)).astype(a.dtype)
-
-

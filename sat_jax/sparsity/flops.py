@@ -310,8 +310,8 @@ def _segment_flops(
     frozen_sizes: dict[str, float] | None = None,
 ) -> FlopCount:
     """Return the operations of a segment's layers where units have these sizes, in frozen weights
-    `frozen_sizes` if given; branches whose share of innermost units is 0 are left out. Tokens that skip the layers cost nothing there, and
-    the others meet fewer tokens in them."""
+    `frozen_sizes` if given; branches whose share of innermost units is 0 are left out. Tokens that
+    skip the layers cost nothing there, and the others meet fewer tokens in them."""
     tokens = segment.tokens(row_length)
     last = list(layout.branches)[-1]
     count = FlopCount()

@@ -4,8 +4,9 @@ A metric is a function of a few lines over one unit's `ScoreInputs`, and one ent
 Sources: Wanda (arXiv:2306.11695) for `wanda`, the SAT paper (arXiv:2406.01392) for the choice of
 `uniform`, `magnitude`, `wanda` and `maxip`; `output` measures what a unit adds to the residual
 stream, `svd` predicts it (after SparseLoRA, arXiv:2506.16500), `sparselora` has the norms of that
-paper, `taylor` is what a unit's absence would cost to first order (Molchanov et al., arXiv:1611.06440). `gradient_l1`, `gradient_l2` and
-`update_gain` measure what the update of a unit is worth, where the forward pass has all units.
+paper, `taylor` is what a unit's absence would cost to first order (Molchanov et al.,
+arXiv:1611.06440). `gradient_l1`, `gradient_l2` and `update_gain` measure what the update of a unit
+is worth, where the forward pass has all units.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -27,9 +28,9 @@ class ScoreInputs(NamedTuple):
 
     `reads` and `writes` are the matrices `[L, N, C, D]` that read from and write to the residual
     stream; `rms` and `mean` `[L, D]` describe the branch's input over tokens; `energy` `[L, N]` is
-    the mean square norm of what each unit added, `norm` `[L, N]` that of `_norms`, `gradient` `[L, N]` the mean over tokens of
-    ⟨a, ∂L/∂a⟩ of its activation a; `update` has sums over the unit's parameters, `[L, N]`. None
-    where not observed.
+    the mean square norm of what each unit added, `norm` `[L, N]` that of `_norms`, `gradient`
+    `[L, N]` the mean over tokens of ⟨a, ∂L/∂a⟩ of its activation a; `update` has sums over the
+    unit's parameters, `[L, N]`. None where not observed.
     """
 
     reads: tuple[Float[Array, "L N C D"], ...]

@@ -11,8 +11,9 @@ from sat_jax.nn.context import Observed
 from sat_jax.nn.observe import InputSums
 
 Observable = Literal["inputs", "outputs", "predicted", "norms", "gradients", "products", "updates"]
-"""What metrics may need: `predicted` are outputs predicted with weights of low rank, `norms` sums of
-squares of predicted products and activations, `gradients` those of a mask of ones on every unit, `updates` sums over the parameters of each unit."""
+"""What metrics may need: `predicted` are outputs predicted with weights of low rank, `norms` sums
+of squares of predicted products and activations, `gradients` those of a mask of ones on every unit,
+`updates` sums over the parameters of each unit."""
 
 
 class UpdateSums(NamedTuple):
@@ -30,8 +31,9 @@ class Statistics(NamedTuple):
 
     `inputs` are of the branch's input. `outputs` are what its units add to the residual stream, as
     `nn.observe.output_energy` describes it. `gradients` `[L, *units]` is Σ⟨a, ∂L/∂a⟩ of each unit's
-    activation a. `norms` are those of `Branch.predicted_squares`. `products` `[L, C, C]` is Σ a_i · a_j of every pair of columns. `updates` are by
-    the name of any unit, not of innermost ones alone. Empty where not observed.
+    activation a. `norms` are those of `Branch.predicted_squares`. `products` `[L, C, C]` is Σ a_i ·
+    a_j of every pair of columns. `updates` are by the name of any unit, not of innermost ones
+    alone. Empty where not observed.
     """
 
     count: Float[Array, ""]  # type: ignore[assignment]  # hides the method of tuples
