@@ -367,8 +367,9 @@ def test_every_matrix_product_is_counted(changes: dict[str, Any]) -> None:
     traced = jax.make_jaxpr(gradients)(params, *[numbers] * 4, mask)
     used, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
     # In one block of attention every query meets every key, as many pairs as in rows of 79.
+    options: Any = {"remat": config.model.remat, "sparse_base": config.sparsity.dense_answers}
     blocks, length = (
-        training_flops(programs.layout, length, rung.plan.segments, config.model.remat)
+        training_flops(programs.layout, length, rung.plan.segments, **options)
         for length in (79, 40)
     )
     expected = costs.step_flops(config, model, rung) + blocks.total - length.total

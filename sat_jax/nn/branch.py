@@ -141,16 +141,16 @@ class Branch(nnx.Module):
         if "input_products" in context.observe:
             context.report("input_products", unit, column_products(x, weight))
         if "predicted" in context.observe:
-            a, write = self.predicted_activations(x), dense(self.output_weight)
-            context.report("outputs", unit, output_energy(a, write, weight, len(self.units)))
+            a, units = self.predicted_activations(x), len(self.units)
+            context.report("outputs", unit, output_energy(a, self.output_weight, weight, units))
         if "norms" in context.observe:
             context.report("norms", unit, self.predicted_squares(x, weight))
 
     def _observe_output(self, a: Array, context: Context) -> None:
         unit, weight = self.units[-1], context.weight_BT
         if "outputs" in context.observe:
-            write = dense(self.output_weight)
-            context.report("outputs", unit, output_energy(a, write, weight, len(self.units)))
+            units = len(self.units)
+            context.report("outputs", unit, output_energy(a, self.output_weight, weight, units))
         if "activations" in context.observe:
             columns = a.reshape(*a.shape[:2], -1)
             context.report("activations", unit, input_sums(columns, weight))

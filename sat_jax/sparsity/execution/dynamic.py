@@ -21,7 +21,6 @@ from sat_jax.nn.branch import Branch
 from sat_jax.nn.context import Context
 from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.layout import Layout, Unit, branch_values
-from sat_jax.nn.linear import dense
 from sat_jax.nn.observe import input_sums, output_energy
 from sat_jax.nn.param import Control
 from sat_jax.nn.stack import SELECTED
@@ -111,8 +110,8 @@ def observe_branch(
         sums = jax.tree.map(lambda s: s[None], input_sums(x, weight_BT))
         stats = stats._replace(inputs={innermost: sums})
     if "predicted" in needs:
-        a, write = branch.predicted_activations(x), dense(branch.output_weight)
-        energy = output_energy(a, write, weight_BT, len(branch.units))
+        a = branch.predicted_activations(x)
+        energy = output_energy(a, branch.output_weight, weight_BT, len(branch.units))
         stats = stats._replace(outputs={innermost: energy[None]})
     if "norms" in needs:
         squares = {n: s[None] for n, s in branch.predicted_squares(x, weight_BT).items()}
