@@ -33,6 +33,7 @@ SETTINGS: dict[str, Any] = {
     "sparsity.schedule": "constant",
     "sparsity.dense_start": 0.4,
     "sparsity.refresh_every": 0,
+    "sparsity.probe_tokens": 1024,
     "sparsity.metric": "sparselora",
     "sparsity.adapters": "dense",
     "sparsity.dense_answers": 0.5,
