@@ -6,7 +6,7 @@ arXiv:2304.05511).
         --config.data.tokenizer=runs/tokenizer --workdir=runs/s2d
 
 TEXT: a folder of text, for example the sources of Debian's linux-doc-6.1 (experiments/README.md).
-GPT-2's architecture with 4 layers of width 256 and 4,096 tokens: 4.3M parameters. 400 steps of
+GPT-2's architecture with 6 layers of width 256 and 4,096 tokens: 6.0M parameters. 400 steps of
 2,048 tokens, some minutes on two CPU cores.
 """
 
@@ -21,7 +21,7 @@ def get_config(variant: str = "s2d") -> ConfigDict:
     config = default_config()
     config.model.preset = "gpt2"
     config.model.d_model = 256
-    config.model.n_layers = 4
+    config.model.n_layers = 6
     config.model.n_heads = 4
     config.model.d_ff = 1024
     config.model.vocab_size = 4096

@@ -29,10 +29,12 @@ Then perplexity of all of them and of the base model without training, and passk
         TRAINED=$(dirname runs/context/$CONTEXT-$SEED/*/config.json)
         TEXTS="--text $EVALUATION --context $LENGTHS --record $ROWS"
         python -m scripts.evaluate --model $TRAINED $TEXTS
-        for TYPE in default linear ntk ntk_by_parts_code yarn dynamic; do
+        for TYPE in default linear ntk ntk_by_parts_paper ntk_by_parts_code \
+            yarn_paper yarn dynamic llama3; do
             python -m scripts.evaluate --model $BASE --rope-type $TYPE --rope-factor $FACTOR $TEXTS
         done
     done
+    python -m scripts.evaluate --model $BASE --rope-type dynamic_yarn --rope-factor 1 $TEXTS
     TRAINED=$(dirname runs/context/1k-$SEED/*/config.json)
     PASSKEY="--passkey 256,1024 --trials 2 --record $ROWS"
     python -m scripts.evaluate --model $TRAINED $PASSKEY
@@ -47,11 +49,14 @@ from ml_collections import ConfigDict
 
 from experiments import scales
 from sat_jax.config_values import default_config
+from sat_jax.nn.rope import EXTENSIONS
 from sat_jax.results.sweep import Comparison, Sweep
 
 LENGTH = 256  # of the base model's rows
 FACTORS = {"1k": 4, "2k": 8}
-SCALINGS = ("default", "linear", "ntk", "ntk_by_parts_code", "yarn", "dynamic")
+# Without dynamic_yarn, which with the factor of a training at a longer length is yarn up to that
+# length.
+SCALINGS = tuple(name for name in EXTENSIONS if name != "dynamic_yarn")
 TOKENS_PER_STEP, EVAL_TOKENS = 2048, 8192
 
 

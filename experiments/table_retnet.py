@@ -7,7 +7,7 @@ densely, densely with fewer steps, and with SAT: heads and channels on the ladde
     python -m scripts.sweep --config=experiments/table_retnet.py:paper --config.data.sources=TEXT \
         --config.data.tokenizer=TOKENIZER --workdir=runs/retnet-1b
 
-Scales: `smoke`, 2.2M parameters, 400 steps of 2,048 tokens; `6m`, 6.1M, as many steps; `small`, the
+Scales: `smoke`, 2.2M parameters, 400 steps of 2,048 tokens; `6m`, 6.2M, as many steps; `small`, the
 8.7M of retnet_small.py, 4,000 steps of 16,384 tokens, with a vocabulary of 4,096; `paper`, see
 retnet_1b.py. Perplexity on another text, and by position in the row, of the run runs/retnet/NAME:
 
@@ -39,10 +39,10 @@ MATRIX_SCALES = {"retnet": 0.25, "transformer": 0.125}
 
 def get_config(scale: str = "smoke") -> ConfigDict:
     """Scales: smoke, 6m, small, paper."""
-    return _config(scale, "retnet")
+    return config_of(scale, "retnet")
 
 
-def _config(scale: str, model: str) -> ConfigDict:
+def config_of(scale: str, model: str) -> ConfigDict:
     """Return the settings of a model at a scale."""
     if scale not in SEEDS:
         raise KeyError(scale)
@@ -68,7 +68,7 @@ def _config(scale: str, model: str) -> ConfigDict:
 def models(scale: str) -> list[dict[str, Any]]:
     """Return the settings in which the two models differ, dense."""
     paths = [path.split(".") for path in (*_SIZES, _MATRIX_SCALE)]
-    configs = [_config(scale, model) for model in MODELS]
+    configs = [config_of(scale, model) for model in MODELS]
     return [{f"{group}.{name}": c[group][name] for group, name in paths} for c in configs]
 
 

@@ -8,7 +8,7 @@ at the end, patterns, and the baselines that a user would pick: a smaller model,
         --config.data.sources=TEXT --config.data.tokenizer=TOKENIZER --workdir=runs/s2d-13b
 
 Scales: `smoke`, 1.1M parameters, 400 steps of 2,048 tokens; `long`, 2,000 of these steps, a quarter
-of the blocks beside the dense baselines; `small`, the 4.3M of s2d_small.py, 4,000 steps of 16,384
+of the blocks beside the dense baselines; `small`, the 6.0M of s2d_small.py, 4,000 steps of 16,384
 tokens; `paper`, GPT-2, 20,000 steps of 131,072 tokens; `paper-13b`, see
 s2d_gpt13b.py. The source names neither its matrices, blocks and switch nor its batch and learning
 rate: these are choices of this file.
@@ -46,6 +46,7 @@ def get_config(scale: str = "smoke") -> ConfigDict:
     config.train.measure_speed = False
     if scale in MINUTES:
         config.model.d_model = 128
+        config.model.n_layers = 4
         config.model.d_ff = 512
         config.model.vocab_size = 2048
         config.train.eval_every = 0
@@ -80,10 +81,13 @@ def dense(scale: str) -> dict[str, Any]:
 
 
 def smaller(config: ConfigDict) -> list[dict[str, Any]]:
-    """Return a dense model with half the layers, which has about the FLOPs of block-sparse training
-    with a quarter of the blocks."""
+    """Return dense models with a half and with a quarter of the layers. The first has about the
+    FLOPs of a quarter of the blocks that become dense at the end, and block-sparse training to the
+    end is between both."""
     layers = config.model.n_layers
-    return [{"model.n_layers": layers // 2}] if layers is not None else []
+    if layers is None:
+        return []
+    return [{"model.n_layers": fewer} for fewer in (layers // 2, layers // 4)]
 
 
 def get_sweep(scale: str = "smoke") -> Sweep:

@@ -20,6 +20,7 @@ def run(
     density: float = 1.0,
     steps: int = 8,
     layers: int = 4,
+    omitted: float = 0.0,
     rate: float = 2e-3,
     scale: float = 1.0,
 ) -> Run:
@@ -28,9 +29,9 @@ def run(
         model=ModelConfig(n_layers=layers),
         train=TrainConfig(steps=steps),
         optimizer=OptimizerConfig(learning_rate=rate, matrix_scale=scale),
-        sparsity=SparsityConfig(weights=Weights(density=density)),
+        sparsity=SparsityConfig(rate=omitted, weights=Weights(density=density)),
     )
-    rungs = DENSE if density == 1 else SPARSE
+    rungs = DENSE if density == 1 and not omitted else SPARSE
     return config, summary_of(perplexity, 18.0, rungs, spent_flops=flops, steps=steps)
 
 
@@ -60,6 +61,13 @@ def test_each_method_beside_what_else_its_flops_buy(tmp_path: Path) -> None:
     assert table["dense, 4 steps"][4:] == ("+266.7 % ± 33.3 %", "-", "+300.0 %§")
 
 
+def test_sat_is_shown_beside_models_of_other_sizes(tmp_path: Path) -> None:
+    dense, sat = run(100.0, 16e9), run(105.0, 8e9, omitted=0.5)
+    assert from_scratch_tables(runs(tmp_path, dense, sat)) == []
+    table = rows_by_name(tmp_path, run(110.0, 8e9, layers=2))  # appended to them
+    assert table["r = 0.5"][4:] == ("+5.0 %", "-", "-4.5 %")
+
+
 def test_a_method_has_its_best_learning_rate(tmp_path: Path) -> None:
     table = rows_by_name(
         tmp_path,
@@ -79,5 +87,5 @@ def test_a_method_has_its_best_learning_rate(tmp_path: Path) -> None:
     assert table["12.5 % of blocks"][2] == "70.0", "not that of the other scale"
 
 
-def test_there_is_no_table_without_block_sparse_runs(tmp_path: Path) -> None:
+def test_there_is_no_table_for_sat_with_one_size(tmp_path: Path) -> None:
     assert from_scratch_tables(study(tmp_path)) == []

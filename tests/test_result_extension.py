@@ -36,10 +36,11 @@ def evaluated(
     *,
     seed: int = 0,
     scaling: str | None = None,
+    factor: float = 4.0,
     measure: str = "context",
 ) -> Row:
     """A row of `scripts.evaluate`; `value` is the perplexity or the accuracy."""
-    options = {"rope_type": scaling, "rope_factor": 4.0 if scaling else None}
+    options = {"rope_type": scaling, "rope_factor": factor if scaling else None}
     row = {
         "measure": measure, "model": "x", "options": options, "context": context,
         "run": {"seed": seed, "twin": "t", "settings": settings},
@@ -92,6 +93,21 @@ def test_each_scaling_beside_the_base(tmp_path: Path) -> None:
         ("yarn", f"{trained}, PoSE", "1", "-", "19.00", "-5.0 %", "-", "-"),
     )
     assert "of a.txt (9,000 tokens)" in table.caption and "rows of 256 tokens" in table.caption
+
+
+def test_a_scaling_that_grows_by_itself_is_in_every_table(tmp_path: Path) -> None:
+    growing = [evaluated(BASE, n, n / 10, scaling="dynamic_yarn", factor=1.0) for n in (1024, 2048)]
+    longer = evaluated(BASE, 2048, 80.0, scaling="yarn", factor=8.0)
+    append(tmp_path / "rows.jsonl", [*ROWS, *growing, longer], ORIGIN)
+    tables = extension_tables(read(tmp_path / "rows.jsonl"))
+    assert [table.title for table in tables] == ["Context × 4", "Context × 8"]
+    shorter, longest = (
+        {row[0]: row[3:] for row in table.rows if row[1] == "none"} for table in tables
+    )
+    # 102.40 is 412 % above 20, and 204.80 is 924 % above it.
+    assert shorter["dynamic_yarn"] == ("-", "102.40", "+412.0 %", "-", "-")
+    assert longest["dynamic_yarn"] == ("204.80", "+924.0 %", "-")
+    assert longest.keys() == {"dynamic_yarn", "yarn"}
 
 
 def run_row(perplexity: float, losses: dict[int, float], **settings: Any) -> Row:

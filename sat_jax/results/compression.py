@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sat_jax.results.figures import COLOURS
+from sat_jax.results.figures import look
 from sat_jax.results.rows import Row, device_name
 from sat_jax.results.run_plots import new_figure, tidy
 from sat_jax.results.tables import Table
@@ -71,8 +71,9 @@ def _draw(axes: Axes, rows: Sequence[Row], measure: Callable[[Row], float], x: s
     for number, method in enumerate(methods):
         some = [row for row in rows if row["method"]["method"] == method]
         points = [(100 * measure(row), _loss(row)) for row in some]
-        axes.plot(*zip(*points, strict=True), marker="osD^"[number // len(COLOURS)], markersize=6,
-                  linestyle="", label=method, color=COLOURS[number % len(COLOURS)])  # fmt: skip
+        axes.plot(
+            *zip(*points, strict=True), markersize=6, linestyle="", label=method, **look(number)
+        )
     front = pareto_front([(100 * measure(row), _loss(row)) for row in rows])
     axes.plot(*zip(*front, strict=True), color="black", linewidth=1.0, drawstyle="steps-post")
     tidy(axes, title="", x=f"{x} [%]", y=y)

@@ -15,7 +15,7 @@ from matplotlib.ticker import NullLocator
 
 from sat_jax.config_values import find
 from sat_jax.results.evaluations import extension_of
-from sat_jax.results.figures import COLOURS
+from sat_jax.results.figures import look
 from sat_jax.results.finished import FinishedRun, finished_runs
 from sat_jax.results.rows import Row, device_name
 from sat_jax.results.run_plots import new_figure, tidy
@@ -48,7 +48,8 @@ _Measured = dict[Method, dict[tuple[int, int], Row]]
 
 
 def extension_tables(rows: Sequence[Row]) -> list[Table]:
-    """Return a table for each factor of extension: a line for each scaling and training.
+    """Return a table for each factor of extension: a line for each scaling and training. A scaling
+    with the factor 1, which grows with the length by itself, is in all of them.
 
     `from the base` compares the perplexity at the longest context with that of the base model at
     the length of its training, seed by seed. `tokens to the base's loss` are those of the first
@@ -58,10 +59,10 @@ def extension_tables(rows: Sequence[Row]) -> list[Table]:
     perplexities, passkeys = _measured(rows, "context"), _measured(rows, "passkey")
     runs, base, length = finished_runs(rows), *_base(perplexities)
     tables = []
-    for factor in sorted({method.factor for method in perplexities}):
-        methods = [method for method in perplexities if method.factor == factor]
+    for factor in _factors(perplexities):
+        methods = [method for method in perplexities if method.factor in (factor, 1)]
         methods.sort(key=lambda method: (method.tokens > 0, method.skips, method.rate))
-        contexts = sorted({context for m in methods for _, context in perplexities[m]})
+        contexts = sorted({c for m in methods if m.factor == factor for _, c in perplexities[m]})
         tasks = sorted({c for m in methods for _, c in passkeys.get(m, {})})
         body = []
         for method in methods:
@@ -101,14 +102,14 @@ def extension_figure(rows: Sequence[Row]) -> Figure | None:
     measured = _measured(rows, "context")
     if not measured:
         return None
-    largest = max(method.factor for method in measured)
-    methods = [method for method in measured if method.factor == largest]
-    colours = dict(zip(dict.fromkeys(m.scaling for m in methods), COLOURS, strict=False))
-    figure = new_figure(width=11.0)
+    largest = _factors(measured)[-1]
+    methods = [method for method in measured if method.factor in (largest, 1)]
+    scalings = [*dict.fromkeys(method.scaling for method in methods)]
+    figure = new_figure(width=12.5)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, trained in zip(panels, (False, True), strict=True):
         for method in (m for m in methods if (m.tokens > 0) == trained):
-            _draw(axes, method, measured[method], colours[method.scaling])
+            _draw(axes, method, measured[method], look(scalings.index(method.scaling)))
         title = "trained at the new length" if trained else "without training"
         tidy(axes, title=title, x="context [tokens]", y="perplexity per token" * (not trained))
         contexts = sorted({context for m in methods for _, context in measured[m]})
@@ -118,12 +119,18 @@ def extension_figure(rows: Sequence[Row]) -> Figure | None:
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
         axes.xaxis.set_minor_locator(NullLocator())
-        if axes.lines:
-            axes.legend(fontsize=9, framealpha=0.9, edgecolor="none")
+    lines = {str(line.get_label()): line for axes in panels for line in axes.lines}
+    figure.legend([*lines.values()], [*lines], loc="outside right upper", fontsize=9, frameon=False)
     return figure
 
 
-def _draw(axes: Axes, method: Method, some: Mapping[tuple[int, int], Row], colour: str) -> None:
+def _factors(measured: _Measured) -> list[float]:
+    """Return the factors of extension, without 1 if there is another."""
+    factors = sorted({method.factor for method in measured})
+    return [factor for factor in factors if factor > 1] or factors
+
+
+def _draw(axes: Axes, method: Method, some: Mapping[tuple[int, int], Row], style: Any) -> None:
     seeds = sorted({seed for seed, _ in some})
     points = []
     for context in sorted({context for _, context in some}):
@@ -131,7 +138,7 @@ def _draw(axes: Axes, method: Method, some: Mapping[tuple[int, int], Row], colou
         if mean := mean_of(values):
             points.append((context, mean.value))
     axes.plot(
-        *zip(*points, strict=True), color=colour, marker="o", markersize=4, linewidth=1.5,
+        *zip(*points, strict=True), markersize=4, linewidth=1.5, **style,
         linestyle="--" if method.skips else ":" if method.rate else "-",
         label=f"{method.scaling}{', PoSE' * method.skips}{', SAT' * (method.rate > 0)}",
     )  # fmt: skip

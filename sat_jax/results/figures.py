@@ -2,6 +2,7 @@
 
 import base64
 import io
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -12,9 +13,17 @@ from sat_jax.results.variants import Group, Mean, mean_of
 
 # Okabe and Ito's, which colour-blind readers can tell apart; dense runs are black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A7A00")
+_MARKERS = "osD^"
 _LINE = 0.17  # inches between two names
 _FAR = 10  # percent from dense, from which on the axis may be logarithmic
 _TICKS = (-10, -5, 0, 2, 4, 6, 8, 10, 20, 50, 100, 200, 500, 1000)
+
+
+def look(number: int) -> dict[str, Any]:
+    """Return the colour and the marker of the series with this number, for more series than there
+    are colours."""
+    marker, colour = divmod(number, len(COLOURS))
+    return {"color": COLOURS[colour], "marker": _MARKERS[marker]}
 
 
 def quality_figure(group: Group) -> Figure | None:

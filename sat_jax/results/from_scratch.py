@@ -1,4 +1,4 @@
-"""Block-sparse pre-training against what else the same FLOPs buy: dense runs of fewer steps, and
+"""Sparse training from scratch against what else the same FLOPs buy: dense runs of fewer steps, and
 smaller dense models.
 
 Each method is shown at the learning rates, of matrices and of all other parameters, with the lowest
@@ -46,15 +46,19 @@ class _Method(NamedTuple):
 
 
 def from_scratch_tables(rows: Sequence[Row]) -> list[Table]:
-    """Return a table for each set of runs that have block-sparse ones among them."""
+    """Return a table for each set of runs with block-sparse ones among them, or sparse ones and
+    dense models of several sizes."""
     together = collections.defaultdict(list)
     for run in finished_runs(rows):
         together[run.shared([*_RATES, "train.steps", *_SIZES])].append(run)
-    return [
-        _table(runs)
-        for runs in together.values()
-        if any(not run.dense and run.sparsity["sparsity.weights.density"] < 1 for run in runs)
-    ]
+    return [_table(runs) for runs in together.values() if _compares(runs)]
+
+
+def _compares(runs: Sequence[FinishedRun]) -> bool:
+    sparse = [run for run in runs if not run.dense]
+    if any(run.sparsity["sparsity.weights.density"] < 1 for run in sparse):
+        return True
+    return bool(sparse) and len({str(_sizes(run)) for run in runs if run.dense}) > 1
 
 
 def _table(runs: Sequence[FinishedRun]) -> Table:
@@ -100,7 +104,7 @@ def _table(runs: Sequence[FinishedRun]) -> Table:
         f"Held-out perplexity after {baseline.steps:,} steps, {tokens / 1e6:.2f}M tokens; mean and"
         f" standard error over seeds; data {str(first['data'])[:8]}"
     )
-    return Table("from_scratch", "Block-sparse pre-training", caption, header, tuple(body))
+    return Table("from_scratch", "Training from scratch", caption, header, tuple(body))
 
 
 def _rates_text(rates: tuple[float, ...]) -> str:
@@ -114,7 +118,7 @@ def _best_rates(runs: Sequence[FinishedRun]) -> list[_Method]:
     reference, full = reference_of(sparse), max(run.steps for run in runs)
     tried: dict[str, list[_Method]] = {}
     for run in runs:
-        sizes = {path: run.settings.get(path, find(path).default) for path in _SIZES}
+        sizes = _sizes(run)
         name = "dense" if run.dense else variant_name(run.sparsity, reference)
         name += "" if run.steps == full else f", {run.steps:,} steps"
         rates = tuple(float(run.settings.get(path, find(path).default)) for path in _RATES)
@@ -127,6 +131,10 @@ def _best_rates(runs: Sequence[FinishedRun]) -> list[_Method]:
     values = {path: [method.sizes[path] for method in best] for path in _SIZES}
     largest = {path: max(some) for path, some in values.items() if len(set(some)) > 1}
     return [m._replace(name=m.name + _size_text(m.sizes, largest)) for m in best]
+
+
+def _sizes(run: FinishedRun) -> dict[str, Any]:
+    return {path: run.settings.get(path, find(path).default) for path in _SIZES}
 
 
 def _size_text(sizes: Mapping[str, Any], largest: Mapping[str, Any]) -> str:
