@@ -114,12 +114,12 @@ def test_a_mesh_trains_the_same(
     finished: Path, examples: Path, tmp_path: Path, run_python: RunPython
 ) -> None:
     """Rows, units and the embedding axis are split."""
-    mesh = {f"mesh.{axis}": 2 for axis in ("data", "fsdp", "tensor")}
+    mesh = {f"mesh.{axis}": 2 for axis in ("fsdp", "tensor")}
     done = run_python(
         *("-m", "scripts.train", "--config=experiments/tiny.py", f"--workdir={tmp_path / 'run'}"),
         f"--config.data.sources={examples}",
         *(f"--config.{key}={value}" for key, value in (SETTINGS | mesh).items()),
-        devices=8,
+        devices=4,
     )
     assert done.returncode == 0, done.stderr
     assert_close(losses(tmp_path / "run"), losses(finished), "float32", "forward")
@@ -134,7 +134,9 @@ def test_rows_with_too_many_answers_are_refused(examples: Path) -> None:
 
 
 def test_heads_of_retention_are_refused(examples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = RetNetConfig(vocab_size=260, d_model=16, n_layers=2, n_heads=4, d_ff=24, d_value=32)
+    model = RetNetConfig(
+        vocab_size=260, d_model=16, n_layers=2, n_heads=4, d_ff=24, d_value=32, max_positions=64
+    )
     monkeypatch.setattr("sat_jax.train.setup.starting_point", lambda _: (model, None))
     refused = user_error(lambda: set_up(settings(examples), lambda _: None))
     assert refused == (
