@@ -34,8 +34,8 @@ def get_config(variant: str = "sparselora") -> ConfigDict:
     """Variants: `sparselora`; `sat`, which omits adapters with the frozen weights, selects every
     24 steps, and spends as many FLOPs; `dense`, LoRA alone."""
     config = lora.get_config("dense" if variant == "dense" else "sat")
-    config.sparsity.rate = {"sparselora": 0.75, "sat": 0.475, "dense": 0.0}[variant]
-    config.sparsity.rate_attention = 0.33 if variant == "sat" else 0.0
+    config.sparsity.rate = {"sparselora": 0.5, "sat": 0.475, "dense": 0.0}[variant]
+    config.sparsity.rate_attention = 0.0
     config.data.held_out = 0.2
     config.train.eval_rows = 20
     config.optimizer.schedule = "constant"
@@ -54,12 +54,12 @@ def get_sweep() -> Sweep:
     heads = {"sparsity.rate_attention": 0.33}  # one of three KV groups
     runs: list[dict[str, Any]] = [
         {"sparsity.rate": 0.0},
+        {"sparsity.rate": 0.25},
         {"sparsity.rate": 0.5},
-        {"sparsity.rate": 0.75},
         {"sparsity.rate": 0.9, **heads},
         # Answers are at most 743 of the 1,024 tokens of a row.
         {"sparsity.rate": 0.9, **heads, "sparsity.dense_answers": 0.73},
-        {"sparsity.rate": 0.475, **heads, **sat},
+        {"sparsity.rate": 0.475, **sat},
         {"sparsity.rate": 0.725, **heads, **sat},
     ]
     return Sweep([{**run, "seed": seed} for run in runs for seed in range(SEEDS)], (COMPARE,))
