@@ -219,10 +219,10 @@ def _check_sparse_base(config: "Config") -> None:
             f" {config.mesh.context}: devices would have different numbers of these tokens;"
             " accepted: 1"
         )
-    if sparse.token_skip_rate > 0:
+    if config.optimizer.moments != "freeze":
         raise UserError(
-            f"sparsity.adapters 'dense' excludes sparsity.token_skip_rate"
-            f" {sparse.token_skip_rate:g}; accepted: 0"
+            f"sparsity.adapters 'dense' excludes optimizer.moments {config.optimizer.moments!r}:"
+            " adapters of omitted neurons are updated, too; accepted: freeze"
         )
 
 

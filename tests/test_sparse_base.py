@@ -369,6 +369,15 @@ def test_without_omission_the_step_is_that_of_lora() -> None:
             " numbers of these tokens; accepted: 1",
         ),
         (
+            {"sparsity.execution": "mask", "optimizer.moments": "decay"},
+            "sparsity.adapters 'dense' excludes optimizer.moments 'decay': adapters of omitted"
+            " neurons are updated, too; accepted: freeze",
+        ),
+        (
+            {"sparsity.token_skip_rate": 0.5},
+            "sparsity.token_skip_rate 0.5 excludes sparsity.refresh_every 0; accepted: 1 or more",
+        ),
+        (
             {"lora.dora": True},
             "lora.dora excludes omission rates above 0 (0.5): norms of outputs need all units;"
             " accepted: one of the two",

@@ -40,7 +40,7 @@ class Branch(nnx.Module):
 
     def __init__(self) -> None:
         self.masks = nnx.Dict({unit: Mask(None) for unit in self.units})
-        self.predictors = nnx.Dict()
+        self.predictors: nnx.Dict[Any] = nnx.Dict()
         self.complement: Branch | None = nnx.data(None)
         self.has_backward = Control(None)
 

@@ -32,10 +32,11 @@ def make_execution(
     if neurons_of(layout).keeps_all(plan) and sparse.execution != "mask":
         return Gather(layout, plan)
     if sparse.refresh_every == 0:
-        dynamic = (layout, plan, "all", criteria, sparse.execution == "mask", freeze)
+        masked = sparse.execution == "mask"
         if sparse.adapters == "dense":
-            return SparseBase(*dynamic, dense_share=sparse.dense_answers)
-        return Dynamic(*dynamic)
+            share = sparse.dense_answers
+            return SparseBase(layout, plan, criteria=criteria, masked=masked, dense_share=share)
+        return Dynamic(layout, plan, criteria=criteria, masked=masked, freeze=freeze)
     match sparse.execution:
         case "gather":
             return Gather(layout, plan, sparse.passes)
