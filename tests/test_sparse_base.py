@@ -176,9 +176,6 @@ def test_answer_tokens_are_computed_as_with_masks(
     )
     assert_close(gathered.logits, masked.logits, "float32", "forward")
     assert_gradients_close(gathered.gradients, masked.gradients)
-    # Tokens without an answer before them are those of the sparse model.
-    first = np.asarray(ROWS.positions) < 2
-    assert_close(gathered.logits[first], sparse.logits[first], "float32", "forward")
     difference = np.abs(np.asarray(gathered.logits) - np.asarray(sparse.logits)).max(-1)
     assert (difference[np.asarray(ANSWERS)] > 1e-3).all()
 
