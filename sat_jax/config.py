@@ -22,6 +22,7 @@ from sat_jax.nn.stack import Remat
 from sat_jax.ops import Implementation as Kernels
 from sat_jax.ops import RetentionKernel
 from sat_jax.sparsity.controller import overall
+from sat_jax.sparsity.importance import METRICS
 from sat_jax.sparsity.plan import LayerRates
 
 
@@ -322,6 +323,13 @@ class Config:
         sparse = self.sparsity
         attention = sparse.rate if sparse.rate_attention is None else sparse.rate_attention
         return attention, sparse.rate if sparse.rate_mlp is None else sparse.rate_mlp
+
+    @property
+    def has_predictors(self) -> bool:
+        """Whether low-rank approximations of frozen matrices are computed once."""
+        sparse = self.sparsity
+        dense_adapters = sparse.adapters == "dense" and max(self.rates) > 0
+        return dense_adapters and METRICS[sparse.metric].predicts
 
     @property
     def distills(self) -> bool:

@@ -17,6 +17,9 @@ _NEEDS = (
     ("optimizer.decay_share", "optimizer.schedule", "wsd"),
     ("optimizer.moments", "sparsity.execution", "mask"),
     ("sparsity.min_gain", "sparsity.schedule", "auto"),
+    ("sparsity.adapters", "sparsity.refresh_every", 0),
+    ("sparsity.predictor_rank", "sparsity.adapters", "dense"),
+    ("sparsity.dense_answers", "sparsity.adapters", "dense"),
     ("sparsity.weights.update_every", "sparsity.weights.update", "rigl"),
     ("sparsity.weights.drop_fraction", "sparsity.weights.update", "rigl"),
 )
@@ -174,10 +177,14 @@ def _check_lora(config: "Config") -> None:
         value = getattr(lora, field.name)
         if lora.rank == 0 and value != field.default:
             raise UserError(f"lora.{field.name} {value!r} needs lora.rank 1 or more, not 0")
+    if lora.rank == 0 and sparse.adapters == "dense":
+        raise UserError("sparsity.adapters 'dense' needs lora.rank 1 or more, not 0")
     if lora.rank == 0:
         return
     if lora.base is None and lora.group != type(lora).group:
         raise UserError(f"lora.group {lora.group} needs lora.base")
+    if sparse.adapters == "dense":
+        _check_sparse_base(config)
     if config.stores_blocks:
         raise UserError(
             f"lora.rank {lora.rank} excludes sparsity.weights.density {sparse.weights.density:g}:"
@@ -216,6 +223,29 @@ def _check_quantization(config: "Config") -> None:
             f"quantization.bits {bits} excludes rates of sparsity above 0, and"
             f" sparsity.weights.density below 1 ({config.omitted_share:g} is omitted): groups of"
             " weights have scales of all their weights; accepted: one of the two"
+        )
+
+
+def _check_sparse_base(config: "Config") -> None:
+    """Check settings of frozen weights that omit neurons alone."""
+    sparse, default = config.sparsity, type(config.sparsity).predictor_rank
+    predicts = METRICS[sparse.metric].predicts
+    if sparse.predictor_rank != default and not predicts:
+        names = ", ".join(name for name, metric in METRICS.items() if metric.predicts)
+        raise UserError(
+            f"sparsity.metric {sparse.metric!r} does not use sparsity.predictor_rank"
+            f" {sparse.predictor_rank}; accepted: {default}, or metric {names}"
+        )
+    if sparse.dense_answers > 0 and config.mesh.context > 1:
+        raise UserError(
+            f"sparsity.dense_answers {sparse.dense_answers:g} excludes mesh.context"
+            f" {config.mesh.context}: devices would have different numbers of these tokens;"
+            " accepted: 1"
+        )
+    if config.optimizer.moments != "freeze":
+        raise UserError(
+            f"sparsity.adapters 'dense' excludes optimizer.moments {config.optimizer.moments!r}:"
+            " adapters of omitted neurons are updated, too; accepted: freeze"
         )
 
 

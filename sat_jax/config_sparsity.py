@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from sat_jax.config_key import key
+from sat_jax.nn.low_rank import RANK
 from sat_jax.sparsity.block_patterns import Pattern
 from sat_jax.sparsity.importance import METRICS
 from sat_jax.sparsity.plan import Passes
@@ -134,6 +135,24 @@ class SparsityConfig:
         "all",
         "passes in which neurons are omitted: all, the backward pass alone (backward), or the"
         " gradients of their weights alone (weights)",
+    )
+    adapters: Literal["sparse", "dense"] = key(
+        "sparse",
+        "adapters (lora) of omitted neurons: omitted as well (sparse), or computed and trained in"
+        " all steps, so that frozen weights alone omit neurons (dense; SparseLoRA)",
+    )
+    predictor_rank: int = key(
+        RANK,
+        "adapters dense: rank of the approximations of frozen matrices by which the metrics svd and"
+        " sparselora predict activations",
+        low=1,
+    )
+    dense_answers: float = key(
+        0.0,
+        "adapters dense: share of the tokens of a row that may bear loss and are computed with all"
+        " neurons; 0: none is, otherwise no row may have more",
+        low=0.0,
+        high=1.0,
     )
     execution: Literal["gather", "mask", "kernel"] = key(
         "gather",

@@ -43,6 +43,14 @@ def statistics(config: LlamaConfig, seed: int = 0) -> Statistics:
             "query_head": jnp.asarray(pairs @ pairs.swapaxes(-1, -2)),
             "channel": jnp.asarray(rng.random((layers, config.d_ff))),
         },
+        norms={
+            "query_head": {
+                "query": jnp.asarray(rng.random((layers, groups, heads, 4))),
+                "key": jnp.asarray(rng.random((layers, groups, 4))),
+                "value": jnp.asarray(rng.random((layers, groups, 4))),
+            },
+            "channel": {"activation": jnp.asarray(rng.random((layers, config.d_ff)))},
+        },
         gradients={
             "query_head": jnp.asarray(rng.normal(size=(layers, groups, heads))),
             "channel": jnp.asarray(rng.normal(size=(layers, config.d_ff))),

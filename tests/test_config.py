@@ -145,6 +145,7 @@ DEPENDENT = {
     *("mesh.data", "mesh.context", "mesh.tensor", "mesh.pipeline", "mesh.rounds"),
     *("sparsity.execution", "sparsity.token_rate", "model.kernels"),
     "sparsity.token_skip_rate",
+    *("sparsity.adapters", "sparsity.predictor_rank", "sparsity.dense_answers"),
     *(f"data.{field.name}" for field in dataclasses.fields(DataFormat)),
     *ADAPTERS,
     *QUANTIZATION,
@@ -207,6 +208,16 @@ NEEDS = {
     "sparsity.min_gain": {"sparsity.schedule": "auto"},
     "sparsity.weights.density": {"sparsity.execution": "gather"},
     "sparsity.token_skip_rate": {"sparsity.execution": "gather"},
+    "sparsity.adapters": {"lora.rank": 2, "sparsity.refresh_every": 0},
+    **{
+        f"sparsity.{name}": {
+            "lora.rank": 2,
+            "sparsity.refresh_every": 0,
+            "sparsity.adapters": "dense",
+            "sparsity.metric": "svd",
+        }
+        for name in ("predictor_rank", "dense_answers")
+    },
     **{
         f"sparsity.weights.{name}": {"sparsity.weights.update": "rigl"}
         for name in ("update_every", "drop_fraction")

@@ -120,7 +120,7 @@ from tests.test_config import built, refusal
         (
             {"sparsity__rate": 0.1, "sparsity__refresh_every": 0},
             "sparsity.refresh_every 0 excludes sparsity.metric 'output', which needs outputs;"
-            " accepted: uniform, magnitude, wanda, maxip, svd",
+            " accepted: uniform, magnitude, wanda, maxip, svd, sparselora",
         ),
         (
             {
@@ -167,7 +167,8 @@ from tests.test_config import built, refusal
             {"sparsity__rate": 0.1, "sparsity__metric": "update_gain"},
             "sparsity.metric 'update_gain' excludes sparsity.passes 'all': it measures the updates"
             " of neurons, not what their omission does to the forward pass; accepted: passes"
-            " backward or weights, or metric uniform, magnitude, wanda, maxip, output, svd, taylor",
+            " backward or weights, or metric uniform, magnitude, wanda, maxip, output, svd,"
+            " sparselora, taylor",
         ),
         (
             {
@@ -219,7 +220,8 @@ from tests.test_config import built, refusal
                 ),
                 (
                     {"sparsity__metric": "wanda"},
-                    "sparsity.metric wanda; accepted: uniform, magnitude, output, svd, taylor",
+                    "sparsity.metric wanda; accepted: uniform, magnitude, output, svd, sparselora,"
+                    " taylor",
                 ),
                 ({"sparsity__token_rate": 0.1}, "sparsity.token_rate 0.1; accepted: 0"),
             )
@@ -239,7 +241,7 @@ from tests.test_config import built, refusal
                 "sparsity__metric": "wanda",
             },
             "sparsity.least_squares_correction excludes sparsity.metric 'wanda', which has no probe"
-            " at refreshes; accepted: output, svd, taylor",
+            " at refreshes; accepted: output, svd, sparselora, taylor",
         ),
         (
             {"sparsity__rate_mlp": (0.1, 1.1)},

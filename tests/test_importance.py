@@ -56,6 +56,15 @@ STATS = Statistics(
         "query_head": jnp.asarray([[[[36.0, -8.0], [-8.0, 4.0]], [[16.0, 10.0], [10.0, 9.0]]]]),
         "channel": jnp.asarray([[36.0, 4.0]]),
     },
+    # Norms of queries (2, 4) and (1, 3), of keys 1 and 2, and of values 3 and 1.
+    norms={
+        "query_head": {
+            "query": jnp.asarray([[[[16.0], [64.0]], [[4.0], [36.0]]]]),
+            "key": jnp.asarray([[[4.0], [16.0]]]),
+            "value": jnp.asarray([[[36.0], [4.0]]]),
+        },
+        "channel": {"activation": jnp.asarray([[36.0, 4.0]])},
+    },
     gradients={
         "query_head": jnp.asarray([[[8.0, -12.0], [2.0, 6.0]]]),
         "channel": jnp.asarray([[-20.0, 4.0]]),
@@ -83,6 +92,8 @@ def only(stats: Statistics, metric: str) -> Statistics:
         stats = stats._replace(inputs={})
     if not {"outputs", "predicted"} & set(needs):
         stats = stats._replace(outputs={})
+    if "norms" not in needs:
+        stats = stats._replace(norms={})
     if "updates" not in needs:
         stats = stats._replace(updates={})
     if "gradients" not in needs:
@@ -109,6 +120,7 @@ def score(
         ("wanda", [10 + 1 + 3 + 4, 2 + 6 + 2 + 3]),
         ("maxip", [2 + 1 + 1 + 4, 2 + 6 + 2 + 3]),
         ("output", [(24 / 4) ** 0.5, (45 / 4) ** 0.5]),
+        ("sparselora", [(2 + 4) * 1 * 3, (1 + 3) * 2 * 1]),
         ("taylor", [4 / 4, 8 / 4]),  # a mask of a group masks each of its heads
         ("gradient_l1", [2, 0.5]),
         ("gradient_l2", [3, 1]),
@@ -126,6 +138,7 @@ def test_kv_groups_by_hand(metric: str, expected: list[float]) -> None:
         ("wanda", [10, 1, 2, 6]),
         ("maxip", [2, 1, 2, 6]),
         ("output", [3, 1, 2, 1.5]),
+        ("sparselora", [2 * 1 * 3, 4 * 1 * 3, 1 * 2 * 1, 3 * 2 * 1]),
         ("taylor", [8 / 4, 12 / 4, 2 / 4, 6 / 4]),
         ("gradient_l1", [1, 0.5, 0.25, 2]),
         ("gradient_l2", [2, 4, 0.5, 0]),
@@ -146,6 +159,7 @@ def test_query_heads_by_hand(metric: str, expected: list[float]) -> None:
         ("gradient_l1", [1.5, 0.25]),
         ("gradient_l2", [1.5, 2.5]),
         ("update_gain", [0.5, 0.1]),
+        ("sparselora", [3, 1]),
         ("output", [30, 1]),  # rms activations 3 and 1, rows of `down` of norm 10 and 1
     ],
 )

@@ -87,6 +87,8 @@ def kernel_step(config: Config) -> str:
 
 LORA = {"lora.rank": 2}
 INT8 = {"sparsity.rate": 0.0, "quantization.bits": 8, "quantization.group": 64}
+IN_LAYERS = {"sparsity.refresh_every": 0, "sparsity.metric": "sparselora"}
+SPARSE_BASE = IN_LAYERS | {"sparsity.adapters": "dense"}
 BLOCKS = {
     "sparsity.rate": 0.0,
     "sparsity.weights.density": 0.5,
@@ -188,6 +190,9 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "sparsity.branches": ("mlp", step, {"sparsity.branch_rate": 0.5}),
     "sparsity.least_squares_correction": (True, step, {}),
     "sparsity.execution": ("mask", step, {}),
+    "sparsity.adapters": ("dense", step, LORA | IN_LAYERS),
+    "sparsity.predictor_rank": (4, step, LORA | SPARSE_BASE),
+    "sparsity.dense_answers": (0.5, step, LORA | SPARSE_BASE),
     "sparsity.weights.density": (0.25, block_rungs, BLOCKS),
     "sparsity.weights.block": (16, block_rungs, BLOCKS),
     "sparsity.weights.matrices": ("mlp", block_rungs, BLOCKS),

@@ -147,7 +147,7 @@ FOUR = {"train": {"accumulate": 4, "rows_per_step": 4}}
         (
             FOUR | {"sparsity": {"rate_mlp": 0.5, "metric": "wanda"}},
             "sparsity.metric 'wanda' excludes mesh.pipeline 4: stages do not observe the inputs of"
-            " training steps; accepted: uniform, magnitude, output, svd, taylor",
+            " training steps; accepted: uniform, magnitude, output, svd, sparselora, taylor",
         ),
         (
             FOUR | {"mesh": {"pipeline": 4, "rounds": 2}, "sparsity": {"execution": "mask"}},

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from sat_jax.nn.context import Context, Observable
 from sat_jax.nn.linear import combine, dense, value
+from sat_jax.nn.low_rank import LowRank, approximation
 from sat_jax.nn.observe import column_products, input_sums, magnitude_sums, output_energy
 from sat_jax.nn.param import Control, Mask
 
@@ -26,16 +27,20 @@ class Branch(nnx.Module):
 
     `units` are the names of nested units, outermost first. They are names of parameter axes, and
     unique in a model. `masks` has a `Mask` for each name. `complement` is a branch of the omitted
-    units, added in the forward pass only; None: the forward pass omits them too. `has_backward` is
-    True in layers where the branch has a backward pass, `[L]`; None: in all.
+    units, added in the forward pass only; None: the forward pass omits them too. `predictors`
+    are low-rank approximations of matrices by name, where these were computed once. `has_backward`
+    is True in layers where the branch has a backward pass, `[L]`; None: in all.
     """
 
     units: ClassVar[tuple[str, ...]]
     caches_tokens: ClassVar[bool] = False
     """Whether the cache of decoding has an entry for each token."""
+    scored_by: ClassVar[tuple[str, ...]] = ()
+    """The matrices whose products are reported as `norms`, in place of activations."""
 
     def __init__(self) -> None:
         self.masks = nnx.Dict({unit: Mask(None) for unit in self.units})
+        self.predictors: nnx.Dict[Any] = nnx.Dict()
         self.complement: Branch | None = nnx.data(None)
         self.has_backward = Control(None)
 
@@ -46,6 +51,27 @@ class Branch(nnx.Module):
     def predicted_activations(self, x: Float[Array, "B T D"]) -> Array:
         """Return the float32 activations that low-rank approximations of the weights predict."""
         raise NotImplementedError
+
+    def predictor(self, name: str) -> LowRank:
+        """Return the low-rank approximation of the matrix with this name, of one layer."""
+        if name in self.predictors:
+            known: LowRank = value(self.predictors[name])
+            return known
+        return approximation(dense(getattr(self, name)))
+
+    def predicted(self, name: str, x: Float[Array, "B T D"]) -> Array:
+        """Return `x · Wᵀ` with the approximation of this matrix, `[B, T, *units]`, float32."""
+        return self.predictor(name).project(x.astype(jnp.float32))
+
+    def predicted_squares(
+        self, x: Float[Array, "B T D"], weight_BT: Float[Array, "B T"]
+    ) -> dict[str, Array]:
+        """Return the sums over tokens of the squares of predicted products with the matrices in
+        `scored_by`, by name; if there are none, of the predicted activation of each unit."""
+        if self.scored_by:
+            return {n: self.predictor(n).project_squares(x, weight_BT) for n in self.scored_by}
+        squares = jnp.square(self.predicted_activations(x))
+        return {"activation": jnp.einsum("BT...,BT->...", squares, weight_BT)}
 
     def apply(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
         """Return what all units of the branch add to the residual stream."""
@@ -115,14 +141,16 @@ class Branch(nnx.Module):
         if "input_products" in context.observe:
             context.report("input_products", unit, column_products(x, weight))
         if "predicted" in context.observe:
-            a, write = self.predicted_activations(x), dense(self.output_weight)
-            context.report("outputs", unit, output_energy(a, write, weight, len(self.units)))
+            a, units = self.predicted_activations(x), len(self.units)
+            context.report("outputs", unit, output_energy(a, self.output_weight, weight, units))
+        if "norms" in context.observe:
+            context.report("norms", unit, self.predicted_squares(x, weight))
 
     def _observe_output(self, a: Array, context: Context) -> None:
         unit, weight = self.units[-1], context.weight_BT
         if "outputs" in context.observe:
-            write = dense(self.output_weight)
-            context.report("outputs", unit, output_energy(a, write, weight, len(self.units)))
+            units = len(self.units)
+            context.report("outputs", unit, output_energy(a, self.output_weight, weight, units))
         if "activations" in context.observe:
             columns = a.reshape(*a.shape[:2], -1)
             context.report("activations", unit, input_sums(columns, weight))

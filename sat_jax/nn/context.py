@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from sat_jax.nn.attention.dot_product import Implementation
 from sat_jax.ops import RetentionKernel
@@ -16,6 +16,7 @@ Observable = Literal[
     "activations",
     "outputs",
     "predicted",
+    "norms",
     "input_magnitudes",
     "magnitudes",
     "input_products",
@@ -23,8 +24,9 @@ Observable = Literal[
 ]
 """The names of observations of a branch: `inputs` and `activations` are sums of its inputs and of
 its activations by column (`InputSums`), `input_magnitudes` and `magnitudes` the same with absolute
-values (`MagnitudeSums`), `input_products` and `products` those of all pairs of columns. The others
-are energies of outputs, of the weights themselves or of low-rank ones."""
+values (`MagnitudeSums`), `input_products` and `products` those of all pairs of columns. `outputs`
+and `predicted` are energies of outputs, of the weights themselves or of low-rank ones; `norms` are
+sums of squares that low-rank weights predict (`Branch.predicted_squares`)."""
 Observed = dict[str, dict[str, Any]]
 """Observations by kind and by the innermost unit of the branch; the kind `kept` has the units that
 a dynamic selection kept, by unit."""
@@ -109,6 +111,9 @@ all tokens. An empty sequence: all tokens in all segments."""
 
 class Selection(Protocol):
     """A choice of units inside each layer, from the batch at hand (see `sparsity.dynamic`)."""
+
+    def for_tokens(self, loss_mask: Bool[Array, "B T"]) -> "Selection":
+        """Return the choice for a batch whose tokens bear loss as `loss_mask` says."""
 
     def __call__(self, branch: Any, x: Array, context: "Context") -> tuple[Any, dict[str, Array]]:
         """Return the branch with the kept units alone, and the kept indices by unit."""

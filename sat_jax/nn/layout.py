@@ -139,6 +139,7 @@ def make_layout(abstract_model: Model) -> Layout[Model]:
             inside = jax.tree_util.keystr(keys, simple=True, separator="/")
             name = _joined(path, inside)
             own_axes, own_trained = within[inside]
+            own_trained = own_trained and trained
             role: Role = "index" if INDEX in own_axes else metadata["role"]
             if keys and _stays_float32(value, keys):
                 role = "vector"

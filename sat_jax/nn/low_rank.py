@@ -57,6 +57,15 @@ class LowRank(Weight):
         """Return `x · rightᵀ · leftᵀ`, `[B, T, *units]`."""
         return project(self.left, project(self.right, x))
 
+    def project_squares(
+        self, x: Float[Array, "B T D"], weight_BT: Float[Array, "B T"]
+    ) -> Float[Array, "*units"]:
+        """Return the sum over tokens of the squares of `project`, float32. It needs O(r · (D + r))
+        operations per token, since no product with all units is formed."""
+        z_BTr = project(self.right, x.astype(jnp.float32))
+        products = jnp.einsum("BTr,BTs,BT->rs", z_BTr, z_BTr, weight_BT)
+        return jnp.einsum("...r,rs,...s->...", self.left, products, self.left)
+
     def combine(self, a: Array) -> Float[Array, "B T D"]:
         """Return `a · left · right` for activations `[B, T, *units]`."""
         return combine(self.right, combine(self.left, a))
@@ -81,9 +90,7 @@ def low_rank(
     return basis, weight @ basis
 
 
-def predicted(
-    x_BTD: Float[Array, "B T D"], weight_ND: Float[Array, "N D"]
-) -> Float[Array, "B T N"]:
-    """Return x · weightᵀ with a low-rank approximation of the weight, float32."""
-    basis, coordinates = low_rank(weight_ND)
-    return (x_BTD.astype(jnp.float32) @ basis) @ coordinates.T
+def approximation(weight: Float[Array, "*units D"], rank: int = RANK) -> LowRank:
+    """Return a low-rank approximation of the weight of one layer, float32."""
+    basis, coordinates = low_rank(weight.reshape(-1, weight.shape[-1]), rank)
+    return LowRank(coordinates.reshape(*weight.shape[:-1], -1), basis.T)

@@ -12,7 +12,6 @@ from sat_jax.nn.block_sparse import Activation as Activation
 from sat_jax.nn.branch import Branch
 from sat_jax.nn.context import Context
 from sat_jax.nn.linear import dense, gated_mlp, project, swiglu, value
-from sat_jax.nn.low_rank import predicted
 from sat_jax.nn.param import CHANNEL, normal, param
 
 GatedActivation = Literal[Activation, "silu"]
@@ -60,7 +59,7 @@ class GatedMLP(Branch):
     def predicted_activations(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         """Return the activations with gate and up projection at low rank."""
         activation = jax.nn.silu if self.activation == "silu" else ACTIVATIONS[self.activation]
-        return activation(predicted(x, dense(self.gate))) * predicted(x, dense(self.up))
+        return activation(self.predicted("gate", x)) * self.predicted("up", x)
 
 
 class MLP(Branch):
@@ -104,5 +103,5 @@ class MLP(Branch):
 
     def predicted_activations(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         """Return the activations with the up projection at low rank."""
-        up_x = predicted(x, dense(self.up)) + dense(self.up_bias)[None, None]
+        up_x = self.predicted("up", x) + dense(self.up_bias)[None, None]
         return ACTIVATIONS[self.activation](up_x)

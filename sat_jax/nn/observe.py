@@ -1,10 +1,12 @@
 """Observations of a branch: sums over the tokens of a batch, float32."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from sat_jax.nn.linear import dense
 
 
 class InputSums(NamedTuple):
@@ -44,11 +46,12 @@ def magnitude_sums(
 
 def output_energy(
     a: Float[Array, "B T *units"],
-    write: Float[Array, "*units D"],
+    write: Any,
     weight_BT: Float[Array, "B T"],
     units: int,
 ) -> Array:
     """Return what each of `units` nested units adds to the residual stream, as a sum of squares.
+    `write` is the weight `[*units, D]` that the activations are multiplied with.
 
     An activation of one number a unit, `[B, T, F]`: Σa², `[F]`, without the norm of its output row,
     which scores multiply it by. Vectors `[B, T, *outer, G, E]`: Σ⟨a_g W_g, a_h W_h⟩ of every pair
@@ -61,7 +64,8 @@ def output_energy(
     outer = a.shape[2 : 1 + units]
     a = a.astype(jnp.float32) * weight_BT.reshape(weight_BT.shape + (1,) * (a.ndim - 2))
     a_BTKGE = a.reshape(*a.shape[:2], -1, *a.shape[1 + units :])
-    w_KGED = write.astype(jnp.float32).reshape(-1, *write.shape[units - 1 :])
+    w = dense(write).astype(jnp.float32)
+    w_KGED = w.reshape(-1, *w.shape[units - 1 :])
     mixes = jnp.einsum("BTKGE,BTKHF->KGEHF", a_BTKGE, a_BTKGE)
     weights = jnp.einsum("KGED,KHFD->KGEHF", w_KGED, w_KGED)
     pairs = jnp.einsum("KGEHF,KGEHF->KGH", mixes, weights)

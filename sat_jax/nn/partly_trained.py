@@ -47,9 +47,7 @@ class PartlyTrained(OwnGradient):
     def of_trained(self, a: Array) -> Array:
         """Return the entries of the trained rows in activations `[B, T, *units]`."""
         axis = (self.axis + 1) % a.ndim
-        kept = self.trained.shape[self.axis] // self.parts
-        parts = jax.lax.slice_in_dim(_in_parts(a, axis, self.parts), 0, kept, axis=axis + 1)
-        return parts.reshape(*a.shape[:axis], -1, *a.shape[axis + 1 :])
+        return split_rows(a, self.trained.shape[self.axis], axis, self.parts)[0]
 
     def gradient(self, x: Array, a: Array) -> "PartlyTrained":
         """Return the cotangent of the weight: `weight_gradient(x, a)` of its trained rows."""
@@ -64,6 +62,13 @@ def join_rows(trained: Array, frozen: Array, axis: int, parts: int = 1) -> Array
     rows = [_in_parts(array, axis, parts) for array in (trained, frozen)]
     joined = jnp.concatenate(rows, axis=axis + 1)
     return joined.reshape(*trained.shape[:axis], -1, *trained.shape[axis + 1 :])
+
+
+def split_rows(array: Array, number: int, axis: int, parts: int = 1) -> tuple[Array, Array]:
+    """Return the first `number` rows and the other ones, as `join_rows` joined them."""
+    first, others = jnp.split(_in_parts(array, axis, parts), [number // parts], axis=axis + 1)
+    shape = (*array.shape[:axis], -1, *array.shape[axis + 1 :])
+    return first.reshape(shape), others.reshape(shape)
 
 
 def _in_parts(array: Array, axis: int, parts: int) -> Array:

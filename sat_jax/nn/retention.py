@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, Int
 from sat_jax.nn.branch import Branch
 from sat_jax.nn.context import Context, LayerCache
 from sat_jax.nn.linear import dense, project
-from sat_jax.nn.low_rank import predicted
 from sat_jax.nn.param import constant, normal, param
 from sat_jax.nn.retention_forms import (
     Inputs,
@@ -50,6 +49,7 @@ class Retention(Branch):
     """
 
     units = ("head",)
+    scored_by = ("query", "key", "value")
 
     def __init__(
         self,
@@ -129,15 +129,9 @@ class Retention(Branch):
     def predicted_activations(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H F"]:
         """Return every head's activation at low rank, up to its sign, as if each token saw itself
         alone: the sums over tokens are what a cheap prediction cannot know."""
-
-        def at_low_rank(weight: Array) -> Array:
-            heads, size, width = weight.shape
-            flat = predicted(x, weight.reshape(heads * size, width))
-            return flat.reshape(*x.shape[:2], heads, size)
-
-        v_BTHF = at_low_rank(dense(self.value))
+        v_BTHF = self.predicted("value", x)
         normed = head_norm(v_BTHF, jnp.ones(v_BTHF.shape[:3]), self.norm_eps)
-        return jax.nn.silu(at_low_rank(dense(self.gate))) * normed
+        return jax.nn.silu(self.predicted("gate", x)) * normed
 
     def empty_cache(self, batch: int, slots: int, dtype: str) -> dict[str, Array]:
         """Return the states of no token (see `State`), whose size does not depend on `slots`."""

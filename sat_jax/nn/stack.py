@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from sat_jax.nn.context import Cache, Context, LayerCache, Observed
 from sat_jax.nn.linear import PRODUCT, Weight
+from sat_jax.nn.token_places import put_tokens, take_tokens
 
 Remat = Literal["none", "dots", "full"]
 SELECTED = "selected units"
@@ -91,21 +92,12 @@ def _on_tokens(
 ) -> Float[Array, "B T D"]:
     """Return the residual stream in which a layer has processed the tokens at `places` alone. It
     sees no other token; these keep their documents and positions."""
-    rotary = context.rotary and tuple(_take(table, places) for table in context.rotary)
-    segment_ids = _take(context.segment_ids, places)
+    rotary = context.rotary and tuple(take_tokens(table, places) for table in context.rotary)
+    segment_ids = take_tokens(context.segment_ids, places)
     y = block(
-        _take(x, places), dataclasses.replace(context, segment_ids=segment_ids, rotary=rotary)
+        take_tokens(x, places), dataclasses.replace(context, segment_ids=segment_ids, rotary=rotary)
     )
-    return _put(x, places, y)
-
-
-_UNIQUE: dict[str, Any] = {
-    "indices_are_sorted": True,
-    "unique_indices": True,
-    "mode": "promise_in_bounds",
-}
-_take = jax.vmap(lambda row, places: row.at[places].get(**_UNIQUE))
-_put = jax.vmap(lambda row, places, new: row.at[places].set(new, **_UNIQUE))
+    return put_tokens(x, places, y)
 
 
 def cast(state: Any, dtype: str) -> Any:

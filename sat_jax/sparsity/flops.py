@@ -2,7 +2,7 @@
 
 Counted are matrix products, two operations a multiply-add. Left out, all of them O(D) a token or
 less: norms, rotary embedding, softmax, activations, embedding look-up, loss, input statistics, the
-optimizer, and the scoring of units, at a refresh or inside a layer.
+optimizer, and the scoring of units at a refresh.
 
 Attention is counted for the causal half: query t of a row of T tokens meets t keys, (T + 1) / 2 on
 average. A row that packs several documents needs less and is counted the same, as throughput
@@ -78,18 +78,28 @@ class TrainingFlops:
 
 
 def forward_flops(
-    layout: Layout[Any], row_length: int, segments: Sequence[Segment] | None = None
+    layout: Layout[Any],
+    row_length: int,
+    segments: Sequence[Segment] | None = None,
+    sparse_base: float | None = None,
 ) -> FlopCount:
     """Return the operations a token of a forward pass with logits, on rows of `row_length` tokens.
 
-    `segments` None: the dense model. Units that the segments omit are left out.
+    `segments` None: the dense model. Units that the segments omit are left out. `sparse_base`: of
+    frozen weights alone, and for all tokens but this share; None: of all weights, and of attention.
     """
     neurons = neurons_of(layout)
     head = _head_flops(layout)
     count = FlopCount(head=head, frozen=0.0 if _trains_head(layout) else head)
     for segment in segments or (neurons.dense_segment(),):
         kept = {name: neurons.kept_share(segment, name) for name in layout.branches}
-        count += _segment_flops(layout, row_length, segment, _kept_sizes(segment), kept)
+        sizes = _kept_sizes(segment)
+        if sparse_base is None:
+            count += _segment_flops(layout, row_length, segment, sizes, kept)
+            continue
+        mean = {n: sparse_base * neurons.size(n) + (1 - sparse_base) * k for n, k in sizes.items()}
+        all_units = (_sizes(neurons), dict.fromkeys(kept, 1.0))
+        count += _segment_flops(layout, row_length, segment, *all_units, frozen_sizes=mean)
     return count
 
 
@@ -104,6 +114,7 @@ def training_flops(
     passes: Passes = "all",
     dropped: Dropped = (),
     token_rate: float = 0.0,
+    sparse_base: float | None = None,
 ) -> TrainingFlops:
     """Return the operations a token of a training step; `segments` as in `forward_flops`.
 
@@ -118,9 +129,10 @@ def training_flops(
     weights. For products with weights alone and a share k of kept units, a dense step then costs at
     most 3 / (1 + 2k) and 3 / (2 + k) times as much. `dropped`: backward passes of branches that are
     left out, on average.
-    `token_rate`: share of the tokens that weight gradients of branches leave out.
+    `token_rate`: share of the tokens that weight gradients of branches leave out. `sparse_base`: as
+    in `forward_flops`.
     """
-    kept = forward = forward_flops(layout, row_length, segments)
+    kept = forward = forward_flops(layout, row_length, segments, sparse_base)
     if passes == "weights" and segments:
         units = neurons_of(layout).dense_segment().counts
         dense_segments = [dataclasses.replace(segment, counts=units) for segment in segments]
@@ -295,22 +307,27 @@ def _segment_flops(
     segment: Segment,
     sizes: dict[str, float],
     shares: dict[str, float],
+    frozen_sizes: dict[str, float] | None = None,
 ) -> FlopCount:
-    """Return the operations of a segment's layers where units have these sizes; branches whose
-    share of innermost units is 0 are left out. Tokens that skip the layers cost nothing there, and
-    the others meet fewer tokens in them."""
+    """Return the operations of a segment's layers where units have these sizes, in frozen weights
+    `frozen_sizes` if given; branches whose share of innermost units is 0 are left out. Tokens that
+    skip the layers cost nothing there, and the others meet fewer tokens in them."""
     tokens = segment.tokens(row_length)
     last = list(layout.branches)[-1]
     count = FlopCount()
+
+    def product(path: str) -> float:
+        own = frozen_sizes if frozen_sizes and not layout.leaves[path].trained else sizes
+        return 2 * _size(layout, path, own)
+
     for name, branch in layout.branches.items():
         if shares[name] == 0:
             continue
         read, write = (
-            sum(2 * _size(layout, path, sizes) for path in _matrices(layout, name, role))
-            for role in ("read", "write")
+            sum(map(product, _matrices(layout, name, role))) for role in ("read", "write")
         )
         frozen = sum(
-            2 * _size(layout, path, sizes)
+            product(path)
             for path in _matrices(layout, name, "read", "write")
             if not layout.leaves[path].trained
         )

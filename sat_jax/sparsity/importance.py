@@ -3,9 +3,10 @@
 A metric is a function of a few lines over one unit's `ScoreInputs`, and one entry in `METRICS`.
 Sources: Wanda (arXiv:2306.11695) for `wanda`, the SAT paper (arXiv:2406.01392) for the choice of
 `uniform`, `magnitude`, `wanda` and `maxip`; `output` measures what a unit adds to the residual
-stream, `svd` predicts it (after SparseLoRA, arXiv:2506.16500), `taylor` is what a unit's absence
-would cost to first order (Molchanov et al., arXiv:1611.06440). `gradient_l1`, `gradient_l2` and
-`update_gain` measure what the update of a unit is worth, where the forward pass has all units.
+stream, `svd` predicts it (after SparseLoRA, arXiv:2506.16500), `sparselora` has the norms of that
+paper, `taylor` is what a unit's absence would cost to first order (Molchanov et al.,
+arXiv:1611.06440). `gradient_l1`, `gradient_l2` and `update_gain` measure what the update of a unit
+is worth, where the forward pass has all units.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -27,9 +28,9 @@ class ScoreInputs(NamedTuple):
 
     `reads` and `writes` are the matrices `[L, N, C, D]` that read from and write to the residual
     stream; `rms` and `mean` `[L, D]` describe the branch's input over tokens; `energy` `[L, N]` is
-    the mean square norm of what each unit added, `gradient` `[L, N]` the mean over tokens of
-    ⟨a, ∂L/∂a⟩ of its activation a; `update` has sums over the unit's parameters, `[L, N]`. None
-    where not observed.
+    the mean square norm of what each unit added, `norm` `[L, N]` that of `_norms`, `gradient`
+    `[L, N]` the mean over tokens of ⟨a, ∂L/∂a⟩ of its activation a; `update` has sums over the
+    unit's parameters, `[L, N]`. None where not observed.
     """
 
     reads: tuple[Float[Array, "L N C D"], ...]
@@ -37,6 +38,7 @@ class ScoreInputs(NamedTuple):
     rms: Float[Array, "L D"] | None
     mean: Float[Array, "L D"] | None
     energy: Scores | None
+    norm: Scores | None
     gradient: Scores | None
     update: UpdateSums | None
     key: PRNGKeyArray
@@ -54,6 +56,11 @@ class Metric(NamedTuple):
         return not set(self.needs) <= {"inputs"}
 
     @property
+    def predicts(self) -> bool:
+        """Whether low-rank approximations of weights predict activations."""
+        return bool({"predicted", "norms"} & set(self.needs))
+
+    @property
     def measures_updates(self) -> bool:
         """Whether the score is of a unit's update, not of its part in the forward pass."""
         return "updates" in self.needs
@@ -61,7 +68,7 @@ class Metric(NamedTuple):
     @property
     def needs_inputs_only(self) -> bool:
         """Whether a branch's input is enough, before its units are computed."""
-        return set(self.needs) <= {"inputs", "predicted"}
+        return set(self.needs) <= {"inputs", "predicted", "norms"}
 
 
 def uniform(inputs: ScoreInputs) -> Scores:
@@ -91,6 +98,16 @@ def output(inputs: ScoreInputs) -> Scores:
     """
     assert inputs.energy is not None
     return jnp.sqrt(inputs.energy)
+
+
+def sparselora(inputs: ScoreInputs) -> Scores:
+    """Return ‖a_j‖₂ of a channel, and ‖q‖ · ‖k‖ · ‖v‖ of a head, predicted at low rank (`_norms`).
+
+    SparseLoRA keeps columns of heads: of queries and keys by the product of their norms, of values
+    by their norm. A head here has both, and a group the sum over its query heads.
+    """
+    assert inputs.norm is not None
+    return inputs.norm
 
 
 def taylor(inputs: ScoreInputs) -> Scores:
@@ -125,6 +142,7 @@ METRICS: Mapping[str, Metric] = {
     "maxip": Metric(maxip, needs=("inputs",)),
     "output": Metric(output, needs=("outputs",)),
     "svd": Metric(output, needs=("predicted",)),
+    "sparselora": Metric(sparselora, needs=("norms",)),
     "taylor": Metric(taylor, needs=("gradients",)),
     "gradient_l1": Metric(gradient_l1, needs=("updates",)),
     "gradient_l2": Metric(gradient_l2, needs=("updates",)),
@@ -149,7 +167,7 @@ def score_inputs(
             matrices[leaf.role].append(weight.reshape(len(weight), total, -1, weight.shape[-1]))
     branch = layout.branches[layout.units[unit].branch]
     innermost = branch.units[-1]
-    rms = mean = energy = gradient = update = None
+    rms = mean = energy = norm = gradient = update = None
     if innermost in stats.inputs:
         sums = stats.inputs[innermost]
         rms, mean = jnp.sqrt(sums.square / stats.count), sums.linear / stats.count
@@ -163,6 +181,9 @@ def score_inputs(
         energy = energy.reshape(len(energy), total, -1).sum(-1)
         # Rounding can leave the energy of a head that adds nothing a little below zero.
         energy = jnp.maximum(energy, 0) / stats.count
+    if innermost in stats.norms:
+        norm = _norms(stats.norms[innermost], stats.count)
+        norm = norm.reshape(len(norm), total, -1).sum(-1)
     if innermost in stats.gradients:
         gradient = stats.gradients[innermost]
         gradient = gradient.reshape(len(gradient), total, -1).sum(-1) / stats.count
@@ -170,7 +191,22 @@ def score_inputs(
         sums_of_unit = (x.reshape(len(x), total) / stats.count for x in stats.updates[unit])
         update = UpdateSums(*sums_of_unit)
     reads, writes = (tuple(matrices[role]) for role in ("read", "write"))
-    return ScoreInputs(reads, writes, rms, mean, energy, gradient, update, key)
+    return ScoreInputs(reads, writes, rms, mean, energy, norm, gradient, update, key)
+
+
+def _norms(squares: Mapping[str, Array], count: Array) -> Array:
+    """Return root mean squares over tokens from sums of squares, `[L, *units]`: of activations; of
+    heads Σ_e ‖q_e‖ ‖k_e‖ over the columns of a head, multiplied by ‖v‖. A query head is paired with
+    the key and the value of its own group."""
+    rms = {name: jnp.sqrt(jnp.maximum(sums, 0) / count) for name, sums in squares.items()}
+    if "activation" in rms:
+        return rms["activation"]
+    query = rms["query"]
+    key, value = (
+        rms[name].reshape(*rms[name].shape[:2], *(1,) * (query.ndim - rms[name].ndim), -1)
+        for name in ("key", "value")
+    )
+    return jnp.sum(query * key, axis=-1) * jnp.linalg.norm(value, axis=-1)
 
 
 def _sum(columns: Iterable[Float[Array, "L N C"]]) -> Scores:

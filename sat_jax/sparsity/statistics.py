@@ -10,9 +10,10 @@ from jaxtyping import Array, Float
 from sat_jax.nn.context import Observed
 from sat_jax.nn.observe import InputSums
 
-Observable = Literal["inputs", "outputs", "predicted", "gradients", "products", "updates"]
-"""What metrics may need: `predicted` are outputs predicted with weights of low rank, `gradients`
-those of a mask of ones on every unit, `updates` sums over the parameters of each unit."""
+Observable = Literal["inputs", "outputs", "predicted", "norms", "gradients", "products", "updates"]
+"""What metrics may need: `predicted` are outputs predicted with weights of low rank, `norms` sums
+of squares of predicted products and activations, `gradients` those of a mask of ones on every unit,
+`updates` sums over the parameters of each unit."""
 
 
 class UpdateSums(NamedTuple):
@@ -30,13 +31,15 @@ class Statistics(NamedTuple):
 
     `inputs` are of the branch's input. `outputs` are what its units add to the residual stream, as
     `nn.observe.output_energy` describes it. `gradients` `[L, *units]` is Σ⟨a, ∂L/∂a⟩ of each unit's
-    activation a. `products` `[L, C, C]` is Σ a_i · a_j of every pair of columns. `updates` are by
-    the name of any unit, not of innermost ones alone. Empty where not observed.
+    activation a. `norms` are those of `Branch.predicted_squares`. `products` `[L, C, C]` is Σ a_i ·
+    a_j of every pair of columns. `updates` are by the name of any unit, not of innermost ones
+    alone. Empty where not observed.
     """
 
     count: Float[Array, ""]  # type: ignore[assignment]  # hides the method of tuples
     inputs: Mapping[str, InputSums] = {}
     outputs: Mapping[str, Array] = {}
+    norms: Mapping[str, Mapping[str, Array]] = {}
     gradients: Mapping[str, Array] = {}
     products: Mapping[str, Array] = {}
     updates: Mapping[str, UpdateSums] = {}

@@ -2,15 +2,22 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from sat_jax.config import Config
 from sat_jax.data.batch import Batch
 from sat_jax.models.build import layout_of
 from sat_jax.models.decoder_config import DecoderConfig
+from sat_jax.nn.branch import branches
+from sat_jax.nn.decoder import Decoder
+from sat_jax.nn.layout import Layout
 from sat_jax.sparsity.controller import Rung
+from sat_jax.sparsity.execution.dynamic import observe_branch
+from sat_jax.sparsity.execution.sparse_base import dense_count
 from sat_jax.sparsity.flops import (
     correction_flops,
     forward_flops,
@@ -18,7 +25,9 @@ from sat_jax.sparsity.flops import (
     traced_flops,
     training_flops,
 )
-from sat_jax.sparsity.statistics import Observable
+from sat_jax.sparsity.importance import METRICS
+from sat_jax.sparsity.plan import neurons_of
+from sat_jax.sparsity.statistics import Observable, Statistics
 from sat_jax.sparsity.stored_blocks import block_layout, has_fused_mlp
 from sat_jax.train.layouts import run_layout
 from sat_jax.train.probe import observe_batch, observed_by_probes, probe_shape
@@ -37,15 +46,50 @@ def step_flops(
         layout = block_layout(layout, rung.plan.stored)
     if rung is not None and sparse.execution != "mask":
         segments = rung.plan.segments
+    length, sparse_base = config.data.row_length, None
+    if segments is not None and sparse.adapters == "dense":
+        sparse_base = dense_count(sparse.dense_answers, length) / length
     flops = training_flops(
-        *(layout, config.data.row_length, segments, config.model.remat),
+        *(layout, length, segments, config.model.remat),
         kernels=sparse.execution == "kernel",
         fused_mlp=rung is not None and has_fused_mlp(layout_of(model), rung.plan.stored),
         passes=sparse.passes,
         dropped=() if rung is None else rung.plan.dropped,
         token_rate=0.0 if rung is None else rung.plan.token_rate,
+        sparse_base=sparse_base,
     )
-    return flops.total + teacher_flops(config, teacher)
+    chosen = 0.0 if rung is None else _flops_of_choice(config, layout, rung)
+    return flops.total + chosen + teacher_flops(config, teacher)
+
+
+def _flops_of_choice(config: Config, layout: Layout[Decoder], rung: Rung) -> float:
+    """Return the FLOPs a token by which layers that choose their units predict activations."""
+    metric, sparse = METRICS[config.sparsity.metric], config.sparsity
+    if sparse.refresh_every > 0 or not metric.predicts:
+        return 0.0
+    neurons, shape = neurons_of(layout), (config.train.rows_per_step, config.data.row_length)
+    total = 0.0
+    for segment in rung.plan.segments:
+        for unit in neurons.omitted(segment):
+            total += segment.layers * _prediction_flops(layout, unit.branch, shape, metric.needs)
+    return total / math.prod(shape)
+
+
+@functools.cache
+def _prediction_flops(
+    layout: Layout[Decoder], name: str, shape: tuple[int, int], needs: tuple[Observable, ...]
+) -> float:
+    """Return the FLOPs of one choice of units in a branch of a layer, for a batch of `shape`."""
+
+    def observe(values: Any, x: jax.Array, weight: jax.Array) -> Statistics:
+        graph, state = nnx.split(branches(layout.bind(values).layers)[name])
+        branch = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
+        return observe_branch(branch, x, weight, needs)
+
+    width = next(layout.shapes[p].shape[-1] for p, _ in layout.with_role("write"))
+    x = jax.ShapeDtypeStruct((*shape, width), jnp.float32)
+    weight = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return traced_flops(observe, dict(layout.shapes), x, weight)
 
 
 def teacher_flops(config: Config, teacher: DecoderConfig | None) -> float:

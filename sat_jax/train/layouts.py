@@ -16,6 +16,7 @@ from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.decoder import Compute, Decoder
 from sat_jax.nn.layout import Layout
 from sat_jax.nn.quantized import Packing
+from sat_jax.sparsity.predictors import predictor_layout
 
 
 def run_layout(
@@ -26,12 +27,13 @@ def run_layout(
 ) -> Layout[Decoder]:
     """Return the layout of the arrays that a run trains or keeps frozen. `stored`: how the matrices
     of `model.path` are quantized; None: they are not."""
-    layout = layout_of(model, compute)
+    layout, sparse = layout_of(model, compute), config.sparsity
     if config.quantization.bits is not None:
         return fake_quantized_layout(layout, config.quantization.bits, config.quantization.group)
     if not config.lora.rank:
         return layout
-    return lora_layout(layout, config.lora, base_packing(config.lora, stored))
+    layout = lora_layout(layout, config.lora, base_packing(config.lora, stored))
+    return predictor_layout(layout, sparse.predictor_rank) if config.has_predictors else layout
 
 
 def trained_quantization(config: Config) -> Quantization | None:

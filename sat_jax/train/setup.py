@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +12,10 @@ from jax.sharding import Mesh
 
 from sat_jax.cache import cache_dir
 from sat_jax.compress.adapters import check_expressible
-from sat_jax.compress.lora import add_lora, base_layout
+from sat_jax.compress.lora import add_lora, base_layout, lora_layout
 from sat_jax.compress.packed import base_method, check_groups, quantized_reader
 from sat_jax.config import Config, MeshConfig
+from sat_jax.data.batches import in_order, open_split
 from sat_jax.data.conversations import training_tokenizer
 from sat_jax.data.data_format import DataFormat
 from sat_jax.data.prepare import Prepared, prepare
@@ -33,7 +35,9 @@ from sat_jax.parallel.mesh import make_mesh
 from sat_jax.parallel.processes import check_processes, on_host
 from sat_jax.parallel.rules import check_divisible, place, tree_shardings
 from sat_jax.sparsity.controller import Controller, make_controller
+from sat_jax.sparsity.execution.sparse_base import dense_count
 from sat_jax.sparsity.plan import neurons_of
+from sat_jax.sparsity.predictors import add_predictors
 from sat_jax.sparsity.stored_blocks import block_grids, block_layout
 from sat_jax.train.layouts import (
     Teacher,
@@ -98,6 +102,11 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
         if config.lora.rank:
             check_expressible(model, config.lora)
     _check_lengths(config, model)
+    if config.sparsity.adapters == "dense" and config.rates[0] > 0 and _retentions(model):
+        raise UserError(
+            "sparsity.adapters 'dense': the norm of each head of retention would amplify adapters"
+            " of omitted heads; accepted: sparse, or sparsity.rate_attention 0"
+        )
     stored = None if weights is None else weights.packing
     _check_quantized(config, model, stored)
     controller = controller_of(config, model)
@@ -108,6 +117,8 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
         log("sparsity: these rates omit nothing in this model; the run is dense")
     teacher_weights = _checked_teacher(config, model, mesh, log)
     tokenizer, data = prepared_data(config, model, log)
+    if controller.sparse and config.sparsity.dense_answers > 0:
+        _check_answers(config, data)
     teacher = None if teacher_weights is None else read_teacher(config, teacher_weights, mesh)
     return Task(config, model, weights, tokenizer, data, mesh, controller, teacher)
 
@@ -193,7 +204,14 @@ def initial_params(task: Task) -> dict[str, jax.Array]:
     if not config.lora.rank:
         return base
     shardings = tree_shardings(task.mesh, task.layout, dict(task.layout.shapes))
-    add = functools.partial(add_lora, layout, settings=config.lora, seed=config.seed)
+
+    def add(values: dict[str, Any]) -> dict[str, Any]:
+        adapted = add_lora(layout, values, config.lora, config.seed)
+        if not config.has_predictors:
+            return adapted
+        rank = config.sparsity.predictor_rank
+        return add_predictors(lora_layout(layout, config.lora), adapted, rank)
+
     return jax.jit(add, out_shardings=shardings, donate_argnums=0)(base)
 
 
@@ -308,6 +326,18 @@ def _check_retention(config: Config, model: DecoderConfig, mesh: Mesh) -> None:
         reason = branches[0].refusal(name, config.model.dtype, mesh.devices.flat[0])
     if reason:
         raise UserError(f"model.retention={name}: {reason}; accepted: xla")
+
+
+def _check_answers(config: Config, data: Prepared) -> None:
+    """Require that no training row has more tokens that bear loss than may have all neurons."""
+    share, length = config.sparsity.dense_answers, config.data.row_length
+    batches = in_order(open_split(data, "train"), 64)
+    most = max(int(batch.loss_mask.sum(axis=1).max()) for batch in batches)
+    if most > dense_count(share, length):
+        raise UserError(
+            f"sparsity.dense_answers {share:g}: {most} of the {length} tokens of a training row"
+            f" bear loss; accepted: {math.ceil(100 * most / length) / 100:g} or more, or 0"
+        )
 
 
 def _check_skipping(config: Config, layout: Layout[Any]) -> None:

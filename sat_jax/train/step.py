@@ -80,9 +80,11 @@ def make_step(
         teacher: Tree = _NOTHING,
     ) -> tuple[TrainState, Statistics, StepMetrics]:
         options: dict[str, Any] = {"observe": settings.observe}
-        if execution.selection is not None:
-            key = selection_key(settings.seed, state.step)
-            options |= {"selection": execution.selection, "key": key}
+        selection = execution.selection
+        if selection is not None:
+            # One microbatch has all rows (`config_checks`).
+            options["selection"] = selection.for_tokens(batch.loss_mask)
+            options["key"] = selection_key(settings.seed, state.step)
 
         computed = {
             branch: execution.split_layers(layers)
@@ -105,7 +107,7 @@ def make_step(
                     model, layout.bind(teacher), how, *part, layer_tokens=tokens, **options
                 )
             chosen: Kept = ()
-            if execution.selection is not None:
+            if selection is not None:
                 chosen = tuple(segment.get("kept", {}) for segment in observed)
             return total, (statistics_of(_count_tokens(part), observed), chosen, parts)
 

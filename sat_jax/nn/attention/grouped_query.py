@@ -11,8 +11,7 @@ from jaxtyping import Array, Float
 from sat_jax.nn.attention.dot_product import attend_chunk, dot_product_attention
 from sat_jax.nn.branch import Branch
 from sat_jax.nn.context import Context
-from sat_jax.nn.linear import dense, project
-from sat_jax.nn.low_rank import predicted
+from sat_jax.nn.linear import project
 from sat_jax.nn.norms import rms_norm
 from sat_jax.nn.param import normal, param
 from sat_jax.nn.rope import rotate
@@ -28,6 +27,7 @@ class Attention(Branch):
 
     units = ("kv_group", "query_head")
     caches_tokens = True
+    scored_by = ("query", "key", "value")
 
     def __init__(
         self,
@@ -85,11 +85,9 @@ class Attention(Branch):
     def predicted_activations(self, x: Float[Array, "B T D"]) -> Float[Array, "B T K G E"]:
         """Return every head's value at low rank, as if each token attended to itself: the weights
         of attention are what a cheap prediction cannot know."""
-        value_KED, query_heads = dense(self.value), dense(self.query).shape[1]
-        groups, size, width = value_KED.shape
-        flat = predicted(x, value_KED.reshape(groups * size, width))
-        v_BTKE = flat.reshape(*x.shape[:2], groups, size)
-        return jnp.broadcast_to(v_BTKE[:, :, :, None], (*v_BTKE.shape[:3], query_heads, size))
+        v_BTKE, query_heads = self.predicted("value", x), self.query.get_value().shape[1]
+        shape = (*v_BTKE.shape[:3], query_heads, v_BTKE.shape[-1])
+        return jnp.broadcast_to(v_BTKE[:, :, :, None], shape)
 
     def empty_cache(self, batch: int, slots: int, dtype: str) -> dict[str, Array]:
         """Return keys and values `[L, B, S, K, E]`."""

@@ -6,6 +6,7 @@ No gradient flows through the choice; that of gathered rows is scattered into fu
 """
 
 import dataclasses
+from collections.abc import Collection
 from functools import cached_property
 from typing import Any
 
@@ -14,13 +15,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sat_jax.nn.branch import Branch
 from sat_jax.nn.context import Context
 from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.layout import Layout, Unit, branch_values
-from sat_jax.nn.linear import dense
 from sat_jax.nn.observe import input_sums, output_energy
 from sat_jax.nn.param import Control
 from sat_jax.nn.stack import SELECTED
@@ -31,7 +31,9 @@ from sat_jax.sparsity.execution.state import TrainState, map_trees, optimizer_st
 from sat_jax.sparsity.importance import METRICS
 from sat_jax.sparsity.plan import Plan, Segment, neurons_of
 from sat_jax.sparsity.rows import Kept, gather_rows, indicator
-from sat_jax.sparsity.statistics import Statistics
+from sat_jax.sparsity.statistics import Observable, Statistics
+
+Needs = Collection[Observable]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,11 @@ class LayerSelection:
     plan: Plan
     criteria: Criteria
     masked: bool
+
+    def for_tokens(self, loss_mask: Bool[Array, "B T"]) -> "LayerSelection":
+        """Return the choice of units for a batch whose tokens bear loss as `loss_mask` says."""
+        del loss_mask
+        return self
 
     def __call__(
         self, branch: Branch, x: Float[Array, "B T D"], context: Context
@@ -65,17 +72,8 @@ class LayerSelection:
             raise ValueError("a dynamic selection needs a key")
         graph, state = nnx.split(branch)
         branch = nnx.merge(graph, jax.lax.stop_gradient(state))
-        x, weight = jax.lax.stop_gradient(x), context.weight_BT
-        innermost, needs = branch.units[-1], METRICS[self.criteria.metric].needs
-        stats = Statistics(jnp.sum(weight))
-        if "inputs" in needs:
-            sums = jax.tree.map(lambda s: s[None], input_sums(x, weight))
-            stats = stats._replace(inputs={innermost: sums})
-        if "predicted" in needs:
-            write = dense(branch.output_weight)
-            a = branch.predicted_activations(x)
-            energy = output_energy(a, write, weight, len(branch.units))
-            stats = stats._replace(outputs={innermost: energy[None]})
+        x, needs = jax.lax.stop_gradient(x), METRICS[self.criteria.metric].needs
+        stats = observe_branch(branch, x, context.weight_BT, needs)
         params = {
             path: value[None].astype(jnp.float32)
             for path, value in branch_values(branch, unit.branch).items()
@@ -101,6 +99,24 @@ class LayerSelection:
         gathered = jax.tree.unflatten(jax.tree.structure(state), arrays)
         selected: Branch = nnx.merge(graph, masks, gathered)
         return selected
+
+
+def observe_branch(
+    branch: Branch, x: Float[Array, "B T D"], weight_BT: Float[Array, "B T"], needs: Needs
+) -> Statistics:
+    """Return the statistics of a branch of one layer, before its units are computed."""
+    innermost, stats = branch.units[-1], Statistics(jnp.sum(weight_BT))
+    if "inputs" in needs:
+        sums = jax.tree.map(lambda s: s[None], input_sums(x, weight_BT))
+        stats = stats._replace(inputs={innermost: sums})
+    if "predicted" in needs:
+        a = branch.predicted_activations(x)
+        energy = output_energy(a, branch.output_weight, weight_BT, len(branch.units))
+        stats = stats._replace(outputs={innermost: energy[None]})
+    if "norms" in needs:
+        squares = {n: s[None] for n, s in branch.predicted_squares(x, weight_BT).items()}
+        stats = stats._replace(norms={innermost: squares})
+    return stats
 
 
 @dataclasses.dataclass(frozen=True)

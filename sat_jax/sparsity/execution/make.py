@@ -14,6 +14,7 @@ from sat_jax.sparsity.execution.dynamic import Dynamic
 from sat_jax.sparsity.execution.gather import Gather
 from sat_jax.sparsity.execution.kernel import Kernel
 from sat_jax.sparsity.execution.mask import Mask
+from sat_jax.sparsity.execution.sparse_base import SparseBase
 from sat_jax.sparsity.plan import Plan, neurons_of
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ def make_execution(
         return Gather(layout, plan)
     if sparse.refresh_every == 0:
         masked = sparse.execution == "mask"
+        if sparse.adapters == "dense":
+            share = sparse.dense_answers
+            return SparseBase(layout, plan, criteria=criteria, masked=masked, dense_share=share)
         return Dynamic(layout, plan, criteria=criteria, masked=masked, freeze=freeze)
     match sparse.execution:
         case "gather":
