@@ -193,6 +193,10 @@ NEEDS = {
     "model.adapter": {"model.path": "base"},
     **{path: {"lora.rank": 2} for path in ADAPTERS - {"lora.rank"}},
     **{path: {"distill.teacher": "base"} for path in WITH_TEACHER - {"distill.teacher"}},
+    **{
+        f"distill.{name}": {"distill.teacher": "base", "distill.hidden_weight": 1.0}
+        for name in ("hidden_loss", "hidden_layers", "teacher_layers")
+    },
     "mesh.pipeline": {"train.accumulate": 3},
     "mesh.context": {"data.row_length": 30},
     "mesh.rounds": {"mesh.pipeline": 2, "train.accumulate": 2, "sparsity.execution": "gather"},

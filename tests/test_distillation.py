@@ -84,7 +84,7 @@ def formula(divergence: str) -> tuple[float, float, float, np.ndarray, np.ndarra
 
 @functools.cache
 def value_and_grad(divergence: Divergence, chunk: int, weight: float = W) -> Any:
-    settings = DistillSettings(weight, TEMPERATURE, divergence)
+    settings = DistillSettings(weight=weight, temperature=TEMPERATURE, divergence=divergence)
 
     def loss(*arrays: jax.Array) -> tuple[jax.Array, Any]:
         return chunked_distillation_loss(*arrays, chunk, settings)

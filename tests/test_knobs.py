@@ -86,6 +86,7 @@ def kernel_step(config: Config) -> str:
 
 
 LORA = {"lora.rank": 2}
+HIDDEN = {"distill.teacher": "teacher", "distill.hidden_weight": 1.0}
 BLOCKS = {
     "sparsity.rate": 0.0,
     "sparsity.weights.density": 0.5,
@@ -197,6 +198,10 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "lora.dora": (True, step, LORA | {"sparsity.rate": 0.0}),
     "lora.trained": (("norms",), step, LORA),
     "distill.teacher": ("teacher", step, {}),
+    "distill.hidden_weight": (1.0, step, {"distill.teacher": "teacher"}),
+    "distill.hidden_loss": ("cosine", step, HIDDEN),
+    "distill.hidden_layers": ((1,), step, HIDDEN),
+    "distill.teacher_layers": ((1, 1), step, HIDDEN),
     "mesh.data": (3, refused, {}),
     "mesh.fsdp": (2, refused, {}),
     "mesh.context": (2, refused, {}),

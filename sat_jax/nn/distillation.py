@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sat_jax.nn.context import Observed
+from sat_jax.nn.context import HIDDEN, Observed
 from sat_jax.nn.decoder import Decoder
+from sat_jax.nn.hidden_distillation import PROJECTION, HiddenSettings, hidden_loss
 from sat_jax.nn.layout import Layout
 from sat_jax.nn.loss import loss_chunk, rows_of_devices, scaled, scan_chunks
 from sat_jax.nn.mesh_axes import full_rows
@@ -21,10 +22,10 @@ Divergence = Literal["forward", "reverse", "js"]
 
 
 @dataclasses.dataclass(frozen=True)
-class DistillSettings:
+class DistillSettings(HiddenSettings):
     """The loss of a token: (1 - `weight`) · cross-entropy + `weight` · `temperature`² · divergence,
     with the divergence of the distributions softmax(logits / `temperature`). The square keeps the
-    size of gradients (section 2 of the paper)."""
+    size of gradients (section 2 of the paper). The loss of hidden states is added."""
 
     weight: float = 0.5
     temperature: float = 1.0
@@ -161,15 +162,34 @@ def distillation_loss(
     positions: Int[Array, "B T"],
     loss_mask: Bool[Array, "B T"],
     **options: Any,
-) -> tuple[Float[Array, ""], LossParts, tuple[Observed, ...]]:
-    """Return the objective and its parts, each summed over the loss mask, and the observations of
-    the student; `options` are those of its `Decoder.hidden`."""
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]], tuple[Observed, ...]]:
+    """Return the loss and its parts, each summed over the loss mask, and the observations of the
+    student; `options` are those of its `Decoder.hidden`."""
     inputs = (tokens, segment_ids, positions)
+    kinds = (HIDDEN,) if settings.hidden_weight else ()
+    options["observe"] = (*options.get("observe", ()), *kinds)
     x_BTD, observed = model.hidden(*inputs, **options)
-    x_BTE, _ = teacher.hidden(*inputs)
-    x_BTD, x_BTE, targets, loss_mask = map(rows_of_devices, (x_BTD, x_BTE, targets, loss_mask))
+    x_BTE, of_teacher = teacher.hidden(*inputs, observe=kinds)
+    arrays = map(rows_of_devices, (x_BTD, x_BTE, targets, loss_mask))
+    rows_BTD, rows_BTE, row_targets, row_mask = arrays
     heads = [full_rows(decoder.head()) for decoder in (model, teacher)]
-    total, parts = chunked_distillation_loss(
-        *(x_BTD, heads[0], x_BTE, heads[1], targets, loss_mask, loss_chunk(model), settings)
+    total, sums = chunked_distillation_loss(
+        *(rows_BTD, heads[0], rows_BTE, heads[1]),
+        *(row_targets, row_mask, loss_chunk(model), settings),
     )
+    parts = sums._asdict()
+    if settings.hidden_weight:
+        projections = getattr(model, PROJECTION, None)
+        parts["hidden"] = hidden_loss(
+            *(_hidden_states(observed), _hidden_states(of_teacher)),
+            None if projections is None else projections[...],
+            loss_mask,
+            settings,
+        )
+        total += settings.hidden_weight * parts["hidden"]
+        observed = tuple({k: v for k, v in part.items() if k != HIDDEN} for part in observed)
     return total, parts, observed
+
+
+def _hidden_states(observed: tuple[Observed, ...]) -> Float[Array, "L B T D"]:
+    return jnp.concatenate([part[HIDDEN][HIDDEN] for part in observed])

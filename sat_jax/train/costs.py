@@ -20,7 +20,7 @@ from sat_jax.sparsity.flops import (
 )
 from sat_jax.sparsity.statistics import Observable
 from sat_jax.sparsity.stored_blocks import block_layout, has_fused_mlp
-from sat_jax.train.layouts import run_layout
+from sat_jax.train.layouts import projection_shape, run_layout
 from sat_jax.train.probe import observe_batch, observed_by_probes, probe_shape
 
 
@@ -30,8 +30,9 @@ def step_flops(
     rung: Rung | None = None,
     teacher: DecoderConfig | None = None,
 ) -> float:
-    """Return the training FLOPs a token on a rung, recomputation and the forward pass of a teacher
-    included; None: densely. Mask execution computes everything on every rung."""
+    """Return the training FLOPs a token on a rung, recomputation, the forward pass of a teacher and
+    projections of hidden states included; None: densely. Mask execution computes everything on
+    every rung."""
     layout, segments, sparse = run_layout(config, model), None, config.sparsity
     if rung is not None:
         layout = block_layout(layout, rung.plan.stored)
@@ -45,7 +46,9 @@ def step_flops(
         dropped=() if rung is None else rung.plan.dropped,
         token_rate=0.0 if rung is None else rung.plan.token_rate,
     )
-    return flops.total + teacher_flops(config, teacher)
+    shape = projection_shape(config, model, teacher)
+    projections = 6.0 * math.prod(shape) if shape else 0.0  # forward, and backward to both operands
+    return flops.total + teacher_flops(config, teacher) + projections
 
 
 def teacher_flops(config: Config, teacher: DecoderConfig | None) -> float:

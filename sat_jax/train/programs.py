@@ -34,7 +34,7 @@ from sat_jax.sparsity.plan import Plan, Stored
 from sat_jax.sparsity.rows import Kept
 from sat_jax.sparsity.statistics import Statistics
 from sat_jax.sparsity.stored_blocks import block_layout
-from sat_jax.train.layouts import Teacher, run_layout
+from sat_jax.train.layouts import Teacher, run_layout, trained_layout
 from sat_jax.train.moves import compile_moves
 from sat_jax.train.optimizer import (
     clipping,
@@ -100,7 +100,8 @@ class Programs:
             config.train.accumulate,
             settings.retention,
         )
-        self.layout = run_layout(config, model, compute)
+        teacher_model = teacher.model if teacher else None
+        self.layout = trained_layout(config, model, teacher_model, compute)
         # Probes have few rows, and observe what stages do not return: without a pipeline.
         self.probed = run_layout(config, model, dataclasses.replace(compute, microbatches=1))
         sparse = config.sparsity

@@ -24,6 +24,7 @@ from sat_jax.models.build import initial_values, layout_of
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.attention.dot_product import refusals
 from sat_jax.nn.attention.grouped_query import Attention
+from sat_jax.nn.hidden_distillation import PROJECTION, new_projections
 from sat_jax.nn.layout import Layout
 from sat_jax.nn.retention import Retention
 from sat_jax.parallel.mesh import make_mesh
@@ -32,13 +33,21 @@ from sat_jax.parallel.rules import check_divisible, place, tree_shardings
 from sat_jax.sparsity.controller import Controller, make_controller
 from sat_jax.sparsity.plan import neurons_of
 from sat_jax.sparsity.stored_blocks import block_grids, block_layout
-from sat_jax.train.layouts import Teacher, run_layout, teacher_layout
+from sat_jax.train.layouts import (
+    Teacher,
+    projection_shape,
+    run_layout,
+    teacher_layout,
+    trained_layout,
+)
 from sat_jax.train.run_weights import starting_point
 from sat_jax.train.teacher import (
     check_tokenizers,
     open_teacher,
     read_teacher,
 )
+
+_PROJECTIONS = 6  # the purpose of a random key: what it is folded with after the seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +94,8 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
     if max(config.rates) > 0 and not controller.sparse:
         log("sparsity: these rates omit nothing in this model; the run is dense")
     teacher_weights = _checked_teacher(config, model, mesh, log)
+    if teacher_weights is not None:
+        projection_shape(config, model, teacher_weights.config)  # raises for layers it has not
     tokenizer, data = prepared_data(config, model, log)
     teacher = None if teacher_weights is None else read_teacher(config, teacher_weights, mesh)
     return Task(config, model, weights, tokenizer, data, mesh, controller, teacher)
@@ -174,12 +185,25 @@ def initial_params(task: Task) -> dict[str, jax.Array]:
             path: place(np.asarray(task.weights.read(path), np.float32), shardings[path])
             for path in layout.shapes
         }
-    if not task.config.lora.rank:
-        return params
-    adapted = run_layout(task.config, task.model)
-    shardings = tree_shardings(task.mesh, adapted, dict(adapted.shapes))
-    add = functools.partial(add_lora, layout, settings=task.config.lora, seed=seed)
-    return jax.jit(add, out_shardings=shardings, donate_argnums=0)(params)
+    if task.config.lora.rank:
+        adapted = run_layout(task.config, task.model)
+        shardings = tree_shardings(task.mesh, adapted, dict(adapted.shapes))
+        add = functools.partial(add_lora, layout, settings=task.config.lora, seed=seed)
+        params = jax.jit(add, out_shardings=shardings, donate_argnums=0)(params)
+    return params | _initial_projections(task)
+
+
+def _initial_projections(task: Task) -> dict[str, jax.Array]:
+    """Return the projections of hidden states by path, if the run trains any."""
+    shape = projection_shape(task.config, task.model, task.teacher_model)
+    if shape is None:
+        return {}
+    layout = trained_layout(task.config, task.model, task.teacher_model)
+    shardings = tree_shardings(task.mesh, layout, {PROJECTION: layout.shapes[PROJECTION]})
+    key = jax.random.fold_in(jax.random.key(task.config.seed), _PROJECTIONS)
+    new = jax.jit(lambda: {PROJECTION: new_projections(shape, key)}, out_shardings=shardings)
+    projections: dict[str, jax.Array] = new()
+    return projections
 
 
 def _check_attention(config: Config, model: DecoderConfig) -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from sat_jax.data.batch import Batch
 from sat_jax.nn.branch import set_backward
 from sat_jax.nn.decoder import Decoder
-from sat_jax.nn.distillation import Distillation, LossParts, distillation_loss
+from sat_jax.nn.distillation import Distillation, distillation_loss
 from sat_jax.nn.layout import Layout
 from sat_jax.nn.loss import next_token_loss
 from sat_jax.sparsity.branch_drop import draw_backward, freeze_dropped
@@ -43,7 +43,7 @@ class StepMetrics(NamedTuple):
     grad_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
     kept: Kept = ()
-    parts: LossParts | None = None
+    parts: Mapping[str, Float[Array, ""]] = {}
 
 
 class StepSettings(NamedTuple):
@@ -96,7 +96,7 @@ def make_step(
                 key = token_key(settings.seed, state.step)
                 sample_tokens(model.layers, plan.token_rate, key)
             tokens = draw_tokens(plan, settings.seed, state.step, part.segment_ids)
-            parts = None
+            parts: Mapping[str, Array] = {}
             if settings.distillation is None:
                 total, observed = next_token_loss(model, *part, layer_tokens=tokens, **options)
             else:
