@@ -240,6 +240,12 @@ class DistillConfig(DistillSettings):
         "forward",
         "KL(teacher ‖ student) (forward), KL(student ‖ teacher) (reverse), or Jensen-Shannon (js)",
     )
+    topk: int | None = key(
+        None,
+        "number of most likely tokens of the teacher at each position, which are computed once and"
+        " stored beside the prepared data; None: the teacher is computed in each step",
+        low=1,
+    )
     hidden_weight: float = key(
         0.0, "weight of the loss of hidden states, which is added; 0: none", low=0.0
     )

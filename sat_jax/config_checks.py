@@ -208,6 +208,15 @@ def _check_distill(config: "Config") -> None:
         value = getattr(distill, field.name)
         if distill.hidden_weight == 0 and value != field.default:
             raise UserError(f"distill.{field.name} {value!r} needs distill.hidden_weight above 0")
+    if distill.topk is not None:
+        for name, reason, excluded in (
+            ("distill.weight", "the teacher is not used", distill.weight == 0),
+            ("distill.hidden_weight", "hidden states are not stored", distill.hidden_weight > 0),
+            ("data.pose_length", "positions change", config.data.pose_length is not None),
+        ):
+            if excluded:
+                value = operator.attrgetter(name)(config)
+                raise UserError(f"distill.topk {distill.topk} excludes {name} {value!r}: {reason}")
     if distill.hidden_weight > 0 and distill.weight == 0:
         raise UserError("distill.hidden_weight needs distill.weight above 0, not 0")
     if distill.hidden_weight > 0 and config.mesh.pipeline > 1:

@@ -40,9 +40,8 @@ from sat_jax.nn.loss import perplexity_of
 from sat_jax.provenance import environment
 from sat_jax.results import rows
 from sat_jax.results.record import without_place
-from sat_jax.train.inputs import model_fingerprint
 from sat_jax.train.metrics import to_json
-from sat_jax.train.run_weights import exported
+from sat_jax.train.run_weights import exported, model_fingerprint
 from scripts.evaluation_meter import Args, Meter
 from scripts.structured import Outcome, print_units, remove_units
 

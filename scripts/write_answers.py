@@ -77,7 +77,7 @@ def main() -> None:
     from sat_jax.evaluate.written_answers import open_progress, rows_as_text, training_rows
     from sat_jax.interop import locate
     from sat_jax.train.files import write_atomically
-    from sat_jax.train.inputs import model_fingerprint
+    from sat_jax.train.run_weights import model_fingerprint
     from scripts.question_prompts import (
         formats_of_prompts,
         prompt_problem,

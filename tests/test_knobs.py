@@ -198,6 +198,7 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "lora.dora": (True, step, LORA | {"sparsity.rate": 0.0}),
     "lora.trained": (("norms",), step, LORA),
     "distill.teacher": ("teacher", step, {}),
+    "distill.topk": (3, step, {"distill.teacher": "teacher"}),
     "distill.hidden_weight": (1.0, step, {"distill.teacher": "teacher"}),
     "distill.hidden_loss": ("cosine", step, HIDDEN),
     "distill.hidden_layers": ((1,), step, HIDDEN),

@@ -52,8 +52,9 @@ def step_flops(
 
 
 def teacher_flops(config: Config, teacher: DecoderConfig | None) -> float:
-    """Return the FLOPs a token of the forward pass of a teacher with logits; 0 without one."""
-    if teacher is None:
+    """Return the FLOPs a token of the forward pass of a teacher with logits; 0 without one in the
+    step."""
+    if teacher is None or config.distill.topk is not None:
         return 0.0
     return forward_flops(layout_of(teacher), config.data.row_length).total
 

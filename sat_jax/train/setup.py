@@ -41,6 +41,7 @@ from sat_jax.train.layouts import (
     trained_layout,
 )
 from sat_jax.train.run_weights import starting_point
+from sat_jax.train.stored_teacher import StoredTokens, stored_tokens
 from sat_jax.train.teacher import (
     check_tokenizers,
     open_teacher,
@@ -62,6 +63,7 @@ class Task:
     mesh: Mesh
     controller: Controller
     teacher: Teacher | None = None
+    stored: StoredTokens | None = None  # of the teacher, which then has no parameters here
 
     @property
     def teacher_model(self) -> DecoderConfig | None:
@@ -97,8 +99,15 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
     if teacher_weights is not None:
         projection_shape(config, model, teacher_weights.config)  # raises for layers it has not
     tokenizer, data = prepared_data(config, model, log)
-    teacher = None if teacher_weights is None else read_teacher(config, teacher_weights, mesh)
-    return Task(config, model, weights, tokenizer, data, mesh, controller, teacher)
+    teacher, stored = None, None
+    if teacher_weights is not None and config.distill.topk is not None:
+        stored = stored_tokens(config, data, teacher_weights, mesh, log)
+        teacher = Teacher(
+            teacher_weights.config, teacher_layout(config, teacher_weights.config), {}
+        )
+    elif teacher_weights is not None:
+        teacher = read_teacher(config, teacher_weights, mesh)
+    return Task(config, model, weights, tokenizer, data, mesh, controller, teacher, stored)
 
 
 def _checked_teacher(
