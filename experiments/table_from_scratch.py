@@ -51,5 +51,5 @@ def get_sweep(scale: str = "smoke") -> Sweep:
     runs: list[dict[str, Any]] = [{}, *smaller, *shorter, *sparse, *others]
     return Sweep(
         [{**run, "seed": seed} for seed in range(SEEDS) for run in runs],
-        (Comparison("omitted", "What is omitted", (_RATE, _PASSES)),),
+        (Comparison("scratch", "What is omitted from scratch", (_RATE, _PASSES)),),
     )

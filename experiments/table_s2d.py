@@ -81,10 +81,13 @@ def dense(scale: str) -> dict[str, Any]:
 
 
 def smaller(config: ConfigDict) -> list[dict[str, Any]]:
-    """Return a dense model with half the layers, which has about the FLOPs of block-sparse training
-    with a quarter of the blocks."""
+    """Return dense models with a half and with a quarter of the layers. The first has about the
+    FLOPs of a quarter of the blocks that become dense at the end, and block-sparse training to the
+    end is between both."""
     layers = config.model.n_layers
-    return [{"model.n_layers": layers // 2}] if layers is not None else []
+    if layers is None:
+        return []
+    return [{"model.n_layers": fewer} for fewer in (layers // 2, layers // 4)]
 
 
 def get_sweep(scale: str = "smoke") -> Sweep:

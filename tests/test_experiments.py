@@ -20,7 +20,7 @@ TABLES = sorted((ROOT / "experiments").glob("table_*.py"))
 OTHERS = (ROOT / "experiments" / "__init__.py", ROOT / "experiments" / "scales.py")
 FROM_SCRATCH = sorted(
     file
-    for name in ("s2d", "retnet", "table_context", "from_scratch")
+    for name in ("s2d", "retnet", "table_context", "table_continued", "from_scratch")
     for file in (ROOT / "experiments").glob(f"*{name}*.py")
 )
 TABLES = [file for file in TABLES if file not in FROM_SCRATCH]
@@ -103,6 +103,15 @@ def test_sweeps_of_retnet_are_valid(name: str, scale: str) -> None:
 @pytest.mark.parametrize("scale", table_from_scratch.SCALES)
 def test_sweeps_of_sat_from_scratch_are_valid(scale: str) -> None:
     check_sweep(ROOT / "experiments" / "table_from_scratch.py", scale, {}, paired=False)
+
+
+def test_the_sweep_of_a_continued_model_is_valid() -> None:
+    own = {f"model.{name}": None for name in ("path", "d_model", "n_layers", "n_heads", "d_ff")}
+    shape = own | {"model.preset": "smollm2-135m", "data.tokenizer": "bytes"}
+    file = ROOT / "experiments" / "table_continued.py"
+    check_sweep(file, "smoke", shape, paired=False)
+    base, _ = starting_point(load(f"{file}:base", []))
+    assert base.vocab_size == 2048
 
 
 @pytest.mark.parametrize("variant", table_context.FACTORS)

@@ -105,7 +105,7 @@ def extension_figure(rows: Sequence[Row]) -> Figure | None:
     largest = _factors(measured)[-1]
     methods = [method for method in measured if method.factor in (largest, 1)]
     scalings = [*dict.fromkeys(method.scaling for method in methods)]
-    figure = new_figure(width=11.0)
+    figure = new_figure(width=12.5)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, trained in zip(panels, (False, True), strict=True):
         for method in (m for m in methods if (m.tokens > 0) == trained):
@@ -119,8 +119,8 @@ def extension_figure(rows: Sequence[Row]) -> Figure | None:
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
         axes.xaxis.set_minor_locator(NullLocator())
-        if axes.lines:
-            axes.legend(fontsize=9, framealpha=0.9, edgecolor="none")
+    lines = {str(line.get_label()): line for axes in panels for line in axes.lines}
+    figure.legend([*lines.values()], [*lines], loc="outside right upper", fontsize=9, frameon=False)
     return figure
 
 
