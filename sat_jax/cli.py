@@ -28,6 +28,40 @@ TOKENIZER_HELP = (
 )
 
 
+def add_sampling(options: argparse.ArgumentParser) -> None:
+    """Add the options of generation: length, temperature, top-k, top-p, seed and dtype."""
+    add = options.add_argument
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="maximum number of new tokens; default 256",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0: greedy (default); above 0: random sampling, 1 with the model's probabilities",
+    )
+    add("--top-k", type=int, metavar="K", help="sample only from the K most likely tokens")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="sample only from the most likely tokens with this total probability; default 1",
+    )
+    add("--seed", type=int, default=0, help="random seed of the sampling; default 0")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="dtype of the computation; default float32",
+    )
+
+
 class Parser(argparse.ArgumentParser):
     """Argument parser of script `name` with the help text `doc`; it raises `UserError`."""
 

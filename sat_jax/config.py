@@ -16,6 +16,7 @@ from sat_jax.data.data_format import DataFormat, Format, LossOn, TooLong
 from sat_jax.models.presets import PRESETS
 from sat_jax.nn.attention.dot_product import Implementation
 from sat_jax.nn.distillation import DistillSettings, Divergence
+from sat_jax.nn.hidden_distillation import HiddenLoss
 from sat_jax.nn.lora import BASES, TRAINED, LoraSettings
 from sat_jax.nn.rope import EXTENSIONS
 from sat_jax.nn.stack import Remat
@@ -261,6 +262,26 @@ class DistillConfig(DistillSettings):
     divergence: Divergence = key(
         "forward",
         "KL(teacher ‖ student) (forward), KL(student ‖ teacher) (reverse), or Jensen-Shannon (js)",
+    )
+    topk: int | None = key(
+        None,
+        "number of most likely tokens of the teacher at each position, which are computed once and"
+        " stored beside the prepared data; None: the teacher is computed in each step",
+        low=1,
+    )
+    hidden_weight: float = key(
+        0.0, "weight of the loss of hidden states, which is added; 0: none", low=0.0
+    )
+    hidden_loss: HiddenLoss = key(
+        "mse",
+        "distance of hidden states: squared difference relative to the teacher's square (mse), or"
+        " 1 - cosine",
+    )
+    hidden_layers: tuple[int, ...] = key(
+        (), "layers of the trained model whose hidden states learn, numbered from 0; none: all"
+    )
+    teacher_layers: tuple[int, ...] = key(
+        (), "layer of the teacher for each of them; none: at the same relative depth"
     )
 
 

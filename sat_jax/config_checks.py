@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sat_jax.errors import UserError
+from sat_jax.nn.hidden_distillation import HiddenSettings
 from sat_jax.sparsity.importance import METRICS, Metric
 
 if TYPE_CHECKING:
@@ -255,6 +256,27 @@ def _check_distill(config: "Config") -> None:
         value = getattr(config.distill, field.name)
         if config.distill.teacher is None and value != field.default:
             raise UserError(f"distill.{field.name} {value!r} needs distill.teacher")
+    distill = config.distill
+    for field in dataclasses.fields(HiddenSettings):
+        value = getattr(distill, field.name)
+        if distill.hidden_weight == 0 and value != field.default:
+            raise UserError(f"distill.{field.name} {value!r} needs distill.hidden_weight above 0")
+    if distill.topk is not None:
+        for name, reason, excluded in (
+            ("distill.weight", "the teacher is not used", distill.weight == 0),
+            ("distill.hidden_weight", "hidden states are not stored", distill.hidden_weight > 0),
+            ("data.pose_length", "positions change", config.data.pose_length is not None),
+        ):
+            if excluded:
+                value = operator.attrgetter(name)(config)
+                raise UserError(f"distill.topk {distill.topk} excludes {name} {value!r}: {reason}")
+    if distill.hidden_weight > 0 and distill.weight == 0:
+        raise UserError("distill.hidden_weight needs distill.weight above 0, not 0")
+    if distill.hidden_weight > 0 and config.mesh.pipeline > 1:
+        raise UserError(
+            f"distill.hidden_weight excludes mesh.pipeline {config.mesh.pipeline}: stages do not"
+            " return hidden states; accepted: 1"
+        )
 
 
 def _check_steps(config: "Config") -> None:

@@ -9,7 +9,7 @@ Standard output has only the new text; standard error has the number of tokens a
 import sys
 import time
 
-from sat_jax.cli import MODEL_HELP, SYSTEM_HELP, TOKENIZER_HELP, Parser, run
+from sat_jax.cli import MODEL_HELP, SYSTEM_HELP, TOKENIZER_HELP, Parser, add_sampling, run
 from sat_jax.errors import UserError
 
 
@@ -27,35 +27,7 @@ def parser() -> Parser:
     add("--chat", action="store_true", help="use the model's chat template")
     add("--system", metavar="TEXT", help=SYSTEM_HELP)
     add("--tokenizer", help=TOKENIZER_HELP)
-    add(
-        "--max-new-tokens",
-        type=int,
-        default=256,
-        metavar="N",
-        help="maximum number of new tokens; default 256",
-    )
-    add(
-        "--temperature",
-        type=float,
-        default=0.0,
-        metavar="T",
-        help="0: greedy (default); above 0: random sampling, 1 with the model's probabilities",
-    )
-    add("--top-k", type=int, metavar="K", help="sample only from the K most likely tokens")
-    add(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="sample only from the most likely tokens with this total probability; default 1",
-    )
-    add("--seed", type=int, default=0, help="random seed of the sampling; default 0")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="dtype of the computation; default float32",
-    )
+    add_sampling(options)
     return options
 
 

@@ -30,7 +30,7 @@ from sat_jax.interop import locate
 from sat_jax.models.build import layout_of
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.layout import Layout
-from sat_jax.train.inputs import model_fingerprint
+from sat_jax.train.run_weights import model_fingerprint
 from scripts.calibration import context_of
 from scripts.evaluation_meter import Args
 from scripts.outcome import Outcome

@@ -13,9 +13,9 @@ from sat_jax.evaluate.eval_model import open_eval_model
 from sat_jax.interop import locate
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.train.files import read_json, write_json
-from sat_jax.train.inputs import model_fingerprint
 from sat_jax.train.loop import train
 from sat_jax.train.metrics import to_json
+from sat_jax.train.run_weights import model_fingerprint
 from scripts.calibration import calibration_report, context_of, held_out_perplexity, prepare_text
 from scripts.compression import compress, config_of, print_plan
 from scripts.evaluation_meter import Args

@@ -198,6 +198,10 @@ NEEDS = {
     "lora.group": {"lora.rank": 2, "lora.base": "nf4"},
     "quantization.group": {"quantization.bits": 4},
     **{path: {"distill.teacher": "base"} for path in WITH_TEACHER - {"distill.teacher"}},
+    **{
+        f"distill.{name}": {"distill.teacher": "base", "distill.hidden_weight": 1.0}
+        for name in ("hidden_loss", "hidden_layers", "teacher_layers")
+    },
     "mesh.pipeline": {"train.accumulate": 3},
     "mesh.context": {"data.row_length": 30},
     "mesh.rounds": {"mesh.pipeline": 2, "train.accumulate": 2, "sparsity.execution": "gather"},

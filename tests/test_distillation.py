@@ -22,6 +22,7 @@ from sat_jax.nn.distillation import (
     DIVERGENCES,
     DistillSettings,
     Divergence,
+    TeacherStates,
     chunked_distillation_loss,
 )
 from sat_jax.train.costs import step_flops
@@ -84,10 +85,12 @@ def formula(divergence: str) -> tuple[float, float, float, np.ndarray, np.ndarra
 
 @functools.cache
 def value_and_grad(divergence: Divergence, chunk: int, weight: float = W) -> Any:
-    settings = DistillSettings(weight, TEMPERATURE, divergence)
+    settings = DistillSettings(weight=weight, temperature=TEMPERATURE, divergence=divergence)
 
     def loss(*arrays: jax.Array) -> tuple[jax.Array, Any]:
-        return chunked_distillation_loss(*arrays, chunk, settings)
+        hidden, head, teacher_hidden, teacher_head, *rest = arrays
+        teacher = TeacherStates(teacher_hidden, teacher_head)
+        return chunked_distillation_loss(hidden, head, teacher, *rest, chunk, settings)
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
 

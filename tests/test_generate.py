@@ -148,6 +148,11 @@ def test_samples_depend_on_the_seed_and_not_on_other_rows() -> None:
     assert both[0] != draw(prompts, 10, seed=2)[0]
     assert draw(prompts[:1], 10, seed=1) == both[:1]
     assert draw([prompts[0]] * 2, 10, seed=1)[0] != draw([prompts[0]] * 2, 10, seed=1)[1]
+    # Also in another row, if that has the same number.
+    (part,) = stream(
+        model, [prompts[1]], 10, sampling=Sampling(1.0), seed=1, stop_ids=(), every=10, numbers=[1]
+    )
+    assert part[0] == both[1]
     assert len(set(both[0])) > 5, "each step has its own key"
 
 
@@ -170,7 +175,9 @@ def test_samples_depend_on_the_seed_and_not_on_other_rows() -> None:
 def test_sampling_distribution(sampling: Sampling, expected: list[float]) -> None:
     draws = 8_000
     logits = jnp.broadcast_to(jnp.log(jnp.array([0.15, 0.3, 0.5, 0.05])) + 3, (draws, 4))
-    tokens = module._sample(logits, sampling, jax.random.key(0), jnp.int32(5))
+    tokens = module._sample(
+        logits, sampling, jax.random.key(0), jnp.int32(5), jnp.arange(draws, dtype=jnp.uint32)
+    )
     share = np.bincount(np.asarray(tokens), minlength=4) / draws
     expected = np.array(expected) / np.sum(expected)
     assert (share[expected == 0] == 0).all()

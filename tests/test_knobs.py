@@ -89,6 +89,7 @@ LORA = {"lora.rank": 2}
 INT8 = {"sparsity.rate": 0.0, "quantization.bits": 8, "quantization.group": 64}
 IN_LAYERS = {"sparsity.refresh_every": 0, "sparsity.metric": "sparselora"}
 SPARSE_BASE = IN_LAYERS | {"sparsity.adapters": "dense"}
+HIDDEN = {"distill.teacher": "teacher", "distill.hidden_weight": 1.0}
 BLOCKS = {
     "sparsity.rate": 0.0,
     "sparsity.weights.density": 0.5,
@@ -211,6 +212,11 @@ STAGES: dict[str, tuple[Any, Stage, dict[str, Any]]] = {
     "quantization.bits": (4, wide_step, INT8),
     "quantization.group": (32, wide_step, INT8),
     "distill.teacher": ("teacher", step, {}),
+    "distill.topk": (3, step, {"distill.teacher": "teacher"}),
+    "distill.hidden_weight": (1.0, step, {"distill.teacher": "teacher"}),
+    "distill.hidden_loss": ("cosine", step, HIDDEN),
+    "distill.hidden_layers": ((1,), step, HIDDEN),
+    "distill.teacher_layers": ((1, 1), step, HIDDEN),
     "mesh.data": (3, refused, {}),
     "mesh.fsdp": (2, refused, {}),
     "mesh.context": (2, refused, {}),

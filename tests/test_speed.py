@@ -90,7 +90,7 @@ def measured(machine: Machine, seconds: dict[str, float], limit: float) -> tuple
         state,  # type: ignore[arg-type]
         programs,  # type: ignore[arg-type]
         "dense",  # type: ignore[arg-type]
-        "batch",  # type: ignore[arg-type]
+        ("batch",),
         seconds,  # type: ignore[arg-type]
         limit,
         state.change_blocks,  # type: ignore[arg-type]

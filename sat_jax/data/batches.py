@@ -79,6 +79,21 @@ def _damaged(path: Path, why: object) -> UserError:
     return UserError(f"{path}: damaged; delete this folder to prepare it again: {why}")
 
 
+def row_numbers(
+    count: int, rows_per_step: int, seed: int, process_index: int = 0, process_count: int = 1
+) -> Callable[[int], list[int]]:
+    """Return a function from the step to the numbers of this process's rows of that step, out of
+    `count` stored rows; see `batches`."""
+    local = _local_rows(rows_per_step, process_count)
+    order = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
+
+    def get(step: int) -> list[int]:
+        first = step * rows_per_step + process_index * local
+        return [order[number] for number in range(first, first + local)]
+
+    return get
+
+
 def batches(
     rows: TokenRows,
     rows_per_step: int,
@@ -93,15 +108,14 @@ def batches(
     `[process_index, process_index + 1) * rows_per_step / process_count` of each step. Positions
     skip some up to `pose_length`, where one is given (`skip_positions`).
     """
-    local = _local_rows(rows_per_step, process_count)
-    order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
+    numbers = row_numbers(len(rows), rows_per_step, seed, process_index, process_count)
 
     def get(step: int) -> Batch:
-        first = step * rows_per_step + process_index * local
-        numbers = range(first, first + local)
-        batch = rows.batch([order[number] for number in numbers])
+        batch = rows.batch(numbers(step))
         if pose_length is not None:
-            skip_positions(batch, pose_length, [(seed, number) for number in numbers])
+            local = len(batch.tokens)
+            first = step * rows_per_step + process_index * local
+            skip_positions(batch, pose_length, [(seed, first + row) for row in range(local)])
         return batch
 
     return get

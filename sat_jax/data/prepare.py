@@ -135,10 +135,10 @@ def prepare(
         root.mkdir(parents=True, exist_ok=True)
         fingerprint = _fingerprint(settings, files, root)
         path = root / fingerprint
-        with _locked(root / f"{fingerprint}.lock", log):
+        with locked(root / f"{fingerprint}.lock", log):
             if not path.exists():
                 status = "prepared"
-                with _complete_folder(path) as folder:
+                with complete_folder(path) as folder:
                     counts = _write(folder, files, reader, tokenizer, log is not None, **sizes)
                     info = PreparedInfo(
                         fingerprint=fingerprint,
@@ -245,7 +245,7 @@ def _digest(content: Any) -> str:
 
 
 @contextlib.contextmanager
-def _locked(file: Path, log: Callable[[str], None] | None) -> Iterator[None]:
+def locked(file: Path, log: Callable[[str], None] | None) -> Iterator[None]:
     """Hold a lock on `file`, which is created and stays, during the block."""
     with file.open("w") as stream:
         try:
@@ -258,7 +258,7 @@ def _locked(file: Path, log: Callable[[str], None] | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _complete_folder(path: Path) -> Iterator[Path]:
+def complete_folder(path: Path) -> Iterator[Path]:
     """Yield a new folder, renamed to `path` if the block succeeds and removed otherwise."""
     unfinished = path.with_name(path.name + _UNFINISHED)
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,6 +1,6 @@
 """Batched generation: completions of many prompts, for evaluation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from sat_jax.data.end_of_turn import Stop
@@ -30,40 +30,73 @@ def complete(
     sampling: Sampling = GREEDY,
     on_batch: Callable[[int], object] = lambda _: None,
 ) -> list[Completion]:
-    """Return the completion of every prompt, generated in batches of `rows` similar lengths.
+    """Return the completion of every prompt (see `complete_batches`).
+
+    `on_batch` is called with the number of tokens of each batch.
+    """
+    completions: dict[int, Completion] = {}
+    for batch in complete_batches(
+        model, tokenizer, prompts, max_new_tokens, rows, stops=stops, sampling=sampling
+    ):
+        completions |= batch
+        on_batch(sum(completion.tokens for completion in batch.values()))
+    return [completions[index] for index in range(len(prompts))]
+
+
+def complete_batches(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    rows: int,
+    *,
+    stops: Sequence[Stop] = (),
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    start: int = 0,
+) -> Iterator[dict[int, Completion]]:
+    """Yield the completions of `rows` prompts of similar lengths at a time, by index of the prompt;
+    the first `start` batches are left out.
 
     A completion ends before the model's end-of-text token, before the first of `stops` (token ids
     or texts), or after `max_new_tokens`. `tokens` counts all generated tokens, also those after a
-    stop text. The last batch is padded with copies of a prompt, so that one batch size is compiled.
-    `on_batch` is called with the number of tokens of each batch. Raises `UserError` for prompts
-    that the model does not accept.
+    stop text. Random numbers depend on `seed` and the index of the prompt. The last batch is padded
+    with copies of a prompt, so that one batch size is compiled. Raises `UserError` for prompts that
+    the model does not accept.
     """
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    completions: dict[int, Completion] = {}
-    for start in range(0, len(order), rows):
-        indices = order[start : start + rows]
-        batch = [prompts[index] for index in indices]
-        batch += batch[-1:] * (rows - len(batch))
-        results = _complete_batch(model, tokenizer, batch, max_new_tokens, stops, sampling)
-        completions |= zip(indices, results, strict=False)
-        on_batch(sum(completions[index].tokens for index in indices))
-    return [completions[index] for index in range(len(prompts))]
+    for first in range(start * rows, len(order), rows):
+        indices = order[first : first + rows]
+        padded = indices + indices[-1:] * (rows - len(indices))
+        batch = [prompts[index] for index in padded]
+        limits = (max_new_tokens, stops, sampling, seed)
+        results = _complete_batch(model, tokenizer, batch, padded, *limits)
+        yield dict(zip(indices, results, strict=False))
 
 
 def _complete_batch(
     model: Decoder,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
+    numbers: Sequence[int],
     max_new_tokens: int,
     stops: Sequence[Stop],
     sampling: Sampling,
+    seed: int,
 ) -> list[Completion]:
     stop_texts = [stop for stop in stops if isinstance(stop, str)]
     stop_ids = {stop for stop in stops if isinstance(stop, int)}.union(model.config.eos_token_ids)
     ids: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(prompts)
     parts = stream(
-        model, prompts, max_new_tokens, sampling=sampling, stop_ids=stop_ids, every=_PART
+        model,
+        prompts,
+        max_new_tokens,
+        sampling=sampling,
+        seed=seed,
+        stop_ids=stop_ids,
+        every=_PART,
+        numbers=numbers,
     )
     while any(running) and (part := next(parts, None)) is not None:
         for row, new in enumerate(part):

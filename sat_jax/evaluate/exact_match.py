@@ -11,6 +11,7 @@ from sat_jax.evaluate.completions import Completion
 from sat_jax.evaluate.multiple_choice import mean_and_error
 from sat_jax.evaluate.numbers import last_number, number_after, value_of
 from sat_jax.evaluate.prompts import PromptFormat, QuestionAnswer
+from sat_jax.evaluate.question_files import SourceQuestion
 
 RULES: dict[str, Callable[[str], str | None]] = {
     "number": last_number,
@@ -64,23 +65,24 @@ def equal_results(result: str | None, expected: str | None) -> bool:
 
 
 class PromptedQuestion(NamedTuple):
-    """A question with its prompt, as text and as ids, and the expected result."""
+    """A question with its prompt, as text and as ids, and the expected result; None without a
+    rule."""
 
     question: str
     prompt: str
     ids: Sequence[int]
-    expected: str
+    expected: str | None
 
 
 def prompt_question(
     tokenizer: Tokenizer,
-    problem: QuestionAnswer,
+    problem: QuestionAnswer | SourceQuestion,
     prompt_format: PromptFormat,
-    rule: ExtractionRule,
+    rule: ExtractionRule | None,
 ) -> PromptedQuestion:
-    """Return the prompt of `problem`. Raises `UserError` if its answer has no expected result."""
-    expected = rule(problem.answer)
-    if expected is None:
+    """Return the prompt of `problem`. Raises `UserError` if its answer has no result."""
+    expected = None
+    if rule is not None and (expected := rule(problem.answer)) is None:
         raise UserError(
             f"no result in the answer {problem.answer[-60:]!r}; choose another extraction rule"
         )

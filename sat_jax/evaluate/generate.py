@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from sat_jax.errors import UserError
 from sat_jax.models.decoder_config import DecoderConfig
@@ -95,10 +95,12 @@ def stream(
     seed: int = 0,
     stop_ids: Collection[int] | None = None,
     every: int = 1,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[list[list[int]]]:
     """Yield the result of `generate` in parts: the next `every` tokens of each prompt.
 
-    A row that has ended has empty lists in later parts.
+    A row that has ended has empty lists in later parts. The random numbers of a row depend on
+    `seed` and on its number, below 2³²; None: the rows are numbered from 0.
     """
     check_prompts(model.config, prompts, max_new_tokens)
     if not 0 <= seed < 1 << 32:
@@ -116,6 +118,7 @@ def stream(
     state = _State(
         cache=_prefill(graph, params, tokens[:, :-1], padding, slots),
         padding=jnp.asarray(padding),
+        numbers=jnp.asarray(range(len(prompts)) if numbers is None else numbers, jnp.uint32),
         newest=jnp.asarray(tokens[:, -1]),
         ended=jnp.zeros(len(prompts), jnp.bool_),
         step=jnp.zeros((), jnp.int32),
@@ -137,6 +140,7 @@ def stream(
 class _State(NamedTuple):
     cache: Cache
     padding: Int[Array, " B"]  # slots before each prompt
+    numbers: UInt32[Array, " B"]  # of the random numbers of each row
     newest: Int[Array, " B"]  # the last token, not in the cache yet
     ended: Bool[Array, " B"]
     step: Int[Array, ""]  # number of generated tokens
@@ -191,10 +195,11 @@ def _decode(
         logits_BV = jnp.einsum(
             "BD,VD->BV", x_B1D[:, 0], model.head(), preferred_element_type=jnp.float32
         )
-        newest = _sample(logits_BV, sampling, key, state.step)
+        newest = _sample(logits_BV, sampling, key, state.step, state.numbers)
         out = jax.lax.dynamic_update_slice(out, newest[:, None], (0, count))
         ended = state.ended | jnp.any(newest[:, None] == stop[None], axis=-1)
-        return _State(cache, state.padding, newest, ended, state.step + 1), out, count + 1
+        after = state._replace(cache=cache, newest=newest, ended=ended, step=state.step + 1)
+        return after, out, count + 1
 
     def unfinished(carry: tuple[_State, Array, Array]) -> Bool[Array, ""]:
         return (carry[2] < steps) & ~jnp.all(carry[0].ended)
@@ -204,12 +209,16 @@ def _decode(
 
 
 def _sample(
-    logits_BV: Float[Array, "B V"], sampling: Sampling, key: Key[Array, ""], step: Int[Array, ""]
+    logits_BV: Float[Array, "B V"],
+    sampling: Sampling,
+    key: Key[Array, ""],
+    step: Int[Array, ""],
+    numbers: UInt32[Array, " B"],
 ) -> Int[Array, " B"]:
     """Return token `step` of every row; among equal logits the smallest id comes first."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    batch, size = logits_BV.shape
+    size = logits_BV.shape[1]
     scaled = logits_BV / sampling.temperature
     ids = None
     if sampling.top_k is not None or sampling.top_p < 1:
@@ -219,7 +228,7 @@ def _sample(
         # The first token is always kept: the probability before it is 0.
         scaled = jnp.where(reached < sampling.top_p, scaled, -jnp.inf)
     step_key = jax.random.fold_in(key, step)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, step_key))(jnp.arange(batch))
+    keys = jax.vmap(functools.partial(jax.random.fold_in, step_key))(numbers)
     tokens = jax.vmap(jax.random.categorical)(keys, scaled)
     if ids is not None:
         tokens = jnp.take_along_axis(ids, tokens[:, None], axis=-1)[:, 0]

@@ -1,7 +1,7 @@
 """Reading of question files: with choices (JSON of BIG-bench, or JSON lines) or with answers."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 from string import ascii_uppercase
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ class MultipleChoiceQuestion(NamedTuple):
         return QuestionAnswer(self.question, self.choices[self.scores.index(max(self.scores))])
 
 
-def name_of(question: MultipleChoiceQuestion | QuestionAnswer) -> str:
+def name_of(question: "MultipleChoiceQuestion | QuestionAnswer | SourceQuestion") -> str:
     """Return the beginning of a question, for messages."""
     return f"question {question.question[:60]!r}"
 
@@ -72,10 +72,38 @@ def read_answers(
 
     def read(item: tuple[Any, str]) -> QuestionAnswer:
         record = _record(*item)
-        name = _field_name(record, answer_field, ANSWER_FIELDS)
-        is_number = type(record.fields[name]) in (int, float)
-        answer = str(record.fields[name]) if is_number else record.text(name)
+        answer = _answer(record, answer_field)
         return QuestionAnswer(_question(record, question_field), answer)
+
+    return usable(read, _items(file, limit), faults)
+
+
+class SourceQuestion(NamedTuple):
+    """A question with all fields of its record, and its answer ("" if that was not read)."""
+
+    question: str
+    answer: str
+    fields: Mapping[str, Any]
+
+
+def read_sources(
+    file: str,
+    question_field: str | None,
+    answer_field: str | None,
+    limit: int | None = None,
+    faults: list[str] | None = None,
+    *,
+    with_answers: bool,
+) -> list[SourceQuestion]:
+    """Return the questions in `file` (JSON lines) with their records, at most the first `limit`.
+
+    Faults as in `usable`; a record without an answer is one if `with_answers`.
+    """
+
+    def read(item: tuple[Any, str]) -> SourceQuestion:
+        record = _record(*item)
+        answer = _answer(record, answer_field) if with_answers else ""
+        return SourceQuestion(_question(record, question_field), answer, record.fields)
 
     return usable(read, _items(file, limit), faults)
 
@@ -138,6 +166,12 @@ def _field_name(record: Record, name: str | None, defaults: Sequence[str]) -> st
 
 def _question(record: Record, name: str | None) -> str:
     return record.text(_field_name(record, name, QUESTION_FIELDS))
+
+
+def _answer(record: Record, name: str | None) -> str:
+    field = _field_name(record, name, ANSWER_FIELDS)
+    is_number = type(record.fields[field]) in (int, float)
+    return str(record.fields[field]) if is_number else record.text(field)
 
 
 def _multiple_choice(

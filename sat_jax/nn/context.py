@@ -21,12 +21,15 @@ Observable = Literal[
     "magnitudes",
     "input_products",
     "products",
+    "hidden",
 ]
 """The names of observations of a branch: `inputs` and `activations` are sums of its inputs and of
 its activations by column (`InputSums`), `input_magnitudes` and `magnitudes` the same with absolute
 values (`MagnitudeSums`), `input_products` and `products` those of all pairs of columns. `outputs`
 and `predicted` are energies of outputs, of the weights themselves or of low-rank ones; `norms` are
-sums of squares that low-rank weights predict (`Branch.predicted_squares`)."""
+sums of squares that low-rank weights predict (`Branch.predicted_squares`). `hidden` is no sum, and
+not of a branch: the residual stream after each layer, `[B, T, D]`."""
+HIDDEN: Observable = "hidden"
 Observed = dict[str, dict[str, Any]]
 """Observations by kind and by the innermost unit of the branch; the kind `kept` has the units that
 a dynamic selection kept, by unit."""

@@ -38,7 +38,9 @@ def chunked_cross_entropy(
         h_BCD, targets_BC, mask_BC = xs
         return None, _summed_loss(_scores(head_VD, h_BCD, targets_BC), mask_BC)
 
-    _, losses = jax.lax.scan(body, None, _split(chunk, hidden_BTD, targets_BT, loss_mask_BT))
+    _, losses = jax.lax.scan(
+        body, None, split_positions(chunk, hidden_BTD, targets_BT, loss_mask_BT)
+    )
     return losses.sum()
 
 
@@ -83,13 +85,13 @@ def token_scores(
         greedy_BC = jnp.argmax(scores.logits, axis=-1) == targets_BC
         return None, (scores.target - scores.log_z, greedy_BC)
 
-    _, chunks = jax.lax.scan(body, None, _split(chunk, hidden_BTD, targets_BT))
+    _, chunks = jax.lax.scan(body, None, split_positions(chunk, hidden_BTD, targets_BT))
     batch, length = targets_BT.shape
     log_p_BT, greedy_BT = (jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length] for x in chunks)
     return log_p_BT, greedy_BT
 
 
-def _split(chunk: int, *arrays_BT: Array) -> tuple[Array, ...]:
+def split_positions(chunk: int, *arrays_BT: Array) -> tuple[Array, ...]:
     """Return `[B, T, ...]` as `[T / chunk, B, chunk, ...]`, with zeros at the end (masked out)."""
 
     def split(x: Array) -> Array:
@@ -141,7 +143,7 @@ def scan_chunks(
         d_head_PDV = jnp.einsum("PBCV,PBCD->PDV", *rows, preferred_element_type=jnp.float32)
         return d_head_PVD + d_head_PDV.swapaxes(1, 2), (losses, d_hidden)
 
-    chunks = _split(chunk, hidden_BTD, *arrays_BT)
+    chunks = split_positions(chunk, hidden_BTD, *arrays_BT)
     zeros_PVD = jnp.zeros((number, *head_VD.shape), jnp.float32)
     if number > 1:
         spec = P(_PART_AXES, P.UNCONSTRAINED, P.UNCONSTRAINED)

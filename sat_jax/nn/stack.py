@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from sat_jax.nn.context import Cache, Context, LayerCache, Observed
+from sat_jax.nn.context import HIDDEN, Cache, Context, LayerCache, Observed
 from sat_jax.nn.linear import PRODUCT, Weight
 from sat_jax.nn.token_places import put_tokens, take_tokens
 
@@ -74,6 +74,8 @@ def scan_layers(
             )
             block = nnx.merge(graph, cast(values, dtype))
             x = block(x, own) if places is None else _on_tokens(block, x, own, places)
+            if HIDDEN in context.observe:
+                own.observed[HIDDEN] = {HIDDEN: x}
             return (x, None if layer_cache is None else layer_cache.arrays), own.observed
 
         body = layer if remat == "none" else jax.checkpoint(layer, policy=policy, prevent_cse=False)

@@ -29,7 +29,7 @@ from sat_jax.sparsity.importance import METRICS
 from sat_jax.sparsity.plan import neurons_of
 from sat_jax.sparsity.statistics import Observable, Statistics
 from sat_jax.sparsity.stored_blocks import block_layout, has_fused_mlp
-from sat_jax.train.layouts import run_layout
+from sat_jax.train.layouts import projection_shape, run_layout
 from sat_jax.train.probe import observe_batch, observed_by_probes, probe_shape
 
 
@@ -39,8 +39,9 @@ def step_flops(
     rung: Rung | None = None,
     teacher: DecoderConfig | None = None,
 ) -> float:
-    """Return the training FLOPs a token on a rung, recomputation and the forward pass of a teacher
-    included; None: densely. Mask execution computes everything on every rung."""
+    """Return the training FLOPs a token on a rung, recomputation, the forward pass of a teacher and
+    projections of hidden states included; None: densely. Mask execution computes everything on
+    every rung."""
     layout, segments, sparse = run_layout(config, model), None, config.sparsity
     if rung is not None:
         layout = block_layout(layout, rung.plan.stored)
@@ -59,7 +60,9 @@ def step_flops(
         sparse_base=sparse_base,
     )
     chosen = 0.0 if rung is None else _flops_of_choice(config, layout, rung)
-    return flops.total + chosen + teacher_flops(config, teacher)
+    shape = projection_shape(config, model, teacher)
+    projections = 6.0 * math.prod(shape) if shape else 0.0  # forward, and backward to both operands
+    return flops.total + chosen + teacher_flops(config, teacher) + projections
 
 
 def _flops_of_choice(config: Config, layout: Layout[Decoder], rung: Rung) -> float:
@@ -93,8 +96,9 @@ def _prediction_flops(
 
 
 def teacher_flops(config: Config, teacher: DecoderConfig | None) -> float:
-    """Return the FLOPs a token of the forward pass of a teacher with logits; 0 without one."""
-    if teacher is None:
+    """Return the FLOPs a token of the forward pass of a teacher with logits; 0 without one in the
+    step."""
+    if teacher is None or config.distill.topk is not None:
         return 0.0
     return forward_flops(layout_of(teacher), config.data.row_length).total
 

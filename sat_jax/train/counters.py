@@ -108,7 +108,7 @@ class RunCounters:
         flops = step_flops(task.config, task.model, rung, task.teacher_model)
         return {
             "loss": metrics.loss,
-            **(metrics.parts._asdict() if metrics.parts else {}),
+            **metrics.parts,
             "tokens": self.tokens,
             "loss_tokens": self.loss_tokens,
             "learning_rate": metrics.learning_rate,

@@ -15,10 +15,9 @@ from sat_jax.interop.huggingface_config import config_to_json
 from sat_jax.interop.quantized import packing_to_json
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.quantized import Packing
-from sat_jax.train.checkpoint import find
 from sat_jax.train.files import read_json, write_json
-from sat_jax.train.manifest import MANIFEST, digests
-from sat_jax.train.run_weights import generation_settings, is_run
+from sat_jax.train.manifest import digests
+from sat_jax.train.run_weights import generation_settings, model_fingerprint
 from sat_jax.train.setup import Task
 from sat_jax.train.teacher import teacher_path
 from sat_jax.train.workdir import WorkDir
@@ -82,17 +81,6 @@ def _fingerprints(task: Task) -> dict[str, str | None]:
         "data.chat_template": None if template is None else _sha256(template),
         "data.sources": task.data.info.fingerprint,
     }
-
-
-def model_fingerprint(path: Path) -> str:
-    """Return the hash of the weights in a Hugging Face directory or a GGUF file; of a run, that of
-    its newest checkpoint."""
-    if is_run(path):
-        return digests(find(WorkDir(path).checkpoints).path, [MANIFEST])[0]
-    if path.is_file():
-        return digests(path.parent, [path.name])[0]
-    names = sorted(file.name for file in path.glob("*.safetensors"))
-    return _sha256("".join([(path / "config.json").read_text(), *digests(path, names)]))
 
 
 def _adapter_fingerprint(path: Path) -> str:

@@ -14,6 +14,7 @@ from sat_jax.config import Config, LoraConfig
 from sat_jax.models.build import layout_of
 from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.decoder import Compute, Decoder
+from sat_jax.nn.hidden_distillation import layer_pairs, projected_layout
 from sat_jax.nn.layout import Layout
 from sat_jax.nn.quantized import Packing
 from sat_jax.sparsity.predictors import predictor_layout
@@ -47,6 +48,32 @@ def base_packing(lora: LoraConfig, stored: Packing | None) -> Packing | None:
     """Return how frozen matrices of layers are quantized; None: they are not."""
     method = base_method(lora.base, lora.group)
     return stored if method is None else method.packing
+
+
+def projection_shape(
+    config: Config, model: DecoderConfig, teacher: DecoderConfig | None
+) -> tuple[int, int, int] | None:
+    """Return the shape of the projections of hidden states `[pairs, E, D]`, from the width D of the
+    trained model to that of the teacher; None without projections."""
+    if teacher is None or config.distill.hidden_weight == 0 or model.d_model == teacher.d_model:
+        return None
+    layers, teacher_layers = (layout_of(part).layers for part in (model, teacher))
+    own, _ = layer_pairs(config.distill, layers, teacher_layers)
+    return len(own), teacher.d_model, model.d_model
+
+
+def trained_layout(
+    config: Config,
+    model: DecoderConfig,
+    teacher: DecoderConfig | None,
+    compute: Compute = Compute(),
+    stored: Packing | None = None,
+) -> Layout[Decoder]:
+    """Return the layout of `run_layout` with what is trained beside the model, and not exported:
+    the projections of its hidden states."""
+    layout = run_layout(config, model, compute, stored)
+    shape = projection_shape(config, model, teacher)
+    return layout if shape is None else projected_layout(layout, *shape[:2])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,9 @@ import numpy as np
 from sat_jax.config import Config
 from sat_jax.config_values import free_paths, to_dict
 from sat_jax.data.batch import Batch
-from sat_jax.data.batches import Prefetcher, batches, in_order, open_split
+from sat_jax.data.batches import Prefetcher, in_order, open_split
 from sat_jax.errors import UserError
+from sat_jax.nn.top_tokens import TopTokens
 from sat_jax.parallel.mesh import row_share
 from sat_jax.parallel.processes import is_primary, on_host, on_primary
 from sat_jax.sparsity.choose import describe_unranked
@@ -37,6 +38,7 @@ from sat_jax.train.run_state import RunState
 from sat_jax.train.setup import Task, initial_params, set_up
 from sat_jax.train.speed import SHARE, Speedup, measure_speed
 from sat_jax.train.step import StepMetrics
+from sat_jax.train.step_inputs import StepInputs, place, step_inputs
 from sat_jax.train.summary import PhaseTimer
 from sat_jax.train.workdir import WorkDir
 
@@ -150,10 +152,10 @@ class Run:
         if start == 0:
             self._record(0, {"tokens": 0, "loss_tokens": 0})
             self._evaluate(0)
-        batch = None
+        inputs: StepInputs | None = None
         with Interrupt() as interrupt:
-            for step, batch in self._batches(start):
-                self._train(step, batch)
+            for step, inputs in self._inputs(start):
+                self._train(step, *inputs)
                 self._programs.check()
                 self._between_steps(step + 1, interrupt.requested(step))
         self._settle()
@@ -166,7 +168,7 @@ class Run:
             on_primary(lambda: self._export(read, names))
             del params, read
         # The state is saved and exported: from here on it may change.
-        speedups = self._measure_speed(batch) if config.train.measure_speed else None
+        speedups = self._measure_speed(inputs) if config.train.measure_speed else None
         on_primary(lambda: self._finish(speedups))
 
     def _export(self, read: Callable[[str], np.ndarray], names: Collection[str]) -> int:
@@ -174,21 +176,21 @@ class Run:
         export_run(self._task, self._workdir, read, names)
         return 0
 
-    def _measure_speed(self, batch: Batch | None) -> dict[Plan, Speedup]:
+    def _measure_speed(self, inputs: StepInputs | None) -> dict[Plan, Speedup]:
         """Return the speed-ups of the rungs that this start trained, on its last batch."""
         with self._clock("speed"):
             seconds = self._counters.step_seconds
             dense = next(filter(self._task.controller.neurons.is_dense, seconds), None)
-            if batch is None or dense is None or len(seconds) == 1:
+            if inputs is None or dense is None or len(seconds) == 1:
                 return {}
             programs = {plan: self._programs.rung(plan) for plan in seconds}
             for plan in seconds:
                 self._blocks.prepare((), plan.stored)
                 self._blocks.prepare(plan.stored, ())
             limit = SHARE * self._clock.seconds()["total"]
-            change = functools.partial(self._blocks.enter_anew, self._state, batch=batch)
+            change = functools.partial(self._blocks.enter_anew, self._state, batch=inputs[0])
             speedups = measure_speed(
-                *(self._state, programs, dense, batch, seconds, limit),
+                *(self._state, programs, dense, inputs, seconds, limit),
                 lambda plan: change(plan.stored),
             )
         if missing := len(seconds) - len(speedups):
@@ -207,30 +209,22 @@ class Run:
         if self._metrics is not None:
             self._metrics.log(step, values)
 
-    def _batches(self, start: int) -> Iterator[tuple[int, Batch]]:
-        """Yield each remaining step and its batch on the devices."""
-        config = self._config
-        rows = open_split(self._task.data, "train")
-        rows_per_step, pose_length = config.train.rows_per_step, config.data.pose_length
-        get = batches(rows, rows_per_step, config.seed, *self._share, pose_length=pose_length)
+    def _inputs(self, start: int) -> Iterator[tuple[int, StepInputs]]:
+        """Yield each remaining step and its inputs on the devices."""
+        config, programs = self._config, self._programs
+        rows = config.train.rows_per_step
+        shapes: tuple[Any, ...] = (programs.batch(rows),)
+        if self._task.top_tokens is not None:
+            shapes = (*shapes, programs.top_tokens(rows))
+        get = step_inputs(self._task, self._share)
         steps = range(start, config.train.steps)
         with Prefetcher(get, steps) as ahead:
             for step in steps:
                 with self._clock("data"):
-                    batch = self._place(next(ahead), rows_per_step)
-                yield step, batch
+                    inputs: StepInputs = place(next(ahead), shapes)
+                yield step, inputs
 
-    def _place(self, share: Batch, rows: int) -> Batch:
-        """Return the global batch of `rows` rows from the shares of all processes."""
-        return jax.tree.map(
-            lambda full, local: jax.make_array_from_process_local_data(
-                full.sharding, local, full.shape
-            ),
-            self._programs.batch(rows),
-            share,
-        )
-
-    def _train(self, step: int, batch: Batch) -> None:
+    def _train(self, step: int, batch: Batch, *stored: TopTokens) -> None:
         controller = self._task.controller
         rung = controller.rung_at(step)
         refresh = controller.refreshes(step)
@@ -240,7 +234,7 @@ class Run:
         steady = not self._programs.compiling
         with self._clock("step"):
             started = time.perf_counter()
-            metrics = self._state.step(batch)
+            metrics = self._state.step(batch, *stored)
             self._settle()
             self._running = _Step(step, rung, metrics, started, steady)
 
@@ -339,7 +333,9 @@ class Run:
         with self._clock("evaluate"):
             rows = self._programs.eval_rows
             for share in in_order(self._held_out, rows, limit, *self._share):
-                loss, count = evaluate(self._state.full.params, self._place(share, rows))
+                loss, count = evaluate(
+                    self._state.full.params, place(share, self._programs.batch(rows))
+                )
                 total += float(loss)
                 tokens += float(count)
         return total / tokens

@@ -24,6 +24,7 @@ from sat_jax.nn.decoder import Compute, Decoder
 from sat_jax.nn.distillation import Distillation
 from sat_jax.nn.layout import Layout
 from sat_jax.nn.quantized import Packing
+from sat_jax.nn.top_tokens import TopTokens
 from sat_jax.parallel.rules import BATCH, tree_shardings
 from sat_jax.sparsity.choose import Choice, Criteria, choose, selection_key
 from sat_jax.sparsity.controller import Controller
@@ -35,7 +36,7 @@ from sat_jax.sparsity.plan import Plan, Stored
 from sat_jax.sparsity.rows import Kept
 from sat_jax.sparsity.statistics import Statistics
 from sat_jax.sparsity.stored_blocks import block_layout
-from sat_jax.train.layouts import Teacher, run_layout
+from sat_jax.train.layouts import Teacher, run_layout, trained_layout
 from sat_jax.train.moves import compile_moves
 from sat_jax.train.optimizer import (
     clipping,
@@ -64,8 +65,9 @@ class RungPrograms(NamedTuple):
     `select(full, stats)` → `Choice`; `correct(full, stats, kept)` → corrections;
     `compact(full, kept)` → (state, omitted); `expand(state, omitted, kept)` → full;
     `step(state, stats, kept, batch, omitted, corrections)` → (state, stats, metrics), where
-    `omitted` are parameters. `compact`, `expand` and `step` give their arguments' buffers away, but
-    `step` not those of `omitted`. `seconds` is how long compiling took.
+    `omitted` are parameters; the `TopTokens` of a stored teacher are one more argument. `compact`,
+    `expand` and `step` give their arguments' buffers away, but `step` not those of `omitted`.
+    `seconds` is how long compiling took.
     """
 
     select: Compiled
@@ -93,6 +95,7 @@ class Programs:
         stored: Packing | None = None,
     ):
         self._config, self._mesh, self._teacher = config, mesh, teacher
+        self._reads_teacher = config.distill.topk is not None
         self.kernels = kernels_of(config, mesh)
         settings = config.model
         compute = Compute(
@@ -103,7 +106,8 @@ class Programs:
             config.train.accumulate,
             settings.retention,
         )
-        self.layout = run_layout(config, model, compute, stored)
+        teacher_model = teacher.model if teacher else None
+        self.layout = trained_layout(config, model, teacher_model, compute, stored)
         # Probes have few rows, and observe what stages do not return: without a pipeline.
         one = dataclasses.replace(compute, microbatches=1)
         self.probed = run_layout(config, model, one, stored)
@@ -216,6 +220,16 @@ class Programs:
         mask = jax.ShapeDtypeStruct(shape, np.bool_, sharding=sharding)
         return Batch(numbers, numbers, numbers, numbers, mask)
 
+    def top_tokens(self, rows: int) -> TopTokens:
+        """Return the shapes of the stored tokens of a teacher for a batch of `rows` rows."""
+        k = self._config.distill.topk
+        assert k is not None
+        shape, sharding = (rows, self._config.data.row_length), NamedSharding(self._mesh, BATCH)
+        return TopTokens(
+            jax.ShapeDtypeStruct((*shape, k), np.int32, sharding=sharding),
+            jax.ShapeDtypeStruct((*shape, k + 1), np.float32, sharding=sharding),
+        )
+
     def kept(self, plan: Plan) -> Kept:
         """Return the shapes of a plan's kept indices."""
         choice = jax.eval_shape(self._select(plan), self.form(plan.stored).state, self.stats)
@@ -245,10 +259,12 @@ class Programs:
         step = make_step(execution, self._step_settings(form))
         shapes = jax.eval_shape(lambda s, k: compact_state(execution, s, k), form.state, kept)
         state, omitted = self._placed(shapes, form.layout)
-        batch = self.batch(self._config.train.rows_per_step)
+        rows = self._config.train.rows_per_step
+        batch = self.batch(rows)
         arguments: Any = (kept, batch, omitted, self.corrections(plan))
         if self._teacher is not None:
-            arguments = (*arguments, self._teacher.params)
+            known: Any = self.top_tokens(rows) if self._reads_teacher else self._teacher.params
+            arguments = (*arguments, known)
         options: Any = {"donate_argnums": (0, 1), "layout": form.layout}
         return self._lower(step, state, self.stats, *arguments, **options)
 
@@ -269,9 +285,9 @@ class Programs:
         )
 
     def _with_teacher(self, step: Compiled) -> Compiled:
-        """Return a step without the argument for the parameters of the teacher."""
+        """Return a step without the argument for the parameters of a teacher."""
         teacher = self._teacher
-        if teacher is None:
+        if teacher is None or self._reads_teacher:
             return step
         return lambda *arguments: step(*arguments, teacher.params)
 

@@ -4,6 +4,7 @@ import jax
 from jaxtyping import Array
 
 from sat_jax.data.batch import Batch
+from sat_jax.nn.top_tokens import TopTokens
 from sat_jax.sparsity.correction import Corrections
 from sat_jax.sparsity.execution.state import PARAMS, OmittedState, TrainState
 from sat_jax.sparsity.plan import Stored
@@ -72,12 +73,12 @@ class RunState:
         self.corrections = programs.correct(self.full, self.stats, self.kept)
         return unranked
 
-    def step(self, batch: Batch) -> StepMetrics:
-        """Train one optimizer step."""
+    def step(self, batch: Batch, *stored: TopTokens) -> StepMetrics:
+        """Train one optimizer step; `stored`: the tokens of a stored teacher, if there is one."""
         assert self._rung is not None, "enter a rung first"
         omitted: dict[str, Array] = self._omitted[PARAMS]
         self._state, self.stats, metrics = self._rung.step(
-            *(self._state, self.stats, self.kept, batch, omitted, self.corrections)
+            *(self._state, self.stats, self.kept, batch, omitted, self.corrections, *stored)
         )
         return metrics
 

@@ -1,5 +1,6 @@
 """Weights of a run: the initial ones, and those of its checkpoints."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,12 +32,25 @@ from sat_jax.sparsity.stored_blocks import dense_reader
 from sat_jax.train.checkpoint import Checkpoint, find
 from sat_jax.train.files import read_json
 from sat_jax.train.layouts import run_layout
+from sat_jax.train.manifest import MANIFEST, digests
 from sat_jax.train.workdir import WorkDir
 
 
 def is_run(path: Path) -> bool:
     """Return whether `path` is the work directory of a run."""
     return WorkDir(path).checkpoints.is_dir()
+
+
+def model_fingerprint(path: Path) -> str:
+    """Return the hash of the weights in a Hugging Face directory or a GGUF file; of a run, that of
+    its newest checkpoint."""
+    if is_run(path):
+        return digests(find(WorkDir(path).checkpoints).path, [MANIFEST])[0]
+    if path.is_file():
+        return digests(path.parent, [path.name])[0]
+    names = sorted(file.name for file in path.glob("*.safetensors"))
+    content = "".join([(path / "config.json").read_text(), *digests(path, names)])
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def open_run(path: Path, step: int | None = None) -> tuple[Weights, Config]:

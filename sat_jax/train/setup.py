@@ -28,6 +28,7 @@ from sat_jax.models.decoder_config import DecoderConfig
 from sat_jax.nn.attention.dot_product import refusals
 from sat_jax.nn.attention.grouped_query import Attention
 from sat_jax.nn.decoder import Decoder
+from sat_jax.nn.hidden_distillation import PROJECTION, new_projections
 from sat_jax.nn.layout import Layout, flat_arrays, weight_reader
 from sat_jax.nn.quantized import Packing
 from sat_jax.nn.retention import Retention
@@ -42,16 +43,21 @@ from sat_jax.sparsity.stored_blocks import block_grids, block_layout
 from sat_jax.train.layouts import (
     Teacher,
     base_packing,
+    projection_shape,
     run_layout,
     teacher_layout,
+    trained_layout,
     trained_quantization,
 )
 from sat_jax.train.run_weights import starting_point
+from sat_jax.train.stored_teacher import StoredTokens, stored_tokens
 from sat_jax.train.teacher import (
     check_tokenizers,
     open_teacher,
     read_teacher,
 )
+
+_PROJECTIONS = 6  # the purpose of a random key: what it is folded with after the seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +72,7 @@ class Task:
     mesh: Mesh
     controller: Controller
     teacher: Teacher | None = None
+    top_tokens: StoredTokens | None = None  # of the teacher, which then has no parameters here
 
     @property
     def stored(self) -> Packing | None:
@@ -116,11 +123,20 @@ def set_up(config: Config, log: Callable[[str], None]) -> Task:
     if max(config.rates) > 0 and not controller.sparse:
         log("sparsity: these rates omit nothing in this model; the run is dense")
     teacher_weights = _checked_teacher(config, model, mesh, log)
+    if teacher_weights is not None:
+        projection_shape(config, model, teacher_weights.config)  # raises for layers it has not
     tokenizer, data = prepared_data(config, model, log)
     if controller.sparse and config.sparsity.dense_answers > 0:
         _check_answers(config, data)
-    teacher = None if teacher_weights is None else read_teacher(config, teacher_weights, mesh)
-    return Task(config, model, weights, tokenizer, data, mesh, controller, teacher)
+    teacher, top_tokens = None, None
+    if teacher_weights is not None and config.distill.topk is not None:
+        top_tokens = stored_tokens(config, data, teacher_weights, mesh, log)
+        teacher = Teacher(
+            teacher_weights.config, teacher_layout(config, teacher_weights.config), {}
+        )
+    elif teacher_weights is not None:
+        teacher = read_teacher(config, teacher_weights, mesh)
+    return Task(config, model, weights, tokenizer, data, mesh, controller, teacher, top_tokens)
 
 
 def _checked_teacher(
@@ -200,9 +216,9 @@ def initial_params(task: Task) -> dict[str, jax.Array]:
     """Return the parameters of a run by path, initialised or read, sharded over the mesh: float32,
     but for a quantized base of adapters."""
     layout, config = layout_of(task.model), task.config
-    base = _initial_base(task)
+    base, projections = _initial_base(task), _initial_projections(task)
     if not config.lora.rank:
-        return base
+        return base | projections
     shardings = tree_shardings(task.mesh, task.layout, dict(task.layout.shapes))
 
     def add(values: dict[str, Any]) -> dict[str, Any]:
@@ -212,7 +228,8 @@ def initial_params(task: Task) -> dict[str, jax.Array]:
         rank = config.sparsity.predictor_rank
         return add_predictors(lora_layout(layout, config.lora), adapted, rank)
 
-    return jax.jit(add, out_shardings=shardings, donate_argnums=0)(base)
+    params: dict[str, jax.Array] = jax.jit(add, out_shardings=shardings, donate_argnums=0)(base)
+    return params | projections
 
 
 def _initial_base(task: Task) -> dict[str, Any]:
@@ -262,6 +279,19 @@ def _check_quantized(config: Config, model: DecoderConfig, stored: Packing | Non
             f"sparsity.rate {max(config.rates):g} excludes a base that is quantized"
             f" ({packing.format}): weights of several units share a scale; accepted: 0"
         )
+
+
+def _initial_projections(task: Task) -> dict[str, jax.Array]:
+    """Return the projections of hidden states by path, if the run trains any."""
+    shape = projection_shape(task.config, task.model, task.teacher_model)
+    if shape is None:
+        return {}
+    layout = trained_layout(task.config, task.model, task.teacher_model, stored=task.stored)
+    shardings = tree_shardings(task.mesh, layout, {PROJECTION: layout.shapes[PROJECTION]})
+    key = jax.random.fold_in(jax.random.key(task.config.seed), _PROJECTIONS)
+    new = jax.jit(lambda: {PROJECTION: new_projections(shape, key)}, out_shardings=shardings)
+    projections: dict[str, jax.Array] = new()
+    return projections
 
 
 def _check_attention(config: Config, model: DecoderConfig) -> None:

@@ -10,11 +10,10 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
-from sat_jax.data.batch import Batch
 from sat_jax.parallel.processes import on_primary
 from sat_jax.sparsity.plan import Plan
 from sat_jax.train.programs import RungPrograms
@@ -48,17 +47,17 @@ def measure_speed(
     state: RunState,
     programs: Mapping[Plan, RungPrograms],
     dense: Plan,
-    batch: Batch,
+    inputs: tuple[Any, ...],
     step_seconds: Mapping[Plan, float],
     limit: float,
     change_blocks: Callable[[Plan], None],
 ) -> dict[Plan, Speedup]:
     """Return the speed-up of each plan that `limit` seconds allow to measure.
 
-    `programs` begins with the first rung. `step_seconds` are estimates.
-    `change_blocks` gives the full state the stored blocks of a plan. The steps change `state`
-    (a copy would not fit every device); save it before. All processes call this; process 0 chooses
-    the number of rounds.
+    `programs` begins with the first rung. `inputs` are those of `RunState.step`. `step_seconds` are
+    estimates. `change_blocks` gives the full state the stored blocks of a plan. The steps change
+    `state` (a copy would not fit every device); save it before. All processes call this; process 0
+    chooses the number of rounds.
     """
     order = [dense, *(plan for plan in programs if plan != dense)]
     slowest = max(step_seconds.values())
@@ -72,7 +71,7 @@ def measure_speed(
         state.wait()
         wall, cpu = time.perf_counter(), time.process_time()
         for _ in range(steps):
-            state.step(batch)
+            state.step(*inputs)
         state.wait()
         return Turn(time.perf_counter() - wall, time.process_time() - cpu)
 

@@ -12,9 +12,10 @@ from jaxtyping import Array, Float
 from sat_jax.data.batch import Batch
 from sat_jax.nn.branch import set_backward
 from sat_jax.nn.decoder import Decoder
-from sat_jax.nn.distillation import Distillation, LossParts, distillation_loss
+from sat_jax.nn.distillation import Distillation, distillation_loss
 from sat_jax.nn.layout import Layout
 from sat_jax.nn.loss import next_token_loss
+from sat_jax.nn.top_tokens import TopTokens
 from sat_jax.sparsity.branch_drop import draw_backward, freeze_dropped
 from sat_jax.sparsity.choose import selection_key
 from sat_jax.sparsity.correction import Corrections
@@ -43,7 +44,7 @@ class StepMetrics(NamedTuple):
     grad_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
     kept: Kept = ()
-    parts: LossParts | None = None
+    parts: Mapping[str, Float[Array, ""]] = {}
 
 
 class StepSettings(NamedTuple):
@@ -66,7 +67,7 @@ def make_step(
     """Return `step(state, stats, kept, batch, omitted, corrections, teacher)`: the state, the
     running statistics and the metrics after one update. The state is the one that the execution's
     `compact` returned for `kept`; `omitted` are the parameters that it left out. `teacher` are the
-    parameters of the teacher, with distillation."""
+    parameters of the teacher, with distillation, or its `TopTokens` for the batch."""
 
     plan = execution.plan
 
@@ -77,8 +78,10 @@ def make_step(
         batch: Batch,
         omitted: Tree = _NOTHING,
         corrections: Corrections = _NOTHING,
-        teacher: Tree = _NOTHING,
+        teacher: Tree | TopTokens = _NOTHING,
     ) -> tuple[TrainState, Statistics, StepMetrics]:
+        stored = teacher if isinstance(teacher, TopTokens) else None
+        teacher_params = _NOTHING if isinstance(teacher, TopTokens) else teacher
         options: dict[str, Any] = {"observe": settings.observe}
         selection = execution.selection
         if selection is not None:
@@ -91,20 +94,24 @@ def make_step(
             for branch, layers in draw_backward(plan, settings.seed, state.step).items()
         }
 
-        def loss(trained: Tree, part: Batch) -> tuple[Array, tuple[Any, ...]]:
+        def loss(
+            trained: Tree, data: tuple[Batch, TopTokens | None]
+        ) -> tuple[Array, tuple[Any, ...]]:
+            part, top = data
             model = execution.bind(trained, state.params, omitted, kept, corrections)
             set_backward(model.layers, computed)
             if plan.token_rate > 0:
                 key = token_key(settings.seed, state.step)
                 sample_tokens(model.layers, plan.token_rate, key)
             tokens = draw_tokens(plan, settings.seed, state.step, part.segment_ids)
-            parts = None
+            parts: Mapping[str, Array] = {}
             if settings.distillation is None:
                 total, observed = next_token_loss(model, *part, layer_tokens=tokens, **options)
             else:
                 layout, how = settings.distillation
+                known = layout.bind(teacher_params) if top is None else top
                 total, parts, observed = distillation_loss(
-                    model, layout.bind(teacher), how, *part, layer_tokens=tokens, **options
+                    model, known, how, *part, layer_tokens=tokens, **options
                 )
             chosen: Kept = ()
             if selection is not None:
@@ -114,7 +121,7 @@ def make_step(
         trained = execution.trained(state.params, kept)
         value_and_grad = jax.value_and_grad(loss, has_aux=True)
         (total, (seen, chosen, parts)), grads = _over_microbatches(
-            value_and_grad, trained, batch, settings.microbatches
+            value_and_grad, trained, (batch, stored), settings.microbatches
         )
         loss_tokens = jnp.sum(batch.loss_mask).astype(jnp.float32)
         divisor = jnp.maximum(loss_tokens, 1)  # a batch may have no token that bears loss
@@ -157,7 +164,7 @@ def _count_tokens(batch: Batch) -> Float[Array, ""]:
 
 
 def _over_microbatches(
-    value_and_grad: Callable[..., Any], trained: Tree, batch: Batch, parts: int
+    value_and_grad: Callable[..., Any], trained: Tree, batch: Any, parts: int
 ) -> Any:
     """Return the sums of values, observations and gradients over `parts` microbatches, one at a
     time."""
@@ -168,7 +175,7 @@ def _over_microbatches(
     def split(rows: Array) -> Array:
         return rows.reshape(-1, parts, *rows.shape[1:]).swapaxes(0, 1)
 
-    def add(sums: Any, part: Batch) -> tuple[Any, None]:
+    def add(sums: Any, part: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, value_and_grad(trained, part)), None
 
     microbatches = jax.tree.map(split, batch)
