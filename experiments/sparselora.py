@@ -22,10 +22,10 @@ from sat_jax.results.sweep import Comparison, Sweep
 SEEDS = 3
 COMPARE = Comparison(
     "sparselora",
-    "LoRA, SparseLoRA, and SAT on LoRA",
+    "LoRA and SparseLoRA",
     (
         *("sparsity.rate", "sparsity.rate_attention", "sparsity.adapters"),
-        *("sparsity.dense_answers", "sparsity.metric", "sparsity.refresh_every"),
+        "sparsity.dense_answers",
     ),
 )
 
