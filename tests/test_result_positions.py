@@ -25,6 +25,7 @@ def test_means_over_seeds_by_text_and_method() -> None:
         evaluated(RETNET, 1, 104.0),
         evaluated(shorter, 0, 120.0),
         evaluated(RETNET, 0, 50.0, data=["other.txt"]),
+        evaluated(RETNET | {"model.d_model": 336}, 0, 60.0, data=["other.txt"]),
     ]
     novel, other = position_tables(rows)
     ends = ("1 to 32", "33 to 64", "97 to 128", "225 to 256", "481 to 512")
@@ -37,6 +38,7 @@ def test_means_over_seeds_by_text_and_method() -> None:
     assert sparse[1:3] == ("1", "112.0")
     assert novel.caption.startswith("novel.txt: 9,000 tokens, windows of 512 that advance by 256")
     assert other.rows[0][1:4] == ("1", "42.0", "50.0")
+    assert other.rows[1][0].startswith("retnet-1.3b of width 336: dense, ")
 
 
 def test_other_evaluations_are_not_in_the_table() -> None:

@@ -57,7 +57,9 @@ def _name(settings: Mapping[str, Any]) -> str:
         if path.startswith("sparsity.")
     }
     method = variant_name({**DEFAULTS, **sparsity}, DEFAULTS) if sparsity else "dense"
-    return f"{settings['model.preset']}: {method}, {_value(settings, 'train.steps'):,} steps"
+    width = f" of width {settings['model.d_model']}" if "model.d_model" in settings else ""
+    steps = _value(settings, "train.steps")
+    return f"{settings['model.preset']}{width}: {method}, {steps:,} steps"
 
 
 def _value(settings: Mapping[str, Any], path: str) -> Any:
