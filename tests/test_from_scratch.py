@@ -68,6 +68,12 @@ def test_sat_is_shown_beside_models_of_other_sizes(tmp_path: Path) -> None:
     assert table["r = 0.5"][4:] == ("+5.0 %", "-", "-4.5 %")
 
 
+def test_a_model_that_a_cheaper_one_beats_is_no_baseline(tmp_path: Path) -> None:
+    sizes = [run(100.0, 16e9), run(90.0, 4e9, layers=1), run(200.0, 8e9, layers=2)]
+    table = rows_by_name(tmp_path, *sizes, run(99.0, 8e9, density=0.25))
+    assert table["25 % of blocks"][-1] == "+10.0 %"
+
+
 def test_a_method_has_its_best_learning_rate(tmp_path: Path) -> None:
     table = rows_by_name(
         tmp_path,

@@ -147,14 +147,16 @@ def _size_text(sizes: Mapping[str, Any], largest: Mapping[str, Any]) -> str:
 
 
 def _at_flops(family: Sequence[_Method], seed: int, flops: float | None) -> float | None:
-    """Return the perplexity of a family of dense runs at so many FLOPs, log perplexity linear in
-    log FLOPs between two of them; None outside their range. `flops` None: of its only one."""
+    """Return the perplexity that a family of dense runs has for so many FLOPs, or for fewer where
+    these are better: log perplexity is linear in log FLOPs between runs that no cheaper one beats.
+    None outside their range. `flops` None: of its only one."""
     points = sorted((m.runs[seed].flops, m.runs[seed].perplexity) for m in family if seed in m.runs)
     if flops is None:
         return points[0][1] if points else None
     if len(points) < 2 or not 0.99 * points[0][0] <= flops <= 1.01 * points[-1][0]:
         return None
-    return float(np.exp(np.interp(np.log(flops), *np.log(points).T)))
+    front = [p for n, p in enumerate(points) if all(p[1] < cheaper[1] for cheaper in points[:n])]
+    return float(np.exp(np.interp(np.log(flops), *np.log(front).T)))
 
 
 def _difference(method: _Method, reference: Any) -> str:
