@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 from sat_jax.config_values import name_of
 from sat_jax.results.finished import DEFAULTS
-from sat_jax.results.rows import Row, device_name
+from sat_jax.results.rows import Row, device_names
 from sat_jax.results.tables import Table
 from sat_jax.results.variants import variant_name
 
@@ -68,8 +68,7 @@ def evaluation_tables(rows: Sequence[Row]) -> list[Table]:
     tables = []
     for name, title, measures, columns in _TABLES:
         for setting, lines in newest_rows(rows, measures):
-            devices = dict.fromkeys(device_name(row["device"]) for _, row in lines)
-            caption = f"{setting}; {' and '.join(devices)}"
+            caption = f"{setting}; {device_names(row for _, row in lines)}"
             if any(len(column) > 3 for column in columns):
                 caption += "; ± is the standard error over questions"
             cells = [(name, *(_cell(row, column) for column in columns)) for name, row in lines]

@@ -17,7 +17,7 @@ from sat_jax.config_values import find
 from sat_jax.results.evaluations import extension_of
 from sat_jax.results.figures import look
 from sat_jax.results.finished import FinishedRun, finished_runs
-from sat_jax.results.rows import Row, device_name
+from sat_jax.results.rows import Row, device_names
 from sat_jax.results.run_plots import new_figure, tidy
 from sat_jax.results.tables import Table
 from sat_jax.results.variants import mean_of, percent_from
@@ -86,11 +86,12 @@ def extension_tables(rows: Sequence[Row]) -> list[Table]:
             *(f"passkey, {context:,}" for context in tasks),
             "tokens to the base's loss",
         )
-        row = next(iter(perplexities[methods[0]].values()))
+        measured = [row for method in methods for row in perplexities[method].values()]
+        row = measured[0]
         caption = (
             f"Perplexity by context of {', '.join(row['data'])} ({row['tokens']:,} tokens), passkey"
             f" accuracy, and held-out loss; a model trained in rows of {length:,} tokens; mean and"
-            f" standard error over seeds; {device_name(row['device'])}"
+            f" standard error over seeds; {device_names(measured)}"
         )
         tables.append(Table("extension", f"Context × {factor:g}", caption, header, tuple(body)))
     return tables

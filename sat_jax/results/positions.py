@@ -6,7 +6,7 @@ from typing import Any
 
 from sat_jax.config_values import find
 from sat_jax.results.finished import DEFAULTS
-from sat_jax.results.rows import Row, device_name
+from sat_jax.results.rows import Row, device_names
 from sat_jax.results.tables import Table
 from sat_jax.results.variants import mean_of, variant_name
 
@@ -42,9 +42,10 @@ def _table(models: Mapping[str, Mapping[int, Row]]) -> Table:
         means = [mean_of(column) for column in columns]
         texts = (mean.text("{:.1f}".format) if mean else "-" for mean in means)
         body.append((name, str(len(by_seed)), *texts))
+    measured = [r for by_seed in models.values() for r in by_seed.values()]
     caption = (
         f"{', '.join(row['data'])}: {row['tokens']:,} tokens, windows of {context:,} that advance"
-        f" by {row['stride']:,}; mean and standard error over seeds; {device_name(row['device'])}"
+        f" by {row['stride']:,}; mean and standard error over seeds; {device_names(measured)}"
     )
     header = ("model", "seeds", "perplexity", *(f"positions {a:,} to {b:,}" for a, b in ends))
     return Table("positions", "Perplexity by position", caption, header, tuple(body))

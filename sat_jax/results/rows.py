@@ -76,6 +76,11 @@ def latest(rows: Iterable[Row], /, **fields: Any) -> Row | None:
     return matching[-1] if matching else None
 
 
+def device_names(rows: Iterable[Row]) -> str:
+    """Name the devices of rows, each once."""
+    return " and ".join(dict.fromkeys(device_name(row["device"]) for row in rows))
+
+
 def device_name(device: Mapping[str, Any]) -> str:
     """Name a row's device: `2 × NVIDIA H200`, `AMD EPYC, 2 cores`."""
     count = f"{device['count']} × " if device["count"] > 1 else ""

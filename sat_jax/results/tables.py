@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from sat_jax.config_values import find
 from sat_jax.results.finished import DEFAULTS, FinishedRun, Settings
-from sat_jax.results.rows import Row, device_name
+from sat_jax.results.rows import Row, device_names
 from sat_jax.results.speed import ABOVE_BOUND, ABOVE_BOUND_NOTE, speedup_text
 from sat_jax.results.sweep import Comparison
 from sat_jax.results.text import fixed_width, markdown, percent, quantity
@@ -267,8 +267,7 @@ def _caption(group: Group, *more: str) -> str:
     if _setting(run, "data.format") != "text":
         parts.append(f"{percent(run.row['loss_tokens'] / run.row['tokens'])} of them with loss")
     parts += [*more, *_reference_words(group.reference), f"data {run.row['data'][:8]}"]
-    devices = dict.fromkeys(device_name(run.row["device"]) for run in group.runs)
-    return "; ".join([*parts, " and ".join(devices)])
+    return "; ".join([*parts, device_names(run.row for run in group.runs)])
 
 
 def _reference_words(reference: Settings) -> list[str]:
