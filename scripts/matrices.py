@@ -12,13 +12,15 @@ from tqdm import tqdm
 
 from sat_jax.compress.budget import Allocation, Budget
 from sat_jax.compress.costs import costs, quantized_costs
-from sat_jax.compress.factors import (
-    FACTORS_FILE,
-    factors_file,
+from sat_jax.compress.factors import FACTORS_FILE, factors_file
+from sat_jax.compress.layers import (
+    CompressedLayer,
+    check_matrices,
+    compress_layers,
+    matrices,
     stack_layers,
     with_equal_bits,
 )
-from sat_jax.compress.layers import CompressedLayer, check_matrices, compress_layers, matrices
 from sat_jax.compress.method import ByMatrix
 from sat_jax.compress.methods import OfMatrices
 from sat_jax.compress.quantize import Quantization

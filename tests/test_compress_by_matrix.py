@@ -14,8 +14,14 @@ from safetensors.numpy import load_file
 
 from sat_jax.compress import Factorization, Pruning, Quantization, load_factored, merge_factors
 from sat_jax.compress.costs import quantized_costs
-from sat_jax.compress.factors import FACTORS_FILE, factors_file, stack_layers, with_equal_bits
-from sat_jax.compress.layers import CompressedLayer, compress_layers, matrices
+from sat_jax.compress.factors import FACTORS_FILE, factors_file
+from sat_jax.compress.layers import (
+    CompressedLayer,
+    compress_layers,
+    matrices,
+    stack_layers,
+    with_equal_bits,
+)
 from sat_jax.compress.method import ByMatrix, MatrixMethod
 from sat_jax.errors import UserError
 from sat_jax.interop import load_model, open_weights, quantized, save_model

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from sat_jax.compress.layers import matrices
+from sat_jax.compress.layers import matrices, stack_layers
 from sat_jax.errors import UserError
 from sat_jax.interop import locate, open_weights
 from sat_jax.interop.huggingface import Dtype, numpy_dtype
@@ -18,31 +18,11 @@ from sat_jax.interop.weights import cast
 from sat_jax.models.build import layout_of
 from sat_jax.nn.decoder import Compute, Decoder
 from sat_jax.nn.layout import parameters
-from sat_jax.nn.linear import Weight, dense
+from sat_jax.nn.linear import dense
 from sat_jax.nn.low_rank import LowRank
-from sat_jax.nn.quantized import Quantized
 
 FACTORS_FILE = "factors.safetensors"
 _NAMES = ("left", "right")
-W = TypeVar("W", bound=Weight)
-
-
-def stack_layers(layers: Sequence[Mapping[str, W]]) -> dict[str, W]:
-    """Return the weights of all layers by path, stacked, such as `CompressedLayer.factors`."""
-    return {
-        path: jax.tree.map(lambda *arrays: np.stack(arrays), *(one[path] for one in layers))
-        for path in layers[0]
-    }
-
-
-def with_equal_bits(layers: Sequence[dict[str, Quantized]]) -> list[dict[str, Quantized]]:
-    """Return the weights of all layers, those of 4 bits stored in 8 where another layer has 8, so
-    that they can be stacked."""
-    wide = {path for layer in layers for path, weight in layer.items() if weight.bits == 8}
-    return [
-        {path: weight.widened() if path in wide else weight for path, weight in layer.items()}
-        for layer in layers
-    ]
 
 
 def factors_file(layers: Sequence[Mapping[str, LowRank]], dtype: Dtype) -> bytes:

@@ -8,7 +8,7 @@ all calibration tokens: before the layer, and after it with and without compress
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,11 @@ from sat_jax.errors import UserError
 from sat_jax.nn.context import Observable, Observed
 from sat_jax.nn.decoder import Decoder
 from sat_jax.nn.layout import Layout
+from sat_jax.nn.linear import Weight
 from sat_jax.nn.low_rank import LowRank
 from sat_jax.nn.quantized import NORMAL_FLOAT, Quantized, pack
+
+_W = TypeVar("_W", bound=Weight)
 
 Matrix2D = Float[Array, "out in"]
 # What branches report of the inputs of matrices that read the residual stream, and of those that
@@ -335,3 +338,21 @@ def _squares(
     mask = (segment_ids > 0)[..., None]
     x, y, z = (a.astype(jnp.float32) for a in (stream, output, compressed))
     return jnp.sum(jnp.square(z - y) * mask), jnp.sum(jnp.square(y - x) * mask)
+
+
+def stack_layers(layers: Sequence[Mapping[str, _W]]) -> dict[str, _W]:
+    """Return the weights of all layers by path, stacked, such as `CompressedLayer.factors`."""
+    return {
+        path: jax.tree.map(lambda *arrays: np.stack(arrays), *(one[path] for one in layers))
+        for path in layers[0]
+    }
+
+
+def with_equal_bits(layers: Sequence[dict[str, Quantized]]) -> list[dict[str, Quantized]]:
+    """Return the weights of all layers, those of 4 bits stored in 8 where another layer has 8, so
+    that they can be stacked."""
+    wide = {path for layer in layers for path, weight in layer.items() if weight.bits == 8}
+    return [
+        {path: weight.widened() if path in wide else weight for path, weight in layer.items()}
+        for layer in layers
+    ]

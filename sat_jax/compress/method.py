@@ -1,12 +1,14 @@
 """The interface of compression methods: what the pass over the layers knows of them."""
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
 
-import qwix
 from jaxtyping import Array, Float
 
 from sat_jax.compress.input_statistics import InputStatistics, Needs
+
+if TYPE_CHECKING:
+    import qwix
 
 Saving = Literal["without_zeros", "with_factors"]
 """How the size that a method removes can be saved: products with zeros are left out, or factors are
@@ -24,11 +26,13 @@ class QuantizedMatrix(NamedTuple):
     """A matrix `[out, in]` of int4, int8 or NormalFloat with a scale `[out, groups]`. With an
     `input_scale`, the weights of each input are multiplied by it."""
 
-    array: qwix.QArray
+    array: "qwix.QArray"
     input_scale: Float[Array, " in"] | None = None
 
     def dense(self) -> Float[Array, "out in"]:
         """Return the dequantized matrix."""
+        import qwix
+
         dense: Array = qwix.dequantize(self.array)
         return dense if self.input_scale is None else dense * self.input_scale[None]
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from sat_jax.compress.factors import stack_layers
-from sat_jax.compress.layers import NOTHING, check_matrices, matrices
+from sat_jax.compress.layers import NOTHING, check_matrices, matrices, stack_layers
 from sat_jax.compress.quantize import Quantization
 from sat_jax.errors import UserError
 from sat_jax.nn.decoder import Decoder

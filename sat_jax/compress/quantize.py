@@ -8,12 +8,11 @@ from -1 to 1, and the scale is the largest |w|.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import qwix
 from jaxtyping import Array, ArrayLike, Float
 
 from sat_jax.compress.elimination import (
@@ -26,6 +25,9 @@ from sat_jax.compress.input_statistics import InputStatistics, Needs, statistics
 from sat_jax.compress.method import Compressed, QuantizedMatrix, Varied
 from sat_jax.errors import UserError
 from sat_jax.nn.quantized import NORMAL_FLOAT, Bits, Packing, round_to_nearest
+
+if TYPE_CHECKING:
+    import qwix
 
 AWQ_GRID = 20  # exponents from 0 to 1, as many as in the publication
 _SMALLEST = 1e-4  # size of an input relative to the largest one, below which AWQ does not go
@@ -68,6 +70,8 @@ def _gptq(weight: Array, statistics: InputStatistics, bits: Bits, inputs: int) -
     # The weights are multiples of their scales already, but for errors of float32.
     groups = weight.reshape(*scale.shape, inputs)
     values = _integers(groups, scale[..., None], bits).reshape(weight.shape)
+    import qwix
+
     return QuantizedMatrix(qwix.QArray(values.astype(_dtype(bits)), scale))
 
 
@@ -128,7 +132,7 @@ def _scaled_error(weight: Array, powers: Array, gram: Array, bits: Bits, inputs:
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "inputs"))
-def _nearest(weight: Array, bits: Bits | Literal["nf4"], inputs: int) -> qwix.QArray:
+def _nearest(weight: Array, bits: Bits | Literal["nf4"], inputs: int) -> "qwix.QArray":
     """Return the weights rounded to nearest, with a scale `[out, groups]`."""
     return round_to_nearest(weight, bits, 1, inputs)
 

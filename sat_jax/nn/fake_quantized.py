@@ -5,7 +5,6 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
-import qwix
 from jaxtyping import Array, Float
 
 from sat_jax.nn.linear import Axes, weight_gradient
@@ -45,6 +44,8 @@ class FakeQuantized(OwnGradient):
         rows = self.array.reshape(*lead, -1, self.shape[-1])
         axis = rows.ndim - (2 if self.writes else 1)
         rounded = round_to_nearest(rows, self.bits, axis, self.group or rows.shape[axis])
+        import qwix
+
         return qwix.dequantize(rounded).reshape(self.shape)
 
     def describe(self, axes: Axes) -> dict[str, tuple[Axes, bool]]:

@@ -3,17 +3,20 @@
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import qwix
 from jaxtyping import Array, Float, Int, Int8, UInt8
 
 from sat_jax.nn.linear import Axes
 from sat_jax.nn.own_gradient import OwnGradient
 from sat_jax.nn.param import EMBED_PAIR
+
+# Imported where it is used: steps without quantized weights are measured on machines without it.
+if TYPE_CHECKING:
+    import qwix
 
 Bits = Literal[4, 8]
 NORMAL_FLOAT = "nf4"
@@ -97,6 +100,8 @@ class Quantized(OwnGradient):
             values = _unpack_levels(values) if self.normal_float else unpack(values)
         # The units of a weight that writes become one axis, that of `scale`.
         rows = values.reshape(*self.scale.shape[:-2], -1, self.shape[-1])
+        import qwix
+
         array = qwix.QArray(rows, self.scale, qtype=NORMAL_FLOAT if self.normal_float else None)
         dense = qwix.dequantize(array).reshape(self.shape)
         if self.input_scale is None:
@@ -128,9 +133,11 @@ class Quantized(OwnGradient):
 
 def round_to_nearest(
     weight: Array, levels: Bits | Literal["nf4"], axis: int, inputs: int
-) -> qwix.QArray:
+) -> "qwix.QArray":
     """Return the weight rounded to the nearest of these levels, with a scale for each `inputs`
     consecutive ones along `axis`: the largest |w| over 7.5 (4 bits), 127.5 (8 bits) or 1 (nf4)."""
+    import qwix
+
     qtype = {4: jnp.int4, 8: jnp.int8, NORMAL_FLOAT: NORMAL_FLOAT}[levels]
     others = [n for n in range(weight.ndim) if n != axis]
     return qwix.quantize(weight, qtype, channelwise_axes=others, tiled_axes={axis: inputs})
