@@ -22,7 +22,7 @@ from experiments import table_from_scratch
 from sat_jax.results.sweep import Comparison, Sweep
 
 SEEDS = 3
-LEARNING_RATES = (1e-3, 5e-4, 2e-3)  # the first one is that of all other runs
+LEARNING_RATES = (2e-3, 1e-3, 4e-3)  # the first one is that of all other runs
 SHORTER = (5 / 6, 2 / 3, 1 / 2)  # of the steps
 _RATE, _PASSES, _METRIC = "sparsity.rate", "sparsity.passes", "sparsity.metric"
 _OTHERS = {
