@@ -14,7 +14,7 @@ from flax import nnx
 from sat_jax.compress.lora import add_lora, lora_layout
 from sat_jax.compress.packed import base_method, quantized_reader
 from sat_jax.config_values import from_config_dict
-from sat_jax.interop import quantized
+from sat_jax.interop import Weights, quantized
 from sat_jax.models.build import layout_of
 from sat_jax.models.llama import LlamaConfig
 from sat_jax.nn.layout import Layout
@@ -220,6 +220,16 @@ def test_a_quantized_model_has_one_base() -> None:
         "lora.base nf4: model.path model is quantized already (int8); accepted: None"
     )
     assert quantized.packing_from_json(quantized.packing_to_json(packing), "")[1] == packing
+
+
+def test_matrices_of_several_packings_are_no_base() -> None:
+    weights = Weights(MODEL, np.zeros, {}, ("int4", "int8"), stored=np.zeros)
+    assert user_error(lambda: weights.check_packing("model.path x")) == (
+        "model.path x: matrices are in int4 and int8; accepted: one of them, as scripts.compress"
+        " writes with --bits"
+    )
+    packing = base_method("int8", 64).packing  # type: ignore[union-attr]
+    dataclasses.replace(weights, packing=packing).check_packing("model.path x")
 
 
 def test_adapters_of_a_quantized_model_are_not_merged_before_training(tmp_path: Path) -> None:
